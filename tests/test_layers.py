@@ -1,0 +1,229 @@
+"The laws of the book, read from the notebooks and the syntax trees. Every checker takes a root and returns what is wrong, one line each."
+import ast, json, re, subprocess, sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+EXPORT = re.compile(r'^#\|\s*export[is]?\b[ \t]*(\S*)', re.M)
+
+
+# ---- the notebooks, read
+
+def chapters(root):
+    "{stem: path} of the chapters, in the book's order"
+    return {p.stem[3:]: p for p in sorted((root/'nbs').glob('[0-9][0-9]_*.ipynb'))}
+
+
+def read(path): return json.loads(path.read_text(encoding='utf-8'))
+
+
+def cells(path, kind='code'): return [''.join(c['source']) for c in read(path)['cells'] if c['cell_type'] == kind]
+
+
+def plain(source):
+    "Python without IPython's own lines, as a syntax tree"
+    try: return ast.parse(source)
+    except SyntaxError: pass
+    if source.lstrip().startswith('%%'): return ast.parse('')
+    return ast.parse(re.sub(r'^([ \t]*)([%!].*|[\w.]+\?+[ \t]*)$', r'\1pass', source, flags=re.M))
+
+
+def modules(root): return {p.stem: p for p in sorted((root/'llm_lab').glob('*.py')) if p.stem not in ('__init__', '_modidx')}
+
+
+def tree_of(path): return ast.parse(path.read_text(encoding='utf-8'))
+
+
+# ---- law 1: one chapter, one notebook, one module of the same stem
+
+def one_to_one(root):
+    bad, nbs, mods = [], chapters(root), modules(root)
+    if not nbs: return ['no chapter found']
+    for p in sorted((root/'nbs').glob('*.ipynb')):
+        numbers = [q.name for q in nbs.values() if q.name[:2] == p.name[:2]]
+        if p in nbs.values() and len(numbers) > 1: bad.append(f'{p.name}: its number is taken twice')
+        if p not in nbs.values() and p.name[0] != '_' and any(re.search(r'^#\|\s*(default_exp|export)', o, re.M) for o in cells(p)):
+            bad.append(f'{p.name}: exports, but is no chapter')
+    for stem, p in nbs.items():
+        names = [o for c in cells(p) for o in re.findall(r'^#\|\s*default_exp\s+(\S+)', c, re.M)]
+        if names != [stem]: bad.append(f'{p.name}: default_exp should be {stem}, once; it is {names}')
+        if stem not in mods: bad.append(f'{p.name}: llm_lab/{stem}.py is missing')
+        bad += [f'{p.name}: exports to {o}' for c in cells(p) for o in EXPORT.findall(c) if o]
+    bad += [f'llm_lab/{o}.py: no chapter writes it' for o in mods if o not in nbs]
+    init = root/'llm_lab'/'__init__.py'
+    lines = [ast.unparse(o) for o in tree_of(init).body] if init.exists() else []
+    if len(lines) != 1 or not lines[0].startswith('__version__ ='): bad.append('llm_lab/__init__.py: holds more or less than __version__')
+    return bad
+
+
+# ---- law 2: imports by name, from earlier chapters
+
+def imported(tree, package='llm_lab'):
+    "(module, names) for each import of the package: ('gpt', ['MiniGPT']), ('gpt', ['*']), ('gpt', []) for `import llm_lab.gpt`"
+    for o in ast.walk(tree):
+        if isinstance(o, ast.Import):
+            for a in o.names:
+                if a.name.split('.')[0] == package: yield (a.name.split('.') + [''])[1], []
+        if isinstance(o, ast.ImportFrom):
+            path = (o.module or '').split('.')
+            if o.level: path = [package] + [p for p in path if p]
+            if path[0] != package: continue
+            names = [a.name for a in o.names]
+            if len(path) > 1: yield path[1], names
+            else: yield from ((n, []) for n in names)
+        if isinstance(o, ast.Call) and o.args and isinstance(o.args[0], ast.Constant) and isinstance(o.args[0].value, str):
+            name = o.func.attr if isinstance(o.func, ast.Attribute) else getattr(o.func, 'id', '')
+            value = re.sub(r'^\.', package + '.', o.args[0].value)
+            if name in ('import_module', '__import__') and value.split('.')[0] == package: yield (value.split('.') + [''])[1], []
+
+
+def imports(root):
+    bad, nbs, mods = [], chapters(root), modules(root)
+    order = {stem: n for n, stem in enumerate(nbs)}
+
+    def check(where, here, tree, exported):
+        for name, names in imported(tree):
+            if name in ('__version__', ''): continue
+            if name not in order: bad.append(f'{where}: imports llm_lab.{name}, which is no chapter')
+            elif order[name] > order[here] or (exported and name == here): bad.append(f'{where}: imports {name}, which is not earlier')
+            if exported and '*' in names: bad.append(f'{where}: imports * from {name}')
+
+    for stem, p in nbs.items():
+        if stem in mods: check(f'llm_lab/{stem}.py', stem, tree_of(mods[stem]), True)
+        for c in cells(p):
+            check(p.name, stem, plain(c), bool(EXPORT.search(c)))
+            if EXPORT.search(c) and any(isinstance(o, ast.ImportFrom) and o.names[0].name == '*' for o in ast.walk(plain(c))):
+                bad.append(f'{p.name}: an exported cell imports *')
+    return list(dict.fromkeys(bad))
+
+
+# ---- law 3: a public name has one home
+
+def homes(root):
+    bad, home = [], {}
+    for stem, p in modules(root).items():
+        body = tree_of(p).body
+        public = [ast.literal_eval(o.value) for o in body if isinstance(o, ast.Assign) and getattr(o.targets[0], 'id', '') == '__all__']
+        for n in sum(public, []):
+            if n in home: bad.append(f'{n}: defined in {home[n]} and in {stem}')
+            home.setdefault(n, stem)
+        seen = set()
+        for o in body:
+            if not isinstance(o, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) or o.decorator_list: continue
+            if o.name in seen: bad.append(f'{o.name}: defined twice in {stem}')
+            seen.add(o.name)
+    return bad
+
+
+# ---- the page itself
+
+def pages(root, most=300):
+    bad = []
+    for p in sorted((root/'nbs').glob('*.ipynb')):
+        nb = read(p)
+        ids = [c.get('id') for c in nb['cells']]
+        if None in ids or len(set(ids)) != len(ids): bad.append(f'{p.name}: cell ids are missing or not unique')
+        if 'widgets' in nb['metadata']: bad.append(f'{p.name}: holds saved widgets')
+    for p in chapters(root).values():
+        first = (cells(p, 'markdown') or [''])[0]
+        if not re.match(r'# \S.*\n+> \S', first): bad.append(f'{p.name}: the first prose cell should be `# Title`, then `> purpose`')
+        n = sum(bool(o.strip()) and not o.startswith('#|') for c in cells(p) if EXPORT.search(c) for o in c.splitlines())
+        if n > most: bad.append(f'{p.name}: {n} exported lines, {most} at most')
+    return bad
+
+
+@pytest.mark.parametrize('law', [one_to_one, imports, homes, pages])
+def test_the_book_keeps(law): assert law(ROOT) == []
+
+
+# ---- the checkers can fail
+
+def toy(root, stem='02_b', code='#| export\nfrom llm_lab.a import x\ny = x', module='from .a import x\n__all__ = ["y"]\ny = x\n', **first):
+    "A book of two chapters; the second as asked for"
+    def chapter(name, code, head='# A title\n> why', meta=None, ids=True):
+        sources = [head, f'#| default_exp {name[3:]}', code]
+        cs = [dict(cell_type='code' if n else 'markdown', source=s, id=f'c{n if ids else 0}') for n, s in enumerate(sources)]
+        (root/'nbs'/f'{name}.ipynb').write_text(json.dumps(dict(metadata=meta or {}, cells=cs)))
+    for o in ('nbs', 'llm_lab'): (root/o).mkdir()
+    (root/'llm_lab'/'__init__.py').write_text('__version__ = "1"\n')
+    chapter('01_a', '#| export\nx = 1')
+    (root/'llm_lab'/'a.py').write_text('__all__ = ["x"]\nx = 1\n')
+    chapter(stem, code, **first)
+    (root/'llm_lab'/'b.py').write_text(module)
+    return root
+
+
+def test_a_good_toy_book_passes(tmp_path):
+    root = toy(tmp_path)
+    assert [o for law in (one_to_one, imports, homes, pages) for o in law(root)] == []
+
+
+@pytest.mark.parametrize('code,words', [
+    ('#| export\nfrom llm_lab.c import z', 'no chapter'), ('#| export\nfrom llm_lab.b import z', 'not earlier'),
+    ('#| export\nfrom llm_lab.a import *', r'imports \*'), ('#| export\nfrom math import *', r'imports \*'),
+    ('#| export\ndef f():\n    import llm_lab.c', 'no chapter'), ('#| export\nfrom llm_lab import c', 'no chapter'),
+    ('#| export\ndef f(): return import_module("llm_lab.c")', 'no chapter'), ('%time 1\nfrom llm_lab.c import z', 'no chapter')])
+def test_a_wrong_import_in_a_notebook_is_seen(tmp_path, code, words): assert re.search(words, '\n'.join(imports(toy(tmp_path, code=code))))
+
+
+@pytest.mark.parametrize('module', ['from .b import z', 'def f():\n    from llm_lab.zz import y', 'from . import zz', 'from .a import *'])
+def test_a_wrong_import_in_a_module_is_seen(tmp_path, module): assert len(imports(toy(tmp_path, module=module))) == 1
+
+
+def test_an_earlier_chapter_cannot_import_a_later_one(tmp_path):
+    root = toy(tmp_path)
+    (root/'llm_lab'/'a.py').write_text('def f():\n    from .b import y\n    return y\n')
+    assert imports(root) == ['llm_lab/a.py: imports b, which is not earlier']
+
+
+def test_a_missing_an_orphaned_and_a_misnamed_module_are_seen(tmp_path):
+    root = toy(tmp_path, stem='01_z')
+    (root/'llm_lab'/'__init__.py').write_text('__version__ = "1"\nfrom .a import x\n')
+    (root/'nbs'/'notes.ipynb').write_text(json.dumps(dict(metadata={}, cells=[dict(cell_type='code', source='#| export\nq = 1', id='q')])))
+    said = '\n'.join(one_to_one(root))
+    for words in ('taken twice', 'z.py is missing', 'b.py: no chapter', 'more or less than __version__', 'is no chapter'):
+        assert words in said
+
+
+def test_a_name_with_two_homes_is_seen(tmp_path):
+    said = homes(toy(tmp_path, module='__all__ = ["x"]\ndef x(): pass\ndef x(): pass\n'))
+    assert said == ['x: defined in a and in b', 'x: defined twice in b']
+
+
+def test_a_poor_page_is_seen(tmp_path):
+    code = '#| export\n' + '\n'.join(f'v{i} = {i}' for i in range(301))
+    said = '\n'.join(pages(toy(tmp_path, code=code, head='# no purpose', meta={'widgets': {}}, ids=False)))
+    for words in ('> purpose', '301 exported', 'saved widgets', 'not unique'): assert words in said
+
+
+# ---- light imports
+
+BLOCK = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in {blocked!r}: raise ImportError('blocked: ' + name)
+sys.meta_path.insert(0, Block())
+"""
+
+
+def python(code): return subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_every_module_imports_without_the_extras():
+    extras = {'matplotlib', 'ipywidgets', 'anywidget', 'accelerate', 'transformers', 'pooch'}
+    out = python(BLOCK.format(blocked=extras) + ''.join(f'import llm_lab.{o}\n' for o in modules(ROOT)))
+    assert out.returncode == 0, out.stderr
+
+
+def test_the_block_blocks():
+    out = python(BLOCK.format(blocked={'json'}) + 'import json')
+    assert out.returncode == 1 and 'blocked: json' in out.stderr
+
+
+def test_help_imports_no_torch():
+    out = python("import sys; sys.argv = ['llm-lab', '--help']\nfrom llm_lab.cli import main\n"
+                 "try: main()\nexcept SystemExit as e: assert not e.code, e.code\n"
+                 "print('heavy:', sorted({'torch', 'tokenizers', 'matplotlib'} & set(sys.modules)))")
+    assert out.returncode == 0 and out.stdout.rstrip().endswith('heavy: []'), out.stdout[-500:] + out.stderr

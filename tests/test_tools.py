@@ -1,0 +1,178 @@
+"The tools of the frame, on small books of their own"
+import json, os, subprocess, sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT/'tools'))
+import book, clean, readme, run_notebooks, start  # noqa: E402, I001
+
+
+def notebook(path, *sources, **meta):
+    "Write a notebook; a source that begins with '# ' or '>' is prose"
+    def cell(n, s):
+        if s[:2] in ('# ', '> '): return dict(cell_type='markdown', source=s, metadata={}, id=f'c{n}')
+        return dict(cell_type='code', source=s, metadata={}, outputs=[], execution_count=None, id=f'c{n}')
+    kernel = dict(name='python3', display_name='python3', language='python')
+    js = dict(cells=[cell(n, s) for n, s in enumerate(sources)], metadata=dict(kernelspec=kernel, **meta), nbformat=4, nbformat_minor=5)
+    path.write_text(clean.clean(json.dumps(js)), encoding='utf-8')
+    return path
+
+
+def tool(name, *args, **env):
+    cmd = [sys.executable, str(ROOT/'tools'/name), *map(str, args)]
+    return subprocess.run(cmd, capture_output=True, text=True, env=dict(os.environ, **env), timeout=300)
+
+
+# ---- run_notebooks
+
+def test_each_notebook_runs_alone_and_is_counted(tmp_path):
+    here = 'import os; assert os.environ["IN_TEST"] == "1" and os.path.exists("good.ipynb")'
+    good = notebook(tmp_path/'good.ipynb', here, '#| slow\n1/0')
+    bad = notebook(tmp_path/'bad.ipynb', 'print("seen in the log")', 'assert 1 == 2')
+    out = tool('run_notebooks.py', good, bad)
+    assert out.returncode == 1 and out.stdout.endswith('1 passed, 1 failed\n'), out.stdout + out.stderr
+    assert 'AssertionError' in out.stdout
+    assert not run_notebooks.run(good, flags='slow')[0], 'the slow cell runs when it is asked for'
+
+
+def test_a_notebook_that_hangs_is_ended(tmp_path):
+    ok, seconds, log = run_notebooks.run(notebook(tmp_path/'hangs.ipynb', 'import time; time.sleep(300)'), timeout=6)
+    assert not ok and seconds < 60 and 'ran past 6 s' in log
+
+
+def test_nothing_to_run_is_no_success(tmp_path):
+    assert tool('run_notebooks.py', tmp_path/'none.ipynb').returncode == 1
+
+
+# ---- clean
+
+def test_clean_drops_saved_widgets_and_keeps_ids(tmp_path):
+    nb = json.loads(notebook(tmp_path/'a.ipynb', 'x', 'y').read_text())
+    nb['metadata']['widgets'] = {'state': 1}
+    view = {'output_type': 'display_data', 'metadata': {}, 'data': {clean.WIDGET: {}, 'text/plain': ['IntSlider()']}}
+    nb['cells'][0].update(outputs=[view], execution_count=7, metadata={'scrolled': True, 'tags': ['t']})
+    nb['cells'][1]['outputs'] = [{**view, 'data': {clean.WIDGET: {}, 'image/png': 'AAAA\n', 'text/plain': ['x']}}]
+    (tmp_path/'a.ipynb').write_text(json.dumps(nb))
+    assert tool('clean.py', '--check', tmp_path/'a.ipynb').returncode == 1
+    assert tool('clean.py', tmp_path/'a.ipynb').returncode == 0
+    assert tool('clean.py', '--check', tmp_path/'a.ipynb').returncode == 0
+    a, b = json.loads((tmp_path/'a.ipynb').read_text())['cells']
+    assert (a['id'], b['id'], a['outputs'], a['execution_count'], a['metadata']) == ('c0', 'c1', [], None, {'tags': ['t']})
+    assert b['outputs'][0]['data'] == {'image/png': 'AAAA', 'text/plain': ['x']}
+
+
+# ---- book
+
+def test_book_saves_what_cells_show(tmp_path):
+    p = notebook(tmp_path/'a.ipynb', '# A', 'import os; print(os.environ["LLM_LAB_STILL"], "x", end="")', '#| slow\n1/0', 'print("y")\n1+1')
+    out = tool('book.py', p)
+    assert out.returncode == 0 and '(changed)' in out.stdout, out.stdout + out.stderr
+    once, cells = p.read_text(), json.loads(p.read_text())['cells']
+    assert [c['id'] for c in cells] == ['c0', 'c1', 'c2', 'c3'] and cells[1]['outputs'][0]['text'] == ['1 x'] and cells[2]['outputs'] == []
+    assert cells[3]['outputs'][1]['data']['text/plain'] == ['2'] and clean.clean(once) == once
+    assert '(changed)' not in tool('book.py', p).stdout and p.read_text() == once
+
+
+def test_book_leaves_a_notebook_that_fails(tmp_path):
+    bad, told = notebook(tmp_path/'bad.ipynb', 'print(1)', '1/0'), notebook(tmp_path/'told.ipynb', 'import sys; print(sys.prefix)')
+    old = bad.read_text(), told.read_text()
+    out = tool('book.py', bad, told)
+    assert out.returncode == 1 and 'ZeroDivisionError' in out.stdout and 'an output names' in out.stdout
+    assert (bad.read_text(), told.read_text()) == old
+
+
+def test_book_skips_marked_cells():
+    flags = {'slow', 'gpu'}
+    assert all(book.skip(o, flags) for o in ('#| slow\nx', '#| eval: false\nx', 'import nbdev; nbdev.nbdev_export()'))
+    assert not book.skip('#| export\n#| hide\nslow = 1', flags)
+
+
+# ---- readme
+
+def test_readme_moves_links_and_shows_code():
+    code = dict(cell_type='code', source=['#| eval: false\n', 'f(1)'], outputs=[dict(output_type='stream', name='stdout', text=['one\n'])])
+    prose = '# T\n[a](00_lab.ipynb) [b](https://x.y/z) [c](#d) [e](../LICENSE) ![p](images/p.png "t")\n```sh\n[k](v)\n```'
+    hidden = dict(cell_type='code', source='#| hide\nx', outputs=[])
+    text = readme.readme(dict(cells=[dict(cell_type='markdown', source=prose), code, hidden]))
+    for words in ('[a](nbs/00_lab.ipynb)', '[b](https://x.y/z)', '[c](#d)', '[e](LICENSE)', '![p](nbs/images/p.png "t")', '\n[k](v)\n',
+                  '```python\nf(1)\n```\n\n```text\none\n```'): assert words in text
+    assert 'x\n' not in text
+
+
+# ---- start
+
+@pytest.fixture
+def empty(tmp_path, monkeypatch):
+    "start.py in a folder of its own, without .venv"
+    for o in ('settings.ini', 'setup.py', 'pyproject.toml', 'constraints.txt'): (tmp_path/o).write_text(o)
+    venv = tmp_path/'.venv'
+    for name, value in dict(ROOT=tmp_path, VENV=venv, BIN=venv/'bin', PYTHON=venv/'bin'/'python').items():
+        monkeypatch.setattr(start, name, value)
+    return tmp_path
+
+
+def test_an_old_python_is_named(monkeypatch):
+    monkeypatch.setattr(start.sys, 'version_info', (3, 9, 2))
+    with pytest.raises(SystemExit, match=r'Python 3\.9 is too old, the lab needs 3\.11'): start.main(['tour'])
+
+
+def test_a_missing_venv_module_is_named(empty, monkeypatch):
+    monkeypatch.setattr(start.importlib.util, 'find_spec', lambda o: None if o == 'ensurepip' else 1)
+    with pytest.raises(SystemExit, match='apt install python3-venv'): start.main(['dev'])
+    assert not (empty/'.venv').exists()
+
+
+class Pip:
+    "Stands in for subprocess.run: `venv` makes a folder, `pip` answers as told"
+    def __init__(self): self.codes, self.calls = {}, []
+
+    def __call__(self, cmd, **kw):
+        what = 'venv' if 'venv' in cmd else 'version' if '--version' in cmd else 'install'
+        self.calls.append(what)
+        if what == 'venv' and not self.codes.get(what):
+            start.BIN.mkdir(parents=True, exist_ok=True)
+            start.PYTHON.touch()
+        return subprocess.CompletedProcess(cmd, self.codes.get(what, 0))
+
+
+@pytest.fixture
+def pip(monkeypatch):
+    p = Pip()
+    monkeypatch.setattr(start.subprocess, 'run', p)
+    return p
+
+
+def test_set_up_happens_once(empty, pip):
+    start.install('tour')
+    assert pip.calls == ['venv', 'version', 'install'] and start.ready('tour') and not start.ready('dev')
+    start.install('tour')
+    assert len(pip.calls) == 3
+    start.install('dev')
+    assert pip.calls[3:] == ['version', 'install'] and start.ready('tour')
+    (empty/'constraints.txt').write_text('torch==0')
+    assert not start.ready('tour')
+    start.install('tour')
+    assert start.ready('dev'), 'what was dev stays dev'
+
+
+@pytest.mark.parametrize('what,words', [('venv', r'could not make \.venv'), ('version', 'no pip'), ('install', 'pip could not install')])
+def test_a_failed_set_up_leaves_no_stamp(empty, pip, what, words):
+    pip.codes[what] = 1
+    with pytest.raises(SystemExit, match=words): start.install('tour')
+    assert not start.ready('tour')
+    pip.codes.clear()
+    start.install('tour')
+    assert start.ready('tour')
+
+
+def test_a_moved_folder_gets_a_new_venv(empty, pip):
+    start.install('tour')
+    (empty/'.venv'/'llm-lab-root').write_text('/elsewhere')
+    (empty/'.venv'/'llm-lab-tour').write_text('of another place')
+    start.install('tour')
+    assert pip.calls.count('venv') == 2
+
+
+def test_a_wrong_word_shows_the_usage(capsys): assert start.main(['turn']) == 2 and 'start.py tour' in capsys.readouterr().err

@@ -1,0 +1,69 @@
+"""Run chapters from the first cell to the last in a fresh kernel, and save what they show.
+
+    python tools/book.py [nbs/06_gpt.ipynb …] [--timeout 600]
+
+Widgets show their still picture (LLM_LAB_STILL=1). Cells marked by a word of `tst_flags` keep what they showed. A notebook is
+written only when all its cells ran and nothing in it names a folder of this machine.
+"""
+import argparse, json, os, re, sys, tempfile, time
+from pathlib import Path
+
+from clean import ROOT, clean
+
+ANSI = re.compile(r'\x1b\[[0-9;]*m')
+
+
+def skip(source, flags):
+    "Is this code cell left alone?"
+    words = re.findall(r'^#\|\s*(.+?)\s*$', source, re.M)
+    return 'nbdev_export(' in source or any(w.split()[0].rstrip(':') in flags or w.replace(' ', '') == 'eval:false' for w in words)
+
+
+def local_names(outputs):
+    "Folders of this machine that the outputs name"
+    text = json.dumps([[o.get('text', ''), *(v for k, v in o.get('data', {}).items() if k.startswith('text/'))] for o in outputs])
+    places = {str(ROOT), sys.prefix, str(Path.home()), tempfile.gettempdir()} - {'/'}
+    return sorted(o for o in places if json.dumps(o)[1:-1] in text)
+
+
+def execute(path, flags, timeout):
+    "The notebook with fresh outputs, as text"
+    import nbformat
+    from nbclient import NotebookClient
+    raw = json.loads(path.read_text(encoding='utf-8'))
+    sources = {c['id']: ''.join(c['source']) for c in raw['cells'] if c['cell_type'] == 'code'}
+    cells = [c for c in raw['cells'] if sources.get(c['id'], '').strip() and not skip(sources[c['id']], flags)]
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(sources[c['id']]) for c in cells])
+    NotebookClient(nb, timeout=timeout, kernel_name='python3', coalesce_streams=True, extra_arguments=['--IPKernelApp.log_level=ERROR'],
+                   resources={'metadata': {'path': str(path.parent)}}).execute()
+    for old, new in zip(cells, nb.cells):
+        old['outputs'] = new.outputs
+        if names := local_names(new.outputs): raise ValueError(f'an output names {", ".join(names)}:\n{"".join(old["source"])}')
+    raw['metadata'].setdefault('kernelspec', {'name': 'python3', 'display_name': 'python3', 'language': 'python'})
+    lines = json.loads(nbformat.writes(nbformat.from_dict(raw)))  # long strings become lists of lines, as Jupyter saves them
+    return clean(json.dumps(lines))
+
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument('notebooks', nargs='*', type=Path, help='default: all of nbs/, but for names that begin with _')
+    ap.add_argument('--timeout', type=int, default=600, help='seconds for one cell')
+    a = ap.parse_args()
+    from nbdev.config import get_config
+    os.environ.update(LLM_LAB_STILL='1', PYTHONUTF8='1', PYTHONPATH=str(ROOT))
+    os.environ.setdefault('JUPYTER_PLATFORM_DIRS', '1')
+    flags, failed = set(get_config(path=ROOT).tst_flags.split()), 0
+    for p in a.notebooks or sorted(o for o in (ROOT/'nbs').glob('*.ipynb') if o.name[0] not in '._'):
+        start = time.time()
+        try: new = execute(p.resolve(), flags, a.timeout)
+        except Exception as e:
+            failed += 1
+            print(f'FAIL {time.time() - start:6.1f} s  {p.name}\n{ANSI.sub("", str(e)).strip()}', flush=True)
+            continue
+        changed = new != p.read_text(encoding='utf-8')
+        if changed: p.write_text(new, encoding='utf-8', newline='\n')
+        print(f'ok   {time.time() - start:6.1f} s  {p.name}{" (changed)" if changed else ""}', flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == '__main__': sys.exit(main())
