@@ -7,8 +7,8 @@ __all__ = ['attend', 'causal', 'visible', 'part', 'Attention', 'MLP', 'Learned',
            'register', 'to_data', 'config_from']
 
 # %% ../nbs/06_gpt.ipynb #0ca89eb3
-import difflib, importlib, math, re
-from dataclasses import asdict, dataclass, fields
+import difflib, importlib, re
+from dataclasses import dataclass, fields
 from functools import partial
 from inspect import Parameter, signature
 import torch

@@ -9,7 +9,7 @@ __all__ = ['FORMAT', 'Opened', 'card', 'save_package', 'open_model']
 import hashlib, json
 from collections import namedtuple
 from pathlib import Path
-import safetensors, torch
+import torch
 from safetensors.torch import load as tensors_from, save as tensor_bytes
 from .lab import LabError, written
 from .chars import load_tokenizer
@@ -29,7 +29,8 @@ def save_package(
     folder,         # made, or replaced as a whole
     model:MiniGPT,
     tokenizer,
-    about:dict=None # where it comes from: corpus, licence, loss, …
+    about:dict=None,# where it comes from: corpus, licence, loss, …
+    name:str=None   # on the card; the folder's name if none
 )->Path: # `folder`
     "Write a package: all of it, or nothing"
     folder = Path(folder)
@@ -39,7 +40,7 @@ def save_package(
         (new/'llm_lab.json').write_text(json.dumps(to_data(model.cfg), indent=1), encoding='utf-8')
         state = {k: v.contiguous() for k, v in model.state_dict().items() if not (model.cfg.tie and k == 'head.weight')}
         (new/'model.safetensors').write_bytes(tensor_bytes(state))
-        (new/'README.md').write_text(card(folder.name, model, about or {}), encoding='utf-8')
+        (new/'README.md').write_text(card(name or folder.name, model, about or {}), encoding='utf-8')
         files = {f: dict(size=(new/f).stat().st_size, sha256=hashlib.sha256((new/f).read_bytes()).hexdigest()) for f in _FILES}
         manifest = dict(format=FORMAT, files=files, about=about or {}, torch=torch.__version__)
         (new/'package.json').write_text(json.dumps(manifest, indent=1), encoding='utf-8')

@@ -1,0 +1,140 @@
+"What no notebook can see: whole processes that are killed, interrupted, cut off from the network, or out of disk."
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from llm_lab.chars import CharTokenizer
+from llm_lab.gpt import Config, MiniGPT
+from llm_lab.package import open_model, save_package
+
+SMALL = ['block_len=32', 'd_model=32', 'n_layers=1', 'n_heads=2']
+RUN = [sys.executable, '-m', 'llm_lab.cli']
+
+
+def env(home, **more): return {**{k: v for k, v in os.environ.items() if k != 'LLM_LAB_DATA'}, 'LLM_LAB_HOME': str(home), **more}
+
+
+def llm_lab(home, *argv, **kw):
+    return subprocess.run([*RUN, *argv], env=env(home, **kw.pop('env', {})), cwd=home, capture_output=True, text=True, timeout=240, **kw)
+
+
+@pytest.fixture
+def poem(tmp_path):
+    path = tmp_path/'poem.txt'
+    path.write_text('the cat sat on the mat. the dog sat on the log.\n'*200, encoding='utf-8')
+    return path
+
+
+def test_a_tour_leaves_a_package_and_nothing_else(tmp_path, poem):
+    r = llm_lab(tmp_path, 'tour', '--corpus', str(poem), '--minutes', '0.1', *SMALL)
+    assert r.returncode == 0, r.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['artifacts', 'poem.txt']
+    assert [p.name for p in (tmp_path/'artifacts').iterdir()] == ['tour']
+    result = json.loads((tmp_path/'artifacts'/'tour'/'result.json').read_text())
+    assert result['val_loss'] < 2.5 and result['steps'] >= 20
+    assert (tmp_path/'artifacts'/'tour'/'loss.png').read_bytes()[1:4] == b'PNG'
+    s = llm_lab(tmp_path, 'sample', 'artifacts/tour', '--prompt', 'the cat', '--tokens', '20')
+    assert s.returncode == 0 and s.stdout.startswith('the cat') and len(s.stdout) == 28
+
+
+def test_the_default_tour_needs_no_network(tmp_path):
+    "Every attempt to open a connection ends the process"
+    code = ("import os, socket\n"
+            "def no(*a, **k): print('asked for the network', a, flush=True); os._exit(77)\n"
+            "socket.socket.connect = socket.create_connection = socket.getaddrinfo = no\n"
+            "from llm_lab.cli import main; raise SystemExit(main(['tour', '--minutes', '0.05', *%r]))" % SMALL)
+    r = subprocess.run([sys.executable, '-c', code], env=env(tmp_path), cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert r.returncode == 0, r.stdout + r.stderr
+    assert 'corpus  tiny_tales' in r.stdout and 'above perfect' in r.stdout
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='Windows has no SIGINT for one process')
+def test_ctrl_c_stops_and_keeps_what_was_learned(tmp_path, poem):
+    p = subprocess.Popen([*RUN, 'tour', '--corpus', str(poem), '--minutes', '9', *SMALL], env=env(tmp_path), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not (line := p.stdout.readline()).startswith('plan'): assert line, 'the tour ended before it had a plan'
+    planned = int(line.split(' ms: ')[1].split()[0].replace(',', ''))
+    time.sleep(3)
+    p.send_signal(signal.SIGINT)
+    said = p.communicate(timeout=120)[0]
+    assert p.returncode == 0 and 'stopped, what was learned is kept' in said, said
+    assert 0 < json.loads((tmp_path/'artifacts'/'tour'/'result.json').read_text())['steps'] < planned
+    open_model(tmp_path/'artifacts'/'tour')
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='needs a limit on file sizes')
+def test_a_write_that_fails_is_one_line_and_leaves_nothing(tmp_path, poem):
+    "No file may grow past 20 kB, so the weights cannot be written"
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    r = llm_lab(tmp_path, 'tour', '--corpus', str(poem), '--minutes', '0.05', *SMALL, preexec_fn=limit)
+    assert r.returncode == 1 and r.stderr.count('\n') == 1, r.stderr
+    assert 'File too large' in r.stderr and 'free some space' in r.stderr
+    assert list((tmp_path/'artifacts').iterdir()) == []
+
+
+@pytest.fixture
+def tiny_disk(tmp_path):
+    "A disk of 300 kB"
+    disk = tmp_path/'disk'
+    disk.mkdir()
+    if shutil.which('mount') is None or subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=300k', 'tmpfs', str(disk)], capture_output=True).returncode:
+        pytest.skip('mounting a small disk needs Linux and its administrator')
+    yield disk
+    subprocess.run(['umount', str(disk)], check=True)
+
+
+def test_a_full_disk_keeps_the_old_package(tiny_disk):
+    tok = CharTokenizer('abc')
+    model = lambda width: MiniGPT(Config(vocab_size=3, d_model=width, n_layers=1, n_heads=1, max_len=8))
+    save_package(tiny_disk/'model', model(16), tok)
+    with pytest.raises(OSError, match='No space left'): save_package(tiny_disk/'model', model(128), tok)
+    assert open_model(tiny_disk/'model').model.cfg.d_model == 16
+    assert [p.name for p in tiny_disk.iterdir()] == ['model']
+
+
+def test_a_tour_looks_for_room_before_it_trains(tiny_disk, poem):
+    start = time.monotonic()
+    r = llm_lab(tiny_disk, 'tour', '--corpus', str(poem), '--minutes', '5')
+    assert r.returncode == 1 and r.stderr.count('\n') == 1 and 'set LLM_LAB_HOME to another disk' in r.stderr, r.stderr
+    assert time.monotonic() - start < 60
+
+
+def test_sigkill_while_saving_leaves_a_whole_package_or_its_predecessor(tmp_path):
+    "Killed at ten moments of a save: what stands under the name opens, every hash right"
+    code = ("import sys, torch; from llm_lab.package import save_package; from llm_lab.gpt import Config, MiniGPT; from llm_lab.chars import CharTokenizer\n"
+            "m, t = MiniGPT(Config(vocab_size=3, d_model=256, n_layers=4)), CharTokenizer('abc'); print('ready', flush=True)\n"
+            "for n in range(10_000): save_package(f'model-{n}', m, t)")
+    for n in range(10):
+        place = tmp_path/str(n)
+        place.mkdir()
+        p = subprocess.Popen([sys.executable, '-c', code], cwd=place, env=env(place), stdout=subprocess.PIPE, text=True)
+        assert p.stdout.readline() == 'ready\n'
+        time.sleep(.05 + .037*n)
+        p.kill()
+        p.wait()
+        made = [d for d in place.iterdir() if not d.name.startswith('.')]
+        for d in made: open_model(d)
+        assert n < 5 or made, 'the test was too fast to see a save'
+
+
+def test_a_wrong_hash_is_one_line(tmp_path):
+    (tmp_path/'local').mkdir()
+    (tmp_path/'local'/'tiny_shakespeare.txt').write_text('First Citizen:\nNot the real one.\n')
+    r = llm_lab(tmp_path, 'tour', '--corpus', 'tiny_shakespeare', env=dict(LLM_LAB_DATA=str(tmp_path/'local')))
+    assert r.returncode == 1 and r.stderr.count('\n') == 1 and 'has SHA-256' in r.stderr and 'delete it' in r.stderr, r.stderr
+
+
+def test_a_closed_pipe_is_no_traceback(tmp_path):
+    save_package(tmp_path/'m', MiniGPT(Config(vocab_size=3, d_model=16, n_layers=1, n_heads=1, max_len=8)), CharTokenizer('ab\n'))
+    p = subprocess.Popen([*RUN, 'sample', 'm', '--tokens', '5000'], cwd=tmp_path, env=env(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    p.stdout.read(1)
+    p.stdout.close()
+    assert 'Traceback' not in p.stderr.read()
+    p.wait(60)
