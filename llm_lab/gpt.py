@@ -198,7 +198,7 @@ class MiniGPT(nn.Module):
         super().__init__()
         self.cfg = cfg
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)                            # for parts that bring first weights of their own
+            torch.default_generator.manual_seed(seed)          # for parts that bring first weights of their own
             self.tok, self.pos = nn.Embedding(cfg.vocab_size, cfg.d_model), cfg.pos and cfg.pos(cfg)
             self.blocks, self.drop = nn.ModuleList(Block(cfg, l) for l in range(cfg.n_layers)), nn.Dropout(cfg.dropout)
             self.norm, self.head = cfg.norm(cfg.d_model), nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)

@@ -37,17 +37,17 @@ def mean_loss(
     live=None          # shows how far we are
 )->float: # nats per token
     "−ln P per token over a whole text: blocks of `block_len` side by side, every token but the first asked once"
-    T, training, total = block_len or model.cfg.max_len, model.training, 0.
+    T, training, sums = block_len or model.cfg.max_len, model.training, []
     if len(ids) < 2: raise LabError(f'a text of {len(ids)} tokens has no next token: give at least 2')
     model.eval(); device = next(model.parameters()).device
     whole, rest = divmod(len(ids) - 1, T)
     starts = list((torch.arange(whole)*T).split(batch_size)) if whole else []
     for n, start in enumerate(starts):
         if live: live(f'validating: {n} of {len(starts)} batches')
-        total += next_token_loss(model, ids[start[:, None] + torch.arange(T + 1)].to(device)).double()*len(start)*T
-    if rest: total += next_token_loss(model, ids[None, whole*T:].to(device)).double()*rest
+        sums.append(next_token_loss(model, ids[start[:, None] + torch.arange(T + 1)].to(device))*len(start)*T)
+    if rest: sums.append(next_token_loss(model, ids[None, whole*T:].to(device))*rest)
     model.train(training)
-    return float(total)/(len(ids) - 1)
+    return torch.stack(sums).cpu().double().sum().item()/(len(ids) - 1)   # read from the device once
 
 # %% ../nbs/08_train.ipynb #dc05f6b1
 def random_crops(

@@ -1,13 +1,11 @@
 "What no notebook can see: whole processes that are killed, interrupted, cut off from the network, or out of disk."
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -58,7 +56,8 @@ def test_the_default_tour_needs_no_network(tmp_path):
 
 @pytest.mark.skipif(os.name == 'nt', reason='Windows has no SIGINT for one process')
 def test_ctrl_c_stops_and_keeps_what_was_learned(tmp_path, poem):
-    p = subprocess.Popen([*RUN, 'tour', '--corpus', str(poem), '--minutes', '9', *SMALL], env=env(tmp_path), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    p = subprocess.Popen([*RUN, 'tour', '--corpus', str(poem), '--minutes', '9', *SMALL], env=env(tmp_path), cwd=tmp_path,
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while not (line := p.stdout.readline()).startswith('plan'): assert line, 'the tour ended before it had a plan'
     planned = int(line.split(' ms: ')[1].split()[0].replace(',', ''))
     time.sleep(3)
@@ -72,6 +71,7 @@ def test_ctrl_c_stops_and_keeps_what_was_learned(tmp_path, poem):
 @pytest.mark.skipif(os.name == 'nt', reason='needs a limit on file sizes')
 def test_a_write_that_fails_is_one_line_and_leaves_nothing(tmp_path, poem):
     "No file may grow past 20 kB, so the weights cannot be written"
+    import resource
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
     r = llm_lab(tmp_path, 'tour', '--corpus', str(poem), '--minutes', '0.05', *SMALL, preexec_fn=limit)
     assert r.returncode == 1 and r.stderr.count('\n') == 1, r.stderr
@@ -84,7 +84,8 @@ def tiny_disk(tmp_path):
     "A disk of 300 kB"
     disk = tmp_path/'disk'
     disk.mkdir()
-    if shutil.which('mount') is None or subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=300k', 'tmpfs', str(disk)], capture_output=True).returncode:
+    mount = ['mount', '-t', 'tmpfs', '-o', 'size=300k', 'tmpfs', str(disk)]
+    if shutil.which('mount') is None or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip('mounting a small disk needs Linux and its administrator')
     yield disk
     subprocess.run(['umount', str(disk)], check=True)
@@ -108,7 +109,7 @@ def test_a_tour_looks_for_room_before_it_trains(tiny_disk, poem):
 
 def test_sigkill_while_saving_leaves_a_whole_package_or_its_predecessor(tmp_path):
     "Killed at ten moments of a save: what stands under the name opens, every hash right"
-    code = ("import sys, torch; from llm_lab.package import save_package; from llm_lab.gpt import Config, MiniGPT; from llm_lab.chars import CharTokenizer\n"
+    code = ("from llm_lab.package import save_package\nfrom llm_lab.gpt import Config, MiniGPT\nfrom llm_lab.chars import CharTokenizer\n"
             "m, t = MiniGPT(Config(vocab_size=3, d_model=256, n_layers=4)), CharTokenizer('abc'); print('ready', flush=True)\n"
             "for n in range(10_000): save_package(f'model-{n}', m, t)")
     for n in range(10):
@@ -133,8 +134,37 @@ def test_a_wrong_hash_is_one_line(tmp_path):
 
 def test_a_closed_pipe_is_no_traceback(tmp_path):
     save_package(tmp_path/'m', MiniGPT(Config(vocab_size=3, d_model=16, n_layers=1, n_heads=1, max_len=8)), CharTokenizer('ab\n'))
-    p = subprocess.Popen([*RUN, 'sample', 'm', '--tokens', '5000'], cwd=tmp_path, env=env(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    p = subprocess.Popen([*RUN, 'sample', 'm', '--tokens', '5000'], cwd=tmp_path, env=env(tmp_path),
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     p.stdout.read(1)
     p.stdout.close()
     assert 'Traceback' not in p.stderr.read()
     p.wait(60)
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='the kernel is interrupted by a signal')
+def test_the_notebooks_interrupt_button_stops_training(tmp_path):
+    "A live kernel, a long training, an interrupt: the cell ends without an error and the model is there"
+    manager = pytest.importorskip('jupyter_client', reason='pip install jupyter_client').manager
+    pytest.importorskip('ipykernel', reason='pip install ipykernel')
+    kernel, client = manager.start_new_kernel(kernel_name='python3', env=env(tmp_path), cwd=str(tmp_path))
+    said = []
+    try:
+        client.execute('import torch\nfrom llm_lab.gpt import Config, MiniGPT\nfrom llm_lab.train import fit, random_crops\n'
+                       'print("ready")\nrun = fit(MiniGPT(Config(vocab_size=9, d_model=32, n_layers=1)), '
+                       'random_crops(torch.randint(9, (5000,)), 4, 32), 1_000_000)\nprint("steps", run.step, run.stopped)')
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            message = client.get_iopub_msg(timeout=120)
+            kind, content = message['msg_type'], message['content']
+            if kind == 'stream': said.append(content['text'])
+            if kind == 'error': pytest.fail(content['evalue'])
+            if kind == 'stream' and 'ready' in content['text']:
+                time.sleep(4)
+                kernel.interrupt_kernel()
+            if kind == 'status' and content['execution_state'] == 'idle' and 'steps' in ''.join(said): break
+    finally:
+        client.stop_channels()
+        kernel.shutdown_kernel(now=True)
+    steps, stopped = ''.join(said).split('steps ')[1].split()
+    assert 0 < int(steps) < 1_000_000 and stopped == 'True'
