@@ -21,7 +21,7 @@ class Corpus:
     separator:str = '\n\n'    # stands between two documents
     licence:str = 'unknown'
     source:str = ''
-    sha256:str = ''           # of the bytes it was made from
+    sha256:str = ''           # of its bytes, where it was fetched; else of its text
     floor:float|None = None   # true entropy in bits per character, where it is known
 
     def text(self, split:str)->str:
@@ -118,9 +118,11 @@ def load_corpus(
 )->Corpus:
     "The corpus of that name or path, never another one; raises `LabError` when there is none"
     name = str(name_or_path)
-    if name in CORPORA:
+    if isinstance(name_or_path, str) and name in CORPORA:      # a Path is always a path
         module, _, function = CORPORA[name].partition(':')
         return getattr(importlib.import_module(module), function)()
-    if Path(name).exists(): return from_path(name)
+    try: there = name not in ('', '.') and Path(name).exists()
+    except OSError: there = False                              # a name no file can have
+    if there: return from_path(name)
     close = difflib.get_close_matches(name, CORPORA, 1, .5)
     raise LabError(f'no corpus and no file is called {name!r}: ' + (f'did you mean {close[0]!r}?' if close else f'choose from {", ".join(CORPORA)}, or give a path'))

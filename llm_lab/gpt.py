@@ -63,13 +63,15 @@ class part(partial):
         known = signature(f).parameters
         for k in () if any(p.kind is Parameter.VAR_KEYWORD for p in known.values()) else kw.keys() - known.keys():
             raise LabError(f'{f.__name__} takes no {k!r}{_nearest(k, known)}')
-        return super().__new__(cls, f, **{k: tuple(v) if isinstance(v, list) else v for k, v in kw.items()})
+        return super().__new__(cls, f, **{k: _frozen(v) for k, v in kw.items()})
 
     def __eq__(self, other): return isinstance(other, part) and (self.func, self.keywords) == (other.func, other.keywords)
     def __hash__(self): return hash((self.func, tuple(sorted(self.keywords))))
     def __repr__(self):
         name = ('nn.' if self.func.__module__.startswith('torch.nn') else '') + self.func.__name__
         return f"part({', '.join([name, *(f'{k}={v!r}' for k, v in self.keywords.items())])})"
+
+def _frozen(v): return tuple(map(_frozen, v)) if isinstance(v, (list, tuple)) else v
 
 def _nearest(word, words):
     "A remedy for a mistyped name"
@@ -91,15 +93,20 @@ class Attention(nn.Module):
         self.steps = nn.ModuleList(step(cfg, layer) for step in steps)
         self.reads = [w for w in _wants(pattern) if w not in ('h', 'layer')]
 
+    def seen(self, i, j, **ctx): # who reads whom, with the words the pattern asks for
+        for w in self.reads:
+            if w not in ctx: raise LabError(f'{self.pattern} needs the word {w!r}: call model(ids, {w}=…)')
+        return visible(self.pattern, i, j, self.n_heads, self.layer, **{w: ctx[w] for w in self.reads})
+
     def project(self, x): # (B, T, C) → three of (B, H, T, D)
         return (t.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1))
 
-    def forward(self, x, i, **ctx): # (B, T, C), positions (T,) or (B, T) → (B, T, C)
+    def forward(self, x, i, rising=False, **ctx): # (B, T, C), positions (T,) or (B, T) → (B, T, C)
         q, k, v = self.project(x)
         j = i
         for step in self.steps: q, k, v, i, j = step(q, k, v, i, j, **ctx)
-        plain = self.plain and j is i and i.dim() == 1            # one shared, rising line of positions
-        seen = None if plain else visible(self.pattern, i, j, self.n_heads, self.layer, **{w: ctx[w] for w in self.reads})
+        plain = self.plain and rising and j is i               # positions 0, 1, 2, …: no mask is needed
+        seen = None if plain else self.seen(i, j, **ctx)
         return self.out(attend(q, k, v, seen, self.dropout if self.training else 0.).transpose(1, 2).flatten(2))
 
 # %% ../nbs/06_gpt.ipynb #b20a4289
@@ -131,7 +138,8 @@ class Learned(nn.Module):
     def forward(self, x, i): # (B, T, C), positions (T,) or (B, T) → (B, T, C)
         if i.shape[-1] > (most := self.table.num_embeddings):
             raise LabError(f'the text has {i.shape[-1]} tokens, max_len is {most}: cut the text, or make the model with a larger max_len')
-        return x + self.table(i)
+        try: return x + self.table(i.clamp_min(0))             # an empty place, −1, is read by nobody
+        except IndexError: raise LabError(f'a position is beyond max_len={most}: make the model with a larger max_len') from None
 
 # %% ../nbs/06_gpt.ipynb #88a60d7c
 class Block(nn.Module):
@@ -179,17 +187,19 @@ class Config:
         for name in ('vocab_size', 'max_len', 'd_model', 'n_layers', 'n_heads'):
             if not isinstance(n := getattr(self, name), int) or n < 1: raise LabError(f'{name}={n!r}: give a whole number of at least 1')
         if not 0 <= self.dropout < 1: raise LabError(f'dropout={self.dropout!r}: give a share from 0 up to, not including, 1')
-        for f in fields(self): _check_parts(getattr(self, f.name), self)
+        if not isinstance(self.tie, bool): raise LabError(f'tie={self.tie!r}: give True or False')
+        for f in fields(self): _check_parts(getattr(self, f.name), self, f.name)
 
     @property
     def head_dim(self): return self.d_model//self.n_heads
 
-def _check_parts(value, cfg):
-    "Run the `check` of every recipe in `value`, also of recipes inside recipes"
-    if isinstance(value, tuple): [_check_parts(v, cfg) for v in value]
+def _check_parts(value, cfg, name):
+    "Run the `check` of every recipe in `value`, also of recipes inside recipes; a bare function is none"
     if isinstance(value, part):
         if hasattr(value.func, 'check'): value.func.check(cfg, **value.keywords)
-        for v in value.keywords.values(): _check_parts(v, cfg)
+        for k, v in value.keywords.items(): _check_parts(v, cfg, k)
+    elif isinstance(value, tuple): [_check_parts(v, cfg, name) for v in value]
+    elif callable(value): raise LabError(f'{name}={value.__name__} is no recipe: write {name}=part({value.__name__})')
 
 # %% ../nbs/06_gpt.ipynb #5434f462
 class MiniGPT(nn.Module):
@@ -206,10 +216,10 @@ class MiniGPT(nn.Module):
         cfg.init(self, generator=rng(seed, 'init'))
         self.words = {w for m in self.modules() for w in getattr(m, 'reads', ())}
 
-    def features(self, ids, i=None, **ctx): # ids (B, T); positions: rising (T,), or (B, T); 0, 1, 2, … if none
+    def features(self, ids, i=None, **ctx): # ids (B, T); positions (T,) or (B, T), 0, 1, 2, … if none
         if unread := ctx.keys() - self.words:
             raise LabError(f'no part of this model reads {sorted(unread)[0]!r}; it reads {sorted(self.words) or "nothing"}')
-        if i is None: i = torch.arange(ids.shape[1], device=ids.device)
+        if i is None: i, ctx['rising'] = torch.arange(ids.shape[1], device=ids.device), True
         x = self.tok(ids)
         x = self.drop(self.pos(x, i) if self.pos else x)
         for block in self.blocks: x = block(x, i, **ctx)
@@ -223,10 +233,12 @@ def n_params(self:MiniGPT)->int:
     "How many numbers training may change; a shared table counts once"
     return sum(p.numel() for p in self.parameters())
 
+# %% ../nbs/06_gpt.ipynb #2a7c0b75
 @patch
 def cache(self:MiniGPT, batch:int, length:int):
     "What each layer's steps want to remember while decoding, `{layer: …}`; None if nothing is kept"
-    kept = {m.layer: m.cache(batch, length) for m in self.modules() if m is not self and hasattr(m, 'cache')}
+    steps = [m for m in self.modules() if m is not self and callable(getattr(m, 'cache', None))]
+    kept = {m.layer: c for m in steps if (c := m.cache(batch, length)) is not None}
     return kept or None
 
 # %% ../nbs/06_gpt.ipynb #715d917d
@@ -241,7 +253,7 @@ def _address(f):
     for name, g in _registered.items():
         if g is f: return name
     if getattr(nn, f.__name__, None) is f: return f'torch.nn:{f.__name__}'
-    if f.__module__.startswith('llm_lab.'): return f'{f.__module__}:{f.__name__}'
+    if f.__module__.startswith('llm_lab.') and _find(name := f'{f.__module__}:{f.__name__}') is f: return name
     raise LabError(f'{f.__name__} of {f.__module__} has no address to save: call register({f.__name__}) first, also before loading')
 
 def _find(address):
@@ -259,7 +271,9 @@ def to_data(x):
     "Configurations and recipes as plain data: dicts, lists, numbers, strings"
     if isinstance(x, Config): return {f.name: to_data(getattr(x, f.name)) for f in fields(x)}
     if isinstance(x, part): return {'part': _address(x.func), **{k: to_data(v) for k, v in x.keywords.items()}}
-    return [to_data(v) for v in x] if isinstance(x, (tuple, list)) else x
+    if isinstance(x, (tuple, list)): return [to_data(v) for v in x]
+    if x is None or isinstance(x, (bool, int, float, str)): return x
+    raise LabError(f'{x!r} cannot be saved in a configuration: use numbers, strings, lists and recipes')
 
 def _from(x):
     if isinstance(x, dict): return part(_find(x.get('part')), **{k: _from(v) for k, v in x.items() if k != 'part'})

@@ -11,13 +11,15 @@ from collections import namedtuple
 from pathlib import Path
 import torch
 from safetensors.torch import load as tensors_from, save as tensor_bytes
-from .lab import LabError, written
-from .chars import load_tokenizer
+from .lab import LabError, restored, written
+from .chars import tokenizer_from
 from .gpt import MiniGPT, config_from, to_data
 
 # %% ../nbs/07_package.ipynb #e5a18245
 FORMAT = 1
-_FILES = ('llm_lab.json', 'tokenizer.json', 'model.safetensors', 'README.md')
+_FILES = ('llm_lab.json', 'tokenizer.json', 'model.safetensors')
+
+def _sha(data): return hashlib.sha256(data if isinstance(data, bytes) else json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 def card(name:str, model:MiniGPT, about:dict)->str:
     "The model card: what this is, what it was trained on, how to use it"
@@ -41,9 +43,8 @@ def save_package(
         state = {k: v.contiguous() for k, v in model.state_dict().items() if not (model.cfg.tie and k == 'head.weight')}
         (new/'model.safetensors').write_bytes(tensor_bytes(state))
         (new/'README.md').write_text(card(name or folder.name, model, about or {}), encoding='utf-8')
-        files = {f: dict(size=(new/f).stat().st_size, sha256=hashlib.sha256((new/f).read_bytes()).hexdigest()) for f in _FILES}
-        manifest = dict(format=FORMAT, files=files, about=about or {}, torch=torch.__version__)
-        (new/'package.json').write_text(json.dumps(manifest, indent=1), encoding='utf-8')
+        manifest = dict(format=FORMAT, files={f: _sha((new/f).read_bytes()) for f in _FILES}, about=about or {}, torch=torch.__version__)
+        (new/'package.json').write_text(json.dumps({**manifest, 'sha256': _sha(manifest)}, indent=1), encoding='utf-8')
     return folder
 
 # %% ../nbs/07_package.ipynb #f420d902
@@ -53,28 +54,30 @@ def _verified(folder):
     "The package's files as bytes, each with the size and hash that package.json gives"
     try: manifest = json.loads((folder/'package.json').read_text(encoding='utf-8'))
     except OSError: raise LabError(f'{folder} is not a package: it has no package.json; give the folder of a saved model') from None
-    except ValueError: raise LabError(f'{folder/"package.json"} is damaged: copy or make the package again') from None
-    if manifest.get('format') != FORMAT:
+    except ValueError: manifest = None
+    if not isinstance(manifest, dict): raise LabError(f'{folder/"package.json"} is damaged: copy or make the package again')
+    if manifest.get('format', FORMAT) != FORMAT:
         raise LabError(f'{folder} has package format {manifest.get("format")!r}, this library reads {FORMAT}: install a newer llm_lab')
+    if manifest.pop('sha256', None) != _sha(manifest): raise LabError(f'{folder/"package.json"} was changed (wrong hash): copy or make the package again')
     data = {}
     for f in _FILES:
         try: data[f] = (folder/f).read_bytes()
         except OSError: raise LabError(f'{folder} lacks {f}: copy or make the package again') from None
-        if hashlib.sha256(data[f]).hexdigest() != manifest.get('files', {}).get(f, {}).get('sha256'):
+        if _sha(data[f]) != manifest['files'].get(f):
             raise LabError(f'{folder/f} is not the file that was saved (wrong hash): copy or make the package again')
-    return data, manifest.get('about', {})
+    return data, manifest['about']
 
 def open_model(
     path,        # a package folder
     device='cpu'
 )->Opened: # (model, tokenizer, about); the model is in eval mode
     "Open a saved model. Raises `LabError` when a file is missing or a single bit differs, before anything is parsed"
-    folder = Path(path)
+    folder = restored(path)
     if not folder.is_dir(): raise LabError(f'no model at {folder}: give the folder of a saved model, as artifacts/tour')
     data, about = _verified(folder)
     model = MiniGPT(config_from(json.loads(data['llm_lab.json'])))
     state = tensors_from(data['model.safetensors'])
     if model.cfg.tie: state['head.weight'] = state['tok.weight']
-    try: model.load_state_dict(state)
+    try: model.to(state['tok.weight'].dtype).load_state_dict(state)
     except RuntimeError as e: raise LabError(f'{folder}: the weights do not fit the configuration: {str(e).splitlines()[1].strip()}') from None
-    return Opened(model.to(device).eval(), load_tokenizer(folder), about)
+    return Opened(model.to(device).eval(), tokenizer_from(json.loads(data['tokenizer.json']), folder), about)

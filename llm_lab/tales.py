@@ -7,7 +7,7 @@ __all__ = ['POOLS', 'ATTRIBUTES', 'PLOT', 'END', 'Teller', 'write', 'read', 'mak
            'tiny_tales']
 
 # %% ../nbs/02_tales.ipynb #07ba50f8
-import math, re
+import hashlib, math, re
 from functools import cache
 from random import Random
 import numpy as np
@@ -199,5 +199,6 @@ def tiny_tales(
 )->Corpus:
     "The corpus of Tiny Tales: made in a second, the same on every machine, with a known floor"
     count = dict(train=n, val=n//40, test=n//40)
-    splits = {s: ''.join(write(f'{s}/{k}') + END for k in range(m)) for s, m in count.items()}
-    return Corpus('tiny_tales', splits, END, 'Apache-2.0 (made by this library)', 'llm_lab.tales', floor=floor())
+    splits = {s: END.join(write(f'{s}/{k}') for k in range(m)) for s, m in count.items()}
+    digest = hashlib.sha256(END.join(splits.values()).encode()).hexdigest()
+    return Corpus('tiny_tales', splits, END, 'Apache-2.0 (made by this library)', 'llm_lab.tales', digest, floor())

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from . import __version__
 from .lab import LabError, Live, home, pyplot, rng
 from .corpora import load_corpus
 from .chars import CharTokenizer
@@ -58,7 +59,7 @@ def random_crops(
     device='cpu'
 ): # a function of the step: rows (batch_size, block_len + 1)
     "Batches as a pure function of (seed, step): windows of the text that start at random places"
-    if len(ids) <= block_len + 1: raise LabError(f'the text has {len(ids)} tokens, a training window needs {block_len + 2}: give a longer text or a smaller block_len')
+    if len(ids) <= block_len: raise LabError(f'the text has {len(ids)} tokens, a window needs {block_len + 1}: give a longer text or a smaller block_len')
     windows = ids.unfold(0, block_len + 1, 1)
     def batch(step):
         starts = torch.randint(len(windows), (batch_size,), generator=rng(seed, f'batch/{step}'))
@@ -98,13 +99,13 @@ class Run:
     tokens: int = 0          # seen
     seconds: float = 0.      # spent
     losses: list = field(default_factory=list)  # nats, one a step
-    notes: list = field(default_factory=list)   # what the callbacks returned, with the step
+    notes: list = field(default_factory=list)   # the dicts that callbacks returned, with the step
     stopped: bool = False    # by the user
 
     def line(self, loss):
         "The state of things in one line"
         rate, left = self.tokens/max(self.seconds, 1e-9), self.seconds/max(self.step, 1)*(self.steps - self.step)
-        known = {k: v for n in self.notes for k, v in n.items() if k != 'step'}
+        known = {k: v for n in self.notes for k, v in n.items() if k != 'step' and isinstance(v, float)}
         extra = ''.join(f' | {k} {v:.3f}' for k, v in known.items())
         return f'step {self.step:,} of {self.steps:,} | loss {loss:.3f}{extra} | {rate:,.0f} tokens/s | {int(left//60)}:{int(left % 60):02d} left'
 
@@ -112,24 +113,30 @@ class Run:
 @contextmanager
 def _stoppable(run):
     "Within, the first Ctrl-C sets `run.stopped` instead of breaking a step in the middle; the second breaks"
-    if threading.current_thread() is not threading.main_thread(): yield; return
     old = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or old in (None, signal.SIG_IGN): yield; return
     def stop(*args): run.stopped = True; signal.signal(signal.SIGINT, old)
     signal.signal(signal.SIGINT, stop)
     try: yield
     finally: signal.signal(signal.SIGINT, old)
 
 # %% ../nbs/08_train.ipynb #f472d64c
-def _recent(losses, run):
+def _recent(losses, step):
     "The mean loss of the last 20 steps, the only number that is read from the device; raises when it is none"
-    loss = losses[max(0, run.step - 20):run.step].mean().item() if run.step else math.nan
-    if run.step and not math.isfinite(loss): raise LabError(f'the loss is {loss} near step {run.step}: lower the learning rate')
+    loss = losses[max(0, step - 20):step].mean().item() if step else math.nan
+    if step and not math.isfinite(loss): raise LabError(f'the loss is {loss} near step {step}: lower the learning rate')
     return loss
 
-def _tell(run, every):
-    "Call what is due, note what it returns"
-    for n, f in every.items():
-        if run.step % n == 0 and (said := f(run)): run.notes.append(dict(step=run.step, **said))
+def _called(every, step):
+    "The callbacks that are due after this step"
+    return [f for n, f in every.items() if (step in n if isinstance(n, tuple) else step % n == 0)]
+
+@contextmanager
+def _seeded(seed, device):
+    "Within, dropout draws from streams that depend on the seed only; after it, all is as it was"
+    with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
+        torch.manual_seed(rng(seed, 'dropout').initial_seed())
+        yield
 
 # %% ../nbs/08_train.ipynb #292dd160
 def fit(
@@ -139,34 +146,37 @@ def fit(
     lr=4e-3,
     weight_decay=.1,
     warmup=100,
-    clip=1.,         # largest norm of the whole gradient
-    every:dict=None  # {n: f}: after each n steps, f(run); a dict it returns is noted
+    clip=1.,         # largest length of the whole gradient
+    every:dict=None, # {n: f}: after each n steps, f(run); {(10, 50): f}: after these steps. A dict it returns is noted
+    seed=0           # of dropout
 )->Run:
     "Train `model`: AdamW, warm-up and cosine, clipped gradients. Ctrl-C stops and keeps what was learned"
-    run, opt, live, due = Run(model, steps), adamw(model, lr, weight_decay), Live(), time.monotonic() + .5
-    losses = torch.full((steps,), math.nan, device=next(model.parameters()).device)
-    model.train()
-    with _stoppable(run):
+    run, opt, live, device = Run(model.train(), steps), adamw(model, lr, weight_decay), Live(), next(model.parameters()).device
+    losses, start, away, due = torch.full((steps,), math.nan, device=device), time.monotonic(), 0., 0.
+    with _stoppable(run), _seeded(seed, device):
         while run.step < steps and not run.stopped:
-            start, rows = time.perf_counter(), batch(run.step)
             for group in opt.param_groups: group['lr'] = lr*warmup_cosine(run.step, steps, warmup)
-            loss = next_token_loss(model, rows)
+            loss = next_token_loss(model, rows := batch(run.step))
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), clip)
             opt.step(); opt.zero_grad()
             losses[run.step] = loss.detach()
             run.step += 1; run.tokens += rows[:, 1:].numel()
-            run.seconds += time.perf_counter() - start
-            _tell(run, every or {})
-            if time.monotonic() >= due or run.step == steps: due = time.monotonic() + .5; live(run.line(_recent(losses, run)))
+            calls = _called(every or {}, run.step)
+            if calls or time.monotonic() >= due or run.step == steps:
+                recent = _recent(losses, run.step)
+                run.seconds = time.monotonic() - start - away  # reading the loss has waited for the device
+                for f in calls: run.notes += [dict(step=run.step, **said)] if isinstance(said := f(run), dict) else []
+                due = time.monotonic() + .5; away = due - .5 - start - run.seconds
+                live(run.line(recent))
     run.losses = losses[:run.step].tolist()
-    live.close(run.line(_recent(losses, run)) + (' | stopped, what was learned is kept' if run.stopped else ''))
+    live.close(run.line(_recent(losses, run.step)) + (' | stopped, what was learned is kept' if run.stopped else ''))
     return run
 
 # %% ../nbs/08_train.ipynb #a693bc6d
 @dataclass(frozen=True)
 class Recipe:
-    "All that decides a small training run"
+    "All that decides a small training run, beside the defaults of `fit`"
     corpus: str = 'tiny_tales'
     steps: int = 1000
     batch_size: int = 8
@@ -178,9 +188,11 @@ class Recipe:
 
     def check(self):
         "Raises `LabError` on numbers that cannot be trained with"
-        for k in ('steps', 'batch_size', 'block_len'):
-            if getattr(self, k) < 1: raise LabError(f'{k}={getattr(self, k)!r}: give at least 1')
+        for k in ('steps', 'batch_size', 'block_len', 'seed'):
+            n, least = getattr(self, k), int(k != 'seed')
+            if not isinstance(n, int) or n < least: raise LabError(f'{k}={n!r}: give a whole number of at least {least}')
         if not 0 < self.lr < 1: raise LabError(f'lr={self.lr!r}: give a step size between 0 and 1, such as 0.004')
+        if not 0 <= self.weight_decay < 10: raise LabError(f'weight_decay={self.weight_decay!r}: give 0 or a little more, such as 0.1')
         return self
 
 # %% ../nbs/08_train.ipynb #693e2cf9
@@ -196,7 +208,8 @@ class Setup:
 
 def prepare(recipe:Recipe, corpus=None, device='cpu')->Setup:
     "Load the corpus, make the tokenizer of its characters, cut batches, build the model"
-    corpus = corpus or load_corpus(recipe.check().corpus)
+    recipe.check()
+    corpus = corpus or load_corpus(recipe.corpus)
     tokenizer = CharTokenizer.train(''.join(corpus.splits.values()))
     ids = {s: torch.tensor(tokenizer.encode(corpus.text(s))) for s in ('train', 'val')}
     least = 10*(recipe.block_len + 1)
@@ -206,7 +219,7 @@ def prepare(recipe:Recipe, corpus=None, device='cpu')->Setup:
     return Setup(recipe, corpus, tokenizer, ids, model, random_crops(ids['train'], recipe.batch_size, recipe.block_len, recipe.seed, device))
 
 # %% ../nbs/08_train.ipynb #8d074c3f
-RECIPES = dict(tales=Recipe(steps=1200, batch_size=12, block_len=64))
+RECIPES = dict(tales=Recipe(steps=2000, lr=8e-3, model=(('d_model', 64), ('n_layers', 3))))
 
 def trained(
     name:str # a key of `RECIPES`
@@ -214,11 +227,12 @@ def trained(
     "A small trained model (at most 45 s on two cores), made once and kept under a hash of its recipe"
     if name not in RECIPES: raise LabError(f'no recipe is called {name!r}: choose from {", ".join(RECIPES)}')
     recipe = RECIPES[name]
-    key = hashlib.sha256(json.dumps([asdict(recipe), to_data(Config())]).encode()).hexdigest()[:10]
+    decides = [__version__, asdict(recipe), to_data(Config()), load_corpus(recipe.corpus).sha256]
+    key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:10]
     folder = home()/'artifacts'/f'{name}-{key}'
     if not (folder/'package.json').exists():
         s = prepare(recipe)
-        run = fit(s.model, s.batch, recipe.steps, recipe.lr, recipe.weight_decay)
+        run = fit(s.model, s.batch, recipe.steps, recipe.lr, recipe.weight_decay, seed=recipe.seed)
         if run.stopped: raise KeyboardInterrupt                # half a model must not be kept under this name
         about = dict(corpus=s.corpus.name, licence=s.corpus.licence, steps=run.step, tokens=run.tokens, val_loss=mean_loss(s.model, s.ids['val'][:20_000]))
         save_package(folder, s.model, s.tokenizer, about)
@@ -240,6 +254,7 @@ def loss_picture(
     plt, unit = pyplot(), math.log(2) if floor else 1.
     x = [t/len(run.losses)*run.tokens/1e6 for t in range(1, len(run.losses) + 1)]
     fig, ax = plt.subplots()
+    if not run.losses: raise LabError('no step was made, so there is no curve: train first')
     ax.plot(x, [v/unit for v in smoothed(run.losses)], color='.6', label='training')
     noted = [(n['step']/run.step*run.tokens/1e6, n['val']/unit) for n in run.notes if 'val' in n]
     if noted: ax.plot(*zip(*noted), 'ko-', ms=3, label='validation')
