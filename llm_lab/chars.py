@@ -19,9 +19,10 @@ class CharTokenizer:
     bos_id = eos_id = None
     def __init__(self, chars:str):
         self.chars = ''.join(chars)
-        if len(set(self.chars)) < len(self.chars) or not self.chars: raise LabError(f'a vocabulary needs distinct characters, at least one; got {self.chars[:20]!r}')
+        if len(set(self.chars)) < len(self.chars) or not self.chars:
+            raise LabError(f'a vocabulary needs distinct characters, at least one; got {self.chars[:20]!r}')
         points = _points(self.chars)
-        self.table = np.full(points.max() + 2, -1, dtype=np.int64)                  # code point → id; the last place is never met
+        self.table = np.full(points.max() + 2, -1, dtype=np.int64)  # code point → id; the last place is never met
         self.table[points] = np.arange(len(points))
 
     @classmethod
@@ -32,11 +33,12 @@ class CharTokenizer:
 
     def __repr__(self): return f'CharTokenizer({self.vocab_size} characters: {self.chars!r})'
 
+# %% ../nbs/03_chars.ipynb #75aa5569
 def _points(text):
     "The Unicode code points of a text, as an array"
     return np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), dtype=np.uint32)
 
-# %% ../nbs/03_chars.ipynb #66971f14
+# %% ../nbs/03_chars.ipynb #4462694c
 @patch
 def encode(self:CharTokenizer, text:str)->list[int]:
     "Ids of a text. Raises `LabError` on a character outside the vocabulary"
@@ -44,7 +46,8 @@ def encode(self:CharTokenizer, text:str)->list[int]:
     ids = self.table[np.minimum(points, len(self.table) - 1)]
     if (ids < 0).any():
         at = int((ids < 0).argmax())
-        raise LabError(f'the character {text[at]!r} at place {at} is not among the {self.vocab_size} of this vocabulary: leave it out')
+        raise LabError(f'the character {text[at]!r} at place {at} is not among '
+                       f'the {self.vocab_size} of this vocabulary: leave it out')
     return ids.tolist()
 
 @patch
@@ -52,7 +55,8 @@ def decode(self:CharTokenizer, ids)->str:
     "The text of some ids. Raises `LabError` on an id outside the vocabulary"
     ids = list(ids)
     if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
-        raise LabError(f'ids run from {min(ids)} to {max(ids)}, this vocabulary has 0 to {self.vocab_size - 1}: use the tokenizer they come from')
+        raise LabError(f'ids run from {min(ids)} to {max(ids)}, this vocabulary has 0 to {self.vocab_size - 1}: '
+                       'use the tokenizer they come from')
     return ''.join([self.chars[i] for i in ids])
 
 # %% ../nbs/03_chars.ipynb #3665cbc8
@@ -63,9 +67,11 @@ def save(
 ):
     "Write `tokenizer.json` in the format of Hugging Face `tokenizers`"
     data = dict(version='1.0', truncation=None, padding=None, added_tokens=[], normalizer=None, post_processor=None,
-        pre_tokenizer=dict(type='Split', pattern=dict(Regex=r'[\s\S]'), behavior='Isolated', invert=False), decoder=dict(type='Fuse'),
+        pre_tokenizer=dict(type='Split', pattern=dict(Regex=r'[\s\S]'), behavior='Isolated', invert=False),
+        decoder=dict(type='Fuse'),
         model=dict(type='WordLevel', vocab={c: n for n, c in enumerate(self.chars)}, unk_token='<unknown>'))
-    with written(Path(folder)/'tokenizer.json') as f: f.write_text(json.dumps(data, ensure_ascii=False, indent=1), encoding='utf-8')
+    with written(Path(folder)/'tokenizer.json') as f:
+        f.write_text(json.dumps(data, ensure_ascii=False, indent=1), encoding='utf-8')
 
 # %% ../nbs/03_chars.ipynb #44ce9cdc
 @patch(cls_method=True)
@@ -88,12 +94,14 @@ def tokenizer_from(
         if (tok := getattr(importlib.import_module(module), kind).from_json(data)) is not None: return tok
     raise LabError(f'{name} holds no tokenizer that this library knows: save one with its own `save`')
 
+# %% ../nbs/03_chars.ipynb #dd7380e7
 def load_tokenizer(
     folder # holds a `tokenizer.json`
 ):
     "The tokenizer saved in `folder`"
     path = Path(folder)/'tokenizer.json'
     try: data = json.loads(path.read_text(encoding='utf-8'))
-    except OSError as e: raise LabError(f'cannot read {path}: {e.strerror}; give a folder with a saved tokenizer') from None
+    except OSError as e:
+        raise LabError(f'cannot read {path}: {e.strerror}; give a folder with a saved tokenizer') from None
     except ValueError: raise LabError(f'{path} is not JSON: save the tokenizer again') from None
     return tokenizer_from(data, path)

@@ -9,7 +9,7 @@ __all__ = ['TOUR', 'SIZE', 'LOOKS', 'tour', 'write_from', 'main']
 import argparse, json, os, shutil, sys, time
 from pathlib import Path
 from . import __version__
-from .lab import LabError, home, pyplot, written
+from .lab import LabError, device, home, pyplot, written
 
 # %% ../nbs/25_cli.ipynb #ebb71d77
 class _Parser(argparse.ArgumentParser):
@@ -25,17 +25,19 @@ def _number(kind, ok, remedy):
         return value
     return parse
 
+# %% ../nbs/25_cli.ipynb #b53cee95
 def _setting(text):
     "`key=value` as (key, number or truth value)"
     key, eq, value = text.partition('=')
     words = dict(true=True, false=False)
-    try: value = words[value.lower()] if value.lower() in words else int(value) if value.lstrip('-').isdigit() else float(value)
+    try: value = (words[value.lower()] if value.lower() in words else
+                  int(value) if value.lstrip('-').isdigit() else float(value))
     except ValueError: eq = ''
     if not eq: raise argparse.ArgumentTypeError(f'{text!r} will not do: write key=number, such as d_model=192')
     return key, value
 
 # %% ../nbs/25_cli.ipynb #eccc3fd8
-TOUR = dict(batch_size=8, block_len=128, lr=3e-3)             # beside the defaults of `Recipe`
+TOUR = dict(batch_size=8, block_len=128, lr=3e-3)              # beside the defaults of `Recipe`
 SIZE = dict(d_model=160)                                       # and of `Config`; a head for every 32 channels
 
 def _plan(settings):
@@ -49,7 +51,8 @@ def _plan(settings):
     for key, _ in settings:
         if key not in runs | sizes:
             near = get_close_matches(key, runs | sizes, 1, .5)
-            raise LabError(f'the tour has no setting {key!r}: ' + (f'did you mean {near[0]!r}?' if near else f'choose from {", ".join(sorted(runs | sizes))}'))
+            raise LabError(f'the tour has no setting {key!r}: ' + (f'did you mean {near[0]!r}?' if near else
+                           f'choose from {", ".join(sorted(runs | sizes))}'))
     size = {**SIZE, **{k: v for k, v in settings if k in sizes}}
     if isinstance(d := size['d_model'], int) and d > 0:
         size.setdefault('n_heads', min((n for n in range(1, d + 1) if d % n == 0), key=lambda n: abs(n - d/32)))
@@ -71,12 +74,14 @@ def _time_step(setup):
         times.append(time.perf_counter() - start)
     return median(times)
 
+# %% ../nbs/25_cli.ipynb #b338e8d6
 LOOKS = 16                     # so often we look how it goes
 
 def _budget(minutes, per_step, recipe, n_val):
-    "(steps, characters to validate at each look): a forward pass is a third of a step, all looks take a twentieth of the time"
+    "(steps, characters to validate at a look): a forward pass is a third of a step, all looks take 5% of the time"
     per_token = per_step/(recipe.batch_size*recipe.block_len)/3
-    seconds = 60*minutes - 20*per_step - n_val*per_token - 5*150*per_token*recipe.block_len  # timing, last validation, samples
+    # what timing, the last validation and the samples leave
+    seconds = 60*minutes - 20*per_step - n_val*per_token - 5*150*per_token*recipe.block_len
     part = min(n_val, 20_000, max(2*recipe.block_len, int(seconds/20/LOOKS/per_token)))
     return max(20, int((seconds - LOOKS*part*per_token)/per_step)), part
 
@@ -85,7 +90,8 @@ def _room(folder, need):
     "Is there room for `need` bytes at `folder`, which is made? Raises `LabError` if not"
     folder.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(folder).free) < need:
-        raise LabError(f'{folder} has {free/1e6:.1f} MB left, this needs {need/1e6:.1f}: free some space, or set LLM_LAB_HOME to another disk')
+        raise LabError(f'{folder} has {free/1e6:.1f} MB left, this needs {need/1e6:.1f}: '
+                       'free some space, or set LLM_LAB_HOME to another disk')
 
 # %% ../nbs/25_cli.ipynb #b49e5a02
 def _watcher(setup, part, steps):
@@ -107,20 +113,29 @@ def _command():
     "How this program was called, in words one can type again"
     if shutil.which('llm-lab'): return 'llm-lab'
     me = Path(sys.argv[0])
-    return str(me.relative_to(Path.cwd()) if me.is_relative_to(Path.cwd()) else me) if me.stem == 'llm-lab' else 'python -m llm_lab.cli'
+    if me.stem != 'llm-lab': return 'python -m llm_lab.cli'
+    return str(me.relative_to(Path.cwd()) if me.is_relative_to(Path.cwd()) else me)
 
 # %% ../nbs/25_cli.ipynb #c9334687
+def _result(setup, run, val):
+    "What result.json holds"
+    return dict(corpus=setup.corpus.name, params=setup.model.n_params, steps=run.step, tokens=run.tokens,
+                seconds=round(run.seconds, 2), tokens_per_s=round(run.tokens/max(run.seconds, 1e-9)), val_loss=val,
+                **({'floor': setup.corpus.floor} if setup.corpus.floor else {}))
+
 def _keep(folder, setup, run, result):
     "Write the tour's package with loss.png and result.json"
     from llm_lab.package import save_package
     from llm_lab.train import loss_picture
     with written(folder) as new:
-        save_package(new, setup.model, setup.tokenizer, {**result, 'licence': setup.corpus.licence, 'corpus_sha256': setup.corpus.sha256}, name=folder.name)
+        about = {**result, 'licence': setup.corpus.licence, 'corpus_sha256': setup.corpus.sha256}
+        save_package(new, setup.model, setup.tokenizer, about, name=folder.name)
         (new/'result.json').write_text(json.dumps(result, indent=1) + '\n', encoding='utf-8')
         try: fig = loss_picture(run, setup.corpus.floor)
         except LabError as e: print(f'no loss.png: {e}'); return
         fig.savefig(new/'loss.png'); pyplot().close(fig)
 
+# %% ../nbs/25_cli.ipynb #14726c84
 def _validate(model, ids):
     "The loss on the whole validation text; None if Ctrl-C cuts it short"
     from llm_lab.lab import Live
@@ -135,11 +150,36 @@ def _verdict(result):
     "The result in a sentence"
     if result['val_loss'] is None: return 'the validation loss is not known'
     bits = result['val_loss']/0.6931471805599453
-    line = f'validation loss {result["val_loss"]:.3f} nats per character ({bits:.3f} bits), every character of the validation text asked once'
-    if floor := result.get('floor'): line += f'\nthe floor of this language is {floor:.3f} bits: the model is {bits/floor - 1:.0%} above perfect'
+    line = (f'validation loss {result["val_loss"]:.3f} nats per character ({bits:.3f} bits), '
+            'every character of the validation text asked once')
+    if floor := result.get('floor'):
+        line += f'\nthe floor of this language is {floor:.3f} bits: the model is {bits/floor - 1:.0%} above perfect'
     return line
 
-# %% ../nbs/25_cli.ipynb #a8bd08eb
+# %% ../nbs/25_cli.ipynb #4c357840
+def _introduction(setup):
+    "The corpus and the model in a line each"
+    import torch
+    n, model, cfg = {k: len(v) for k, v in setup.ids.items()}, setup.model, setup.model.cfg
+    return (f'corpus  {setup.corpus.name}: {n["train"]:,} characters to learn from, {n["val"]:,} to test on\n'
+            f'model   MiniGPT: {model.n_params:,} parameters, {cfg.n_layers} layers of width {cfg.d_model}, '
+            f'context {setup.recipe.block_len}, on {device()}, {torch.get_num_threads()} threads')
+
+# %% ../nbs/25_cli.ipynb #e7c9cf98
+def _first_words(corpus):
+    "The first two words of the validation text's second line, to try as a prompt"
+    lines = [line for line in corpus.text('val')[:5000].splitlines()[1:] if line.strip()] or [corpus.text('val')]
+    return ' '.join(lines[0].split()[:2]).replace('"', '')
+
+def _what_next(folder, corpus):
+    "Where the model is, and three things to try"
+    shown = os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else folder
+    return (f'\nkept in {shown}: a package, loss.png, result.json\n\nThree things to try:\n'
+            f'  {_command()} sample {shown} --prompt "{_first_words(corpus)}"\n'
+            f'  {_command()} tour --corpus your_own.txt --minutes 10\n'
+            '  make lab, and open nbs/06_gpt.ipynb: the chapter that builds this model')
+
+# %% ../nbs/25_cli.ipynb #b6544aeb
 def tour(
     corpus='tiny_tales', # a corpus's name, a text file, or a folder
     minutes=3.,
@@ -149,32 +189,22 @@ def tour(
     from llm_lab.corpora import load_corpus
     text = load_corpus(corpus)
     from llm_lab.train import fit, prepare
-    from llm_lab.lab import device
-    import torch
     setup, folder = prepare(_plan(settings), text, device()), home()/'artifacts'/'tour'
-    recipe, model, n = setup.recipe, setup.model, {k: len(v) for k, v in setup.ids.items()}
+    recipe, model, ids = setup.recipe, setup.model, setup.ids['val']
     _room(folder.parent, 8*model.n_params + 1e6)
-    print(f'corpus  {text.name}: {n["train"]:,} characters to learn from, {n["val"]:,} to test on')
-    print(f'model   MiniGPT: {model.n_params:,} parameters, {model.cfg.n_layers} layers of width {model.cfg.d_model}, context {recipe.block_len}, on {device()}, {torch.get_num_threads()} threads')
+    print(_introduction(setup))
     per_step = _time_step(setup)
-    steps, part = _budget(minutes, per_step, recipe, n['val'])
-    print(f'plan    a step takes {1000*per_step:.0f} ms: {steps:,} steps of {recipe.batch_size} × {recipe.block_len} characters in {minutes:g} minutes. Ctrl-C stops and keeps what was learned', flush=True)
-    run = fit(model, setup.batch, steps, recipe.lr, recipe.weight_decay, every=_watcher(setup, part, steps), seed=recipe.seed)
+    steps, part = _budget(minutes, per_step, recipe, len(ids))
+    print(f'plan    a step takes {1000*per_step:.0f} ms: {steps:,} steps of {recipe.batch_size} × '
+          f'{recipe.block_len} characters in {minutes:g} minutes. Ctrl-C stops and keeps what was learned',
+          flush=True)
+    run = fit(model, setup.batch, steps, recipe.lr, recipe.weight_decay, every=_watcher(setup, part, steps),
+              seed=recipe.seed)
     if not run.step: raise LabError('stopped before the first step: nothing was learned, nothing is kept')
-    val = _validate(model, setup.ids['val'])
-    result = dict(corpus=text.name, params=model.n_params, steps=run.step, tokens=run.tokens, seconds=round(run.seconds, 2),
-                  tokens_per_s=round(run.tokens/max(run.seconds, 1e-9)), val_loss=val, **({'floor': text.floor} if text.floor else {}))
+    result = _result(setup, run, _validate(model, ids))
     _keep(folder, setup, run, result)
-    shown = os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else folder
-    print(_verdict(result), f'\nkept in {shown}: a package, loss.png, result.json\n\nThree things to try:',
-          f'  {_command()} sample {shown} --prompt "{_first_words(text)}"',
-          f'  {_command()} tour --corpus your_own.txt --minutes 10', '  make lab, and open nbs/06_gpt.ipynb: the chapter that builds this model', sep='\n')
+    print(_verdict(result), _what_next(folder, text), sep='\n')
     return result
-
-def _first_words(corpus):
-    "The first two words of the validation text's second line, to try as a prompt"
-    lines = [line for line in corpus.text('val')[:5000].splitlines()[1:] if line.strip()] or [corpus.text('val')]
-    return ' '.join(lines[0].split()[:2]).replace('"', '')
 
 # %% ../nbs/25_cli.ipynb #ebac8df8
 def write_from(
@@ -187,7 +217,6 @@ def write_from(
     "Print `prompt` and what the model makes of it, as it comes"
     from llm_lab.package import open_model
     from llm_lab.sample import stream
-    from llm_lab.lab import device
     place = Path(path) if Path(path).exists() else home()/path
     model, tokenizer, _ = open_model(place if place.exists() else path, device())
     if (long := len(tokenizer.encode(prompt))) > model.cfg.max_len:
@@ -197,42 +226,59 @@ def write_from(
     print()
 
 # %% ../nbs/25_cli.ipynb #0d19f3b3
+def _tour_options(t):
+    "Tell the parser `t` what the tour can be asked"
+    t.add_argument('--corpus', default='tiny_tales',
+                   help='tiny_tales (default), tiny_shakespeare, a text file, or a folder of .txt files')
+    t.add_argument('--minutes', type=_number(float, lambda x: 0 < x < 1e4, 'give a number above 0'), default=3.,
+                   help='how long it may take (default 3)')
+    t.add_argument('settings', nargs='*', type=_setting, metavar='key=value',
+                   help='change the model or the training: d_model=192 n_layers=6 lr=2e-3 seed=1')
+    t.set_defaults(run=lambda a: tour(a.corpus, a.minutes, a.settings))
+
+# %% ../nbs/25_cli.ipynb #312a6096
+def _sample_options(s):
+    "Tell the parser `s` how a model can be asked to write"
+    whole = _number(int, lambda n: n > 0, 'give a whole number above 0')
+    s.add_argument('path', help='a saved model, such as artifacts/tour')
+    s.add_argument('--prompt', default='', help='the beginning of the text')
+    s.add_argument('--tokens', type=whole, default=300, help='how many to write (default 300)')
+    s.add_argument('--temperature', type=_number(float, lambda x: 0 <= x < 1e4, 'give 0 (greedy) or more'),
+                   default=.8, help='0 is greedy, 1 as the model says (default 0.8)')
+    s.add_argument('--top-k', type=whole, help='keep the k likeliest')
+    s.add_argument('--top-p', type=_number(float, lambda p: 0 < p <= 1, 'give a share above 0 and up to 1'),
+                   help='keep the smallest set with this probability')
+    s.add_argument('--seed', type=_number(int, lambda n: True, 'give a whole number'), default=0)
+    s.set_defaults(run=lambda a: write_from(
+        a.path, a.prompt, a.tokens, a.seed, temperature=a.temperature, top_k=a.top_k, top_p=a.top_p))
+
+# %% ../nbs/25_cli.ipynb #d5591cfa
 def _parser():
     "What can be typed after `llm-lab`"
     top = _Parser('llm-lab', description='Train small language models, and look inside them.')
     top.add_argument('--version', action='version', version=f'llm-lab {__version__}')
     commands = top.add_subparsers(dest='command', required=True, metavar='tour | sample')
-    above, whole = _number(float, lambda x: 0 < x < 1e4, 'give a number above 0'), _number(int, lambda n: n > 0, 'give a whole number above 0')
-    t = commands.add_parser('tour', help='train a small GPT while you watch', description=tour.__doc__)
-    t.add_argument('--corpus', default='tiny_tales', help='tiny_tales (default), tiny_shakespeare, a text file, or a folder of .txt files')
-    t.add_argument('--minutes', type=above, default=3., help='how long it may take (default 3)')
-    t.add_argument('settings', nargs='*', type=_setting, metavar='key=value', help='change the model or the training: d_model=192 n_layers=6 lr=2e-3 seed=1')
-    t.set_defaults(run=lambda a: tour(a.corpus, a.minutes, a.settings))
-    s = commands.add_parser('sample', help='let a saved model write', description=write_from.__doc__)
-    s.add_argument('path', help='a saved model, such as artifacts/tour')
-    s.add_argument('--prompt', default='', help='the beginning of the text')
-    s.add_argument('--tokens', type=whole, default=300, help='how many to write (default 300)')
-    s.add_argument('--temperature', type=_number(float, lambda x: 0 <= x < 1e4, 'give 0 (greedy) or more'), default=.8, help='0 is greedy, 1 as the model says (default 0.8)')
-    s.add_argument('--top-k', type=whole, help='keep the k likeliest')
-    s.add_argument('--top-p', type=_number(float, lambda p: 0 < p <= 1, 'give a share above 0 and up to 1'), help='keep the smallest set with this probability')
-    s.add_argument('--seed', type=_number(int, lambda n: True, 'give a whole number'), default=0)
-    s.set_defaults(run=lambda a: write_from(a.path, a.prompt, a.tokens, a.seed, temperature=a.temperature, top_k=a.top_k, top_p=a.top_p))
+    _tour_options(commands.add_parser(
+        'tour', help='train a small GPT while you watch', description=tour.__doc__))
+    _sample_options(commands.add_parser(
+        'sample', help='let a saved model write', description=write_from.__doc__))
     return top
 
-# %% ../nbs/25_cli.ipynb #3a6a32d4
+# %% ../nbs/25_cli.ipynb #73053857
 def main(argv=None)->int:
     "Run `llm-lab`; returns the exit code: 0, 1 for an error, 2 for bad usage, 130 for Ctrl-C"
     for out in (sys.stdout, sys.stderr):
-        if hasattr(out, 'reconfigure'): out.reconfigure(errors='replace')           # a console without € is no reason to stop
+        if hasattr(out, 'reconfigure'): out.reconfigure(errors='replace')  # a console may be without €
     args = _parser().parse_args(argv)
     try: args.run(args)
     except KeyboardInterrupt: print('\nstopped'); return 130
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); return 1
     except LabError as e: print(f'llm-lab: {e}', file=sys.stderr); return 1
     except OSError as e:
-        print(f'llm-lab: {e.filename or "a file"}: {e.strerror or e}; free some space or check the rights, or set LLM_LAB_HOME to another folder', file=sys.stderr)
+        print(f'llm-lab: {e.filename or "a file"}: {e.strerror or e}; '
+              'free some space or check the rights, or set LLM_LAB_HOME to another folder', file=sys.stderr)
         return 1
     return 0
 
-# %% ../nbs/25_cli.ipynb #312a6096
-if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())             # python -m llm_lab.cli; not in a notebook
+# %% ../nbs/25_cli.ipynb #c7a46148
+if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())  # python -m llm_lab.cli; not in a notebook

@@ -45,7 +45,8 @@ def read_text(path)->str:
     except OSError as e: raise LabError(f'cannot read {path}: {e.strerror or e}; check the path') from None
     try: text = data.decode('utf-8-sig')
     except UnicodeDecodeError as e:
-        raise LabError(f'{path} is not UTF-8: byte {e.start} is 0x{data[e.start]:02x}; save it as UTF-8 first') from None
+        raise LabError(f'{path} is not UTF-8: byte {e.start} is 0x{data[e.start]:02x}; '
+                       'save it as UTF-8 first') from None
     if not text.strip(): raise LabError(f'{path} holds no text: choose a file with something to read')
     return text.replace('\r\n', '\n').replace('\r', '\n')
 
@@ -62,7 +63,8 @@ def from_path(path)->Corpus:
     if not files: raise LabError(f'{path} holds no .txt file: name another folder, or a file')
     text = Corpus.separator.join(read_text(f).strip('\n') if len(files) > 1 else read_text(f) for f in files)
     digest = hashlib.sha256(text.encode()).hexdigest()
-    return Corpus(path.stem if path.is_file() else path.name, cut(text), licence='your own', source=str(path), sha256=digest)
+    return Corpus(path.stem if path.is_file() else path.name, cut(text), licence='your own', source=str(path),
+                  sha256=digest)
 
 # %% ../nbs/01_corpora.ipynb #dfc73008
 class _Capped:
@@ -82,7 +84,8 @@ def _hash_ok(path, sha256):
     "The bytes of `path` when their hash is right; raises `LabError` when it is not"
     data = path.read_bytes()
     if (got := hashlib.sha256(data).hexdigest()) != sha256:
-        raise LabError(f'{path} has SHA-256 {got[:12]}…, expected {sha256[:12]}…: delete it to have it fetched again')
+        raise LabError(f'{path} has SHA-256 {got[:12]}…, expected {sha256[:12]}…: '
+                       'delete it to have it fetched again')
     return data
 
 # %% ../nbs/01_corpora.ipynb #dd4d7abe
@@ -96,11 +99,13 @@ def fetch(
     for folder in filter(None, (os.environ.get('LLM_LAB_DATA'), home()/'data')):
         if (path := Path(folder)/name).is_file(): return _hash_ok(path, sha256)
     pooch = need('pooch'); pooch.get_logger().setLevel('ERROR')
-    store = pooch.create(home()/'data', '', registry={name: f'sha256:{sha256}'}, urls={name: url}, retry_if_failed=3)
+    store = pooch.create(home()/'data', '', registry={name: f'sha256:{sha256}'}, urls={name: url},
+                         retry_if_failed=3)
     try: path = store.fetch(name, downloader=lambda url, path, pup: _download(url, path, size))
     except Exception as e:
         why = 'the bytes that came have the wrong hash' if 'hash' in str(e) else shorten(str(e), 120)
-        raise LabError(f'cannot download {name}: {why}; try again, or put a copy into {home()/"data"} or $LLM_LAB_DATA') from None
+        raise LabError(f'cannot download {name}: {why}; '
+                       f'try again, or put a copy into {home()/"data"} or $LLM_LAB_DATA') from None
     return _hash_ok(Path(path), sha256)
 
 # %% ../nbs/01_corpora.ipynb #fab1837d
@@ -113,6 +118,7 @@ def tiny_shakespeare()->Corpus:
 
 CORPORA = dict(tiny_shakespeare='llm_lab.corpora:tiny_shakespeare', tiny_tales='llm_lab.tales:tiny_tales')
 
+# %% ../nbs/01_corpora.ipynb #54ce7527
 def load_corpus(
     name_or_path # a name in `CORPORA`, a text file, or a folder of .txt files
 )->Corpus:
@@ -125,4 +131,5 @@ def load_corpus(
     except OSError: there = False                              # a name no file can have
     if there: return from_path(name)
     close = difflib.get_close_matches(name, CORPORA, 1, .5)
-    raise LabError(f'no corpus and no file is called {name!r}: ' + (f'did you mean {close[0]!r}?' if close else f'choose from {", ".join(CORPORA)}, or give a path'))
+    raise LabError(f'no corpus and no file is called {name!r}: ' + (f'did you mean {close[0]!r}?' if close else
+                   f'choose from {", ".join(CORPORA)}, or give a path'))

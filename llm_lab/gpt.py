@@ -53,7 +53,8 @@ def visible(
     "The dense picture of a pattern: which query may read which key?"
     i, j = (p[:, None] if p.dim() == 2 else p for p in (i, j))                      # (B, 1, T): room for heads
     known = dict(h=torch.arange(n_heads, device=i.device).view(-1, 1, 1), layer=layer, **ctx)
-    return pattern(i[..., :, None], j[..., None, :], **{w: known[w] for w in _wants(pattern)}) & (j >= 0)[..., None, :]
+    return (pattern(i[..., :, None], j[..., None, :], **{w: known[w] for w in _wants(pattern)})
+            & (j >= 0)[..., None, :])
 
 # %% ../nbs/06_gpt.ipynb #a63597be
 class part(partial):
@@ -65,12 +66,14 @@ class part(partial):
             raise LabError(f'{f.__name__} takes no {k!r}{_nearest(k, known)}')
         return super().__new__(cls, f, **{k: _frozen(v) for k, v in kw.items()})
 
-    def __eq__(self, other): return isinstance(other, part) and (self.func, self.keywords) == (other.func, other.keywords)
+    def __eq__(self, other):
+        return isinstance(other, part) and (self.func, self.keywords) == (other.func, other.keywords)
     def __hash__(self): return hash((self.func, tuple(sorted(self.keywords))))
     def __repr__(self):
         name = ('nn.' if self.func.__module__.startswith('torch.nn') else '') + self.func.__name__
         return f"part({', '.join([name, *(f'{k}={v!r}' for k, v in self.keywords.items())])})"
 
+# %% ../nbs/06_gpt.ipynb #d79f45c3
 def _frozen(v): return tuple(map(_frozen, v)) if isinstance(v, (list, tuple)) else v
 
 def _nearest(word, words):
@@ -115,7 +118,8 @@ def _heads_fit(cfg, **kw):
     if cfg.d_model % cfg.n_heads:
         fits = [n for n in range(1, cfg.d_model + 1) if cfg.d_model % n == 0]
         near = sorted(sorted(fits, key=lambda n: abs(n - cfg.n_heads))[:2])
-        raise LabError(f'n_heads={cfg.n_heads} does not divide d_model={cfg.d_model}: use {" or ".join(map(str, near))} heads')
+        raise LabError(f'n_heads={cfg.n_heads} does not divide d_model={cfg.d_model}: '
+                       f'use {" or ".join(map(str, near))} heads')
 Attention.check = staticmethod(_heads_fit)
 
 # %% ../nbs/06_gpt.ipynb #e43345e0
@@ -137,9 +141,11 @@ class Learned(nn.Module):
 
     def forward(self, x, i): # (B, T, C), positions (T,) or (B, T) → (B, T, C)
         if i.shape[-1] > (most := self.table.num_embeddings):
-            raise LabError(f'the text has {i.shape[-1]} tokens, max_len is {most}: cut the text, or make the model with a larger max_len')
+            raise LabError(f'the text has {i.shape[-1]} tokens, max_len is {most}: '
+                           'cut the text, or make the model with a larger max_len')
         try: return x + self.table(i.clamp_min(0))             # an empty place, −1, is read by nobody
-        except IndexError: raise LabError(f'a position is beyond max_len={most}: make the model with a larger max_len') from None
+        except IndexError:
+            raise LabError(f'a position is beyond max_len={most}: make the model with a larger max_len') from None
 
 # %% ../nbs/06_gpt.ipynb #88a60d7c
 class Block(nn.Module):
@@ -160,10 +166,12 @@ def gpt2_init(
     generator:torch.Generator,
     std:float=None # 0.02 at width 768, as GPT-2, and in proportion to 1/√d_model elsewhere
 ):
-    "Matrices from N(0, std²), those that write into the stream from N(0, std²/2L), biases 0 (Radford et al. 2019, §2.3)"
+    "Matrices: N(0, std²); those that write into the stream: N(0, std²/2L); biases: 0 (Radford et al. 2019, §2.3)"
     std = std or .02*(768/model.cfg.d_model)**.5
     for name, p in model.named_parameters():
-        if p.dim() >= 2: nn.init.normal_(p, 0., std/(2*model.cfg.n_layers)**.5 if name.endswith('out.weight') else std, generator=generator)
+        if p.dim() >= 2:
+            nn.init.normal_(p, 0., std/(2*model.cfg.n_layers)**.5 if name.endswith('out.weight') else std,
+                            generator=generator)
         elif name.endswith('bias'): nn.init.zeros_(p)
 
 # %% ../nbs/06_gpt.ipynb #3c961724
@@ -185,32 +193,37 @@ class Config:
 
     def __post_init__(self):
         for name in ('vocab_size', 'max_len', 'd_model', 'n_layers', 'n_heads'):
-            if not isinstance(n := getattr(self, name), int) or n < 1: raise LabError(f'{name}={n!r}: give a whole number of at least 1')
-        if not 0 <= self.dropout < 1: raise LabError(f'dropout={self.dropout!r}: give a share from 0 up to, not including, 1')
+            if not isinstance(n := getattr(self, name), int) or n < 1:
+                raise LabError(f'{name}={n!r}: give a whole number of at least 1')
+        if not 0 <= self.dropout < 1:
+            raise LabError(f'dropout={self.dropout!r}: give a share from 0 up to, not including, 1')
         if not isinstance(self.tie, bool): raise LabError(f'tie={self.tie!r}: give True or False')
         for f in fields(self): _check_parts(getattr(self, f.name), self, f.name)
 
     @property
     def head_dim(self): return self.d_model//self.n_heads
 
+# %% ../nbs/06_gpt.ipynb #a7e5d541
 def _check_parts(value, cfg, name):
     "Run the `check` of every recipe in `value`, also of recipes inside recipes; a bare function is none"
     if isinstance(value, part):
         if hasattr(value.func, 'check'): value.func.check(cfg, **value.keywords)
         for k, v in value.keywords.items(): _check_parts(v, cfg, k)
     elif isinstance(value, tuple): [_check_parts(v, cfg, name) for v in value]
-    elif callable(value): raise LabError(f'{name}={value.__name__} is no recipe: write {name}=part({value.__name__})')
+    elif callable(value):
+        raise LabError(f'{name}={value.__name__} is no recipe: write {name}=part({value.__name__})')
 
 # %% ../nbs/06_gpt.ipynb #5434f462
 class MiniGPT(nn.Module):
-    "Token ids (B, T) int64 → logits (B, T, V): GPT-2's architecture (Radford et al. 2019) with recipes for every part"
+    "Token ids (B, T) int64 → logits (B, T, V): GPT-2's architecture (Radford et al. 2019), every part a recipe"
     def __init__(self, cfg:Config=Config(), seed=0):
         super().__init__()
         self.cfg = cfg
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)          # for parts that bring first weights of their own
             self.tok, self.pos = nn.Embedding(cfg.vocab_size, cfg.d_model), cfg.pos and cfg.pos(cfg)
-            self.blocks, self.drop = nn.ModuleList(Block(cfg, l) for l in range(cfg.n_layers)), nn.Dropout(cfg.dropout)
+            self.blocks = nn.ModuleList(Block(cfg, l) for l in range(cfg.n_layers))
+            self.drop = nn.Dropout(cfg.dropout)
             self.norm, self.head = cfg.norm(cfg.d_model), nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
         if cfg.tie: self.head.weight = self.tok.weight
         cfg.init(self, generator=rng(seed, 'init'))
@@ -218,7 +231,8 @@ class MiniGPT(nn.Module):
 
     def features(self, ids, i=None, **ctx): # ids (B, T); positions (T,) or (B, T), 0, 1, 2, … if none
         if unread := ctx.keys() - self.words:
-            raise LabError(f'no part of this model reads {sorted(unread)[0]!r}; it reads {sorted(self.words) or "nothing"}')
+            raise LabError(f'no part of this model reads {sorted(unread)[0]!r}; '
+                           f'it reads {sorted(self.words) or "nothing"}')
         if i is None: i, ctx['rising'] = torch.arange(ids.shape[1], device=ids.device), True
         x = self.tok(ids)
         x = self.drop(self.pos(x, i) if self.pos else x)
@@ -254,17 +268,21 @@ def _address(f):
         if g is f: return name
     if getattr(nn, f.__name__, None) is f: return f'torch.nn:{f.__name__}'
     if f.__module__.startswith('llm_lab.') and _find(name := f'{f.__module__}:{f.__name__}') is f: return name
-    raise LabError(f'{f.__name__} of {f.__module__} has no address to save: call register({f.__name__}) first, also before loading')
+    raise LabError(f'{f.__name__} of {f.__module__} has no address to save: '
+                   f'call register({f.__name__}) first, also before loading')
 
+# %% ../nbs/06_gpt.ipynb #87140c91
 def _find(address):
     if address in _registered: return _registered[address]
     module, _, name = str(address).partition(':')
-    if module == 'torch.nn' and isinstance(f := getattr(nn, name, None), type) and issubclass(f, nn.Module): return f
+    if module == 'torch.nn' and isinstance(f := getattr(nn, name, None), type) and issubclass(f, nn.Module):
+        return f
     if re.fullmatch(r'llm_lab\.[a-z]\w*', module):
         try: found = importlib.import_module(module)
         except ImportError: found = None
         if name in getattr(found, '__all__', ()): return getattr(found, name)
-    raise LabError(f'{address!r} names no part: give llm_lab.CHAPTER:NAME or torch.nn:NAME, or register it before loading')
+    raise LabError(f'{address!r} names no part: '
+                   'give llm_lab.CHAPTER:NAME or torch.nn:NAME, or register it before loading')
 
 # %% ../nbs/06_gpt.ipynb #6459d3c5
 def to_data(x):

@@ -38,12 +38,11 @@ def home()->Path: # data/, experiments/ and artifacts/ hang here
 
 # %% ../nbs/00_lab.ipynb #e2c95f33
 def _sync(path):
-    "Ask the system to put a file, or all that is in a folder, on the disk now"
-    for f in ([*path.rglob('*'), path] if path.is_dir() else [path]):
-        if f.is_dir() and os.name == 'nt': continue            # Windows cannot sync a folder
-        h = os.open(f, os.O_RDONLY if f.is_dir() else os.O_RDWR)
-        try: os.fsync(h)
-        finally: os.close(h)
+    "Ask the system to put one file, or the list of names of one folder, on the disk now"
+    if path.is_dir() and os.name == 'nt': return               # Windows cannot sync a folder
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try: os.fsync(handle)
+    finally: os.close(handle)
 
 def restored(path)->Path: # `path`
     "Bring back a folder whose writer was killed between its two renames"
@@ -60,18 +59,19 @@ def _remove(path):
 def written(
     path # a file or a folder to be made or replaced
 ):
-    "Yield a temporary neighbour of `path`; it takes that place when the block ends without an error, else it is removed"
+    "Yield a temporary neighbour of `path`; it takes that place if the block ends without an error, else is removed"
     path = restored(Path(path).absolute())
     path.parent.mkdir(parents=True, exist_ok=True)
     new, old = (path.with_name(f'.{path.name}.{os.getpid()}.{end}') for end in ('new', 'old'))
     try:
         yield new
-        _sync(new)
+        for f in [*new.rglob('*'), new]: _sync(f)
         if new.is_dir() and path.exists(): os.replace(path, old)  # a folder cannot be renamed over a full one
         os.replace(new, path)
-        if os.name != 'nt': _sync(path.parent)
+        _sync(path.parent)
     finally:
-        restored(path); _remove(new); _remove(old)
+        restored(path); _remove(new)
+        for rest in path.parent.glob(f'.{path.name}.*.old'): _remove(rest)
 
 # %% ../nbs/00_lab.ipynb #1bd0afae
 def rng(
@@ -96,9 +96,12 @@ def machine()->dict:
     "Date, processor, cores, threads and versions: what a measured number must be read with"
     import datetime, platform, torch
     info = Path('/proc/cpuinfo')
-    names = [l.partition(':')[2].strip() for l in info.read_text().splitlines() if l.startswith('model name')] if info.exists() else []
-    return dict(date=str(datetime.date.today()), cpu=names[0] if names else platform.processor() or platform.machine(), cores=os.cpu_count(),
-                threads=torch.get_num_threads(), device=device(), system=platform.system(), python=platform.python_version(), torch=torch.__version__)
+    names = [l.partition(':')[2].strip() for l in info.read_text().splitlines()
+             if l.startswith('model name')] if info.exists() else []
+    return dict(date=str(datetime.date.today()),
+                cpu=names[0] if names else platform.processor() or platform.machine(), cores=os.cpu_count(),
+                threads=torch.get_num_threads(), device=device(), system=platform.system(),
+                python=platform.python_version(), torch=torch.__version__)
 
 # %% ../nbs/00_lab.ipynb #186cbcc4
 def _same(a, b):
@@ -121,7 +124,7 @@ def check(
     name, say = getattr(f, '__name__', repr(f)), lambda x: shorten(repr(x), 80)
     for case in cases:
         try:
-            want, got = spec(*deepcopy(case)), f(*deepcopy(case))                    # nobody sees what the other did to its case
+            want, got = spec(*deepcopy(case)), f(*deepcopy(case))  # nobody sees what the other did to its case
             right = _same(got, want)
         except NotImplementedError: return f'{name}: not yet'
         except Exception as e: return f'{name}: {type(e).__name__} on {say(case)}: {shorten(str(e), 80)}'
@@ -175,7 +178,8 @@ def explore(
     def control(name, values):
         texts = any(isinstance(v, str) for v in values)
         options = list(dict.fromkeys(values)) if texts else sorted(set(values))
-        return (w.Dropdown if texts else w.SelectionSlider)(options=options, value=values[0], description=name)
+        return (w.Dropdown if texts else w.SelectionSlider)(options=options, value=values[0], description=name,
+                                                            style=dict(description_width='initial'))
     controls = {k: control(k, v) for k, v in knobs.items()}
     out = w.interactive_output(lambda **kw: display(_draw(picture, kw)), controls)
     return w.VBox([*controls.values(), out])
@@ -197,7 +201,8 @@ class Live:
         elif self.tty:
             width = shutil.get_terminal_size().columns - 1
             print('\r' + text[:width].ljust(width), end='\n' if final else '', flush=True)
-        elif final or time.monotonic() - self.last >= self.every: self.last = time.monotonic(); print(text, flush=True)
+        elif final or time.monotonic() - self.last >= self.every:
+            self.last = time.monotonic(); print(text, flush=True)
 
     def close(self, text): self(text, final=True)
 

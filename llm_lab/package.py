@@ -19,14 +19,19 @@ from .gpt import MiniGPT, config_from, to_data
 FORMAT = 1
 _FILES = ('llm_lab.json', 'tokenizer.json', 'model.safetensors')
 
-def _sha(data): return hashlib.sha256(data if isinstance(data, bytes) else json.dumps(data, sort_keys=True).encode()).hexdigest()
+def _sha(data):
+    data = data if isinstance(data, bytes) else json.dumps(data, sort_keys=True).encode()
+    return hashlib.sha256(data).hexdigest()
 
 def card(name:str, model:MiniGPT, about:dict)->str:
     "The model card: what this is, what it was trained on, how to use it"
     facts = [f'- {k.replace("_", " ")}: {v}' for k, v in about.items()]
-    return '\n'.join([f'# {name}', '', f'A language model of {model.n_params:,} parameters, made with llm_lab.', '', *facts, '', '```python',
-        'from llm_lab.package import open_model', "model, tokenizer, about = open_model('.')", '```', '', f'Architecture: `{model.cfg}`', ''])
+    return '\n'.join([
+        f'# {name}', '', f'A language model of {model.n_params:,} parameters, made with llm_lab.', '', *facts, '',
+        '```python', 'from llm_lab.package import open_model', "model, tokenizer, about = open_model('.')", '```',
+        '', f'Architecture: `{model.cfg}`', ''])
 
+# %% ../nbs/07_package.ipynb #d98b212f
 def save_package(
     folder,         # made, or replaced as a whole
     model:MiniGPT,
@@ -37,47 +42,59 @@ def save_package(
     "Write a package: all of it, or nothing"
     folder = Path(folder)
     with written(folder) as new:
-        new.mkdir()
-        tokenizer.save(new)
+        new.mkdir(); tokenizer.save(new)
         (new/'llm_lab.json').write_text(json.dumps(to_data(model.cfg), indent=1), encoding='utf-8')
-        state = {k: v.contiguous() for k, v in model.state_dict().items() if not (model.cfg.tie and k == 'head.weight')}
+        state = {k: v.contiguous() for k, v in model.state_dict().items()
+                 if not (model.cfg.tie and k == 'head.weight')}
         (new/'model.safetensors').write_bytes(tensor_bytes(state))
         (new/'README.md').write_text(card(name or folder.name, model, about or {}), encoding='utf-8')
-        manifest = dict(format=FORMAT, files={f: _sha((new/f).read_bytes()) for f in _FILES}, about=about or {}, torch=torch.__version__)
-        (new/'package.json').write_text(json.dumps({**manifest, 'sha256': _sha(manifest)}, indent=1), encoding='utf-8')
+        manifest = dict(format=FORMAT, files={f: _sha((new/f).read_bytes()) for f in _FILES}, about=about or {},
+                        torch=torch.__version__)
+        sealed = {**manifest, 'sha256': _sha(manifest)}
+        (new/'package.json').write_text(json.dumps(sealed, indent=1), encoding='utf-8')
     return folder
 
 # %% ../nbs/07_package.ipynb #f420d902
-Opened = namedtuple('Opened', 'model tokenizer about')
-
 def _verified(folder):
     "The package's files as bytes, each with the size and hash that package.json gives"
     try: manifest = json.loads((folder/'package.json').read_text(encoding='utf-8'))
-    except OSError: raise LabError(f'{folder} is not a package: it has no package.json; give the folder of a saved model') from None
+    except OSError:
+        raise LabError(f'{folder} is not a package: it has no package.json; '
+                       'give the folder of a saved model') from None
     except ValueError: manifest = None
-    if not isinstance(manifest, dict): raise LabError(f'{folder/"package.json"} is damaged: copy or make the package again')
+    if not isinstance(manifest, dict):
+        raise LabError(f'{folder/"package.json"} is damaged: copy or make the package again')
     if manifest.get('format', FORMAT) != FORMAT:
-        raise LabError(f'{folder} has package format {manifest.get("format")!r}, this library reads {FORMAT}: install a newer llm_lab')
-    if manifest.pop('sha256', None) != _sha(manifest): raise LabError(f'{folder/"package.json"} was changed (wrong hash): copy or make the package again')
+        raise LabError(f'{folder} has package format {manifest.get("format")!r}, this library reads {FORMAT}: '
+                       'install a newer llm_lab')
+    if manifest.pop('sha256', None) != _sha(manifest):
+        raise LabError(f'{folder/"package.json"} was changed (wrong hash): copy or make the package again')
     data = {}
     for f in _FILES:
         try: data[f] = (folder/f).read_bytes()
         except OSError: raise LabError(f'{folder} lacks {f}: copy or make the package again') from None
         if _sha(data[f]) != manifest['files'].get(f):
-            raise LabError(f'{folder/f} is not the file that was saved (wrong hash): copy or make the package again')
+            raise LabError(f'{folder/f} is not the file that was saved (wrong hash): '
+                           'copy or make the package again')
     return data, manifest['about']
+
+# %% ../nbs/07_package.ipynb #b26468da
+Opened = namedtuple('Opened', 'model tokenizer about')
 
 def open_model(
     path,        # a package folder
     device='cpu'
 )->Opened: # (model, tokenizer, about); the model is in eval mode
-    "Open a saved model. Raises `LabError` when a file is missing or a single bit differs, before anything is parsed"
+    "Open a saved model. Raises `LabError` when a file is missing or one bit differs, before anything is parsed"
     folder = restored(path)
-    if not folder.is_dir(): raise LabError(f'no model at {folder}: give the folder of a saved model, as artifacts/tour')
+    if not folder.is_dir():
+        raise LabError(f'no model at {folder}: give the folder of a saved model, as artifacts/tour')
     data, about = _verified(folder)
     model = MiniGPT(config_from(json.loads(data['llm_lab.json'])))
     state = tensors_from(data['model.safetensors'])
     if model.cfg.tie: state['head.weight'] = state['tok.weight']
     try: model.to(state['tok.weight'].dtype).load_state_dict(state)
-    except RuntimeError as e: raise LabError(f'{folder}: the weights do not fit the configuration: {str(e).splitlines()[1].strip()}') from None
+    except RuntimeError as e:
+        raise LabError(f'{folder}: the weights do not fit the configuration: '
+                       f'{str(e).splitlines()[1].strip()}') from None
     return Opened(model.to(device).eval(), tokenizer_from(json.loads(data['tokenizer.json']), folder), about)

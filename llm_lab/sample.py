@@ -13,10 +13,14 @@ from .lab import LabError, rng
 # %% ../nbs/10_sample.ipynb #c22cbbac
 def check_choice(temperature=1., top_k:int=None, top_p:float=None):
     "Raises `LabError` on settings that leave nothing to choose from"
-    if not temperature >= 0: raise LabError(f'temperature={temperature!r}: give 0 (greedy) or more; 1 is as the model says')
-    if top_k is not None and top_k < 1: raise LabError(f'top_k={top_k!r}: give at least 1, or leave it out to keep all')
-    if top_p is not None and not 0 < top_p <= 1: raise LabError(f'top_p={top_p!r}: give a share above 0 and up to 1; 1 keeps all')
+    if not temperature >= 0:
+        raise LabError(f'temperature={temperature!r}: give 0 (greedy) or more; 1 is as the model says')
+    if top_k is not None and top_k < 1:
+        raise LabError(f'top_k={top_k!r}: give at least 1, or leave it out to keep all')
+    if top_p is not None and not 0 < top_p <= 1:
+        raise LabError(f'top_p={top_p!r}: give a share above 0 and up to 1; 1 keeps all')
 
+# %% ../nbs/10_sample.ipynb #6203f9d3
 def choices(
     logits:Tensor,    # (…, V)
     temperature=1.,
@@ -25,12 +29,12 @@ def choices(
 )->Tensor: # probabilities, (…, V)
     "What we draw from: softmax(logits/temperature), cut to the top k, cut to the top p, and scaled to sum to 1"
     check_choice(temperature, top_k, top_p)
-    if temperature < 1e-6: temperature, top_k = 1., 1                               # the limit: only the likeliest
-    order = logits.argsort(dim=-1, descending=True, stable=True)                    # of equals, the earlier stands first
+    if temperature < 1e-6: temperature, top_k = 1., 1               # the limit: only the likeliest
+    order = logits.argsort(dim=-1, descending=True, stable=True)    # of equals, the earlier stands first
     ranked = logits.gather(-1, order).float()
     p = ((ranked - ranked[..., :1])/temperature).softmax(-1)
     if top_k: p[..., top_k:] = 0
-    if top_p and top_p < 1: p[p.cumsum(-1) - p >= top_p*p.sum(-1, keepdim=True)] = 0  # what stands before it is already enough
+    if top_p and top_p < 1: p[p.cumsum(-1) - p >= top_p*p.sum(-1, keepdim=True)] = 0  # enough stands before it
     return torch.zeros_like(p).scatter(-1, order, p/p.sum(-1, keepdim=True))
 
 # %% ../nbs/10_sample.ipynb #306e43bf
@@ -43,6 +47,7 @@ def _next(model, ids, **choice):
     model.train(training)
     return choices(logits.cpu(), **choice)
 
+# %% ../nbs/10_sample.ipynb #c6327033
 def generate(
     model,
     ids:Tensor, # prompts, (B, T)
@@ -67,6 +72,7 @@ def _prompt_ids(model, tokenizer, prompt):
         except LabError: ids = [0]
     return torch.tensor([ids], device=next(model.parameters()).device)
 
+# %% ../nbs/10_sample.ipynb #c7d76aec
 def stream(
     model, tokenizer,
     prompt:str='',
@@ -75,7 +81,8 @@ def stream(
     **choice     # temperature, top_k, top_p
 ):
     "Yield the continuation of `prompt`, piece by piece"
-    for new in generate(model, _prompt_ids(model, tokenizer, prompt), n, seed, **choice): yield tokenizer.decode(new.tolist())
+    for new in generate(model, _prompt_ids(model, tokenizer, prompt), n, seed, **choice):
+        yield tokenizer.decode(new.tolist())
 
 def sample(model, tokenizer, prompt:str='', n=300, seed=0, **choice)->str:
     "`prompt` and its continuation by `n` tokens"

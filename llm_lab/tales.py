@@ -18,18 +18,22 @@ from .corpora import Corpus
 POOLS = {k: v.split('|') for k, v in dict(
     name='Mia|Tom|Lily|Ben|Zoe|Max|Anna|Sam|Ruby|Leo|Nora|Finn|Ella|Jack|Ivy|Hugo',
     colour='red|blue|green|yellow|white|black|brown|golden', thing='kite|boat|drum|ball|hat|coin|key|lamp',
-    place='park|beach|market|meadow|harbour|forest|castle|bridge', giver='grandma|uncle|aunt|teacher|mother|father|cousin|neighbour',
+    place='park|beach|market|meadow|harbour|forest|castle|bridge',
+    giver='grandma|uncle|aunt|teacher|mother|father|cousin|neighbour',
     animal='cat|dog|cow|pig|duck|hen|frog|sheep', size='tiny|big|shy|sleepy|muddy|fluffy|grumpy|jolly',
     verb='said|cried|laughed|sang|whispered|shouted|giggled|called', feel='happy|tired|hungry|lost',
-    greet='Hello|Good day|Welcome|Look', yes='Of course|Gladly|Yes, please|Why not', food='cheese|honey|bread|jam').items()}
+    greet='Hello|Good day|Welcome|Look', yes='Of course|Gladly|Yes, please|Why not',
+    food='cheese|honey|bread|jam').items()}
 
 # %% ../nbs/02_tales.ipynb #ff21c33e
 _she = set('Mia Lily Zoe Anna Ruby Nora Ella Ivy'.split())
 _pair = lambda f, m: {n: f if n in _she else m for n in POOLS['name']}
 ATTRIBUTES = dict(he=_pair('she', 'he'), He=_pair('She', 'He'), his=_pair('her', 'his'),
     sound=dict(zip(POOLS['animal'], 'Meow|Woof|Moo|Oink|Quack|Cluck|Ribbit|Baa'.split('|'))),
-    trouble=dict(zip(POOLS['thing'], ('the wind blew the kite away|the boat drifted off|the drum rolled down the hill|the ball fell into the well|'
-        'a bird took the hat|the coin fell down a hole|the key sank in the pond|a thief ran off with the lamp').split('|'))))
+    trouble=dict(zip(POOLS['thing'], (
+        'the wind blew the kite away|the boat drifted off|the drum rolled down the hill|'
+        'the ball fell into the well|a bird took the hat|the coin fell down a hole|'
+        'the key sank in the pond|a thief ran off with the lamp').split('|'))))
 
 # %% ../nbs/02_tales.ipynb #7efad38c
 PLOT = [s.strip('\n').split('\n') for s in ('''
@@ -59,7 +63,8 @@ In a house by the sea lived {hero=name}, who loved {hero.his} {col=colour} {thin
 def _tokens(template):
     "A template as [('say', text) | ('draw', variable, pool) | ('recall', variable, attribute), …]"
     out = []
-    for text, star, var, eq, pool, who, attr in re.findall(r'([^{]+)|\{(?:(\*)?(?:(\w+)(=))?(\w+)|(\w+)\.(\w+))\}', template):
+    for text, star, var, eq, pool, who, attr in re.findall(
+            r'([^{]+)|\{(?:(\*)?(?:(\w+)(=))?(\w+)|(\w+)\.(\w+))\}', template):
         if text: out.append(('say', text))
         elif star or eq: out.append(('draw', var, pool))
         else: out.append(('recall', who or pool, attr))
@@ -105,7 +110,8 @@ def _story(teller):
     "Each scene: choose how to tell it by its head, then tell the rest"
     for templates in PLOT:
         heads, rests = zip(*map(_cut, templates))
-        n = teller.choose('template', [''.join(t[1] if t[0] == 'say' else teller.recall(*t[1:]) for t in h) for h in heads])
+        n = teller.choose('template', [
+            ''.join(t[1] if t[0] == 'say' else teller.recall(*t[1:]) for t in h) for h in heads])
         teller.tell(rests[n])
     return teller.pieces
 
@@ -122,7 +128,9 @@ class _Reader(Teller):
     "A teller that tells a given text; anything else is an error"
     def __init__(self, text): super().__init__(self.match); self.text, self.at = text, 0
 
-    def fail(self): raise LabError(f'not a tale: nothing fits {self.text[self.at:self.at + 20]!r} at character {self.at}; give one whole tale')
+    def fail(self):
+        raise LabError(f'not a tale: nothing fits {self.text[self.at:self.at + 20]!r} at character {self.at}; '
+                       'give one whole tale')
 
     def match(self, options):
         fits = [n for n, o in enumerate(options) if self.text.startswith(o, self.at)]
@@ -132,6 +140,7 @@ class _Reader(Teller):
         if not self.text.startswith(text, self.at): self.fail()
         self.at += len(text); super().say(kind, text, options)
 
+# %% ../nbs/02_tales.ipynb #039f8dbd
 def read(
     text:str # one tale, without the end mark
 )->list: # of (kind, text, options); options is None where nothing was chosen
@@ -164,8 +173,10 @@ def surprisal(text:str)->np.ndarray: # (characters,)
     return np.array(out)
 
 # %% ../nbs/02_tales.ipynb #18f2ecf5
-def _length(pool, attr=''): return sum(len(ATTRIBUTES[attr][w] if attr else w) for w in POOLS[pool])/len(POOLS[pool])
+def _length(pool, attr=''):
+    return sum(len(ATTRIBUTES[attr][w] if attr else w) for w in POOLS[pool])/len(POOLS[pool])
 
+# %% ../nbs/02_tales.ipynb #3c3c0e45
 @cache
 def expect(
     scene=0, # from this scene on
@@ -185,6 +196,7 @@ def expect(
         total += (cost + expect(scene + 1, tuple(sorted(pools.items()))))/len(PLOT[scene])
     return tuple(total.tolist())
 
+# %% ../nbs/02_tales.ipynb #20d74ee5
 END = '\n\n'
 
 def floor()->float: # bits per character

@@ -59,7 +59,9 @@ def random_crops(
     device='cpu'
 ): # a function of the step: rows (batch_size, block_len + 1)
     "Batches as a pure function of (seed, step): windows of the text that start at random places"
-    if len(ids) <= block_len: raise LabError(f'the text has {len(ids)} tokens, a window needs {block_len + 1}: give a longer text or a smaller block_len')
+    if len(ids) <= block_len:
+        raise LabError(f'the text has {len(ids)} tokens, a window needs {block_len + 1}: '
+                       'give a longer text or a smaller block_len')
     windows = ids.unfold(0, block_len + 1, 1)
     def batch(step):
         starts = torch.randint(len(windows), (batch_size,), generator=rng(seed, f'batch/{step}'))
@@ -107,7 +109,8 @@ class Run:
         rate, left = self.tokens/max(self.seconds, 1e-9), self.seconds/max(self.step, 1)*(self.steps - self.step)
         known = {k: v for n in self.notes for k, v in n.items() if k != 'step' and isinstance(v, float)}
         extra = ''.join(f' | {k} {v:.3f}' for k, v in known.items())
-        return f'step {self.step:,} of {self.steps:,} | loss {loss:.3f}{extra} | {rate:,.0f} tokens/s | {int(left//60)}:{int(left % 60):02d} left'
+        return (f'step {self.step:,} of {self.steps:,} | loss {loss:.3f}{extra} | {rate:,.0f} tokens/s | '
+                f'{int(left//60)}:{int(left % 60):02d} left')
 
 # %% ../nbs/08_train.ipynb #8017e6eb
 @contextmanager
@@ -124,7 +127,8 @@ def _stoppable(run):
 def _recent(losses, step):
     "The mean loss of the last 20 steps, the only number that is read from the device; raises when it is none"
     loss = losses[max(0, step - 20):step].mean().item() if step else math.nan
-    if step and not math.isfinite(loss): raise LabError(f'the loss is {loss} near step {step}: lower the learning rate')
+    if step and not math.isfinite(loss):
+        raise LabError(f'the loss is {loss} near step {step}: lower the learning rate')
     return loss
 
 def _called(every, step):
@@ -142,16 +146,14 @@ def _seeded(seed, device):
 def fit(
     model,
     batch,           # a function of the step: rows of ids (B, T+1)
-    steps:int,
-    lr=4e-3,
-    weight_decay=.1,
-    warmup=100,
+    steps:int, lr=4e-3, weight_decay=.1, warmup=100,
     clip=1.,         # largest length of the whole gradient
-    every:dict=None, # {n: f}: after each n steps, f(run); {(10, 50): f}: after these steps. A dict it returns is noted
+    every:dict=None, # {n: f}: after each n steps, f(run); {(10, 50): f}: after these. A dict it returns is noted
     seed=0           # of dropout
 )->Run:
     "Train `model`: AdamW, warm-up and cosine, clipped gradients. Ctrl-C stops and keeps what was learned"
-    run, opt, live, device = Run(model.train(), steps), adamw(model, lr, weight_decay), Live(), next(model.parameters()).device
+    device = next(model.parameters()).device
+    run, opt, live = Run(model.train(), steps), adamw(model, lr, weight_decay), Live()
     losses, start, away, due = torch.full((steps,), math.nan, device=device), time.monotonic(), 0., 0.
     with _stoppable(run), _seeded(seed, device):
         while run.step < steps and not run.stopped:
@@ -166,11 +168,13 @@ def fit(
             if calls or time.monotonic() >= due or run.step == steps:
                 recent = _recent(losses, run.step)
                 run.seconds = time.monotonic() - start - away  # reading the loss has waited for the device
-                for f in calls: run.notes += [dict(step=run.step, **said)] if isinstance(said := f(run), dict) else []
+                for f in calls:
+                    if isinstance(said := f(run), dict): run.notes += [dict(step=run.step, **said)]
                 due = time.monotonic() + .5; away = due - .5 - start - run.seconds
                 live(run.line(recent))
-    run.losses = losses[:run.step].tolist()
-    live.close(run.line(_recent(losses, run.step)) + (' | stopped, what was learned is kept' if run.stopped else ''))
+    run.losses, run.seconds = losses[:run.step].tolist(), time.monotonic() - start - away
+    end = ' | stopped, what was learned is kept' if run.stopped else ''
+    live.close(run.line(_recent(losses, run.step)) + end)
     return run
 
 # %% ../nbs/08_train.ipynb #a693bc6d
@@ -190,9 +194,11 @@ class Recipe:
         "Raises `LabError` on numbers that cannot be trained with"
         for k in ('steps', 'batch_size', 'block_len', 'seed'):
             n, least = getattr(self, k), int(k != 'seed')
-            if not isinstance(n, int) or n < least: raise LabError(f'{k}={n!r}: give a whole number of at least {least}')
+            if not isinstance(n, int) or n < least:
+                raise LabError(f'{k}={n!r}: give a whole number of at least {least}')
         if not 0 < self.lr < 1: raise LabError(f'lr={self.lr!r}: give a step size between 0 and 1, such as 0.004')
-        if not 0 <= self.weight_decay < 10: raise LabError(f'weight_decay={self.weight_decay!r}: give 0 or a little more, such as 0.1')
+        if not 0 <= self.weight_decay < 10:
+            raise LabError(f'weight_decay={self.weight_decay!r}: give 0 or a little more, such as 0.1')
         return self
 
 # %% ../nbs/08_train.ipynb #693e2cf9
@@ -206,6 +212,7 @@ class Setup:
     model: nn.Module
     batch: object
 
+# %% ../nbs/08_train.ipynb #a120d730
 def prepare(recipe:Recipe, corpus=None, device='cpu')->Setup:
     "Load the corpus, make the tokenizer of its characters, cut batches, build the model"
     recipe.check()
@@ -214,9 +221,12 @@ def prepare(recipe:Recipe, corpus=None, device='cpu')->Setup:
     ids = {s: torch.tensor(tokenizer.encode(corpus.text(s))) for s in ('train', 'val')}
     least = 10*(recipe.block_len + 1)
     if (n := sum(map(len, ids.values()))) < least:
-        raise LabError(f'corpus {corpus.name!r} has {n:,} characters, contexts of {recipe.block_len} need {least:,}: give a longer text or a smaller block_len')
-    model = MiniGPT(Config(**{'vocab_size': tokenizer.vocab_size, 'max_len': recipe.block_len, **dict(recipe.model)}), seed=recipe.seed).to(device)
-    return Setup(recipe, corpus, tokenizer, ids, model, random_crops(ids['train'], recipe.batch_size, recipe.block_len, recipe.seed, device))
+        raise LabError(f'corpus {corpus.name!r} has {n:,} characters, contexts of {recipe.block_len} '
+                       f'need {least:,}: give a longer text or a smaller block_len')
+    sizes = {'vocab_size': tokenizer.vocab_size, 'max_len': recipe.block_len, **dict(recipe.model)}
+    model = MiniGPT(Config(**sizes), seed=recipe.seed).to(device)
+    batch = random_crops(ids['train'], recipe.batch_size, recipe.block_len, recipe.seed, device)
+    return Setup(recipe, corpus, tokenizer, ids, model, batch)
 
 # %% ../nbs/08_train.ipynb #8d074c3f
 RECIPES = dict(tales=Recipe(steps=2000, lr=8e-3, model=(('d_model', 64), ('n_layers', 3))))
@@ -234,7 +244,8 @@ def trained(
         s = prepare(recipe)
         run = fit(s.model, s.batch, recipe.steps, recipe.lr, recipe.weight_decay, seed=recipe.seed)
         if run.stopped: raise KeyboardInterrupt                # half a model must not be kept under this name
-        about = dict(corpus=s.corpus.name, licence=s.corpus.licence, steps=run.step, tokens=run.tokens, val_loss=mean_loss(s.model, s.ids['val'][:20_000]))
+        about = dict(corpus=s.corpus.name, licence=s.corpus.licence, steps=run.step, tokens=run.tokens,
+                     val_loss=mean_loss(s.model, s.ids['val'][:20_000]))
         save_package(folder, s.model, s.tokenizer, about)
     return open_model(folder)
 
@@ -245,6 +256,7 @@ def smoothed(values, width=25):
     n = torch.arange(1, len(sums)); low = (n - width).clamp_min(0)
     return ((sums[n] - sums[low])/(n - low)).tolist()
 
+# %% ../nbs/08_train.ipynb #c33d8f11
 def loss_picture(
     run:Run,
     floor:float=None,  # bits per character, where it is known
@@ -261,6 +273,7 @@ def loss_picture(
     if floor: ax.axhline(floor, color='k', ls=':', label='floor')
     last = noted[-1][1] if noted else run.losses[-1]/unit
     name = f'{"bits" if floor else "nats"} per character'
-    ax.set(xlabel='characters seen (millions)', ylabel=f'loss ({name})', title=title or f'the loss falls to {last:.2f} {name}', ylim=(0 if floor else None, None))
+    ax.set(xlabel='characters seen (millions)', ylabel=f'loss ({name})',
+           title=title or f'the loss falls to {last:.2f} {name}', ylim=(0 if floor else None, None))
     ax.legend()
     return fig

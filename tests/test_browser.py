@@ -40,3 +40,18 @@ def test_the_check_sees_an_error(browser, tmp_path):
     with shot.opened(tmp_path/'bad.ipynb', tmp_path, timeout=90) as page:
         shot.run_all(page, 60)
         assert 'on purpose' in shot.seen(page)['error'][0]
+
+
+def test_a_knob_redraws_its_picture(browser):
+    "`explore` in a live notebook: the real slider is moved, the kernel answers with another picture, and pictures have words"
+    with shot.opened(ROOT/'nbs'/'00_lab.ipynb', OUT) as page:
+        shot.run_all(page)
+        area = '.jupyter-widgets img[src^="data:image/png"], .widget-output img[src^="data:image/png"]'
+        page.wait_for_selector(area)
+        before = page.locator(area).last.get_attribute('src')
+        page.locator('.noUi-handle').first.focus()
+        page.locator('.noUi-handle').first.press('ArrowRight')
+        page.wait_for_function('([area, old]) => [...document.querySelectorAll(area)].pop()?.src !== old', arg=[area, before])
+        assert page.locator('.widget-readout').first.inner_text() == '0.2'
+        page.screenshot(path=str(OUT/'00_lab.knob.png'))
+        assert shot.seen(page)['error'] == []
