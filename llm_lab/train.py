@@ -124,23 +124,43 @@ def _stoppable(run):
     finally: signal.signal(signal.SIGINT, old)
 
 # %% ../nbs/08_train.ipynb #f472d64c
-def _recent(losses, step):
-    "The mean loss of the last 20 steps, the only number that is read from the device; raises when it is none"
-    loss = losses[max(0, step - 20):step].mean().item() if step else math.nan
-    if step and not math.isfinite(loss):
-        raise LabError(f'the loss is {loss} near step {step}: lower the learning rate')
-    return loss
-
-def _called(every, step):
-    "The callbacks that are due after this step"
-    return [f for n, f in every.items() if (step in n if isinstance(n, tuple) else step % n == 0)]
-
 @contextmanager
 def _seeded(seed, device):
     "Within, dropout draws from streams that depend on the seed only; after it, all is as it was"
     with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
         torch.manual_seed(rng(seed, 'dropout').initial_seed())
         yield
+
+# %% ../nbs/08_train.ipynb #e15039d8
+def _called(every, step):
+    "The callbacks that are due after this step"
+    return [f for n, f in every.items() if (step in n if isinstance(n, tuple) else step % n == 0)]
+
+class _Watch:
+    "Called after each step; twice a second, and when a callback is due, it reads the loss and tells"
+    def __init__(self, run, losses, every):
+        self.run, self.losses, self.every, self.live = run, losses, every or {}, Live()
+        self.start, self.away, self.due = time.monotonic(), 0., 0.
+
+    def clock(self): self.run.seconds = time.monotonic() - self.start - self.away
+
+    def loss(self):
+        "The mean of the last 20 steps, the only number that is read from the device; raises when it is none"
+        step = self.run.step
+        loss = self.losses[max(0, step - 20):step].mean().item()
+        if step and not math.isfinite(loss):
+            raise LabError(f'the loss is {loss} near step {step}: lower the learning rate')
+        return loss
+
+    def __call__(self):
+        calls = _called(self.every, self.run.step)
+        if not calls and time.monotonic() < self.due: return
+        loss, left = self.loss(), time.monotonic()
+        self.clock()
+        for f in calls:
+            if isinstance(said := f(self.run), dict): self.run.notes.append(dict(step=self.run.step, **said))
+        self.away += time.monotonic() - left; self.due = time.monotonic() + .5
+        self.live(self.run.line(loss))
 
 # %% ../nbs/08_train.ipynb #292dd160
 def fit(
@@ -152,29 +172,23 @@ def fit(
     seed=0           # of dropout
 )->Run:
     "Train `model`: AdamW, warm-up and cosine, clipped gradients. Ctrl-C stops and keeps what was learned"
-    device = next(model.parameters()).device
-    run, opt, live = Run(model.train(), steps), adamw(model, lr, weight_decay), Live()
-    losses, start, away, due = torch.full((steps,), math.nan, device=device), time.monotonic(), 0., 0.
+    run, opt, device = Run(model.train(), steps), adamw(model, lr, weight_decay), next(model.parameters()).device
+    losses = torch.full((steps,), math.nan, device=device)
+    watch = _Watch(run, losses, every)
     with _stoppable(run), _seeded(seed, device):
         while run.step < steps and not run.stopped:
             for group in opt.param_groups: group['lr'] = lr*warmup_cosine(run.step, steps, warmup)
-            loss = next_token_loss(model, rows := batch(run.step))
+            rows = batch(run.step)
+            loss = next_token_loss(model, rows)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), clip)
             opt.step(); opt.zero_grad()
             losses[run.step] = loss.detach()
             run.step += 1; run.tokens += rows[:, 1:].numel()
-            calls = _called(every or {}, run.step)
-            if calls or time.monotonic() >= due or run.step == steps:
-                recent = _recent(losses, run.step)
-                run.seconds = time.monotonic() - start - away  # reading the loss has waited for the device
-                for f in calls:
-                    if isinstance(said := f(run), dict): run.notes += [dict(step=run.step, **said)]
-                due = time.monotonic() + .5; away = due - .5 - start - run.seconds
-                live(run.line(recent))
-    run.losses, run.seconds = losses[:run.step].tolist(), time.monotonic() - start - away
-    end = ' | stopped, what was learned is kept' if run.stopped else ''
-    live.close(run.line(_recent(losses, run.step)) + end)
+            watch()
+    run.losses = losses[:run.step].tolist()
+    watch.clock()
+    watch.live.close(run.line(watch.loss()) + (' | stopped, what was learned is kept' if run.stopped else ''))
     return run
 
 # %% ../nbs/08_train.ipynb #a693bc6d
