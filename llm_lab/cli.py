@@ -6,7 +6,7 @@
 __all__ = ['TOUR', 'SIZE', 'LOOKS', 'tour', 'write_from', 'main']
 
 # %% ../nbs/25_cli.ipynb #4d7c8a1c
-import argparse, json, os, shutil, sys, time
+import argparse, json, math, os, shutil, sys, time
 from pathlib import Path
 from . import __version__
 from .lab import LabError, device, home, pyplot, written
@@ -72,7 +72,7 @@ def _time_step(setup):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.); opt.step(); opt.zero_grad()
         next(model.parameters())[0, 0].item()                  # wait for the device
         times.append(time.perf_counter() - start)
-    return median(times)
+    return median(times[5:])                                   # the first ones warm up
 
 # %% ../nbs/25_cli.ipynb #b338e8d6
 LOOKS = 16                     # so often we look how it goes
@@ -109,12 +109,11 @@ def _watcher(setup, part, steps):
     return {tuple(sorted(at(range(1, LOOKS + 1)))): look}
 
 # %% ../nbs/25_cli.ipynb #2bbfe4d9
-def _command():
-    "How this program was called, in words one can type again"
-    if shutil.which('llm-lab'): return 'llm-lab'
-    me = Path(sys.argv[0])
+def _command(me=None):
+    "How this program was called, in words one can type again: its place in this folder, or its name"
+    me, here = Path(me or sys.argv[0]).absolute(), Path.cwd()
     if me.stem != 'llm-lab': return 'python -m llm_lab.cli'
-    return str(me.relative_to(Path.cwd()) if me.is_relative_to(Path.cwd()) else me)
+    return str(me.relative_to(here)) if me.is_relative_to(here) else 'llm-lab'
 
 # %% ../nbs/25_cli.ipynb #c9334687
 def _result(setup, run, val):
@@ -131,7 +130,10 @@ def _keep(folder, setup, run, result):
         about = {**result, 'licence': setup.corpus.licence, 'corpus_sha256': setup.corpus.sha256}
         save_package(new, setup.model, setup.tokenizer, about, name=folder.name)
         (new/'result.json').write_text(json.dumps(result, indent=1) + '\n', encoding='utf-8')
-        try: fig = loss_picture(run, setup.corpus.floor)
+        val, floor = result['val_loss'], setup.corpus.floor
+        end = val and (f'{val/math.log(2):.2f} bits' if floor else f'{val:.2f} nats')
+        title = val and f'on the whole validation text: {end} per character'
+        try: fig = loss_picture(run, floor, title)
         except LabError as e: print(f'no loss.png: {e}'); return
         fig.savefig(new/'loss.png'); pyplot().close(fig)
 
@@ -149,7 +151,7 @@ def _validate(model, ids):
 def _verdict(result):
     "The result in a sentence"
     if result['val_loss'] is None: return 'the validation loss is not known'
-    bits = result['val_loss']/0.6931471805599453
+    bits = result['val_loss']/math.log(2)
     line = (f'validation loss {result["val_loss"]:.3f} nats per character ({bits:.3f} bits), '
             'every character of the validation text asked once')
     if floor := result.get('floor'):
