@@ -56,7 +56,7 @@ def save_package(
 
 # %% ../nbs/07_package.ipynb #f420d902
 def _verified(folder):
-    "The package's files as bytes, each with the size and hash that package.json gives"
+    "The package's files as bytes, each with the hash that package.json gives"
     try: manifest = json.loads((folder/'package.json').read_text(encoding='utf-8'))
     except OSError:
         raise LabError(f'{folder} is not a package: it has no package.json; '
