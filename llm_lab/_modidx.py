@@ -178,5 +178,6 @@ d = { 'settings': { 'branch': 'main',
                                'llm_lab.train.prepare': ('train.html#prepare', 'llm_lab/train.py'),
                                'llm_lab.train.random_crops': ('train.html#random_crops', 'llm_lab/train.py'),
                                'llm_lab.train.smoothed': ('train.html#smoothed', 'llm_lab/train.py'),
+                               'llm_lab.train.train_step': ('train.html#train_step', 'llm_lab/train.py'),
                                'llm_lab.train.trained': ('train.html#trained', 'llm_lab/train.py'),
                                'llm_lab.train.warmup_cosine': ('train.html#warmup_cosine', 'llm_lab/train.py')}}}

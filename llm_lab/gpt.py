@@ -211,7 +211,8 @@ def _check_parts(value, cfg, name):
         for k, v in value.keywords.items(): _check_parts(v, cfg, k)
     elif isinstance(value, tuple): [_check_parts(v, cfg, name) for v in value]
     elif callable(value):
-        raise LabError(f'{name}={value.__name__} is no recipe: write {name}=part({value.__name__})')
+        f = getattr(value, '__name__', 'f')                    # a plain functools.partial has no name
+        raise LabError(f'{name}={f} is no recipe: write {name}=part({f})')
 
 # %% ../nbs/06_gpt.ipynb #5434f462
 class MiniGPT(nn.Module):

@@ -23,7 +23,7 @@ from llm_lab.gpt import Config, MiniGPT
 from llm_lab.chars import CharTokenizer
 from llm_lab.lab import machine, progress, rng
 from llm_lab.package import save_package
-from llm_lab.train import adamw, next_token_loss, random_crops, warmup_cosine
+from llm_lab.train import adamw, random_crops, train_step, warmup_cosine
 
 B, T, V, C, L, H = 12, 64, 65, 128, 4, 4
 
@@ -79,10 +79,7 @@ def our_loop(model):
 
     def step(n):
         for group in opt.param_groups: group['lr'] = 1e-3*warmup_cosine(n, 1000)
-        next_token_loss(model, batch(n)).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.)
-        opt.step()
-        opt.zero_grad()
+        train_step(model, opt, batch(n))
     return step
 
 
