@@ -23,6 +23,7 @@ class Corpus:
     source:str = ''
     sha256:str = ''           # of its bytes, where it was fetched; else of its text
     floor:float|None = None   # true entropy in bits per character, where it is known
+    independent:bool = False  # does each document stand alone, so that the one before says nothing about it?
 
     def text(self, split:str)->str:
         "The whole split as one string"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'SIGNED', 'LabError', 'need', 'home', 'restored', 'written', 'rng', 'device', 'machine', 'check', 'pyplot',
-           'in_notebook', 'show', 'explore', 'Live', 'progress']
+           'in_notebook', 'show', 'widgets_live', 'explore', 'Live', 'progress']
 
 # %% ../nbs/00_lab.ipynb #f5126c87
 import hashlib, importlib, os, shutil, sys, time
@@ -163,6 +163,10 @@ def show(
     return need('IPython.display').Image(png.getvalue(), alt=alt)
 
 # %% ../nbs/00_lab.ipynb #b128b85e
+def widgets_live()->bool:
+    "Can widgets live here? In a live kernel, where no still is asked for by `IN_TEST` or `LLM_LAB_STILL`"
+    return in_notebook() and not {'IN_TEST', 'LLM_LAB_STILL'} & os.environ.keys()
+
 def _draw(picture, knobs):
     "One call of the picture, ready to be displayed"
     return show(picture(**knobs))
@@ -173,7 +177,7 @@ def explore(
 ): # the still picture, or its sliders where widgets live
     "Show `picture` at the first value of each knob; in a live notebook, with a control for each"
     still = {k: v[0] for k, v in knobs.items()}
-    if not in_notebook() or {'IN_TEST', 'LLM_LAB_STILL'} & os.environ.keys(): return _draw(picture, still)
+    if not widgets_live(): return _draw(picture, still)
     w, display = need('ipywidgets'), need('IPython.display').display
     def control(name, values):
         texts = any(isinstance(v, str) for v in values)

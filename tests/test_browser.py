@@ -1,5 +1,5 @@
 "A chapter runs to its last cell in a real browser. LLM_LAB_BROWSER_NOTEBOOK names others, separated by spaces."
-import os, sys
+import os, re, sys
 from pathlib import Path
 
 import pytest
@@ -55,3 +55,125 @@ def test_a_knob_redraws_its_picture(browser):
         assert page.locator('.widget-readout').first.inner_text() == '0.2'
         page.screenshot(path=str(OUT/'00_lab.knob.png'))
         assert shot.seen(page)['error'] == []
+
+
+def test_a_touched_token_says_where_it_looks(browser):
+    "The live map of chapter 11: mouse, keys and buttons change the words, the kernel's own words agree, and nothing comes from outside"
+    from playwright.sync_api import expect
+    sys.path.insert(0, str(ROOT))
+    asked = []
+    with shot.opened(ROOT/'nbs'/'11_look.ipynb', OUT, width=700, height=900) as page:
+        page.on('request', lambda r: asked.append(r.url))
+        shot.run_all(page)
+        assert shot.seen(page)['error'] == []
+        box = page.locator('.look')
+        words, tokens, knobs = (box.locator(f'.look-{o}') for o in ('words', 'token', 'knob'))
+        box.scroll_into_view_if_needed()
+
+        from llm_lab.look import look, looks_at
+        from llm_lab.train import trained
+        model, tokenizer, _ = trained('tales')  # kept by the run above
+        text = ''.join(tokens.all_text_contents()).replace('↵\n', '\n')
+        weights, names = look(model, tokenizer, text)
+        says = lambda layer, head, query: expect(words).to_have_text(looks_at(weights[layer, head], names, query))
+
+        kept = int(box.locator('.look-token[tabindex="0"]').evaluate('e => [...e.parentNode.children].indexOf(e)'))
+        says(0, 0, kept)
+        tokens.nth(5).hover()
+        says(0, 0, 5)
+        assert tokens.nth(6).evaluate('e => getComputedStyle(e).opacity') == '0.5'  # the future is pale
+        page.mouse.move(1, 1)
+        says(0, 0, kept)  # whoever leaves finds what was kept
+        tokens.nth(9).click()
+        page.mouse.move(1, 1)
+        says(0, 0, 9)
+        box.get_by_role('button', name='head 2', exact=True).click()
+        says(0, 2, 9)
+        box.get_by_role('button', name='layer 1', exact=True).click()
+        says(1, 2, 9)
+        assert [o.inner_text() for o in knobs.all() if o.get_attribute('aria-pressed') == 'true'] == ['1', '2']
+        page.screenshot(path=str(OUT/'11_look.light.png'))
+
+        knobs.last.focus()
+        for key, query in (('Tab', 9), ('ArrowRight', 10), ('ArrowRight', 11), ('ArrowLeft', 10)):
+            page.keyboard.press(key)
+            says(1, 2, query)
+        assert page.evaluate('getComputedStyle(document.activeElement).outlineStyle') == 'solid'
+        page.keyboard.press('Enter')
+        page.keyboard.press('Shift+Tab')
+        says(1, 2, 10)  # kept, although the focus is gone
+        tokens.nth(10).focus()
+        assert box.evaluate('e => [...e.querySelectorAll("*"), e].every(o => o.scrollWidth <= o.clientWidth + 1 || !o.clientWidth)')
+        assert box.evaluate('e => e.getBoundingClientRect().right <= innerWidth')
+        page.evaluate("window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
+        page.wait_for_selector('body[data-jp-theme-light=false]', state='attached')
+        page.wait_for_timeout(500)
+        page.screenshot(path=str(OUT/'11_look.dark.png'))
+        ink, ground = (page.evaluate(f'getComputedStyle(document.querySelector("{o}")).{p}') for o, p in (
+            ('.look', 'color'), ('.jp-Notebook', 'backgroundColor')))
+        light = lambda colour: sum(map(int, re.findall(r'\d+', colour)[:3]))/765
+        assert light(ink) - light(ground) > .6, (ink, ground)
+        assert shot.seen(page)['error'] == [] and 'Error displaying widget' not in page.content()
+    assert [o for o in asked if not re.match(r'(https?|ws)://127\.0\.0\.1:|data:|blob:', o)] == []
+    assert not re.search('TypeError|ReferenceError|anywidget', (OUT/'11_look.console.txt').read_text(encoding='utf-8'))
+
+
+def test_the_playground_writes_stops_and_tells(browser):
+    "The real widget of chapter 10: a slider moves the bars, Generate writes, Stop stops, the mouse over a token tells its odds"
+    with shot.opened(ROOT/'nbs'/'10_sample.ipynb', OUT) as page:
+        shot.run_all(page)
+        box = page.locator('.jp-OutputArea-output .widget-vbox', has=page.get_by_role('button', name='Generate')).first
+        box.scroll_into_view_if_needed()
+        text, bars = box.locator('.widget-html', has=page.locator('b')).last, box.locator('table')
+        length = lambda: len(text.inner_text())
+
+        def turn(name, key, times=1):
+            "Move the slider of this name by its handle; what it says then"
+            row = box.locator('.widget-inline-hbox', has_text=name)
+            for _ in range(times): row.locator('.noUi-handle').press(key)
+            return row.locator('.widget-readout').inner_text()
+
+        before = bars.inner_text()
+        assert turn('temperature', 'ArrowRight', 8) == '1.20'
+        page.wait_for_function('([table, old]) => table.innerText !== old', arg=[bars.element_handle(), before])
+        page.wait_for_timeout(500)
+        old, new = ([row.split('\t') for row in rows.split('\n')] for rows in (before, bars.inner_text()))
+        assert [row[:2] for row in old] == [row[:2] for row in new], 'what the model says has changed'
+        assert old != new, 'the filters show nothing'
+        assert turn('length', 'End') == '1000'
+
+        empty = length()
+        box.get_by_role('button', name='Generate').click()
+        page.wait_for_function('([e, n]) => e.innerText.length > n', arg=[text.element_handle(), empty])
+        sizes = [length()]
+        while len(sizes) < 4:  # it grows, little by little
+            page.wait_for_function('([e, n]) => e.innerText.length > n', arg=[text.element_handle(), sizes[-1]])
+            sizes.append(length())
+        box.screenshot(path=str(OUT/'10_sample.writing.png'))
+        box.get_by_role('button', name='Stop').click()
+        box.get_by_text('stopped after').wait_for()
+        page.wait_for_timeout(500)
+        stopped = length()
+        assert empty < sizes[0] < sizes[1] < sizes[2] < sizes[3] <= stopped < 1000, (empty, sizes, stopped)
+        page.wait_for_timeout(1500)
+        assert length() == stopped, 'it wrote on after Stop'
+
+        token = text.locator('span[title]').nth(3)
+        node = token.element_handle()
+        token.hover()
+        page.wait_for_timeout(1000)
+        first, word, *rivals, legend = token.get_attribute('title').split('\n')
+        assert '% → ' in first and word == 'rivals:' and len(rivals) == 5 and all(' → ' in r for r in rivals), first
+        assert turn('top-p', 'ArrowLeft', 30) == '0.65'
+        page.wait_for_timeout(500)
+        assert node.evaluate('e => e.isConnected'), 'a knob has redrawn the text under the mouse'
+        box.screenshot(path=str(OUT/'10_sample.stopped.png'))
+
+        turn('length', 'Home')
+        box.get_by_role('button', name='Generate').click()
+        box.get_by_text('done: 10 tokens').wait_for()
+        assert text.locator('span[title]').count() == 10
+        box.locator('textarea').fill('€')
+        box.get_by_text("the character '€' at place 0 is not among").wait_for()
+        assert shot.seen(page)['error'] == [] and shot.seen(page)['stderr'] == []
+        assert 'Error displaying widget' not in page.content()
