@@ -143,7 +143,8 @@ def _verdict(score, parts):
     line = (f'validation loss {score.loss:.3f} nats per character = {score.bits:.3f} bits '
             f'(95 % interval {low:.3f} to {high:.3f}), every character asked once')
     if score.floor:
-        line += f'\nthe floor of this language is {score.floor:.3f} bits: the model is {score.above:.0%} above perfect'
+        line += (f'\nthe floor of this language is {score.floor:.3f} bits: '
+                 f'the model is {score.above:.0%} above perfect')
     if parts:
         recall = sum(v for k, v in parts.items() if k.startswith('recall'))
         shares = ('choices', parts['choice']), ('literals', parts['literal']), ('recalls', recall)

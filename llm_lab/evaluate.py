@@ -25,7 +25,7 @@ def sliding(
     if not 1 <= stride <= T: raise LabError(f'stride={stride}: give a whole number from 1 to the context, {T}')
     whole = blocks(n, stride, starts)                          # who is asked, as if the context were one stride
     opens = torch.as_tensor([0] if starts is None else starts)
-    opens = opens[torch.searchsorted(opens, whole[:, 0].contiguous(), right=True) - 1]               # the document's begin
+    opens = opens[torch.searchsorted(opens, whole[:, 0].contiguous(), right=True) - 1]  # each document's begin
     return torch.stack([torch.maximum(opens, whole[:, 2] - 1 - T), whole[:, 1], whole[:, 2]], 1)
 
 # %% ../nbs/09_evaluate.ipynb #5819dc98
@@ -57,7 +57,7 @@ class Score:
         half = 1.96*self.error/math.log(2)/self.chars
         return self.bits - half, self.bits + half
     @property
-    def above(self): return self.bits/self.floor - 1           # distance from the floor, as a share of it
+    def above(self): return self.floor and self.bits/self.floor - 1  # distance from the floor, as a share of it
 
 # %% ../nbs/09_evaluate.ipynb #8cf2338e
 def ratio_error(

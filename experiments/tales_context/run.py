@@ -18,7 +18,7 @@ from llm_lab.cli import tour
 from llm_lab.lab import machine, written
 
 HERE = Path(__file__).parent
-CONTEXTS = 36, 72, 144, 288, 576
+CONTEXTS = 72, 144, 288, 576
 
 
 def cell(context, minutes):
