@@ -124,14 +124,15 @@ def _command(me=None):
 
 # %% ../nbs/25_cli.ipynb #c9334687
 def _validate(setup):
-    "(`Score` on the whole validation text, what is left above the floor); (None, None) if Ctrl-C cuts it short"
+    "(`Score` on the whole validation text, what is left above the floor); None for what Ctrl-C cuts short"
     from llm_lab.evaluate import evaluate, excess
     from llm_lab.lab import Live
-    live, parts = Live(), None
+    live, score, parts = Live(), None, None
     try:
         score = evaluate(setup.model, setup.tokenizer, setup.corpus, live=live)
         if setup.corpus.name == 'tiny_tales': parts = excess(setup.model, setup.tokenizer, setup.corpus, n=200)
-    except KeyboardInterrupt: score = None
+    except KeyboardInterrupt: pass
+    except LabError as e: print(f'the score is refused, the model is kept: {e}')   # it is below the floor
     live.close('validation stopped, the model is kept' if score is None else
                f'validated on {score.chars:,} characters')
     return score, parts
