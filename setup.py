@@ -15,7 +15,7 @@ readme = root/'README.md'
 def needs(group=''): return shlex.split(cfg.get(f'{group}requirements', ''))
 
 
-extras = {o: needs(f'{o}_') for o in ('lab', 'train', 'verify')}
+extras = {o: needs(f'{o}_') for o in ('lab', 'train', 'data', 'verify')}
 extras['dev'] = [r for o in extras.values() for r in o] + needs('dev_')
 
 setup(

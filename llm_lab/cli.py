@@ -276,15 +276,41 @@ def _sample_options(s):
         a.path, a.prompt, a.tokens, a.seed, temperature=a.temperature, top_k=a.top_k, top_p=a.top_p))
 
 # %% ../nbs/25_cli.ipynb #d5591cfa
+def _prepare(a):
+    "Pack the corpus that the command line names, and print what came of it"
+    from dataclasses import replace
+    from llm_lab.corpora import load_corpus
+    from llm_lab.pack import pack
+    corpus = load_corpus(a.corpus, limit=a.limit)
+    if a.limit: corpus = replace(corpus, name=f'{corpus.name}-{a.limit}')  # a folder of its own
+    with warnings.catch_warnings(record=True, action='always') as notes:
+        packed = pack(corpus, a.vocab_size, None, a.force, a.verify)
+    for note in notes: print(note.message, file=sys.stderr)    # a small text may end before the vocabulary is full
+    print(packed)
+
+def _prepare_options(p):
+    "Tell the parser `p` what can be packed"
+    p.add_argument('corpus', help='a name such as tiny_tales, a text file, or a folder of .txt files')
+    p.add_argument('--vocab-size', type=_number(int, lambda n: n > 256, 'give a whole number above 256'),
+                   default=8192, help='how many tokens to learn (default 8192)')
+    p.add_argument('--force', action='store_true', help='build it again, over a damaged packed folder or another')
+    p.add_argument('--verify', action='store_true', help='read every byte of a folder that is there')
+    p.add_argument('--limit', type=_number(int, lambda n: n > 0, 'give a whole number above 0'),
+                   help='take so many documents only')
+    p.set_defaults(run=_prepare)
+
+# %% ../nbs/25_cli.ipynb #a1c59b2b
 def _parser():
     "What can be typed after `llm-lab`"
     top = _Parser('llm-lab', description='Train small language models, and look inside them.')
     top.add_argument('--version', action='version', version=f'llm-lab {__version__}')
-    commands = top.add_subparsers(dest='command', required=True, metavar='tour | sample')
+    commands = top.add_subparsers(dest='command', required=True, metavar='tour | sample | prepare')
     _tour_options(commands.add_parser(
         'tour', help='train a small GPT while you watch', description=tour.__doc__))
     _sample_options(commands.add_parser(
         'sample', help='let a saved model write', description=write_from.__doc__))
+    _prepare_options(commands.add_parser(
+        'prepare', help='turn a corpus into files of tokens', description='Train a tokenizer and pack a corpus.'))
     return top
 
 # %% ../nbs/25_cli.ipynb #73053857

@@ -294,7 +294,7 @@ def prepare(recipe:Recipe, corpus=None, device='cpu')->Setup:
     "Load the corpus, make the tokenizer of its characters, cut batches, build the model"
     recipe.check()
     corpus = corpus or load_corpus(recipe.corpus)
-    tokenizer = CharTokenizer.train(''.join(corpus.splits.values()))
+    tokenizer = CharTokenizer.train(''.join(map(corpus.text, corpus.splits)))
     read = {s: read_split(corpus, tokenizer, s) for s in ('train', 'val')}
     ids, starts = ({s: r[n] for s, r in read.items()} for n in (0, 1))
     least = 10*(recipe.block_len + 1)

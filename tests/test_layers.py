@@ -212,7 +212,7 @@ def python(code): return subprocess.run([sys.executable, '-c', code], cwd=ROOT, 
 
 
 def test_every_module_imports_without_the_extras():
-    extras = {'matplotlib', 'ipywidgets', 'anywidget', 'accelerate', 'transformers', 'pooch'}
+    extras = {'matplotlib', 'ipywidgets', 'anywidget', 'accelerate', 'transformers', 'pooch', 'datasets', 'pyarrow', 'tiktoken'}
     out = python(BLOCK.format(blocked=extras) + ''.join(f'import llm_lab.{o}\n' for o in modules(ROOT)))
     assert out.returncode == 0, out.stderr
 

@@ -15,7 +15,7 @@ VENV = ROOT/'.venv'
 BIN = VENV/('Scripts' if os.name == 'nt' else 'bin')
 PYTHON = BIN/('python.exe' if os.name == 'nt' else 'python')
 OLDEST = (3, 11)
-EXTRAS = {'tour': 'lab,train', 'dev': 'dev'}
+EXTRAS = {'tour': 'lab,train,data', 'dev': 'dev'}
 
 
 def stop(words): sys.exit('start: ' + words)

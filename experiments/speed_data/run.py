@@ -1,0 +1,84 @@
+"""What does a batch cost beside a training step, and how fast is a text packed?
+
+    python experiments/speed_data/run.py [--rounds 40] [--save]
+
+A batch of nanoGPT's CPU shape, 12 × 64 tokens, from a packed text of four million tokens, made in two ways: one look-up (`BatchStream`),
+and slices cut from the memory map and stacked, row by row. They take turns with a training step of the model of that shape (4 layers,
+width 128, float32), in one process; the medians go into the table. The last line is JSON; `--save` keeps it in result.json with date
+and machine.
+"""
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+
+from llm_lab.chars import CharTokenizer
+from llm_lab.corpora import Corpus
+from llm_lab.gpt import Config, MiniGPT
+from llm_lab.lab import machine, progress, rng
+from llm_lab.pack import BatchStream, PackedTokens, pack
+from llm_lab.train import adamw, train_step
+
+B, T, V, C, L, H = 12, 64, 65, 128, 4, 4
+
+
+def packed(folder, documents=4000, letters=1000):
+    "Four million characters, as random as they come, packed"
+    tok = CharTokenizer(map(chr, range(60, 60 + V)))
+    ids = torch.randint(1, V, (documents, letters), generator=rng(0, 'text'))
+    text = chr(60).join(tok.decode(row.tolist()) for row in ids)
+    return PackedTokens(pack(Corpus('noise', dict(train=text), separator=chr(60)), tok, folder).folder)
+
+
+def stacked(tokens, stream):
+    "The way everybody writes it, over a memory map, with the same blocks"
+    array = np.memmap(tokens.folder/'train.bin', '<i4', 'r')
+    cut = lambda k: torch.from_numpy(array[k*T:k*T + T + 1].astype(np.int64))
+
+    def batch(step): return torch.stack([cut(k) for k in stream.blocks_of(step).tolist()])
+    return batch
+
+
+def main(rounds):
+    with tempfile.TemporaryDirectory() as folder:
+        tokens = packed(Path(folder)/'noise')
+        stream = BatchStream(tokens, B, T)
+        model = MiniGPT(Config(vocab_size=V, max_len=T, d_model=C, n_layers=L, n_heads=H)).train()
+        opt, fixed = adamw(model, 1e-3), stream(0)
+        slices = stacked(tokens, stream)
+        assert (slices(5) == stream(5)).all()
+        ways, times = {'BatchStream': stream, 'slices stacked': slices}, {'training step': []}
+        for n in progress(range(rounds*10), 'steps'):
+            for name, way in ways.items():                                   # each right after a step, as in a training run
+                for what, do in (('training step', lambda n: train_step(model, opt, fixed)), (name, way)):
+                    start = time.perf_counter()
+                    do(n)
+                    if n >= 20: times.setdefault(what, []).append(time.perf_counter() - start)
+        alone = []                                                           # with nothing between, the caches stay warm
+        for n in range(2000):
+            start = time.perf_counter()
+            stream(n)
+            alone.append(time.perf_counter() - start)
+    us = {name: 1e6*median(t) for name, t in times.items()}
+    us['BatchStream, nothing between'] = 1e6*median(alone)
+    mean = 1e6*sum(alone)/len(alone)
+    for name in us: print(f'{name:30}{us[name]:10.1f} µs{us[name]/us["training step"]:10.3%} of a step')
+    print(f'mean of a BatchStream batch, the working out of the order included: {mean:.1f} µs')
+    return dict(us={k: round(v, 2) for k, v in us.items()}, mean_us=round(mean, 2),
+                share_of_step=round(us['BatchStream']/us['training step'], 6),
+                faster_than_slices=round(us['slices stacked']/us['BatchStream'], 2), tokens=B*T, **machine())
+
+
+if __name__ == '__main__':
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument('--rounds', type=int, default=40, help='ten steps in a round')
+    ap.add_argument('--save', action='store_true', help='keep the last line in result.json')
+    a = ap.parse_args()
+    line = json.dumps(main(a.rounds))
+    if a.save: (Path(__file__).parent/'result.json').write_text(line + '\n', encoding='utf-8')
+    print(line)
