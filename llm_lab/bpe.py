@@ -281,7 +281,6 @@ def encode_iterable(self:BPETokenizer, parts, allowed_special=()): # yields ids
     for piece in _pieces(parts, _SAFE[self.patterns == (GPT2,)], special, longest):
         yield from self.encode(piece, allowed_special)
 
-# %% ../nbs/04_bpe.ipynb #61c5ed64
 def _count(sources, special, longest, find=_finder(GPT2)):
     "({chunk: how often}, what was read): the only pass over the text"
     counts, seen, n, size, live, started = Counter(), hashlib.sha256(), 0, 0, Live(), time.monotonic()
@@ -357,5 +356,5 @@ def from_json(cls:BPETokenizer, data:dict):
 def load(cls:BPETokenizer, path)->BPETokenizer:
     "The byte-level tokenizer in a folder or a `tokenizer.json`: ours, GPT-2's, or another's"
     tok = load_tokenizer(path)
-    if not isinstance(tok, cls): raise LabError(f'{path} holds {tok.kind}, not BPE: use load_tokenizer')
+    if tok.kind != cls.kind: raise LabError(f'{path} holds {tok.kind}, not BPE: use load_tokenizer')
     return tok

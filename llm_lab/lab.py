@@ -169,17 +169,19 @@ def widgets_live()->bool:
 
 def _draw(picture, knobs):
     "One call of the picture, ready to be displayed"
-    return show(picture(**knobs))
+    made = picture(**knobs)
+    return show(made) if hasattr(made, 'savefig') else made
 
 def explore(
-    picture, # a pure function of its knobs that returns a figure
-    **knobs  # name=(still, choice, choice, …)
+    picture, # a pure function of its knobs that returns a figure, or HTML
+    **knobs  # name=(still, choice, choice, …), or name='a text that may be changed'
 ): # the still picture, or its sliders where widgets live
     "Show `picture` at the first value of each knob; in a live notebook, with a control for each"
-    still = {k: v[0] for k, v in knobs.items()}
+    still = {k: v if isinstance(v, str) else v[0] for k, v in knobs.items()}
     if not widgets_live(): return _draw(picture, still)
     w, display = need('ipywidgets'), need('IPython.display').display
     def control(name, values):
+        if isinstance(values, str): return w.Text(value=values, description=name, layout=dict(width='40em'))
         texts = any(isinstance(v, str) for v in values)
         options = list(dict.fromkeys(values)) if texts else sorted(set(values))
         return (w.Dropdown if texts else w.SelectionSlider)(options=options, value=values[0], description=name,
