@@ -103,7 +103,7 @@ class BPETokenizer:
         if missing := [t for t in self.letters if t not in self.ids]:
             raise LabError(f'the vocabulary lacks {len(missing)} tokens, among them {missing[0]!r}: '
                            'give all 256 bytes and what each merge makes')
-        self.special_tokens = {s: self._special(s) for s in special_tokens}  # text → id
+        self.special_tokens = {s: self._special(s) for s in dict.fromkeys(special_tokens)}  # text → id
         self.vocab_size = max(self.vocab) + 1
         self.tokens = [self.vocab.get(n) for n in range(self.vocab_size)]    # id → bytes
         self.letter_ids = {c: self.ids[t] for t, c in self.letters.items()}

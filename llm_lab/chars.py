@@ -101,7 +101,10 @@ def tokenizer_from(
     "The tokenizer that `data` describes, of whatever kind it is"
     for address in TOKENIZERS if isinstance(data, dict) else ():
         module, _, kind = address.partition(':')
-        if (tok := getattr(importlib.import_module(module), kind).from_json(data)) is not None: return tok
+        try: tok = getattr(importlib.import_module(module), kind).from_json(data)
+        except (KeyError, TypeError, AttributeError) as e:
+            raise LabError(f'{name} is no whole tokenizer ({type(e).__name__}: {e}): save it again') from None
+        if tok is not None: return tok
     raise LabError(f'{name} holds no tokenizer that this library knows: save one with its own `save`')
 
 # %% ../nbs/03_chars.ipynb #dd7380e7

@@ -57,6 +57,34 @@ def test_a_knob_redraws_its_picture(browser):
         assert shot.seen(page)['error'] == []
 
 
+def test_merges_can_be_scrubbed_and_texts_typed(browser):
+    "Chapter 4: the slider cuts the words anew, and what is typed is shown under four tokenizers"
+    from playwright.sync_api import expect
+    with shot.opened(ROOT/'nbs'/'04_bpe.ipynb', OUT, width=1000, height=1000) as page:
+        shot.run_all(page)
+        assert shot.seen(page)['error'] == []
+        said = page.locator('.widget-output p', has_text='bytes a token').last
+        expect(said).to_contain_text('merge 200:')
+        handle = page.locator('.noUi-handle').last
+        handle.scroll_into_view_if_needed()
+        handle.focus()
+        handle.press('ArrowRight')
+        expect(said).to_contain_text('merge 300:')
+        handle.press('Home')
+        expect(said).to_contain_text('merge 0: bytes alone')
+        fields = page.locator('.widget-text input')
+        fields.nth(0).fill('the <b>the</b> 家')
+        fields.nth(0).press('Tab')
+        expect(said).to_contain_text('18 tokens for 18 bytes')
+        fields.nth(1).fill('where € is')
+        fields.nth(1).press('Tab')
+        table = page.locator('.widget-output table').last
+        expect(table).to_contain_text('is not among the')  # characters refuse, bytes do not
+        expect(table.locator('tr').nth(2)).to_contain_text('12')
+        page.screenshot(path=str(OUT/'04_bpe.typed.png'))
+        assert shot.seen(page)['error'] == []
+
+
 def test_a_touched_token_says_where_it_looks(browser):
     "The live map of chapter 11: mouse, keys and buttons change the words, the kernel's own words agree, and nothing comes from outside"
     from playwright.sync_api import expect
