@@ -81,6 +81,7 @@ def test_merges_can_be_scrubbed_and_texts_typed(browser):
         table = page.locator('.widget-output table').last
         expect(table).to_contain_text('is not among the')  # characters refuse, bytes do not
         expect(table.locator('tr').nth(2)).to_contain_text('12')
+        said.scroll_into_view_if_needed()
         page.screenshot(path=str(OUT/'04_bpe.typed.png'))
         assert shot.seen(page)['error'] == []
 
