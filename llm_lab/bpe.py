@@ -128,8 +128,7 @@ def _special(self:BPETokenizer, token):
     data = token.encode()
     if not token or data in self.letters:
         raise LabError(f"the special token {token!r} could be typed: choose another, such as '<|endoftext|>'")
-    id = self.ids.pop(data, max(self.vocab) + 1)
-    self.vocab[id] = data
+    self.vocab[id := self.ids.pop(data, max(self.vocab) + 1)] = data
     return id
 
 # %% ../nbs/04_bpe.ipynb #46f20e78
@@ -174,8 +173,7 @@ def _finder(pattern):
     "A function: text → what the pattern finds in it, and what lies between"
     try: compiled = regex.compile(pattern if pattern == GPT2 else f'(?:{pattern})|(?:(?!{pattern})[\\s\\S])+')
     except regex.error as e: raise LabError(f'the pattern {pattern!r} cannot be read: {e}') from None
-    if not compiled.groups: return compiled.findall
-    return lambda text: [m[0] for m in compiled.finditer(text)]
+    return compiled.findall if not compiled.groups else lambda text: [m[0] for m in compiled.finditer(text)]
 
 @patch
 def _ordinary(self:BPETokenizer, text)->list[int]:
@@ -201,8 +199,7 @@ def _allowed(self:BPETokenizer, names):
 
 @patch
 def encode(self:BPETokenizer, text, allowed_special=())->list[int]:
-    """Ids of a text (str, or any bytes). Special tokens are found only if they are allowed, by name or 'all'.
-    Raises `LabError` on half a character (a lone surrogate) or an unknown special token"""
+    "Ids of a text (str or bytes); special tokens only if allowed, by name or 'all'. `LabError` on half a character"
     if isinstance(text, bytes): text = text.decode('utf-8', 'surrogateescape')
     special = self._allowed(allowed_special)
     try:
@@ -236,16 +233,16 @@ def _tiktoken(self:BPETokenizer):
     try: import tiktoken
     except ModuleNotFoundError: return ()
     made = [a + b for a, b in self.merges]
-    if self.patterns != (GPT2,) or self.whole or self.form or len(set(made)) < len(made): return ()
-    if any(len(self._merged(to_letters(t))) > 1 for t in made): return ()
-    order = [bytes([b]) for b in range(256)] + made
-    ranks = {t: n for n, t in enumerate(order)}
+    same = len(set(made)) == len(made) and all(len(self._merged(to_letters(t))) == 1 for t in made)
+    if not same or self.patterns != (GPT2,) or self.whole or self.form: return ()
+    ranks = {t: n for n, t in enumerate([bytes([b]) for b in range(256)] + made)}
     rust = tiktoken.Encoding('bpe', pat_str=GPT2, mergeable_ranks=ranks, special_tokens={})
-    return rust, [self.ids[t] for t in order]
+    return rust, [self.ids[t] for t in ranks]
 
 def _settled(text):
-    "Are all its characters older than Unicode 3.2 (2002), and whole?"
-    return text.isascii() or all(unicodedata.ucd_3_2_0.category(c) not in ('Cn', 'Cs') for c in set(text))
+    "Are its characters whole, and as old as Unicode 3.2 (2002)? And is it short? tiktoken dies of a million spaces"
+    if text.isascii(): return len(text) <= 100_000
+    return len(text) <= 100_000 and {*map(unicodedata.ucd_3_2_0.category, set(text))}.isdisjoint(('Cn', 'Cs'))
 
 @patch
 def encode_batch(self:BPETokenizer, texts, allowed_special=())->list[list[int]]:
@@ -317,11 +314,10 @@ def train(
 @patch
 def save(self:BPETokenizer, folder):
     "Write `tokenizer.json` for Hugging Face `tokenizers`, and `meta.json`: what the tokenizer was trained on"
-    gpt2 = self.patterns == (GPT2,)
+    gpt2, vocab = self.patterns == (GPT2,), {to_letters(t): n for t, n in self.ids.items()} | self.special_tokens
     level = dict(type='ByteLevel', add_prefix_space=False, trim_offsets=True, use_regex=gpt2)
     cuts = [dict(type='Split', pattern=dict(Regex=p), behavior='Isolated', invert=False) for p in self.patterns]
-    model = dict(type='BPE', ignore_merges=self.whole,
-                 vocab={to_letters(t): n for t, n in sorted(self.ids.items(), key=lambda p: p[1])},
+    model = dict(type='BPE', ignore_merges=self.whole, vocab=dict(sorted(vocab.items(), key=lambda p: p[1])),
                  merges=[list(map(to_letters, m)) for m in self.merges])
     write_tokenizer(folder, model, level if gpt2 else dict(type='Sequence', pretokenizers=[*cuts, level]), level,
                     self.form and dict(type=self.form), self.special_tokens, dict(self.meta, kind=self.kind))
@@ -329,13 +325,17 @@ def save(self:BPETokenizer, folder):
 # %% ../nbs/04_bpe.ipynb #644701de
 def _patterns(steps):
     "The regular expressions of a file's pre-tokenizer"
-    for s in steps:
+    for n, s in enumerate(steps, 1):
         kind, cut = s['type'], s.get('pattern') or {}
-        if kind == 'ByteLevel' and not s.get('add_prefix_space'): yield from [GPT2]*s.get('use_regex', True)
+        if kind == 'ByteLevel' and n == len(steps) and not s.get('add_prefix_space'):
+            if s.get('use_regex', True): yield GPT2
         elif kind == 'Digits': yield r'\p{N}' if s.get('individual_digits') else r'\p{N}+'
         elif kind == 'Split' and s['behavior'] == 'Isolated' and not s.get('invert'):
             yield cut['Regex'] if 'Regex' in cut else regex.escape(cut['String'])
         else: raise LabError(f'the pre-tokenizer {s} cannot be undone exactly: use a byte-level tokenizer')
+
+# %% ../nbs/04_bpe.ipynb #08d3958b
+_ODD = 'dropout', 'continuing_subword_prefix', 'end_of_word_suffix', 'lstrip', 'rstrip', 'single_word'
 
 @patch(cls_method=True)
 def from_json(cls:BPETokenizer, data:dict):
@@ -343,12 +343,14 @@ def from_json(cls:BPETokenizer, data:dict):
     model, cut = data.get('model') or {}, data.get('pre_tokenizer') or {}
     steps = cut.get('pretokenizers') or [cut]
     if 'merges' not in model or 'ByteLevel' not in [s.get('type') for s in steps]: return None
-    special = {t['content']: t['id'] for t in data.get('added_tokens') or []}
+    added, form = data.get('added_tokens') or [], (data.get('normalizer') or {}).get('type')
+    odd = [(k, d[k]) for d in (model, *added) for k in _ODD if d.get(k)]
+    if form not in (None, 'NFC', 'NFD', 'NFKC', 'NFKD'): odd.append(('normalizer', form))
+    if odd: raise LabError(f'{odd[0][0]}={odd[0][1]!r} cannot be followed exactly: use a byte-level tokenizer')
+    special = {t['content']: t['id'] for t in added}
     vocab = {n: from_letters(t) for t, n in model['vocab'].items() if t not in special}
     vocab.update((n, s.encode()) for s, n in special.items())
     merges = [map(from_letters, m.split(' ') if isinstance(m, str) else m) for m in model['merges']]
-    if (form := (data.get('normalizer') or {}).get('type')) not in (None, 'NFC', 'NFD', 'NFKC', 'NFKD'):
-        raise LabError(f'the normalizer {form} is not one of Unicode: use a byte-level tokenizer')
     return cls(vocab, merges, special, [*_patterns(steps)], bool(model.get('ignore_merges')), form)
 
 # %% ../nbs/04_bpe.ipynb #9a5c9803

@@ -92,6 +92,7 @@ def from_json(cls:CharTokenizer, data:dict):
     if model.get('type') != 'WordLevel' or any(len(c) != 1 for c in vocab): return None
     return cls(''.join(sorted(vocab, key=vocab.get)))
 
+# %% ../nbs/03_chars.ipynb #09006629
 TOKENIZERS = ['llm_lab.chars:CharTokenizer', 'llm_lab.bpe:BPETokenizer']   # also those of later chapters
 
 def tokenizer_from(
@@ -102,7 +103,8 @@ def tokenizer_from(
     for address in TOKENIZERS if isinstance(data, dict) else ():
         module, _, kind = address.partition(':')
         try: tok = getattr(importlib.import_module(module), kind).from_json(data)
-        except (KeyError, TypeError, AttributeError) as e:
+        except LabError: raise
+        except (AttributeError, KeyError, TypeError, ValueError) as e:
             raise LabError(f'{name} is no whole tokenizer ({type(e).__name__}: {e}): save it again') from None
         if tok is not None: return tok
     raise LabError(f'{name} holds no tokenizer that this library knows: save one with its own `save`')

@@ -6,7 +6,7 @@
 __all__ = ['PIECE', 'ALONE', 'shuffled', 'BatchStream', 'PackedTokens', 'Packed', 'pack']
 
 # %% ../nbs/05_pack.ipynb #4ef4a4d1
-import hashlib, json, math, os, pickle, re, shutil, signal, sys, tempfile, time
+import hashlib, json, math, os, re, shutil, signal, sys, tempfile, time
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
@@ -181,16 +181,24 @@ def _ids(tokenizer, documents, end):
     return np.fromiter(chain.from_iterable(part for ids in each for part in (ids, end)), '<i4')
 
 # %% ../nbs/05_pack.ipynb #5fbfdd39
+def _send(pipe, data): pipe.write(len(data).to_bytes(8, 'little') + data); pipe.flush()
+
+def _receive(pipe):
+    "The next message; `EOFError` when the other side is gone, even in the middle of it"
+    size = int.from_bytes(pipe.read(8), 'little')
+    if not size or len(data := pipe.read(size)) < size: raise EOFError
+    return data
+
 def _serve(folder, end):
     "A worker's life: read documents, write their ids, until nobody sends any more"
     signal.signal(signal.SIGINT, signal.SIG_IGN)               # where sessions are unknown
     out, sys.stdout = sys.stdout.buffer, sys.stderr            # a stray print must not get between the ids
     tokenizer = load_tokenizer(folder)
-    with suppress(EOFError, pickle.UnpicklingError, OSError):  # the sender is gone
-        while documents := pickle.load(sys.stdin.buffer):
-            try: answer = _ids(tokenizer, documents, end)
-            except LabError as e: answer = e
-            pickle.dump(answer, out, 5); out.flush()
+    with suppress(EOFError, OSError):                          # the sender is gone
+        while documents := json.loads(_receive(sys.stdin.buffer)):
+            try: answer = b'+' + _ids(tokenizer, documents, end).tobytes()
+            except LabError as e: answer = b'-' + str(e).encode()
+            _send(out, answer)
 
 # %% ../nbs/05_pack.ipynb #b4cf8d44
 @contextmanager
@@ -204,13 +212,13 @@ def _workers(folder, end, processes):
     free, threads = team.copy(), ThreadPoolExecutor(processes)
     def ask(documents):
         w = free.pop()                                         # as many threads as workers: one is free
-        try: pickle.dump(documents, w.stdin, 5); w.stdin.flush(); answer = pickle.load(w.stdout)
-        except (OSError, EOFError, pickle.UnpicklingError):
+        try: _send(w.stdin, json.dumps(documents).encode()); answer = _receive(w.stdout)
+        except (OSError, EOFError):
             w.kill()
             raise LabError(f'a worker ended with code {w.wait()}: if memory is short, try processes=1') from None
         finally: free.append(w)
-        if isinstance(answer, LabError): raise answer
-        return answer
+        if answer[:1] == b'-': raise LabError(answer[1:].decode())
+        return np.frombuffer(answer, '<i4', offset=1)
     try: yield lambda documents: threads.submit(ask, documents)
     finally:
         for w in team: w.kill()                                # they hold nothing that matters
@@ -250,7 +258,9 @@ def _write(documents, path, end, processes, live):
     return dict(**n, sha256=text.hexdigest()), dict(size=4*n['tokens'], sha256=data.hexdigest())
 
 # %% ../nbs/05_pack.ipynb #83d84c20
-def _end(corpus, tok): return tok.encode(corpus.separator) if tok.eos_id is None else [tok.eos_id]
+def _end(corpus, tok):
+    "The ids after each document: the end mark where documents stand alone, else the separator of the text"
+    return [tok.eos_id] if corpus.independent and tok.eos_id is not None else tok.encode(corpus.separator)
 
 def _wanted(corpus, tokenizer):
     "What is known before packing: a hash of each split, and the tokenizer, or what it is to be trained on"
