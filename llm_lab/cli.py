@@ -278,11 +278,9 @@ def _sample_options(s):
 # %% ../nbs/25_cli.ipynb #d5591cfa
 def _prepare(a):
     "Pack the corpus that the command line names, and print what came of it"
-    from dataclasses import replace
     from llm_lab.corpora import load_corpus
     from llm_lab.pack import pack
     corpus = load_corpus(a.corpus, limit=a.limit)
-    if a.limit: corpus = replace(corpus, name=f'{corpus.name}-{a.limit}')  # a folder of its own
     with warnings.catch_warnings(record=True, action='always') as notes:
         packed = pack(corpus, a.vocab_size, None, a.force, a.verify)
     for note in notes: print(note.message, file=sys.stderr)    # a small text may end before the vocabulary is full

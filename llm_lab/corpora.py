@@ -180,7 +180,7 @@ def subsample(corpus:Corpus, limit:int, seed=0)->Corpus:
         raise LabError(f'{corpus.name} has {len(least):,} training documents, limit={limit:,}: ask for fewer')
     docs = [d for _, d in sorted(o[1:] for o in least)]                  # in their old order
     train = corpus.separator.join(docs) if isinstance(corpus.splits['train'], str) else docs
-    return replace(corpus, splits={**corpus.splits, 'train': train},
+    return replace(corpus, name=f'{corpus.name}-{limit}-seed{seed}', splits={**corpus.splits, 'train': train},
                    source=f'{corpus.source}, {limit:,} training documents drawn with seed {seed}',
                    sha256=hashlib.sha256(f'{corpus.sha256}/{limit}/{seed}'.encode()).hexdigest())
 

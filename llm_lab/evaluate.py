@@ -76,6 +76,12 @@ def _in_documents(windows, starts):
     if starts is None: return windows[:, 1:]
     return torch.stack([starts + 1, torch.cat([starts[1:] + 1, windows[-1:, 2]])], 1)
 
+def _asked(ids, tokenizer, corpus):
+    "The text of some ids; an end mark that is a token of its own stands for the corpus's separator"
+    pieces = [[]]
+    for i in ids.tolist(): pieces.append([]) if i == tokenizer.eos_id else pieces[-1].append(i)
+    return corpus.separator.join(map(tokenizer.decode, pieces))
+
 def evaluate(
     model, tokenizer, corpus,
     split='val',
@@ -90,7 +96,7 @@ def evaluate(
     windows = sliding(len(ids), T, stride, starts) if stride else blocks(len(ids), T, starts)
     losses = token_losses(model, ids, windows, live=live).double()
     sums, counts = zip(*((losses[a:b].sum(), b - a) for a, b in _in_documents(windows, starts).tolist()))
-    text = tokenizer.decode(ids[int(windows[0, 1]):].tolist())
+    text = _asked(ids[int(windows[0, 1]):], tokenizer, corpus)
     return Score(float(sum(sums)), sum(counts), len(text), len(text.encode()), ratio_error(sums, counts),
                  corpus.floor)
 

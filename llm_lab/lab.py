@@ -7,7 +7,7 @@ __all__ = ['WEIGHTS', 'SIGNED', 'LabError', 'need', 'home', 'restored', 'written
            'in_notebook', 'show', 'widgets_live', 'explore', 'Live', 'progress']
 
 # %% ../nbs/00_lab.ipynb #f5126c87
-import hashlib, importlib, os, shutil, sys, time
+import hashlib, importlib, os, re, shutil, sys, time
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -44,11 +44,16 @@ def _sync(path):
     try: os.fsync(handle)
     finally: os.close(handle)
 
+def _remains(path):
+    "What killed writers of `path` have left beside it: `.NAME.PROCESS.old`, and no other name's"
+    name = re.compile(rf'\.{re.escape(path.name)}\.\d+\.old')
+    return sorted(p for p in path.parent.glob('.*.old') if name.fullmatch(p.name))
+
 def restored(path)->Path: # `path`
     "Bring back a folder whose writer was killed between its two renames"
     path = Path(path)
     if not path.exists():
-        for old in sorted(path.absolute().parent.glob(f'.{path.absolute().name}.*.old'))[:1]: os.replace(old, path)
+        for old in _remains(path.absolute())[:1]: os.replace(old, path)
     return path
 
 def _remove(path):
@@ -71,7 +76,7 @@ def written(
         _sync(path.parent)
     finally:
         restored(path); _remove(new)
-        for rest in path.parent.glob(f'.{path.name}.*.old'): _remove(rest)
+        for rest in _remains(path): _remove(rest)
 
 # %% ../nbs/00_lab.ipynb #1bd0afae
 def rng(

@@ -1,6 +1,6 @@
 """Packing seen from outside: many orders, many kinds of damage, killed builders, two builders at once, memory.
 
-`LLM_LAB_EXAMPLES=20000` asks hypothesis for more than its 500 examples; `make nightly` may set it.
+`LLM_LAB_EXAMPLES=20000` asks hypothesis for more than its 500 examples; `make nightly` does.
 """
 import json
 import os
@@ -317,7 +317,7 @@ def test_an_empty_split_and_a_broken_name(tmp_path, monkeypatch):
 def test_a_text_that_changes_while_it_is_read(tmp_path):
     class Moving:
         name, licence, source, sha256, separator, splits = 'moving', '', '', '', '\n\n', {'train': None}
-        reads = 0
+        reads, independent = 0, False
         def documents(self, split): self.reads += 1; return ['the cat', 'sat'] if self.reads < 2 else ['the cat', 'sits']
         def digest(self, split): return Corpus.digest(self, split)
     with pytest.raises(LabError, match='train of moving is [0-9a-f]+, a minute ago [0-9a-f]+'):
@@ -399,6 +399,22 @@ def test_a_kill_leaves_no_folder(tmp_path, who):
     out, err = build(tmp_path, tmp_path/'f', 3000).communicate(timeout=120)
     assert 'built' in out, err
     assert sorted(f.name for f in tmp_path.iterdir()) == ['.f.lock', 'f', 'script.py']      # and the remains are swept away
+
+
+def test_ctrl_c_while_workers_start_ends_those_that_have_started(whole, monkeypatch):
+    started, popen = [], P.Popen
+    def interrupted(*args, **kw):
+        if started: raise KeyboardInterrupt
+        started.append(popen(*args, **kw))
+        return started[0]
+    monkeypatch.setattr(P, 'Popen', interrupted)
+    with pytest.raises(KeyboardInterrupt), P._workers(whole/'tokenizer', [0], 2): pass
+    assert started[0].returncode not in (None, 0)
+
+
+def test_a_worker_whose_folder_is_gone_ends_without_noise(tmp_path, capfd):
+    with P._workers(tmp_path/'gone', [0], 1) as ask, pytest.raises(LabError, match='a worker ended with code'): ask(['the cat']).result()
+    assert capfd.readouterr() == ('', '')
 
 
 @posix

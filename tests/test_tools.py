@@ -175,4 +175,20 @@ def test_a_moved_folder_gets_a_new_venv(empty, pip):
     assert pip.calls.count('venv') == 2
 
 
+@pytest.mark.parametrize('do,before,examples', [
+    ('test', None, None), ('nightly', None, '20000'), ('nightly', '70', '70'), ('test', '70', '70')])
+def test_nightly_asks_for_more_examples(empty, monkeypatch, do, before, examples):
+    "Slow tests and 20,000 examples, unless somebody has asked for another number"
+    monkeypatch.setenv('LLM_LAB_EXAMPLES', 'a number')  # so that it is put back
+    os.environ.pop('LLM_LAB_EXAMPLES')
+    if before: os.environ['LLM_LAB_EXAMPLES'] = before
+    monkeypatch.setenv('PATH', os.environ['PATH'])
+    monkeypatch.setattr(start, 'install', lambda kind: None)
+    seen = []
+    monkeypatch.setattr(start, 'call', lambda *cmd, cwd: seen.append((cmd, os.environ.get('LLM_LAB_EXAMPLES'))) or 0)
+    assert start.main([do]) == 0
+    (book, _), (tests, asked) = seen
+    assert asked == examples and ('slow' in book) == ('-m' in tests[3:]) == (do == 'nightly')
+
+
 def test_a_wrong_word_shows_the_usage(capsys): assert start.main(['turn']) == 2 and 'start.py tour' in capsys.readouterr().err

@@ -3,7 +3,7 @@
     python3 tools/start.py tour [arguments]    train a small GPT and read what it writes
     python3 tools/start.py lab                 open the chapters in JupyterLab
     python3 tools/start.py test                run every chapter, then the tests
-    python3 tools/start.py nightly             the same, slow tests too
+    python3 tools/start.py nightly             the same, slow tests too, and 20,000 examples where hypothesis makes them up
     python3 tools/start.py dev                 only set up
     python3 tools/start.py run COMMAND …       any tool of .venv, as `run ruff check`
 """
@@ -109,6 +109,7 @@ def main(args):
     if do == 'lab': return call(PYTHON, '-m', 'jupyterlab', 'nbs', *rest, cwd=ROOT)
     if do == 'run': return call(shutil.which(rest[0]) or stop(f'.venv has no command {rest[0]!r}'), *rest[1:])
     slow = do == 'nightly'
+    if slow: os.environ.setdefault('LLM_LAB_EXAMPLES', '20000')
     notebooks = call(PYTHON, 'tools/run_notebooks.py', *(['--flags', 'slow', '--timeout', 3600] if slow else []), cwd=ROOT)
     tests = call(PYTHON, '-m', 'pytest', *(['-m', ''] if slow else []), *rest, cwd=ROOT)
     return notebooks or tests
