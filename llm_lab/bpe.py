@@ -39,7 +39,7 @@ def from_letters(text:str)->bytes:
 def _merge(pair, new, words, freq, pairs, where):
     "Write `new` for `pair` in every word, keep `pairs` and `where` true; returns the pairs that are new"
     (a, b), born = pair, set()
-    for i in where.pop(pair):
+    for i in set(where.pop(pair)):                             # a list may name a word twice, and takes less room
         parts, f = words[i].split(pair), freq[i]
         words[i] = new.join(parts)
         pairs[pair] -= f*(len(parts) - 1)
@@ -47,7 +47,7 @@ def _merge(pair, new, words, freq, pairs, where):
             left, right = parts[k - 1][-1:], parts[k][:1]
             turned = [(left + a, left + new)] if left else [(b + a, new + new)] if k > 1 else []
             if right: turned.append((b + right, new + right))
-            for old, p in turned: pairs[old] -= f; pairs[p] += f; where[p].add(i); born.add(p)
+            for old, p in turned: pairs[old] -= f; pairs[p] += f; where[p].append(i); born.add(p)
     return born
 
 # %% ../nbs/04_bpe.ipynb #117585ca
@@ -62,16 +62,13 @@ def _key(ties, words, where, size):
     return keys[ties]
 
 # %% ../nbs/04_bpe.ipynb #f7a1ccb6
-def _learn(
-    counts, # {chunk: how often}, in the order in which they were met
-    n:int, least:int, ties='tokenizers'
-)->list: # [(bytes, bytes), …]
-    "The first `n` merges of pairs that occur at least `least` times; fewer if there is nothing left to merge"
+def _learn(counts, n:int, least:int, ties='tokenizers')->list: # [(bytes, bytes), …]
+    "The first `n` merges of these {chunk: how often}; fewer if no pair is left that occurs `least` times"
     words, freq = [to_letters(c) for c in counts], list(counts.values())
     tokens = {c: bytes([b]) for c, b in _BYTE.items()}         # letter → bytes
-    pairs, where, merges = defaultdict(int), defaultdict(set), []
+    pairs, where, merges = defaultdict(int), defaultdict(list), []
     for i, w in enumerate(words):
-        for p in map(add, w, w[1:]): pairs[p] += freq[i]; where[p].add(i)
+        for p in map(add, w, w[1:]): pairs[p] += freq[i]; where[p].append(i)
     key = _key(ties, words, where, tokens)
     heap = [(-c, key(p), p) for p, c in pairs.items()]; heapq.heapify(heap)
     while heap and len(merges) < n:

@@ -381,6 +381,8 @@ spiked = st.lists(st.sampled_from([*SPECIAL, '<|', '|>', '<|endoftext', 'endofte
 
 @many
 @given(text=spiked, names=st.sets(st.sampled_from(SPECIAL)), size=st.integers(1, 20), seed=st.integers(0, 99), other=st.booleans())
+@example(text=END + SPACED + END, names={SPACED}, size=1, seed=0, other=False)          # between two of another name, and nothing else
+@example(text=SPACED + END, names={'<|end'}, size=9, seed=1, other=True)
 def test_typed_text_is_never_special_unless_allowed_by_name(tok, llama, text, names, size, seed, other):
     t = llama if other else tok
     special, parts = {*t.special_tokens.values()}, parts_of(random.Random(seed), text, 9)
@@ -401,6 +403,17 @@ def test_typed_text_is_never_special_unless_allowed_by_name(tok, llama, text, na
     assert t.decode(want) == text
     if len(names) == 1: assert t.encode(text, names[0]) == want
     if len(names) == len(SPECIAL): assert t.encode(text, 'all') == want
+
+
+@pytest.mark.parametrize('patterns', [(), (r'<\|[^|]*\|>',), (GPT2,), (r'\S+',)])
+def test_typed_text_that_is_one_chunk_is_not_special_either(tok, patterns, tmp_path):
+    "Where a chunk that is a token is taken as it is (`whole`), and the pattern leaves the special token in one piece"
+    made = BPETokenizer(tok.vocab, tok.merges, SPECIAL, patterns=patterns, whole=True)
+    made.save(tmp_path)
+    for t in (made, load_tokenizer(tmp_path), pickle.loads(pickle.dumps(made))):
+        for s in SPECIAL:
+            for text in (s, f' {s}', f'{s}{s}'): assert not {*t.special_tokens.values()} & {*t.encode(text), *t.encode_batch([text])[0]}
+            assert t.encode(s, s) == [t.special_tokens[s]]
 
 
 def test_special_tokens_that_could_be_typed_or_are_unknown_are_refused(tok):
