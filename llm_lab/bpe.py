@@ -6,11 +6,13 @@
 __all__ = ['GPT2', 'to_letters', 'from_letters', 'BPETokenizer']
 
 # %% ../nbs/04_bpe.ipynb #226edce9
-import hashlib, heapq, time, unicodedata, warnings
+import hashlib, heapq, time, warnings
+from array import array
 from collections import Counter, defaultdict
 from itertools import chain
 from operator import add
 from pathlib import Path
+from unicodedata import normalize, ucd_3_2_0
 import regex
 from fastcore.basics import patch
 from .lab import LabError, Live
@@ -20,8 +22,7 @@ from .chars import load_tokenizer, read_parts, write_tokenizer
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"   # (Radford et al. 2019)
 
 # %% ../nbs/04_bpe.ipynb #400e5e18
-_BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]    # these stay as they are,
-_BYTES += [b for b in range(256) if b not in _BYTES]              # the others get letters from 256 on
+_BYTES = sorted(range(256), key=lambda b: not (32 < b < 127 or 160 < b != 173))  # 188 stay; others: 256 and on
 _LETTER = {b: chr(b if n < 188 else 256 + n - 188) for n, b in enumerate(_BYTES)}
 _BYTE = {letter: b for b, letter in _LETTER.items()}
 _MERGED = 324                                                     # the letter of the first merge
@@ -56,8 +57,7 @@ def _key(ties, words, where, size):
     def first(pair):
         i = min(i for i in where[pair] if pair in words[i])
         return i, sum(len(size[c]) for c in words[i][:words[i].find(pair)])  # bytes before it: these never change
-    def greater(pair): return [[255 - x for x in size[c]] + [256] for c in pair]
-    keys = dict(tokenizers=str, greater=greater, first=first)
+    keys = dict(tokenizers=str, greater=lambda p: [[255 - x for x in size[c]] + [256] for c in p], first=first)
     if ties not in keys: raise LabError(f'ties={ties!r}: choose from {", ".join(keys)}')
     return keys[ties]
 
@@ -65,8 +65,9 @@ def _key(ties, words, where, size):
 def _learn(counts, n:int, least:int, ties='tokenizers')->list: # [(bytes, bytes), …]
     "The first `n` merges of these {chunk: how often}; fewer if no pair is left that occurs `least` times"
     words, freq = [to_letters(c) for c in counts], list(counts.values())
+    del counts                                                 # they may be large, and are not needed any more
     tokens = {c: bytes([b]) for c, b in _BYTE.items()}         # letter → bytes
-    pairs, where, merges = defaultdict(int), defaultdict(list), []
+    pairs, where, merges = defaultdict(int), defaultdict(lambda: array('I')), []
     for i, w in enumerate(words):
         for p in map(add, w, w[1:]): pairs[p] += freq[i]; where[p].append(i)
     key = _key(ties, words, where, tokens)
@@ -134,7 +135,6 @@ def __repr__(self:BPETokenizer): return f'BPETokenizer({self.vocab_size:,} ids, 
 
 @patch
 def __reduce__(self:BPETokenizer):
-    "What another process needs to make the same"
     return type(self), (self.vocab, self.merges, [*self.special_tokens], self.patterns, self.whole, self.form,
                         self.meta)
 
@@ -142,6 +142,12 @@ def __reduce__(self:BPETokenizer):
 @patch
 def _merged(self:BPETokenizer, word):
     "A word in letters, after all merges"
+    while len(word) < 40:                                      # a short word: to look at all its pairs is fastest
+        best = len(self.pairs)
+        for p in map(add, word, word[1:]):
+            if p in self.ranks and self.ranks[p] < best: best = self.ranks[p]
+        if best == len(self.pairs): return word
+        word = word.replace(*self.pairs[best])
     todo = list({self.ranks[p] for p in map(add, word, word[1:]) if p in self.ranks}); heapq.heapify(todo)
     while todo:
         pair, new = self.pairs[heapq.heappop(todo)]
@@ -152,6 +158,7 @@ def _merged(self:BPETokenizer, word):
         for p in born & self.ranks.keys(): heapq.heappush(todo, self.ranks[p])
     return word
 
+# %% ../nbs/04_bpe.ipynb #993ac5c7
 class _Chunks(dict):
     "chunk → its ids; worked out when first asked for, kept while there is room"
     room, longest = 100_000, 100                               # chunks; characters of one that is kept
@@ -175,16 +182,15 @@ def _finder(pattern):
 @patch
 def _ordinary(self:BPETokenizer, text)->list[int]:
     "Ids of a text in which nothing is special"
-    if self.form: text = unicodedata.normalize(self.form, text)
+    if self.form: text = normalize(self.form, text)
     chunks = [text]
     for find in self._find: chunks = chain.from_iterable(map(find, chunks))
     return list(chain.from_iterable(map(self._chunks.__getitem__, chunks)))
 
 # %% ../nbs/04_bpe.ipynb #0020f31e
-def _any_of(names):
+def _any_of(strs):
     "What finds these texts, the longest first; None if there are none"
-    each = map(regex.escape, sorted(names, key=len, reverse=True))
-    return regex.compile('(' + '|'.join(each) + ')') if names else None
+    return regex.compile(f"({'|'.join(map(regex.escape, sorted(strs, key=len, reverse=True)))})") if strs else None
 
 @patch
 def _allowed(self:BPETokenizer, names):
@@ -238,8 +244,7 @@ def _tiktoken(self:BPETokenizer):
 
 def _settled(text):
     "Are its characters whole, and as old as Unicode 3.2 (2002)? And is it short? tiktoken dies of a million spaces"
-    if text.isascii(): return len(text) <= 100_000
-    return len(text) <= 100_000 and {*map(unicodedata.ucd_3_2_0.category, set(text))}.isdisjoint(('Cn', 'Cs'))
+    return len(text) <= 100_000 and (text.isascii() or not {'Cn', 'Cs'} & {*map(ucd_3_2_0.category, set(text))})
 
 @patch
 def encode_batch(self:BPETokenizer, texts, allowed_special=())->list[list[int]]:
@@ -275,8 +280,8 @@ def encode_iterable(self:BPETokenizer, parts, allowed_special=()): # yields ids
     for piece in _pieces(parts, _SAFE[self.patterns == (GPT2,)], special, longest):
         yield from self.encode(piece, allowed_special)
 
-def _count(sources, special, longest, find=_finder(GPT2)):
-    "({chunk: how often}, what was read): the only pass over the text"
+def _count(sources, special, longest, meta, find=_finder(GPT2)):
+    "{chunk: how often}, by the only pass over the text; `meta` gets a hash of what was read"
     counts, seen, n, size, live, started = Counter(), hashlib.sha256(), 0, 0, Live(), time.monotonic()
     for source in [sources] if isinstance(sources, (str, Path)) else sources:
         for piece in _pieces(read_parts(source), _SAFE[True], special, longest):
@@ -284,7 +289,8 @@ def _count(sources, special, longest, find=_finder(GPT2)):
             for part in special.split(piece)[::2] if special else [piece]: counts.update(find(part))
             if time.monotonic() - started > 2: live(f'counted {size/1e6:,.0f} MB, {len(counts):,} different chunks')
         seen.update(b'\xff'); n += 1                           # a byte that no text has
-    return counts, dict(sha256=seen.hexdigest(), documents=n, bytes=size)
+    meta.update(sha256=seen.hexdigest(), documents=n, bytes=size)
+    return counts
 
 # %% ../nbs/04_bpe.ipynb #5d61daca
 @patch(cls_method=True)
@@ -299,12 +305,11 @@ def train(
     "Learn merges from texts. What was read stands in `meta`: SHA-256 over the documents, each followed by byte 255"
     if (n := vocab_size - 256 - len(special_tokens)) < 0:
         raise LabError(f'vocab_size={vocab_size} is too small: bytes and special tokens take {vocab_size - n}')
-    counts, seen = _count(sources, _any_of(special_tokens), max(map(len, special_tokens), default=0))
-    merges = _learn(counts, n, max(1, min_frequency), ties)
+    meta, longest = dict(min_frequency=min_frequency, ties=ties), max(map(len, special_tokens), default=0)
+    merges = _learn(_count(sources, _any_of(special_tokens), longest, meta), n, max(1, min_frequency), ties)
     if len(merges) < n:
         warnings.warn(f'the text has only {len(merges):,} pairs to merge, not {n:,}: the vocabulary is smaller')
     tokens = [bytes([b]) for b in _BYTES] + [a + b for a, b in merges]
-    meta = dict(seen, min_frequency=min_frequency, ties=ties)
     return cls(dict(enumerate(tokens)), merges, special_tokens, meta=meta)
 
 # %% ../nbs/04_bpe.ipynb #f373e91e
@@ -354,6 +359,5 @@ def from_json(cls:BPETokenizer, data:dict):
 @patch(cls_method=True)
 def load(cls:BPETokenizer, path)->BPETokenizer:
     "The byte-level tokenizer in a folder or a `tokenizer.json`: ours, GPT-2's, or another's"
-    tok = load_tokenizer(path)
-    if tok.kind != cls.kind: raise LabError(f'{path} holds {tok.kind}, not BPE: use load_tokenizer')
-    return tok
+    if (tok := load_tokenizer(path)).kind == cls.kind: return tok
+    raise LabError(f'{path} holds {tok.kind}, not BPE: use load_tokenizer')

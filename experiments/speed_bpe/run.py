@@ -149,7 +149,7 @@ def word(k):
 
 class Made:
     "A corpus that is made while it is read, and never whole in memory"
-    name, licence, source, sha256, separator = 'varied', 'ours', 'made up by seed', '', '\n\n'
+    name, licence, source, sha256, separator, independent = 'varied', 'ours', 'made up by seed', '', '\n\n', True
 
     def __init__(self, megabytes): self.splits, self.bytes = dict(train=None), int(megabytes*1e6)
 
