@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from itertools import chain
 from operator import add
 from pathlib import Path
-from unicodedata import normalize, ucd_3_2_0
+from unicodedata import category, normalize, ucd_3_2_0
 import regex
 from fastcore.basics import patch
 from .lab import LabError, Live
@@ -243,8 +243,8 @@ def _tiktoken(self:BPETokenizer):
     return rust, [self.ids[t] for t in ranks]
 
 def _settled(text):
-    "Are its characters whole, and as old as Unicode 3.2 (2002)? And is it short? tiktoken dies of a million spaces"
-    return len(text) <= 100_000 and (text.isascii() or not {'Cn', 'Cs'} & {*map(ucd_3_2_0.category, set(text))})
+    "Are its characters of 2002 (Unicode 3.2), or signs? And is it short? tiktoken dies of a million spaces"
+    return len(text) < 99_999 and all(category(c)[0] in 'MPS' for c in set(text) if ucd_3_2_0.category(c) in 'CnCs')
 
 @patch
 def encode_batch(self:BPETokenizer, texts, allowed_special=())->list[list[int]]:
@@ -252,8 +252,8 @@ def encode_batch(self:BPETokenizer, texts, allowed_special=())->list[list[int]]:
     if self._rust is None: self._rust = self._tiktoken()
     if not self._rust or allowed_special: return [self.encode(t, allowed_special) for t in texts]
     rust, ids = self._rust
-    return [list(map(ids.__getitem__, rust.encode_ordinary(t))) if isinstance(t, str) and _settled(t)
-            else self.encode(t) for t in texts]
+    return [list(map(ids.__getitem__, rust.encode_ordinary(t)))
+            if isinstance(t, str) and (t.isascii() and len(t) < 999 or _settled(t)) else self.encode(t) for t in texts]
 
 # %% ../nbs/04_bpe.ipynb #347bb4c5
 _SAFE = {True: regex.compile(r'(?r)(?<=\S)(?=\s)'),            # for GPT-2's pattern; (?r) searches from the end
