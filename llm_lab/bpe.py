@@ -24,8 +24,7 @@ GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
 # %% ../nbs/04_bpe.ipynb #400e5e18
 _BYTES = sorted(range(256), key=lambda b: not (32 < b < 127 or 160 < b != 173))  # 188 stay; others: 256 and on
 _LETTER = {b: chr(b if n < 188 else 256 + n - 188) for n, b in enumerate(_BYTES)}
-_BYTE = {letter: b for b, letter in _LETTER.items()}
-_MERGED = 324                                                     # the letter of the first merge
+_BYTE, _MERGED = {letter: b for b, letter in _LETTER.items()}, 324  # 324 is the letter of the first merge
 
 def to_letters(data)->str:
     "Bytes (or text, as UTF-8) in GPT-2's printable letters, one for each byte"
@@ -37,19 +36,23 @@ def from_letters(text:str)->bytes:
     return bytes([_BYTE[c] for c in text])
 
 # %% ../nbs/04_bpe.ipynb #d57413e1
-def _merge(pair, new, words, freq, pairs, where):
+def _merge(pair, new, words, freq, pairs, where, least=1):
     "Write `new` for `pair` in every word, keep `pairs` and `where` true; returns the pairs that are new"
-    (a, b), born = pair, set()
-    for i in set(where.pop(pair)):                             # a list may name a word twice, and takes less room
+    (a, b), touched = pair, set()
+    del pairs[pair]
+    for i in set(where.pop(pair)):                             # an array may name a word twice, and takes less room
         parts, f = words[i].split(pair), freq[i]
         words[i] = new.join(parts)
-        pairs[pair] -= f*(len(parts) - 1)
         for k in range(1, len(parts)):
             left, right = parts[k - 1][-1:], parts[k][:1]
             turned = [(left + a, left + new)] if left else [(b + a, new + new)] if k > 1 else []
             if right: turned.append((b + right, new + right))
-            for old, p in turned: pairs[old] -= f; pairs[p] += f; where[p].append(i); born.add(p)
-    return born
+            for old, p in turned:
+                pairs[p] += f; where[p].append(i); touched.update((old, p))
+                if old in pairs: pairs[old] -= f
+    for p in touched:                                          # counts only fall: what is too rare can be forgotten
+        if pairs.get(p, least) < least: del pairs[p], where[p]
+    return {p for p in touched if new in p and p in pairs}
 
 # %% ../nbs/04_bpe.ipynb #117585ca
 def _key(ties, words, where, size):
@@ -74,12 +77,12 @@ def _learn(counts, n:int, least:int, ties='tokenizers')->list: # [(bytes, bytes)
     heap = [(-c, key(p), p) for p, c in pairs.items()]; heapq.heapify(heap)
     while heap and len(merges) < n:
         c, k, p = heapq.heappop(heap)
-        if pairs[p] < least: continue
+        if pairs.get(p, 0) < least: continue
         now = -pairs[p], key(p) if ties == 'first' else k, p
         if now[:2] != (c, k): heapq.heappush(heap, now); continue
         new = chr(_MERGED + len(merges))
         merges.append((tokens[p[0]], tokens[p[1]])); tokens[new] = b''.join(merges[-1])
-        for q in _merge(p, new, words, freq, pairs, where): heapq.heappush(heap, (-pairs[q], key(q), q))
+        for q in _merge(p, new, words, freq, pairs, where, least): heapq.heappush(heap, (-pairs[q], key(q), q))
     return merges
 
 # %% ../nbs/04_bpe.ipynb #c07ea964
@@ -89,8 +92,7 @@ class BPETokenizer:
     def __init__(self, vocab:dict[int, bytes], merges:list[tuple[bytes, bytes]], special_tokens=(),
                  patterns=(GPT2,), # regular expressions that cut text into chunks, one after the other
                  whole=False,      # is a chunk that is a token taken as it is (`ignore_merges`)?
-                 form=None,        # Unicode normal form that text is brought into; as it comes if none
-                 meta=None         # what it was trained on
+                 form=None, meta=None # Unicode normal form that text is brought into; what it was trained on
     ):
         self.vocab, self.merges = dict(vocab), [(bytes(a), bytes(b)) for a, b in merges]
         self.patterns, self.whole, self.form, self.meta = tuple(patterns), whole, form, dict(meta or {})
@@ -124,8 +126,7 @@ def _add(self:BPETokenizer, rank, a, b):
 def _special(self:BPETokenizer, token):
     "The id of a special token: its own, or the next one that is free"
     data = token.encode()
-    if not token or data in self.letters:
-        raise LabError(f"the special token {token!r} could be typed: choose another, such as '<|endoftext|>'")
+    if not token or data in self.letters: raise LabError(f'the special token {token!r} could be typed: choose another')
     self.vocab[id := self.ids.pop(data, max(self.vocab) + 1)] = data
     return id
 
@@ -299,8 +300,7 @@ def train(
     sources,            # texts (`str`) and files (`Path`), or one of them
     vocab_size:int,     # 256 bytes, merges and special tokens
     special_tokens=(),  # they come last; texts are cut where they stand
-    min_frequency=2,    # a pair that occurs less often is not merged
-    ties='tokenizers'   # which of two equally common pairs: 'tokenizers', 'greater' or 'first'
+    min_frequency=2, ties='tokenizers' # rarer pairs are not merged; of equally common ones the first by this rule
 )->BPETokenizer:
     "Learn merges from texts. What was read stands in `meta`: SHA-256 over the documents, each followed by byte 255"
     if (n := vocab_size - 256 - len(special_tokens)) < 0:
