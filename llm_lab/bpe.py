@@ -125,8 +125,8 @@ def _add(self:BPETokenizer, rank, a, b):
 @patch
 def _special(self:BPETokenizer, token):
     "The id of a special token: its own, or the next one that is free"
-    data = token.encode()
-    if not token or data in self.letters: raise LabError(f'the special token {token!r} could be typed: choose another')
+    data = token.encode(); read = from_letters(token) if set(token) <= _BYTE.keys() else data  # as a file is read
+    if not token or {data, read} & self.letters.keys(): raise LabError(f'the special token {token!r} could be typed: choose another')
     self.vocab[id := self.ids.pop(data, max(self.vocab) + 1)] = data
     return id
 
@@ -300,7 +300,7 @@ def train(
     sources,            # texts (`str`) and files (`Path`), or one of them
     vocab_size:int,     # 256 bytes, merges and special tokens
     special_tokens=(),  # they come last; texts are cut where they stand
-    min_frequency=2, ties='tokenizers' # rarer pairs are not merged; of equally common ones the first by this rule
+    min_frequency=2, ties='tokenizers' # rarer pairs stay; between equals: 'tokenizers', 'greater' or 'first'
 )->BPETokenizer:
     "Learn merges from texts. What was read stands in `meta`: SHA-256 over the documents, each followed by byte 255"
     if (n := vocab_size - 256 - len(special_tokens)) < 0:
