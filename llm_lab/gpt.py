@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['attend', 'causal', 'visible', 'part', 'Attention', 'MLP', 'Learned', 'Block', 'gpt2_init', 'Config', 'MiniGPT',
-           'register', 'to_data', 'config_from']
+           'register', 'to_data', 'config_from', 'quick_linear']
 
 # %% ../nbs/06_gpt.ipynb #0ca89eb3
 import difflib, importlib, re
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from inspect import Parameter, signature
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from fastcore.basics import patch
-from .lab import LabError, rng
+from .lab import LabError, by_onednn, quick_products, rng
 
 # %% ../nbs/06_gpt.ipynb #080e1d3d
 def attend(
@@ -237,8 +238,11 @@ class MiniGPT(nn.Module):
         if i is None: i, ctx['rising'] = torch.arange(ids.shape[1], device=ids.device), True
         x = self.tok(ids)
         x = self.drop(self.pos(x, i) if self.pos else x)
-        for block in self.blocks: x = block(x, i, **ctx)
+        for block in self.blocks: x = self.through(block, x, i, **ctx)
         return self.norm(x)                                    # (B, T, C)
+
+    @staticmethod
+    def through(block, x, i, **ctx): return block(x, i, **ctx) # may be replaced: chapter 12 keeps less for the way back
 
     def forward(self, ids, i=None, **ctx): return self.head(self.features(ids, i, **ctx))
 
@@ -303,3 +307,36 @@ def config_from(data:dict)->Config:
     names = [f.name for f in fields(Config)]
     for k in data.keys() - set(names): raise LabError(f'a model has no setting {k!r}{_nearest(k, names)}')
     return Config(**{k: _from(v) for k, v in data.items()})
+
+# %% ../nbs/06_gpt.ipynb #229e067b
+_ops = torch.library.Library('llm_lab', 'FRAGMENT')            # as long as it lives, they are known
+if not hasattr(torch.ops.llm_lab, 'linear'):
+    _ops.define('linear(Tensor x, Tensor w, Tensor? b) -> Tensor'); _ops.define('mm(Tensor a, Tensor b) -> Tensor')
+    _ops.impl('linear', by_onednn(F.linear), 'CPU'); _ops.impl('mm', by_onednn(torch.mm), 'CPU')
+    _ops.impl('linear', lambda x, w, b: x.new_empty(*x.shape[:-1], len(w)), 'Meta')
+    _ops.impl('mm', lambda a, b: a.new_empty(len(a), b.shape[1]), 'Meta')
+
+class _QuickLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w, b):
+        ctx.save_for_backward(x, w); ctx.bias = b is not None
+        return torch.ops.llm_lab.linear(x, w, b)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors; g, mm = g.flatten(0, -2), torch.ops.llm_lab.mm
+        return mm(g, w).view_as(x), mm(g.t(), x.flatten(0, -2)), g.sum(0) if ctx.bias else None
+
+# %% ../nbs/06_gpt.ipynb #a75ecf5f
+@contextmanager
+def quick_linear(model):
+    "Within, the plain linear layers of `model` multiply by oneDNN, where that is quicker (`quick_products`)"
+    def forward(layer, x):
+        short = torch.is_autocast_enabled('cpu') or x.dtype != torch.float32
+        return (F.linear if short else _QuickLinear.apply)(x, layer.weight, layer.bias)
+    layers = [m for m in model.modules() if type(m) is nn.Linear and m.weight.dtype == torch.float32
+              and m.weight.device.type == 'cpu' and 'forward' not in vars(m)] if quick_products() else []
+    for layer in layers: layer.forward = partial(forward, layer)
+    try: yield
+    finally:
+        for layer in layers: del layer.forward

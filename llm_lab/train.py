@@ -4,21 +4,22 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'next_token_loss', 'blocks', 'token_losses', 'mean_loss', 'random_crops', 'adamw', 'warmup_cosine', 'Run',
-           'train_step', 'fit', 'Recipe', 'Setup', 'read_split', 'prepare', 'trained', 'smoothed', 'loss_picture']
+           'update', 'train_step', 'fit', 'Recipe', 'Setup', 'read_split', 'prepare', 'trained', 'smoothed',
+           'loss_picture']
 
 # %% ../nbs/08_train.ipynb #c11758e9
-import hashlib, json, math, signal, threading, time
-from contextlib import contextmanager
+import hashlib, json, math, time
 from dataclasses import asdict, dataclass, field
+from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from . import __version__
-from .lab import LabError, Live, home, pyplot, rng
+from .lab import LabError, Live, home, keep_memory, pyplot, rng, seeded, stoppable
 from .corpora import load_corpus
 from .chars import CharTokenizer
 from .pack import end_mark
-from .gpt import Config, MiniGPT, to_data
+from .gpt import Config, MiniGPT, quick_linear, to_data
 from .package import open_model, save_package
 
 # %% ../nbs/08_train.ipynb #0390be9d
@@ -49,8 +50,7 @@ def token_losses(
     model,
     ids:Tensor,       # a text, (n,)
     windows:Tensor,   # (begin, first, end), (W, 3)
-    batch_size=64,
-    live=None         # shows how far we are
+    batch_size=64, live=None # `live` shows how far we are
 )->Tensor: # float32 (n,), on the CPU; NaN where nothing was asked
     "−ln P of each token that a window asks for"
     training, device = model.training, next(model.parameters()).device
@@ -72,8 +72,7 @@ def mean_loss(
     model,
     ids:Tensor,        # a text, (n,)
     block_len:int=None,# context; the model's max_len if none
-    batch_size=64,
-    live=None,         # shows how far we are
+    batch_size=64, live=None, # `live` shows how far we are
     starts=None        # where documents begin; the text as one if none
 )->float: # nats per token
     "−ln P per token over a whole text, in `blocks`: every token after the first start is asked once"
@@ -85,10 +84,7 @@ def mean_loss(
 # %% ../nbs/08_train.ipynb #dc05f6b1
 def random_crops(
     ids:Tensor,     # the training text, (n,)
-    batch_size:int,
-    block_len:int,
-    seed=0,
-    device='cpu',
+    batch_size:int, block_len:int, seed=0, device='cpu',
     starts=None     # where a row may begin; anywhere if none
 ): # a function of the step: rows (batch_size, block_len + 1)
     "Batches as a pure function of (seed, step): windows of the text that start at random places"
@@ -104,21 +100,17 @@ def random_crops(
     return batch
 
 # %% ../nbs/08_train.ipynb #bf847f0f
-def adamw(
-    model,
-    lr=4e-3,
-    weight_decay=.1,
-    betas=(.9, .99)
-)->torch.optim.AdamW:
-    "AdamW (Loshchilov and Hutter 2019): matrices decay, vectors do not; fused into one kernel"
-    matrices, vectors = ([p for p in model.parameters() if (p.dim() >= 2) == big] for big in (True, False))
-    groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.)]
+def adamw(model, lr=4e-3, weight_decay=.1, betas=(.9, .99))->torch.optim.AdamW:
+    "AdamW (Loshchilov and Hutter 2019): matrices decay, vectors and embeddings do not; fused into one kernel"
+    tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    decays = lambda p: p.dim() >= 2 and id(p) not in tables
+    groups = [dict(params=[p for p in model.parameters() if decays(p) == yes], weight_decay=weight_decay*yes)
+              for yes in (True, False)]
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 # %% ../nbs/08_train.ipynb #df0ff4d3
 def warmup_cosine(
-    step:int,
-    steps:int,
+    step:int, steps:int,
     warmup:int=100 # steps of climbing; at most a tenth of all
 )->float: # the factor on the learning rate, 0 to 1
     "Climb in a line, come down along half a cosine (Loshchilov and Hutter 2017)"
@@ -135,9 +127,14 @@ class Run:
     step: int = 0            # done
     tokens: int = 0          # seen
     seconds: float = 0.      # spent
-    losses: list = field(default_factory=list)  # nats, one a step
     notes: list = field(default_factory=list)   # the dicts that callbacks returned, with the step
-    stopped: bool = False    # by the user
+    stopped: str = ''        # why it ended before its time
+
+    def __post_init__(self): # loss (nats) and length of the gradient of each step, on the device of the model
+        self.history = torch.full((2, self.steps), math.nan, device=next(self.model.parameters()).device)
+
+    @property
+    def losses(self): return self.history[0, :self.step].tolist()
 
     def line(self, loss):
         "The state of things in one line"
@@ -148,44 +145,36 @@ class Run:
                 f'{int(left//60)}:{int(left % 60):02d} left')
 
 # %% ../nbs/08_train.ipynb #8017e6eb
-@contextmanager
-def _stoppable(run):
-    "Within, the first Ctrl-C sets `run.stopped` instead of breaking a step in the middle; the second breaks"
-    old = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or old in (None, signal.SIG_IGN): yield; return
-    def stop(*args): run.stopped = True; signal.signal(signal.SIGINT, old)
-    signal.signal(signal.SIGINT, stop)
-    try: yield
-    finally: signal.signal(signal.SIGINT, old)
+def _trouble(run, batch, loss):
+    "One line on the first step whose loss is no number"
+    step, named = int((~run.history[0, :run.step].isfinite()).nonzero()[0]), [*run.model.named_parameters()]
+    rows, broken = batch(step), lambda x: x is not None and not x.isfinite().all()
+    loss(run.model, rows).backward()
+    found = [f'row {n} of its batch' for n, row in enumerate(rows) if broken(loss(run.model, row[None]))][:1]
+    found += [f'weights of {n}' for n, p in named if broken(p)][:1] or \
+             [f'gradient of {n}' for n, p in named if broken(p.grad)][:1]
+    return (f'the loss of step {step} is {run.history[0, step].item()} ({", ".join(found) or "not when repeated"}): '
+            'lower the learning rate, or look at the data')
 
 # %% ../nbs/08_train.ipynb #f472d64c
-@contextmanager
-def _seeded(seed, device):
-    "Within, dropout draws from streams that depend on the seed only; after it, all is as it was"
-    with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
-        torch.manual_seed(rng(seed, 'dropout').initial_seed())
-        yield
-
-# %% ../nbs/08_train.ipynb #e15039d8
 def _called(every, step):
     "The callbacks that are due after this step"
     return [f for n, f in every.items() if (step in n if isinstance(n, tuple) else step % n == 0)]
 
 class _Watch:
-    "Called after each step; twice a second, and when a callback is due, it reads the loss and tells"
-    def __init__(self, run, losses, every):
-        self.run, self.losses, self.every, self.live = run, losses, every or {}, Live()
-        self.start, self.away, self.due = time.monotonic(), 0., 0.
+    "Called after each step; twice a second, and when a callback is due, it reads the losses and tells"
+    def __init__(self, run, every, trouble):
+        self.run, self.every, self.trouble, self.live = run, every or {}, trouble, Live()
+        self.start, self.away, self.due, self.read = time.monotonic(), 0., 0., 0
 
     def clock(self): self.run.seconds = time.monotonic() - self.start - self.away
 
     def loss(self):
-        "The mean of the last 20 steps, the only number that is read from the device; raises when it is none"
-        step = self.run.step
-        loss = self.losses[max(0, step - 20):step].mean().item()
-        if step and not math.isfinite(loss):
-            raise LabError(f'the loss is {loss} near step {step}: lower the learning rate')
-        return loss
+        "The mean of the last 20 steps, the only number that is read from the device; raises when one is none"
+        step, losses = self.run.step, self.run.history[0]
+        if not losses[self.read:step].sum().isfinite(): raise LabError(self.trouble())
+        self.read = step
+        return losses[max(0, step - 20):step].mean().item()
 
     def __call__(self):
         calls = _called(self.every, self.run.step)
@@ -198,41 +187,55 @@ class _Watch:
         self.live(self.run.line(loss))
 
 # %% ../nbs/08_train.ipynb #292dd160
-def train_step(
+def update(
     model, opt,
-    rows:Tensor, # ids, (B, T+1)
-    clip=1.      # largest length of the whole gradient
-)->Tensor: # the loss before the step, in nats; it stays on the device
-    "One step of training: loss, gradient, clipping, update; the gradient is empty afterwards"
-    loss = next_token_loss(model, rows)
-    loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), clip)
+    clip=1. # largest length of the whole gradient (Pascanu et al. 2013)
+)->Tensor: # its length before; it stays on the device
+    "Move the weights along the clipped gradient and empty it; a gradient that is no number counts as none"
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    length = nn.utils.get_total_norm(grads)
+    scale, broken = (length/clip).clamp_min(1.), ~length.isfinite()
+    if opt.defaults.get('fused') and length.device.type != 'mps': opt.grad_scale, opt.found_inf = scale, broken.float()
+    else:
+        for g in grads: g.div_(scale).masked_fill_(broken, 0.)
     opt.step(); opt.zero_grad()
-    return loss.detach()
+    return length
 
-# %% ../nbs/08_train.ipynb #642f9940
+def train_step(
+    model, opt, rows:Tensor, clip=1., loss=next_token_loss # `rows` are ids, (B, T+1)
+)->tuple: # (loss before the step, in nats; length of the gradient); they stay on the device
+    "One step of training: loss, gradient, clipping, update; the gradient is empty afterwards"
+    value = loss(model, rows)
+    value.backward()
+    return value.detach(), update(model, opt, clip)
+
+# %% ../nbs/08_train.ipynb #af7dc542
 def fit(
     model,
     batch,           # a function of the step: rows of ids (B, T+1)
     steps:int, lr=4e-3, weight_decay=.1, warmup=100,
     clip=1.,         # largest length of the whole gradient
     every:dict=None, # {n: f}: after each n steps, f(run); {(10, 50): f}: after these. A dict it returns is noted
-    seed=0           # of dropout
+    seed=0,          # of dropout
+    opt=None,        # an optimiser with rates of its own; `adamw(model, lr, weight_decay)` if none
+    schedule=None,   # f(step, steps): the factor on the rates; `warmup_cosine` if none
+    loss=next_token_loss, step=train_step
 )->Run:
-    "Train `model`: AdamW, warm-up and cosine, clipped gradients. Ctrl-C stops and keeps what was learned"
-    run, opt, device = Run(model.train(), steps), adamw(model, lr, weight_decay), next(model.parameters()).device
-    losses = torch.full((steps,), math.nan, device=device)
-    watch = _Watch(run, losses, every)
-    with _stoppable(run), _seeded(seed, device):
+    "Train `model` with clipped gradients. Ctrl-C stops and keeps what was learned; raises where a loss is no number"
+    run, opt = Run(model.train(), steps), opt or adamw(model, lr, weight_decay)
+    watch = _Watch(run, every, lambda: _trouble(run, batch, loss))
+    factor, groups = schedule or partial(warmup_cosine, warmup=warmup), opt.param_groups
+    keep_memory()
+    halt = lambda: setattr(run, 'stopped', 'by hand')
+    with stoppable(halt), seeded(seed, 'dropout', run.history.device), quick_linear(model):
         while run.step < steps and not run.stopped:
-            for group in opt.param_groups: group['lr'] = lr*warmup_cosine(run.step, steps, warmup)
+            for g in groups: g['lr'] = g.setdefault('initial_lr', g['lr'])*factor(run.step, steps)
             rows = batch(run.step)
-            losses[run.step] = train_step(model, opt, rows, clip)
+            run.history[0, run.step], run.history[1, run.step] = step(model, opt, rows, clip, loss)
             run.step += 1; run.tokens += rows[:, 1:].numel()
             watch()
-    run.losses = losses[:run.step].tolist()
     watch.clock()
-    watch.live.close(run.line(watch.loss()) + (' | stopped, what was learned is kept' if run.stopped else ''))
+    watch.live.close(run.line(watch.loss()) + (f' | stopped {run.stopped}, what was learned is kept' if run.stopped else ''))
     return run
 
 # %% ../nbs/08_train.ipynb #a693bc6d
@@ -336,9 +339,7 @@ def smoothed(values, width=25):
 
 # %% ../nbs/08_train.ipynb #c33d8f11
 def loss_picture(
-    run:Run,
-    floor:float=None,  # bits per character, where it is known
-    title:str=None
+    run:Run, floor:float=None, title:str=None # the floor in bits per character, where it is known
 ): # a matplotlib figure
     "Training loss, the noted validation losses, and the floor"
     if not run.losses: raise LabError('no step was made, so there is no curve: train first')

@@ -1,10 +1,11 @@
-"""How fast is a training step beside a plain loop, and how soon does the first token come?
+"""How fast is a training step beside a plain loop, how near to the machine's peak, and how soon does the first token come?
 
     python experiments/speed_step/run.py [--rounds 40] [--save]
 
-nanoGPT's CPU shape: 12 × 64 tokens, 4 layers, width 128, float32. Three models with the same sizes take turns, step by step, in one
-process: ours with `fit`'s loop body; a plain eager GPT-2 with `torch.optim.AdamW` as it comes; `transformers`' GPT-2 with the same
-AdamW. The median of each goes into the table. The last line is JSON; `--save` keeps it in result.json with date and machine.
+nanoGPT's CPU shape: 12 × 64 tokens, 4 layers, width 128, float32. Four loops with the same sizes take turns, ten steps at a time, each
+in a process of its own, as a user would have it: ours is `fit` itself, eager and compiled; a plain eager GPT-2 with `torch.optim.AdamW`
+as it comes; `transformers`' GPT-2 with the same AdamW. While one runs, the others wait. The median of each goes into the table. The
+last line is JSON; `--save` keeps it in result.json with date and machine.
 """
 import argparse
 import json
@@ -19,13 +20,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from llm_lab.gpt import Config, MiniGPT
 from llm_lab.chars import CharTokenizer
-from llm_lab.lab import machine, progress, rng
+from llm_lab.gpt import Config, MiniGPT
+from llm_lab.lab import flops, machine, peak_flops, progress, rng
+from llm_lab.optim import Step
 from llm_lab.package import save_package
-from llm_lab.train import adamw, random_crops, train_step, warmup_cosine
+from llm_lab.train import fit, next_token_loss, random_crops, train_step
 
 B, T, V, C, L, H = 12, 64, 65, 128, 4, 4
+CHUNK = 10  # steps in a turn
 
 
 class PlainBlock(nn.Module):
@@ -56,12 +59,14 @@ class PlainGPT(nn.Module):
         return self.head(self.norm(x))
 
 
-def plain_loop(model, logits_of):
-    "One step of the loop everybody writes"
-    opt = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(.9, .99), weight_decay=.1)
-    ids = torch.randint(V, (1_000_000,), generator=rng(0, 'text'))
+def text(): return torch.randint(V, (1_000_000,), generator=rng(0, 'text'))
 
-    def step(n):
+
+def plain_loop(model, logits_of, turn):
+    "The loop everybody writes"
+    opt, ids = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(.9, .99), weight_decay=.1), text()
+    for n in range(1_000_000):
+        turn(n)
         starts = torch.randint(len(ids) - T - 1, (B,))
         x = torch.stack([ids[s:s + T] for s in starts])
         y = torch.stack([ids[s + 1:s + T + 1] for s in starts])
@@ -70,17 +75,41 @@ def plain_loop(model, logits_of):
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.)
         opt.step()
-    return step
 
 
-def our_loop(model):
-    "What `fit` does in a step"
-    opt, batch = adamw(model, 1e-3), random_crops(torch.randint(V, (1_000_000,), generator=rng(0, 'text')), B, T)
+def small(): return MiniGPT(Config(vocab_size=V, max_len=T, d_model=C, n_layers=L, n_heads=H))
 
-    def step(n):
-        for group in opt.param_groups: group['lr'] = 1e-3*warmup_cosine(n, 1000)
-        train_step(model, opt, batch(n))
-    return step
+
+def our_loop(step, turn):
+    rows = random_crops(text(), B, T)
+    def batch(n): turn(n); return rows(n)
+    fit(small(), batch, 1_000_000, lr=1e-3, step=step)
+
+
+def transformers_loop(turn):
+    from transformers import GPT2Config, GPT2LMHeadModel
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=V, n_positions=T, n_embd=C, n_layer=L, n_head=H, resid_pdrop=0., embd_pdrop=0.,
+                                       attn_pdrop=0., bos_token_id=0, eos_token_id=0, tie_word_embeddings=False))
+    plain_loop(model.train(), lambda out: out.logits, turn)
+
+
+LOOPS = {'llm_lab': lambda turn: our_loop(train_step, turn), 'llm_lab, compiled': lambda turn: our_loop(Step(compile=True), turn),
+         'plain eager GPT-2': lambda turn: plain_loop(PlainGPT().train(), lambda out: out, turn),
+         'transformers GPT-2': transformers_loop}
+
+
+def child(name):
+    "Run a loop; before each CHUNK steps tell how long the last ones took, and wait until it is our turn"
+    out, sys.stdout = sys.stdout, sys.stderr
+    times = []
+    def turn(n):
+        now = time.perf_counter()
+        if n: times.append(now - turn.start)
+        if n % CHUNK == 0:
+            print(json.dumps(times[-CHUNK:]), file=out, flush=True)
+            if not sys.stdin.readline(): raise SystemExit
+        turn.start = time.perf_counter()
+    LOOPS[name](turn)
 
 
 def first_token(rounds=5):
@@ -95,34 +124,46 @@ def first_token(rounds=5):
 
 
 def main(rounds):
-    from transformers import GPT2Config, GPT2LMHeadModel
-    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=V, n_positions=T, n_embd=C, n_layer=L, n_head=H, resid_pdrop=0., embd_pdrop=0.,
-                                        attn_pdrop=0., bos_token_id=0, eos_token_id=0, tie_word_embeddings=False))
-    ours = MiniGPT(Config(vocab_size=V, max_len=T, d_model=C, n_layers=L, n_heads=H))
-    loops = {'llm_lab': our_loop(ours.train()),
-             'plain eager GPT-2': plain_loop(PlainGPT().train(), lambda out: out),
-             'transformers GPT-2': plain_loop(theirs.train(), lambda out: out.logits)}
-    times = {name: [] for name in loops}
-    for n in progress(range(rounds*10), 'steps'):
-        for name, step in loops.items():
-            start = time.perf_counter()
-            step(n)
-            if n >= 20: times[name].append(time.perf_counter() - start)  # the first steps warm up
+    kids = {name: subprocess.Popen([sys.executable, __file__, '--loop', name], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                   stderr=subprocess.DEVNULL, text=True) for name in LOOPS}
+    def ten(name):
+        kids[name].stdin.write('go\n'); kids[name].stdin.flush()
+        return json.loads(kids[name].stdout.readline())
+    times = {name: [] for name in LOOPS}
+    for name in progress(LOOPS, 'set-up, compiling'):
+        if json.loads(kids[name].stdout.readline()) != []: raise RuntimeError(f'{name}: its first word should be an empty list')
+        for _ in range(3): ten(name)                                     # the first steps warm up
+    peaks = []
+    for _ in progress(range(rounds), 'rounds'):
+        for name in LOOPS: times[name] += ten(name)
+        peaks.append(peak_flops(seconds=.05))
+    for kid in kids.values(): kid.stdin.close(); kid.wait()
+    model, rows = small(), torch.zeros(B, T + 1, dtype=torch.int64)
+    work, peak = flops(lambda: next_token_loss(model, rows).backward()), median(peaks)
     ms = {name: 1000*median(t) for name, t in times.items()}
     base = ms['plain eager GPT-2']
-    for name in ms: print(f'{name:20}{ms[name]:7.2f} ms a step{B*T/ms[name]*1000:9,.0f} tokens/s{base/ms[name]:6.2f}× the plain loop')
+    mfu = {name: work/(t/1000)/peak for name, t in ms.items()}
+    for name, t in ms.items():
+        print(f'{name:20}{t:7.2f} ms a step{B*T/t*1000:9,.0f} tokens/s{base/t:7.3f}× the plain loop   MFU {mfu[name]:.0%}')
+    print(f'{work/1e9:.2f} GFLOP a step; the best matrix product here makes {peak/1e9:.0f} GFLOP/s')
     token = first_token()
     print(f'first token of a saved model after imports: {token:.2f} s')
     return dict(step_ms={k: round(v, 3) for k, v in ms.items()}, speed_vs_plain=round(base/ms['llm_lab'], 3),
-                speed_vs_transformers=round(ms['transformers GPT-2']/ms['llm_lab'], 3), first_token_s=round(token, 3),
-                tokens=B*T, **machine())
+                compiled_vs_plain=round(base/ms['llm_lab, compiled'], 3),
+                speed_vs_transformers=round(ms['transformers GPT-2']/ms['llm_lab'], 3),
+                compiled_vs_transformers=round(ms['transformers GPT-2']/ms['llm_lab, compiled'], 3),
+                mfu={k: round(v, 3) for k, v in mfu.items()}, gflop_a_step=round(work/1e9, 3), peak_gflops=round(peak/1e9, 1),
+                first_token_s=round(token, 3), tokens=B*T, **machine())
 
 
 if __name__ == '__main__':
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument('--rounds', type=int, default=40, help='ten steps of each model in a round')
+    ap.add_argument('--rounds', type=int, default=40, help='ten steps of each loop in a round')
     ap.add_argument('--save', action='store_true', help='keep the last line in result.json')
+    ap.add_argument('--loop', choices=LOOPS, help=argparse.SUPPRESS)
     a = ap.parse_args()
-    line = json.dumps(main(a.rounds))
-    if a.save: (Path(__file__).parent/'result.json').write_text(line + '\n', encoding='utf-8')
-    print(line)
+    if a.loop: child(a.loop)
+    else:
+        line = json.dumps(main(a.rounds))
+        if a.save: (Path(__file__).parent/'result.json').write_text(line + '\n', encoding='utf-8')
+        print(line)
