@@ -11,7 +11,7 @@ __all__ = ['WEIGHTS', 'SIGNED', 'LabError', 'need', 'home', 'restored', 'written
 import hashlib, importlib, os, re, shutil, signal, sys, threading, time
 from contextlib import contextmanager
 from copy import deepcopy
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from textwrap import shorten
 

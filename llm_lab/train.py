@@ -139,8 +139,8 @@ class Run:
     def line(self, loss):
         "The state of things in one line"
         rate, left = self.tokens/max(self.seconds, 1e-9), self.seconds/max(self.step, 1)*(self.steps - self.step)
-        known = {k: v for n in self.notes for k, v in n.items() if k != 'step' and isinstance(v, float)}
-        extra = ''.join(f' | {k} {v:.3f}' for k, v in known.items())
+        known = {k: v for n in self.notes for k, v in n.items() if k != 'step'}
+        extra = ''.join(f' | {k} {v:.3f}' if isinstance(v, float) else f' | {k} {v}' for k, v in known.items())
         return (f'step {self.step:,} of {self.steps:,} | loss {loss:.3f}{extra} | {rate:,.0f} tokens/s | '
                 f'{int(left//60)}:{int(left % 60):02d} left')
 
@@ -198,7 +198,7 @@ def update(
     if opt.defaults.get('fused') and length.device.type != 'mps': opt.grad_scale, opt.found_inf = scale, broken.float()
     else:
         for g in grads: g.div_(scale).masked_fill_(broken, 0.)
-    opt.step(); opt.zero_grad()
+    opt.step(); opt.zero_grad(); opt.grad_scale = opt.found_inf = None
     return length
 
 def train_step(

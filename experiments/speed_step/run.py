@@ -2,10 +2,11 @@
 
     python experiments/speed_step/run.py [--rounds 40] [--save]
 
-nanoGPT's CPU shape: 12 × 64 tokens, 4 layers, width 128, float32. Four loops with the same sizes take turns, ten steps at a time, each
-in a process of its own, as a user would have it: ours is `fit` itself, eager and compiled; a plain eager GPT-2 with `torch.optim.AdamW`
-as it comes; `transformers`' GPT-2 with the same AdamW. While one runs, the others wait. The median of each goes into the table. The
-last line is JSON; `--save` keeps it in result.json with date and machine.
+nanoGPT's CPU shape: 12 × 64 tokens, 4 layers, width 128, float32. Loops with the same sizes take turns, ten steps at a time, each in
+a process of its own, as a user would have it: ours is `fit` itself, eager and compiled, with AdamW; a plain eager GPT-2 with
+`torch.optim.AdamW` as it comes; `transformers`' GPT-2 with the same AdamW. Beside them, ours without oneDNN's products (as on
+processors that gain nothing by it), in bf16, and with Muon. While one runs, the others wait. The median of each goes into the table.
+The last line is JSON; `--save` keeps it in result.json with date and machine.
 """
 import argparse
 import json
@@ -20,10 +21,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from llm_lab import gpt
 from llm_lab.chars import CharTokenizer
 from llm_lab.gpt import Config, MiniGPT
 from llm_lab.lab import flops, machine, peak_flops, progress, rng
-from llm_lab.optim import Step
+from llm_lab.optim import Step, muon
 from llm_lab.package import save_package
 from llm_lab.train import fit, next_token_loss, random_crops, train_step
 
@@ -80,10 +82,11 @@ def plain_loop(model, logits_of, turn):
 def small(): return MiniGPT(Config(vocab_size=V, max_len=T, d_model=C, n_layers=L, n_heads=H))
 
 
-def our_loop(step, turn):
-    rows = random_crops(text(), B, T)
+def our_loop(turn, step=train_step, opt=None, onednn=True):
+    if not onednn: gpt.quick_products = lambda: False
+    rows, model = random_crops(text(), B, T), small()
     def batch(n): turn(n); return rows(n)
-    fit(small(), batch, 1_000_000, lr=1e-3, step=step)
+    fit(model, batch, 1_000_000, lr=1e-3, step=step, opt=opt and opt(model))
 
 
 def transformers_loop(turn):
@@ -93,9 +96,12 @@ def transformers_loop(turn):
     plain_loop(model.train(), lambda out: out.logits, turn)
 
 
-LOOPS = {'llm_lab': lambda turn: our_loop(train_step, turn), 'llm_lab, compiled': lambda turn: our_loop(Step(compile=True), turn),
+LOOPS = {'llm_lab': our_loop, 'llm_lab, compiled': lambda turn: our_loop(turn, Step(compile=True)),
          'plain eager GPT-2': lambda turn: plain_loop(PlainGPT().train(), lambda out: out, turn),
-         'transformers GPT-2': transformers_loop}
+         'transformers GPT-2': transformers_loop,
+         'llm_lab, no oneDNN': lambda turn: our_loop(turn, onednn=False),
+         'llm_lab, bf16': lambda turn: our_loop(turn, Step(precision='bf16')),
+         'llm_lab, Muon': lambda turn: our_loop(turn, opt=muon)}
 
 
 def child(name):
