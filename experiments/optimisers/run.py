@@ -6,12 +6,11 @@ nanoGPT's CPU shape and budget on tiny_shakespeare: 4 layers, width 128, 2,000 s
 learning rate is searched on a seed of its own, in factors of two, until the best has a worse one on both sides. Then it runs with
 five other seeds: the same first weights and the same batches for all optimisers, so differences are paired. Each cell of the grid is
 kept in runs/ when it is done, and is not run again. Every run has one thread; `--jobs` run at a time. The last line is JSON;
-`--save` keeps it in result.json with date and machine. About 45 minutes on two cores.
+`--save` keeps it in result.json with date and machine. About 30 minutes on two cores.
 """
 import argparse
 import json
 import math
-import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
@@ -34,10 +33,8 @@ def cell(optimiser, lr, seed, steps):
     if file.exists(): return json.loads(file.read_text())
     torch.set_num_threads(1)
     setup = prepare(Recipe('tiny_shakespeare', steps, 12, 64, seed=seed))
-    start = time.perf_counter()
     run = fit(setup.model, setup.batch, steps, opt=OPTIMISERS[optimiser](setup.model, lr=lr), seed=seed)
-    seconds = time.perf_counter() - start
-    said = dict(optimiser=optimiser, lr=lr, seed=seed, loss=setup.loss(), seconds=round(seconds, 1), training=run.losses[::20])
+    said = dict(optimiser=optimiser, lr=lr, seed=seed, loss=setup.loss(), training=run.losses[::20])
     with written(file) as f: f.write_text(json.dumps(said))
     return said
 
@@ -81,7 +78,7 @@ def main(steps, jobs):
     return dict(steps=steps, tokens=steps*12*64, rates={o: lr for o, (lr, _) in found.items()}, tried={o: t for o, (_, t) in found.items()},
                 losses={o: [round(v, 4) for v in values] for o, values in losses.items()},
                 summary={o: interval(v) for o, v in losses.items()}, paired=pairs, curves=curves, nanogpt=NANOGPT,
-                seconds={o: round(mean(r['seconds'] for r in runs if r['optimiser'] == o), 1) for o in OPTIMISERS}, jobs=jobs,
+                jobs=jobs,
                 **{**machine(), 'threads': 1})
 
 
