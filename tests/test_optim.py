@@ -90,7 +90,7 @@ def test_keep_memory_ends_the_handing_out_of_pages():
     code = ("import json, sys, torch\nfrom resource import getrusage, RUSAGE_SELF\nfrom llm_lab.lab import keep_memory\n"
             "if sys.argv[1] == 'keep': assert keep_memory()\n"
             "def many(): return [torch.ones(400_000) for n in range(40)]\n"
-            "for n in range(3): many()\n"
+            "for n in range(6): many()\n"
             "a = getrusage(RUSAGE_SELF).ru_minflt\nmany()\nprint(getrusage(RUSAGE_SELF).ru_minflt - a)")
     def told(word): return int(subprocess.run([sys.executable, '-c', code, word], capture_output=True, text=True, check=True).stdout)
     pages = {w: told(w) for w in ('keep', 'lose')}
