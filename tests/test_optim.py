@@ -87,9 +87,10 @@ def test_without_a_compiler_the_run_goes_on_and_says_so_once(tmp_path):
 
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='only glibc can be asked')
 def test_keep_memory_ends_the_handing_out_of_pages():
+    "With tensors that glibc would else always give back: more than 32 MB"
     code = ("import json, sys, torch\nfrom resource import getrusage, RUSAGE_SELF\nfrom llm_lab.lab import keep_memory\n"
             "if sys.argv[1] == 'keep': assert keep_memory()\n"
-            "def many(): return [torch.ones(400_000) for n in range(40)]\n"
+            "def many(): return [torch.ones(10_000_000) for n in range(2)]\n"
             "for n in range(6): many()\n"
             "a = getrusage(RUSAGE_SELF).ru_minflt\nmany()\nprint(getrusage(RUSAGE_SELF).ru_minflt - a)")
     def told(word): return int(subprocess.run([sys.executable, '-c', code, word], capture_output=True, text=True, check=True).stdout)
