@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
-from .lab import LabError
+from .lab import LabError, Live
 from .gpt import MiniGPT
 from .train import adamw, next_token_loss, train_step, update, warmup_cosine
 
@@ -177,7 +177,8 @@ def largest_batch(
 )->int: # rows
     "The largest batch whose training step fits into the memory, optimiser state included; raises if none does"
     memory = memory or int(.9*free_memory(device))
-    fits = lambda n: step_memory(cfg, n, **kw) <= memory
+    live = Live()
+    def fits(n): live(f'planning a step of {n:,} rows'); return step_memory(cfg, n, **kw) <= memory
     if not fits(1):
         raise LabError(f'one row takes {step_memory(cfg, 1, **kw):,} bytes, there are {memory:,}: make the model smaller')
     low, high = 1, 2
@@ -185,6 +186,7 @@ def largest_batch(
     high = min(high, most + 1)
     while high - low > 1: low, high = (mid, high) if fits(mid := (low + high)//2) else (low, mid)
     while device != 'cpu' and low > 1 and not _runs(cfg, low, device, **kw): low = low*9//10
+    live.close(f'{low:,} rows fit')
     return low
 
 # %% ../nbs/12_optim.ipynb #09fafdd5
