@@ -50,7 +50,7 @@ def test_parts_and_checkpoints_give_the_weights_of_the_whole(opt):
     for step, prepare in ((Step(accumulate=2), lambda m: m), (Step(accumulate=4), lambda m: m), (train_step, checkpointed)):
         parts, again = trained(step, opt, prepare=prepare)
         assert (parts - whole).norm() < (.02 if opt is muon else 2e-3)*way  # AdamW enlarges the smallest gradients, Muon counts in bf16
-        assert again.losses == pytest.approx(run.losses, abs=1e-5)
+        assert again.losses == pytest.approx(run.losses, abs=1e-3 if opt is muon else 1e-5)
 
 
 def test_checkpointing_is_bitwise_also_with_dropout():
