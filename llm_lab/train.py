@@ -140,7 +140,7 @@ class Run:
         "The state of things in one line"
         rate, left = self.tokens/max(self.seconds, 1e-9), self.seconds/max(self.step, 1)*(self.steps - self.step)
         known = {k: v for n in self.notes for k, v in n.items() if k != 'step'}
-        extra = ''.join(f' | {k} {v:.3f}' if isinstance(v, float) else f' | {k} {v}' for k, v in known.items())
+        extra = ''.join(f' | {k} {v:.3f}' if isinstance(v, float) else f' | {k} {str(v)[:20]}' for k, v in known.items())
         return (f'step {self.step:,} of {self.steps:,} | loss {loss:.3f}{extra} | {rate:,.0f} tokens/s | '
                 f'{int(left//60)}:{int(left % 60):02d} left')
 
