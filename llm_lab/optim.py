@@ -176,7 +176,7 @@ def largest_batch(
     **kw             # `opt`, `step`, `prepare`, as for `step_memory`
 )->int: # rows
     "The largest batch whose training step fits into the memory, optimiser state included; raises if none does"
-    memory = memory or int(.9*free_memory(device))
+    memory = int(.9*free_memory(device)) if memory is None else memory
     live = Live()
     def fits(n): live(f'planning a step of {n:,} rows'); return step_memory(cfg, n, **kw) <= memory
     if not fits(1):
@@ -249,7 +249,8 @@ class EarlyStop:
     def __init__(self, loss, # a function of the run, such as a validation loss
         patience=3,          # looks without progress before the end
         min_delta=0.):       # what counts as progress
-        self.loss, self.patience, self.min_delta, self.best, self.since = loss, patience, min_delta, math.inf, 0
+        self.loss, self.patience, self.min_delta = loss, patience, min_delta
+        self.best, self.since, self.weights = math.inf, 0, None
 
     def __call__(self, run):
         val = self.loss(run)
@@ -258,7 +259,7 @@ class EarlyStop:
             self.best, self.since, self.weights = val, 0, deepcopy(run.model.state_dict())
         if self.since >= self.patience:
             run.stopped = f'after {self.since} looks without progress'
-            run.model.load_state_dict(self.weights)
+            if self.weights: run.model.load_state_dict(self.weights)
         return dict(val=val)
 
 # %% ../nbs/12_optim.ipynb #d5853867
