@@ -9,6 +9,7 @@ __all__ = ['OPTIMISERS', 'SCHEDULES', 'PRECISIONS', 'orthogonalized', 'Muon', 'T
 
 # %% ../nbs/12_optim.ipynb #d4314b07
 import math, weakref
+from contextlib import nullcontext
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -221,11 +222,13 @@ class Step:
 
     def __call__(self, model, opt, rows, clip=1., loss=next_token_loss): # → (loss, length of the gradient)
         if self.compile: loss = self.fast.get(loss) or self.fast.setdefault(loss, compiled(loss))
-        total, dtype = 0., PRECISIONS[self.precision]
-        for part in rows.chunk(self.accumulate):
-            with torch.autocast(rows.device.type, dtype, enabled=dtype is not None):
-                value = loss(model, part)*(len(part)/len(rows))
-            self.scaler.scale(value).backward()
+        total, dtype, parts = 0., PRECISIONS[self.precision], rows.chunk(self.accumulate)
+        for n, part in enumerate(parts):
+            quiet = model.no_sync if n < len(parts) - 1 and hasattr(model, 'no_sync') else nullcontext
+            with quiet():                                      # several processes talk once a step
+                with torch.autocast(rows.device.type, dtype, enabled=dtype is not None):
+                    value = loss(model, part)*(len(part)/len(rows))
+                self.scaler.scale(value).backward()
             total += value.detach()
         if not self.scaler.is_enabled(): return total, update(model, opt, clip)
         self.scaler.unscale_(opt)
