@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from . import __version__
 from .lab import (LabError, Live, home, keep_memory, kept_streams, pyplot, rng, seeded, set_streams,
-                         stoppable)
+                         stoppable, streams)
 from .corpora import load_corpus
 from .chars import CharTokenizer
 from .pack import end_mark
@@ -132,7 +132,7 @@ class Run:
     notes: list = field(default_factory=list)   # the dicts that callbacks returned, with the step
     stopped: str = ''        # why it ended before its time
     opt: object = None       # its optimiser
-    random: dict = None      # where dropout's streams stood, if it was saved and goes on
+    random: dict = None      # where dropout's streams stood when it was left
 
     def __post_init__(self): # loss (nats) and length of the gradient of each step, on the device of the model
         self.history = torch.full((2, self.steps), math.nan, device=next(self.model.parameters()).device)
@@ -231,17 +231,17 @@ def fit(
     if run and run.steps != steps: raise LabError(f'steps={steps:,}: this run is planned for {run.steps:,}; give that')
     run = run or Run(model.train(), steps)
     run.opt = opt = opt or run.opt or adamw(model.train(), lr, weight_decay)
-    watch = _Watch(run, every, lambda: _trouble(run, batch, loss))
+    watch, device = _Watch(run, every, lambda: _trouble(run, batch, loss)), run.history.device
     factor, groups = schedule or partial(warmup_cosine, warmup=warmup), opt.param_groups
     keep_memory()
-    with stoppable(run.stop), seeded(seed, 'dropout', run.history.device), quick_linear(model):
-        set_streams(run.random or {})                          # a saved run goes on with its own
+    with stoppable(run.stop), seeded(seed, 'dropout', device), quick_linear(model):
+        set_streams(run.random or {}); run.random = None       # who goes on has them
         while run.step < steps and not run.stopped:
             for g in groups: g['lr'] = g.setdefault('initial_lr', g['lr'])*factor(run.step, steps)
             rows = batch(run.step)
             run.history[0, run.step], run.history[1, run.step] = step(model, opt, rows, clip, loss)
-            run.step += 1; run.tokens += rows[:, 1:].numel()
-            watch()
+            run.step += 1; run.tokens += rows[:, 1:].numel(); watch()
+        run.random = streams(device)
     watch.clock()
     watch.live.close(run.line(watch.loss()) + (f' | stopped {run.stopped}, what was learned is kept' if run.stopped else ''))
     return run

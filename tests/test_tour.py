@@ -2,7 +2,7 @@
 import math
 import pytest
 
-from llm_lab.cli import _plan
+from llm_lab.tour import _plan
 from llm_lab.corpora import load_corpus
 from llm_lab.evaluate import evaluate, excess
 from llm_lab.lab import LabError

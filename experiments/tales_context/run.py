@@ -14,7 +14,7 @@ from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 
-from llm_lab.cli import tour
+from llm_lab.tour import tour
 from llm_lab.lab import machine, written
 
 HERE = Path(__file__).parent
