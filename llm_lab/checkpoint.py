@@ -14,6 +14,7 @@ from safetensors.torch import load as tensors_from, save as tensor_bytes
 from . import __version__
 from .lab import LabError, streams, written
 from .package import chosen, fill, save_package, seal, verified
+from .evaluate import read_rows
 
 # %% ../nbs/13_checkpoint.ipynb #634eaaa0
 def optimiser_state(model, opt)->tuple: # ({'blocks.0.attn.qkv.weight/momentum': tensor, …}, groups as plain data)
@@ -28,6 +29,7 @@ def optimiser_state(model, opt)->tuple: # ({'blocks.0.attn.qkv.weight/momentum':
               for g in opt.param_groups]
     return tensors, groups
 
+# %% ../nbs/13_checkpoint.ipynb #c595e636
 def restore_optimiser(model, opt, tensors:dict, groups:list):
     "Let `opt` remember what another one did; raises `LabError` when it moves other parameters"
     names = {id(p): name for name, p in model.named_parameters()}
@@ -156,14 +158,6 @@ COLUMNS = ('step', 'tokens', 'seconds', 'loss', 'ppl', 'bits_per_byte', 'lr', 'g
            'peak_memory', 'val', 'val_bits_per_byte')
 _FILES = ('metrics.jsonl', 'samples.jsonl', 'metrics.csv')
 
-def _rows(path):
-    "The rows of a .jsonl file, as far as they are whole"
-    rows = []
-    for line in path.read_text(encoding='utf-8').splitlines() if path.exists() else ():
-        try: rows.append(json.loads(line))
-        except ValueError: break
-    return rows
-
 class Metrics:
     "The numbers of a run as they come: `metrics.jsonl`, the same as `metrics.csv`, and texts in `samples.jsonl`"
     def __init__(self, folder): self.folder = Path(folder)
@@ -180,13 +174,13 @@ class Metrics:
 
     def keep(self, text:dict): self._add('samples.jsonl', json.dumps(text))
 
-# %% ../nbs/13_checkpoint.ipynb #7888af15
+# %% ../nbs/13_checkpoint.ipynb #52924c38
 @patch
 def cut(self:Metrics, step:int, source=None):
     "Forget what came after `step`, and a line that a kill has torn; `source` is another run to begin with"
     for name in _FILES[:2]:
         if not ((source or self.folder)/name).exists(): continue
-        rows = [r for r in _rows((source or self.folder)/name) if r['step'] <= step]
+        rows = [r for r in read_rows((source or self.folder)/name) if r['step'] <= step]
         lines = {name: map(json.dumps, rows)}
         if name == 'metrics.jsonl': lines['metrics.csv'] = [','.join(COLUMNS), *map(self._line, rows)]
         for file, text in lines.items():

@@ -154,6 +154,7 @@ def _eval(a):
     print(verdict(score, of=Path(a.text).name if a.text else a.split) + f'\nperplexity {score.perplexity:.3f}, '
           f'{score.bits_per_byte:.3f} bits per byte')
 
+# %% ../nbs/27_cli.ipynb #77a3965a
 def _runs(a):
     "Compare all runs, or those that are named"
     from llm_lab.evaluate import compare

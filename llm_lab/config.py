@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'CONFIGS', 'DataKeys', 'ModelKeys', 'TrainKeys', 'EvalKeys', 'LogKeys', 'RunConfig', 'config_of',
-           'read_config', 'write_config', 'later', 'smaller']
+           'read_config', 'write_config', 'gone_on', 'smaller']
 
 # %% ../nbs/14_config.ipynb #5fb9272d
 import difflib, json, math, re
@@ -27,6 +27,7 @@ class DataKeys:
     block_len: int = _key(128, 1)                   # context, in tokens
     rows: str = _key('blocks', of=('blocks', 'documents'))   # where they begin: side by side, or at documents
 
+# %% ../nbs/14_config.ipynb #4f33eab3
 @dataclass(frozen=True)
 class ModelKeys:                                    # as `Config`; what the data decide is missing
     d_model: int = _key(128, 1)
@@ -40,7 +41,7 @@ class ModelKeys:                                    # as `Config`; what the data
     pos: dict|None = None
     init: dict|None = None
 
-# %% ../nbs/14_config.ipynb #4f33eab3
+# %% ../nbs/14_config.ipynb #fc636875
 @dataclass(frozen=True)
 class TrainKeys:
     steps: int = _key(1000, 1)
@@ -57,6 +58,7 @@ class TrainKeys:
     recompute: bool = False                         # keep less for the way back (chapter 12)
     seed: int = _key(0, 0)
 
+# %% ../nbs/14_config.ipynb #51855475
 @dataclass(frozen=True)
 class EvalKeys:
     every: int = _key(250, 1)                       # steps; a checkpoint is written then, too
@@ -84,6 +86,7 @@ def _wanted(f):
     none = ', or null' if type(None) in kinds else ''
     return f'choose from {", ".join(m["of"])}' if m.get('of') else f'give {_KINDS[kinds[0]]}{bounds}{none}'
 
+# %% ../nbs/14_config.ipynb #a3ff19ba
 def _checked(path, f, value):
     "The value of a key; raises `LabError` that names its path"
     m, kinds = f.metadata, get_args(f.type) or (f.type,)
@@ -97,7 +100,7 @@ def _checked(path, f, value):
     if not good: raise LabError(f'{path}={value!r}: {_wanted(f)}')
     return value
 
-# %% ../nbs/14_config.ipynb #fc42bbbb
+# %% ../nbs/14_config.ipynb #07083c84
 SECTIONS = dict(data=DataKeys, model=ModelKeys, train=TrainKeys, eval=EvalKeys, log=LogKeys)
 _PATHS = {f'{s}.{f.name}': f for s, kind in SECTIONS.items() for f in fields(kind)}
 
@@ -123,6 +126,7 @@ class RunConfig:
         if self.eval.tokens <= d.block_len:
             raise LabError(f'eval.tokens={self.eval.tokens}: give more than data.block_len={d.block_len}')
 
+# %% ../nbs/14_config.ipynb #7564f8c4
 def _nearest_path(path, known=(*_PATHS, *SECTIONS)):
     "A remedy for a path that does not exist: the same word elsewhere, the nearest path, the nearest word"
     last, word = {p.rpartition('.')[2]: p for p in known}, path.rpartition('.')[2]
@@ -153,6 +157,7 @@ CONFIGS = dict(
                train=dict(steps=60, batch_size=8), eval=dict(every=20, tokens=2000, sample_every=60, sample_tokens=50),
                log=dict(every=5, checkpoint_every=10)))
 
+# %% ../nbs/14_config.ipynb #e69ddc6f
 def _source(config):
     "(plain data, name) of a config: a .yaml file, a folder that holds config.yaml, or a name"
     there = lambda p: p.suffix in ('.yaml', '.yml') and p.is_file() or (p/'config.yaml').is_file()
@@ -183,6 +188,7 @@ def _path(key):
     if not found: raise LabError(f'{key}: there is no such key; {_nearest_path(key)}')
     return found[0]
 
+# %% ../nbs/14_config.ipynb #c13d14e7
 def read_config(config, overrides=())->RunConfig:
     "The config of that name, file or folder, with `key=value` changes"
     data, name = (config, 'run') if isinstance(config, dict) else _source(str(config))
@@ -209,9 +215,13 @@ def write_config(cfg:RunConfig, path):
     text = omega.to_yaml(omega.create({s: asdict(getattr(cfg, s)) for s in SECTIONS}))
     with written(path) as f: f.write_text(text, encoding='utf-8')
 
-def later(path:str, now=('log.', 'eval.', 'train.steps'))->bool:
-    "May this key be another one when a run goes on? It may, if it does not reach back"
-    return _path(path).startswith(now)
+def gone_on(old:RunConfig, new:RunConfig)->RunConfig:
+    "`new`, if a run of `old` can go on with it: only what does not reach back is another. Raises `LabError` if not"
+    for path in _PATHS:
+        a, b = (getattr(getattr(c, path.partition('.')[0]), path.partition('.')[2]) for c in (old, new))
+        if a != b and not path.startswith(('log.', 'eval.', 'train.steps')):
+            raise LabError(f'{path}={b!r}: it was {a!r}, and a run that goes on keeps it; leave it out, or start a new run')
+    return new
 
 def smaller(cfg:RunConfig)->RunConfig:
     "The same, only to see whether it would work: 20 steps, little validation"

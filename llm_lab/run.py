@@ -7,7 +7,7 @@ __all__ = ['texts_of', 'batches_of', 'Alone', 'engine_of', 'gathered', 'model_co
            'train_config']
 
 # %% ../nbs/15_run.ipynb #aedce895
-import hashlib, json, math, os, shutil, subprocess, sys, time
+import hashlib, json, math, os, re, shutil, subprocess, sys, time
 from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import partial
@@ -27,7 +27,7 @@ from .evaluate import evaluate
 from .sample import sample
 from .optim import OPTIMISERS, PRECISIONS, SCHEDULES, Step, checkpointed
 from .checkpoint import Checkpoints, Metrics
-from .config import RunConfig, later, read_config, smaller, write_config
+from .config import RunConfig, gone_on, read_config, smaller, write_config
 
 # %% ../nbs/15_run.ipynb #559accf0
 class _Rows:
@@ -36,6 +36,7 @@ class _Rows:
     def __len__(self): return len(self.begins)
     def index_select(self, dim, numbers): return self.windows.index_select(0, self.begins[numbers])
 
+# %% ../nbs/15_run.ipynb #1e32d98c
 def texts_of(cfg:RunConfig)->dict: # corpus, tokenizer, train and val (`PackedTokens`)
     "The packed corpus of a config, packed now if it was not"
     d = cfg.data
@@ -45,6 +46,7 @@ def texts_of(cfg:RunConfig)->dict: # corpus, tokenizer, train and val (`PackedTo
     train, val = (PackedTokens(folder, s) for s in ('train', 'val'))
     return dict(corpus=corpus, tokenizer=train.tokenizer, train=train, val=val)
 
+# %% ../nbs/15_run.ipynb #2d11575e
 def _starts(corpus, tokens):
     "Where documents begin, if they stand alone; else None"
     return document_starts(tokens.ids, tokens.meta['tokenizer']['end']) if corpus.independent else None
@@ -76,6 +78,7 @@ class Alone:
     def log(self, values, step): pass
     def end_training(self): pass
 
+# %% ../nbs/15_run.ipynb #90d7836c
 def engine_of(tracker='none'):
     "An `accelerate.Accelerator`; `Alone` where that is not installed and one process is enough"
     if tracker == 'none' and find_spec('accelerate') is None and os.environ.get('WORLD_SIZE', '1') == '1': return Alone()
@@ -97,6 +100,7 @@ def model_config(cfg:RunConfig, vocab_size:int):
     except LabError as e: raise LabError(f'model.{e}') from None
     except TypeError as e: raise LabError(f'model: a recipe lacks something: {e}; see the chapter of that part') from None
 
+# %% ../nbs/15_run.ipynb #fd075dad
 class Job:
     "A config made real: texts, model, optimiser, batches, checkpoints, on the processes of an engine"
     def __init__(self, cfg:RunConfig, folder:Path, engine):
@@ -116,16 +120,19 @@ class Job:
         self.metrics, self.ids, self.asked = Metrics(folder), val.ids[:cfg.eval.tokens].long(), ''
         self.starts = _starts(corpus, val)
         if self.starts is not None: self.starts = self.starts[self.starts < len(self.ids) - 1]
+
     def tokens(self, step): return step*self.cfg.train.batch_size*self.cfg.data.block_len
 
-    def __repr__(self):
-        c, e, train = self.cfg, self.engine, self.texts['train']
-        return (f'run     {self.folder}\n'
-                f'data    {self.texts["corpus"].name}: {len(train):,} tokens to learn from, licence {self.texts["corpus"].licence}\n'
-                f'model   {self.run.model.n_params:,} parameters, {c.model.n_layers} layers of width {c.model.d_model}\n'
-                f'plan    {c.train.steps:,} steps of {c.train.batch_size} × {c.data.block_len} tokens, '
-                f'{self.tokens(c.train.steps)/len(train):.2f} times the text, {c.train.optimiser}, on '
-                f'{e.num_processes} × {e.device.type}, {torch.get_num_threads()} threads')
+# %% ../nbs/15_run.ipynb #75757e32
+@patch
+def __repr__(self:Job):
+    c, e, train = self.cfg, self.engine, self.texts['train']
+    return (f'run     {self.folder}\n'
+            f'data    {self.texts["corpus"].name}: {len(train):,} tokens to learn from, licence {self.texts["corpus"].licence}\n'
+            f'model   {self.run.model.n_params:,} parameters, {c.model.n_layers} layers of width {c.model.d_model}\n'
+            f'plan    {c.train.steps:,} steps of {c.train.batch_size} × {c.data.block_len} tokens, '
+            f'{self.tokens(c.train.steps)/len(train):.2f} times the text, {c.train.optimiser}, on '
+            f'{e.num_processes} × {e.device.type}, {torch.get_num_threads()} threads')
 
 # %% ../nbs/15_run.ipynb #00953076
 def peak_memory(device='cpu')->int: # bytes
@@ -145,54 +152,31 @@ def measure(self:Job):
     self.peak = self.engine.num_processes*peak_flops(device, PRECISIONS[self.cfg.train.precision])
 
 # %% ../nbs/15_run.ipynb #c9f3f2c2
-@patch
-def record(self:Job, run):
-    "A row of the loss, the speed and the rest"
-    c, n, tokens = self.cfg, run.step, self.tokens(run.step)
-    loss, norm = run.history[:, max(0, n - c.log.every):n].mean(1).tolist()
-    (t, s), self.then = self.then, (tokens, run.seconds)
-    rate = (tokens - t)/max(run.seconds - s, 1e-9)
-    self.write(dict(step=n, tokens=tokens, seconds=run.seconds, loss=loss, ppl=math.exp(min(loss, 700)),
-                    bits_per_byte=loss/math.log(2)*_per_byte(self.texts['train']), lr=run.opt.param_groups[0]['lr'],
-                    grad_norm=norm, tokens_per_s=rate, mfu=rate*self.work/self.peak, peak_memory=peak_memory(self.engine.device)))
+def _per_byte(tokens): s = tokens.meta['splits'][tokens.split]; return s['tokens']/max(1, s['bytes'])/math.log(2)
 
 @patch
-def validate(self:Job, run):
-    "A row of the validation loss, which is noted; now and then a sample"
+def record(self:Job, run)->dict:
+    "The loss since the last look, the speed and the rest"
+    c, n, tokens = self.cfg, run.step, self.tokens(run.step)
+    loss, norm = run.history[:, max(0, n - c.log.every):n].mean(1).tolist()
+    (before, start), self.then = self.then, (tokens, run.seconds)
+    rate = (tokens - before)/max(run.seconds - start, 1e-9)
+    return dict(loss=loss, ppl=math.exp(min(loss, 700)), bits_per_byte=loss*_per_byte(self.texts['train']),
+                lr=run.opt.param_groups[0]['lr'], grad_norm=norm, tokens_per_s=rate, mfu=rate*self.work/self.peak,
+                peak_memory=peak_memory(self.engine.device))
+
+@patch
+def validate(self:Job, run)->dict:
+    "The validation loss, which is noted for `best`; now and then a text that the model writes"
     c, n = self.cfg, run.step
     val = mean_loss(run.model, self.ids, starts=self.starts)
     run.notes.append(dict(step=n, val=val))
-    self.write(dict(step=n, tokens=self.tokens(n), seconds=run.seconds, val=val,
-                    val_bits_per_byte=val/math.log(2)*_per_byte(self.texts['val'])))
     if n % c.eval.sample_every == 0 or n == run.steps:
         text = sample(run.model, self.texts['tokenizer'], c.eval.prompt, c.eval.sample_tokens, c.train.seed)
         self.metrics.keep(dict(step=n, prompt=c.eval.prompt, text=text))
+    return dict(val=val, val_bits_per_byte=val*_per_byte(self.texts['val']))
 
-def _per_byte(tokens): s = tokens.meta['splits'][tokens.split]; return s['tokens']/max(1, s['bytes'])
-
-# %% ../nbs/15_run.ipynb #b133c0a1
-@patch
-def write(self:Job, row):
-    self.metrics.write(row)
-    self.engine.log({k: v for k, v in row.items() if k != 'step'}, step=row['step'])
-
-@patch
-def tick(self:Job, run):
-    "What is due after this step; the last one is due for everything"
-    c, n, first = self.cfg, run.step, self.engine.is_main_process
-    if n == self.done: return
-    due, self.done = lambda every: n % every == 0 or n == run.steps, n
-    self.agree(run)
-    if due(c.log.every) and first: self.record(run)
-    if due(c.eval.every) and first:
-        with kept_streams(self.engine.device): self.validate(run)
-    if due(c.eval.every) or due(c.log.checkpoint_every): self.save(run)
-
-@patch
-def save(self:Job, run):
-    if self.engine.is_main_process: self.metrics.sync()        # no checkpoint is ahead of its numbers
-    self.saved(run)
-
+# %% ../nbs/15_run.ipynb #7b6456bb
 @patch
 def agree(self:Job, run):
     "Several processes end together: one that was asked to asks the others"
@@ -201,6 +185,26 @@ def agree(self:Job, run):
     asked = torch.tensor([float(self.asked == r) for r in reasons], device=self.engine.device)
     asked = self.engine.reduce(asked, 'sum').tolist()
     if any(asked): run.stopped = reasons[asked.index(max(asked))]
+
+@patch
+def save(self:Job, run):
+    if self.engine.is_main_process: self.metrics.sync()        # no checkpoint is ahead of its numbers
+    self.saved(run)
+
+@patch
+def tick(self:Job, run):
+    "What is due after this step; the last one is due for everything"
+    c, n, row = self.cfg, run.step, {}
+    if n == self.done: return
+    due, self.done = lambda every: n % every == 0 or n == run.steps, n
+    self.agree(run)
+    if self.engine.is_main_process:
+        if due(c.log.every): row.update(self.record(run))
+        if due(c.eval.every):
+            with kept_streams(self.engine.device): row.update(self.validate(run))
+        if row: self.metrics.write(dict(step=n, tokens=self.tokens(n), seconds=run.seconds) | row)
+        self.engine.log(row, step=n)
+    if due(c.eval.every) or due(c.log.checkpoint_every): self.save(run)
 
 # %% ../nbs/15_run.ipynb #78a2eaa8
 @patch
@@ -220,9 +224,9 @@ def go(self:Job, start=None):
     try: fit(run.model, self.stream, c.train.steps, clip=c.train.clip, seed=c.train.seed + 7919*e.process_index, run=run,
              schedule=partial(SCHEDULES[c.train.schedule], warmup=c.train.warmup), step=step,
              every={every: self.tick, (c.train.steps,): self.tick})
-    except RuntimeError as error:
-        if e.num_processes == 1: raise
-        raise LabError(f'process {e.process_index} lost the others at step {run.step:,} ({str(error).splitlines()[0][:80]}): '
+    except RuntimeError as error:                              # one of them is gone
+        if not re.search('gloo|NCCL|onnection', str(error)): raise
+        raise LabError(f'process {e.process_index} lost the others after step {run.step:,}: '
                        f'go on with --resume {self.folder}') from None
     if run.stopped: self.save(run)
     return run
@@ -248,6 +252,7 @@ def _new_folder(cfg, name=None)->Path:
         raise LabError(f'{folder} is there already: go on with --resume {folder}, or choose another --run')
     return folder
 
+# %% ../nbs/15_run.ipynb #192ac19c
 def held(folder):
     "The lock of a run's folder; raises `LabError` that names the process which has it"
     filelock = need('filelock'); folder.mkdir(parents=True, exist_ok=True)
@@ -259,6 +264,7 @@ def held(folder):
     (folder/'.pid').write_text(str(os.getpid()))
     return lock
 
+# %% ../nbs/15_run.ipynb #ac8928d8
 def _git(*args):
     "What git says about the working folder; '' where there is none"
     try: return subprocess.run(['git', *args], capture_output=True, text=True, timeout=10).stdout.strip()
@@ -276,6 +282,8 @@ def _describe(job, came_from):
     write_config(job.cfg, job.folder/'config.yaml')
     for path, text in {job.folder/'run.json': json.dumps(about, indent=1), job.folder.parent/'latest': job.folder.name}.items():
         with written(path) as f: f.write_text(text + '\n', encoding='utf-8')
+
+# %% ../nbs/15_run.ipynb #297de440
 def _track(job):
     "Send the rows to TensorBoard or Weights & Biases, too, under the name of the run"
     if (kind := job.cfg.log.tracker) == 'none': return
@@ -290,30 +298,29 @@ def going_on(path, overrides=())->tuple: # (config, folder, checkpoint to start 
     start = path if (path/'manifest.json').exists() else None
     folder = path.absolute().parent.parent if start else path.absolute()
     if not (folder/'config.yaml').is_file(): raise LabError(f'{path} is neither a run nor a checkpoint of one: choose from `llm-lab runs`')
-    for item in overrides:
-        if not later(item.partition('=')[0]):
-            raise LabError(f'{item}: a run that goes on keeps its settings; leave it out, or start a new run')
-    cfg = replace(read_config(folder/'config.yaml', overrides), name=folder.parent.parent.name)
+    cfg = gone_on(read_config(folder/'config.yaml'), read_config(folder/'config.yaml', overrides))
+    cfg = replace(cfg, name=folder.parent.parent.name)
     newest = max((folder/'checkpoints').glob('step-*'), key=lambda p: int(p.name[5:]), default=None)
     if start is None or start.absolute() == newest: return cfg, folder, None
     return cfg, _new_folder(cfg), start
 
 # %% ../nbs/15_run.ipynb #b7dc2d23
-def _newest_run(name):
-    "The newest run of a config; None if there is none"
+def _newest_run(name, run=None):
+    "The newest run of a config, or that one; None if there is none"
     runs = home()/'experiments'/name/'runs'
-    known = runs/(runs/'latest').read_text().strip() if (runs/'latest').is_file() else runs
+    known = runs/(run or (runs/'latest').read_text().strip()) if run or (runs/'latest').is_file() else runs
     return known if (known/'config.yaml').is_file() else None
 
+# %% ../nbs/15_run.ipynb #f3dff5f5
 def train_config(config='smoke', *overrides,
-    resume=None, # '' goes on with the newest run of this config, a path with that run, or from that checkpoint
+    resume=None, # '' goes on with the newest run of this config, or with `run`; a path with that run or checkpoint
     run=None,    # name of the new run's folder; date, time and hash if none
     smoke=False  # only see whether it would work: 20 steps, in a folder `smoke`
 )->Job:
     "From a config to a trained model; missing data are prepared. Ctrl-C and SIGTERM save and end: `job.run.stopped`"
     cfg, start, old = None if resume else read_config(config, overrides), None, None
     if smoke: cfg, run, old = smaller(cfg), 'smoke', home()/'experiments'/cfg.name/'runs'/'smoke'
-    resume = _newest_run(cfg.name) if resume == '' else resume
+    resume = _newest_run(cfg.name, run) if resume == '' else resume                 # none yet: a new one begins
     if resume: cfg, folder, start = going_on(resume, overrides)
     else: folder = old or _new_folder(cfg, run)
     engine = engine_of(cfg.log.tracker)
