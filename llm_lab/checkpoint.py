@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from safetensors.torch import load as tensors_from, save as tensor_bytes
 from . import __version__
 from .lab import LabError, streams, written
-from .package import chosen, fill, save_package, seal, verified
+from .package import chosen, fill, parsed, save_package, seal, verified
 from .evaluate import read_rows
 
 # %% ../nbs/13_checkpoint.ipynb #634eaaa0
@@ -99,7 +99,7 @@ def save(self:Checkpoints, run, random:list):
         (new/'state.json').write_text(json.dumps(state), encoding='utf-8')
         files = sorted(f.name for f in new.iterdir())
         seal(new, 'manifest.json', files, sizes={f: (new/f).stat().st_size for f in files})
-    self.mine.add(run.step)
+        self.mine.add(run.step)                                # also if an error comes after the rename
 
 # %% ../nbs/13_checkpoint.ipynb #be8e222e
 def _best(steps, notes):
@@ -115,9 +115,11 @@ def tidy(self:Checkpoints, run):
         line, path = f'step-{step or 0:06d}\n', self.folder/name
         if step is not None and not (path.is_file() and path.read_text() == line):
             with written(path) as new: new.write_text(line)
+        for rest in self.folder.glob(f'.{name}.*.new'): rest.unlink()
     for step in steps[:-self.keep]:
         if step != best: os.replace(self.place(step), self.place(step).with_name(f'.step-{step:06d}.gone'))
-    for rest in (self.folder/'checkpoints').glob('.step-*'): shutil.rmtree(rest)
+    for start in ('.', '..'):                                  # a package is written beside its place, too
+        for rest in (self.folder/'checkpoints').glob(f'{start}step-*'): shutil.rmtree(rest)
 
 # %% ../nbs/13_checkpoint.ipynb #9a861791
 @patch
@@ -128,7 +130,8 @@ def load(self:Checkpoints, run,
     if path is None and not self.steps(): raise LabError(f'{self.folder} holds no checkpoint: nothing to go on from')
     path = self.place(max(self.steps())) if path is None else chosen(path)
     data, _ = verified(path, 'manifest.json', None, 'checkpoint', f'go on from another one in {path.parent}')
-    state, tensors = json.loads(data['state.json']), tensors_from(data['optimizer.safetensors'])
+    state, tensors = (parsed(data.get(f, b''), path/f, read)
+                      for f, read in (('state.json', json.loads), ('optimizer.safetensors', tensors_from)))
     if state['step'] > run.steps: raise LabError(f'{path} is beyond the {run.steps:,} steps that are planned: plan more')
     if unknown := state['parts'].keys() ^ self.parts.keys():
         raise LabError(f'{path} was saved with parts {[*state["parts"]]}: {sorted(unknown)[0]!r} is missing on one side')
@@ -139,7 +142,8 @@ def load(self:Checkpoints, run,
     run.history[:, :state['step']] = history
     for k in ('step', 'tokens', 'seconds', 'notes'): setattr(run, k, state[k])
     self.restore_streams(run, state)
-    self.mine = {s for s in self.steps() if s <= run.step and path.parent == self.place(0).parent}
+    own = path.parent.resolve() == self.place(0).parent.resolve()
+    self.mine = {s for s in self.steps() if s <= run.step and own}
     return state
 
 # %% ../nbs/13_checkpoint.ipynb #c741f4b5

@@ -40,8 +40,9 @@ def home()->Path: # data/, experiments/ and artifacts/ hang here
     return next((p for p in (here, *here.parents) if (p/'settings.ini').exists()), here)
 
 # %% ../nbs/00_lab.ipynb #e2c95f33
-def _sync(path):
-    "Ask the system to put one file, or the list of names of one folder, on the disk now"
+def _sync(path, inside=False):
+    "Ask the system to put one file, or the list of names of one folder, on the disk now; with all files inside first"
+    for name in os.listdir(path) if inside and path.is_dir() else (): _sync(path/name, inside)  # `rglob` hides errors
     if path.is_dir() and os.name == 'nt': return               # Windows cannot sync a folder
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try: os.fsync(handle)
@@ -73,13 +74,12 @@ def written(
     new, old = (path.with_name(f'.{path.name}.{os.getpid()}.{end}') for end in ('new', 'old'))
     try:
         yield new
-        for f in [*new.rglob('*'), new]: _sync(f)
+        _sync(new, inside=True)
         if new.is_dir() and path.exists(): os.replace(path, old)  # a folder cannot be renamed over a full one
         os.replace(new, path)
         _sync(path.parent)
     finally:
-        restored(path); _remove(new)
-        for rest in _remains(path): _remove(rest)
+        for rest in [new, *_remains(restored(path))]: _remove(rest)
 
 # %% ../nbs/00_lab.ipynb #1bd0afae
 def rng(

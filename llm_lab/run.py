@@ -127,7 +127,8 @@ class Job:
 @patch
 def __repr__(self:Job):
     c, e, train = self.cfg, self.engine, self.texts['train']
-    return (f'run     {self.folder}\n'
+    shown = self.folder.relative_to(home()) if self.folder.is_relative_to(home()) else self.folder
+    return (f'run     {shown}\n'
             f'data    {self.texts["corpus"].name}: {len(train):,} tokens to learn from, licence {self.texts["corpus"].licence}\n'
             f'model   {self.run.model.n_params:,} parameters, {c.model.n_layers} layers of width {c.model.d_model}\n'
             f'plan    {c.train.steps:,} steps of {c.train.batch_size} × {c.data.block_len} tokens, '
