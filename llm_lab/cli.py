@@ -42,8 +42,10 @@ def _setting(text):
 
 # %% ../nbs/27_cli.ipynb #ebac8df8
 def _place(path):
-    "Where it is: here, or in `home()`"
-    return next((p for p in (Path(path), home()/path) if p.exists()), path)
+    "Where it is: here, or in `home()`; for the name of a config, its newest run"
+    runs = home()/'experiments'/path/'runs'
+    newest = [runs/(runs/'latest').read_text().strip()] if (runs/'latest').is_file() else []
+    return next((p for p in (*newest, Path(path), home()/path) if p.exists()), path)
 
 def write_from(
     path,         # a saved model; looked for here, then in `home()`

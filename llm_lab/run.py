@@ -189,6 +189,7 @@ def agree(self:Job, run):
 
 @patch
 def save(self:Job, run):
+    run.tokens = self.tokens(run.step)                         # of all processes
     if self.engine.is_main_process: self.metrics.sync()        # no checkpoint is ahead of its numbers
     self.saved(run)
 
@@ -215,6 +216,9 @@ def go(self:Job, start=None):
     if start or self.saved.steps(): self.saved.load(run, start)
     if e.is_main_process: self.metrics.cut(run.step, start and start.parent.parent); _describe(self, start); self.measure(); _track(self)
     self.then = self.tokens(run.step), run.seconds
+    if e.device.type == 'cuda':                                # the same bits on a GPU, too
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+        torch.use_deterministic_algorithms(True, warn_only=True)
     model, step = e.prepare_model(run.model), self.step
     if e.num_processes > 1:
         run.stop = partial(setattr, self, 'asked')             # all stop at the same step
