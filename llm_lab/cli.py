@@ -123,6 +123,7 @@ def _train(a):
         raise LabError('no config is named: give a .yaml file, golden or smoke, or --resume PATH')
     if not resume: read_config(named[0], settings)             # a slip is answered before PyTorch is there
     from llm_lab.run import train_config
+    warnings.showwarning = lambda message, *rest: print(message, file=sys.stderr)
     job = train_config(*named or [''], *settings, resume=resume and _place(resume), run=a.name, smoke=a.smoke)
     if not job.engine.is_main_process: return 0
     if why := job.run.stopped:

@@ -88,8 +88,9 @@ def engine_of(tracker='none'):
                                           log_with=None if tracker == 'none' else tracker)
 
 def gathered(engine, x)->list:
-    "What each process has, in their order; plain data, as long everywhere"
-    sent = torch.frombuffer(bytearray(json.dumps(x).encode()), dtype=torch.uint8).to(engine.device)[None]
+    "What each process has, in their order; plain data, about as long everywhere"
+    text = json.dumps(x).encode(); text += b' '*(-len(text) % 1024)                 # all must send as much
+    sent = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(engine.device)[None]
     return [json.loads(bytes(row.tolist())) for row in engine.gather(sent).cpu()]
 
 # %% ../nbs/15_run.ipynb #bbe7195a
@@ -105,9 +106,9 @@ class Job:
     "A config made real: texts, model, optimiser, batches, checkpoints, on the processes of an engine"
     def __init__(self, cfg:RunConfig, folder:Path, engine):
         self.cfg, self.folder, self.engine, self.done, t = cfg, Path(folder), engine, -1, cfg.train
-        if engine.is_main_process: texts_of(cfg)               # one packs, the others wait
+        mine = texts_of(cfg) if engine.is_main_process else {} # one packs, the others wait
         engine.wait_for_everyone()
-        self.texts = texts_of(cfg); corpus, tokenizer, train, val = self.texts.values()
+        self.texts = mine or texts_of(cfg); corpus, tokenizer, train, val = self.texts.values()
         self.stream = batches_of(cfg, corpus, train, engine.process_index, engine.num_processes, str(engine.device))
         model = MiniGPT(model_config(cfg, tokenizer.vocab_size), t.seed).to(engine.device)
         opt = OPTIMISERS[t.optimiser](checkpointed(model, t.recompute), lr=t.lr, weight_decay=t.weight_decay)
@@ -118,8 +119,9 @@ class Job:
         self.saved = Checkpoints(folder, tokenizer, cfg.log.keep, about, engine.process_index,
                                  partial(gathered, engine), **parts)
         self.metrics, self.ids, self.asked = Metrics(folder), val.ids[:cfg.eval.tokens].long(), ''
-        self.starts = _starts(corpus, val)
-        if self.starts is not None: self.starts = self.starts[self.starts < len(self.ids) - 1]
+        starts = _starts(corpus, val)
+        if starts is not None: starts = starts[starts < len(self.ids) - 1]
+        self.starts = starts if starts is not None and len(starts) else None        # one long document: as one text
 
     def tokens(self, step): return step*self.cfg.train.batch_size*self.cfg.data.block_len
 
@@ -204,8 +206,7 @@ def tick(self:Job, run):
         if due(c.log.every): row.update(self.record(run))
         if due(c.eval.every):
             with kept_streams(self.engine.device): row.update(self.validate(run))
-        if row: self.metrics.write(dict(step=n, tokens=self.tokens(n), seconds=run.seconds) | row)
-        self.engine.log(row, step=n)
+        if row: self.metrics.write(dict(step=n, tokens=self.tokens(n), seconds=run.seconds) | row); self.engine.log(row, n)
     if due(c.eval.every) or due(c.log.checkpoint_every): self.save(run)
 
 # %% ../nbs/15_run.ipynb #78a2eaa8
@@ -214,7 +215,9 @@ def go(self:Job, start=None):
     "Train to the end, from the newest checkpoint if there is one, or from `start`; returns the `Run`"
     c, e, run = self.cfg, self.engine, self.run
     if start or self.saved.steps(): self.saved.load(run, start)
-    if e.is_main_process: self.metrics.cut(run.step, start and start.parent.parent); _describe(self, start); self.measure(); _track(self)
+    if e.is_main_process:
+        self.metrics.cut(run.step, start and start.parent.parent)
+        _describe(self, start); self.measure(); _track(self)
     self.then = self.tokens(run.step), run.seconds
     if e.device.type == 'cuda':                                # the same bits on a GPU, too
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
@@ -251,11 +254,11 @@ def finish(self:Job, most=None):
 
 # %% ../nbs/15_run.ipynb #2459a767
 def _new_folder(cfg, name=None)->Path:
-    digest = hashlib.sha256(repr(cfg).encode()).hexdigest()[:6]
-    folder = home()/'experiments'/cfg.name/'runs'/(name or f'{time.strftime("%y%m%d-%H%M%S")}-{digest}')
-    if name and (folder/'config.yaml').exists():
-        raise LabError(f'{folder} is there already: go on with --resume {folder}, or choose another --run')
-    return folder
+    runs, digest = home()/'experiments'/cfg.name/'runs', hashlib.sha256(repr(cfg).encode()).hexdigest()[:6]
+    if name and (runs/name/'config.yaml').exists():
+        raise LabError(f'{runs/name} is there already: go on with --resume {runs/name}, or choose another --run')
+    folder = runs/(name or f'{time.strftime("%y%m%d-%H%M%S")}-{digest}')
+    return folder if name or not folder.exists() else folder.with_name(f'{folder.name}-{os.getpid()}')
 
 # %% ../nbs/15_run.ipynb #192ac19c
 def held(folder):
@@ -285,7 +288,8 @@ def _describe(job, came_from):
                  starts=[*starts, dict(machine(), step=job.run.step, processes=job.engine.num_processes, llm_lab=__version__,
                                        commit=_git('rev-parse', 'HEAD'), changed=bool(_git('status', '--porcelain')))])
     write_config(job.cfg, job.folder/'config.yaml')
-    for path, text in {job.folder/'run.json': json.dumps(about, indent=1), job.folder.parent/'latest': job.folder.name}.items():
+    texts = {job.folder/'run.json': json.dumps(about, indent=1), job.folder.parent/'latest': job.folder.name}
+    for path, text in texts.items():
         with written(path) as f: f.write_text(text + '\n', encoding='utf-8')
 
 # %% ../nbs/15_run.ipynb #297de440
@@ -293,7 +297,8 @@ def _track(job):
     "Send the rows to TensorBoard or Weights & Biases, too, under the name of the run"
     if (kind := job.cfg.log.tracker) == 'none': return
     job.engine.project_configuration.logging_dir = str(job.folder)
-    more = dict(tensorboard=dict(purge_step=job.run.step + 1), wandb=dict(id=job.folder.name, resume='allow', dir=str(job.folder)))
+    more = dict(tensorboard=dict(purge_step=job.run.step + 1),
+                wandb=dict(id=job.folder.name, resume='allow', dir=str(job.folder)))
     job.engine.init_trackers(job.cfg.name, config=None, init_kwargs={kind: more[kind]})
 
 # %% ../nbs/15_run.ipynb #4534592f
@@ -302,7 +307,8 @@ def going_on(path, overrides=())->tuple: # (config, folder, checkpoint to start 
     path = Path(path)
     start = path if (path/'manifest.json').exists() else None
     folder = path.absolute().parent.parent if start else path.absolute()
-    if not (folder/'config.yaml').is_file(): raise LabError(f'{path} is neither a run nor a checkpoint of one: choose from `llm-lab runs`')
+    if not (folder/'config.yaml').is_file():
+        raise LabError(f'{path} is neither a run nor a checkpoint of one: choose from `llm-lab runs`')
     cfg = gone_on(read_config(folder/'config.yaml'), read_config(folder/'config.yaml', overrides))
     cfg = replace(cfg, name=folder.parent.parent.name)
     newest = max((folder/'checkpoints').glob('step-*'), key=lambda p: int(p.name[5:]), default=None)
@@ -324,6 +330,7 @@ def train_config(config='smoke', *overrides,
 )->Job:
     "From a config to a trained model; missing data are prepared. Ctrl-C and SIGTERM save and end: `job.run.stopped`"
     cfg, start, old = None if resume else read_config(config, overrides), None, None
+    if smoke and resume is not None: raise LabError('--smoke begins anew: leave --resume out')
     if smoke: cfg, run, old = smaller(cfg), 'smoke', home()/'experiments'/cfg.name/'runs'/'smoke'
     resume = _newest_run(cfg.name, run) if resume == '' else resume                 # none yet: a new one begins
     if resume: cfg, folder, start = going_on(resume, overrides)
