@@ -5,7 +5,7 @@ PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11; do \
 endif
 START := $(PYTHON) tools/start.py
 .DEFAULT_GOAL := help
-.PHONY: help dev tour lab test nightly lint format smoke book clean
+.PHONY: help dev tour lab test nightly mutants lint format smoke book clean
 
 help:     ## this list
 	@grep -E '^[a-z]+: .*##' Makefile | sed 's/:.*## /\t/' | expand -t 10
@@ -42,6 +42,9 @@ book:     ## run the chapters, save their pictures, write llm_lab/ and README.md
 
 nightly:  ## every test, the slow ones too
 	@$(START) nightly $(ARGS)
+
+mutants:  ## break the promises of a run on purpose: each break must turn a test red
+	@$(START) run python tools/mutants.py $(ARGS)
 
 clean:    ## remove what the tools made; .venv, data and models stay
 	@rm -rf build dist *.egg-info _proc _docs .pytest_cache .ruff_cache nbs/sidebar.yml nbs/.quarto

@@ -192,3 +192,18 @@ def test_nightly_asks_for_more_examples(empty, monkeypatch, do, before, examples
 
 
 def test_a_wrong_word_shows_the_usage(capsys): assert start.main(['turn']) == 2 and 'start.py tour' in capsys.readouterr().err
+
+
+def test_every_break_of_make_mutants_still_fits():
+    "Its text stands in its module once, and the test that should notice it exists"
+    import mutants
+    assert len(mutants.MUTANTS) >= 6 and list(mutants.wrong()) == []
+
+
+def test_a_break_that_fits_no_more_is_told(tmp_path):
+    import mutants
+    for name in ('llm_lab', 'tests'): (tmp_path/name).mkdir()
+    for module, *_, test in mutants.MUTANTS.values():
+        (tmp_path/'llm_lab'/f'{module}.py').write_text('')
+        (tmp_path/'tests'/test.partition('::')[0]).write_text('')
+    assert len(list(mutants.wrong(tmp_path))) == 2*len(mutants.MUTANTS)
