@@ -117,7 +117,7 @@ def evaluate(
     return Score(float(sum(sums)), sum(counts), len(text), len(text.encode()), ratio_error(sums, counts),
                  corpus.floor)
 
-# %% ../nbs/09_evaluate.ipynb #420be8e4
+# %% ../nbs/09_evaluate.ipynb #7bdb6271
 def _unknown(tokenizer, text):
     "The first character of a text that the tokenizer cannot write; '' if it can write them all"
     for c in dict.fromkeys(text):
@@ -142,7 +142,7 @@ def evaluate_file(
     corpus = Corpus(str(path), dict(whole=held), end, independent=marked)
     return evaluate(model, tokenizer, corpus, 'whole', stride=stride, live=live)
 
-# %% ../nbs/09_evaluate.ipynb #362e2365
+# %% ../nbs/09_evaluate.ipynb #439bb305
 def _object(text, where):
     try: return dict(json.loads(text))
     except (ValueError, TypeError): raise LabError(f'{where} is no JSON object: mend or delete it') from None
@@ -160,7 +160,7 @@ def read_rows(path)->list: # dicts
         rows.append(row)
     return rows
 
-# %% ../nbs/09_evaluate.ipynb #2e786777
+# %% ../nbs/09_evaluate.ipynb #7961c0a7
 def _told(run):
     "(the rows of its metrics, what is said of it as a whole) of a run folder, or of a `Run` in memory"
     if isinstance(run, Run):
@@ -186,7 +186,7 @@ def _line(name, run):
                 **{k: losses.get(k) for k in ('loss', 'bits_per_byte', 'interval', 'bits', 'floor', 'bytes')},
                 rows=rows, final=bool(score), state='finished' if said['done'] else f'step {known["steps"] or 0:,}')
 
-# %% ../nbs/09_evaluate.ipynb #2718e916
+# %% ../nbs/09_evaluate.ipynb #15cb7c7d
 _UNITS = dict(bits_per_byte='bits per byte', loss='nats per token')
 
 def _apart(values, share): # do two of those that are known differ by more than this share?
@@ -216,7 +216,7 @@ def _remarks(lines, unit):
             '~ was noted on the way; it is no final score': not all(l['final'] for l in known)}
     return [_finding(lines, unit), *(text for text, true in told.items() if true)]
 
-# %% ../nbs/09_evaluate.ipynb #bcb980ca
+# %% ../nbs/09_evaluate.ipynb #8d150dea
 _COLUMNS = dict(
     name=('run', '{}'), params=('parameters', '{:,}'), steps=('steps', '{:,}'), tokens=('tokens', '{:,.0f}'),
     time=('time', '{}'), loss=('nats/token', '{:.3f}'), bits_per_byte=('bits/byte', '{:.3f}'),
@@ -248,7 +248,7 @@ class Comparison:
         said = ''.join(f'<div style="margin:4px 8px">{escape(r)}</div>' for r in self.remarks)
         return f'<table style="border-collapse:collapse">{"".join(f"<tr>{r}</tr>" for r in rows)}</table>{said}'
 
-# %% ../nbs/09_evaluate.ipynb #8296f9ec
+# %% ../nbs/09_evaluate.ipynb #6069d5f0
 def _named(runs):
     if isinstance(runs, dict): return runs
     paths = [Path(r).resolve() for r in runs]
@@ -268,7 +268,7 @@ def compare(
     lines.sort(key=lambda l: (l[unit] is None, l[unit] or 0.))
     return Comparison(lines, unit, _remarks(lines, unit))
 
-# %% ../nbs/09_evaluate.ipynb #b2bb7db8
+# %% ../nbs/09_evaluate.ipynb #53de025a
 @patch
 def picture(self:Comparison): # a matplotlib figure
     "What was noted, over the tokens seen (training, smoothed, where nothing was); a ring is a final score"
