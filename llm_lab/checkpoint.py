@@ -182,6 +182,7 @@ class Metrics:
 @patch
 def cut(self:Metrics, step:int, source=None):
     "Forget what came after `step`, and a line that a kill has torn; `source` is another run to begin with"
+    if not ((source or self.folder)/_FILES[0]).exists(): (self.folder/_FILES[2]).unlink(missing_ok=True)  # a torn head
     for name in _FILES[:2]:
         if not ((source or self.folder)/name).exists(): continue
         rows = [r for r in read_rows((source or self.folder)/name) if r['step'] <= step]

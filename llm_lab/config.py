@@ -7,7 +7,7 @@ __all__ = ['SECTIONS', 'CONFIGS', 'DataKeys', 'ModelKeys', 'TrainKeys', 'EvalKey
            'read_config', 'write_config', 'gone_on', 'smaller']
 
 # %% ../nbs/14_config.ipynb #5fb9272d
-import difflib, json, math, re
+import difflib, math, re
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import get_args
@@ -44,7 +44,7 @@ class ModelKeys:                                    # as `Config`; what the data
 # %% ../nbs/14_config.ipynb #fc636875
 @dataclass(frozen=True)
 class TrainKeys:
-    steps: int = _key(1000, 1)
+    steps: int = _key(1000, 1, 10**8)
     batch_size: int = _key(16, 1)                   # rows of a step, of all processes together
     accumulate: int = _key(1, 1)                    # parts of a batch that go through the model one after the other
     optimiser: str = _key('muon', of=('adamw', 'muon', 'sgd'))
@@ -56,7 +56,7 @@ class TrainKeys:
     precision: str = _key('float32', of=('float32', 'bf16', 'fp16'))
     compile: bool = False
     recompute: bool = False                         # keep less for the way back (chapter 12)
-    seed: int = _key(0, 0)
+    seed: int = _key(0, 0, 2**31)
 
 # %% ../nbs/14_config.ipynb #51855475
 @dataclass(frozen=True)
@@ -90,13 +90,13 @@ def _wanted(f):
 def _checked(path, f, value):
     "The value of a key; raises `LabError` that names its path"
     m, kinds = f.metadata, get_args(f.type) or (f.type,)
-    if float in kinds and type(value) is int: value = float(value)
+    if float in kinds and type(value) is int and abs(value) < 1e300: value = float(value)
     good = type(value) in kinds and not (isinstance(value, float) and not math.isfinite(value))
     if good and isinstance(value, (int, float)) and m.get('least') is not None:
         good = m['least'] <= value <= (m['most'] or math.inf)
     if good and m.get('of'): good = value in m['of']
     if good and isinstance(value, dict):
-        good = bool(re.fullmatch(r'(llm_lab\.\w+|torch\.nn):\w+|\w+', str(value.get('part', ''))))
+        good = isinstance(part := value.get('part'), str) and bool(re.fullmatch(r'(llm_lab\.\w+|torch\.nn):\w+|\w+', part))
     if not good: raise LabError(f'{path}={value!r}: {_wanted(f)}')
     return value
 
@@ -127,6 +127,8 @@ class RunConfig:
             raise LabError(f'eval.tokens={self.eval.tokens}: give more than data.block_len={d.block_len}')
 
 # %% ../nbs/14_config.ipynb #7564f8c4
+def _line(x): return ' '.join(str(x).split())
+
 def _nearest_path(path, known=(*_PATHS, *SECTIONS)):
     "A remedy for a path that does not exist: the same word elsewhere, the nearest path, the nearest word"
     last, word = {p.rpartition('.')[2]: p for p in known}, path.rpartition('.')[2]
@@ -138,20 +140,20 @@ def config_of(data:dict, name='run')->RunConfig:
     "The config that plain data describe; raises `LabError` with the path of whatever is wrong"
     made = {}
     for s, keys in data.items():
-        if s not in SECTIONS: raise LabError(f'{s}: there is no such section; {_nearest_path(str(s))}')
+        if s not in SECTIONS: raise LabError(f'{_line(s)}: there is no such section; {_nearest_path(str(s))}')
         if not isinstance(keys, dict):
             raise LabError(f'{s}={keys!r}: give keys and values, such as {s}: {{{fields(SECTIONS[s])[0].name}: …}}')
         for path in (f'{s}.{k}' for k in keys):
-            if path not in _PATHS: raise LabError(f'{path}: there is no such key; {_nearest_path(path)}')
+            if path not in _PATHS: raise LabError(f'{_line(path)}: there is no such key; {_nearest_path(path)}')
         made[s] = SECTIONS[s](**{k: _checked(f'{s}.{k}', _PATHS[f'{s}.{k}'], v) for k, v in keys.items()})
     return RunConfig(name, **made)
 
 # %% ../nbs/14_config.ipynb #ac7a88f2
 CONFIGS = dict(
-    golden=dict(data=dict(corpus='tiny_shakespeare', block_len=64), train=dict(steps=2000, batch_size=12)),
+    golden=dict(data=dict(corpus='tiny_shakespeare', block_len=64), train=dict(steps=2000, batch_size=12, lr=.004)),
     tinystories_baseline=dict(
         data=dict(corpus='tinystories', tokenizer='bpe', vocab_size=8192, block_len=512),
-        model=dict(d_model=256, n_layers=6, n_heads=8), train=dict(steps=20_000, batch_size=32, warmup=500),
+        model=dict(d_model=256, n_layers=6, n_heads=8), train=dict(steps=20_000, batch_size=32, lr=.004, warmup=500),
         eval=dict(every=1000, tokens=200_000, sample_every=2000, prompt='Once upon a time'), log=dict(checkpoint_every=500)),
     smoke=dict(data=dict(block_len=64), model=dict(d_model=32, n_layers=1),
                train=dict(steps=60, batch_size=8), eval=dict(every=20, tokens=2000, sample_every=60, sample_tokens=50),
@@ -170,9 +172,9 @@ def _source(config):
                        f'give a .yaml file, or choose from {", ".join(names)}'))
     path = path/'config.yaml' if path.is_dir() else path
     name = path.parent.absolute().name if path.stem == 'config' else path.stem
-    omega, yaml = need('omegaconf').OmegaConf, need('yaml')
+    omega, errors, yaml = need('omegaconf').OmegaConf, need('omegaconf.errors'), need('yaml')
     try: data = omega.load(path)
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as e:
+    except (yaml.YAMLError, errors.OmegaConfBaseException, ValueError, OSError) as e:
         at = getattr(e, 'problem_mark', None)
         raise LabError(f'{path}{f", line {at.line + 1}" if at else ""}: {getattr(e, "problem", None) or "cannot be read"}; '
                        'write keys and values, as in train: {steps: 100}') from None
@@ -185,28 +187,35 @@ def _path(key):
     if head in _PATHS or head in SECTIONS: return key
     found = [p for p in _PATHS if p.endswith('.' + key)]
     if len(found) > 1: raise LabError(f'{key} is in several sections: write {" or ".join(found)}')
-    if not found: raise LabError(f'{key}: there is no such key; {_nearest_path(key)}')
+    if not found: raise LabError(f'{_line(key)}: there is no such key; {_nearest_path(key)}')
     return found[0]
 
 # %% ../nbs/14_config.ipynb #c13d14e7
+def _texts(x):
+    "All texts in plain data"
+    if isinstance(x, str): return [x]
+    return [t for v in (x.values() if isinstance(x, dict) else x if isinstance(x, list) else ()) for t in _texts(v)]
+
 def read_config(config, overrides=())->RunConfig:
     "The config of that name, file or folder, with `key=value` changes"
     data, name = (config, 'run') if isinstance(config, dict) else _source(str(config))
-    omega, errors = need('omegaconf').OmegaConf, need('omegaconf.errors')
+    omega, errors, where = need('omegaconf').OmegaConf, need('omegaconf.errors'), name
     try:
         data = omega.create(data)
         if not omega.is_dict(data): raise LabError(f'{config} is a list: write sections, as in train: {{steps: 100}}')
         for item in overrides:
-            key, eq, value = item.partition('=')
+            where = f'{item:.60}'; key, eq, value = item.partition('=')
             if not eq or not key: raise LabError(f'{item!r} will not do: write key=value, such as train.steps=500')
             path = _path(key); value = omega.to_container(omega.from_dotlist([f'v={value}']))['v']
             if path.endswith('.part'): path, value = path.rpartition('.')[0], dict(part=value)
             omega.update(data, path, value, merge=not isinstance(value, dict), force_add=True)
-        if re.search(r'\$\{[^}]*:', json.dumps(omega.to_container(data))):
+        where = name
+        if any(re.search(r'(?s)\$\{.*:', text) for text in _texts(omega.to_container(data))):
             raise LabError(f'{name} asks for the environment or another function by ${{…:…}}: write the value itself')
         return config_of(omega.to_container(data, resolve=True), name)
-    except (errors.OmegaConfBaseException, need('yaml').YAMLError) as e:
-        raise LabError(f'{name}: {str(e).splitlines()[0]}: write keys and values, such as train.steps=500') from None
+    except LabError: raise
+    except (errors.OmegaConfBaseException, need('yaml').YAMLError, ValueError) as e:
+        raise LabError(f'{where}: {str(e).splitlines()[0]}: write keys and values, such as train.steps=500') from None
 
 # %% ../nbs/14_config.ipynb #d3b6425a
 def write_config(cfg:RunConfig, path):

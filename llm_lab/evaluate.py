@@ -54,7 +54,7 @@ class Score:
     @property
     def loss(self): return self.nats/self.tokens               # nats per token
     @property
-    def perplexity(self): return math.exp(self.loss)           # (Jelinek et al. 1977)
+    def perplexity(self): return math.exp(min(self.loss, 700)) # (Jelinek et al. 1977)
     @property
     def bits(self): return self.nats/math.log(2)/self.chars    # per character
     @property

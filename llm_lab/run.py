@@ -69,8 +69,7 @@ def batches_of(cfg:RunConfig, corpus, train, rank=0, world_size=1, device='cpu')
 class Alone:
     "One process, with the verbs of `accelerate.Accelerator` that a run needs"
     num_processes, process_index, is_main_process = 1, 0, True
-    def __init__(self):
-        self.device = torch.device(device())
+    def __init__(self): self.device = torch.device(device())
     def prepare_model(self, model): return model
     def reduce(self, x, reduction): return x
     def gather(self, x): return x
@@ -82,10 +81,11 @@ class Alone:
 def engine_of(tracker='none'):
     "An `accelerate.Accelerator`; `Alone` where that is not installed and one process is enough"
     if tracker == 'none' and find_spec('accelerate') is None and os.environ.get('WORLD_SIZE', '1') == '1': return Alone()
-    if tracker != 'none': need('dotenv', 'python-dotenv').load_dotenv(home()/'.env')   # keys: read, never written
+    if tracker != 'none': need(tracker)                        # accelerate would leave it out without a word
+    if tracker != 'none' and (env := home()/'.env').is_file(): need('dotenv', 'python-dotenv').load_dotenv(env)
     slow = need('accelerate').InitProcessGroupKwargs(timeout=timedelta(hours=6))       # one packs, the others wait
     return need('accelerate').Accelerator(cpu=device() == 'cpu', mixed_precision='no', kwargs_handlers=[slow],
-                                          log_with=None if tracker == 'none' else tracker)
+                                          log_with=None if tracker == 'none' else tracker, project_dir=home())
 
 def gathered(engine, x)->list:
     "What each process has, in their order; plain data, about as long everywhere"
@@ -216,6 +216,7 @@ def go(self:Job, start=None):
     c, e, run = self.cfg, self.engine, self.run
     if start or self.saved.steps(): self.saved.load(run, start)
     if e.is_main_process:
+        if self.saved.steps(): self.saved.tidy(run)            # a kill may have come before it
         self.metrics.cut(run.step, start and start.parent.parent)
         _describe(self, start); self.measure(); _track(self)
     self.then = self.tokens(run.step), run.seconds
@@ -229,13 +230,9 @@ def go(self:Job, start=None):
             value, length = self.step(model, opt, rows, clip, loss)
             return e.reduce(value, 'mean'), length
     every = math.gcd(c.log.every, c.eval.every, c.log.checkpoint_every)
-    try: fit(run.model, self.stream, c.train.steps, clip=c.train.clip, seed=c.train.seed + 7919*e.process_index, run=run,
-             schedule=partial(SCHEDULES[c.train.schedule], warmup=c.train.warmup), step=step,
-             every={every: self.tick, (c.train.steps,): self.tick})
-    except RuntimeError as error:                              # one of them is gone
-        if not re.search('gloo|NCCL|onnection', str(error)): raise
-        raise LabError(f'process {e.process_index} lost the others after step {run.step:,}: '
-                       f'go on with --resume {self.folder}') from None
+    fit(run.model, self.stream, c.train.steps, clip=c.train.clip, seed=c.train.seed + 7919*e.process_index, run=run,
+        schedule=partial(SCHEDULES[c.train.schedule], warmup=c.train.warmup), step=step,
+        every={every: self.tick, (c.train.steps,): self.tick})
     if run.stopped: self.save(run)
     return run
 
@@ -270,6 +267,8 @@ def held(folder):
         pid = (folder/'.pid').read_text() if (folder/'.pid').exists() else 'unknown'
         raise LabError(f'{folder} is held by process {pid}: wait until it ends, or stop it') from None
     (folder/'.pid').write_text(str(os.getpid()))
+    for rest in [*folder.glob('.*.new'), *(folder/'checkpoints').glob('.*step-*')]:  # of killed writers
+        shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
     return lock
 
 # %% ../nbs/15_run.ipynb #ac8928d8
@@ -299,7 +298,10 @@ def _track(job):
     job.engine.project_configuration.logging_dir = str(job.folder)
     more = dict(tensorboard=dict(purge_step=job.run.step + 1),
                 wandb=dict(id=job.folder.name, resume='allow', dir=str(job.folder)))
-    job.engine.init_trackers(job.cfg.name, config=None, init_kwargs={kind: more[kind]})
+    try: job.engine.init_trackers(job.cfg.name, config=None, init_kwargs={kind: more[kind]})
+    except Exception as e:                                     # no key, no network
+        raise LabError(f'log.tracker={kind}: {str(e).partition(chr(10))[0]} Write its key into {home()/".env"}, '
+                       'or leave it out') from None
 
 # %% ../nbs/15_run.ipynb #4534592f
 def going_on(path, overrides=())->tuple: # (config, folder, checkpoint to start a branch from or None)
@@ -321,6 +323,12 @@ def _newest_run(name, run=None):
     runs = home()/'experiments'/name/'runs'
     known = runs/(run or (runs/'latest').read_text().strip()) if run or (runs/'latest').is_file() else runs
     return known if (known/'config.yaml').is_file() else None
+
+def _alone_now(error, engine, folder):
+    "Raises one line where one of several processes is gone, else the error"
+    if engine.num_processes == 1 or not re.search('gloo|NCCL|onnection', str(error)): raise error
+    then = f'go on with --resume {folder}' if (folder/'config.yaml').exists() else 'begin again'
+    raise LabError(f'process {engine.process_index} lost the others: see what they said, and {then}') from None
 
 # %% ../nbs/15_run.ipynb #f3dff5f5
 def train_config(config='smoke', *overrides,
@@ -345,6 +353,7 @@ def train_config(config='smoke', *overrides,
         job.go(start)
         if lock and not job.run.stopped: job.result = job.finish(cfg.eval.tokens if smoke else None)
         engine.end_training()
+    except RuntimeError as e: _alone_now(e, engine, folder)
     finally:
         if lock: lock.release()
     return job
