@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from safetensors.torch import load as tensors_from, save as tensor_bytes
 from . import __version__
 from .lab import LabError, streams, written
-from .package import chosen, fill, parsed, save_package, seal, verified
+from .package import chosen, fill, parsed, seal, verified, write_package
 from .evaluate import read_rows
 
 # %% ../nbs/13_checkpoint.ipynb #634eaaa0
@@ -93,7 +93,7 @@ def save(self:Checkpoints, run, random:list):
                  random=random, made=_made(run, len(random)), parts={k: v.state_dict() for k, v in self.parts.items()})
     with written(self.place(run.step)) as new:
         about = {**self.about, 'step': run.step, 'tokens': run.tokens}
-        save_package(new, run.model, self.tokenizer, about, f'{self.folder.name}, step {run.step:,}')
+        write_package(new, run.model, self.tokenizer, about, f'{self.folder.name}, step {run.step:,}')
         tensors['history'] = run.history[:, :run.step].contiguous()
         (new/'optimizer.safetensors').write_bytes(tensor_bytes(tensors))
         (new/'state.json').write_text(json.dumps(state), encoding='utf-8')
@@ -118,8 +118,7 @@ def tidy(self:Checkpoints, run):
         for rest in self.folder.glob(f'.{name}.*.new'): rest.unlink()
     for step in steps[:-self.keep]:
         if step != best: os.replace(self.place(step), self.place(step).with_name(f'.step-{step:06d}.gone'))
-    for start in ('.', '..'):                                  # a package is written beside its place, too
-        for rest in (self.folder/'checkpoints').glob(f'{start}step-*'): shutil.rmtree(rest)
+    for rest in (self.folder/'checkpoints').glob('.*step-*'): shutil.rmtree(rest)
 
 # %% ../nbs/13_checkpoint.ipynb #9a861791
 @patch

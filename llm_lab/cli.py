@@ -6,7 +6,7 @@
 __all__ = ['write_from', 'main']
 
 # %% ../nbs/27_cli.ipynb #4d7c8a1c
-import argparse, os, sys, warnings
+import argparse, os, re, sys, warnings
 from pathlib import Path
 from . import __version__
 from .lab import LabError, device, home
@@ -137,7 +137,7 @@ def _train_options(t):
                    help=f'a .yaml file, a folder of experiments/, or one of {", ".join(CONFIGS)}; then what should differ')
     t.add_argument('--resume', nargs='?', const='', metavar='PATH',
                    help='go on with the newest run of CONFIG, or with the run or checkpoint at PATH')
-    t.add_argument('--run', dest='name', metavar='ID', help='name of the run; date, time and hash if none')
+    t.add_argument('--run', '--name', dest='name', metavar='ID', help='name of the run; date, time and hash if none')
     t.add_argument('--smoke', action='store_true', help='only 20 steps, to see whether it would work')
     t.set_defaults(run=_train)
 
@@ -206,6 +206,10 @@ def main(argv=None)->int:
     except KeyboardInterrupt: print('\nstopped'); return 130
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); return 1
     except LabError as e: print(f'llm-lab: {e}', file=sys.stderr); return 1
+    except (MemoryError, RuntimeError) as e:
+        if not re.search('memory', f'{type(e).__name__} {e}', re.I): raise
+        print(f'llm-lab: the memory is too small: {str(e).splitlines()[0][:120]}; make model or batch smaller', file=sys.stderr)
+        return 1
     except OSError as e:
         print(f'llm-lab: {e.filename or "a file"}: {e.strerror or e}; '
               'free some space or check the rights, or set LLM_LAB_HOME to another folder', file=sys.stderr)

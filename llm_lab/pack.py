@@ -72,7 +72,7 @@ class BatchStream:
         self.windows = ids.unfold(0, block_len + 1, block_len); self.step, self._known = 0, (None, None)
 
     def __iter__(self): return self
-    def __call__(self, step): self.step = step + 1; return self.batch(step)
+    def __call__(self, step): return self.batch(step)
     def __next__(self): self.step += 1; return self.batch(self.step - 1)
 
 # %% ../nbs/05_pack.ipynb #92d06d0d

@@ -191,7 +191,7 @@ def agree(self:Job, run):
 
 @patch
 def save(self:Job, run):
-    run.tokens = self.tokens(run.step)                         # of all processes
+    run.tokens, self.stream.step = self.tokens(run.step), run.step                  # of all processes
     if self.engine.is_main_process: self.metrics.sync()        # no checkpoint is ahead of its numbers
     self.saved(run)
 

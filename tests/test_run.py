@@ -35,7 +35,7 @@ class Nursery:
         env = {**dict(env), 'LLM_LAB_HOME': str(home)}
         return self.ask(start=dict(argv=[str(a) for a in argv], log=self.log, env=env, **order))['pid'], self.log
 
-    def wait(self, life, within=120):
+    def wait(self, life, within=60):
         "How it ended; `out` and `err` are what it said"
         pid, log = life
         return dict(self.ask(wait=dict(pid=pid, within=within)), **{k: Path(f'{log}.{k}').read_text() for k in ('out', 'err')})
@@ -54,7 +54,7 @@ def desk(tmp_path_factory):
     desk = tmp_path_factory.mktemp('runs')
     if os.access(memory, os.W_OK): (desk := memory/f'llm-lab-test-{os.getpid()}').mkdir()
     yield desk
-    shutil.rmtree(desk)
+    shutil.rmtree(desk, ignore_errors=True)
 
 
 @pytest.fixture(scope='module')

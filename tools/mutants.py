@@ -12,6 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESUME = 'test_checkpoint.py::test_a_run_ends_with_the_same_bits_whatever_the_step_at_which_it_is_resumed'
 ONLOOKERS = 'test_checkpoint.py::test_evaluating_or_sampling_during_a_run_changes_no_weight'
 FAULTS = 'test_checkpoint.py::test_no_checkpoint_is_lost_when_any_system_call_of_a_save_kills_or_fails'
+RUN = 'test_run.py::test_'
+KILLED = RUN + 'a_run_that_is_killed_at_every_place_ends_with_the_same_bits'
 DAMAGE = 'test_checkpoint.py::test_a_thousand_flipped_bits_and_a_thousand_cut_files_are_refused_by_name'
 
 MUTANTS = {  # name: (module, what stands there, what it becomes, the test that must turn red)
@@ -22,7 +24,16 @@ MUTANTS = {  # name: (module, what stands there, what it becomes, the test that 
     'prune before commit': ('checkpoint', 'if self.rank == 0: self.save(run, random)',
                             'if self.rank == 0: [shutil.rmtree(self.place(s)) for s in self.steps()[:1 - self.keep or None]]; '
                             'self.save(run, random)', FAULTS),
-    'eval on the global RNG': ('train', 'with kept_streams(self.run.history.device): said = f(self.run)', 'said = f(self.run)', ONLOOKERS)}
+    'eval on the global RNG': ('train', 'with kept_streams(self.run.history.device): said = f(self.run)', 'said = f(self.run)', ONLOOKERS),
+    'rows not cut': ('run', 'self.metrics.cut(run.step, start and start.parent.parent)', 'pass', KILLED),
+    'one dropout for all': ('checkpoint', "_states(state['random'][self.rank])", "_states(state['random'][0])",
+                            RUN + 'when_one_of_two_is_killed_the_other_ends_and_both_go_on'),
+    'every process reads all': ('pack', 'self.rank::self.world_size', '::1', RUN + 'two_processes_learn_what_one_learns'),
+    'no lock': ('run', 'try: lock.acquire(blocking=False)', 'try: pass', RUN + 'two_do_not_write_into_one_folder'),
+    'nobody is asked': ('run', 'float(self.asked == r) for r in reasons', '0. for r in reasons',
+                        RUN + 'when_one_of_two_is_asked_to_end_both_end_at_the_same_step'),
+    'environment in a config': ('config', "any(re.search(r'(?s)\\$\\{.*:', text)", "any(re.search(r'nothing', text)",
+                                RUN + 'every_slip_is_answered_by_one_line_that_names_the_key')}
 
 
 def wrong(root=ROOT):
