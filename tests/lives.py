@@ -27,7 +27,7 @@ PLACES = dict(
     noting=(os, 'replace', to(r'/(config\.yaml|run\.json|runs/latest)$')), rewriting=(os, 'replace', to(r'/(metrics|samples)\.\w+$')),
     taking_up=(Checkpoints, 'load'), stepping=(optim, 'update'), validating=(train, 'token_losses'), sampling=(sample, '_next'),
     writing_rows=(Metrics, '_add'), tearing_rows=(Metrics, '_add'), syncing=(Metrics, 'sync'),
-    saving=(checkpoint, 'save_package'), sealing=(checkpoint, 'seal'), committing=(os, 'replace', to(r'/step-\d+$')),
+    saving=(checkpoint, 'write_package'), sealing=(checkpoint, 'seal'), committing=(os, 'replace', to(r'/step-\d+$')),
     naming=(os, 'replace', to(r'/runs/[^/]+/(latest|best)$')), pruning=(os, 'replace', to(r'\.gone$')),
     half_pruning=(shutil, 'rmtree', lambda path, *_: str(path).endswith('.gone')), judging=(evaluate, 'token_losses'),
     concluding=(os, 'replace', to(r'/result\.json$')))

@@ -176,6 +176,8 @@ def survive(nursery, desk, text, whole, kills, seed):
         assert sorted(p.name for p in folder_of(home).rglob('.*')) == ['.lock', '.pid']
         assert steps_of(folder_of(home)) == kept
         if fates: escaped += 1; chains.insert(0, fates)        # it was too late for these: another run begins with them
+        for f in fates:
+            if 'after' in f: f['after'] /= 2                   # and does not wait as long: a machine may be faster than it was
         shutil.rmtree(home)
     assert not chains and {*died} >= {*nursery.places}, (chains, died)
     return died, escaped, time.monotonic() - start
