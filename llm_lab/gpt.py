@@ -21,13 +21,14 @@ from .lab import LabError, by_onednn, quick_products, rng
 # %% ../nbs/06_gpt.ipynb #080e1d3d
 def attend(
     q:Tensor,         # (B, H, T, D)
-    k:Tensor,         # (B, H, S, D)
-    v:Tensor,         # (B, H, S, D)
+    k:Tensor,         # (B, G, S, D); with fewer heads than q, each serves H/G of its heads, in order
+    v:Tensor,         # (B, G, S, D)
     seen:Tensor=None, # bool, broadcasts to (B, H, T, S): may the query read the key? None: the past, S = T
     dropout:float=0.
 )->Tensor: # (B, H, T, D)
     "Sum up values by the softmax of q·k/√D (Vaswani et al. 2017, eq. 1)"
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None, dropout_p=dropout)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None, dropout_p=dropout,
+                                          enable_gqa=k.shape[1] < q.shape[1])
 
 # %% ../nbs/06_gpt.ipynb #d5eefba9
 def causal(
@@ -91,9 +92,12 @@ class Attention(nn.Module):
         pattern=part(causal), # who may look at whom
         bias=True):
         super().__init__()
-        self.n_heads, self.layer, self.pattern, self.dropout = cfg.n_heads, layer, pattern, cfg.dropout
+        self.n_heads, self.head_dim, self.layer, self.pattern = cfg.n_heads, cfg.head_dim, layer, pattern
+        self.dropout = cfg.dropout
         self.plain = pattern == part(causal)
-        self.qkv, self.out = nn.Linear(cfg.d_model, 3*cfg.d_model, bias), nn.Linear(cfg.d_model, cfg.d_model, bias)
+        width = cfg.n_heads*cfg.head_dim                       # of all heads together
+        self.sizes = (width, width, width)                     # q, k, v: the rows of the one map, in order
+        self.qkv, self.out = nn.Linear(cfg.d_model, sum(self.sizes), bias), nn.Linear(width, cfg.d_model, bias)
         self.steps = nn.ModuleList(step(cfg, layer) for step in steps)
         self.reads = [w for w in _wants(pattern) if w not in ('h', 'layer')]
 
@@ -103,7 +107,7 @@ class Attention(nn.Module):
         return visible(self.pattern, i, j, self.n_heads, self.layer, **{w: ctx[w] for w in self.reads})
 
     def project(self, x): # (B, T, C) → three of (B, H, T, D)
-        return (t.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1))
+        return (t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in self.qkv(x).split(self.sizes, dim=-1))
 
     def forward(self, x, i, rising=False, **ctx): # (B, T, C), positions (T,) or (B, T) → (B, T, C)
         q, k, v = self.project(x)
@@ -116,11 +120,11 @@ class Attention(nn.Module):
 # %% ../nbs/06_gpt.ipynb #b20a4289
 def _heads_fit(cfg, **kw):
     "The heads share the channels evenly"
-    if cfg.d_model % cfg.n_heads:
+    if not cfg.d_head and cfg.d_model % cfg.n_heads:
         fits = [n for n in range(1, cfg.d_model + 1) if cfg.d_model % n == 0]
         near = sorted(sorted(fits, key=lambda n: abs(n - cfg.n_heads))[:2])
         raise LabError(f'n_heads={cfg.n_heads} does not divide d_model={cfg.d_model}: '
-                       f'use {" or ".join(map(str, near))} heads')
+                       f'use {" or ".join(map(str, near))} heads, or give d_head')
 Attention.check = staticmethod(_heads_fit)
 
 # %% ../nbs/06_gpt.ipynb #e43345e0
@@ -184,16 +188,18 @@ class Config:
     d_model:int = 128
     n_layers:int = 4
     n_heads:int = 4
+    d_head:int|None = None  # channels of a head; d_model/n_heads if none
     dropout:float = 0.
     tie:bool = False        # does the head share the token table? (Press and Wolf 2017)
     attn:part = part(Attention)
     mlp:part = part(MLP)
     norm:part = part(nn.LayerNorm)
     pos:part|None = part(Learned)
+    head:part = part(nn.Linear, bias=False)
     init:part = part(gpt2_init)
 
     def __post_init__(self):
-        for name in ('vocab_size', 'max_len', 'd_model', 'n_layers', 'n_heads'):
+        for name in ('vocab_size', 'max_len', 'd_model', 'n_layers', 'n_heads', 'head_dim'):
             if not isinstance(n := getattr(self, name), int) or n < 1:
                 raise LabError(f'{name}={n!r}: give a whole number of at least 1')
         if not 0 <= self.dropout < 1:
@@ -202,7 +208,7 @@ class Config:
         for f in fields(self): _check_parts(getattr(self, f.name), self, f.name)
 
     @property
-    def head_dim(self): return self.d_model//self.n_heads
+    def head_dim(self): return self.d_head or self.d_model//self.n_heads
 
 # %% ../nbs/06_gpt.ipynb #a7e5d541
 def _check_parts(value, cfg, name):
@@ -226,7 +232,7 @@ class MiniGPT(nn.Module):
             self.tok, self.pos = nn.Embedding(cfg.vocab_size, cfg.d_model), cfg.pos and cfg.pos(cfg)
             self.blocks = nn.ModuleList(Block(cfg, l) for l in range(cfg.n_layers))
             self.drop = nn.Dropout(cfg.dropout)
-            self.norm, self.head = cfg.norm(cfg.d_model), nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
+            self.norm, self.head = cfg.norm(cfg.d_model), cfg.head(cfg.d_model, cfg.vocab_size)
         if cfg.tie: self.head.weight = self.tok.weight
         cfg.init(self, generator=rng(seed, 'init'))
         self.words = {w for m in self.modules() for w in getattr(m, 'reads', ())}

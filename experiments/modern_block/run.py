@@ -1,0 +1,113 @@
+"""What does each part of the modern block bring? One choice is switched at a time, five paired seeds, the same budget of characters.
+
+    python experiments/modern_block/run.py [--corpus tiny_tales] [--steps 600] [--jobs 2] [--only NAME …] [--save]
+
+The base is Llama's block with QK-norm off: RoPE, RMSNorm, SwiGLU, no biases, first weights scaled by depth; three layers of width 64, four heads, rows
+of 4 × 288 characters that begin where stories do. Every choice has the same first draws and the same batches as the base, so differences
+are paired; all run at the same learning rate, Muon's at which the base does best of three. Each cell of the grid is kept in runs/ when
+it is done, and is not run again. Every run has one thread; `--jobs` run at a time. Times are those of the runs, with all jobs at work: they are
+told, not judged. The last line is JSON; `--save` keeps it in result.json with date and machine. About 30 minutes on two cores.
+"""
+import argparse
+import json
+import math
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean, median, stdev
+
+import torch
+from torch import nn
+
+from llm_lab.gpt import MLP, Attention, Config, Learned, MiniGPT, part
+from llm_lab.gqa import GQA
+from llm_lab.lab import machine, progress, written
+from llm_lab.llama import Capped, QKNorm, ReLU2, Rope, Sinusoidal, SwiGLU, llama, scaled_init, spectral_init
+from llm_lab.optim import muon
+from llm_lab.train import Recipe, fit, prepare
+
+HERE, SEEDS, TUNING, RATES = Path(__file__).parent, (1, 2, 3, 4, 5), 100, (.005, .01, .02)
+SIZE = dict(d_model=64, n_layers=3, n_heads=4, max_len=288)
+BASE = llama(**SIZE, init=part(scaled_init))
+steps = lambda *s: part(Attention, steps=s, bias=False)
+CHOICES = {
+    'the base': {},
+    'positions: none': dict(attn=steps()),
+    'positions: learned': dict(attn=steps(), pos=part(Learned)),
+    'positions: sines, added': dict(attn=steps(), pos=part(Sinusoidal)),
+    'RoPE on half of the channels': dict(attn=steps(part(Rope, partial=.5))),
+    'RoPE, base 500 instead of 10,000': dict(attn=steps(part(Rope, base=500.))),
+    'LayerNorm': dict(norm=part(nn.LayerNorm)),
+    'MLP with GELU': dict(mlp=part(MLP, bias=False)),
+    'MLP with ReLU²': dict(mlp=part(MLP, act=part(ReLU2), bias=False)),
+    'biases': dict(attn=part(Attention, steps=(part(Rope),)), mlp=part(SwiGLU, bias=True)),
+    'QK-norm': dict(attn=steps(part(QKNorm), part(Rope))),
+    'softcap 15': dict(head=part(Capped, cap=15.)),
+    '2 key heads for 4': dict(attn=part(GQA, n_kv_heads=2, steps=(part(Rope),), bias=False)),
+    '1 key head for 4': dict(attn=part(GQA, n_kv_heads=1, steps=(part(Rope),), bias=False)),
+    'head and token table shared': dict(tie=True),
+    'init: not scaled by depth': dict(init=part(scaled_init, out='plain')),
+    'init: blocks begin silent': dict(init=part(scaled_init, out='zero')),
+    'init: orthogonal': dict(init=part(scaled_init, orthogonal=True)),
+    'init: 0.02 whatever the width': dict(init=part(scaled_init, std=.02)),
+    'spectral, learned gains': dict(init=part(spectral_init)),
+    'spectral, no gain above 3': dict(init=part(spectral_init, gain=3.)),
+    "GPT-2's block, all of it": dict(attn=part(Attention), mlp=part(MLP), norm=part(nn.LayerNorm), pos=part(Learned)),
+}
+
+
+def cell(name, lr, seed, corpus, n_steps):
+    "One run: its loss on validation text in bits per character, its parameters, its seconds a step; kept in a file"
+    file = HERE/'runs'/f'{corpus}-{"".join(c if c.isalnum() else "-" for c in name)}-{lr:g}-{seed}-{n_steps}.json'
+    if file.exists(): return json.loads(file.read_text())
+    torch.set_num_threads(1)
+    setup = prepare(Recipe(corpus, n_steps, 4, SIZE['max_len'], seed=seed, model=(('d_model', 8), ('n_layers', 1))))
+    setup.model = MiniGPT(replace(BASE, vocab_size=setup.tokenizer.vocab_size, **CHOICES[name]), seed)
+    start = time.perf_counter()
+    run = fit(setup.model, setup.batch, n_steps, opt=muon(setup.model, lr=lr), seed=seed)
+    took = time.perf_counter() - start
+    said = dict(loss=setup.loss(most=60_000)/math.log(2), params=setup.model.n_params, ms=1000*took/n_steps,
+                training=[x/math.log(2) for x in run.losses[::20]], floor=setup.corpus.floor)
+    with written(file) as f: f.write_text(json.dumps(said))
+    return said
+
+
+def interval(values):
+    "Mean and half of the 95 % interval, by Student's t with 4 degrees of freedom"
+    return dict(mean=round(mean(values), 5), plus_minus=round(2.776*stdev(values)/math.sqrt(len(values)), 5))
+
+
+def main(corpus, n_steps, jobs, only):
+    names = ['the base', *(n for n in CHOICES if n != 'the base' and (not only or n in only))]
+    with ProcessPoolExecutor(jobs) as pool:
+        tried = dict(zip(RATES, progress(pool.map(cell, ['the base']*3, RATES, [TUNING]*3, [corpus]*3, [n_steps]*3), 'rates', 3)))
+        lr = min(RATES, key=lambda r: tried[r]['loss'])
+        grid = [(n, lr, seed, corpus, n_steps) for seed in SEEDS for n in names]
+        runs = dict(zip([(n, s) for n, _, s, *_ in grid], progress(pool.map(cell, *zip(*grid)), 'runs', len(grid))))
+    of = lambda name, what: [runs[name, s][what] for s in SEEDS]
+    rows = {n: dict(loss=interval(of(n, 'loss')), change=interval([a - b for a, b in zip(of(n, 'loss'), of('the base', 'loss'))]),
+                    params=of(n, 'params')[0], time=round(median(a/b for a, b in zip(of(n, 'ms'), of('the base', 'ms'))), 3),
+                    losses=[round(v, 5) for v in of(n, 'loss')]) for n in names}
+    floor = runs['the base', 1]['floor']
+    print(f'{"one choice switched":34}{"bits/char":>10}{"change, paired, 95 %":>25}{"weights":>10}{"time":>7}')
+    for n, r in sorted(rows.items(), key=lambda item: item[1]['loss']['mean']):
+        c, sure = r['change'], abs(r['change']['mean']) > r['change']['plus_minus']
+        print(f'{n:34}{r["loss"]["mean"]:10.4f}' + (f'{c["mean"]:+14.4f} ± {c["plus_minus"]:.4f} {"*" if sure else " "}' if n != 'the base'
+              else ' '*25) + f'{r["params"]:10,}{r["time"]:6.2f}×')
+    if floor: print(f'floor of {corpus}: {floor:.4f}')
+    return dict(corpus=corpus, steps=n_steps, characters=n_steps*4*SIZE['max_len'], rate=lr, floor=floor, rows=rows,
+                tried={str(r): round(v['loss'], 4) for r, v in tried.items()}, jobs=jobs, **{**machine(), 'threads': 1})
+
+
+if __name__ == '__main__':
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument('--corpus', default='tiny_tales')
+    ap.add_argument('--steps', type=int, default=600)
+    ap.add_argument('--jobs', type=int, default=2, help='runs at a time, one thread each')
+    ap.add_argument('--only', nargs='*', choices=CHOICES, help='these choices beside the base')
+    ap.add_argument('--save', action='store_true', help='keep the last line in result.json')
+    a = ap.parse_args()
+    line = json.dumps(main(a.corpus, a.steps, a.jobs, a.only))
+    if a.save: (HERE/'result.json').write_text(line + '\n', encoding='utf-8')
+    print(line)
