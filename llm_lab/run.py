@@ -8,7 +8,7 @@ __all__ = ['texts_of', 'batches_of', 'Alone', 'engine_of', 'gathered', 'model_co
 
 # %% ../nbs/15_run.ipynb #aedce895
 import hashlib, json, math, os, re, shutil, subprocess, sys, time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
@@ -27,7 +27,7 @@ from .evaluate import evaluate
 from .sample import sample
 from .optim import OPTIMISERS, PRECISIONS, SCHEDULES, Step, checkpointed
 from .checkpoint import Checkpoints, Metrics
-from .config import RunConfig, gone_on, read_config, smaller, write_config
+from .config import RunConfig, gone_on, model_data, read_config, smaller, write_config
 
 # %% ../nbs/15_run.ipynb #559accf0
 class _Rows:
@@ -96,8 +96,7 @@ def gathered(engine, x)->list:
 # %% ../nbs/15_run.ipynb #bbe7195a
 def model_config(cfg:RunConfig, vocab_size:int):
     "The `Config` of the model; what it refuses is told with the path of the section"
-    try: return config_from(dict(vocab_size=vocab_size, max_len=cfg.data.block_len,
-                                 **{k: v for k, v in asdict(cfg.model).items() if v is not None}))
+    try: return config_from(dict(vocab_size=vocab_size, max_len=cfg.data.block_len, **model_data(cfg.model)))
     except LabError as e: raise LabError(f'model.{e}') from None
     except TypeError as e: raise LabError(f'model: a recipe lacks something: {e}; see the chapter of that part') from None
 

@@ -2,11 +2,12 @@
 
     python experiments/modern_block/run.py [--corpus tiny_tales] [--steps 600] [--jobs 2] [--only NAME …] [--save]
 
-The base is Llama's block with QK-norm off: RoPE, RMSNorm, SwiGLU, no biases, first weights scaled by depth; three layers of width 64, four heads, rows
-of 4 × 288 characters that begin where stories do. Every choice has the same first draws and the same batches as the base, so differences
-are paired; all run at the same learning rate, Muon's at which the base does best of three. Each cell of the grid is kept in runs/ when
-it is done, and is not run again. Every run has one thread; `--jobs` run at a time. Times are those of the runs, with all jobs at work: they are
-told, not judged. The last line is JSON; `--save` keeps it in result.json with date and machine. About 30 minutes on two cores.
+The base is Llama's block: RoPE, RMSNorm, SwiGLU, no biases, first weights scaled by depth; three layers of width 64, four heads, rows
+of 4 × 288 characters that begin where stories do. Every choice has the same first draws and the same batches as the base, so
+differences are paired; all run at the same learning rate, the one of three at which the base does best on a seed of its own. Each cell
+of the grid is kept in runs/ when it is done, and is not run again. Every run has one thread; `--jobs` run at a time. Times are those of
+the runs, with all jobs at work: they are told, not judged. The last line is JSON; `--save` keeps it in result.json with date and
+machine. About 30 minutes on two cores.
 """
 import argparse
 import json
@@ -20,7 +21,7 @@ from statistics import mean, median, stdev
 import torch
 from torch import nn
 
-from llm_lab.gpt import MLP, Attention, Config, Learned, MiniGPT, part
+from llm_lab.gpt import MLP, Attention, Learned, MiniGPT, part
 from llm_lab.gqa import GQA
 from llm_lab.lab import machine, progress, written
 from llm_lab.llama import Capped, QKNorm, ReLU2, Rope, Sinusoidal, SwiGLU, llama, scaled_init, spectral_init
