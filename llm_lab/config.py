@@ -136,7 +136,7 @@ class RunConfig:
             raise LabError(f'eval.tokens={self.eval.tokens}: give more than data.block_len={d.block_len}')
 
 # %% ../nbs/14_config.ipynb #6011d29c
-BLOCKS = dict(gpt2={}, llama=dict(attn=dict(part='llm_lab.gpt:Attention', bias=False, steps=[dict(part='llm_lab.llama:Rope')]),
+BLOCKS = dict(gpt2={}, llama=dict(attn=dict(part='llm_lab.gpt:Attention', steps=[dict(part='llm_lab.llama:Rope')], bias=False),
     mlp=dict(part='llm_lab.llama:SwiGLU'), norm=dict(part='llm_lab.llama:RMSNorm'), pos=None))
 
 def model_data(m:ModelKeys)->dict: # for `config_from` of chapter 6

@@ -188,7 +188,7 @@ class Spectral(nn.Module):
     "A weight, stacked or not, whose largest singular values are its gains (Miyato et al. 2018; Zhai et al. 2023, eq. 4)"
     def __init__(self, weight:Tensor, sizes=(), gain:float=None):
         super().__init__()
-        self.sizes = list(sizes) or [len(weight)]
+        self.sizes, self.seen = list(sizes) or [len(weight)], None
         first = [torch.linalg.svd(w, full_matrices=False).Vh[0] for w in weight.split(self.sizes)]
         self.register_buffer('u', torch.stack(first))          # (n, columns)
         sigma = self.sigma(weight).detach()
@@ -203,7 +203,8 @@ class Spectral(nn.Module):
         return torch.stack([(w@u).norm() for w, u in zip(weight.split(self.sizes), self.u)])
 
     def forward(self, weight):
-        if self.training: self.turn(weight)
+        if self.training and self.seen != weight._version:     # once for each change, also if a block runs twice
+            self.turn(weight); self.seen = weight._version
         by = self.gain/self.sigma(weight).clamp_min(1e-12)
         return weight*by.repeat_interleave(torch.tensor(self.sizes, device=by.device), output_size=len(weight))[:, None]
 

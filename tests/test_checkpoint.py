@@ -13,8 +13,10 @@ from torch.nn import functional as F
 from llm_lab import checkpoint, package
 from llm_lab.chars import CharTokenizer
 from llm_lab.checkpoint import Checkpoints, optimiser_state
-from llm_lab.gpt import Config, MiniGPT
+from llm_lab.gpt import Config, MiniGPT, part
+from llm_lab.gqa import GQA
 from llm_lab.lab import LabError
+from llm_lab.llama import Capped, QKNorm, Rope, llama, spectral_init
 from llm_lab.optim import OPTIMISERS, Step, muon
 from llm_lab.pack import BatchStream
 from llm_lab.package import chosen, open_model, seal
@@ -36,9 +38,9 @@ def one_thread():
     torch.set_num_threads(old)
 
 
-def begin(opt=muon, steps=40, dropout=.2):
+def begin(opt=muon, steps=40, dropout=.2, make=Config, **parts):
     "(a run at its beginning, its batches)"
-    model = MiniGPT(Config(vocab_size=TOK.vocab_size, max_len=16, d_model=16, n_layers=2, n_heads=2, dropout=dropout))
+    model = MiniGPT(make(vocab_size=TOK.vocab_size, max_len=16, d_model=16, n_layers=2, n_heads=2, dropout=dropout, **parts))
     return Run(model, steps, opt=opt(model)), BatchStream(IDS, 6, 16, seed=1)
 
 
@@ -140,6 +142,19 @@ def test_every_optimiser_is_resumed_bit_by_bit(name, precision, tmp_path):
     go(run, batch, every={1: Checkpoints(tmp_path, TOK, keep=99, data=batch)}, step=Step(accumulate=3, precision=precision))
     for at in (1, 2, 11, 23):
         assert same(bits(resumed(tmp_path, at, begin=start, step=Step(accumulate=3, precision=precision))), bits(run)), at
+
+
+@pytest.mark.parametrize('parts', [
+    dict(attn=part(GQA, n_kv_heads=1, steps=(part(QKNorm), part(Rope, partial=.5))), head=part(Capped, cap=9.), tie=True),
+    dict(init=part(spectral_init)), dict(init=part(spectral_init, gain=2.))], ids=['parts', 'learned gains', 'fixed gains'])
+def test_the_modern_block_is_resumed_bit_by_bit(parts, tmp_path):
+    "Spectral normalisation remembers a direction from step to step: it is in the checkpoint, and a package opens to the same logits"
+    start = lambda: begin(steps=12, make=llama, **parts)
+    run, batch = start()
+    saves = Checkpoints(tmp_path, TOK, keep=99, data=batch)
+    go(run, batch, every={1: saves})
+    for at in (1, 5, 11): assert same(bits(resumed(tmp_path, at, begin=start)), bits(run)), at
+    assert torch.equal(open_model(saves.place(12)).model(IDS[None, :16]), run.model.eval()(IDS[None, :16]))
 
 
 @pytest.mark.parametrize('name', OPTIMISERS)
