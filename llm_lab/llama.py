@@ -110,7 +110,8 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(d)), eps
 
-    def forward(self, x): return F.rms_norm(x, self.weight.shape, self.weight, self.eps) # (…, d) → (…, d)
+    def forward(self, x): # (…, d) → (…, d)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 # %% ../nbs/16_llama.ipynb #a3f944c5
 class SwiGLU(nn.Module):
