@@ -191,7 +191,7 @@ def show(
     "Turn a figure into a picture that a saved notebook keeps, with words for those who cannot see it"
     import io
     fig = fig or pyplot().gcf()
-    alt = alt or '; '.join(t for ax in fig.axes if (t := ax.get_title('left') or ax.get_title()))
+    alt = alt or '; '.join(filter(None, [fig.get_suptitle(), *(ax.get_title('left') or ax.get_title() for ax in fig.axes)]))
     if 'IPython' not in sys.modules: return fig
     fig.savefig(png := io.BytesIO(), format='png'); pyplot().close(fig)
     return need('IPython.display').Image(png.getvalue(), alt=alt)

@@ -5,8 +5,9 @@
 nanoGPT's CPU shape: 12 × 64 tokens, 4 layers, width 128, float32. Loops with the same sizes take turns, ten steps at a time, each in
 a process of its own, as a user would have it: ours is `fit` itself, eager and compiled, with AdamW; a plain eager GPT-2 with
 `torch.optim.AdamW` as it comes; `transformers`' GPT-2 with the same AdamW. Beside them, ours without oneDNN's products (as on
-processors that gain nothing by it), in bf16, and with Muon. While one runs, the others wait. The median of each goes into the table.
-The last line is JSON; `--save` keeps it in result.json with date and machine.
+processors that gain nothing by it), in bf16, and with Muon; and Llama's block with two key heads, ours and `transformers`'. While one
+runs, the others wait. The median of each goes into the table. The last line is JSON; `--save` keeps it in result.json with date and
+machine.
 """
 import argparse
 import json
@@ -23,8 +24,10 @@ from torch.nn import functional as F
 
 from llm_lab import gpt
 from llm_lab.chars import CharTokenizer
-from llm_lab.gpt import Config, MiniGPT
+from llm_lab.gpt import Config, MiniGPT, part
+from llm_lab.gqa import GQA
 from llm_lab.lab import flops, machine, peak_flops, progress, rng
+from llm_lab.llama import SwiGLU, llama
 from llm_lab.optim import Step, muon
 from llm_lab.package import save_package
 from llm_lab.train import fit, next_token_loss, random_crops, train_step
@@ -82,9 +85,14 @@ def plain_loop(model, logits_of, turn):
 def small(): return MiniGPT(Config(vocab_size=V, max_len=T, d_model=C, n_layers=L, n_heads=H))
 
 
-def our_loop(turn, step=train_step, opt=None, onednn=True):
+def small_llama():
+    size = dict(max_len=T, d_model=C, n_layers=L, n_heads=H)
+    return MiniGPT(llama(V, **size, attn=part(GQA, n_kv_heads=2), mlp=part(SwiGLU, d_ff=344)))
+
+
+def our_loop(turn, step=train_step, opt=None, onednn=True, make=small):
     if not onednn: gpt.quick_products = lambda: False
-    rows, model = random_crops(text(), B, T), small()
+    rows, model = random_crops(text(), B, T), make()
     def batch(n): turn(n); return rows(n)
     fit(model, batch, 1_000_000, lr=1e-3, step=step, opt=opt and opt(model))
 
@@ -96,12 +104,20 @@ def transformers_loop(turn):
     plain_loop(model.train(), lambda out: out.logits, turn)
 
 
+def transformers_llama(turn):
+    from transformers import LlamaConfig, LlamaForCausalLM
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=V, max_position_embeddings=T, hidden_size=C, intermediate_size=344, num_hidden_layers=L,
+                                         num_attention_heads=H, num_key_value_heads=2, tie_word_embeddings=False))
+    plain_loop(model.train(), lambda out: out.logits, turn)
+
+
 LOOPS = {'llm_lab': our_loop, 'llm_lab, compiled': lambda turn: our_loop(turn, Step(compile=True)),
          'plain eager GPT-2': lambda turn: plain_loop(PlainGPT().train(), lambda out: out, turn),
          'transformers GPT-2': transformers_loop,
          'llm_lab, no oneDNN': lambda turn: our_loop(turn, onednn=False),
          'llm_lab, bf16': lambda turn: our_loop(turn, Step(precision='bf16')),
-         'llm_lab, Muon': lambda turn: our_loop(turn, opt=muon)}
+         'llm_lab, Muon': lambda turn: our_loop(turn, opt=muon),
+         'llm_lab Llama': lambda turn: our_loop(turn, make=small_llama), 'transformers Llama': transformers_llama}
 
 
 def child(name):
@@ -144,21 +160,22 @@ def main(rounds):
         for name in LOOPS: times[name] += ten(name)
         peaks.append(peak_flops(seconds=.05))
     for kid in kids.values(): kid.stdin.close(); kid.wait()
-    model, rows = small(), torch.zeros(B, T + 1, dtype=torch.int64)
-    work, peak = flops(lambda: next_token_loss(model, rows).backward()), median(peaks)
+    def work_of(model): return flops(lambda: next_token_loss(model, torch.zeros(B, T + 1, dtype=torch.int64)).backward())
+    gpt2_work, llama_work, peak = work_of(small()), work_of(small_llama()), median(peaks)
     ms = {name: 1000*median(t) for name, t in times.items()}
     base = ms['plain eager GPT-2']
-    mfu = {name: work/(t/1000)/peak for name, t in ms.items()}
+    mfu = {name: (llama_work if 'Llama' in name else gpt2_work)/(t/1000)/peak for name, t in ms.items()}
     for name, t in ms.items():
         print(f'{name:20}{t:7.2f} ms a step{B*T/t*1000:9,.0f} tokens/s{base/t:7.3f}× the plain loop   MFU {mfu[name]:.0%}')
-    print(f'{work/1e9:.2f} GFLOP a step; the best matrix product here makes {peak/1e9:.0f} GFLOP/s')
+    print(f'{gpt2_work/1e9:.2f} GFLOP a step, Llama {llama_work/1e9:.2f}; the best matrix product here makes {peak/1e9:.0f} GFLOP/s')
     token = first_token()
     print(f'first token of a saved model after imports: {token:.2f} s')
     return dict(step_ms={k: round(v, 3) for k, v in ms.items()}, speed_vs_plain=round(base/ms['llm_lab'], 3),
                 compiled_vs_plain=round(base/ms['llm_lab, compiled'], 3),
                 speed_vs_transformers=round(ms['transformers GPT-2']/ms['llm_lab'], 3),
                 compiled_vs_transformers=round(ms['transformers GPT-2']/ms['llm_lab, compiled'], 3),
-                mfu={k: round(v, 3) for k, v in mfu.items()}, gflop_a_step=round(work/1e9, 3), peak_gflops=round(peak/1e9, 1),
+                llama_vs_transformers=round(ms['transformers Llama']/ms['llm_lab Llama'], 3),
+                mfu={k: round(v, 3) for k, v in mfu.items()}, gflop_a_step=round(gpt2_work/1e9, 3), peak_gflops=round(peak/1e9, 1),
                 first_token_s=round(token, 3), tokens=B*T, **machine())
 
 
