@@ -121,7 +121,7 @@ class Attention(nn.Module):
 def _heads_fit(cfg, **kw):
     "The heads share the channels evenly"
     if not cfg.d_head and cfg.d_model % cfg.n_heads:
-        fits = [n for n in range(1, cfg.d_model + 1) if cfg.d_model % n == 0]
+        fits = [n for n in range(1, min(cfg.d_model, 9999) + 1) if cfg.d_model % n == 0]
         near = sorted(sorted(fits, key=lambda n: abs(n - cfg.n_heads))[:2])
         raise LabError(f'n_heads={cfg.n_heads} does not divide d_model={cfg.d_model}: '
                        f'use {" or ".join(map(str, near))} heads, or give d_head')

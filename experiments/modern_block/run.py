@@ -4,10 +4,10 @@
 
 The base is Llama's block: RoPE, RMSNorm, SwiGLU, no biases, first weights scaled by depth; three layers of width 64, four heads, rows
 of 4 × 288 characters that begin where stories do. Every choice has the same first draws and the same batches as the base, so
-differences are paired; all run at the same learning rate, the one of three at which the base does best on a seed of its own. Each cell
-of the grid is kept in runs/ when it is done, and is not run again. Every run has one thread; `--jobs` run at a time. Times are those of
-the runs, with all jobs at work: they are told, not judged. The last line is JSON; `--save` keeps it in result.json with date and
-machine. About 30 minutes on two cores.
+differences are paired; all run at the same learning rate, the one of four at which the base does best on a seed of its own. Each cell
+of the grid is kept in runs/ when it is done, and is not run again. Every run has one thread; `--jobs` run at a time. At the end all
+choices take turns of a few steps, for the time that each takes beside the base. The last line is JSON; `--save` keeps it in
+result.json with date and machine. About 30 minutes on two cores.
 """
 import argparse
 import json
@@ -21,14 +21,14 @@ from statistics import mean, median, stdev
 import torch
 from torch import nn
 
-from llm_lab.gpt import MLP, Attention, Learned, MiniGPT, part
+from llm_lab.gpt import MLP, Attention, Learned, MiniGPT, part, quick_linear
 from llm_lab.gqa import GQA
-from llm_lab.lab import machine, progress, written
+from llm_lab.lab import keep_memory, machine, progress, rng, written
 from llm_lab.llama import Capped, QKNorm, ReLU2, Rope, Sinusoidal, SwiGLU, llama, scaled_init, spectral_init
 from llm_lab.optim import muon
-from llm_lab.train import Recipe, fit, prepare
+from llm_lab.train import Recipe, fit, prepare, train_step
 
-HERE, SEEDS, TUNING, RATES = Path(__file__).parent, (1, 2, 3, 4, 5), 100, (.005, .01, .02)
+HERE, SEEDS, TUNING, RATES = Path(__file__).parent, (1, 2, 3, 4, 5), 100, (.005, .01, .02, .04)
 SIZE = dict(d_model=64, n_layers=3, n_heads=4, max_len=288)
 BASE = llama(**SIZE, init=part(scaled_init))
 steps = lambda *s: part(Attention, steps=s, bias=False)
@@ -53,25 +53,42 @@ CHOICES = {
     'init: orthogonal': dict(init=part(scaled_init, orthogonal=True)),
     'init: 0.02 whatever the width': dict(init=part(scaled_init, std=.02)),
     'spectral, learned gains': dict(init=part(spectral_init)),
-    'spectral, no gain above 3': dict(init=part(spectral_init, gain=3.)),
+    'spectral, gain 3': dict(init=part(spectral_init, gain=3.)),
+    'biases, QK-norm and learned gains': dict(attn=part(Attention, steps=(part(QKNorm), part(Rope))), mlp=part(SwiGLU, bias=True),
+                                              init=part(spectral_init)),
     "GPT-2's block, all of it": dict(attn=part(Attention), mlp=part(MLP), norm=part(nn.LayerNorm), pos=part(Learned)),
 }
 
 
 def cell(name, lr, seed, corpus, n_steps):
-    "One run: its loss on validation text in bits per character, its parameters, its seconds a step; kept in a file"
+    "One run: its loss on validation text in bits per character; kept in a file"
     file = HERE/'runs'/f'{corpus}-{"".join(c if c.isalnum() else "-" for c in name)}-{lr:g}-{seed}-{n_steps}.json'
     if file.exists(): return json.loads(file.read_text())
     torch.set_num_threads(1)
     setup = prepare(Recipe(corpus, n_steps, 4, SIZE['max_len'], seed=seed, model=(('d_model', 8), ('n_layers', 1))))
     setup.model = MiniGPT(replace(BASE, vocab_size=setup.tokenizer.vocab_size, **CHOICES[name]), seed)
-    start = time.perf_counter()
     run = fit(setup.model, setup.batch, n_steps, opt=muon(setup.model, lr=lr), seed=seed)
-    took = time.perf_counter() - start
-    said = dict(loss=setup.loss(most=60_000)/math.log(2), params=setup.model.n_params, ms=1000*took/n_steps,
+    said = dict(loss=setup.loss(most=60_000)/math.log(2), params=setup.model.n_params,
                 training=[x/math.log(2) for x in run.losses[::20]], floor=setup.corpus.floor)
     with written(file) as f: f.write_text(json.dumps(said))
     return said
+
+
+def paces(names, rounds=15, turn=4):
+    "Time of a training step beside the base's: all in turn, one thread; the median of the ratios within a round"
+    torch.set_num_threads(1)
+    keep_memory()
+    models = {n: MiniGPT(replace(BASE, **CHOICES[n])) for n in names}
+    opts, took = {n: muon(m) for n, m in models.items()}, {n: [] for n in names}
+    rows = torch.randint(BASE.vocab_size, (4, SIZE['max_len'] + 1), generator=rng(0, 'rows'))
+    for _ in progress(range(rounds + 1), 'times'):
+        for n, m in models.items():
+            start = time.perf_counter()
+            with quick_linear(m):
+                for _ in range(turn): train_step(m, opts[n], rows)
+            took[n].append((time.perf_counter() - start)/turn)
+    base = took['the base'][1:]                                # the first round warms up
+    return {n: (1000*median(t[1:]), median(a/b for a, b in zip(t[1:], base))) for n, t in took.items()}
 
 
 def interval(values):
@@ -82,13 +99,15 @@ def interval(values):
 def main(corpus, n_steps, jobs, only):
     names = ['the base', *(n for n in CHOICES if n != 'the base' and (not only or n in only))]
     with ProcessPoolExecutor(jobs) as pool:
-        tried = dict(zip(RATES, progress(pool.map(cell, ['the base']*3, RATES, [TUNING]*3, [corpus]*3, [n_steps]*3), 'rates', 3)))
+        tried = dict(zip(RATES, progress(pool.map(cell, *zip(*[('the base', r, TUNING, corpus, n_steps) for r in RATES])),
+                                          'rates', len(RATES))))
         lr = min(RATES, key=lambda r: tried[r]['loss'])
         grid = [(n, lr, seed, corpus, n_steps) for seed in SEEDS for n in names]
         runs = dict(zip([(n, s) for n, _, s, *_ in grid], progress(pool.map(cell, *zip(*grid)), 'runs', len(grid))))
+    pace = paces(names)
     of = lambda name, what: [runs[name, s][what] for s in SEEDS]
     rows = {n: dict(loss=interval(of(n, 'loss')), change=interval([a - b for a, b in zip(of(n, 'loss'), of('the base', 'loss'))]),
-                    params=of(n, 'params')[0], time=round(median(a/b for a, b in zip(of(n, 'ms'), of('the base', 'ms'))), 3),
+                    params=of(n, 'params')[0], ms=round(pace[n][0], 2), time=round(pace[n][1], 3),
                     losses=[round(v, 5) for v in of(n, 'loss')]) for n in names}
     floor = runs['the base', 1]['floor']
     print(f'{"one choice switched":34}{"bits/char":>10}{"change, paired, 95 %":>25}{"weights":>10}{"time":>7}')

@@ -1,0 +1,531 @@
+"""Chapter 23 against the models that the world uses: weights, logits, gradients, texts and defaults of transformers.
+
+Five random models of each family, drawn by seed. Each is made by transformers, saved, opened by us, saved by us and opened by transformers.
+"""
+import json, random, shutil
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
+
+from llm_lab.bpe import BPETokenizer
+from llm_lab.chars import CharTokenizer
+from llm_lab.gpt import MLP, Attention, Config, MiniGPT, part
+from llm_lab.gqa import GQA
+from llm_lab.hub import ACTS, DEFAULTS, NAMES, config_from_hf, from_hf, hf_config, normal, to_hf, views
+from llm_lab.lab import LabError, rng
+from llm_lab.llama import QKNorm, RMSNorm, Rope, SwiGLU, half_split, linear_scaling, llama, llama3_scaling
+from llm_lab.sample import generate
+
+transformers = pytest.importorskip('transformers', reason='pip install transformers')
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+FAMILIES, SEEDS, T, NEW = list(NAMES), range(5), 24, 50
+SCALED = dict(rope_type='llama3', factor=8., low_freq_factor=1., high_freq_factor=4.)
+KINDS = [(f, s) for f in FAMILIES for s in SEEDS]
+LENGTH = T + NEW
+
+
+def drawn(family, seed):
+    "Settings of a random configuration of theirs; among the five seeds of a family every switch stands both ways"
+    r = random.Random(f'{family}/{seed}')
+    H = r.choice([2, 3, 4, 6])
+    C = H*r.choice([4, 6, 8, 10])
+    tie = seed % 2 == 0
+    if family == 'gpt2':
+        return dict(vocab_size=r.randint(20, 90), n_positions=r.randint(LENGTH, 100), n_embd=C, n_layer=r.randint(1, 3), n_head=H,
+                    n_inner=[None, 4*C, 3*C + 1, 50, None][seed], layer_norm_epsilon=r.choice([1e-5, 1e-3]), tie_word_embeddings=tie,
+                    activation_function=['gelu_new', 'gelu', 'relu', 'gelu_pytorch_tanh', 'silu'][seed],
+                    resid_pdrop=.1, embd_pdrop=.1, attn_pdrop=.1)
+    fewer = [n for n in range(1, H) if H % n == 0][-1]
+    out = dict(vocab_size=r.randint(20, 90), hidden_size=C, intermediate_size=r.choice([2*C, 50, 33]), num_hidden_layers=r.randint(1, 3),
+               num_attention_heads=H, num_key_value_heads=[H, 1, fewer, fewer, H][seed], max_position_embeddings=r.randint(LENGTH, 100),
+               rms_norm_eps=r.choice([1e-6, 1e-5, 1e-3]), tie_word_embeddings=tie)
+    rope = dict(rope_type='default', rope_theta=r.choice([100., 10_000., 500_000.]))
+    if family != 'phi3': out['head_dim'] = [C//H, 4, 14, 8, 16][seed] if C//H % 2 == 0 else 12
+    if family in ('llama', 'qwen3'): out['attention_bias'] = seed in (1, 2)
+    if family == 'mistral': out['sliding_window'] = [None, 200, None, LENGTH + 40, None][seed]
+    if family == 'llama':
+        out['mlp_bias'] = seed in (2, 3)
+        if seed == 3: rope |= dict(rope_type='linear', factor=4.)
+        if seed == 4: rope |= SCALED | dict(original_max_position_embeddings=32)
+    if family == 'phi3':
+        if (C//H) % 4 == 0: rope['partial_rotary_factor'] = r.choice([.5, 1.])
+        if seed == 1: out['hidden_size'], rope['partial_rotary_factor'] = H*8, .75
+    return out | dict(rope_parameters=rope)
+
+
+def loud(model, seed):
+    "First weights that hide no mistake: no norm is 1, no bias is 0"
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            norm = p.dim() == 1 and ('norm' in n or 'ln_' in n) and 'bias' not in n
+            p.copy_(torch.randn(p.shape, generator=rng(seed, n))*.15 + norm)
+    return model.eval()
+
+
+def theirs_of(family, **settings):
+    ids = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(family, **ids | settings))
+
+
+def load(folder):
+    "Their model, and their report of how loading went"
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype='auto')
+    return model.eval(), info
+
+
+@cache
+def made(root, family, seed):
+    "(their model, its folder, ours)"
+    theirs = loud(theirs_of(family, **drawn(family, seed)), seed)
+    theirs.save_pretrained(folder := root/f'{family}-{seed}')
+    return theirs, folder, from_hf(folder).model
+
+
+@pytest.fixture(scope='module')
+def pair(tmp_path_factory):
+    root = tmp_path_factory.mktemp('hf')
+    yield lambda family, seed: made(root, family, seed)
+    made.cache_clear()
+
+
+def same_file(a, b):
+    with safe_open(a/'model.safetensors', 'pt') as x, safe_open(b/'model.safetensors', 'pt') as y:
+        assert sorted(x.keys()) == sorted(y.keys())
+        for n in x.keys():
+            a, b = x.get_tensor(n), y.get_tensor(n)
+            assert a.dtype == b.dtype and torch.equal(a, b), n
+
+
+# ---- the same function
+
+def test_the_draw_covers_what_it_should():
+    said = [(f, drawn(f, s)) for f, s in KINDS]
+    heads = {(f, 'all' if d['num_key_value_heads'] == d['num_attention_heads'] else 'fewer') for f, d in said if f != 'gpt2'}
+    assert len(heads) == 8 and len({(f, d['tie_word_embeddings']) for f, d in said}) == 10
+    odd = {f for f, d in said if f != 'gpt2' and d.get('head_dim', 0)*d['num_attention_heads'] not in (0, d['hidden_size'])}
+    assert odd == {'llama', 'mistral', 'qwen3'}
+    assert {d['rope_parameters']['rope_type'] for f, d in said if f == 'llama'} == {'default', 'linear', 'llama3'}
+    assert {d['rope_parameters'].get('partial_rotary_factor', 1.) for f, d in said if f == 'phi3'} > {1.}
+
+
+@pytest.mark.parametrize('family,seed', KINDS)
+def test_logits_and_gradients_equal_theirs(pair, family, seed):
+    theirs, _, ours = pair(family, seed)
+    ids = torch.randint(ours.cfg.vocab_size, (2, T), generator=rng(seed, 'ids'))
+    got, want = ours(ids), theirs(ids).logits
+    assert want.abs().max() > .1
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+    for model, logits in ((ours, got), (theirs, want)):
+        model.zero_grad()
+        F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+    mine = views(ours, family, {n: p.grad for n, p in ours.named_parameters()})
+    other = {n: p.grad for n, p in theirs.named_parameters()}
+    assert mine.keys() == other.keys()                         # no weight is forgotten on either side
+    for n in other: torch.testing.assert_close(mine[n], other[n], rtol=0, atol=1e-5, msg=lambda m: f'{n}: {m}')
+
+
+@pytest.mark.parametrize('family,seed', KINDS)
+def test_fifty_tokens_are_theirs(pair, family, seed):
+    theirs, _, ours = pair(family, seed)
+    ids = torch.randint(ours.cfg.vocab_size, (2, 6), generator=rng(seed, 'prompt'))
+    got = torch.stack(list(generate(ours, ids, NEW, temperature=0)), 1)
+    want = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False,
+                           eos_token_id=None, pad_token_id=0)
+    assert got.tolist() == want[:, 6:].tolist()
+
+
+@pytest.mark.parametrize('base', [10_000., 500_000., 1e6])
+def test_the_hands_stand_at_the_same_bits_far_out(base):
+    "At position 100,000, speeds that differ in the last bit would turn the first hands to other places"
+    far = torch.tensor([0, 1, 8191, 99_999])
+    for rope, scale in ((dict(rope_type='default'), None), (dict(rope_type='linear', factor=4.), part(linear_scaling, factor=4.)),
+                        (SCALED | dict(original_max_position_embeddings=8192), part(llama3_scaling))):
+        cfg = transformers.LlamaConfig(head_dim=128, num_attention_heads=1, max_position_embeddings=131_072,
+                                       rope_parameters=rope | dict(rope_theta=base))
+        theirs = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(cfg)
+        ours = Rope(Config(d_model=128, n_heads=1), base=base, scale=scale)
+        same = dict(rtol=0, atol=0) if rope['rope_type'] != 'llama3' else dict(rtol=2e-7, atol=0)    # there the formula is rewritten
+        torch.testing.assert_close(ours.freq[64:], theirs.inv_freq, **same)
+        if rope['rope_type'] != 'llama3':
+            c, s = ours.hands(far, torch.ones(()))
+            x = torch.ones(1, len(far), 1)
+            assert torch.equal(c, theirs(x, far[None])[0][0]) and torch.equal(s[:, 64:], theirs(x, far[None])[1][0, :, 64:])
+
+
+@pytest.mark.parametrize('family,seed', KINDS)
+def test_there_and_back_is_the_same_file(pair, tmp_path, family, seed):
+    theirs, folder, ours = pair(family, seed)
+    to_hf(tmp_path/'back', ours, family=family)
+    same_file(folder, tmp_path/'back')
+    with safe_open(tmp_path/'back'/'model.safetensors', 'pt') as f: assert f.metadata() == {'format': 'pt'}  # older readers ask for it
+    back, info = load(tmp_path/'back')
+    assert {k: list(v) for k, v in info.items()} == dict.fromkeys(info, []) and len(info) >= 4
+    want, got = theirs.config.to_dict(), back.config.to_dict()
+    window = got.pop('sliding_window', None), want.pop('sliding_window', None)
+    assert window[0] is None
+    names = (DEFAULTS[family].keys() | {'rope_parameters', 'model_type'}) - {'sliding_window', 'n_inner'}
+    if family == 'phi3': want['head_dim'] = want['hidden_size']//want['num_attention_heads']                  # it may stay unsaid
+    act = 'activation_function' if family == 'gpt2' else 'hidden_act'
+    assert ACTS[got[act]] == ACTS[want.pop(act)]               # some have two names
+    assert {k: got.get(k) for k in names - {act}} == {k: want.get(k) for k in names - {act}}
+    ids = torch.randint(ours.cfg.vocab_size, (2, T), generator=rng(seed, 'ids'))
+    with torch.no_grad(): torch.testing.assert_close(back(ids).logits, theirs(ids).logits, rtol=0, atol=5e-6)
+
+
+# ---- the oracle can tell a difference
+
+def step(n=0, **kw):
+    "A change of one step of the attention"
+    def change(cfg):
+        steps = list(cfg.attn.keywords['steps'])
+        steps[n] = part(steps[n], **kw)
+        return replace(cfg, attn=part(cfg.attn, steps=steps))
+    return change
+
+
+DETAILS = {
+    'eps': ('llama', 2, lambda c: replace(c, norm=part(RMSNorm, eps=3e-4))),
+    'base': ('mistral', 0, step(base=20_000.)),
+    'neighbours': ('llama', 0, step(interleaved=True)),
+    'no scaling': ('llama', 4, step(scale=None)),
+    'all channels turn': ('phi3', 1, step(partial=.5)),
+    'eps of the steps': ('qwen3', 0, step(eps=.01)),
+    'order of steps': ('qwen3', 0, lambda c: replace(c, attn=part(c.attn, steps=c.attn.keywords['steps'][::-1]))),
+    'GELU': ('gpt2', 0, lambda c: replace(c, mlp=part(c.mlp, act=part(nn.GELU)))),
+    'gate': ('llama', 1, lambda c: replace(c, mlp=part(c.mlp, act=part(nn.GELU))))}
+
+
+@pytest.mark.parametrize('name', DETAILS)
+def test_one_wrong_detail_is_seen(pair, name):
+    family, seed, change = DETAILS[name]
+    theirs, _, ours = pair(family, seed)
+    other, state = MiniGPT(change(ours.cfg)).eval(), ours.state_dict()
+    if name == 'order of steps': state = {n.replace('steps.0', 'steps.1'): w for n, w in state.items()}
+    other.load_state_dict(state)
+    ids = torch.randint(ours.cfg.vocab_size, (2, T), generator=rng(seed, 'ids'))
+    with torch.no_grad(): assert (other(ids) - theirs(ids).logits).abs().max() > 2e-5
+
+
+# ---- ours, there and back
+
+def our_draws():
+    for seed in range(12):
+        r = random.Random(f'ours/{seed}')
+        size = dict(vocab_size=r.randint(5, 80), max_len=r.randint(4, 40), d_model=24, n_heads=r.choice([2, 3, 4]),
+                    n_layers=r.randint(1, 3), tie=r.random() < .5)
+        if seed < 3:
+            mlp = part(MLP, d_ff=r.randint(8, 60), act=r.choice([*ACTS.values()]))
+            yield Config(**size, dropout=r.choice([0., .2]), mlp=mlp, norm=part(nn.LayerNorm, eps=1e-4))
+            continue
+        scale = [None, part(linear_scaling, factor=2.), part(llama3_scaling, original=16)][seed % 3] if seed < 8 else None
+        eps, rope = r.choice([1e-6, 1e-5]), part(Rope, base=r.choice([50., 10_000.]), partial=.5 if seed > 9 else 1., scale=scale)
+        steps = (part(QKNorm, eps=eps), rope) if seed in (6, 7, 8) else (rope,)
+        attn = part(GQA, n_kv_heads=r.choice([1, size['n_heads']])) if r.random() < .7 else part(Attention)
+        yield llama(**size, d_head=r.choice([None, 8, 20]), attn=part(attn, steps=steps, bias=seed in (3, 4)), norm=part(RMSNorm, eps=eps),
+                    mlp=part(SwiGLU, d_ff=r.randint(8, 60)))
+
+
+@pytest.mark.parametrize('seed,cfg', [*enumerate(map(normal, our_draws()))])
+def test_ours_comes_back_bit_by_bit(tmp_path, seed, cfg):
+    model = loud(MiniGPT(cfg), seed)
+    opened = from_hf(to_hf(tmp_path/'x', model))
+    assert opened.model.cfg == cfg and not opened.model.training and opened.tokenizer is None
+    a, b = model.state_dict(), opened.model.state_dict()
+    assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+    theirs, info = load(tmp_path/'x')
+    assert not any(info.values())
+    old = {k: v for k, v in hf_config(cfg).items() if k != 'rope_parameters'}
+    assert config_from_hf(old) == cfg                          # readers of the older words find all they need
+    ids = torch.randint(cfg.vocab_size, (2, cfg.max_len), generator=rng(seed, 'ids'))
+    with torch.no_grad(): torch.testing.assert_close(model(ids), theirs(ids).logits, rtol=0, atol=1e-5)
+
+
+def test_an_interleaved_model_leaves_as_halves(tmp_path):
+    attn = part(GQA, n_kv_heads=1, steps=(part(QKNorm), part(Rope, interleaved=True)))
+    model = loud(MiniGPT(llama(d_model=24, n_heads=3, n_layers=2, max_len=30, attn=attn)), 1)
+    with pytest.raises(LabError, match=r'half_split\(model\)'): to_hf(tmp_path/'x', model)
+    theirs, info = load(to_hf(tmp_path/'x', half_split(model)))
+    ids = torch.randint(65, (2, 30), generator=rng(0, 'ids'))
+    with torch.no_grad(): torch.testing.assert_close(model(ids), theirs(ids).logits, rtol=0, atol=1e-5)
+
+
+def test_a_shorter_context(pair):
+    _, folder, ours = pair('llama', 1)
+    assert from_hf(folder, max_len=7).model.cfg == replace(ours.cfg, max_len=7)
+    for n in (0, 101):
+        with pytest.raises(LabError, match='give a number up to that'): from_hf(folder, max_len=n)
+    with pytest.raises(LabError, match='they are a table, leave max_len out'): from_hf(pair('gpt2', 1)[1], max_len=7)
+
+
+def test_bfloat16_and_a_mixture_of_types(tmp_path, pair):
+    theirs, folder, _ = pair('llama', 1)
+    to_hf(tmp_path/'half', from_hf(folder).model.bfloat16(), family='llama')
+    assert from_hf(tmp_path/'half').model.tok.weight.dtype == load(tmp_path/'half')[0].dtype == torch.bfloat16
+    shutil.copytree(folder, tmp_path/'mixed')
+    state = {n: w if 'norm' in n else w.bfloat16() for n, w in load_file(folder/'model.safetensors').items()}
+    save_file(state, tmp_path/'mixed'/'model.safetensors')
+    mixed = views(from_hf(tmp_path/'mixed').model, 'llama')
+    for n, w in state.items(): assert mixed[n].dtype == torch.float32 and torch.equal(mixed[n], w.float()), n
+
+
+# ---- what a configuration leaves out
+
+CLASSES = {f: type(transformers.AutoConfig.for_model(f)) for f in FAMILIES}
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_defaults_are_theirs(family):
+    theirs = {k: CLASSES[family].__dataclass_fields__[k].default for k in DEFAULTS[family] if k != 'head_dim' or family != 'phi3'}
+    assert {k: DEFAULTS[family][k] for k in theirs} == theirs
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_every_key_can_be_left_out(family):
+    full = theirs_of(family, **drawn(family, 1)).config.to_dict()
+    full = {k: v for k, v in full.items() if k in DEFAULTS[family] or k in ('model_type', 'rope_parameters')}
+    seen = 0
+    for k in [*full.keys() - {'model_type'}, None]:
+        partial = {n: v for n, v in full.items() if n != k}
+        try: theirs = CLASSES[family](**partial).to_dict() | {'model_type': family}
+        except Exception: continue                             # what they refuse has no meaning to compare
+        try: want = config_from_hf(theirs)
+        except LabError as e:
+            with pytest.raises(LabError) as again: config_from_hf(partial)
+            assert str(again.value) == str(e)
+        else: assert config_from_hf(partial) == want, k; seen += 1
+    assert seen > 8
+
+
+ROPES = {
+    'new': dict(rope_parameters=dict(rope_type='default', rope_theta=5e5)),
+    'old': dict(rope_theta=5e5),
+    'nothing': {},
+    'old, null': dict(rope_theta=5e5, rope_scaling=None),
+    'oldest': dict(rope_theta=777, rope_scaling=dict(type='linear', factor=2.)),
+    'half new': dict(rope_theta=5e5, rope_parameters=dict(rope_type='linear', factor=2.)),
+    'both': dict(rope_theta=5e5, rope_scaling=SCALED | dict(original_max_position_embeddings=16),
+                 rope_parameters=dict(rope_type='default', rope_theta=100.)),
+    'no length': dict(rope_scaling=SCALED),
+    'a length outside': dict(original_max_position_embeddings=16,
+                             rope_parameters=SCALED | dict(rope_theta=5e5, original_max_position_embeddings=32))}
+
+
+@pytest.mark.parametrize('name', ROPES)
+def test_old_and_new_words_for_rope(tmp_path, name):
+    said = {k: v for k, v in drawn('llama', 4).items() if k != 'rope_parameters'} | json.loads(json.dumps(ROPES[name]))
+    (tmp_path/'x').mkdir()
+    (tmp_path/'x'/'config.json').write_text(json.dumps(said | dict(model_type='llama', architectures=['LlamaForCausalLM'])))
+    theirs = loud(transformers.LlamaForCausalLM(transformers.AutoConfig.from_pretrained(tmp_path/'x')), 0)
+    save_file({n: w for n, w in theirs.state_dict().items() if n != 'lm_head.weight'}, tmp_path/'x'/'model.safetensors')
+    ours, speeds = from_hf(tmp_path/'x').model, theirs.model.rotary_emb.inv_freq
+    torch.testing.assert_close(ours.blocks[0].attn.steps[0].freq[len(speeds):], speeds, rtol=1e-6, atol=0)
+    ids = torch.randint(ours.cfg.vocab_size, (2, 60), generator=rng(0, 'ids'))
+    with torch.no_grad(): torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=0, atol=1e-5)
+
+
+def test_partial_rotary_of_phi3_in_the_old_place():
+    old = dict(model_type='phi3', hidden_size=32, num_attention_heads=4, partial_rotary_factor=.5, rope_theta=500.)
+    assert config_from_hf(old) == config_from_hf(CLASSES['phi3'](**old).to_dict() | {'model_type': 'phi3'})
+    assert config_from_hf(old).attn.keywords['steps'] == (part(Rope, base=500., partial=.5),)
+
+
+def test_every_activation_is_theirs():
+    from transformers.activations import ACT2FN
+    x = torch.linspace(-5, 5, 101)
+    for name, ours in ACTS.items(): torch.testing.assert_close(ours()(x), ACT2FN[name](x), rtol=0, atol=1e-6, msg=name)
+
+
+def test_a_window_as_long_as_the_text_changes_nothing(tmp_path):
+    settings = drawn('mistral', 0) | dict(sliding_window=10)
+    theirs = loud(theirs_of('mistral', **settings), 0)
+    theirs.save_pretrained(tmp_path/'x')
+    with pytest.raises(LabError, match='sliding_window=10: shorter than the context of .*; give max_len=10'): from_hf(tmp_path/'x')
+    ours = from_hf(tmp_path/'x', max_len=10).model
+    assert ours.cfg.max_len == 10
+    ids = torch.randint(ours.cfg.vocab_size, (2, 11), generator=rng(0, 'ids'))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids[:, :10]), theirs(ids[:, :10]).logits, rtol=0, atol=1e-5)
+        assert (ours(ids) - theirs(ids).logits).abs().max() > 1e-3  # one token more, and the window is felt
+
+
+# ---- files as they come
+
+def test_files_of_the_hub_without_prefix_and_with_buffers(tmp_path, pair):
+    theirs, folder, ours = pair('gpt2', 0)
+    shutil.copytree(folder, tmp_path/'x')
+    state = {n.removeprefix('transformer.'): w for n, w in load_file(folder/'model.safetensors').items()}
+    buffers = {f'h.{n}.attn.{k}': torch.ones(1, 1, 9, 9).byte() for n in range(ours.cfg.n_layers) for k in ('bias', 'masked_bias')}
+    save_file(state | buffers, tmp_path/'x'/'model.safetensors')
+    got = from_hf(tmp_path/'x').model.state_dict()
+    for n, w in ours.state_dict().items(): assert torch.equal(got[n], w), n
+    theirs, folder, ours = pair('llama', 1)
+    shutil.copytree(folder, tmp_path/'y')
+    state = load_file(folder/'model.safetensors') | {'model.layers.0.self_attn.rotary_emb.inv_freq': torch.ones(2)}
+    save_file(state, tmp_path/'y'/'model.safetensors')
+    assert torch.equal(from_hf(tmp_path/'y').model.head.weight, ours.head.weight)
+
+
+def test_several_files_with_an_index(tmp_path, pair):
+    theirs, folder, ours = pair('qwen3', 1)
+    theirs.save_pretrained(tmp_path/'x', max_shard_size='8KB')
+    shards = sorted((tmp_path/'x').glob('*.safetensors'))
+    assert len(shards) > 2 and not (tmp_path/'x'/'model.safetensors').exists()
+    for n, w in from_hf(tmp_path/'x').model.state_dict().items(): assert torch.equal(w, ours.state_dict()[n]), n
+    index = json.loads((tmp_path/'x'/'model.safetensors.index.json').read_text())
+    for place, words in (('../secret.safetensors', 'points out of its folder'), ('none.safetensors', 'none.safetensors cannot be read'),
+                         (shards[-1].name, 'of the index')):
+        bad = index | dict(weight_map=index['weight_map'] | {'model.embed_tokens.weight': place})
+        (tmp_path/'x'/'model.safetensors.index.json').write_text(json.dumps(bad))
+        with pytest.raises(LabError, match=words): from_hf(tmp_path/'x')
+    (tmp_path/'x'/'model.safetensors.index.json').write_text(json.dumps(index))
+    shards[1].unlink()
+    with pytest.raises(LabError, match='cannot be read'): from_hf(tmp_path/'x')
+
+
+def test_a_tied_table_may_be_written_twice(tmp_path, pair):
+    _, folder, ours = pair('llama', 0)
+    assert ours.cfg.tie
+    shutil.copytree(folder, tmp_path/'x')
+    state = load_file(folder/'model.safetensors')
+    save_file(state | {'lm_head.weight': state['model.embed_tokens.weight'].clone()}, tmp_path/'x'/'model.safetensors')
+    assert torch.equal(from_hf(tmp_path/'x').model.head.weight, ours.head.weight)
+    save_file(state | {'lm_head.weight': state['model.embed_tokens.weight'] + 1}, tmp_path/'x'/'model.safetensors')
+    with pytest.raises(LabError, match='lm_head.weight is not the table of tokens'): from_hf(tmp_path/'x')
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_no_tensor_can_be_renamed_lost_or_added(tmp_path, pair, family):
+    _, folder, _ = pair(family, 1)
+    state = load_file(folder/'model.safetensors')
+    (tmp_path/'x').mkdir()
+    shutil.copy(folder/'config.json', tmp_path/'x')
+    for n in state:
+        for change, words in (({n + 'x': state[n]}, 'lacks'), ({}, 'lacks'),
+                              ({n: state[n], n + '.more': state[n].clone()}, 'holds .*more'),
+                              ({n: torch.cat([state[n], state[n]])}, 'config.json asks for')):
+            save_file({k: w for k, w in state.items() if k != n} | change, tmp_path/'x'/'model.safetensors')
+            with pytest.raises(LabError, match=words) as e: from_hf(tmp_path/'x')
+            assert n in str(e.value) and '\n' not in str(e.value)
+
+
+REFUSED = [
+    ('llama', dict(model_type='gemma3_text'), "model_type='gemma3_text'"),
+    ('llama', dict(hidden_act='quick_gelu'), "hidden_act='quick_gelu'"),
+    ('llama', dict(hidden_act=['silu']), "hidden_act=['silu']"),
+    *(('llama', dict(rope_parameters=dict(rope_type=t, rope_theta=1e4, factor=2.)), f"rope_type='{t}'")
+      for t in ('yarn', 'longrope', 'dynamic', 'proportional')),
+    ('phi3', dict(rope_scaling=dict(type='su', short_factor=[1.], long_factor=[1.])), "rope_type='su'"),
+    ('phi3', dict(rope_scaling=dict(type='linear', factor=2.)), "rope_type='linear': phi3 is read with default"),
+    ('llama', dict(rope_parameters=dict(full_attention=dict(rope_theta=1e4))), 'one set of numbers'),
+    ('llama', dict(rope_parameters=dict(rope_type='linear')), 'factor=None'),
+    ('llama', dict(rope_parameters=None, rope_theta='big'), "rope_theta='big'"),
+    ('llama', dict(rope_scaling=[1]), 'rope_parameters='),
+    ('llama', dict(partial_rotary_factor=.5), 'partial_rotary_factor=0.5'),
+    ('qwen3', dict(use_sliding_window=True, sliding_window=8), 'sliding_window=8'),
+    ('phi3', dict(sliding_window=8), 'sliding_window=8'),
+    ('mistral', dict(sliding_window=8), 'sliding_window=8'),
+    ('llama', dict(quantization_config=dict(quant_method='gptq')), 'quantization_config='),
+    ('llama', dict(attn_logit_softcapping=50.), 'attn_logit_softcapping=50.0'),
+    ('llama', dict(final_logit_softcapping=30.), 'final_logit_softcapping=30.0'),
+    ('gpt2', dict(scale_attn_by_inverse_layer_idx=True), 'scale_attn_by_inverse_layer_idx=True'),
+    ('gpt2', dict(scale_attn_weights=False), 'scale_attn_weights=False'),
+    ('gpt2', dict(add_cross_attention=True), 'add_cross_attention=True'),
+    ('gpt2', dict(attn_pdrop=.2), 'dropout=[0.1, 0.1, 0.2]'),
+    ('gpt2', dict(n_inner=0), 'n_inner=0'),
+    ('gpt2', dict(n_embd='64'), "n_embd='64'"),
+    ('llama', dict(attention_dropout=.1), 'dropout=[0.1]'),
+    ('llama', dict(num_hidden_layers=2.5), 'num_hidden_layers=2.5'),
+    ('llama', dict(rms_norm_eps=None), 'rms_norm_eps=None'),
+    ('llama', dict(intermediate_size=True), 'intermediate_size=True'),
+    ('llama', dict(tie_word_embeddings='yes'), "tie_word_embeddings='yes'"),
+    ('llama', dict(attention_bias='no'), "attention_bias='no'"),
+    ('llama', dict(num_key_value_heads=7), 'n_kv_heads=7'),
+    ('llama', dict(hidden_size=25), 'hidden_size=25: it must be a multiple')]
+
+
+@pytest.mark.parametrize('family,change,words', REFUSED)
+def test_what_cannot_be_said_exactly_is_refused_in_a_line(family, change, words):
+    good = theirs_of(family, **drawn(family, 0)).config.to_dict() | dict(model_type=family)
+    config_from_hf(good)
+    with pytest.raises(LabError) as e: config_from_hf(good | change)
+    assert words in str(e.value) and '\n' not in str(e.value)
+
+
+ODD = ['x', [], {}, -1, 0, None, True, float('nan'), float('inf'), 10**12, [[1]], {'a': 1}, 1.5]
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_odd_values_are_an_answer_or_a_line(family):
+    rope = dict(rope_theta=1e4, original_max_position_embeddings=64) | (SCALED if family != 'phi3' else {})
+    base = dict(model_type=family, **DEFAULTS[family] | ({} if family == 'gpt2' else dict(rope_parameters=rope, sliding_window=None)))
+    config_from_hf(base)
+    for change in [{k: odd} for k in base for odd in ODD] + [dict(rope_parameters=rope | {k: odd}) for k in rope for odd in ODD]:
+        try: config_from_hf(base | change)
+        except LabError as e: assert '\n' not in str(e)
+
+
+@pytest.mark.parametrize('text', ['', '[]', '{"model_type": ["llama"]}', 'null', '{', '\x80'])
+def test_a_config_that_is_none(tmp_path, text):
+    (tmp_path/'config.json').write_text(text, encoding='latin-1')
+    with pytest.raises(LabError): from_hf(tmp_path)
+
+
+def test_pickles_stay_closed(tmp_path, pair):
+    import pickle
+    class Bomb:
+        def __reduce__(self): return (open, (str(tmp_path/'boom'), 'w'))
+    _, folder, _ = pair('llama', 0)
+    for name in ('pytorch_model.bin', 'model.safetensors'):
+        shutil.rmtree(tmp_path/'x', ignore_errors=True)
+        shutil.copytree(folder, tmp_path/'x')
+        (tmp_path/'x'/'model.safetensors').unlink()
+        (tmp_path/'x'/name).write_bytes(pickle.dumps(Bomb()))
+        with pytest.raises(LabError): from_hf(tmp_path/'x')
+    assert not (tmp_path/'boom').exists()
+
+
+@pytest.mark.parametrize('make', [Config, llama])
+def test_a_tokenizer_goes_along(tmp_path, make):
+    tok = CharTokenizer('\n abcdefg')
+    model = MiniGPT(make(vocab_size=tok.vocab_size, d_model=16, n_heads=2, n_layers=1))
+    opened = from_hf(to_hf(tmp_path/'x', model, tok))
+    assert opened.tokenizer.chars == tok.chars
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path/'x')
+    assert theirs('bad cafe\n').input_ids == tok.encode('bad cafe\n') and theirs.decode(tok.encode('a  bad')) == 'a  bad'
+
+
+def test_marks_for_begin_and_end_go_along(tmp_path):
+    tok = BPETokenizer.train(['once upon a time there was a cat ']*9, 270, special_tokens=['<s>', '</s>'])
+    model = MiniGPT(llama(vocab_size=tok.vocab_size, d_model=16, n_heads=2, n_layers=1))
+    opened = from_hf(to_hf(tmp_path/'x', model, tok))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path/'x')
+    said = json.loads((tmp_path/'x'/'config.json').read_text())
+    for t in ('once upon a cat', 'é\n\n  x'): assert opened.tokenizer.encode(t) == tok.encode(t) == theirs(t).input_ids
+    assert tok.bos_id is not None and tok.eos_id is not None
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (tok.bos_id, tok.eos_id)
+    assert (said['bos_token_id'], said['eos_token_id']) == (tok.bos_id, tok.eos_id)
+
+
+def test_a_tokenizer_that_is_not_ours_is_none_with_a_reason(tmp_path):
+    to_hf(tmp_path/'x', MiniGPT(llama(d_model=16, n_heads=2, n_layers=1)))
+    (tmp_path/'x'/'tokenizer.json').write_text(json.dumps(dict(model=dict(type='Unigram', vocab=[['a', 0.]]))))
+    opened = from_hf(tmp_path/'x')
+    assert opened.tokenizer is None and 'no tokenizer that this library knows' in opened.about['tokenizer']
+
+
+def test_a_save_that_fails_leaves_the_old_folder(tmp_path):
+    model = MiniGPT(llama(d_model=16, n_heads=2, n_layers=1))
+    to_hf(tmp_path/'x', model)
+    class Full(CharTokenizer):
+        def save(self, folder): raise OSError(28, 'No space left on device')
+    before = {p.name: p.read_bytes() for p in (tmp_path/'x').iterdir()}
+    with pytest.raises(OSError): to_hf(tmp_path/'x', model, Full('ab'))
+    assert {p.name: p.read_bytes() for p in (tmp_path/'x').iterdir()} == before and len(list(tmp_path.iterdir())) == 1
