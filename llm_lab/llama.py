@@ -258,6 +258,6 @@ def llama(
     given = dict(steps=(rope,), bias=False) | attn.keywords
     return Config(vocab_size, attn=part(attn, **given), **dict(mlp=part(SwiGLU), norm=part(RMSNorm), pos=None) | settings)
 
-def rate(cfg:Config, base=.01)->float:
-    "The learning rate that follows the width: `base` at 128 channels, and in proportion to 1/√d_model elsewhere"
-    return base*(128/cfg.d_model)**.5
+def rate(cfg:Config, base=.011)->float:
+    "A learning rate of Muon that follows the dial: `base` at 128 channels, in proportion to 1/d_model (Yang et al. 2022)"
+    return base*128/cfg.d_model
