@@ -132,6 +132,8 @@ class RunConfig:
             raise LabError(f'model.n_kv_heads={m.n_kv_heads} does not divide model.n_heads={m.n_heads}: give a divisor')
         if m.n_kv_heads and (m.attn or {}).get('part', _GQA) != _GQA:
             raise LabError(f'model.n_kv_heads={m.n_kv_heads}: model.attn is another part; leave one of them out')
+        if m.n_kv_heads and m.attn and m.attn.get('n_kv_heads', m.n_kv_heads) != m.n_kv_heads:
+            raise LabError(f'model.n_kv_heads={m.n_kv_heads}: model.attn says {m.attn["n_kv_heads"]}; leave one of them out')
         if self.eval.tokens <= d.block_len:
             raise LabError(f'eval.tokens={self.eval.tokens}: give more than data.block_len={d.block_len}')
 

@@ -27,7 +27,7 @@ class GQA(Attention):
 def _groups_fit(cfg, n_kv_heads=None, **kw):
     "Every key and value head serves the same number of query heads"
     Attention.check(cfg)
-    if not isinstance(n_kv_heads, int) or n_kv_heads < 1 or cfg.n_heads % n_kv_heads:
+    if type(n_kv_heads) is not int or n_kv_heads < 1 or cfg.n_heads % n_kv_heads:
         fits = [n for n in range(1, min(cfg.n_heads, 9999) + 1) if cfg.n_heads % n == 0]
         raise LabError(f'n_kv_heads={n_kv_heads!r} does not divide n_heads={cfg.n_heads}: '
                        f'choose from {", ".join(map(str, fits))}')

@@ -56,7 +56,7 @@ def views(
         block, layer, module, kind = re.fullmatch(r'(blocks\.(\d+)\.)?(.+)\.(\w+)', name).groups('')
         theirs = NAMES[family].get('blocks.N.'*bool(block) + module)
         if theirs is None:
-            remedy = 'free it with remove_parametrizations' if 'parametr' in name else 'save it with save_package'
+            remedy = 'free it with llm_lab.llama.freed' if 'parametr' in name else 'save it with save_package'
             raise LabError(f'{name} has no name in a {family} file: {remedy}')
         rows = model.get_submodule((block + module).rpartition('.')[0]).sizes if len(theirs) > 1 else len(w)
         for t, p in zip(theirs, w.split(rows), strict=True):
@@ -255,6 +255,8 @@ def to_hf(
 )->Path: # `folder`
     "Write a folder that transformers can open. Raises `LabError` where it would not be exactly this model"
     folder, said = Path(folder), hf_config(model.cfg, family)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder/'config.json').is_file():
+        raise LabError(f'{folder} holds other files, which would be replaced: give a new folder')
     state = {n: w.contiguous() for n, w in views(model, said['model_type']).items()}
     said['dtype'] = str(model.tok.weight.dtype).removeprefix('torch.')
     with written(folder) as new:
@@ -325,10 +327,12 @@ def from_hf(
     said = _json((folder := Path(folder))/'config.json')
     cfg, family = config_from_hf(said, max_len), said['model_type']
     with ExitStack() as stack, torch.no_grad():
-        found, model = _open(folder, stack), MiniGPT(cfg)
+        found = _open(folder, stack)
+        with torch.device('meta'): model = MiniGPT(cfg)        # shapes only, until the dtype is known
         names = _matched(views(model, family), found, cfg.tie, folder)
         kinds = {_KINDS[found[o].get_slice(o).get_dtype()] for o in names.values()}
-        model.to(reduce(torch.promote_types, kinds))           # of several dtypes, the one that holds them all
+        model.to(reduce(torch.promote_types, kinds)).to_empty(device='cpu')         # of several, one that holds them all
+        if cfg.tie: model.head.weight = model.tok.weight
         for n, place in views(model, family).items(): place.copy_(found[names[n]].get_tensor(names[n]))
     about = dict(family=family, dtype=str(model.tok.weight.dtype).removeprefix('torch.'))
     try: tokenizer = load_tokenizer(folder) if (folder/'tokenizer.json').is_file() else None

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['OUTS', 'frequencies', 'Sinusoidal', 'Rope', 'to_half_split', 'half_split', 'linear_scaling', 'llama3_scaling',
            'RMSNorm', 'SwiGLU', 'ReLU2', 'QKNorm', 'Capped', 'projections', 'scaled_init', 'Spectral', 'spectral_init',
-           'llama', 'rate']
+           'freed', 'llama', 'rate']
 
 # %% ../nbs/16_llama.ipynb #344f5074
 import math, re
+from copy import deepcopy
 from dataclasses import replace
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ def frequencies(
     base=10_000.  # the slowest hands turn about this much slower than the first
 )->Tensor: # radians per token, (D/2,)
     "Speeds of hands: base^(−2m/D) for m = 0, 1, … (Vaswani et al. 2017, §3.5)"
-    return 1/base**(torch.arange(0, D, 2)/D)                   # in this order, it has the bits of transformers' speeds
+    return 1/base**(torch.arange(0, D, 2, device='cpu')/D)     # in this order, it has the bits of transformers' speeds
 
 # %% ../nbs/16_llama.ipynb #96f1973b
 class Sinusoidal(nn.Module):
@@ -34,7 +35,8 @@ class Sinusoidal(nn.Module):
         self.freq, self.size = frequencies(cfg.d_model, base), size or .02*(768/cfg.d_model)**.5
 
     def forward(self, x, i): # (B, T, C), positions (T,) or (B, T) → (B, T, C)
-        angle = i[..., None]*self.freq.to(x.device)
+        if self.freq.device != x.device: self.freq = self.freq.to(x.device)
+        angle = i[..., None]*self.freq
         return x + (self.size*2**.5*torch.cat([angle.sin(), angle.cos()], -1)).to(x.dtype)
 
 def _even(cfg, **kw):
@@ -71,12 +73,17 @@ class Rope(nn.Module):
         return self.turn(q, *at), self.turn(k, *(at if j is i else self.hands(j, k))), v, i, j
 
 # %% ../nbs/16_llama.ipynb #944a0632
-def _pairs(cfg, partial=1., **kw):
+def _pairs(cfg, partial=1., base=10_000., scale=None, **kw):
+    for k, v, most in (('partial', partial, 1), ('base', base, math.inf)):
+        if isinstance(v, bool) or not isinstance(v, (int, float)) or not 0 < v <= most:
+            raise LabError(f'{k}={v!r}: give a number above 0' + ' and up to 1'*(most == 1))
     turned = int(cfg.head_dim*partial)
-    if not 0 < partial <= 1: raise LabError(f'partial={partial!r}: give a share above 0 and up to 1')
     if turned % 2 or not turned:
         raise LabError(f'{turned} of {cfg.head_dim} channels of a head would turn: pairs are needed; '
                        'change n_heads, d_model or partial')
+    try: good = scale is None or scale(frequencies(turned, base)).isfinite().all()
+    except (TypeError, ZeroDivisionError): good = False
+    if not good: raise LabError(f'scale={scale!r} gives no speeds: fill in its numbers, all above 0')
 Rope.check = staticmethod(_pairs)
 
 # %% ../nbs/16_llama.ipynb #38e8237f
@@ -86,6 +93,7 @@ def to_half_split(
     partial=1.   # share of the channels that turn
 )->Tensor: # of the same shape, for half-split pairs
     "Reorder each head's turned channels: 0, 2, 4, …, then 1, 3, 5, …"
+    if len(w) % n_heads: raise LabError(f'{len(w)} rows are not those of {n_heads} heads: give the weight of q or of k')
     heads = w.unflatten(0, (n_heads, -1))
     n = int(heads.shape[1]*partial)
     return torch.cat([heads[:, 0:n:2], heads[:, 1:n:2], heads[:, n:]], 1).flatten(0, 1)
@@ -98,7 +106,7 @@ def half_split(model:MiniGPT)->MiniGPT: # the same function; raises `LabError` i
     if len(ropes) != 1: raise LabError(f'{len(ropes)} interleaved Ropes in {model.cfg.attn}: one is needed')
     share, state = ropes[0].keywords.get('partial', 1.), model.state_dict()
     for name, w in state.items():
-        if re.search(r'attn\.qkv\.(weight|bias)$', name):
+        if re.search(r'attn\.qkv\.(weight|bias|parametrizations\.weight\.original)$', name):
             q, k, v = w.split(sizes)
             state[name] = torch.cat([to_half_split(q, sizes[0]//D, share), to_half_split(k, sizes[1]//D, share), v])
         elif re.search(r'attn\.steps\.\d+\.[qk]\.weight$', name): state[name] = to_half_split(w, 1, share)
@@ -137,7 +145,7 @@ class RMSNorm(nn.Module):
 class SwiGLU(nn.Module):
     "out(act(gate(x)) · value(x)): a gated MLP (Shazeer 2020, eq. 6), gate and value in one product"
     def __init__(self, cfg, layer=0,
-        d_ff:int=None,        # 8/3·d_model if none, rounded up to a multiple of 8
+        d_ff:int=None,        # 8/3·d_model if none, rounded up to a multiple of 8 (Llama 2 7B: of 256)
         act=part(nn.SiLU),    # part(nn.GELU) makes it GeGLU
         bias=False):
         super().__init__()
@@ -151,12 +159,12 @@ class SwiGLU(nn.Module):
 
 # %% ../nbs/16_llama.ipynb #d6c3fb49
 class ReLU2(nn.Module):
-    "max(x, 0)² (So et al. 2021, §4)"
+    "max(x, 0)² (So et al. 2021)"
     def forward(self, x): return F.relu(x).square()
 
 # %% ../nbs/16_llama.ipynb #4642fb0a
 class QKNorm(nn.Module):
-    "A step: RMSNorm on each head's q and k, so that |q·k|/√D ≤ √D · max|w_q w_k| (Henry et al. 2020; Qwen3)"
+    "A step: RMSNorm on each head's q and k, so that |q·k|/√D ≤ √D · max|w_q| · max|w_k| (Henry et al. 2020; Qwen3)"
     def __init__(self, cfg, layer=0, eps=1e-6):
         super().__init__()
         self.q, self.k = RMSNorm(cfg.head_dim, eps), RMSNorm(cfg.head_dim, eps)
@@ -173,13 +181,17 @@ class Capped(nn.Linear):
     def forward(self, x): return self.cap*(super().forward(x)/self.cap).tanh() # (…, d) → (…, V)
 
 # %% ../nbs/16_llama.ipynb #1cc4aae0
+def _stacked(model, name, m): # rows of each map that is stacked in the layer `m`
+    owner, _, last = name.rpartition('.')
+    sizes = getattr(model.get_submodule(owner), 'sizes', ())
+    return list(sizes) if last != 'out' and sum(sizes) == len(m.weight) else [len(m.weight)]
+
 def projections(model)->dict: # {'blocks.0.attn.qkv.0': weight (rows, columns), …}
-    "Each linear map inside the blocks by itself: stacked ones are cut into q, k, v or gate, value. Views, not copies"
+    "Each linear map inside the blocks by itself: stacked ones are cut into q, k, v or gate, value. Views of plain weights"
     found = {}
     for name, m in model.blocks.named_modules(prefix='blocks'):
         if not isinstance(m, nn.Linear): continue
-        sizes = getattr(model.get_submodule(name.rpartition('.')[0]), 'sizes', ())
-        parts = m.weight.split(sizes) if sum(sizes) == len(m.weight) else [m.weight]
+        parts = m.weight.split(_stacked(model, name, m))
         found |= {f'{name}.{n}' if len(parts) > 1 else name: w for n, w in enumerate(parts)}
     return found
 
@@ -206,10 +218,10 @@ def scaled_init(
 
 # %% ../nbs/16_llama.ipynb #7f422c0e
 class Spectral(nn.Module):
-    "A weight, stacked or not, whose largest singular values are its gains (Miyato et al. 2018; Zhai et al. 2023, eq. 4)"
-    def __init__(self, weight:Tensor, sizes=(), gain:float=None):
+    "A weight, stacked or not, whose largest singular values are its gains (Miyato et al. 2018, §2; Zhai et al. 2023)"
+    def __init__(self, weight:Tensor, sizes, gain:float=None):
         super().__init__()
-        self.sizes, self.seen = list(sizes) or [len(weight)], None
+        self.sizes, self.seen = list(sizes), None
         first = [torch.linalg.svd(w, full_matrices=False).Vh[0] for w in weight.split(self.sizes)]
         self.register_buffer('u', torch.stack(first))          # (n, columns)
         sigma = self.sigma(weight).detach()
@@ -224,10 +236,12 @@ class Spectral(nn.Module):
         return torch.stack([(w@u).norm() for w, u in zip(weight.split(self.sizes), self.u)])
 
     def forward(self, weight):
-        if self.training and self.seen != weight._version:     # once for each change, also if a block runs twice
-            self.turn(weight); self.seen = weight._version
-        by = self.gain/self.sigma(weight).clamp_min(1e-12)
-        return weight*by.repeat_interleave(torch.tensor(self.sizes, device=by.device), output_size=len(weight))[:, None]
+        with torch.autocast(weight.device.type, enabled=False): # σ and u keep all their digits
+            if self.training:                                  # once for each change, also if a block runs twice
+                now = None if torch.compiler.is_compiling() else weight._version
+                if now is None or now != self.seen: self.turn(weight); self.seen = now
+            by = self.gain/self.sigma(weight).clamp_min(1e-12)
+            return torch.cat([w*g for w, g in zip(weight.split(self.sizes), by)])
 
 # %% ../nbs/16_llama.ipynb #2c07df00
 def spectral_init(
@@ -240,24 +254,39 @@ def spectral_init(
     first(model, generator=generator)
     for name, m in [*model.blocks.named_modules(prefix='blocks')]:
         if not isinstance(m, nn.Linear): continue
-        sizes = getattr(model.get_submodule(name.rpartition('.')[0]), 'sizes', ())
-        sizes = sizes if sum(sizes) == len(m.weight) else ()
         if not m.weight.any(): raise LabError(f'{name} begins at zero and has no direction to bind: give another out than zero')
-        register_parametrization(m, 'weight', Spectral(m.weight.detach(), sizes, gain))
+        register_parametrization(m, 'weight', Spectral(m.weight.detach(), _stacked(model, name, m), gain))
+
+# %% ../nbs/16_llama.ipynb #c3659322
+def freed(model:MiniGPT)->MiniGPT: # in eval mode; raises `LabError` if nothing is bound
+    "The same function with plain weights: what `Spectral` makes of them is written down"
+    state, kept = {}, re.compile(r'parametrizations\.weight\.(0\.\w+|original)$')
+    if model.cfg.init.func is not spectral_init: raise LabError(f'init={model.cfg.init}: no weights are bound; use the model')
+    model = deepcopy(model).eval()
+    for name, w in model.state_dict().items():
+        if (place := kept.search(name)) is None: state[name] = w
+        else: state[name[:place.start()] + 'weight'] = model.get_submodule(name[:place.start() - 1]).weight.detach()
+    plain = MiniGPT(replace(model.cfg, init=part(scaled_init))).to(model.tok.weight)
+    plain.load_state_dict(state)
+    return plain.eval()
 
 # %% ../nbs/16_llama.ipynb #8f32d40a
 def llama(
     vocab_size:int=65,
     depth:int=None,       # one dial for the size: layers; width 64·depth and `depth` heads of 64 channels follow
     attn=part(Attention), # steps and bias are filled in where it does not give them
-    rope=part(Rope),
+    rope=None,            # a recipe; `part(Rope)` if none
     **settings            # as of `Config`
 )->Config:
     "Llama's block (Touvron et al. 2023, §2.2): RoPE, RMSNorm, SwiGLU, no biases"
-    if depth is not None: settings = dict(n_layers=depth, d_model=64*depth, n_heads=depth) | settings
-    given = dict(steps=(rope,), bias=False) | attn.keywords
+    if depth is not None and (type(depth) is not int or depth < 1):
+        raise LabError(f'depth={depth!r}: give a whole number of at least 1')
+    if rope is not None and 'steps' in attn.keywords:
+        raise LabError(f'rope={rope!r} beside steps of attn: write the Rope among the steps, or leave steps out')
+    if depth: settings = dict(n_layers=depth, d_model=64*depth, n_heads=depth) | settings
+    given = dict(steps=(rope or part(Rope),), bias=False) | attn.keywords
     return Config(vocab_size, attn=part(attn, **given), **dict(mlp=part(SwiGLU), norm=part(RMSNorm), pos=None) | settings)
 
 def rate(cfg:Config, base=.011)->float:
-    "A learning rate of Muon that follows the dial: `base` at 128 channels, in proportion to 1/d_model (Yang et al. 2022)"
+    "A learning rate of Muon for `depth`: `base` at 128 channels, in proportion to 1/d_model (measured in `depth_dial`)"
     return base*128/cfg.d_model

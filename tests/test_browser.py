@@ -57,6 +57,29 @@ def test_a_knob_redraws_its_picture(browser):
         assert shot.seen(page)['error'] == []
 
 
+@pytest.mark.parametrize('name,knobs', [('16_llama', 'explore(clock'), ('17_gqa', 'explore(sharing')])
+def test_the_knobs_of_a_chapter_redraw_its_picture(browser, name, knobs, tmp_path):
+    "The chapter up to its knobs, in a live notebook: the first slider is moved, and another picture comes"
+    import nbformat
+    nb = nbformat.read(ROOT/'nbs'/f'{name}.ipynb', 4)
+    last = next(n for n, c in enumerate(nb.cells) if c.source.splitlines()[-1:] and c.source.splitlines()[-1].startswith(knobs))
+    nb.cells = nb.cells[:last + 1]
+    for c in nb.cells:
+        if c.cell_type == 'code': c.outputs = []
+    nbformat.write(nb, tmp_path/f'{name}.ipynb')
+    with shot.opened(tmp_path/f'{name}.ipynb', OUT) as page:
+        shot.run_all(page)
+        area = '.jupyter-widgets img[src^="data:image/png"], .widget-output img[src^="data:image/png"]'
+        page.wait_for_selector(area)
+        before = page.locator(area).last.get_attribute('src')
+        page.locator('.noUi-handle').first.focus()
+        page.locator('.noUi-handle').first.press('ArrowRight')
+        page.wait_for_function('([area, old]) => [...document.querySelectorAll(area)].pop()?.src !== old', arg=[area, before])
+        page.locator(area).last.scroll_into_view_if_needed()
+        page.screenshot(path=str(OUT/f'{name}.knob.png'))
+        assert shot.seen(page)['error'] == []
+
+
 def test_merges_can_be_scrubbed_and_texts_typed(browser):
     "Chapter 4: the slider cuts the words anew, and what is typed is shown under four tokenizers"
     from playwright.sync_api import expect

@@ -12,7 +12,7 @@ from llm_lab.lab import rng
 from llm_lab.llama import (Capped, QKNorm, ReLU2, RMSNorm, Rope, Sinusoidal, SwiGLU, linear_scaling, llama, llama3_scaling, projections,
                            scaled_init, spectral_init)
 from llm_lab.look import attention_maps
-from llm_lab.optim import checkpointed, muon
+from llm_lab.optim import Step, checkpointed, muon
 from llm_lab.package import open_model, save_package
 from llm_lab.sample import generate
 from llm_lab.train import next_token_loss, train_step
@@ -112,9 +112,15 @@ def test_speeds_stay_exact_in_low_precision():
     torch.testing.assert_close(rope(q, q, q, far, far)[0].float(), exact, atol=.02, rtol=0)
 
 
-def test_the_whole_modern_block_runs_under_autocast():
-    model = MiniGPT(llama(TOK.vocab_size, d_model=32, n_layers=2, n_heads=4, max_len=T,
+@pytest.mark.parametrize('init', [part(scaled_init), part(spectral_init), part(spectral_init, gain=2.)])
+def test_the_modern_block_learns_in_low_precision_and_is_judged_in_full(init):
+    model = MiniGPT(llama(TOK.vocab_size, d_model=32, n_layers=2, n_heads=4, max_len=T, init=init,
                           attn=part(GQA, n_kv_heads=2, steps=(part(QKNorm), part(Rope)))))
-    ids = ids_of(0)
+    ids, step, opt = ids_of(0), Step(precision='bf16'), muon(model, lr=.02)
+    full = model(ids)
     with torch.autocast('cpu', torch.bfloat16): low = model(ids)
-    assert (low.float() - model(ids)).abs().max() < .1
+    assert low.dtype == torch.bfloat16 and (low.float() - full).abs().max() < .02*full.abs().max()
+    losses = [step(model, opt, ids)[0].item() for _ in range(15)]
+    assert losses[-1] < .8*losses[0]
+    assert next_token_loss(model.eval(), ids) < .8*losses[0]   # outside of autocast
+    assert {t.dtype for t in model.state_dict().values()} == {torch.float32}

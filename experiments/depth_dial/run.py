@@ -1,4 +1,4 @@
-"""Does the learning rate follow the dial? `llama(depth=1, 2, 3)`, five rates each, two seeds, the same batches for all.
+"""Does the learning rate follow the dial? `llama(depth=1, 2, 3)`, six rates each, two seeds, the same batches for all.
 
     python experiments/depth_dial/run.py [--steps 300] [--jobs 2] [--save]
 

@@ -10,6 +10,7 @@ choices take turns of a few steps, for the time that each takes beside the base.
 result.json with date and machine. About 30 minutes on two cores.
 """
 import argparse
+import hashlib
 import json
 import math
 import time
@@ -62,11 +63,13 @@ CHOICES = {
 
 def cell(name, lr, seed, corpus, n_steps):
     "One run: its loss on validation text in bits per character; kept in a file"
-    file = HERE/'runs'/f'{corpus}-{"".join(c if c.isalnum() else "-" for c in name)}-{lr:g}-{seed}-{n_steps}.json'
+    made_of = replace(BASE, **CHOICES[name])
+    key = hashlib.sha256(repr(made_of).encode()).hexdigest()[:8]
+    file = HERE/'runs'/f'{corpus}-{"".join(c if c.isalnum() else "-" for c in name)}-{key}-{lr:g}-{seed}-{n_steps}.json'
     if file.exists(): return json.loads(file.read_text())
     torch.set_num_threads(1)
     setup = prepare(Recipe(corpus, n_steps, 4, SIZE['max_len'], seed=seed, model=(('d_model', 8), ('n_layers', 1))))
-    setup.model = MiniGPT(replace(BASE, vocab_size=setup.tokenizer.vocab_size, **CHOICES[name]), seed)
+    setup.model = MiniGPT(replace(made_of, vocab_size=setup.tokenizer.vocab_size), seed)
     run = fit(setup.model, setup.batch, n_steps, opt=muon(setup.model, lr=lr), seed=seed)
     said = dict(loss=setup.loss(most=60_000)/math.log(2), params=setup.model.n_params,
                 training=[x/math.log(2) for x in run.losses[::20]], floor=setup.corpus.floor)
@@ -128,6 +131,7 @@ if __name__ == '__main__':
     ap.add_argument('--only', nargs='*', choices=CHOICES, help='these choices beside the base')
     ap.add_argument('--save', action='store_true', help='keep the last line in result.json')
     a = ap.parse_args()
+    if a.only and a.save: ap.error('--save keeps the whole grid: leave --only out')
     line = json.dumps(main(a.corpus, a.steps, a.jobs, a.only))
     if a.save: (HERE/'result.json').write_text(line + '\n', encoding='utf-8')
     print(line)
