@@ -137,6 +137,11 @@ class MLP(nn.Module):
 
     def forward(self, x, **ctx): return self.out(self.act(self.up(x))) # (B, T, C) → (B, T, C)
 
+def _width_given(cfg, d_ff=None, **kw):
+    if d_ff is not None and (type(d_ff) is not int or d_ff < 1):
+        raise LabError(f'd_ff={d_ff!r}: give a whole number of at least 1, or leave it out')
+MLP.check = staticmethod(_width_given)
+
 # %% ../nbs/06_gpt.ipynb #c8d29bc6
 class Learned(nn.Module):
     "A learned vector for each position, added to the token's (Gehring et al. 2017; GPT-2)"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import register_parametrization
 from .lab import LabError
-from .gpt import Attention, Config, MiniGPT, part
+from .gpt import Attention, Config, MLP, MiniGPT, part
 
 # %% ../nbs/16_llama.ipynb #cdb9707c
 def frequencies(
@@ -156,6 +156,7 @@ class SwiGLU(nn.Module):
     def forward(self, x, **ctx): # (B, T, C) → (B, T, C)
         gate, value = self.up(x).split(self.sizes, dim=-1)
         return self.out(self.act(gate)*value)
+SwiGLU.check = MLP.check
 
 # %% ../nbs/16_llama.ipynb #d6c3fb49
 class ReLU2(nn.Module):
@@ -179,6 +180,10 @@ class Capped(nn.Linear):
         self.cap = cap
 
     def forward(self, x): return self.cap*(super().forward(x)/self.cap).tanh() # (…, d) → (…, V)
+
+def _cap_given(cfg, cap=30., **kw):
+    if not cap > 0: raise LabError(f'cap={cap!r}: give a number above 0')
+Capped.check = staticmethod(_cap_given)
 
 # %% ../nbs/16_llama.ipynb #1cc4aae0
 def _stacked(model, name, m): # rows of each map that is stacked in the layer `m`
@@ -206,7 +211,6 @@ def scaled_init(
     orthogonal=False  # are the maps of the blocks orthogonal? All singular values are std·√max(rows, columns) then
 ):
     "First weights: matrices of size `std`, biases 0 (Radford et al. 2019, §2.3; Zhang et al. 2019; Saxe et al. 2014)"
-    if out not in OUTS: raise LabError(f'out={out!r}: choose from {", ".join(OUTS)}')
     std = std or .02*(768/model.cfg.d_model)**.5
     for name, p in model.named_parameters():
         if p.dim() >= 2: nn.init.normal_(p, 0., std, generator=generator)
@@ -215,6 +219,11 @@ def scaled_init(
         for name, w in projections(model).items():
             if orthogonal: w.copy_(nn.init.orthogonal_(torch.empty_like(w), std*max(w.shape)**.5, generator))
             if name.endswith('out'): w.mul_(OUTS[out](model.cfg.n_layers))
+
+def _known_out(cfg, out='depth', std=None, **kw):
+    if out not in OUTS: raise LabError(f'out={out!r}: choose from {", ".join(OUTS)}')
+    if std is not None and not std > 0: raise LabError(f'std={std!r}: give a size above 0')
+scaled_init.check = _known_out
 
 # %% ../nbs/16_llama.ipynb #7f422c0e
 class Spectral(nn.Module):
