@@ -122,7 +122,7 @@ def test_a_touched_token_says_where_it_looks(browser):
         words, tokens, knobs = (box.locator(f'.look-{o}') for o in ('words', 'token', 'knob'))
         box.scroll_into_view_if_needed()
 
-        from llm_lab.look import look, looks_at
+        from llm_lab.look import look, looks_at, mean_distance
         from llm_lab.train import trained
         model, tokenizer, _ = trained('tales')  # kept by the run above
         text = ''.join(tokens.all_text_contents()).replace('↵\n', '\n')
@@ -146,6 +146,38 @@ def test_a_touched_token_says_where_it_looks(browser):
         assert [o.inner_text() for o in knobs.all() if o.get_attribute('aria-pressed') == 'true'] == ['1', '2']
         page.screenshot(path=str(OUT/'11_look.light.png'))
 
+        # the small maps: each a button that chooses layer and head; the large one follows, and can be touched too
+        thumbs, large, row = box.locator('.look-thumb'), box.locator('.look-big canvas'), box.locator('.look-row')
+        L, H, T = weights.shape[:3]
+        drawn = lambda canvas: canvas.evaluate('e => [...e.getContext("2d").getImageData(0, 0, e.width, e.height).data]'
+                                               '.filter((_, n) => n % 4 == 3)')
+        pressed = lambda among: [n for n, o in enumerate(among.all()) if o.get_attribute('aria-pressed') == 'true']
+        far = mean_distance(weights)
+        assert [o.get_attribute('title') for o in thumbs.all()] == [
+            f'layer {l}, head {h}: {far[l, h]:.1f} back' for l in range(L) for h in range(H)]
+        assert pressed(thumbs) == [H + 2]
+        thumbs.nth(3).click()
+        says(0, 3, 9)
+        assert (pressed(thumbs), pressed(knobs)) == ([3], [0, L + 3])
+        for canvas in (thumbs.nth(3).locator('canvas'), large):  # a pixel a weight, its strength √weight
+            shades = weights[0, 3].sqrt().mul(255).flatten().tolist()
+            assert max(abs(a - b) for a, b in zip(drawn(canvas), shades, strict=True)) < 1
+        thumbs.nth(H).focus()
+        page.keyboard.press('Enter')
+        says(1, 0, 9)
+        large.scroll_into_view_if_needed()
+        size = large.bounding_box()['height']
+        large.hover(position=dict(x=20, y=size*20.5/T))
+        says(1, 0, 20)
+        assert abs(row.bounding_box()['y'] - large.bounding_box()['y'] - size*20/T) < 2
+        large.click(position=dict(x=20, y=size*30.5/T))
+        page.mouse.move(1, 1)
+        says(1, 0, 30)
+        page.screenshot(path=str(OUT/'11_look.maps.png'))
+        thumbs.nth(H + 2).click()
+        tokens.nth(9).click()
+        says(1, 2, 9)
+
         knobs.last.focus()
         for key, query in (('Tab', 9), ('ArrowRight', 10), ('ArrowRight', 11), ('ArrowLeft', 10)):
             page.keyboard.press(key)
@@ -161,6 +193,13 @@ def test_a_touched_token_says_where_it_looks(browser):
         page.wait_for_selector('body[data-jp-theme-light=false]', state='attached')
         page.wait_for_timeout(500)
         page.screenshot(path=str(OUT/'11_look.dark.png'))
+        small = page.locator('td details', has=page.locator('summary[title^="layer 1, head 3:"]'))
+        assert not small.locator('img').nth(1).is_visible()
+        small.locator('summary').click()
+        expect(small.locator('img').nth(1)).to_be_visible()
+        assert small.locator('img').nth(1).evaluate('e => e.naturalWidth >= e.width - 40 && e.width > 200')
+        expect(small).to_contain_text(' looks at ')
+        page.screenshot(path=str(OUT/'11_look.heads.png'))
         ink, ground = (page.evaluate(f'getComputedStyle(document.querySelector("{o}")).{p}') for o, p in (
             ('.look', 'color'), ('.jp-Notebook', 'backgroundColor')))
         light = lambda colour: sum(map(int, re.findall(r'\d+', colour)[:3]))/765

@@ -1,0 +1,331 @@
+"""Chapter 18: decoding with a cache is decoding without, at every length, for every kind of attention, padded, in pieces, in windows.
+
+The models are shaken: random biases and norms, large weights. A wrong mask or position is then far above the tolerance, as the slips show.
+"""
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from llm_lab.bpe import BPETokenizer
+from llm_lab.cache import Cached, Completion, KVCache, RollingCache, cached, complete, kept_bytes, picked, window
+from llm_lab.chars import CharTokenizer
+from llm_lab.gpt import Attention, Config, MiniGPT, causal, config_from, part, to_data
+from llm_lab.gqa import GQA, kv_bytes
+from llm_lab.lab import LabError, rng
+from llm_lab.llama import Capped, QKNorm, RMSNorm, Rope, Sinusoidal, linear_scaling, llama
+from llm_lab.package import open_model, save_package
+from llm_lab.sample import Reader, generate, sample, stream
+
+T = 40
+SIZE = dict(vocab_size=30, d_model=32, n_heads=4, n_layers=3, max_len=T)
+TOK = CharTokenizer.train('abcdefghijklmnopqrstuvwxyz .,\n')
+
+
+def modern(n, *steps, pattern=part(causal), bias=False, **kw):
+    return llama(**SIZE | kw, attn=part(GQA, n_kv_heads=n, steps=(*steps, part(Rope)), pattern=pattern, bias=bias))
+
+
+def fade(i, j, h, layer):
+    "A head looks 2, 3, 5, 9 back, deeper layers one more"
+    return (j <= i) & (i - j <= 2**h + layer)
+
+
+KINDS = {'GPT-2': Config(**SIZE), 'no positions': Config(**SIZE, pos=None), 'sines': Config(**SIZE, pos=part(Sinusoidal)),
+         'tied': Config(**SIZE, tie=True, norm=part(RMSNorm)), 'Llama': llama(**SIZE), 'soft cap': llama(**SIZE, head=part(Capped)),
+         'interleaved, half': llama(**SIZE, rope=part(Rope, interleaved=True, partial=.5)),
+         'slower hands': llama(**SIZE, rope=part(Rope, scale=part(linear_scaling, factor=4.))),
+         '2 heads': modern(2), '1 head, QK-norm': modern(1, part(QKNorm)), '4 heads, biases': modern(4, bias=True),
+         'wide heads': modern(2, d_head=16), 'heads look apart': modern(2, pattern=part(fade)),
+         'window of 1': modern(2, pattern=part(window, size=1)), 'window of 5': modern(1, part(QKNorm), pattern=part(window, size=5)),
+         'window of 13': modern(4, pattern=part(window, size=13)), 'window of 39': modern(2, pattern=part(window, size=T - 1)),
+         'window beyond': modern(2, pattern=part(window, size=99)),
+         'window, learned': Config(**SIZE, attn=part(Attention, pattern=part(window, size=6))),
+         'window, none': Config(**SIZE, pos=None, attn=part(Attention, pattern=part(window, size=6)))}
+each = pytest.mark.parametrize('kind', KINDS)
+plain = torch.no_grad()(lambda model, *args, **ctx: model(*args, **ctx))
+
+
+@pytest.fixture(autouse=True, scope='module')
+def one_thread():
+    old = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(old)
+
+
+def shaken(cfg, seed=0):
+    model, draw = MiniGPT(cfg, seed).eval(), rng(seed, 'shaken')
+    with torch.no_grad():
+        for p in model.parameters(): p.add_(.15*torch.randn(p.shape, generator=draw))
+    return model
+
+
+def ids_of(seed, B, n=T): return torch.randint(30, (B, n), generator=rng(seed, 'ids'))
+
+
+def near(a, b, eps=1e-5): assert (worst := (a - b).abs().max().item()) <= eps*max(1., b.abs().max().item()), worst
+
+
+def in_pieces(model, ids, cut, pad=None):
+    "All logits, read in pieces"
+    quick = model if 'cache' in model.words else cached(model)
+    cache, at, out = quick.cache(len(ids), ids.shape[1]), 0, []
+    for piece in ids.split(cut, 1):
+        i = torch.arange(at, at := at + piece.shape[1])
+        if pad is not None: i = (i - pad[:, None]).clamp_min(-1)
+        out.append(plain(quick, piece, i=i, cache=cache))
+    return torch.cat(out, 1)
+
+
+@each
+def test_every_length_of_prompt_and_every_next_token(kind):
+    model, ids = shaken(KINDS[kind]), ids_of(0, 2)
+    want = plain(model, ids)
+    near(in_pieces(model, ids, [1]*T), want)
+    for n in range(1, T): near(in_pieces(model, ids, [n] + [1]*(T - n)), want)
+
+
+@each
+def test_pieces_of_any_size(kind):
+    model, ids, draw = shaken(KINDS[kind], 1), ids_of(1, 3), random.Random(kind)
+    want = plain(model, ids)
+    for _ in range(8):
+        marks = sorted(draw.sample(range(1, T), draw.randint(0, 9)))
+        near(in_pieces(model, ids, [b - a for a, b in zip([0, *marks], [*marks, T])]), want)
+
+
+@each
+@pytest.mark.parametrize('pad', [(0, 4, 33), (1, 1, 1), (38, 0, 12)])
+def test_texts_side_by_side_are_texts_alone(kind, pad):
+    model, ids, pad = shaken(KINDS[kind], 2), ids_of(2, 3), torch.tensor(pad)
+    for cut in ([T], [1]*T, [T - 1, 1], [3, 20, 1, 1, 15]):
+        got = in_pieces(model, ids, cut, pad)
+        for b, p in enumerate(pad.tolist()): near(got[b:b + 1, p:], plain(model, ids[b:b + 1, p:]))
+
+
+@each
+@pytest.mark.parametrize('n', [20, T - 1, T, T + 1, 3*T])
+def test_a_reader_reads_what_the_plain_model_reads(kind, n):
+    "Also where the text slides: a plain model sees the last max_len tokens"
+    model, ids = shaken(KINDS[kind], 3), ids_of(3, 3, n)
+    endless = 'window' in kind and model.cfg.pos is None
+    pad = torch.tensor([0, 5, 2])
+    for chunk in (7, 512):
+        quick, simple = Reader(cached(model), n, pad, chunk), Reader(model, n, pad)
+        for piece in ids.split([n - 6, 1, 3, 1, 1], 1): got, slow = quick(piece), simple(piece)
+        if not endless or n <= T: near(got, slow)
+        seen = 10**9 if endless else T
+        want = torch.cat([plain(model, ids[b:b + 1, p:][:, -seen:])[:, -1] for b, p in enumerate(pad.tolist())])
+        near(got, want, 2e-5)
+
+
+@each
+def test_the_text_is_the_same_and_each_token_goes_through_once(kind):
+    model, prompt = shaken(KINDS[kind], 4), ids_of(4, 2, 9)
+    texts, seen = [], []
+    for m in (model, cached(model)):
+        hook = m.tok.register_forward_hook(lambda m, args, out: seen.append(args[0].numel()))
+        texts.append([torch.stack(list(generate(m, prompt, 25, **kw)), 1) for kw in (dict(temperature=0), dict(seed=3, top_k=9))])
+        hook.remove()
+        if m is model: seen.clear()
+    assert all((a == b).all() for a, b in zip(*texts))
+    assert sum(seen) == 2*2*(9 + 24)
+
+
+@each
+def test_picked_rows_go_on_as_themselves(kind):
+    model, ids = shaken(KINDS[kind], 5), ids_of(5, 4)
+    reader, rows = Reader(cached(model), T, torch.tensor([0, 3, 9, 1])), [2, 0, 2]
+    reader(ids[:, :20])
+    picked(reader, rows)
+    got = [reader(ids[rows, t:t + 1]) for t in range(20, 25)][-1]
+    near(got, torch.cat([plain(model, ids[b:b + 1, [0, 3, 9, 1][b]:25])[:, -1] for b in rows]))
+
+
+@each
+def test_a_cache_is_a_recipe_like_any_other(kind, tmp_path):
+    if 'apart' in kind: return  # its pattern lives in this file and has no address to save
+    model = shaken(KINDS[kind], 6)
+    quick = cached(model)
+    assert config_from(to_data(quick.cfg)) == quick.cfg and cached(quick) is quick
+    assert str(MiniGPT(quick.cfg)) == str(quick)
+    save_package(tmp_path/'p', quick, TOK)
+    again, tok, _ = open_model(tmp_path/'p')
+    assert sample(again, tok, 'ab', 20, seed=1) == sample(model, TOK, 'ab', 20, seed=1)
+    assert [type(c) for c in again.cache(1, 9).values()] == [type(c) for c in quick.cache(1, 9).values()]
+
+
+def test_random_recipes():
+    from test_parts import drawn
+    for seed in range(40):
+        cfg = replace(drawn(seed), vocab_size=30)
+        model, ids = shaken(cfg, seed), ids_of(seed, 2, cfg.max_len)
+        for cut in ([1]*12, [5, 1, 1, 5]): near(in_pieces(model, ids, cut), plain(model, ids))
+
+
+def test_the_weights_are_shared_and_the_model_is_left_alone():
+    model, ids = shaken(KINDS['Llama']), ids_of(7, 1)
+    before, said = str(model), plain(model, ids)
+    quick = cached(model.train())
+    assert quick.training and str(model) == before and model.words == set()
+    assert all(a is b for a, b in zip(model.parameters(), quick.parameters()))
+    quick(ids).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    with torch.no_grad(): quick.head.weight.mul_(2)
+    near(plain(model.eval(), ids), 2*said)
+    tied = cached(shaken(KINDS['tied']))
+    assert tied.head.weight is tied.tok.weight
+
+
+def test_bfloat16_rounds_and_nothing_more():
+    for kind in ('GPT-2', '2 heads', 'window of 5'):
+        model, ids = shaken(KINDS[kind]), ids_of(8, 2)
+        want, small = plain(model, ids), model.bfloat16()
+        noise = (plain(small, ids).float() - want).abs().max()
+        assert (in_pieces(small, ids, [20] + [1]*20).float() - want).abs().max() < 2*noise
+        assert kept_bytes(c := cached(small).cache(1, 9)) == 0 and c[0].n == 0
+
+
+@pytest.mark.parametrize('slip', ['no mask', 'positions', 'values', 'ring written first', 'ring too small'])
+def test_a_slip_is_loud(slip, monkeypatch):
+    "What the tests above would see is far above their tolerance"
+    cfg, add = KINDS['window of 5'], RollingCache.add
+    model, ids = shaken(cfg), ids_of(9, 2)
+    want = plain(model, ids)                                   # in one piece, without a cache
+    def instead(name, f): monkeypatch.setattr(RollingCache, name, f)
+    if slip == 'no mask': monkeypatch.setattr(Attention, 'seen', lambda self, i, j, **ctx: (j >= 0).expand(len(i), -1))
+    if slip == 'positions': instead('add', lambda self, k, v, j: add(self, k, v, j - j[0]))
+    if slip == 'values': instead('add', lambda self, k, v, j: add(self, k, v.flip(-1) if self.n else v, j))
+    if slip == 'ring too small': instead('__init__', lambda self, length: KVCache.__init__(self, length - 1))
+    if slip == 'ring written first':
+        instead('add', lambda self, k, v, j: (add(self, k, v, j), (self.k, self.v, self.j))[self.n > k.shape[2]])
+    assert (in_pieces(model, ids, [20, 1, 7, 12]) - want).abs().max() > 1e-2
+
+
+def test_the_order_of_steps_is_a_matter_of_cost():
+    "Keys that turn after they come back turn by the positions that came back with them"
+    late = llama(**SIZE, attn=part(Attention, steps=(part(Cached), part(Rope))))
+    model, ids = shaken(late), ids_of(9, 2)
+    near(in_pieces(model, ids, [20, 1, 7, 12]), plain(model, ids))
+
+
+def test_places_and_rings():
+    full = KVCache(4)
+    kv = lambda n: torch.randn(2, 1, 2, n, 3)
+    full.add(*kv(3), torch.arange(3))
+    with pytest.raises(LabError, match='has 4 places, 5 are needed'): full.add(*kv(2), torch.arange(3, 5))
+    assert full.n == 3 and full.j.tolist() == [0, 1, 2, -1]      # a refused piece leaves nothing
+    for size in (1, 2, 5, 8):
+        ring, all_j, draw = RollingCache(size), torch.arange(60), random.Random(size)
+        at = 0
+        while at < 50:
+            n = draw.choice([1, 1, 1, 2, 3, size, size + 1, 2*size + 3])
+            j = all_j[at:at + n]
+            k = j.float().view(1, 1, -1, 1)
+            gk, gv, gj = ring.add(k, -k, j)
+            needed = set(range(max(0, at - size + 1), at + n))
+            assert needed <= set(gj.tolist()) and len(set(gj.tolist()) - {-1}) == (gj >= 0).sum()
+            seen = gj >= 0
+            assert (gk[0, 0, seen, 0] == gj[seen]).all() and (gv == -gk)[0, 0, seen].all()
+            at += n
+    assert kept_bytes({0: ring}) == 2*8*4
+
+
+def test_bytes_are_those_of_the_formula():
+    for kind in ('GPT-2', '2 heads', '1 head, QK-norm', 'wide heads'):
+        model = cached(shaken(KINDS[kind]))
+        cache = model.cache(2, T)
+        assert kept_bytes(cache) == 0
+        for n in (7, 1, 20):
+            plain(model, ids_of(0, 2, n), i=torch.arange(n) + cache[0].n, cache=cache)
+            assert kept_bytes(cache) == kv_bytes(model.cfg, cache[0].n, 2)
+
+
+def test_wrong_recipes_are_refused():
+    for size in (4, 1):
+        with pytest.raises(LabError, match=f'size={size} is too small a cache for part\\(window, size=5\\), which reads 5'):
+            llama(**SIZE, attn=part(Attention, pattern=part(window, size=5), steps=(part(Cached, size=size),)))
+    with pytest.raises(LabError, match='which reads all keys'): llama(**SIZE, attn=part(Attention, steps=(part(Cached, size=5),)))
+    for size in (0, -1, 2.5, True, None):
+        with pytest.raises((LabError, TypeError)): modern(2, pattern=part(window, size=size))
+    wide = llama(**SIZE, attn=part(Attention, pattern=part(window, size=5), steps=(part(Rope), part(Cached, size=9))))
+    near(in_pieces(shaken(wide), ids_of(1, 1), [1]*T), plain(shaken(wide), ids_of(1, 1)))     # more than needed is fine
+
+
+# ---- complete
+
+class Marked(CharTokenizer):
+    "Characters, one of which ends a text"
+    @property
+    def eos_id(self): return 5
+
+
+@pytest.mark.filterwarnings('ignore:the prompt has')
+@pytest.mark.parametrize('kind', ['GPT-2', '2 heads', 'window of 5', 'window of 13'])
+@pytest.mark.parametrize('how', [dict(temperature=0), dict(temperature=.9, top_p=.9), dict(top_k=5, repetition_penalty=1.4),
+                                 dict(stop=['b', 'e.'])])
+def test_completions_are_the_samples_of_each_alone(kind, how):
+    model = shaken(KINDS[kind], 11)
+    prompts = ['', 'a', 'some words', 'one more, and this one is much longer', 'ab'*30]
+    for tok in (TOK, Marked(TOK.chars)):
+        got = complete(cached(model), tok, prompts, 30, samples=3, seed=5, **how)
+        ended = [c.ended for row in got for c in row]
+        assert len(got) == 5 and all(len(row) == 3 for row in got)
+        if tok is TOK: assert 'eos' not in ended and ('stop' in ended) == ('stop' in how)
+        elif 'top_p' in how: assert 'eos' in ended
+        for p, row in zip(prompts, got):
+            for s, c in enumerate(row):
+                alone = ''.join(stream(cached(model), tok, p, 30, seed=5 + s, **how))
+                assert c.text == alone and len(c.ids) == len(c.logprobs) <= 30
+                assert c.ended == 'length' or len(c.ids) < 30 or how.get('stop')
+
+
+def test_bytes_make_whole_characters_in_a_batch():
+    text = 'Où est le café ? Il est là-bas, à côté. ☕ «ça va» 😀 '*20
+    tok = BPETokenizer.train(text, 300)
+    model = cached(shaken(llama(**SIZE | dict(vocab_size=tok.vocab_size, max_len=99))))
+    for prompt, (c, d) in zip(('é', 'Où est'), complete(model, tok, ['é', 'Où est'], 40, samples=2, seed=2, temperature=1.5)):
+        assert prompt + c.text == sample(model, tok, prompt, 40, seed=2, temperature=1.5)
+        assert prompt + d.text == sample(model, tok, prompt, 40, seed=3, temperature=1.5)
+
+
+def test_nothing_to_write():
+    model = cached(shaken(KINDS['2 heads']))
+    assert complete(model, TOK, []) == [] and complete(model, TOK, 'a', 0, samples=2) == [[Completion(), Completion()]]
+    assert complete(model, TOK, 'ab', 1)[0][0].ended == 'length'
+    for bad, word in ((dict(top_k=0), 'top_k=0'), (dict(stop=['a', '']), 'give a text'),
+                      (dict(repetition_penalty=0), 'repetition_penalty=0')):
+        with pytest.raises(LabError, match=word): complete(model, TOK, 'a', **bad)
+
+
+# ---- transformers as the oracle
+
+@pytest.mark.parametrize('family', ['gpt2', 'llama', 'qwen3', 'phi3'])
+@pytest.mark.parametrize('penalty', [1., 1.7])
+def test_a_padded_batch_is_transformers_own(family, penalty, tmp_path):
+    transformers = pytest.importorskip('transformers', reason='pip install transformers')
+    from llm_lab.hub import from_hf
+    from test_hf import drawn
+    torch.manual_seed(0)
+    said = drawn(family, 1) | dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(family, **said)).eval()
+    theirs.save_pretrained(tmp_path/'hf')
+    ours = cached(from_hf(tmp_path/'hf')[0])
+    V, lengths = ours.cfg.vocab_size, (9, 2, 6)
+    texts = [torch.randint(V, (n,), generator=rng(n, 'prompt')) for n in lengths]
+    pad = torch.tensor([9 - n for n in lengths])
+    # transformers counts also what fills empty places as said: fill them with tokens of the prompt
+    ids = torch.stack([torch.cat([t[:1].expand(9 - len(t)), t]) for t in texts])
+    mask = (torch.arange(9) >= pad[:, None]).long()
+    want = theirs.generate(ids, attention_mask=mask, max_new_tokens=30, min_new_tokens=30, do_sample=False, repetition_penalty=penalty,
+                           eos_token_id=None, pad_token_id=0)[:, 9:]
+    for b, text in enumerate(texts):                           # alone
+        got = torch.stack(list(generate(ours, text[None], 30, temperature=0, repetition_penalty=penalty)), 1)
+        assert got[0].tolist() == want[b].tolist()
+    reader, new = Reader(ours, 39, pad), ids                   # together
+    if penalty == 1:
+        out = []
+        for _ in range(30): out.append(new := reader(new).argmax(-1, keepdim=True))
+        assert torch.cat(out, 1).tolist() == want.tolist()
