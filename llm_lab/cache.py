@@ -126,8 +126,8 @@ def complete(
     reader, rows = Reader(model, ids.shape[1] + n, pad), [b for b in range(len(ids)) for _ in range(samples)]
     logits = reader(ids)[rows]; picked(reader, rows)
     going = [(Completion(), Decoder(tokenizer, ids[b].tolist()), rng(seed + s, 'sample')) for b in range(len(ids)) for s in range(samples)]
-    done = [c for c, *_ in going]
-    for left in progress(range(n, 0, -1), f'{len(done)} texts'):
+    done, steps = [c for c, *_ in going], range(n, 0, -1)
+    for left in progress(steps, f'{len(done)} texts') if n*len(done) > 5000 else steps:
         new = drawn(logits, reader.ids, *(g for *_, g in going), **choice)
         said = zip(new[:, 0].tolist(), logits.log_softmax(-1).gather(1, new)[:, 0].tolist())
         on = [r for r, ((c, d, _), one) in enumerate(zip(going, said)) if c.take(*one, d, stops, tokenizer.eos_id)]
