@@ -192,10 +192,11 @@ def largest_batch(
 
 # %% ../nbs/12_optim.ipynb #09fafdd5
 def compiled(
-    f # a function of tensors and modules
+    f,   # a function of tensors and modules
+    **kw # for `torch.compile`
 ):
     "`f`, compiled at its first call; where that fails, `f` itself and one line that says why"
-    fast, chosen = torch.compile(f), []
+    fast, chosen = torch.compile(f, **kw), []
     def call(*args):
         if chosen: return chosen[0](*args)
         try: out = fast(*args); chosen.append(fast)

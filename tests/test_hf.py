@@ -1,4 +1,4 @@
-"""Chapter 23 against the models that the world uses: weights, logits, gradients, texts and defaults of transformers.
+"""Chapter 24 against the models that the world uses: weights, logits, gradients, texts and defaults of transformers.
 
 Five random models of each family, drawn by seed. Each is made by transformers, saved, opened by us, saved by us and opened by transformers.
 """

@@ -1,0 +1,158 @@
+"""Chapter 19: the fast form of a model writes the same, whatever the parts, and eight bits cost what they are said to cost."""
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from test_cache import KINDS, SIZE, T, TOK, ids_of, near, plain, shaken
+
+from llm_lab.cache import Cached, cached, complete, window
+from llm_lab.fast import Int8, Wide, fast, fetched, speed
+from llm_lab.gpt import Attention, Config, MiniGPT, part
+from llm_lab.gqa import GQA
+from llm_lab.lab import LabError, rng
+from llm_lab.llama import QKNorm, Rope, llama, spectral_init
+from llm_lab.sample import Reader, generate, sample
+
+each = pytest.mark.parametrize('kind', KINDS)
+OLD_ROAD = {'heads look apart'}                                # a pattern that only the old road knows
+
+
+@pytest.fixture(autouse=True, scope='module')
+def one_thread():
+    old = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(old)
+
+
+@each
+@pytest.mark.parametrize('pad', [None, (0, 5, 2)])
+def test_every_token_is_that_of_the_plain_model(kind, pad):
+    model, ids = shaken(KINDS[kind]), ids_of(0, 3)
+    quick, pad = fast(model), pad and torch.tensor(pad)
+    assert quick.simple == (kind not in OLD_ROAD)
+    for cut in ([7] + [1]*(T - 7), [1]*T, [20, 1, 1, 5, 1, 1, 11]):
+        reader, slow = Reader(quick, T, pad), Reader(model, T, pad)
+        for piece in ids.split(cut, 1): near(reader(piece), slow(piece))
+
+
+@each
+def test_the_text_is_the_same(kind):
+    model, prompt = shaken(KINDS[kind], 1), ids_of(1, 2, 9)
+    def write(m, **kw): return torch.stack(list(generate(m, prompt, 50, **kw)), 1).tolist()     # past max_len, too
+    for kw in (dict(temperature=0), dict(seed=3, top_k=9)): assert write(fast(model), **kw) == write(cached(model), **kw)
+    prompts = ['a', 'more words']
+    assert [p + c.text for p, (c,) in zip(prompts, complete(fast(model), TOK, prompts, 20))] == [sample(model, TOK, p, 20) for p in prompts]
+
+
+@pytest.mark.parametrize('K,N', [(300, 1024), (512, 512), (1000, 300), (64, 30), (256, 1536)])
+@pytest.mark.parametrize('bias', [True, False])
+def test_wide_layers_of_all_sizes(K, N, bias):
+    "Above and below the size at which oneDNN multiplies, with and without columns that nobody uses"
+    layer = nn.Linear(K, N, bias)
+    for shape in ((1, 1), (3, 1), (2, 17), (130, 1)):
+        x = torch.randn(*shape, K, generator=rng(0, 'x'))
+        near(plain(Wide(layer), x), plain(layer, x))
+    assert plain(Wide(layer), x).shape == (130, 1, N)
+
+
+def test_a_model_as_wide_as_real_ones():
+    attn = part(GQA, n_kv_heads=2, steps=(part(QKNorm), part(Rope)))
+    cfg = llama(2048, max_len=64, d_model=512, n_layers=2, n_heads=8, attn=attn, tie=True)
+    model, ids = MiniGPT(cfg).eval(), torch.randint(2048, (1, 40), generator=rng(0, 'ids'))
+    reader, want = Reader(fast(model), 40), plain(model, ids)
+    for t, piece in zip((9, *range(10, 40)), ids.split([10] + [1]*30, 1)): near(reader(piece), want[:, t])
+
+
+def test_the_short_road_is_not_taken_where_it_is_wrong():
+    "A ring larger than the window, a cache that keeps all for a window, a step behind the cache: all need the mask or the order"
+    rope, far = part(Rope), part(window, size=5)
+    for steps, pattern in (((rope, part(Cached, size=9)), far), ((rope, part(Cached)), far), ((part(Cached), rope), None)):
+        cfg = llama(**SIZE, attn=part(Attention, steps=steps, **(dict(pattern=pattern) if pattern else {})))
+        model, ids = shaken(cfg), ids_of(2, 2)
+        quick = fast(model)
+        quick = quick if quick.model.cfg == cfg else type(quick)(model, lambda old, head: old)
+        reader, want = Reader(quick, T), plain(model, ids)
+        for t, piece in zip((9, *range(10, T)), ids.split([10] + [1]*30, 1)): near(reader(piece), want[:, t])
+        assert quick.simple == (pattern is None and quick.model.cfg != cfg)
+
+
+def test_the_model_is_left_alone_and_bound_weights_are_read():
+    for cfg in (KINDS['tied'], replace(KINDS['Llama'], init=part(spectral_init)), KINDS['soft cap']):
+        model, ids = MiniGPT(cfg).eval(), ids_of(3, 1)
+        before, said = str(model), plain(model, ids)
+        quick = fast(model)
+        assert str(model) == before and torch.equal(plain(model, ids), said) and not quick.training
+        near(plain(quick, ids), said)
+        assert next(quick.parameters()).device.type == 'cpu'
+
+
+def test_a_full_cache_is_told_of():
+    quick = fast(shaken(KINDS['Llama']))
+    cache = quick.cache(1, 3)
+    plain(quick, ids_of(0, 1, 2), cache=cache)
+    plain(quick, ids_of(0, 1, 1), torch.tensor([2]), cache=cache)
+    with pytest.raises(LabError, match='3 places, all are taken'): plain(quick, ids_of(0, 1, 1), torch.tensor([3]), cache=cache)
+
+
+def test_eight_bits_are_the_nearest_of_255():
+    layer = nn.Linear(40, 25)
+    with torch.no_grad(): layer.weight[3] = 0; layer.weight[4] *= 1e4
+    small = Int8(layer)
+    off = (small.weight[:, :40]*small.scale.float()[:, None] - layer.weight).abs()
+    assert (off <= .505*small.scale.float()[:, None] + .004*layer.weight.abs()).all() and small.weight.dtype == torch.int8
+    x = torch.randn(5, 1, 40, generator=rng(0, 'x'))
+    assert (plain(small, x)[..., 3] == layer.bias[3]).all()
+    exact = x.bfloat16().double() @ (small.weight[:, :40]*small.scale.double()[:, None]).T + layer.bias.double()
+    assert ((plain(small, x) - exact).abs() <= .004*exact.abs() + .01*small.scale.float()*127).all()
+
+
+@pytest.mark.parametrize('K', [1, 8, 15, 16, 17, 40, 88, 100])
+@pytest.mark.parametrize('N', [1, 7, 32, 65])
+def test_eight_bits_of_any_size(K, N):
+    "The product underneath reads sixteen inputs at a time, and beyond the end if there are fewer"
+    layer = nn.Linear(K, N)
+    for rows in (1, 2, 5, 33):
+        x = torch.randn(rows, 1, K, generator=rng(rows, 'x'))
+        got, want = plain(Int8(layer), x), plain(layer, x)
+        assert got.shape == want.shape and (got - want).norm() < .03*want.norm() + .01
+
+
+def test_eight_bits_in_a_model():
+    model, ids = MiniGPT(KINDS['2 heads']).eval(), ids_of(4, 4)
+    quick = fast(model, 'int8')
+    assert sum(isinstance(m, Int8) for m in quick.modules()) == 4*3 and isinstance(quick.model.head, Wide)
+    a, b = plain(quick, ids), plain(model, ids)
+    assert 1e-4 < (a - b).norm()/b.norm() < .03
+    reader = Reader(quick, T)
+    for t, piece in zip((9, *range(10, T)), ids.split([10] + [1]*30, 1)): near(reader(piece), a[:, t], .02)
+
+
+def test_bytes_that_a_token_reads():
+    V, C = 300, 32
+    for tie in (True, False):
+        model = MiniGPT(llama(V, max_len=32, d_model=C, n_layers=2, n_heads=4, tie=tie))
+        whole = 4*(model.n_params - (0 if tie else V*C))
+        assert fetched(model) == fetched(fast(model)) == whole
+        blocks = whole - 4*V*C - 4*C*5
+        assert whole - blocks < fetched(fast(model, 'int8')) < whole - .7*blocks
+    said = speed(fast(model), n=4, rounds=1)
+    assert said['bytes'] == whole and 0 < said['tokens_per_s'] and said['limit'] > 0
+
+
+def test_wrong_words_are_refused():
+    for word in ('int4', None, 8):
+        with pytest.raises(LabError, match='choose from float32, int8'): fast(MiniGPT(Config(**SIZE)), word)
+
+
+@pytest.mark.skipif(not (shutil.which('g++') or shutil.which('clang++')), reason='torch.compile needs a C++ compiler')
+@pytest.mark.parametrize('kind', ['2 heads', 'window of 5'])
+def test_compiled_is_the_same(kind):
+    model, ids = shaken(replace(KINDS[kind], n_layers=1)), ids_of(5, 1)
+    quick = fast(model, compile=True)
+    for _ in range(2):
+        reader, slow = Reader(quick, T), Reader(model, T)
+        for piece in ids.split([5] + [1]*30 + [5], 1): near(reader(piece), slow(piece))
+    assert quick.step is not quick.token
