@@ -6,13 +6,13 @@
 __all__ = ['KVCache', 'Cached', 'reach', 'cached', 'Completion', 'picked', 'complete', 'kept_bytes', 'window', 'RollingCache']
 
 # %% ../nbs/18_cache.ipynb #d4294605
-import copy
+import copy, warnings
 from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 from .lab import LabError, progress, rng
 from .gpt import Attention, MiniGPT, causal, part
-from .sample import Decoder, Reader, check_choice, drawn, ends, prompt_ids
+from .sample import Decoder, Reader, check_choice, drawn, ends, prompt_ids, too_long
 
 # %% ../nbs/18_cache.ipynb #66087a66
 class KVCache:
@@ -21,14 +21,17 @@ class KVCache:
     def __init__(self, length:int): self.length, self.n, self.k = length, 0, None
 
     def make(self, k, v, j):
+        if self.n:
+            if k.shape[:2] == self.k.shape[:2]: return
+            raise LabError(f'the cache holds {len(self.k)} texts, {len(k)} are given: ask model.cache for a new one')
         self.k, self.v = (t.new_zeros(*t.shape[:2], self.length, t.shape[3]) for t in (k, v))
         self.j = j.new_full((*j.shape[:-1], self.length), -1)
 
     def add(self, k, v, j): # (B, G, T, D) twice, positions (T,) or (B, T) → all that is known, (B, G, S, D), …
         new, first = slice(self.n, self.n + k.shape[2]), self.n == 0
         if new.stop > self.length:
-            raise LabError(f'the cache has {self.length} places, {new.stop} are needed: ask model.cache for more')
-        if first: self.make(k, v, j)
+            raise LabError(f'the cache has {self.length} places, {new.stop} are needed: make it, or the reader, longer')
+        self.make(k, v, j)
         self.k[:, :, new], self.v[:, :, new], self.j[..., new] = k, v, j
         self.n = new.stop
         if first: return k, v, j                               # nothing was there before: as without a cache
@@ -48,8 +51,11 @@ class Cached(nn.Module):
 
     def cache(self, batch, length): return KVCache(length) if self.size is None else RollingCache(self.size)
 
-    def forward(self, q, k, v, i, j, cache=None, **ctx):
-        if cache is not None: k, v, j = cache[self.layer].add(k, v, j)
+    def forward(self, q, k, v, i, j, cache=None, rising=False, **ctx):
+        if cache is None: return q, k, v, i, j
+        if rising and (n := cache[self.layer].n):
+            raise LabError(f'the cache holds {n} tokens already: say where the next ones stand, model(ids, i=…, cache=…)')
+        k, v, j = cache[self.layer].add(k, v, j)
         return q, k, v, i, j
 
 # %% ../nbs/18_cache.ipynb #45133943
@@ -72,8 +78,10 @@ def _keeping(x):
 # %% ../nbs/18_cache.ipynb #2f01cba7
 def cached(model:MiniGPT)->MiniGPT: # shares its weights; the model itself if it keeps already
     "The model with a cache: `stream`, `complete` and the playground then read each token once"
+    if not isinstance(model, MiniGPT): raise LabError(f'a {type(model).__name__} is given: a MiniGPT is needed')
     cfg = replace(model.cfg, attn=_keeping(model.cfg.attn))
-    if cfg == model.cfg: return model
+    if cfg == model.cfg and model.cache(1, 1): return model
+    if cfg == model.cfg: raise LabError(f'no attention is found in attn={cfg.attn}: give its recipe, part(Attention, …), as a keyword')
     new = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
     new.cfg, new.words = cfg, new.words | {'cache'}
     for attn in (m for m in new.modules() if isinstance(m, Attention)):
@@ -84,10 +92,10 @@ def cached(model:MiniGPT)->MiniGPT: # shares its weights; the model itself if it
 # %% ../nbs/18_cache.ipynb #5e09433f
 @dataclass
 class Completion:
-    "What a model wrote after a prompt. `ended` says by what: 'stop' (a text to end at), 'eos' (the end mark), 'length'"
+    "What a model wrote. It ended by 'stop' (ids and logprobs hold that text, `text` does not), 'eos' (none does) or 'length'"
     text:str = ''
     ids:list = field(default_factory=list)
-    logprobs:list = field(default_factory=list) # of each token, as the model says; nats
+    logprobs:list = field(default_factory=list) # of each id, as the model says; nats
     ended:str = 'length'
 
     def take(self, id, logprob, decoder, stops, eos_id): # goes it on?
@@ -120,16 +128,20 @@ def complete(
 )->list: # for each prompt, a list of `Completion`s
     "Continue several texts at once, each as `sample` does; a model with a cache reads every prompt once"
     check_choice(**choice)
+    for name, x, least in (('n', n, 0), ('samples', samples, 1)):
+        if type(x) is not int or x < least: raise LabError(f'{name}={x!r}: give a whole number of at least {least}')
     prompts, stops = [prompts] if isinstance(prompts, str) else list(prompts), ends(stop)
-    if not prompts or n < 1: return [[Completion() for _ in range(samples)] for _ in prompts]
-    ids, pad = _together([prompt_ids(model, tokenizer, p)[0] for p in prompts])
+    if not prompts or not n: return [[Completion() for _ in range(samples)] for _ in prompts]
+    found = [prompt_ids(model, tokenizer, p) for p in prompts]
+    if note := next(filter(None, (too_long(model, p) for p in found)), ''): warnings.warn(note, stacklevel=2)
+    ids, pad = _together([p[0] for p in found])
     reader, rows = Reader(model, ids.shape[1] + n, pad), [b for b in range(len(ids)) for _ in range(samples)]
     logits = reader(ids)[rows]; picked(reader, rows)
     going = [(Completion(), Decoder(tokenizer, ids[b].tolist()), rng(seed + s, 'sample')) for b in range(len(ids)) for s in range(samples)]
     done, steps = [c for c, *_ in going], range(n, 0, -1)
     for left in progress(steps, f'{len(done)} texts') if n*len(done) > 5000 else steps:
         new = drawn(logits, reader.ids, *(g for *_, g in going), **choice)
-        said = zip(new[:, 0].tolist(), logits.log_softmax(-1).gather(1, new)[:, 0].tolist())
+        said = zip(new[:, 0].tolist(), logits.float().log_softmax(-1).gather(1, new)[:, 0].tolist())
         on = [r for r, ((c, d, _), one) in enumerate(zip(going, said)) if c.take(*one, d, stops, tokenizer.eos_id)]
         if left == 1 or not on: break
         if len(on) < len(going): picked(reader, on); going = [going[r] for r in on]
@@ -161,7 +173,7 @@ class RollingCache(KVCache):
     endless = True
     def add(self, k, v, j): # as `KVCache`
         T, S, first = k.shape[2], self.length, self.n == 0
-        if first: self.make(k, v, j)
+        self.make(k, v, j)
         known = (k, v, j) if first else tuple(
             torch.cat(both, d) for *both, d in ((self.k, k, 2), (self.v, v, 2), (self.j, j, -1))) if T > 1 else ()
         at = torch.arange(max(self.n, self.n + T - S), self.n + T, device=j.device) % S

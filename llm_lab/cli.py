@@ -89,9 +89,10 @@ def _sample_options(s):
     s.add_argument('--top-k', type=_whole, help='keep the k likeliest')
     s.add_argument('--top-p', type=_number(float, lambda p: 0 < p <= 1, 'give a share above 0 and up to 1'),
                    help='keep the smallest set with this probability')
-    s.add_argument('--repetition-penalty', type=_number(float, lambda x: 0 < x < 1e4, 'give a number above 0'), default=1.,
+    s.add_argument('--repetition-penalty', type=_number(float, lambda x: .01 <= x <= 100, 'give a number from 0.01 to 100'), default=1.,
                    help='above 1, what was written already becomes less likely (default 1)')
-    s.add_argument('--stop', action='append', default=[], metavar='TEXT', help='end at this text; may be given several times')
+    s.add_argument('--stop', action='append', default=[], metavar='TEXT', type=lambda s: s.replace(r'\n', '\n'),
+                   help=r'end at this text; may be given several times; \n is a new line')
     s.add_argument('--seed', type=_number(int, lambda n: True, 'give a whole number'), default=0)
     s.set_defaults(run=lambda a: write_from(a.path, a.prompt, a.tokens, a.seed, a.stop, **{
         k: getattr(a, k) for k in ('temperature', 'top_k', 'top_p', 'repetition_penalty')}))

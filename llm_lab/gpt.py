@@ -112,7 +112,7 @@ class Attention(nn.Module):
     def forward(self, x, i, rising=False, **ctx): # (B, T, C), positions (T,) or (B, T) → (B, T, C)
         q, k, v = self.project(x)
         j = i
-        for step in self.steps: q, k, v, i, j = step(q, k, v, i, j, **ctx)
+        for step in self.steps: q, k, v, i, j = step(q, k, v, i, j, rising=rising, **ctx)
         plain = self.plain and rising and j is i               # positions 0, 1, 2, …: no mask is needed
         seen = None if plain else self.seen(i, j, **ctx)
         return self.out(attend(q, k, v, seen, self.dropout if self.training else 0.).transpose(1, 2).flatten(2))

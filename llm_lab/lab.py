@@ -290,14 +290,16 @@ def flops(
     return counter.get_total_flops()
 
 # %% ../nbs/00_lab.ipynb #b6019d06
+_one = threading.RLock()                                       # the setting is everybody's: one thread at a time
+
 def by_onednn(f):
     "`f`, its float32 products made by oneDNN"
     def call(*args):
-        import torch
-        setting = torch.backends.mkldnn.matmul
-        old, setting.fp32_precision = setting.fp32_precision, 'bf16'
-        try: return f(*args)
-        finally: setting.fp32_precision = old
+        from torch.backends.mkldnn import matmul
+        with _one:
+            old, matmul.fp32_precision = matmul.fp32_precision, 'bf16'
+            try: return f(*args)
+            finally: matmul.fp32_precision = old
     return call
 
 @cache

@@ -56,6 +56,8 @@ def save_package(
     name:str=None   # on the card; the folder's name if none
 )->Path: # `folder`
     "Write a package: all of it, or nothing"
+    if not isinstance(model, MiniGPT):
+        raise LabError(f'a {type(model).__name__} is not saved: give the MiniGPT that it was made from')
     folder = Path(folder)
     with written(folder) as new: write_package(new, model, tokenizer, about or {}, name or folder.name)
     return folder

@@ -57,7 +57,8 @@ def test_a_knob_redraws_its_picture(browser):
         assert shot.seen(page)['error'] == []
 
 
-@pytest.mark.parametrize('name,knobs', [('16_llama', 'explore(clock'), ('17_gqa', 'explore(sharing')])
+@pytest.mark.parametrize('name,knobs', [
+    ('16_llama', 'explore(clock'), ('17_gqa', 'explore(sharing'), ('18_cache', 'explore(bytes_picture')])
 def test_the_knobs_of_a_chapter_redraw_its_picture(browser, name, knobs, tmp_path):
     "The chapter up to its knobs, in a live notebook: the first slider is moved, and another picture comes"
     import nbformat
@@ -209,9 +210,10 @@ def test_a_touched_token_says_where_it_looks(browser):
     assert not re.search('TypeError|ReferenceError|anywidget', (OUT/'11_look.console.txt').read_text(encoding='utf-8'))
 
 
-def test_the_playground_writes_stops_and_tells(browser):
+@pytest.mark.parametrize('name', ['10_sample', '19_fast'])
+def test_the_playground_writes_stops_and_tells(browser, name):
     "The real widget of chapter 10: a slider moves the bars, Generate writes, Stop stops, the mouse over a token tells its odds"
-    with shot.opened(ROOT/'nbs'/'10_sample.ipynb', OUT) as page:
+    with shot.opened(ROOT/'nbs'/f'{name}.ipynb', OUT) as page:
         shot.run_all(page)
         box = page.locator('.jp-OutputArea-output .widget-vbox', has=page.get_by_role('button', name='Generate')).first
         box.scroll_into_view_if_needed()
@@ -240,7 +242,7 @@ def test_the_playground_writes_stops_and_tells(browser):
         while len(sizes) < 4:  # it grows, little by little
             page.wait_for_function('([e, n]) => e.innerText.length > n', arg=[text.element_handle(), sizes[-1]])
             sizes.append(length())
-        box.screenshot(path=str(OUT/'10_sample.writing.png'))
+        box.screenshot(path=str(OUT/f'{name}.writing.png'))
         box.get_by_role('button', name='Stop').click()
         box.get_by_text('stopped after').wait_for()
         page.wait_for_timeout(500)
@@ -258,7 +260,7 @@ def test_the_playground_writes_stops_and_tells(browser):
         assert turn('top-p', 'ArrowLeft', 30) == '0.65'
         page.wait_for_timeout(500)
         assert node.evaluate('e => e.isConnected'), 'a knob has redrawn the text under the mouse'
-        box.screenshot(path=str(OUT/'10_sample.stopped.png'))
+        box.screenshot(path=str(OUT/f'{name}.stopped.png'))
 
         turn('length', 'Home')
         box.get_by_role('button', name='Generate').click()

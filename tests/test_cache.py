@@ -16,7 +16,7 @@ from llm_lab.gqa import GQA, kv_bytes
 from llm_lab.lab import LabError, rng
 from llm_lab.llama import Capped, QKNorm, RMSNorm, Rope, Sinusoidal, linear_scaling, llama
 from llm_lab.package import open_model, save_package
-from llm_lab.sample import Reader, generate, sample, stream
+from llm_lab.sample import Reader, drawn, generate, prompt_ids, sample, stream
 
 T = 40
 SIZE = dict(vocab_size=30, d_model=32, n_heads=4, n_layers=3, max_len=T)
@@ -184,8 +184,10 @@ def test_bfloat16_rounds_and_nothing_more():
         model, ids = shaken(KINDS[kind]), ids_of(8, 2)
         want, small = plain(model, ids), model.bfloat16()
         noise = (plain(small, ids).float() - want).abs().max()
-        assert (in_pieces(small, ids, [20] + [1]*20).float() - want).abs().max() < 2*noise
-        assert kept_bytes(c := cached(small).cache(1, 9)) == 0 and c[0].n == 0
+        assert 0 < (in_pieces(small, ids, [20] + [1]*20).float() - want).abs().max() < 2*noise
+        cache = cached(small).cache(2, 9)
+        plain(cached(small), ids[:, :4], cache=cache)
+        assert kept_bytes(cache) == kv_bytes(replace(small.cfg, attn=part(small.cfg.attn, pattern=part(causal))), 4, 2, torch.bfloat16)
 
 
 @pytest.mark.parametrize('slip', ['no mask', 'positions', 'values', 'ring written first', 'ring too small'])
@@ -215,7 +217,7 @@ def test_places_and_rings():
     full = KVCache(4)
     kv = lambda n: torch.randn(2, 1, 2, n, 3)
     full.add(*kv(3), torch.arange(3))
-    with pytest.raises(LabError, match='has 4 places, 5 are needed'): full.add(*kv(2), torch.arange(3, 5))
+    with pytest.raises(LabError, match='has 4 places, 5 are needed: make it, or the reader, longer'): full.add(*kv(2), torch.arange(3, 5))
     assert full.n == 3 and full.j.tolist() == [0, 1, 2, -1]      # a refused piece leaves nothing
     for size in (1, 2, 5, 8):
         ring, all_j, draw = RollingCache(size), torch.arange(60), random.Random(size)
@@ -279,7 +281,11 @@ def test_completions_are_the_samples_of_each_alone(kind, how):
             for s, c in enumerate(row):
                 alone = ''.join(stream(cached(model), tok, p, 30, seed=5 + s, **how))
                 assert c.text == alone and len(c.ids) == len(c.logprobs) <= 30
-                assert c.ended == 'length' or len(c.ids) < 30 or how.get('stop')
+                assert (c.ended == 'length') == (len(c.ids) == 30) or c.ended == 'stop'
+                ids, whole = torch.tensor(c.ids, dtype=torch.long), prompt_ids(model, tok, p)[0]
+                if len(whole) + len(ids) <= T and len(ids):
+                    row = plain(model, torch.cat([whole, ids])[None])[0].log_softmax(-1)[len(whole) - 1:-1]
+                    near(torch.tensor(c.logprobs), row.gather(1, ids[:, None])[:, 0], 1e-4)
 
 
 def test_bytes_make_whole_characters_in_a_batch():
@@ -289,6 +295,35 @@ def test_bytes_make_whole_characters_in_a_batch():
     for prompt, (c, d) in zip(('é', 'Où est'), complete(model, tok, ['é', 'Où est'], 40, samples=2, seed=2, temperature=1.5)):
         assert prompt + c.text == sample(model, tok, prompt, 40, seed=2, temperature=1.5)
         assert prompt + d.text == sample(model, tok, prompt, 40, seed=3, temperature=1.5)
+
+
+def test_misuse_is_told_in_one_line():
+    model, ids = shaken(KINDS['2 heads']), ids_of(12, 1)
+    quick = cached(model)
+    cache = quick.cache(1, T)
+    plain(quick, ids[:, :5], cache=cache)
+    for call, word in ((lambda: quick(ids[:, 5:6], cache=cache), 'holds 5 tokens already: say where'),
+                       (lambda: quick(ids_of(1, 2, 1), torch.tensor([5]), cache=cache), 'holds 1 texts, 2 are given'),
+                       (lambda: cached(torch.nn.Linear(2, 2)), 'a MiniGPT is needed'),
+                       (lambda: cached(MiniGPT(Config(**SIZE, attn=part(hidden)))), 'no attention is found'),
+                       (lambda: complete(quick, TOK, 'a', samples=0), 'samples=0: give a whole number of at least 1'),
+                       (lambda: complete(quick, TOK, 'a', 2.5), 'n=2.5: give a whole number'),
+                       (lambda: complete(quick, TOK, 'a', stop=[3]), 'give a text to end at'),
+                       (lambda: Reader(quick, 9)(ids[:, :0]), 'an empty text')):
+        with pytest.raises(LabError, match=word): call()
+    with pytest.warns(UserWarning, match='the prompt has 99 tokens, the model sees the last 40'): complete(quick, TOK, ['a'*99, 'a'], 2)
+
+
+def hidden(cfg, layer=0): return Attention(cfg, layer)
+
+
+def test_a_reader_survives_a_mistake():
+    "Half a step is not kept: what comes after is right"
+    model, ids = shaken(KINDS['2 heads']), ids_of(13, 1)
+    for reader in (Reader(cached(model), T), Reader(model, T)):
+        reader(ids[:, :5])
+        with pytest.raises(IndexError): reader(torch.tensor([[999]]))
+        near(reader(ids[:, 5:6]), plain(model, ids[:, :6])[:, -1])
 
 
 def test_nothing_to_write():
@@ -307,9 +342,9 @@ def test_nothing_to_write():
 def test_a_padded_batch_is_transformers_own(family, penalty, tmp_path):
     transformers = pytest.importorskip('transformers', reason='pip install transformers')
     from llm_lab.hub import from_hf
-    from test_hf import drawn
+    from test_hf import drawn as settings
     torch.manual_seed(0)
-    said = drawn(family, 1) | dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    said = settings(family, 1) | dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
     theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(family, **said)).eval()
     theirs.save_pretrained(tmp_path/'hf')
     ours = cached(from_hf(tmp_path/'hf')[0])
@@ -324,8 +359,6 @@ def test_a_padded_batch_is_transformers_own(family, penalty, tmp_path):
     for b, text in enumerate(texts):                           # alone
         got = torch.stack(list(generate(ours, text[None], 30, temperature=0, repetition_penalty=penalty)), 1)
         assert got[0].tolist() == want[b].tolist()
-    reader, new = Reader(ours, 39, pad), ids                   # together
-    if penalty == 1:
-        out = []
-        for _ in range(30): out.append(new := reader(new).argmax(-1, keepdim=True))
-        assert torch.cat(out, 1).tolist() == want.tolist()
+    reader, new, out = Reader(ours, 39, pad), ids, []          # together
+    for _ in range(30): out.append(new := drawn(reader(new), reader.ids, rng(0, 'x'), temperature=0, repetition_penalty=penalty))
+    assert torch.cat(out, 1).tolist() == want.tolist()

@@ -1,5 +1,6 @@
 """Chapter 19: the fast form of a model writes the same, whatever the parts, and eight bits cost what they are said to cost."""
 import shutil
+import threading
 from dataclasses import replace
 
 import pytest
@@ -11,8 +12,10 @@ from llm_lab.cache import Cached, cached, complete, window
 from llm_lab.fast import Int8, Wide, fast, fetched, speed
 from llm_lab.gpt import Attention, Config, MiniGPT, part
 from llm_lab.gqa import GQA
-from llm_lab.lab import LabError, rng
+from llm_lab.lab import LabError, quick_products, rng
 from llm_lab.llama import QKNorm, Rope, llama, spectral_init
+from llm_lab.look import attention_maps, logit_lens, without_head
+from llm_lab.package import save_package
 from llm_lab.sample import Reader, generate, sample
 
 each = pytest.mark.parametrize('kind', KINDS)
@@ -79,6 +82,78 @@ def test_the_short_road_is_not_taken_where_it_is_wrong():
         assert quick.simple == (pattern is None and quick.model.cfg != cfg)
 
 
+def comb(i, j, size): return (j <= i) & (i - j < size) & ((i - j) % 2 == 0)
+def apart(i, j, h, size): return (j <= i) & (i - j < size - h)
+for f in (comb, apart): f.reach = lambda size: size
+
+
+@pytest.mark.parametrize('pattern', [comb, apart])
+def test_a_pattern_with_holes_takes_the_old_road(pattern):
+    model, ids = shaken(llama(**SIZE, attn=part(Attention, steps=(part(Rope),), pattern=part(pattern, size=7)))), ids_of(2, 2)
+    quick, want = fast(model), plain(model, ids)
+    reader = Reader(quick, T)
+    for t, piece in zip((9, *range(10, T)), ids.split([10] + [1]*30, 1)): near(reader(piece), want[:, t])
+    assert not quick.simple and quick.cache(1, 9)[0].endless
+
+
+def test_who_looks_on_is_asked():
+    "The watching steps of chapter 11 work on the fast form, also while it writes"
+    model, ids = shaken(KINDS['2 heads']), ids_of(6, 1)
+    quick = fast(model)
+    with without_head(model, 1, 1): want = plain(model, ids)
+    with without_head(quick, 1, 1):
+        reader = Reader(quick, T)
+        for t, piece in zip((9, *range(10, T)), ids.split([10] + [1]*30, 1)): near(reader(piece), want[:, t])
+    cache = quick.cache(1, T)
+    plain(quick, ids[:, :9], cache=cache)
+    maps = attention_maps(quick, ids[0, 9:10], torch.tensor([9]), cache=cache)
+    near(maps[:, :, 0], attention_maps(model, ids[0, :10])[:, :, -1])
+    near(logit_lens(quick, ids[0]), logit_lens(model, ids[0]))
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32])
+def test_dropout_training_and_low_precision(dtype):
+    model, ids = shaken(replace(KINDS['2 heads'], dropout=.5)), ids_of(7, 2)
+    want, model = plain(model, ids), model.to(dtype).train()
+    noise = (plain(model.eval(), ids).float() - want).abs().max() + 1e-5
+    reader = Reader(fast(model.train()), T)
+    for t, piece in zip((9, *range(10, T)), ids.split([10] + [1]*30, 1)): assert (reader(piece).float() - want[:, t]).abs().max() < 2*noise
+    assert model.training
+
+
+def test_layers_with_rings_of_different_sizes():
+    near_by = part(Attention, pattern=part(window, size=5), steps=(part(Rope),), bias=False)
+    far = part(GQA, n_kv_heads=2, steps=(part(Rope, base=100.),))
+    model, ids = shaken(replace(llama(**SIZE), attn=part(mixed, near=near_by, far=far))), ids_of(8, 2)
+    quick, want = fast(model), plain(model, ids)
+    assert quick.simple and [c.length for c in quick.cache(1, 9).values()] == [5, 9, 5]
+    reader = Reader(quick, T)
+    for t, piece in zip((9, *range(10, T)), ids.split([10] + [1]*30, 1)): near(reader(piece), want[:, t])
+
+
+def mixed(cfg, layer=0, *, near, far): return (far if layer % 2 else near)(cfg, layer)
+
+
+@pytest.mark.skipif(not quick_products(), reason='this processor gains nothing by oneDNN, so no setting is touched')
+def test_threads_leave_the_settings_of_torch_as_they_were():
+    quick = fast(MiniGPT(llama(2000, d_model=512, n_layers=1, n_heads=4, max_len=64)))
+    prompt = torch.randint(2000, (1, 5), generator=rng(0, 'prompt'))
+    want, got = torch.cat(list(generate(quick, prompt, 20))).tolist(), []
+    threads = [threading.Thread(target=lambda: got.append(torch.cat(list(generate(quick, prompt, 20))).tolist())) for _ in range(3)]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    assert got == [want]*3 and torch.backends.mkldnn.matmul.fp32_precision == 'none'
+
+
+def test_what_a_fast_model_is_not_for(tmp_path):
+    quick = fast(MiniGPT(Config(**SIZE)))
+    with pytest.raises(LabError, match='fast already'): fast(quick)
+    with pytest.raises(LabError, match='a Fast is not saved'): save_package(tmp_path/'p', quick, TOK)
+    with pytest.raises(LabError, match="no part of this model reads 'doc'"): quick(ids_of(0, 1), doc=1)
+    with pytest.raises(LabError, match='no more tokens than the model sees'): speed(quick, prompt=30, n=30)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_model_is_left_alone_and_bound_weights_are_read():
     for cfg in (KINDS['tied'], replace(KINDS['Llama'], init=part(spectral_init)), KINDS['soft cap']):
         model, ids = MiniGPT(cfg).eval(), ids_of(3, 1)
@@ -102,7 +177,7 @@ def test_eight_bits_are_the_nearest_of_255():
     with torch.no_grad(): layer.weight[3] = 0; layer.weight[4] *= 1e4
     small = Int8(layer)
     off = (small.weight[:, :40]*small.scale.float()[:, None] - layer.weight).abs()
-    assert (off <= .505*small.scale.float()[:, None] + .004*layer.weight.abs()).all() and small.weight.dtype == torch.int8
+    assert (off <= .505*small.scale.float()[:, None]).all() and small.weight.dtype == torch.int8
     x = torch.randn(5, 1, 40, generator=rng(0, 'x'))
     assert (plain(small, x)[..., 3] == layer.bias[3]).all()
     exact = x.bfloat16().double() @ (small.weight[:, :40]*small.scale.double()[:, None]).T + layer.bias.double()
