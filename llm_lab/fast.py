@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from fastcore.basics import patch
-from .lab import LabError, quick_products, rng
+from .lab import LabError, keep_memory, quick_products, rng
 from .gpt import Attention, Block, part
 from .sample import Reader, room
 from .optim import compiled
@@ -153,6 +153,7 @@ def fast(
     if weights not in ('float32', 'int8'): raise LabError(f'weights={weights!r}: choose from float32, int8')
     if weights == 'int8' and next(model.parameters()).device.type != 'cpu':
         raise LabError("weights='int8' needs a model on the CPU: call model.cpu() first")
+    keep_memory()
     new = Fast(cached(model), _layer(weights))
     if compile: new.step = compiled(new.token, options={'cpp.threads': 1})
     return new
