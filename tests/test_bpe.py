@@ -656,7 +656,8 @@ def test_a_model_with_this_tokenizer_is_packed_opened_and_writes(tok, tmp_path):
         cfg = model.cfg
 
         def __init__(self, ids, prompt): super().__init__(); self.ids, self.prompt, self.w = ids, prompt, torch.nn.Parameter(torch.zeros(1))
-        def features(self, ids): self.at = ids.shape[1] - self.prompt; return ids[..., None].float()
+        def cache(self, batch, length): return None
+        def features(self, ids, i=None): self.at = ids.shape[1] - self.prompt; return ids[..., None].float()
         def head(self, x): return torch.nn.functional.one_hot(torch.tensor([self.ids[self.at]]), tok.vocab_size)*99.
     words = 'né 家🏠👩‍🚀, x'
     single = [tok.letter_ids[c] for c in to_letters(words)]                                  # every byte a token

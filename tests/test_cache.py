@@ -15,6 +15,7 @@ from llm_lab.gpt import Attention, Config, MiniGPT, causal, config_from, part, t
 from llm_lab.gqa import GQA, kv_bytes
 from llm_lab.lab import LabError, rng
 from llm_lab.llama import Capped, QKNorm, RMSNorm, Rope, Sinusoidal, linear_scaling, llama
+from llm_lab.look import attention_maps
 from llm_lab.package import open_model, save_package
 from llm_lab.sample import Reader, drawn, generate, prompt_ids, sample, stream
 
@@ -142,6 +143,18 @@ def test_picked_rows_go_on_as_themselves(kind):
     picked(reader, rows)
     got = [reader(ids[rows, t:t + 1]) for t in range(20, 25)][-1]
     near(got, torch.cat([plain(model, ids[b:b + 1, [0, 3, 9, 1][b]:25])[:, -1] for b in rows]))
+
+
+@each
+def test_maps_through_a_cache_are_rows_of_the_maps_of_the_whole(kind):
+    model, ids = shaken(KINDS[kind], 7), ids_of(7, 2)
+    want, quick = attention_maps(model, ids), cached(model)
+    cache, at = quick.cache(2, T), 0
+    for piece in ids.split([20, 1, 1, 5, 13], 1):
+        end = at + piece.shape[1]
+        got = attention_maps(quick, piece, torch.arange(at, end), cache=cache)
+        near(got, want[:, :, :, at:end, :end], 1e-6)
+        at = end
 
 
 @each
