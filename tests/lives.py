@@ -25,7 +25,7 @@ def to(pattern): return lambda a, b, *_: re.search(pattern, str(b)) is not None
 PLACES = dict(
     packing=(pack, '_write'), packed=(os, 'replace', to(r'/packed/[^/]+$')), cutting_rows=(Metrics, 'cut'), describing=(run, '_describe'),
     noting=(os, 'replace', to(r'/(config\.yaml|run\.json|runs/latest)$')), rewriting=(os, 'replace', to(r'/(metrics|samples)\.\w+$')),
-    taking_up=(Checkpoints, 'load'), stepping=(optim, 'update'), validating=(train, 'token_losses'), sampling=(sample, '_next'),
+    taking_up=(Checkpoints, 'load'), stepping=(optim, 'update'), validating=(train, 'token_losses'), sampling=(sample, 'drawn'),
     writing_rows=(Metrics, '_add'), tearing_rows=(Metrics, '_add'), syncing=(Metrics, 'sync'),
     saving=(checkpoint, 'write_package'), sealing=(checkpoint, 'seal'), committing=(os, 'replace', to(r'/step-\d+$')),
     naming=(os, 'replace', to(r'/runs/[^/]+/(latest|best)$')), pruning=(os, 'replace', to(r'\.gone$')),
