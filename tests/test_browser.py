@@ -42,16 +42,23 @@ def test_the_check_sees_an_error(browser, tmp_path):
         assert 'on purpose' in shot.seen(page)['error'][0]
 
 
+PICTURE = '.jupyter-widgets img[src^="data:image/png"], .widget-output img[src^="data:image/png"]'
+
+
+def redrawn(page):
+    "Move the first slider by a step, and wait until its picture is another one"
+    page.wait_for_selector(PICTURE)
+    before, handle = page.locator(PICTURE).last.get_attribute('src'), page.locator('.noUi-handle').first
+    handle.focus()
+    handle.press('ArrowRight')
+    page.wait_for_function('([area, old]) => [...document.querySelectorAll(area)].pop()?.src !== old', arg=[PICTURE, before])
+
+
 def test_a_knob_redraws_its_picture(browser):
     "`explore` in a live notebook: the real slider is moved, the kernel answers with another picture, and pictures have words"
     with shot.opened(ROOT/'nbs'/'00_lab.ipynb', OUT) as page:
         shot.run_all(page)
-        area = '.jupyter-widgets img[src^="data:image/png"], .widget-output img[src^="data:image/png"]'
-        page.wait_for_selector(area)
-        before = page.locator(area).last.get_attribute('src')
-        page.locator('.noUi-handle').first.focus()
-        page.locator('.noUi-handle').first.press('ArrowRight')
-        page.wait_for_function('([area, old]) => [...document.querySelectorAll(area)].pop()?.src !== old', arg=[area, before])
+        redrawn(page)
         assert page.locator('.widget-readout').first.inner_text() == '0.2'
         page.screenshot(path=str(OUT/'00_lab.knob.png'))
         assert shot.seen(page)['error'] == []
@@ -70,13 +77,8 @@ def test_the_knobs_of_a_chapter_redraw_its_picture(browser, name, knobs, tmp_pat
     nbformat.write(nb, tmp_path/f'{name}.ipynb')
     with shot.opened(tmp_path/f'{name}.ipynb', OUT) as page:
         shot.run_all(page)
-        area = '.jupyter-widgets img[src^="data:image/png"], .widget-output img[src^="data:image/png"]'
-        page.wait_for_selector(area)
-        before = page.locator(area).last.get_attribute('src')
-        page.locator('.noUi-handle').first.focus()
-        page.locator('.noUi-handle').first.press('ArrowRight')
-        page.wait_for_function('([area, old]) => [...document.querySelectorAll(area)].pop()?.src !== old', arg=[area, before])
-        page.locator(area).last.scroll_into_view_if_needed()
+        redrawn(page)
+        page.locator(PICTURE).last.scroll_into_view_if_needed()
         page.screenshot(path=str(OUT/f'{name}.knob.png'))
         assert shot.seen(page)['error'] == []
 

@@ -48,12 +48,7 @@ each = pytest.mark.parametrize('kind', KINDS)
 plain = torch.no_grad()(lambda model, *args, **ctx: model(*args, **ctx))
 
 
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    old = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(old)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def shaken(cfg, seed=0):

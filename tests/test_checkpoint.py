@@ -30,12 +30,7 @@ IDS = torch.tensor(TOK.encode(TEXT))
 WEIGHTS, MEMORY = 'model.safetensors', 'optimizer.safetensors'
 
 
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    old = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(old)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def begin(opt=muon, steps=40, dropout=.2, make=Config, **parts):

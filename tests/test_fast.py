@@ -22,12 +22,7 @@ each = pytest.mark.parametrize('kind', KINDS)
 OLD_ROAD = {'heads look apart'}                                # a pattern that only the old road knows
 
 
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    old = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(old)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 @each

@@ -21,12 +21,7 @@ SEEDS, T = range(40), 12
 TOK = CharTokenizer.train('abcdefghijklmno\n')
 
 
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    old = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(old)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def drawn(seed):

@@ -1,0 +1,12 @@
+"What several files of tests share."
+import pytest
+
+
+@pytest.fixture(scope='module')
+def one_thread():
+    "PyTorch on one thread: tiny models are faster so, and their sums always go in one order. `pytestmark = usefixtures('one_thread')`"
+    import torch
+    old = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(old)
