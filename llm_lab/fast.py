@@ -67,6 +67,7 @@ def _simple(block):
     "Is the short road right for this block?"
     attn, steps = block.attn, [type(s) for s in block.attn.steps]
     same = (type(block).forward, type(attn).forward, type(attn).project) == (Block.forward, Attention.forward, Attention.project)
+    same = same and getattr(attn, 'by_mask', type(attn).join is Attention.join)
     return (same and {*steps} <= {Rope, QKNorm, Cached} and steps.count(Cached) == 1 and steps[-1] is Cached
             and (attn.plain if attn.steps[-1].size is None else attn.pattern == part(window, size=attn.steps[-1].size)))
 

@@ -37,7 +37,7 @@ GQA.check = staticmethod(_groups_fit)
 def kv_heads(cfg:Config)->int:
     "Key and value heads in each layer; raises `LabError` for an attention that is neither `Attention` nor `GQA`"
     if cfg.attn.func is Attention: return cfg.n_heads
-    if cfg.attn.func is GQA: return cfg.attn.keywords['n_kv_heads']
+    if isinstance(cfg.attn.func, type) and issubclass(cfg.attn.func, GQA): return cfg.attn.keywords.get('n_kv_heads') or cfg.n_heads
     raise LabError(f'attn={cfg.attn}: what it keeps is not known; use part(Attention) or part(GQA, n_kv_heads=…)')
 
 # %% ../nbs/17_gqa.ipynb #afa532a4

@@ -280,6 +280,16 @@ def freed(model:MiniGPT)->MiniGPT: # in eval mode; raises `LabError` if nothing 
     return plain.eval()
 
 # %% ../nbs/16_llama.ipynb #8f32d40a
+def _attends(x): # is there an attention in this recipe?
+    if isinstance(x, tuple): return any(map(_attends, x))
+    return isinstance(x, part) and (isinstance(x.func, type) and issubclass(x.func, Attention) or any(map(_attends, x.keywords.values())))
+
+def _given(x, kw):
+    "A recipe with these keywords where it lacks them; where it holds recipes of attentions, those get them"
+    if isinstance(x, tuple): return tuple(_given(y, kw) for y in x)
+    inner = {k: _given(v, kw) for k, v in x.keywords.items() if _attends(v)}
+    return part(x, **inner or kw | x.keywords)
+
 def llama(
     vocab_size:int=65,
     depth:int=None,       # one dial for the size: layers; width 64·depth and `depth` heads of 64 channels follow
@@ -293,8 +303,8 @@ def llama(
     if rope is not None and 'steps' in attn.keywords:
         raise LabError(f'rope={rope!r} beside steps of attn: write the Rope among the steps, or leave steps out')
     if depth: settings = dict(n_layers=depth, d_model=64*depth, n_heads=depth) | settings
-    given = dict(steps=(rope or part(Rope),), bias=False) | attn.keywords
-    return Config(vocab_size, attn=part(attn, **given), **dict(mlp=part(SwiGLU), norm=part(RMSNorm), pos=None) | settings)
+    attn = _given(attn, dict(steps=(rope or part(Rope),), bias=False))
+    return Config(vocab_size, attn=attn, **dict(mlp=part(SwiGLU), norm=part(RMSNorm), pos=None) | settings)
 
 def rate(cfg:Config, base=.011)->float:
     "A learning rate of Muon for `depth`: `base` at 128 channels, in proportion to 1/d_model (measured in `depth_dial`)"

@@ -17,7 +17,7 @@ from io import BytesIO
 import torch
 from torch import Tensor, nn
 from .lab import WEIGHTS, LabError, need, pyplot, rng, widgets_live
-from .gpt import Attention, attend
+from .gpt import Attention
 
 # %% ../nbs/11_look.ipynb #d453cecd
 class _Step(nn.Module):
@@ -59,7 +59,7 @@ def attention_maps(
     notes = []
     def watch(attn, q, k, v, i, j, **ctx):
         units = torch.eye(k.shape[2], dtype=q.dtype, device=q.device).expand(*k.shape[:2], -1, -1)
-        notes.append((attend(q, k, units, attn.seen(i, j, **ctx)).float().cpu(), j.cpu()))
+        notes.append((attn.join(q, k, units, i, j, **ctx | dict(rising=False)).float().cpu(), j.cpu()))
         return q, k, v, i, j
     with stepped(model, watch): _read(model, ids, i, **ctx)
     size = 1 + max(int(j.max()) for _, j in notes)             # layers may keep different keys

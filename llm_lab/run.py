@@ -176,7 +176,7 @@ def validate(self:Job, run)->dict:
     if n % c.eval.sample_every == 0 or n == run.steps:
         text = sample(run.model, self.texts['tokenizer'], c.eval.prompt, c.eval.sample_tokens, c.train.seed)
         self.metrics.keep(dict(step=n, prompt=c.eval.prompt, text=text))
-    return dict(val=val, val_bits_per_byte=val*_per_byte(self.texts['val']))
+    return dict(val=val, val_bits_per_byte=val*_per_byte(self.texts['val']), **run.model.metrics())
 
 # %% ../nbs/15_run.ipynb #7b6456bb
 @patch
