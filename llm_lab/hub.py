@@ -19,10 +19,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from .lab import LabError, written
 from .chars import load_tokenizer
-from .gpt import Attention, Config, MLP, MiniGPT, part
+from .gpt import Attention, Config, MLP, MiniGPT, causal, part
 from .package import Opened, parsed
 from .llama import QKNorm, RMSNorm, ReLU2, Rope, SwiGLU, linear_scaling, llama3_scaling
 from .gqa import GQA
+from .cache import window
+from .kernels import SparseAttention
 
 # %% ../nbs/24_hub.ipynb #e93e57c3
 _LLAMA = {
@@ -121,16 +123,27 @@ def _rope(v, family):
                 scale=f and part(f, **{k: _number(w, theirs) for k, theirs in keys.items()}))
 
 # %% ../nbs/24_hub.ipynb #4c554634
-def _context(v, family, most, max_len):
-    "The longest text for which the file and our model are the same function"
-    if max_len is not None and (family == 'gpt2' or not 0 < max_len <= most):
-        remedy = 'they are a table, leave max_len out' if family == 'gpt2' else 'give a number up to that'
-        raise LabError(f'max_len={max_len!r}: this file has {most} positions: {remedy}')
-    window = v.get('sliding_window') if v.get('use_sliding_window', family != 'qwen3') else None
-    most = max_len or most
-    if 'sliding_window' in DEFAULTS[family] and window and _number(v, 'sliding_window') < most:
-        _refuse('sliding_window', window, f'shorter than the context of {most}; give max_len={window}')
-    return most
+def _context(family, most, max_len):
+    if max_len is None or (family != 'gpt2' and 0 < max_len <= most): return max_len or most
+    remedy = 'they are a table, leave max_len out' if family == 'gpt2' else 'give a number up to that'
+    raise LabError(f'max_len={max_len!r}: this file has {most} positions: {remedy}')
+
+def _pattern(v, family, most):
+    "Which keys a query reads, in texts of up to `most` tokens"
+    v = {k: v.get(k) for k in DEFAULTS[family]}                # other words say nothing to this family
+    if v.get('sliding_window') is None or not v.get('use_sliding_window', True): return part(causal)
+    size = _number(v, 'sliding_window', int)
+    if family != 'qwen3' or size >= most: return part(window, size=size)
+    _refuse('sliding_window', size, f'not in all layers, and below the context of {most}; give max_len={size}')
+
+# %% ../nbs/24_hub.ipynb #31bb3c81
+def _reader(attn, cfg): # a recipe → one of the same function, for texts of up to max_len tokens
+    if attn.func not in (Attention, GQA, SparseAttention): return attn
+    kw = {k: v for k, v in attn.keywords.items() if k != 'n_kv_heads' or v != cfg.n_heads}
+    p = kw.get('pattern', part(causal))
+    if 'sink' in kw or (p.func is window and p.keywords['size'] < cfg.max_len): return part(SparseAttention, **kw)
+    if p.func is window or p == part(causal): kw.pop('pattern', None)
+    return part(GQA if 'n_kv_heads' in kw else Attention, **kw)
 
 # %% ../nbs/24_hub.ipynb #aec4e416
 def _filled(p): return {k: o.default for k, o in signature(p.func).parameters.items()} | p.keywords
@@ -139,16 +152,14 @@ def _d_ff(cfg, mlp):
     with torch.device('meta'): return getattr(getattr(mlp(cfg), 'out', None), 'in_features', None)
 
 def normal(x): # a Config or a recipe → the same kind
-    "The same without what goes without saying: keywords at their defaults, GQA with as many heads, first weights"
+    "The same without what goes without saying: keywords at their defaults, windows of all tokens, first weights"
     if isinstance(x, tuple): return tuple(map(normal, x))
     if isinstance(x, part):
         default, kw = _filled(part(x.func)), {k: normal(v) for k, v in x.keywords.items()}
         return part(x.func, **{k: v for k, v in kw.items() if k not in default or v != normal(default[k])})
     if not isinstance(x, Config): return x
     new = {f.name: normal(getattr(x, f.name)) for f in fields(x)} | dict(init=Config().init)
-    attn, mlp = new['attn'].keywords, {k: v for k, v in new['mlp'].keywords.items() if k != 'd_ff'}
-    if new['attn'].func is GQA and attn['n_kv_heads'] == x.n_heads:
-        new['attn'] = part(Attention, **{k: v for k, v in attn.items() if k != 'n_kv_heads'})
+    new['attn'], mlp = _reader(new['attn'], x), {k: v for k, v in new['mlp'].keywords.items() if k != 'd_ff'}
     if x.d_head and x.d_head*x.n_heads == x.d_model: new['d_head'] = None
     plain = part(x.mlp.func, **mlp)
     if 'd_ff' in new['mlp'].keywords and _d_ff(x, plain) == _d_ff(x, new['mlp']): new['mlp'] = plain
@@ -172,34 +183,36 @@ def config_from_hf(
         _refuse('dropout', [drop, *more], 'it matters in training only; write 0 for all of them')
     if (act := v[words['act']]) not in [*ACTS]: _refuse(words['act'], act, f'only {", ".join(ACTS)} can be read')
     said = {k: _number(v, words[k], int) for k in ('vocab_size', 'max_len', 'd_model', 'n_layers', 'n_heads')}
-    said |= dict(max_len=_context(v, family, said['max_len'], max_len), tie=v['tie_word_embeddings'], dropout=drop)
+    said |= dict(max_len=_context(family, said['max_len'], max_len), tie=v['tie_word_embeddings'], dropout=drop)
     eps, act = _number(v, words['eps']), ACTS[act]
-    if family != 'gpt2': return normal(Config(**said, **_modern(v, family, act, eps)))
+    if family != 'gpt2': return normal(Config(**said, **_modern(v, family, act, eps, said['max_len'])))
     d_ff = None if v['n_inner'] is None else _number(v, 'n_inner', int)
     return normal(Config(**said, mlp=part(MLP, d_ff=d_ff, act=act), norm=part(nn.LayerNorm, eps=eps)))
 
 # %% ../nbs/24_hub.ipynb #237742e3
-def _modern(v, family, act, eps):
+def _modern(v, family, act, eps, most):
     C, H = v['hidden_size'], v['num_attention_heads']
     if family == 'llama' and C % H: _refuse('hidden_size', C, f'it must be a multiple of num_attention_heads={H}')
     d_head, n_kv = (_number(v, k, int) if v.get(k) is not None else other
                     for k, other in (('head_dim', C//H), ('num_key_value_heads', H)))
     attn_bias, mlp_bias = (v[k] if k in DEFAULTS[family] else False for k in ('attention_bias', 'mlp_bias'))
     steps = ([part(QKNorm, eps=eps)] if family == 'qwen3' else []) + [_rope(v, family)]
-    return dict(attn=part(GQA, n_kv_heads=n_kv, steps=steps, bias=attn_bias), norm=part(RMSNorm, eps=eps), pos=None,
+    attn = part(SparseAttention, n_kv_heads=n_kv, steps=steps, bias=attn_bias, pattern=_pattern(v, family, most))
+    return dict(attn=attn, norm=part(RMSNorm, eps=eps), pos=None,
                 mlp=part(SwiGLU, d_ff=_number(v, 'intermediate_size', int), act=act, bias=mlp_bias), d_head=d_head)
 
 # %% ../nbs/24_hub.ipynb #a2e5ec72
 def _draft(cfg, family):
     "What a file of this family can say of `cfg`, right or not"
     attn, mlp, words, d_ff = _filled(cfg.attn), _filled(cfg.mlp), _words(family), _d_ff(cfg, cfg.mlp)
+    size = p.keywords['size'] if (p := cfg.attn.keywords.get('pattern')) and p.func is window else None
     act = next((k for k, a in ACTS.items() if normal(a) == normal(mlp.get('act'))), 'silu')
     said = {theirs: getattr(cfg, k, None) for k, theirs in words.items()} | {
         words['act']: act, words['d_ff']: d_ff or 1, words['eps']: _filled(cfg.norm).get('eps', 1.)} | dict(
-        tie_word_embeddings=cfg.tie, head_dim=cfg.head_dim, num_key_value_heads=attn.get('n_kv_heads', cfg.n_heads),
-        attention_bias=attn.get('bias'), mlp_bias=mlp.get('bias'), sliding_window=None, use_sliding_window=False,
-        attention_dropout=0., **dict.fromkeys(('resid_pdrop', 'embd_pdrop', 'attn_pdrop'), cfg.dropout))
-    if family == 'phi3': said |= dict(resid_pdrop=0., embd_pdrop=0.)
+        tie_word_embeddings=cfg.tie, head_dim=cfg.head_dim, sliding_window=size, use_sliding_window=False,
+        num_key_value_heads=attn.get('n_kv_heads') or cfg.n_heads, attention_bias=attn.get('bias'),
+        mlp_bias=mlp.get('bias'), attention_dropout=0.,
+        **dict.fromkeys(('resid_pdrop', 'embd_pdrop', 'attn_pdrop'), cfg.dropout if family == 'gpt2' else 0.))
     name, marks = 'GPT2LMHeadModel' if family == 'gpt2' else f'{family.title()}ForCausalLM', ('bos', 'eos', 'pad')
     out = dict(model_type=family, architectures=[name], **{k: said[k] for k in DEFAULTS[family]},
                **{f'{k}_token_id': None for k in marks})       # their defaults may lie beyond our table

@@ -112,6 +112,32 @@ def test_merges_can_be_scrubbed_and_texts_typed(browser):
         assert shot.seen(page)['error'] == []
 
 
+def test_a_clicked_token_shows_what_it_can_have_heard_of(browser):
+    "The live graph of chapter 20: a click on a token, or into the graph, changes lines and words; the numbers are those of `reached`"
+    from playwright.sync_api import expect
+    from llm_lab.cache import window
+    from llm_lab.gpt import part
+    from llm_lab.sparse import either, expander, reached, said
+    patterns = [part(either, of=(part(window, size=4), part(expander, degree=2, beyond=4)))]*3
+    with shot.opened(ROOT/'nbs'/'20_sparse.ipynb', OUT, width=900, height=900) as page:
+        shot.run_all(page)
+        assert shot.seen(page)['error'] == []
+        box = page.locator('.reach')
+        words, tokens, lines = (box.locator(o) for o in ('.reach-words', '.reach-token', 'svg line'))
+        expect(words).to_have_text(said(reached(patterns, 32, 26), 26))
+        box.scroll_into_view_if_needed()
+        page.screenshot(path=str(OUT/'20_sparse.reach.png'))
+        for t in (9, 0, 31):
+            tokens.nth(t).click()
+            expect(words).to_have_text(said(reached(patterns, 32, t), t))
+            assert tokens.nth(t).get_attribute('aria-pressed') == 'true'
+            if t == 0: expect(lines).to_have_count(3)
+        graph = box.locator('svg').bounding_box()
+        page.mouse.click(graph['x'] + graph['width']*12.5/32, graph['y'] + 20)
+        expect(words).to_have_text(said(reached(patterns, 32, 12), 12))
+        assert box.locator('canvas').count() == 3
+
+
 def test_a_touched_token_says_where_it_looks(browser):
     "The live map of chapter 11: mouse, keys and buttons change the words, the kernel's own words agree, and nothing comes from outside"
     from playwright.sync_api import expect

@@ -14,10 +14,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from llm_lab.bpe import BPETokenizer
+from llm_lab.cache import Cached, RollingCache, cached, window
 from llm_lab.chars import CharTokenizer
-from llm_lab.gpt import MLP, Attention, Config, MiniGPT, part
+from llm_lab.fast import fast
+from llm_lab.gpt import MLP, Attention, Config, MiniGPT, causal, part
 from llm_lab.gqa import GQA
 from llm_lab.hub import ACTS, DEFAULTS, NAMES, config_from_hf, from_hf, hf_config, normal, to_hf, views
+from llm_lab.kernels import SparseAttention, way
 from llm_lab.lab import LabError, rng
 from llm_lab.llama import QKNorm, RMSNorm, Rope, SwiGLU, half_split, linear_scaling, llama, llama3_scaling
 from llm_lab.sample import generate
@@ -116,19 +119,34 @@ def test_the_draw_covers_what_it_should():
     assert {d['rope_parameters'].get('partial_rotary_factor', 1.) for f, d in said if f == 'phi3'} > {1.}
 
 
+def both_ways(theirs, ours, family, ids):
+    "Logits of both, and {their name: gradient} of both"
+    logits = ours(ids), theirs(ids).logits
+    for model, out in zip((ours, theirs), logits):
+        model.zero_grad()
+        F.cross_entropy(out[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+    mine = views(ours, family, {n: p.grad for n, p in ours.named_parameters()})
+    other = {n: p.grad for n, p in theirs.named_parameters()}
+    assert mine.keys() == other.keys()                         # no weight is forgotten on either side
+    return *logits, mine, other
+
+
+def greedy(model, ids): return torch.stack(list(generate(model, ids, NEW, temperature=0)), 1).tolist()
+
+
+def their_greedy(theirs, ids, **kw):
+    out = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False,
+                          eos_token_id=None, pad_token_id=0, **kw)
+    return out[:, ids.shape[1]:].tolist()
+
+
 @pytest.mark.parametrize('family,seed', KINDS)
 def test_logits_and_gradients_equal_theirs(pair, family, seed):
     theirs, _, ours = pair(family, seed)
     ids = torch.randint(ours.cfg.vocab_size, (2, T), generator=rng(seed, 'ids'))
-    got, want = ours(ids), theirs(ids).logits
+    got, want, mine, other = both_ways(theirs, ours, family, ids)
     assert want.abs().max() > .1
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
-    for model, logits in ((ours, got), (theirs, want)):
-        model.zero_grad()
-        F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
-    mine = views(ours, family, {n: p.grad for n, p in ours.named_parameters()})
-    other = {n: p.grad for n, p in theirs.named_parameters()}
-    assert mine.keys() == other.keys()                         # no weight is forgotten on either side
     for n in other: torch.testing.assert_close(mine[n], other[n], rtol=0, atol=1e-5, msg=lambda m: f'{n}: {m}')
 
 
@@ -136,10 +154,7 @@ def test_logits_and_gradients_equal_theirs(pair, family, seed):
 def test_fifty_tokens_are_theirs(pair, family, seed):
     theirs, _, ours = pair(family, seed)
     ids = torch.randint(ours.cfg.vocab_size, (2, 6), generator=rng(seed, 'prompt'))
-    got = torch.stack(list(generate(ours, ids, NEW, temperature=0)), 1)
-    want = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False,
-                           eos_token_id=None, pad_token_id=0)
-    assert got.tolist() == want[:, 6:].tolist()
+    assert greedy(ours, ids) == their_greedy(theirs, ids)
 
 
 @pytest.mark.parametrize('base', [10_000., 500_000., 1e6])
@@ -178,6 +193,204 @@ def test_there_and_back_is_the_same_file(pair, tmp_path, family, seed):
     assert {k: got.get(k) for k in names - {act}} == {k: want.get(k) for k in names - {act}}
     ids = torch.randint(ours.cfg.vocab_size, (2, T), generator=rng(seed, 'ids'))
     with torch.no_grad(): torch.testing.assert_close(back(ids).logits, theirs(ids).logits, rtol=0, atol=5e-6)
+
+
+# ---- windows shorter than the text
+
+WINDOWS = [(f, size, seed) for f in ('mistral', 'phi3') for seed, size in enumerate((1, 7, 16, 40))]
+windowed = pytest.mark.parametrize('family,size,seed', WINDOWS)
+
+
+@pytest.fixture(scope='module')
+def narrow(tmp_path_factory):
+    root = tmp_path_factory.mktemp('windows')
+    @cache
+    def made(family, size, seed):
+        theirs = loud(theirs_of(family, **drawn(family, seed) | dict(sliding_window=size, max_position_embeddings=128)), seed)
+        theirs.save_pretrained(root/f'{family}-{size}')
+        return theirs, root/f'{family}-{size}', from_hf(root/f'{family}-{size}').model
+    return made
+
+
+def near(size): return part(window, size=size)
+def text(model, T, seed=0): return torch.randint(model.cfg.vocab_size, (2, T), generator=rng(seed, 'text'))
+
+
+def changed(model, **kw):
+    "The same weights; other keywords of the attention"
+    other = MiniGPT(replace(model.cfg, attn=part(model.cfg.attn, **kw))).eval()
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+def test_both_kernels_are_asked():
+    assert [way(near(size), 100)[0] for size in (1, 7, 16, 40)] == ['folds']*3 + ['dense']
+
+
+@windowed
+def test_a_window_is_theirs(narrow, family, size, seed):
+    theirs, _, ours = narrow(family, size, seed)
+    assert ours.cfg.attn.func is SparseAttention and ours.cfg.attn.keywords['pattern'] == near(size)
+    got, want, mine, other = both_ways(theirs, ours, family, text(ours, 100))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5*want.abs().max().item())
+    big = max(g.abs().max() for g in other.values()).item()
+    for n in other: torch.testing.assert_close(mine[n], other[n], rtol=0, atol=1e-5*big, msg=lambda m: f'{n}: {m}')
+    with torch.no_grad():                                      # which key is read: the last is size − 1 back
+        for wrong in (size + 1, size - 1 or 2): assert (changed(ours, pattern=near(wrong))(text(ours, 100)) - want).abs().max() > 1e-4
+
+
+@windowed
+@pytest.mark.parametrize('prompt', [3, 60])
+def test_fifty_tokens_through_a_window_are_theirs(narrow, family, size, seed, prompt):
+    theirs, _, ours = narrow(family, size, seed)
+    ids, kept = text(ours, prompt, 1), cached(ours)
+    with torch.no_grad(): sliding = theirs(ids, use_cache=True).past_key_values
+    assert all(layer.is_sliding for layer in sliding.layers)   # theirs forgets, too
+    want = their_greedy(theirs, ids, use_cache=size > 1)       # at 1, their cache keeps all keys (−1 + 1 is not the end)
+    assert {(type(c), c.length) for c in kept.cache(2, 128).values()} == {(RollingCache, size)}
+    assert fast(ours).simple
+    for model in (ours, kept, fast(ours)): assert greedy(model, ids) == want
+
+
+@windowed
+def test_a_window_goes_there_and_back(narrow, tmp_path, family, size, seed):
+    theirs, folder, ours = narrow(family, size, seed)
+    to_hf(tmp_path/'back', ours, family=family)
+    same_file(folder, tmp_path/'back')
+    back, info = load(tmp_path/'back')
+    assert {k: list(v) for k, v in info.items()} == dict.fromkeys(info, []) and len(info) >= 4
+    assert back.config.sliding_window == size and from_hf(tmp_path/'back').model.cfg == ours.cfg
+    ids = text(ours, 100)
+    with torch.no_grad(): assert torch.equal(back(ids).logits, theirs(ids).logits)
+    for attn in (part(GQA, **{'n_kv_heads': ours.cfg.n_heads} | ours.cfg.attn.keywords), part(ours.cfg.attn, n_kv_heads=None)):
+        if attn.func is GQA or 'n_kv_heads' not in ours.cfg.attn.keywords:
+            assert hf_config(replace(ours.cfg, attn=attn), family) == hf_config(ours.cfg, family)
+
+
+def test_a_shorter_context_may_end_the_window(narrow):
+    theirs, folder, ours = narrow('mistral', 16, 2)
+    plain = from_hf(folder, max_len=16).model
+    assert plain.cfg == replace(ours.cfg, max_len=16, attn=part(GQA, **{k: v for k, v in ours.cfg.attn.keywords.items() if k != 'pattern'}))
+    assert from_hf(folder, max_len=17).model.cfg == replace(ours.cfg, max_len=17)
+    ids = text(ours, 17)
+    with torch.no_grad():
+        want = theirs(ids).logits
+        torch.testing.assert_close(plain(ids[:, :16]), want[:, :16], rtol=0, atol=1e-5)
+        assert (plain(ids) - want).abs().max() > 1e-3          # one token more, and the window is felt
+
+
+def test_words_that_a_family_does_not_read(narrow):
+    _, _, ours = narrow('mistral', 7, 1)
+    said = hf_config(ours.cfg)
+    assert config_from_hf(said | dict(use_sliding_window=False)) == ours.cfg                            # a word of Qwen's
+    theirs = loud(theirs_of('mistral', **drawn('mistral', 1) | dict(sliding_window=7, use_sliding_window=False)), 1)
+    other = loud(theirs_of('mistral', **drawn('mistral', 1) | dict(sliding_window=7)), 1)
+    with torch.no_grad(): assert torch.equal(theirs(ids := text(ours, 60)).logits, other(ids).logits)
+    assert config_from_hf(hf_config(MiniGPT(llama()).cfg) | dict(sliding_window=8)) == normal(llama())
+
+
+# ---- gpt-oss: a sink in every softmax, a window in every other layer
+
+def oss_with(size=16, T=400):
+    from transformers.models.gpt_oss import modeling_gpt_oss
+    cfg = transformers.GptOssConfig(
+        vocab_size=50, hidden_size=32, head_dim=12, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2, sliding_window=size,
+        intermediate_size=16, num_local_experts=2, num_experts_per_tok=1, max_position_embeddings=T, attn_implementation='eager',
+        rope_parameters=dict(rope_type='default', rope_theta=150_000.), **dict.fromkeys(('bos_token_id', 'eos_token_id', 'pad_token_id')))
+    model = loud(modeling_gpt_oss.GptOssModel(cfg), 0)
+    with torch.no_grad():
+        for layer in model.layers: layer.self_attn.sinks.copy_(torch.tensor([-30., -1.5, 1.5, 4.]))      # weak, as any key, strong
+    return model
+
+
+def ours_for(attn, size, sink=lambda s, D: s, last=()):
+    "Our reader with the weights of theirs"
+    H, D = len(attn.sinks), attn.head_dim
+    cfg = Config(d_model=32, n_heads=H, d_head=D, max_len=400, pos=None)
+    new = SparseAttention(cfg, attn.layer_idx, n_kv_heads=2, sink=True, pattern=near(size) if size else part(causal),
+                          steps=(part(Rope, base=150_000.), *last))
+    maps = [attn.q_proj, attn.k_proj, attn.v_proj]
+    new.load_state_dict({'sink': sink(attn.sinks, D), 'qkv.weight': torch.cat([m.weight for m in maps]), 'out.weight': attn.o_proj.weight,
+                         'qkv.bias': torch.cat([m.bias for m in maps]), 'out.bias': attn.o_proj.bias})
+    return new
+
+
+def asked(model, **words):
+    "What each attention was asked and what it answered: [(words, answer), …]"
+    notes = []
+    def note(module, args, kwargs, out): notes.append((kwargs, out))
+    hooks = [layer.self_attn.register_forward_hook(note, with_kwargs=True) for layer in model.layers]
+    with torch.no_grad(): model(**words)
+    for h in hooks: h.remove()
+    return notes
+
+
+def compared(theirs, ours, words, x, g):
+    "(largest number, largest difference) of outputs and of all gradients, by name"
+    x = x.clone().requires_grad_()
+    def grads(f, named):
+        out = f(x)
+        return dict(zip(['out', 'x', *named], [out, *torch.autograd.grad(out, [x, *named.values()], g)]))
+    want = grads(lambda x: theirs(**words | dict(hidden_states=x, past_key_values=None))[0], dict(theirs.named_parameters()))
+    got = grads(lambda x: ours(x, torch.arange(x.shape[1]), rising=True), dict(ours.named_parameters()))
+    for kind in ('weight', 'bias'): got |= dict(zip([f'{o}_proj.{kind}' for o in 'qkv'], got.pop(f'qkv.{kind}').split(ours.sizes)))
+    got = {n.replace('out.', 'o_proj.').replace('sink', 'sinks'): t for n, t in got.items()}
+    assert got.keys() == want.keys()
+    return {n: (want[n].abs().max().item(), (got[n] - want[n]).abs().max().item()) for n in want}
+
+
+def differs(**kw): return max(off/max(1., big) for big, off in compared(**kw).values())
+
+
+OSS = [(size, T) for size in (1, 16, 40) for T in (1, 30, 64, 300)]
+
+
+@pytest.mark.parametrize('size,T', OSS)
+def test_sinks_are_those_of_gpt_oss(size, T):
+    model = oss_with(size)
+    notes = asked(model, input_ids=torch.randint(50, (2, T), generator=rng(T, 'ids')))
+    assert [o.self_attn.sliding_window for o in model.layers] == [size, None]
+    for layer, (words, _) in zip(model.layers, notes):
+        theirs, g = layer.self_attn, torch.randn(2, T, 32, generator=rng(T, 'g'))
+        ours = ours_for(theirs, theirs.sliding_window)
+        found = compared(theirs, ours, words, words['hidden_states'], g)
+        assert found['sinks'][0] > .01 or T == 1
+        for n, (big, off) in found.items(): assert off < 1e-5*max(1, big), (n, big, off)
+
+
+def test_both_kernels_are_asked_for_sinks():
+    assert [way(near(16), T)[0] for T in (30, 64, 300)] == ['dense', 'dense', 'folds'] and way(part(causal), 300)[0] == 'dense'
+    assert way(near(40), 300)[0] == way(near(1), 64)[0] == 'folds'
+
+
+@pytest.mark.parametrize('T', [40, 300])
+def test_a_wrong_sink_or_window_is_seen(T):
+    model = oss_with(16)
+    words, _ = asked(model, input_ids=torch.randint(50, (2, T), generator=rng(T, 'ids')))[0]
+    theirs, x, g = model.layers[0].self_attn, words['hidden_states'], torch.randn(2, T, 32, generator=rng(T, 'g'))
+    off = lambda *a, **kw: differs(theirs=theirs, ours=ours_for(theirs, *a, **kw), words=words, x=x, g=g)
+    assert off(16) < 1e-5
+    for wrong in (off(15), off(17), off(16, lambda s, D: -s), off(16, lambda s, D: s*D**-.5), off(16, lambda s, D: s*0 - 1e4),
+                  off(16, lambda s, D: s.flip(0))): assert wrong > 1e-3, wrong
+
+
+def test_sinks_while_writing():
+    "Token by token, and in pieces, with the caches of both"
+    model, ids, size = oss_with(16), torch.randint(50, (2, 60), generator=rng(0, 'ids')), 16
+    kinds = dict(last=(part(Cached, size=size),)), dict(last=(part(Cached),))
+    ours = [ours_for(o.self_attn, o.self_attn.sliding_window, **kw).eval() for o, kw in zip(model.layers, kinds)]
+    whole = asked(model, input_ids=ids)
+    for pieces in ([1]*60, [40] + [1]*20, [5, 30, 1, 24]):
+        kept = transformers.DynamicCache(config=model.config)
+        caches, at = {l: o.steps[-1].cache(2, 60) for l, o in enumerate(ours)}, 0
+        for n in pieces:
+            notes, i = asked(model, input_ids=ids[:, at:at + n], past_key_values=kept, use_cache=True), torch.arange(at, at + n)
+            for l, (words, (want, _)) in enumerate(notes):
+                with torch.no_grad(): got = ours[l](words['hidden_states'], i, cache=caches)
+                torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+                torch.testing.assert_close(got, whole[l][1][0][:, at:at + n], rtol=0, atol=1e-5)
+            at += n
+        assert [layer.is_sliding for layer in kept.layers] == [True, False] and caches[0].length == size
 
 
 # ---- the oracle can tell a difference
@@ -343,19 +556,6 @@ def test_every_activation_is_theirs():
     for name, ours in ACTS.items(): torch.testing.assert_close(ours()(x), ACT2FN[name](x), rtol=0, atol=1e-6, msg=name)
 
 
-def test_a_window_as_long_as_the_text_changes_nothing(tmp_path):
-    settings = drawn('mistral', 0) | dict(sliding_window=10)
-    theirs = loud(theirs_of('mistral', **settings), 0)
-    theirs.save_pretrained(tmp_path/'x')
-    with pytest.raises(LabError, match='sliding_window=10: shorter than the context of .*; give max_len=10'): from_hf(tmp_path/'x')
-    ours = from_hf(tmp_path/'x', max_len=10).model
-    assert ours.cfg.max_len == 10
-    ids = torch.randint(ours.cfg.vocab_size, (2, 11), generator=rng(0, 'ids'))
-    with torch.no_grad():
-        torch.testing.assert_close(ours(ids[:, :10]), theirs(ids[:, :10]).logits, rtol=0, atol=1e-5)
-        assert (ours(ids) - theirs(ids).logits).abs().max() > 1e-3  # one token more, and the window is felt
-
-
 # ---- files as they come
 
 def test_files_of_the_hub_without_prefix_and_with_buffers(tmp_path, pair):
@@ -429,9 +629,9 @@ REFUSED = [
     ('llama', dict(rope_parameters=None, rope_theta='big'), "rope_theta='big'"),
     ('llama', dict(rope_scaling=[1]), 'rope_parameters='),
     ('llama', dict(partial_rotary_factor=.5), 'partial_rotary_factor=0.5'),
-    ('qwen3', dict(use_sliding_window=True, sliding_window=8), 'sliding_window=8'),
-    ('phi3', dict(sliding_window=8), 'sliding_window=8'),
-    ('mistral', dict(sliding_window=8), 'sliding_window=8'),
+    ('qwen3', dict(use_sliding_window=True, sliding_window=8), 'sliding_window=8: not in all layers'),
+    *((f, dict(sliding_window=n), f'sliding_window={n!r}: a whole number above 0')
+      for f in ('mistral', 'phi3') for n in (0, 8.5, '8', True)),
     ('llama', dict(quantization_config=dict(quant_method='gptq')), 'quantization_config='),
     ('llama', dict(attn_logit_softcapping=50.), 'attn_logit_softcapping=50.0'),
     ('llama', dict(final_logit_softcapping=30.), 'final_logit_softcapping=30.0'),

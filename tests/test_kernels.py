@@ -14,6 +14,7 @@ from llm_lab.gqa import GQA, kv_heads
 from llm_lab.kernels import Plan, SparseAttention, block_mask, cover, flexed, folded, planned, way
 from llm_lab.lab import LabError, flops, rng
 from llm_lab.llama import QKNorm, Rope, llama
+from llm_lab.look import attention_maps, stepped
 from llm_lab.optim import checkpointed
 from llm_lab.package import open_model, save_package
 from llm_lab.chars import CharTokenizer
@@ -229,6 +230,22 @@ def test_writing_with_a_cache_is_writing_without(kind, sink):
         got = torch.cat([reader(piece)[:, None] for piece in ids.split(pieces, 1)], 1)
         ends = torch.tensor(pieces).cumsum(0) - 1
         assert (got - want[:, ends]).abs().max() < 1e-5*want.abs().max()
+
+
+@pytest.mark.parametrize('kind', ['window 7', 'links', 'sinks'])
+def test_a_map_leaves_out_what_the_sink_takes(kind):
+    model, ids = shaken(models(PATTERNS[kind], sink=True)), torch.randint(30, (60,), generator=rng(4, 'ids'))
+    notes, i = [], torch.arange(60)
+    for b in model.blocks: b.attn.sink.data.copy_(torch.tensor([-30., -1., 1., 3.]))
+    maps = attention_maps(model, ids).double()
+    with stepped(model, lambda attn, q, k, v, *at, **ctx: notes.append((attn, q, k)) or (q, k, v, *at)), torch.no_grad(): model(ids[None])
+    for weights, (attn, q, k) in zip(maps, notes, strict=True):
+        scores = (q[0].double() @ k[0].repeat_interleave(2, 0).double().mT)/8**.5
+        seen = visible(PATTERNS[kind], i, i, 4, attn.layer).expand(1, 4, 60, 60)[0]
+        taken = (attn.sink[:, None] - scores.masked_fill(~seen, -math.inf).logsumexp(-1)).sigmoid()
+        assert ((1 - weights.sum(-1)) - taken).abs().max() < 1e-6 and taken[0].max() < 1e-6 and taken[3].min() > .1
+    for b in model.blocks: b.attn.sink.data.fill_(-math.inf)   # nothing is taken
+    assert (attention_maps(model, ids).sum(-1) - 1).abs().max() < 1e-6
 
 
 def test_plans_are_kept_by_layer_and_length():

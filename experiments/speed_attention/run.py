@@ -2,15 +2,16 @@
 
     python experiments/speed_attention/run.py [--rounds 9] [--longest 16384] [--save] [--gpu]
 
-One text, 8 heads of 64 channels, float32, forward and backward. The contenders take turns, and the clock runs over both ways. Dense is PyTorch's
-own causal kernel. `masked` is the same kernel with the window as a mask, which is how models with windows are run on a CPU by default;
-`local-attention` (PyPI) cuts the text into blocks, as sparse attention is often done. Ours is chapter 21: the kernel is chosen by length.
-For each pattern and length the keys of every query, counted from what the kernel is given, are compared with the definition. A process of
-its own measures the most memory that a call adds. The exponent is the slope of log time over log length from 1,024 tokens on. `--gpu`
-compares with dense in bf16 from 4,096 to 32,768 tokens on a CUDA device. The last line is JSON; `--save` keeps it in result.json.
+One text, 8 heads of 64 channels, float32, forward and backward. The contenders take turns, and the clock runs over both ways. Dense is
+PyTorch's own causal kernel. `masked` is the same kernel with the window as a mask, which is how models with windows are run on a CPU by
+default; `local-attention` (PyPI) cuts the text into blocks, as sparse attention is often done. Ours is chapter 21: the kernel is chosen by
+length. For each pattern and length the keys of every query, counted from what the kernel is given, are compared with the definition. A
+process of its own measures the most memory that a call adds. The exponent is the slope of log time over log length from 1,024 tokens on.
+`--gpu` compares with dense in bf16 from 4,096 to 32,768 tokens on a CUDA device. The last line is JSON; `--save` keeps it in result.json.
 """
 import argparse
 import json
+import os
 import random
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from torch.nn import functional as F
 
 from llm_lab.cache import window
 from llm_lab.gpt import part, visible
-from llm_lab.kernels import Plan, attended, way
+from llm_lab.kernels import Plan, attended, planned, way
 from llm_lab.lab import keep_memory, machine, need, progress, rng
 from llm_lab.sparse import either, expander
 
@@ -36,7 +37,8 @@ LENGTHS, OTHERS = (128, 256, 384, 512, 1024, 2048, 4096, 8192, 16384), 8192     
 
 def qkvg(T, device='cpu', dtype=torch.float32):
     draw = rng(0, 'qkv')
-    return [torch.randn(1, H, T, D, generator=draw).to(device, dtype).requires_grad_() for _ in range(3)] + [torch.randn(1, H, T, D).to(device, dtype)]
+    q, k, v, g = (torch.randn(1, H, T, D, generator=draw).to(device, dtype) for _ in range(4))
+    return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), g
 
 
 def local(size):
@@ -87,18 +89,20 @@ def keys_are_true(T, pieces=512):
     return out
 
 
+def resident(what='VmRSS'):
+    return next(int(line.split()[1]) for line in Path('/proc/self/status').read_text().splitlines() if line.startswith(what))*1024
+
+
 def memory(name, T):
-    "Bytes that one call, both ways, adds at its height; in a process of its own"
-    small, ways = contenders(128), contenders(T)
-    turn(small[name], *qkvg(128))
-    if name in PATTERNS: Plan(PATTERNS[name], 256).make()
-    inputs = qkvg(T)
-    for line in Path('/proc/self/status').read_text().splitlines():
-        if line.startswith('VmRSS'): before = int(line.split()[1])
+    "Bytes that one call, both ways, adds at its height, and those of the plan, which is made once; in a process of its own"
+    f, few, inputs = contenders(T)[name], qkvg(512), qkvg(T)
+    turn(lambda q, k, v: attended(q, k, v, PATTERNS['window 64']), *few)                  # the libraries are loaded
+    before = resident()
+    if name in PATTERNS and (plan := planned(PATTERNS[name], T, H)).linked: plan.links(1, H)
+    made = resident()
     Path('/proc/self/clear_refs').write_text('5')              # the height is counted from here
-    turn(ways[name], *inputs)
-    for line in Path('/proc/self/status').read_text().splitlines():
-        if line.startswith('VmHWM'): print(json.dumps((int(line.split()[1]) - before)*1024))
+    turn(f, *inputs)
+    print(json.dumps(dict(call=resident('VmHWM') - made, plan=made - before)))
 
 
 def slope(lengths, out, name):
@@ -112,17 +116,22 @@ def on_cpu(rounds, longest):
     lengths, out = [T for T in LENGTHS if T <= longest], {}
     for T in progress(lengths, 'lengths'):
         seconds = speed(T, rounds*(12 if T <= 512 else 4 if T <= 1024 else 1))
-        out[T] = dict(ms={n: round(1000*s, 2) for n, s in seconds.items()}, ratio={n: round(seconds['dense']/s, 2) for n, s in seconds.items()},
+        ratio = {n: round(seconds['dense']/s, 2) for n, s in seconds.items()}
+        out[T] = dict(ms={n: round(1000*s, 2) for n, s in seconds.items()}, ratio=ratio,
                       kernel={n: way(p, T)[0] for n, p in PATTERNS.items()}, keys=keys_are_true(T))
         print(f'\nT = {T:,}')
         for n, s in seconds.items():
             k = out[T]['keys'].get(n)
-            said = f'{k["mean"]} keys a query on average, {k["touched"]} multiplied' if k else 'all keys' if n not in PATTERNS else 'dense, masked'
-            print(f'  {n:28}{1000*s:9.1f} ms{out[T]["ratio"][n]:8.2f} ×   {said}')
+            said = 'by the dense kernel' if n in PATTERNS else ''
+            if k: said = f'{k["mean"]} keys a query on average, {k["touched"]} multiplied'
+            print(f'  {n:28}{1000*s:9.1f} ms{ratio[n]:8.2f} ×   {said}')
     exponent = {n: slope(lengths, out, n) for n in ['dense', *PATTERNS]}
     print('\nexponent of time from 1,024 tokens on:', exponent)
-    mb = {T: {n: round(json.loads(subprocess.run([sys.executable, __file__, '--memory', n, str(T)], capture_output=True, text=True, check=True).stdout)/1e6)
-              for n in ['dense', *PATTERNS]} for T in (4096, 8192) if sys.platform == 'linux' and T <= longest}
+    env = dict(os.environ, MALLOC_MMAP_THRESHOLD_='100000')    # what is freed goes back at once
+    me = [sys.executable, __file__, '--memory']
+    ask = lambda n, T: subprocess.run([*me, n, str(T)], capture_output=True, text=True, check=True, env=env).stdout
+    mb = {T: {n: {k: round(b/1e6) for k, b in json.loads(ask(n, T)).items()} for n in ['dense', *PATTERNS]}
+          for T in (4096, 8192) if sys.platform == 'linux' and T <= longest}
     print('the most memory that a call adds, MB:', mb)
     return dict(lengths=out, exponent=exponent, memory_mb=mb, rounds=rounds, **machine())
 
