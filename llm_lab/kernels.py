@@ -7,6 +7,7 @@ __all__ = ['Plan', 'Links', 'folded', 'block_mask', 'flexed', 'dense', 'way', 'p
 
 # %% ../nbs/21_kernels.ipynb #bc6cbc52
 import math
+from collections import deque
 from functools import lru_cache, reduce
 from operator import and_, or_
 import torch
@@ -332,7 +333,7 @@ class SparseAttention(GQA):
         steps=(), bias=True):
         super().__init__(cfg, layer, n_kv_heads=n_kv_heads or cfg.n_heads, steps=steps, pattern=pattern, bias=bias)
         self.sink = nn.Parameter(torch.zeros(cfg.n_heads)) if sink else None
-        self.noted = []                                        # by `note`, in evaluation
+        self.noted = deque(maxlen=256)                         # by `note`, in evaluation
         self.by_mask = not sink and type(self) is SparseAttention   # is the mask all that makes it different?
 
     def join(self, q, k, v, i, j, rising=False, **ctx): # as `Attention.join`
@@ -353,14 +354,13 @@ def note(self:SparseAttention, q, k, i, words, n=8):
     "Read the gauges at the last query of each of `n` equal parts of the first text; nothing waits for the numbers"
     rows = (torch.arange(1, n + 1, device=i.device)*len(i)//n - 1).clamp_min(0)
     seen = visible(self.pattern, i[rows], i, self.n_heads, self.layer, **words)
-    far = i[rows, None] - i >= (cover(self.pattern) or (len(i),))[0]
-    self.noted.append(gauges(q[:1, :, rows], k[:1], seen[:1] if seen.dim() == 4 else seen, far))
+    near = (cover(self.pattern) or (len(i),))[0]
+    self.noted.append(gauges(q[:1, :, rows], k[:1], seen[:1] if seen.dim() == 4 else seen, i[rows, None] - i >= near))
 
 @patch
 def metrics(self:SparseAttention)->dict:
-    "Means over the texts read in evaluation since the last time; the largest score; the share of heads that look at one key"
-    noted, self.noted = self.noted, []
-    if not noted: return {}
+    "Means over the last texts read in evaluation; the largest score; the share of heads that look at one key"
+    if not (noted := [*self.noted]): return {}
     e, far, top = (torch.stack([x[name] for x in noted]) for name in ('entropy', 'far', 'max_logit'))
-    said = dict(entropy=e.mean(), far=far.mean(), max_logit=top.max(), collapsed=(e.mean(0) < .02).float().mean())
+    self.noted.clear(); said = dict(entropy=e.mean(), far=far.mean(), max_logit=top.max(), collapsed=(e.mean(0) < .02).float().mean())
     return {f'attn{self.layer}_{name}': x.item() for name, x in said.items()}
