@@ -44,7 +44,7 @@ def words_of(f)->list:
     "Names of the arguments that a pattern must be given beyond the positions i and j, also those of patterns inside it"
     required = lambda p: p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
     mine = [n for n, p in signature(f).parameters.items() if n not in ('i', 'j') and required(p)]
-    inner = [p for v in getattr(f, 'keywords', {}).values() for p in (v if isinstance(v, tuple) else (v,)) if isinstance(p, part)]
+    inner = [p for v in getattr(f, 'keywords', {}).values() for p in (v if isinstance(v, tuple) else (v,)) if isinstance(p, partial)]
     return [*dict.fromkeys([*mine, *(w for p in inner for w in words_of(p))])]
 
 def visible(
