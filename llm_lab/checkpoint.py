@@ -162,7 +162,7 @@ COLUMNS = ('step', 'tokens', 'seconds', 'loss', 'ppl', 'bits_per_byte', 'lr', 'g
 _FILES = ('metrics.jsonl', 'samples.jsonl', 'metrics.csv')
 
 class Metrics:
-    "The numbers of a run as they come: `metrics.jsonl`, the same as `metrics.csv`, and texts in `samples.jsonl`"
+    "The numbers of a run as they come: `metrics.jsonl`, those that all runs have as `metrics.csv`, texts in `samples.jsonl`"
     def __init__(self, folder): self.folder = Path(folder)
 
     def _line(self, row): return ','.join(str(row.get(k, '')) for k in COLUMNS)
