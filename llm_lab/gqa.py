@@ -78,5 +78,6 @@ def grouped(
     if not isinstance(n_kv_heads, int) or n_kv_heads not in fits:
         raise LabError(f'n_kv_heads={n_kv_heads!r} does not divide the {old} key and value heads of the model: '
                        f'choose from {", ".join(map(str, fits))}')
-    attn = part(GQA, **{**model.cfg.attn.keywords, 'n_kv_heads': n_kv_heads})
+    kind = GQA if model.cfg.attn.func is Attention else model.cfg.attn.func
+    attn = part(kind, **{**model.cfg.attn.keywords, 'n_kv_heads': n_kv_heads})
     return _reheaded(model, attn, lambda heads: pool(heads.unflatten(0, (n_kv_heads, -1))))

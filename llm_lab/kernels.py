@@ -7,9 +7,7 @@ __all__ = ['Plan', 'Links', 'folded', 'block_mask', 'flexed', 'dense', 'way', 'p
 
 # %% ../nbs/21_kernels.ipynb #bc6cbc52
 import math
-from collections import deque
 from functools import lru_cache, reduce
-from operator import and_, or_
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 from fastcore.basics import patch
 from .lab import LabError, pyplot
-from .gpt import Attention, attend, part, visible, words_of
+from .gpt import Attention, attend, causal, part, visible, words_of
 from .gqa import GQA
 from .sparse import both, cover, either
 
@@ -31,8 +29,8 @@ class Plan:
         self.left = -(-(self.near - 1)//16)*16                 # keys before a fold, in whole steps of the kernel
         self.block = block or min(128, max(32, self.near//32*16), -(-T//16)*16)
         self.n, self.heads = -(-T//self.block), torch.arange(n_heads).view(-1, 1, 1)
-        self.n_links = sum(p.func.links(torch.arange(T), 0, 0, **p.keywords).shape[-1] for p in self.linked)
-        self.bias = self.idx = self.blocks = None              # made when they are needed
+        self.n_links = sum(p.func.links(torch.arange(T, device='meta'), 0, 0, **p.keywords).shape[-1] for p in self.linked)
+        self.bias, self.idx, self.blocks = None, None, {}       # made when they are needed
 
     @property
     def touched(self): return self.left + self.block + self.n_links      # keys that a query is multiplied with
@@ -40,28 +38,28 @@ class Plan:
 
     def allowed(self, i, j):
         "The pattern itself, pair by pair: (N, 1) and (N, S) or (H, N, S) → (texts, heads, N, S), 1 of each where all are alike"
-        batched, found = [w for w, x in self.ctx.items() if x.dim() == 2], []
+        batched, found, at = [w for w, x in self.ctx.items() if x.dim() == 2], [], [p.clamp(0, self.T - 1) for p in (i, j)]
         for b in range(len(self.ctx[batched[0]]) if batched else 1):
             words = {w: x[b] if w in batched else x for w, x in self.ctx.items()} | dict(h=self.heads, layer=self.layer)
-            found.append((self.pattern(i, j, **{w: words[w] for w in words_of(self.pattern)}) & (j >= 0)).view(-1, *j.shape[-2:]))
-        return torch.stack(found)
+            found.append(self.pattern(*at, **{w: words[w] for w in words_of(self.pattern)}).view(-1, *j.shape[-2:]))
+        return torch.stack(found) & (j >= 0)
 
 # %% ../nbs/21_kernels.ipynb #64b83393
 def _bias(seen): return torch.zeros(seen.shape).masked_fill_(~seen, -math.inf)
 
 @patch
-def make(self:Plan)->Plan:
+def make(self:Plan, like=None)->Plan: # like: a mask to share, if it is the same
     "Ask the pattern: who is seen in each fold, and which links are allowed, far and not there twice"
     T, n, c = self.T, self.n, self.block
     def near(i): # (m, 1) → (…, m, left + c): the keys that the fold of a query meets
         j = i//c*c + torch.arange(-self.left, c)
-        seen = self.allowed(i.clamp_max(T - 1), j.clamp_max(T - 1)) & (j <= i) & (i - j < self.near) & (i < T)
+        seen = self.allowed(i, j) & (j <= i) & (i - j < self.near) & (i < T)
         return seen | (i == j) & (i >= T)                      # places that only fill the last fold
     i = torch.arange(n*c)[:, None]
     seen = torch.cat([near(some) for some in i.split(1024)], 2)
     if (seen == seen[:, :1]).all(): seen = seen[:, :1]
     self.blank = blank if (blank := ~seen.any(-1)[..., :T]).any() else None
-    self.bias, self.known = _bias(seen).unflatten(2, (n, c)), {}
+    bias, self.known = _bias(seen).unflatten(2, (n, c)), {}
     if self.linked:
         i = i[:T]
         idx = torch.cat([p.func.links(i[:, 0], self.heads, self.layer, **p.keywords).expand(self.n_heads, T, -1)
@@ -69,13 +67,14 @@ def make(self:Plan)->Plan:
         ok = self.allowed(i, idx) & (i - idx >= self.near)
         ok[..., 1:] &= idx[..., 1:] != idx[..., :-1]
         self.idx, self.far = torch.where(ok, idx, i), _bias(ok)
+    self.bias = like if like is not None and like.equal(bias) else bias     # last: it says that the plan is made
     return self
 
 # %% ../nbs/21_kernels.ipynb #2d8ebec1
 @patch
 def keys(self:Plan)->Tensor: # (texts, heads, T)
     "How many keys each query reads: counted from what the kernel is given"
-    near = (self.bias == 0).sum(-1).flatten(2)[..., :self.T]
+    near = ((self if self.bias is not None else self.make()).bias == 0).sum(-1).flatten(2)[..., :self.T]
     return near if self.idx is None else near + (self.far == 0).sum(-1)
 
 # %% ../nbs/21_kernels.ipynb #fd9cc7f8
@@ -109,16 +108,15 @@ def _unfold(x, plan): # (N, n, left + block, D) → (N, left + n·block, D): wha
 
 # %% ../nbs/21_kernels.ipynb #0603333a
 def _pieces(plan, B, G, rep):
-    "(rows of keys, head of their group, folds, mask): as many at a time as keep the folds small"
+    "(rows of keys, head of their group, mask, [folds, …]): as many at a time as keep what is in work small"
     texts, heads = (n > 1 for n in plan.bias.shape[:2])
     most = G if texts else B*G
     step = 1 if heads else min(most, max(1, 4096//plan.T))
     some = max(1, 4096//(step*plan.block))
+    folds = [slice(f, min(f + some, plan.n)) for f in range(0, plan.n, some)]
     for first in range(0, B*G, most):
         for a in range(first, first + most, step):
-            for r in range(rep):
-                mask = plan.bias[a//G*texts, (a % G*rep + r)*heads]
-                for f in range(0, plan.n, some): yield slice(a, min(a + step, first + most)), r, slice(f, min(f + some, plan.n)), mask[None, f:f + some]
+            for r in range(rep): yield slice(a, min(a + step, first + most)), r, plan.bias[a//G*texts, (a % G*rep + r)*heads][None], folds
 
 # %% ../nbs/21_kernels.ipynb #afb52337
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -126,13 +124,13 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 def _near(q, k, v, plan, size): # (B·G, rep, T, D), (B·G, T, D) twice → the sums over the folds, ln Σ exp(scores) of each query
     out, lse, (T, c) = torch.empty_like(q), q.new_empty(q.shape[:3]), (plan.T, plan.block)
-    for rows, r, f, mask in _pieces(plan, *size):
-        fold = lambda x: _fold(x[rows], plan)[:, f]
-        o, l = _forward(_cut(q[rows, r], plan)[:, f], fold(k), fold(v), 0., False, attn_mask=mask.to(q.dtype))
-        if o.numel() == q.numel(): out, lse = o.reshape(q.shape), l.reshape(lse.shape)   # all at once
-        else:
+    for rows, r, mask, folds in _pieces(plan, *size):
+        parts = _cut(q[rows, r], plan), _fold(k[rows], plan), _fold(v[rows], plan)
+        for f in folds:
+            o, l = _forward(*(x[:, f] for x in parts), 0., False, attn_mask=mask[:, f].to(q.dtype))
             at = slice(f.start*c, min(f.stop*c, T))
-            out[rows, r, at], lse[rows, r, at] = (x.flatten(1, 2)[:, :at.stop - at.start] for x in (o, l))
+            if len(folds) == q.shape[1] == 1 and len(o) == len(q) and plan.n*c == T: out, lse = o.reshape(q.shape), l.reshape(lse.shape)    # all at once
+            else: out[rows, r, at], lse[rows, r, at] = (x.flatten(1, 2)[:, :at.stop - at.start] for x in (o, l))
     if plan.blank is not None:                                 # the kernel says 0 for a query that reads nothing
         lse.view(size[0], -1, T).masked_fill_(plan.blank, -math.inf)
     return out, lse
@@ -140,13 +138,14 @@ def _near(q, k, v, plan, size): # (B·G, rep, T, D), (B·G, T, D) twice → the 
 # %% ../nbs/21_kernels.ipynb #cc8e678e
 def _near_back(g, q, k, v, out, lse, plan, size): # g and out as q → the gradients of q, k and v
     gq, gk, gv, (T, c) = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v), (plan.T, plan.block)
-    for rows, r, f, mask in _pieces(plan, *size):
-        cut, fold = (lambda x: _cut(x[rows, r], plan)[:, f]), (lambda x: _fold(x[rows], plan)[:, f])
-        dq, dk, dv = _backward(cut(g), cut(q), fold(k), fold(v), cut(out), cut(lse[..., None])[..., 0], 0., False, attn_mask=mask.to(q.dtype))
-        begin, at = f.start*c - plan.left, slice(f.start*c, min(f.stop*c, T))
-        if dq.numel() == q.numel(): gq = dq.reshape(q.shape)   # all at once
-        else: gq[rows, r, at] = dq.flatten(1, 2)[:, :at.stop - at.start]
-        for x, d in ((gk, dk), (gv, dv)): x[rows, max(begin, 0):at.stop] += _unfold(d, plan)[:, max(-begin, 0):at.stop - begin]
+    for rows, r, mask, folds in _pieces(plan, *size):
+        cut, fold = lambda x: _cut(x[rows, r], plan), lambda x: _fold(x[rows], plan)
+        parts = cut(g), cut(q), fold(k), fold(v), cut(out), cut(lse[..., None])[..., 0]
+        for f in folds:
+            dq, dk, dv = _backward(*(x[:, f] for x in parts), 0., False, attn_mask=mask[:, f].to(q.dtype))
+            begin, at = f.start*c - plan.left, slice(f.start*c, min(f.stop*c, T))
+            gq[rows, r, at] = dq.flatten(1, 2)[:, :at.stop - at.start]
+            for x, d in ((gk, dk), (gv, dv)): x[rows, max(begin, 0):at.stop] += _unfold(d, plan)[:, max(-begin, 0):at.stop - begin]
     return gq, gk, gv
 
 # %% ../nbs/21_kernels.ipynb #0a491cf1
@@ -193,7 +192,7 @@ class _Folded(torch.autograd.Function):
         q, k, v = (x.reshape(B*G, -1, T, D).contiguous() for x in (q, k, v))
         k, v = k[:, 0], v[:, 0]
         out, lse = _near(q, k, v, plan, ctx.size)
-        if links or sink is not None:
+        if links or sink is not None or plan.blank is not None:
             sinks = None if sink is None else sink[:, None].expand(B, H, T).reshape(-1, 1)
             out, lse, p = _joined(q, k, v, out, lse, links, sinks)
         ctx.save_for_backward(q, k, v, out, lse, p, sink)
@@ -217,7 +216,7 @@ class _Folded(torch.autograd.Function):
 def _counted(q, k, v, plan): # only shapes are there, as when operations are counted: the products of the folds, and no more
     B, H, T, D = q.shape
     k, v = (_fold(x.repeat_interleave(H//k.shape[1], 1).flatten(0, 1), plan) for x in (k, v))
-    return attend(_cut(q.flatten(0, 1), plan), k, v, q.new_ones(1, dtype=torch.bool)).flatten(1, 2)[:, :T].view(q.shape)
+    return attend(_cut(q.flatten(0, 1), plan), k, v, q.new_ones(1, 1, dtype=torch.bool)).flatten(1, 2)[:, :T].view(q.shape)
 
 @torch.compiler.disable
 def folded(
@@ -236,35 +235,35 @@ _compiled = lru_cache(torch.compile)
 
 def _asked(p): # a pattern as a function of (i, j, words) that looks nothing up, for the compiler
     if p.func in (either, both):
-        join, inner = or_ if p.func is either else and_, [_asked(o) for o in p.keywords['of']]
+        join, inner = torch.logical_or if p.func is either else torch.logical_and, [_asked(o) for o in p.keywords['of']]
         return lambda i, j, words: reduce(join, (f(i, j, words) for f in inner))
     names, f, given = words_of(p), p.func, p.keywords
     return lambda i, j, words: f(i, j, **given, **{w: words[w] for w in names})
 
 # %% ../nbs/21_kernels.ipynb #17188fec
-@torch.compiler.disable
-def block_mask(plan, device='cpu'):
+def block_mask(plan, device=torch.device('cpu')):
     "The plan for `flex_attention`: blocks of 128 × 128 that are skipped, and the pattern itself inside the others"
     rule, layer, ctx = _asked(plan.pattern), plan.layer, {w: (x, x.dim() == 2) for w, x in plan.ctx.items()}
     def seen(b, h, i, j): return rule(i, j, {w: x[b] if each else x for w, (x, each) in ctx.items()} | dict(h=h, layer=layer))
     texts, heads = next((len(x) for x, each in ctx.values() if each), None), plan.n_heads if 'h' in words_of(plan.pattern) else None
-    return create_block_mask(seen, texts, heads, plan.T, plan.T, device, _compile=device != 'cpu')
+    return create_block_mask(seen, texts, heads, plan.T, plan.T, device, _compile=device.type != 'cpu')
 
 def flexed(q, k, v, plan, sink=None): # as `folded`
     "Attention along a plan by PyTorch's flex attention (Dong et al. 2024), compiled on a GPU; without gradients on a CPU"
-    if plan.blocks is None: plan.blocks = block_mask(plan, q.device.type)
+    if q.device not in plan.blocks: plan.blocks[q.device] = block_mask(plan, q.device)
     run = flex_attention if q.device.type == 'cpu' or torch.compiler.is_compiling() else _compiled(flex_attention)
-    out, more = run(q, k, v, block_mask=plan.blocks, enable_gqa=k.shape[1] < q.shape[1], return_aux=AuxRequest(lse=True))
+    out, more = run(q, k, v, block_mask=plan.blocks[q.device], enable_gqa=k.shape[1] < q.shape[1], return_aux=AuxRequest(lse=True))
     return out if sink is None else out*(more.lse - sink[:, None]).sigmoid()[..., None].to(out.dtype)
 
 # %% ../nbs/21_kernels.ipynb #cdb26342
 def dense(q, k, v, seen, sink=None, dropout=0.): # seen as for `attend`
     "All scores, of which the mask keeps some; a sink stands as one more key, of zeros, whose score is given"
+    if seen is not None and seen.is_floating_point(): seen = seen.to(q.dtype)      # the kernel would misread another one
     if sink is None: return attend(q, k, v, seen, dropout)
     if seen is None: seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
     more = lambda x: torch.cat([x, x.new_zeros(*x.shape[:2], 1, x.shape[3])], 2)
     bias = seen if seen.is_floating_point() else q.new_zeros(seen.shape).masked_fill(~seen, -math.inf)
-    bias = bias.to(q.dtype).expand(*torch.broadcast_shapes(seen.shape[:-2], (1, q.shape[1])), -1, -1)
+    bias = bias.expand(*torch.broadcast_shapes(seen.shape[:-2], (1, q.shape[1])), -1, -1)
     bias = torch.cat([bias, sink.to(q.dtype)[:, None, None].expand(*bias.shape[:-1], 1)], -1)
     return attend(q, more(k), more(v), bias, dropout)
 
@@ -273,7 +272,7 @@ def dense(q, k, v, seen, sink=None, dropout=0.): # seen as for `attend`
 def way(pattern:part, T:int, device='cpu', dropout=0.)->tuple: # ('folds', 'flex' or 'dense', why)
     "Which kernel reads a whole text of `T` tokens, and the reason in a line"
     if cover(pattern) is None: return 'dense', 'the pattern may read all of the past'
-    if dropout: return 'dense', 'dropout on attention weights needs all of them'
+    if dropout or T < 33: return 'dense', 'dropout on attention weights needs all of them' if dropout else f'{T} tokens are few'
     plan = Plan(pattern, T)
     said = f'{plan.touched} keys a query instead of {T:,}'
     if device == 'cuda': return ('flex', said) if plan.touched < .5*T else ('dense', f'{T:,} tokens are few')
@@ -282,14 +281,13 @@ def way(pattern:part, T:int, device='cpu', dropout=0.)->tuple: # ('folds', 'flex
     return 'dense', f'{T:,} tokens are few: {plan.touched} keys a query would be met anyway'
 
 # %% ../nbs/21_kernels.ipynb #9e4fbeef
-@torch.compiler.disable
 @lru_cache(64)
-def planned(pattern, T, n_heads=1, layer=0)->Plan: # made once, then kept
+def planned(pattern, T, n_heads=1, layer=0, made=True)->Plan: # once, then kept; `made` for folds
     "The plan of a pattern; layers whose folds are alike share them"
-    plan = Plan(pattern, T, n_heads, layer).make()
-    if layer and (first := planned(pattern, T, n_heads, 0).bias).shape == plan.bias.shape and first.equal(plan.bias): plan.bias = first
+    plan = Plan(pattern, T, n_heads, layer)
+    if made: plan.make(planned(pattern, T, n_heads, 0).bias if layer else None)
     return plan
-@torch.compiler.disable
+
 @lru_cache(32)
 def _mask(pattern, T, n_heads, layer, device):
     "What `dense` is given, made once; None if it is all of the past"
@@ -298,18 +296,21 @@ def _mask(pattern, T, n_heads, layer, device):
     return None if seen.equal((i <= i[:, None]).expand_as(seen)) else _bias(seen) if device == 'cpu' else seen
 
 # %% ../nbs/21_kernels.ipynb #c03f4b87
+_by_layer = lru_cache(lambda pattern: 'layer' in words_of(pattern))
+
 def attended(
     q, k, v,      # of a whole text: (B, H, T, D), (B, G, T, D) twice
     pattern:part, layer=0, sink=None, dropout=0., **ctx # ctx: the words that the pattern reads
 )->Tensor: # (B, H, T, D)
     "Attention by a pattern, by the kernel that `way` chooses; plans and masks are kept where they depend on nothing but lengths"
-    made, device = (pattern, q.shape[2], q.shape[1], layer), q.device.type
+    if torch.compiler.is_compiling(): return torch.compiler.disable(attended)(q, k, v, pattern, layer, sink, dropout, **ctx)
+    made, device = (pattern, q.shape[2], q.shape[1], layer*_by_layer(pattern)), q.device.type
     kind, once = way(pattern, q.shape[2], device, dropout)[0], not ctx and not isinstance(q, FakeTensor)
     if kind == 'dense':
         once = once and q.shape[2] <= 512                      # larger ones are not kept
         at = None if once else torch.arange(q.shape[2], device=q.device)
-        return dense(q, k, v, _mask(*made, device) if once else visible(pattern, at, at, *made[2:], **ctx), sink, dropout)
-    return (folded if kind == 'folds' else flexed)(q, k, v, planned(*made) if once else Plan(*made, **ctx), sink)
+        return dense(q, k, v, _mask(*made, str(q.device)) if once else visible(pattern, at, at, *made[2:], **ctx), sink, dropout)
+    return (folded if kind == 'folds' else flexed)(q, k, v, planned(*made, kind == 'folds') if once else Plan(*made, **ctx), sink)
 
 # %% ../nbs/21_kernels.ipynb #c5d8faa8
 @torch.no_grad()
@@ -318,40 +319,41 @@ def gauges(
     seen, far # bool, broadcast to (B, H, n, S): who is read, and who of them counts as far
 )->dict: # numbers of each head, (H,)
     "Entropy of the weights as a share of the most that is possible (Zhai et al. 2023, §3), weight on far keys, largest score"
-    s = (q.float().unflatten(1, (k.shape[1], -1)) @ k.float()[:, :, None].mT).flatten(1, 2)*q.shape[-1]**-.5
-    s = s.masked_fill(~seen, -math.inf)
-    w, most = s.softmax(-1), seen.sum(-1).log()
+    s = (q.float().unflatten(1, (k.shape[1], -1)) @ k.float()[:, :, None].mT).flatten(1, 2).masked_fill(~seen, -math.inf)*q.shape[-1]**-.5
+    w, most = s.softmax(-1).nan_to_num(), seen.sum(-1).clamp_min(1).log()
     share = -(w*w.clamp_min(1e-30).log()).sum(-1)/most.clamp_min(1e-9)
-    return dict(entropy=share.where(most > 0, 1.).mean((0, 2)), far=(w*far).sum(-1).mean((0, 2)), max_logit=s.amax((0, 2, 3)))
+    return dict(entropy=share.where(most > 0, 1.).mean((0, 2)), far=(w*far).sum(-1).mean((0, 2)), max_logit=s.amax((0, 2, 3)).nan_to_num(neginf=0.))
 
 # %% ../nbs/21_kernels.ipynb #bee995f9
 class SparseAttention(GQA):
     "Attention by a pattern that skips what it does not read, and grouped heads; with learned sinks as in gpt-oss (OpenAI 2025)"
-    def __init__(self, cfg, layer=0, *, pattern,
+    def __init__(self, cfg, layer=0, *, pattern=part(causal),
         n_kv_heads=None,  # as `n_heads` if none
-        sink=False,       # learn a logit for each head that takes weight and gives nothing (Miller 2023)
+        sink=False,       # learn a logit for each head that takes weight and gives nothing (Miller 2023 has a fixed one)
         steps=(), bias=True):
         super().__init__(cfg, layer, n_kv_heads=n_kv_heads or cfg.n_heads, steps=steps, pattern=pattern, bias=bias)
         self.sink = nn.Parameter(torch.zeros(cfg.n_heads)) if sink else None
-        self.noted = deque(maxlen=256)                         # by `note`, in evaluation
+        self.noted = []                                        # by `note`, in evaluation
         self.by_mask = not sink and type(self) is SparseAttention   # is the mask all that makes it different?
 
     def join(self, q, k, v, i, j, rising=False, **ctx): # as `Attention.join`
         words, dropout = {w: ctx[w] for w in self.reads if w in ctx}, self.dropout if self.training else 0.
         if rising and len(words) == len(self.reads):
-            if not self.training and not isinstance(q, FakeTensor): self.note(q, k, i, words)
+            if not self.training and not isinstance(q, FakeTensor) and len(i): self.note(q, k, i, words)
             return attended(q, k, v, self.pattern, self.layer, self.sink, dropout, **words)
         return dense(q, k, v, self.seen(i, j, **ctx), self.sink, dropout)
 
-def _kv_fits(cfg, n_kv_heads=None, **kw):
-    if n_kv_heads is None: Attention.check(cfg)
-    else: GQA.check(cfg, n_kv_heads)
+def _kv_fits(cfg, n_kv_heads=None, pattern=part(causal), **kw):
+    if not isinstance(pattern, part): raise LabError(f'pattern={pattern!r}: give a recipe, such as part(window, size=128)')
+    Attention.check(cfg) if n_kv_heads is None else GQA.check(cfg, n_kv_heads)
 SparseAttention.check = staticmethod(_kv_fits)
 
 # %% ../nbs/21_kernels.ipynb #9121eea3
 @patch
-def note(self:SparseAttention, q, k, i, words, n=8):
-    "Read the gauges at the last query of each of `n` equal parts of the first text; nothing waits for the numbers"
+@torch.compiler.disable
+def note(self:SparseAttention, q, k, i, words, n=8, most=16):
+    "Read the gauges at the last queries of `n` parts of a text, for the first `most` texts since they were asked; nothing waits"
+    if len(self.noted) >= most: return
     rows = (torch.arange(1, n + 1, device=i.device)*len(i)//n - 1).clamp_min(0)
     seen = visible(self.pattern, i[rows], i, self.n_heads, self.layer, **words)
     near = (cover(self.pattern) or (len(i),))[0]
@@ -359,8 +361,8 @@ def note(self:SparseAttention, q, k, i, words, n=8):
 
 @patch
 def metrics(self:SparseAttention)->dict:
-    "Means over the last texts read in evaluation; the largest score; the share of heads that look at one key"
-    if not (noted := [*self.noted]): return {}
+    "Means over the texts that were noted in evaluation; the largest score; the share of heads that look at one key"
+    if not (noted := self.noted): return {}
     e, far, top = (torch.stack([x[name] for x in noted]) for name in ('entropy', 'far', 'max_logit'))
-    self.noted.clear(); said = dict(entropy=e.mean(), far=far.mean(), max_logit=top.max(), collapsed=(e.mean(0) < .02).float().mean())
+    self.noted = []; said = dict(entropy=e.mean(), far=far.mean(), max_logit=top.max(), collapsed=(e.mean(0) < .02).float().mean())
     return {f'attn{self.layer}_{name}': x.item() for name, x in said.items()}

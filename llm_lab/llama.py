@@ -287,6 +287,7 @@ def _attends(x): # is there an attention in this recipe?
 def _given(x, kw):
     "A recipe with these keywords where it lacks them; where it holds recipes of attentions, those get them"
     if isinstance(x, tuple): return tuple(_given(y, kw) for y in x)
+    if not isinstance(x, part): return x
     inner = {k: _given(v, kw) for k, v in x.keywords.items() if _attends(v)}
     return part(x, **inner or kw | x.keywords)
 

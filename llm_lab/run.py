@@ -171,12 +171,13 @@ def record(self:Job, run)->dict:
 def validate(self:Job, run)->dict:
     "The validation loss, which is noted for `best`; now and then a text that the model writes"
     c, n = self.cfg, run.step
-    val = mean_loss(run.model, self.ids, starts=self.starts)
+    run.model.metrics()                                        # what other readings have left
+    val, parts = mean_loss(run.model, self.ids, starts=self.starts), run.model.metrics()
     run.notes.append(dict(step=n, val=val))
     if n % c.eval.sample_every == 0 or n == run.steps:
         text = sample(run.model, self.texts['tokenizer'], c.eval.prompt, c.eval.sample_tokens, c.train.seed)
         self.metrics.keep(dict(step=n, prompt=c.eval.prompt, text=text))
-    return dict(val=val, val_bits_per_byte=val*_per_byte(self.texts['val']), **run.model.metrics())
+    return dict(val=val, val_bits_per_byte=val*_per_byte(self.texts['val']), **parts)
 
 # %% ../nbs/15_run.ipynb #7b6456bb
 @patch

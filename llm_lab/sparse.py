@@ -11,7 +11,7 @@ from functools import cache, reduce
 from operator import and_, or_
 import torch
 from torch import Tensor
-from .lab import LabError, need, pyplot, widgets_live
+from .lab import LabError, need, pyplot, show, widgets_live
 from .gpt import part, visible, words_of
 from .cache import reach
 
@@ -29,10 +29,10 @@ sinks.links = lambda i, h, layer, n=4: torch.arange(n, device=i.device).expand(l
 sinks.check = lambda cfg, n=4, **kw: _count('n', n)
 
 def strided(i, j, stride:int)->Tensor:
-    "The query's own key and every `stride`-th before it (Child et al. 2019, §4.2)"
+    "The query's own key and every `stride`-th before it (Child et al. 2019, §4.3)"
     return (j <= i) & ((i - j) % stride == 0)
 strided.links = lambda i, h, layer, stride: i[:, None] - stride*torch.arange(-(-len(i)//stride), device=i.device)
-strided.check = lambda cfg, stride=1, **kw: _count('stride', stride)
+strided.check = lambda cfg, stride=None, **kw: _count('stride', stride)
 
 def document(
     i, j,
@@ -55,7 +55,7 @@ def both(i, j, of, **words)->Tensor:
 
 def _several(cfg, of=(), **kw):
     if kw: raise LabError(f'{[*kw][0]!r} is no keyword of either and both: they take of=(…)')
-    if not of or not all(isinstance(p, part) for p in of): raise LabError(f'of={of!r}: give recipes of patterns, of=(part(window, size=64), …)')
+    if not isinstance(of, tuple) or not of or not all(isinstance(p, part) for p in of): raise LabError(f'of={of!r}: give recipes of patterns, of=(part(window, size=64), …)')
 either.check = both.check = _several
 either.reach = lambda of: max(found) if all(found := [reach(p) for p in of]) else None
 both.reach = lambda of: min((n for p in of if (n := reach(p))), default=None)
@@ -139,12 +139,12 @@ def cover(
 # %% ../nbs/20_sparse.ipynb #99b036d4
 def spectral_gap(
     pattern, T:int, n_heads:int=1, layer:int=0
-)->float: # between 0, where parts are hardly joined, and 1
+)->float: # near 0 where parts are hardly joined; near 1 for the best of large graphs
     "1 − λ₂ of the links taken as a graph without directions, each link walked with the same chance (Chung 1997, §1.3)"
     i = torch.arange(T)
     a = visible(pattern, i, i, n_heads, layer).expand(1, n_heads, T, T).any(1)[0].double()
     a = ((a + a.T) > 0).double()
-    d = a.sum(1).rsqrt()
+    d = a.sum(1).clamp_min(1).rsqrt()                          # a point without links stands alone
     return 1 - torch.linalg.eigvalsh(d[:, None]*a*d)[-2].item()
 
 # %% ../nbs/20_sparse.ipynb #ac5f8b3f
@@ -157,7 +157,7 @@ def cycle(
     return of[layer % len(of)](cfg, layer, **kw)
 
 def _some_given(cfg, of=(), **kw):
-    if not of or not all(isinstance(p, part) for p in of): raise LabError(f'of={of!r}: give recipes, of=(part(…), part(…))')
+    if not isinstance(of, tuple) or not of or not all(isinstance(p, part) for p in of): raise LabError(f'of={of!r}: give recipes, of=(part(…), part(…))')
 cycle.check = _some_given
 
 # %% ../nbs/20_sparse.ipynb #647321ca
@@ -211,7 +211,7 @@ const render = ({ model, el }) => {
   const make = (tag, name, into) => into.appendChild(Object.assign(document.createElement(tag), { className: 'reach' + name }));
   const box = make('div', '', el), left = make('div', '-graph', box), masks = make('div', '-masks', box);
   const svg = left.appendChild(document.createElementNS('http://www.w3.org/2000/svg', 'svg'));
-  const bar = make('div', '-bar', left), words = make('div', '-words', left); words.ariaLive = 'polite';
+  const bar = make('div', '-bar', left), words = make('div', '-words', left); words.ariaLive = 'polite'; svg.setAttribute('role', 'img');
   const rows = Array.from({ length: L }, (_, l) => {
     const d = make('div', '-mask', masks), c = make('canvas', '-map', d), image = new ImageData(c.width = c.height = T, T);
     for (let n = 0; n < T*T; n++) image.data.set([26, 95, 180, 230*data.getUint8(l*T*T + n)], 4*n);
@@ -219,7 +219,7 @@ const render = ({ model, el }) => {
   const tokens = Array.from({ length: T }, (_, t) => { const b = make('button', '-token', bar); b.textContent = t;
     b.ariaLabel = `token ${t}`; b.onclick = () => { model.set('query', t); model.save_changes(); }; return b; });
   const show = () => { const q = model.get('query'), counts = draw(svg, model, q);
-    words.textContent = `token ${q} can have heard of ${counts.join(', ')} of ${q + 1} tokens after ${L} layers`;
+    words.textContent = `token ${q} can have heard of ${counts.join(', ')} of ${q + 1} tokens after ${L} layers`; svg.setAttribute('aria-label', words.textContent);
     tokens.forEach((b, t) => b.setAttribute('aria-pressed', t == q)); rows.forEach(r => { r.style.top = `${100*q/T}%`; r.style.height = `${100/T}%`; }); };
   svg.onclick = e => { const at = svg.getBoundingClientRect(), t = Math.floor(T*(e.clientX - at.left)/at.width);
     model.set('query', Math.min(Math.max(t, 0), T - 1)); model.save_changes(); };
@@ -253,4 +253,4 @@ def reach_map(patterns, T=40, query=-1, n_heads=1): # as `reach_picture`; the st
         data = bytes(_masks(patterns, T, n_heads).to(torch.uint8).flatten().tolist())
         try: return _live()(size=T, layers=len(patterns), query=query % T, data=data)
         except LabError: pass                                  # anywidget is not installed
-    return reach_picture(patterns, T, query, n_heads)
+    return show(reach_picture(patterns, T, query, n_heads))

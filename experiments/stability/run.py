@@ -50,7 +50,8 @@ def cell(tok, ids, qk, orthogonal, spectral, lr, seed, steps):
     loss = mean_loss(model.eval(), ids['val'])/math.log(2)
     said = model.metrics()
     each = lambda name: [v for k, v in said.items() if k.endswith(name)]
-    return dict(loss=loss if math.isfinite(loss) else None, worst=max(run.losses[20:])/math.log(2), max_logit=max(each('max_logit')),
+    return dict(loss=loss if math.isfinite(loss) else None,
+                worst=max(run.losses[min(20, steps - 1):])/math.log(2), max_logit=max(each('max_logit')),
                 entropy=min(each('entropy')), collapsed=mean(each('collapsed')), far=mean(each('far')))
 
 
