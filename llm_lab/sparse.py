@@ -228,11 +228,12 @@ export default { render };'''
 
 # %% ../nbs/20_sparse.ipynb #85fdd2fe
 _STYLE = '''
-.reach { display: flex; flex-wrap: wrap; gap: 14px; max-width: 860px; font: 13px/1.5 system-ui, sans-serif; }
-.reach { color: var(--jp-ui-font-color1, inherit); } .reach-graph { flex: 1 1 520px; } .reach-words { font-weight: 600; }
-.reach svg { width: 100%; cursor: pointer; } .reach-bar { display: flex; } .reach-masks { display: flex; flex-wrap: wrap; gap: 6px; }
+.reach { display: flex; gap: 14px; max-width: 860px; font: 13px/1.5 system-ui, sans-serif; }
+.reach { color: var(--jp-ui-font-color1, inherit); } .reach-graph { flex: 1 1 0; min-width: 0; } .reach-words { font-weight: 600; }
+.reach svg { width: 100%; cursor: pointer; } .reach-bar { display: flex; } .reach-masks { display: flex; gap: 6px; }
+.reach-masks { flex-flow: column-reverse wrap; max-height: 280px; justify-content: flex-end; }
 .reach-token { flex: 1 1 0; min-width: 0; padding: 2px 0; border: 0; background: none; color: inherit; }
-.reach-token { font-size: 9px; cursor: pointer; } .reach-mask { position: relative; width: 96px; height: 96px; }
+.reach-token { font-size: 9px; cursor: pointer; } .reach-mask { position: relative; width: 84px; height: 84px; }
 .reach-token[aria-pressed=true] { background: rgb(26,95,180); color: #fff; border-radius: 3px; }
 .reach-mask canvas { width: 100%; display: block; image-rendering: pixelated; background: #8881; }
 .reach-mask i { position: absolute; left: 0; right: 0; outline: 1px solid #e66100; }
