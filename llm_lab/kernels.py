@@ -30,10 +30,11 @@ class Plan:
         self.block = block or min(128, max(32, self.near//32*16), -(-T//16)*16)
         self.n, self.heads = -(-T//self.block), torch.arange(n_heads).view(-1, 1, 1)
         self.n_links = sum(p.func.links(torch.arange(T, device='meta'), 0, 0, **p.keywords).shape[-1] for p in self.linked)
-        self.bias, self.idx, self.blocks = None, None, {}       # made when they are needed
+        self.touched = self.left + self.block + self.n_links   # keys that a query is multiplied with
+        self.bias, self.idx, self.known, self.blocks = None, None, {}, {}    # made when they are needed
 
-    @property
-    def touched(self): return self.left + self.block + self.n_links      # keys that a query is multiplied with
+    def mask(self): # bool, broadcasts to (texts, H, T, T): all pairs, for `dense`
+        return visible(self.pattern, *[torch.arange(self.T)]*2, self.n_heads, self.layer, **self.ctx)
     def flops(self, head_dim): return 4*head_dim*int(self.keys().expand(-1, self.n_heads, -1).sum())  # of the pairs that are read
 
     def allowed(self, i, j):
@@ -59,7 +60,7 @@ def make(self:Plan, like=None)->Plan: # like: a mask to share, if it is the same
     seen = torch.cat([near(some) for some in i.split(1024)], 2)
     if (seen == seen[:, :1]).all(): seen = seen[:, :1]
     self.blank = blank if (blank := ~seen.any(-1)[..., :T]).any() else None
-    bias, self.known = _bias(seen).unflatten(2, (n, c)), {}
+    bias = _bias(seen).unflatten(2, (n, c))
     if self.linked:
         i = i[:T]
         idx = torch.cat([p.func.links(i[:, 0], self.heads, self.layer, **p.keywords).expand(self.n_heads, T, -1)
@@ -82,7 +83,7 @@ def keys(self:Plan)->Tensor: # (texts, heads, T)
 def picture(self:Plan, head=0): # a matplotlib figure, for some hundred tokens
     "Black: pairs that are read. Grey: pairs that are multiplied, then hidden"
     plt, i = pyplot(), torch.arange(self.T)
-    seen = visible(self.pattern, i, i, self.n_heads, self.layer, **self.ctx).expand(1, self.n_heads, -1, -1)[0, head].float()
+    seen = self.mask().expand(1, self.n_heads, -1, -1)[0, head].float()
     met = ((i >= (begin := i[:, None]//self.block*self.block) - self.left) & (i < begin + self.block)).float()
     fig, ax = plt.subplots(figsize=(3.2, 3.2))
     ax.imshow(.3*met + seen*(1 - .3*met), cmap='gray_r', vmin=0, vmax=1); ax.grid(False)
@@ -119,8 +120,8 @@ def _pieces(plan, B, G, rep):
             for r in range(rep): yield slice(a, min(a + step, first + most)), r, plan.bias[a//G*texts, (a % G*rep + r)*heads][None], folds
 
 # %% ../nbs/21_kernels.ipynb #afb52337
-_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_flash = '_scaled_dot_product_flash_attention_for_cpu'
+_forward, _backward = getattr(torch.ops.aten, _flash), getattr(torch.ops.aten, _flash + '_backward')
 
 def _near(q, k, v, plan, size): # (B·G, rep, T, D), (B·G, T, D) twice → the sums over the folds, ln Σ exp(scores) of each query
     out, lse, (T, c) = torch.empty_like(q), q.new_empty(q.shape[:3]), (plan.T, plan.block)
@@ -214,9 +215,8 @@ class _Folded(torch.autograd.Function):
 
 # %% ../nbs/21_kernels.ipynb #426ec27f
 def _counted(q, k, v, plan): # only shapes are there, as when operations are counted: the products of the folds, and no more
-    B, H, T, D = q.shape
-    k, v = (_fold(x.repeat_interleave(H//k.shape[1], 1).flatten(0, 1), plan) for x in (k, v))
-    return attend(_cut(q.flatten(0, 1), plan), k, v, q.new_ones(1, 1, dtype=torch.bool)).flatten(1, 2)[:, :T].view(q.shape)
+    k, v = (_fold(x.repeat_interleave(q.shape[1]//x.shape[1], 1).flatten(0, 1), plan) for x in (k, v))
+    return attend(_cut(q.flatten(0, 1), plan), k, v, q.new_ones(1, 1, dtype=torch.bool)).flatten(1, 2)[:, :plan.T].view(q.shape)
 
 @torch.compiler.disable
 def folded(

@@ -55,7 +55,7 @@ def both(i, j, of, **words)->Tensor:
 
 def _several(cfg, of=(), **kw):
     if kw: raise LabError(f'{[*kw][0]!r} is no keyword of either and both: they take of=(…)')
-    if not isinstance(of, tuple) or not of or not all(isinstance(p, part) for p in of): raise LabError(f'of={of!r}: give recipes of patterns, of=(part(window, size=64), …)')
+    if not isinstance(of, tuple) or not of or not all(isinstance(p, part) for p in of): raise LabError(f'of={of!r}: give recipes, of=(part(…), part(…))')
 either.check = both.check = _several
 either.reach = lambda of: max(found) if all(found := [reach(p) for p in of]) else None
 both.reach = lambda of: min((n for p in of if (n := reach(p))), default=None)
@@ -156,9 +156,7 @@ def cycle(
     "A recipe for layers that take turns: local and global attention, or experts in every other MLP"
     return of[layer % len(of)](cfg, layer, **kw)
 
-def _some_given(cfg, of=(), **kw):
-    if not isinstance(of, tuple) or not of or not all(isinstance(p, part) for p in of): raise LabError(f'of={of!r}: give recipes, of=(part(…), part(…))')
-cycle.check = _some_given
+cycle.check = lambda cfg, of=(), **kw: _several(cfg, of)
 
 # %% ../nbs/20_sparse.ipynb #647321ca
 def _masks(patterns, T, n_heads): # (L, T, T): does any head read it?

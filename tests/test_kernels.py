@@ -11,7 +11,7 @@ import torch
 from llm_lab.cache import cached, reach, window
 from llm_lab.gpt import Config, MiniGPT, attend, causal, config_from, part, to_data, visible
 from llm_lab.gqa import GQA, kv_heads
-from llm_lab.kernels import Plan, SparseAttention, attended, block_mask, cover, flexed, folded, planned, way
+from llm_lab.kernels import Plan, SparseAttention, attended, block_mask, cover, dense, flexed, folded, planned, way
 from llm_lab.lab import LabError, flops, rng
 from llm_lab.llama import QKNorm, Rope, llama
 from llm_lab.look import attention_maps, stepped
@@ -109,10 +109,12 @@ def test_nothing_is_read_from_the_future_and_everything_from_the_pattern(kind):
 
 
 @pytest.mark.parametrize('kind', ['window 7', 'links', 'sinks', 'thinned', 'three', 'by head', 'strided', 'polynomial', 'powers'])
-def test_flex_attention_says_the_same(kind):
+def test_one_plan_says_the_same_to_every_kernel(kind):
     for T, H, G, sink in ((100, 2, 1, False), (300, 2, 2, True)):
         (q, k, v, s), _ = drawn(1, H, G, T, 16, sink=sink)
         plan = Plan(PATTERNS[kind], T, H, 1)
+        assert (dense(q, k, v, plan.mask(), s) - exact(q, k, v, PATTERNS[kind], 1, s)).abs().max() < 3e-6
+        assert plan.flops(16) == 4*16*int(plan.mask().expand(1, H, T, T).sum())
         with torch.no_grad(): got = flexed(*(x if x is None else x.detach() for x in (q, k, v)), plan, s)
         want = exact(q, k, v, PATTERNS[kind], 1, s)
         assert (got - want).abs().max() < 3e-6
