@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['attend', 'causal', 'words_of', 'visible', 'part', 'Attention', 'MLP', 'Learned', 'Block', 'gpt2_init', 'Config',
-           'MiniGPT', 'register', 'to_data', 'config_from', 'quick_linear']
+           'MiniGPT', 'Aux', 'register', 'to_data', 'config_from', 'quick_linear']
 
 # %% ../nbs/06_gpt.ipynb #0ca89eb3
 import difflib, importlib, re
@@ -273,6 +273,13 @@ def n_params(self:MiniGPT)->int:
 def metrics(self:MiniGPT)->dict:
     "What the parts have noted since they were last asked, `{name: number}`"
     return {k: v for m in self.modules() if m is not self and callable(getattr(m, 'metrics', None)) for k, v in m.metrics().items()}
+
+# %% ../nbs/06_gpt.ipynb #c233ec5b
+class Aux:
+    "What parts say beside their output, by layer: `model(ids, aux=Aux())`"
+    def __init__(self): self.said = {}
+    def say(self, layer, **what): self.said[layer] = what
+    def loss(self): return sum(x['loss'] for x in self.said.values() if 'loss' in x)
 
 # %% ../nbs/06_gpt.ipynb #2a7c0b75
 @patch

@@ -171,8 +171,8 @@ def record(self:Job, run)->dict:
 def validate(self:Job, run)->dict:
     "The validation loss, which is noted for `best`; now and then a text that the model writes"
     c, n = self.cfg, run.step
-    run.model.metrics()                                        # what other readings have left
-    val, parts = mean_loss(run.model, self.ids, starts=self.starts), run.model.metrics()
+    parts = run.model.metrics()                                # of training; the same names of other readings are replaced
+    val = mean_loss(run.model, self.ids, starts=self.starts); parts |= run.model.metrics()
     run.notes.append(dict(step=n, val=val))
     if n % c.eval.sample_every == 0 or n == run.steps:
         text = sample(run.model, self.texts['tokenizer'], c.eval.prompt, c.eval.sample_tokens, c.train.seed)

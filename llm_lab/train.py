@@ -20,13 +20,15 @@ from .lab import (LabError, Live, home, keep_memory, kept_streams, pyplot, rng, 
 from .corpora import load_corpus
 from .chars import CharTokenizer
 from .pack import end_mark
-from .gpt import Config, MiniGPT, quick_linear, to_data
+from .gpt import Aux, Config, MiniGPT, quick_linear, to_data
 from .package import open_model, save_package
 
 # %% ../nbs/08_train.ipynb #0390be9d
 def next_token_loss(model, rows:Tensor)->Tensor: # ids, (B, T+1) → a number, in nats
-    "Mean −ln P(next token): each of the T places of a row is asked for the token after it"
-    return F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
+    "Mean −ln P(next token) over the T places of each row; what parts say to `aux` counts for the gradient alone"
+    aux = {'aux': Aux()} if 'aux' in getattr(getattr(model, 'module', model), 'words', ()) else {}
+    loss = F.cross_entropy(model(rows[:, :-1], **aux).flatten(0, 1), rows[:, 1:].flatten())
+    return loss + ((more := aux['aux'].loss()) - more.detach()) if aux else loss
 
 # %% ../nbs/08_train.ipynb #0d50b797
 def blocks(
@@ -87,8 +89,7 @@ def random_crops(
 ): # a function of the step: rows (batch_size, block_len + 1)
     "Batches as a pure function of (seed, step): windows of the text that start at random places"
     if len(ids) <= block_len:
-        raise LabError(f'the text has {len(ids)} tokens, a window needs {block_len + 1}: '
-                       'give a longer text or a smaller block_len')
+        raise LabError(f'the text has {len(ids)} tokens, a window needs {block_len + 1}: give a longer text or a smaller block_len')
     windows = ids.unfold(0, block_len + 1, 1)
     if starts is not None: starts = starts[starts < len(windows)]
     def batch(step):
@@ -205,6 +206,7 @@ def update(
     else:
         for g in grads: g.div_(scale).masked_fill_(broken, 0.)
     opt.step(); opt.zero_grad(); opt.grad_scale = opt.found_inf = None
+    for m in model.modules(): getattr(m, 'settle', int)()       # parts that mind what a step has brought
     return length
 
 def train_step(
@@ -263,11 +265,9 @@ class Recipe:
         "Raises `LabError` on numbers that cannot be trained with"
         for k in ('steps', 'batch_size', 'block_len', 'seed'):
             n, least = getattr(self, k), int(k != 'seed')
-            if not isinstance(n, int) or n < least:
-                raise LabError(f'{k}={n!r}: give a whole number of at least {least}')
+            if not isinstance(n, int) or n < least: raise LabError(f'{k}={n!r}: give a whole number of at least {least}')
         if not 0 < self.lr < 1: raise LabError(f'lr={self.lr!r}: give a step size between 0 and 1, such as 0.004')
-        if not 0 <= self.weight_decay < 10:
-            raise LabError(f'weight_decay={self.weight_decay!r}: give 0 or a little more, such as 0.1')
+        if not 0 <= self.weight_decay < 10: raise LabError(f'weight_decay={self.weight_decay!r}: give 0 or a little more, such as 0.1')
         return self
 
 # %% ../nbs/08_train.ipynb #693e2cf9
