@@ -161,10 +161,11 @@ def fast(
 
 # %% ../nbs/19_fast.ipynb #3e3eea8d
 def fetched(model)->int:
-    "Bytes of the weights that each token must read: blocks, last norm, head"
+    "Bytes of the weights that each token must read: blocks, last norm, head; of a part that says `share`, so much of its weights"
     m = getattr(model, 'model', model)
     tensors = {id(t): t for part in (m.blocks, m.norm, m.head) for t in (*part.parameters(), *part.buffers())}
-    return sum(t.nbytes for t in tensors.values())
+    share = {id(t): o.share for o in m.modules() if hasattr(o, 'share') for t in o.parameters()}
+    return round(sum(t.nbytes*share.get(id(t), 1) for t in tensors.values()))
 
 def speed(model, **kw)->dict: # kw as `tokens_per_second`
     "Prints tokens a second beside what this machine's memory allows; both, and the bytes, by name"

@@ -189,16 +189,21 @@ Capped.check = staticmethod(_cap_given)
 def _stacked(model, name, m): # rows of each map that is stacked in the layer `m`
     owner, _, last = name.rpartition('.')
     sizes = getattr(model.get_submodule(owner), 'sizes', ())
-    return list(sizes) if last != 'out' and sum(sizes) == len(m.weight) else [len(m.weight)]
+    rows = m.weight.shape[-2]
+    return list(sizes) if last != 'out' and sum(sizes) == rows else [rows]
 
 def projections(model)->dict: # {'blocks.0.attn.qkv.0': weight (rows, columns), …}
-    "Each linear map inside the blocks by itself: stacked ones are cut into q, k, v or gate, value. Views of plain weights"
+    "Each linear map inside the blocks by itself: stacked ones are cut into q, k, v or gate, value, and (E, rows, columns) into E"
     found = {}
     for name, m in model.blocks.named_modules(prefix='blocks'):
-        if not isinstance(m, nn.Linear): continue
-        parts = m.weight.split(_stacked(model, name, m))
-        found |= {f'{name}.{n}' if len(parts) > 1 else name: w for n, w in enumerate(parts)}
+        if not _is_map(m): continue
+        owner, _, last = name.rpartition('.')
+        for e, one in [('', m.weight)] if m.weight.dim() == 2 else [(f'.{e}', w) for e, w in enumerate(m.weight)]:
+            parts = one.split(_stacked(model, name, m))
+            found |= {f'{owner}{e}.{last}' + f'.{n}'*(len(parts) > 1): w for n, w in enumerate(parts)}
     return found
+
+def _is_map(m): return isinstance(m, nn.Linear) or isinstance(w := getattr(m, 'weight', None), Tensor) and w.dim() == 3
 
 # %% ../nbs/16_llama.ipynb #0aecc51f
 OUTS = dict(depth=lambda L: (2*L)**-.5, plain=lambda L: 1., zero=lambda L: 0.)
@@ -262,7 +267,8 @@ def spectral_init(
     "Draw first weights, then bind the singular values of all maps in the blocks by `Spectral`"
     first(model, generator=generator)
     for name, m in [*model.blocks.named_modules(prefix='blocks')]:
-        if not isinstance(m, nn.Linear): continue
+        if not _is_map(m): continue
+        if m.weight.dim() > 2: raise LabError(f'{name}: maps side by side cannot be bound one by one; give init=part(scaled_init)')
         if not m.weight.any(): raise LabError(f'{name} begins at zero and has no direction to bind: give another out than zero')
         register_parametrization(m, 'weight', Spectral(m.weight.detach(), _stacked(model, name, m), gain))
 

@@ -138,6 +138,37 @@ def test_a_clicked_token_shows_what_it_can_have_heard_of(browser):
         assert box.locator('canvas').count() == 3
 
 
+def test_an_expert_is_left_out_and_a_text_typed(browser, tmp_path):
+    "The microscope of chapter 23: a layer's expert is forbidden and nobody goes there, then another text is typed"
+    import nbformat
+    from playwright.sync_api import expect
+    nb = nbformat.read(ROOT/'nbs'/'23_experts.ipynb', 4)
+    nb.cells = nb.cells[:next(n for n, c in enumerate(nb.cells) if 'explore(microscope' in c.source) + 1]
+    for c in nb.cells:
+        if c.cell_type == 'code': c.outputs = []
+    nbformat.write(nb, tmp_path/'23_experts.ipynb')
+    with shot.opened(tmp_path/'23_experts.ipynb', OUT, width=1000, height=900) as page:
+        shot.run_all(page)
+        assert shot.seen(page)['error'] == []
+        area = page.locator('.widget-output').last
+        chips = lambda: [o.get_attribute('title') for o in area.locator('span[title]').all()]
+        expect(area).to_contain_text('bits per character, without nobody')
+        busy = max(range(8), key=lambda e: sum(t.startswith(f'expert {e}:') for t in chips()))
+        page.locator('.widget-dropdown select').last.select_option(str(busy))
+        expect(area).to_contain_text(f'bits per character, without {busy}')
+        assert chips() and not any(f'expert {busy}:' in t for t in chips())
+        area.scroll_into_view_if_needed()
+        page.screenshot(path=str(OUT/'23_experts.left_out.png'))
+        field = page.locator('.widget-text input').last
+        field.fill('Mia <b>')
+        field.press('Tab')
+        expect(area).to_contain_text('is not among the')       # a character that the tales do not have is said in a line
+        field.fill('Mia')
+        field.press('Tab')
+        expect(area.locator('span[title]')).to_have_count(3)
+        assert shot.seen(page)['error'] == []
+
+
 def test_a_touched_token_says_where_it_looks(browser):
     "The live map of chapter 11: mouse, keys and buttons change the words, the kernel's own words agree, and nothing comes from outside"
     from playwright.sync_api import expect
