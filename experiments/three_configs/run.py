@@ -4,9 +4,9 @@
 
 The configurations as they are but for the text, the context (128 tokens), the batch (8 rows) and the optimiser (AdamW at 0.001): a look on
 a laptop, not a verdict; at full length they train for 20,000 steps on TinyStories (`--full`: on a GPU, with nothing changed). All three
-read the same tokens (BPE of 8,192) in the same order. The loss is that of the validation split in bits per byte; loads and drops are those of
-the last training batch. Each is an ordinary run of the lab, kept under its config's name as `three`; a finished one is not
-repeated. One line of JSON at the end; `--save` keeps it.
+read the same tokens (BPE of 8,192) in the same order. The loss is that of the validation split in bits per byte; loads and drops are of
+the last training batch. Each is an ordinary run of the lab, kept under its config's name as `three`; a finished one is not repeated.
+One line of JSON at the end; `--save` keeps it.
 """
 import argparse
 import json
