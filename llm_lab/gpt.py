@@ -279,7 +279,7 @@ class Aux:
     "What parts say beside their output, by layer: `model(ids, aux=Aux())`"
     def __init__(self): self.said = {}
     def say(self, layer, **what): self.said[layer] = what
-    def loss(self): return sum(x['loss'] for x in self.said.values() if 'loss' in x)
+    def loss(self): return sum((x['loss'] for x in self.said.values() if 'loss' in x), torch.zeros(()))
 
 # %% ../nbs/06_gpt.ipynb #2a7c0b75
 @patch
