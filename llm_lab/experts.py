@@ -41,11 +41,12 @@ def _chip(shown, experts, weights):
             f'{shown}<sub style="font-size:60%">{experts[0]}</sub></span>')
 
 # %% ../nbs/23_experts.ipynb #bd462c7f
-def together(chosen:Tensor, n_experts:int)->Tensor: # (N, k) → (E, E)
+def together(chosen:Tensor, n_experts:int)->Tensor: # (N, k), k of at least 2 → (E, E), on the CPU
     "How often two experts read the same token, as a multiple of what their loads alone would give; on the diagonal, 0"
-    on = F.one_hot(chosen, n_experts).amax(1).double()
-    pairs, load = on.T @ on/len(on), on.mean(0)
-    return (pairs/(load[:, None]*load).clamp_min(1e-12)).fill_diagonal_(0)
+    on = F.one_hot(chosen.cpu(), n_experts).amax(1).double()
+    pairs, load = (on.T @ on).fill_diagonal_(0), on.sum(0)
+    chance = (load[:, None]*load).fill_diagonal_(0)            # nobody meets himself: as many pairs, shared out by loads
+    return pairs/(chance*pairs.sum()/chance.sum()).clamp_min(1e-12)
 
 # %% ../nbs/23_experts.ipynb #915c040d
 @contextmanager
@@ -58,9 +59,10 @@ def left_out(
     found = [m for m in model.modules() if isinstance(m, Router) and m.layer == layer]
     if not found: raise LabError(f'layer={layer}: no experts there; choose from {sorted(m.layer for m in model.modules() if isinstance(m, Router))}')
     r, E = found[0], len(found[0].weight)
-    if not set(experts) <= set(range(E)) or E - len(set(experts)) < r.top_k:
+    off = tuple({*r.off, *experts})
+    if not set(off) <= set(range(E)) or E - len(off) < r.top_k:
         raise LabError(f'experts={experts}: choose from 0 to {E - 1}, and leave {r.top_k} of them')
-    old, r.off = r.off, experts
+    old, r.off = r.off, off
     try: yield model
     finally: r.off = old
 
@@ -69,7 +71,8 @@ def upcycled(
     model:MiniGPT,
     mlp:part # a recipe with experts like the model's MLPs: part(MoE, expert=model.cfg.mlp, …), in every layer or by `cycle`
 )->MiniGPT:  # raises `LabError` where the experts are not like them
-    "The model with experts that all begin as its MLPs (Komatsuzaki et al. 2022)"
+    "The model with experts that all begin as its MLPs (Komatsuzaki et al. 2022): the same function, if weights sum to one"
+    if any(isinstance(m, Grouped) for m in model.modules()): raise LabError('this model has experts already: give a dense one')
     new, state = MiniGPT(replace(model.cfg, mlp=mlp)).to(model.tok.weight), model.state_dict()
     with torch.no_grad():
         for name, w in new.state_dict().items():

@@ -5,8 +5,8 @@
 The configurations as they are but for the text, the context (128 tokens), the batch (8 rows) and the optimiser (AdamW at 0.001): a look on
 a laptop, not a verdict; at full length they train for 20,000 steps on TinyStories (`--full`: on a GPU, with nothing changed). All three
 read the same tokens (BPE of 8,192) in the same order. The loss is that of the validation split in bits per byte; loads and drops are of
-the last training batch. Each is an ordinary run of the lab, kept under its config's name as `three`; a finished one is not repeated.
-One line of JSON at the end; `--save` keeps it.
+the last training batch. Each is an ordinary run of the lab, kept under its config's name as `three-…`; a finished one is not
+repeated. One line of JSON at the end; `--save` keeps it.
 """
 import argparse
 import json
@@ -25,11 +25,11 @@ SHORT = ('data.block_len=128', 'train.batch_size=8', 'train.optimiser=adamw', 't
          'eval.every=100', 'eval.tokens=20_000', 'eval.sample_every=1000', 'log.checkpoint_every=100')
 
 
-def one(name, changes):
+def one(name, run, changes):
     "The run's last row and its result, trained if need be"
-    folder = home()/'experiments'/name/'runs'/'three'
+    folder = home()/'experiments'/name/'runs'/run
     if not (folder/'result.json').exists():
-        train_config(name, *changes, run=None if folder.exists() else 'three', resume=str(folder) if folder.exists() else None)
+        train_config(name, *changes, run=None if folder.exists() else run, resume=str(folder) if folder.exists() else None)
     rows = [json.loads(line) for line in (folder/'metrics.jsonl').read_text().splitlines()]
     return next(r for r in reversed(rows) if 'val' in r), json.loads((folder/'result.json').read_text())
 
@@ -37,21 +37,20 @@ def one(name, changes):
 def main(steps, text, full):
     changes = (f'data.corpus={text}', f'train.steps={steps}', *SHORT) if not full else ()
     out = []
-    print(f'{"":22}{"parameters":>12}{"active":>12}{"Mflop a token":>15}{"bits per byte":>15}{"tokens/s":>10}{"loads":>14}{"drops":>8}')
+    print(f'{"":22}{"parameters":>12}{"active":>12}{"Mflop a token":>15}{"bits per byte":>15}{"loads":>14}{"drops":>8}')
     for name in NAMES:
         cfg = read_config(name, changes)
         model = MiniGPT(config_from(model_data(cfg.model) | dict(vocab_size=cfg.data.vocab_size, max_len=cfg.data.block_len)))
         work = flops(lambda: model(torch.zeros(1, cfg.data.block_len, dtype=torch.int64)))/cfg.data.block_len/1e6
-        row, result = one(name, changes)
+        row, result = one(name, f'three-{text}-{steps}' if changes else 'three-full', changes)
         each = lambda kind: [v for k, v in row.items() if k.startswith('moe') and k.endswith(kind)]
         out.append(dict(name=name, params=model.n_params, active=active_params(model), mflop=round(work, 2),
-                        bits_per_byte=result['scores']['val']['bits_per_byte'], tokens_per_s=result['tokens']/result['seconds'],
+                        bits_per_byte=result['scores']['val']['bits_per_byte'],
                         load_min=min(each('load_min'), default=None), load_max=max(each('load_max'), default=None),
                         drops=max(each('drops'), default=None)))
         o = out[-1]
         loads = f'{o["load_min"]:9.2f}–{o["load_max"]:.2f}{o["drops"]:8.1%}' if o['load_min'] is not None else ''
-        print(f'{name:22}{o["params"]:12,}{o["active"]:12,}{work:15.1f}{o["bits_per_byte"]:15.3f}{o["tokens_per_s"]:10,.0f}' + loads,
-              flush=True)
+        print(f'{name:22}{o["params"]:12,}{o["active"]:12,}{work:15.1f}{o["bits_per_byte"]:15.3f}' + loads, flush=True)
     return dict(configs=out, steps=steps, text=text, **machine())
 
 
