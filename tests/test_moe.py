@@ -528,6 +528,17 @@ def test_a_block_that_runs_twice_is_counted_as_one_that_runs_once():
     assert told[0] == told[1] and len(told[0]) == 8 and told[0]['moe0_drops'] > 0
 
 
+def test_a_run_writes_load_entropy_and_drops_beside_each_validation(tmp_path, monkeypatch):
+    from llm_lab.run import train_config
+    monkeypatch.setenv('LLM_LAB_HOME', str(tmp_path))
+    job = train_config('smoke', 'model.mlp={part: "llm_lab.moe:MoE", n_experts: 4, capacity: 1}', 'train.steps=20', 'eval.every=10')
+    rows = [json.loads(line) for line in (job.folder/'metrics.jsonl').read_text().splitlines()]
+    told = [{k[5:]: v for k, v in r.items() if k.startswith('moe0_')} for r in rows if 'val' in r]
+    assert len(told) == 2 and all([*t] == ['load_max', 'load_min', 'entropy', 'drops'] for t in told)
+    for t in told: assert 0 <= t['load_min'] <= 1 <= t['load_max'] <= 4 and 0 < t['entropy'] <= 1 and 0 <= t['drops'] < 1
+    assert any(t['drops'] for t in told)
+
+
 # ---- what carries it
 
 @pytest.mark.parametrize('choose', CHOICES)
