@@ -17,6 +17,7 @@ from .gpt import MiniGPT, part
 from .moe import Grouped, Router, routes
 
 # %% ../nbs/23_experts.ipynb #2ca0e01d
+_CHIP = 'display:inline-block;color:#000;padding:1px 2px;margin:0 1px;border-radius:3px'
 _HUES = ('#8dd3c7', '#fdb462', '#bebada', '#fb8072', '#80b1d3', '#b3de69', '#fccde5', '#d9d9d9')
 
 def routes_html(
@@ -37,8 +38,8 @@ def routes_html(
 def _chip(shown, experts, weights):
     title = html.escape(', '.join(f'expert {e}: {w:.0%}' for e, w in zip(experts, weights)), quote=True)
     shown = html.escape(shown.replace(' ', '␣').replace('\n', '↵'))
-    return (f'<span title="{title}" style="background:{_HUES[experts[0] % len(_HUES)]};color:#000;padding:1px 2px;margin:0 1px;border-radius:3px">'
-            f'{shown}<sub style="font-size:60%">{experts[0]}</sub></span>')
+    return (f'<span title="{title}" style="background:{_HUES[experts[0] % len(_HUES)]};{_CHIP}">'
+            f'{shown}<sub style="font-size:60%">{experts[0]}</sub></span>' + '<br>'*('↵' in shown))
 
 # %% ../nbs/23_experts.ipynb #bd462c7f
 def together(chosen:Tensor, n_experts:int)->Tensor: # (N, k), k of at least 2 → (E, E), on the CPU

@@ -18,9 +18,10 @@ from .gpt import Aux, MiniGPT, part
 from .llama import SwiGLU
 
 # %% ../nbs/22_moe.ipynb #4b31b53f
+def _mine(chosen, n_experts): return chosen[..., None] == torch.arange(n_experts, device=chosen.device)      # (N, k, E)
+
 def _taken(scores, chosen): # (N, E), (N, k) → (N, k): `gather`, but its way back adds up; a compiler may lose what a scatter writes there
-    mine = chosen[..., None] == torch.arange(scores.shape[-1], device=chosen.device)
-    return torch.where(mine, scores[..., None, :], 0.).sum(-1)
+    return torch.where(_mine(chosen, scores.shape[-1]), scores[..., None, :], 0.).sum(-1)
 
 def _weighed(scores, chosen, renormalise=True):
     w = _taken(scores, chosen)
@@ -205,7 +206,7 @@ Router.check = staticmethod(_known_router)
 def loss(self:Router, logits, w, chosen, p, counts)->Tensor:
     "What training adds for the sake of balance, a number"
     out = logits.new_zeros(())
-    if self.importance: p = torch.zeros_like(p).scatter(1, chosen, w); p = len(p)*p/p.sum()
+    if self.importance: p = (_mine(chosen, p.shape[1])*w[..., None]).sum(1); p = len(p)*p/p.sum()
     if self.balance: out = out + self.balance*balance_loss(counts/chosen.numel(), p.mean(0))
     return out + self.z*z_loss(logits) if self.z else out
 
@@ -219,7 +220,7 @@ def note(self:Router, counts, p):
 @patch
 @torch.no_grad()
 def settle(self:Router):
-    "After a step: who had more than his share becomes less likely, by `bias_rate` (Wang et al. 2024, §3.1)"
+    "After a step: who had more than his share becomes less likely, by `bias_rate` (Wang et al. 2024, algorithm 1)"
     if self.since is None: return
     if torch.distributed.is_available() and torch.distributed.is_initialized(): torch.distributed.all_reduce(self.since)
     self.bias += self.bias_rate*(self.since.mean() - self.since).sign(); self.since = None

@@ -391,8 +391,9 @@ def test_what_is_said_is_what_the_papers_write(importance, choose):
     f = torch.tensor([(e == n).sum()/80 for n in range(5)])
     share = score/score.sum(1, keepdim=True)
     if importance:
-        mine = torch.stack([(e == n).any(1) for n in range(5)], 1)*score
-        share = mine/mine.sum(1, keepdim=True)
+        gate = torch.stack([(e == n).any(1) for n in range(5)], 1)*share
+        if 'as it is' not in choose: gate = gate/gate.sum(1, keepdim=True)
+        share = 40*gate/gate.sum()                             # importance: what the gates of a batch sum up to
     want = .3*5*sum(f[n]*share[:, n].sum()/40 for n in range(5)) + .07*sum(row.exp().sum().log()**2 for row in logits)/40
     assert aux.loss().item() == pytest.approx(want.item(), rel=1e-6)
     for a, b in zip(torch.autograd.grad(aux.loss(), (moe.router.weight, x)), torch.autograd.grad(want, (moe.router.weight, x))):
