@@ -266,15 +266,20 @@ class MoE(nn.Module):
     def forward(self, x, aux=None, **ctx): # (B, T, C) → (B, T, C)
         flat = x.flatten(0, -2)                                # (N, C)
         w, chosen, load = self.router(flat, aux)
-        most = math.ceil(round(self.capacity*chosen.numel()/self.n_experts, 6)) if self.training and self.capacity else None
+        most = None
+        if self.training and self.capacity:                    # 1.1·100/10 is a little more than 11 here, and still means 11
+            most = max(1, math.ceil(round(self.capacity*chosen.numel()/self.n_experts, 6)))
         place, rows, kept, M = placed(chosen, self.n_experts, most)
-        for m in self.experts.modules():
-            if isinstance(m, Grouped): m.rows = rows
-        table = self.experts(_Sent.apply(flat, place, M))
+        table = self.ask(_Sent.apply(flat, place, M), rows)
         w = w.t().flatten()
         if most is not None: w = w*(place < M - 1); self.drop(load, kept)
         out = (_Fetched.apply(table, place)*w[:, None]).view(chosen.shape[1], *flat.shape).sum(0).view_as(x)
         return sum((s(x) for s in self.shared), out)
+
+    def ask(self, table, rows): # rows (M, C), and how many each expert has, (E,) → what they say, (M, C)
+        for m in self.experts.modules():
+            if isinstance(m, Grouped): m.rows = rows
+        return self.experts(table)
 
 # %% ../nbs/22_moe.ipynb #83d1cc80
 def _experts_fit(cfg, n_experts=8, top_k=2, expert=part(SwiGLU), shared=0, capacity=None, router=part(Router), **kw):
@@ -302,9 +307,7 @@ def moe_spec(moe:MoE, x:Tensor)->Tensor: # (B, T, C) → (B, T, C), token by tok
 def single(moe:MoE, e:int, x:Tensor)->Tensor: # (…, C) → (…, C)
     "What one expert says to all"
     rows = torch.zeros(moe.n_experts, dtype=torch.int64, device=x.device); rows[e] = len(flat := x.reshape(-1, x.shape[-1]))
-    for m in moe.experts.modules():
-        if isinstance(m, Grouped): m.rows = rows
-    return moe.experts(flat).view_as(x)
+    return moe.ask(flat, rows).view_as(x)
 
 # %% ../nbs/22_moe.ipynb #fe85c36c
 @patch

@@ -496,6 +496,31 @@ def test_a_run_that_is_resumed_ends_with_the_same_bits(name, tmp_path):
     assert torch.equal(open_model(saves.place(12)).model.blocks[0].mlp.router.bias, bias)
 
 
+@pytest.mark.parametrize('choose', CHOICES)
+def test_who_is_left_out_stays_out_whatever_the_bias_says(choose):
+    from llm_lab.experts import left_out
+    model = shaken(MiniGPT(small(n_layers=1, choose=CHOICES[choose], bias_rate=.1))).eval()
+    router, x = model.blocks[0].mlp.router, torch.randn(50, 16, generator=rng(0, 'x'))
+    router.bias.copy_(torch.tensor([9., 0, 0, 0]))
+    def asked(): return set(router(x)[1].flatten().tolist())
+    assert 0 in asked()
+    with left_out(model, 0, 0):
+        assert asked() == {1, 2, 3}
+        with left_out(model, 0, 1): assert asked() == {2, 3}   # one inside the other
+        assert asked() == {1, 2, 3}
+    assert 0 in asked()
+
+
+def test_places_are_counted_as_on_paper():
+    "⌈capacity·N·k/E⌉, where floating point would say a little more; and never none"
+    for capacity, places in ((1.1, 11), (1e-9, 1)):
+        moe = mixture(E=10, k=1, capacity=capacity)
+        chosen = chosen_by(moe, x := tokens(100))[1]
+        late = sum(max(0, n - places) for n in torch.bincount(chosen.flatten(), minlength=10).tolist())
+        moe(x)
+        assert late and moe.metrics()['moe0_drops'] == pytest.approx(late/100)
+
+
 # ---- what is noted
 
 def test_metrics_are_a_count_by_hand_of_the_last_batch():
