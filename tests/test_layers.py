@@ -118,7 +118,7 @@ def homes(root):
 
 # ---- the page itself
 
-def pages(root, most=300):
+def pages(root):
     bad = []
     for p in sorted((root/'nbs').glob('*.ipynb')):
         nb = read(p)
@@ -128,8 +128,6 @@ def pages(root, most=300):
     for p in chapters(root).values():
         first = (cells(p, 'markdown') or [''])[0]
         if not re.match(r'# \S.*\n+> \S', first): bad.append(f'{p.name}: the first prose cell should be `# Title`, then `> purpose`')
-        n = sum(bool(o.strip()) and not o.startswith('#|') for c in cells(p) if EXPORT.search(c) for o in c.splitlines())
-        if n > most: bad.append(f'{p.name}: {n} exported lines, {most} at most')
     return bad
 
 
@@ -192,9 +190,8 @@ def test_a_name_with_two_homes_is_seen(tmp_path):
 
 
 def test_a_poor_page_is_seen(tmp_path):
-    code = '#| export\n' + '\n'.join(f'v{i} = {i}' for i in range(301))
-    said = '\n'.join(pages(toy(tmp_path, code=code, head='# no purpose', meta={'widgets': {}}, ids=False)))
-    for words in ('> purpose', '301 exported', 'saved widgets', 'not unique'): assert words in said
+    said = '\n'.join(pages(toy(tmp_path, head='# no purpose', meta={'widgets': {}}, ids=False)))
+    for words in ('> purpose', 'saved widgets', 'not unique'): assert words in said
 
 
 # ---- light imports
