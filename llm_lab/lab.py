@@ -6,7 +6,7 @@
 __all__ = ['WEIGHTS', 'SIGNED', 'LabError', 'need', 'home', 'restored', 'written', 'rng', 'streams', 'set_streams',
            'kept_streams', 'seeded', 'device', 'machine', 'check', 'pyplot', 'in_notebook', 'show', 'widgets_live',
            'explore', 'Live', 'progress', 'stoppable', 'flops', 'by_onednn', 'quick_products', 'peak_flops',
-           'time_by_kind', 'keep_memory']
+           'time_by_kind', 'keep_memory', 'fastest_threads']
 
 # %% ../nbs/00_lab.ipynb #f5126c87
 import hashlib, importlib, os, re, shutil, signal, sys, threading, time
@@ -371,3 +371,32 @@ def keep_memory()->bool: # could it be asked?
     try: option = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError): return False  # macOS, Windows and musl do it their own way
     return all(option(which, 1 << 30) for which in (-3, -1))   # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+
+# %% ../nbs/00_lab.ipynb #f1187097
+def _seconds_per_call(work, seconds):
+    "Seconds that `work()` takes: the mean over so long, at least two calls; one before them warms up"
+    work()
+    calls, start = 0, time.perf_counter()
+    while calls < 2 or time.perf_counter() - start < seconds:
+        work()
+        calls += 1
+    return (time.perf_counter() - start)/calls
+
+def fastest_threads(
+    work,      # a function without arguments that ends when its result is there: a step on a copy of the model
+    seconds=.2 # to try each number of threads for, in each of three rounds
+)->int: # at most torch.get_num_threads(), which is as before
+    "With how many threads is `work()` fastest here and now? With $OMP_NUM_THREADS the caller has decided"
+    import torch
+    most = torch.get_num_threads()
+    choices = sorted({1, max(1, most//2), most})
+    if len(choices) == 1 or os.environ.get('OMP_NUM_THREADS'): return most
+    taken = {n: [] for n in choices}
+    try:
+        for _ in range(3):                                     # in turns: other programs come and go
+            for n in choices:
+                torch.set_num_threads(n)
+                taken[n].append(_seconds_per_call(work, seconds))
+    finally: torch.set_num_threads(most)
+    typical = {n: sorted(t)[1] for n, t in taken.items()}
+    return next(n for n in choices if typical[n] < 1.1*min(typical.values()))
