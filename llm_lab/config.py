@@ -61,6 +61,7 @@ class TrainKeys:
     compile: bool = False
     recompute: bool = False                         # keep less for the way back (chapter 12)
     seed: int = _key(0, 0, 2**31)
+    threads: int|None = _key(None, 1, 1024)         # of the CPU; as many as there are if none
 
 # %% ../nbs/14_config.ipynb #51855475
 @dataclass(frozen=True)
@@ -251,7 +252,7 @@ def gone_on(old:RunConfig, new:RunConfig)->RunConfig:
     "`new`, if a run of `old` can go on with it: only what does not reach back is another. Raises `LabError` if not"
     for path in _PATHS:
         a, b = (getattr(getattr(c, path.partition('.')[0]), path.partition('.')[2]) for c in (old, new))
-        if a != b and not path.startswith(('log.', 'eval.', 'train.steps')):
+        if a != b and not path.startswith(('log.', 'eval.', 'train.steps', 'train.threads')):
             raise LabError(f'{path}={b!r}: it was {a!r}, and a run that goes on keeps it; leave it out, or start a new run')
     return new
 
