@@ -8,11 +8,13 @@ __all__ = ['texts_of', 'batches_of', 'Alone', 'engine_of', 'gathered', 'model_co
 
 # %% ../nbs/15_run.ipynb #aedce895
 import hashlib, json, math, os, re, shutil, subprocess, sys, time
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Thread
 import torch
 from fastcore.basics import patch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -77,6 +79,28 @@ class Alone:
     def log(self, values, step): pass
     def end_training(self): pass
 
+# %% ../nbs/15_run.ipynb #5c1e7a21
+_LOOKUP = re.compile(rb'\[W.*(hostname of the client socket cannot|Unable to resolve hostname)')
+
+@contextmanager
+def _without_lookups():
+    "Meanwhile, leave out of stderr that a host name cannot be looked up; every other line comes as it came"
+    kept, (end, start) = os.dup(2), os.pipe()
+    def pass_on():                                             # to the end, which is when nobody can write any more
+        with open(end, 'rb') as lines:
+            for line in lines:
+                if not _LOOKUP.match(line): os.write(kept, line)
+        os.close(kept)
+    os.dup2(start, 2)
+    os.close(start)
+    reader = Thread(target=pass_on, daemon=True)
+    reader.start()
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        reader.join(1)                                         # a child may hold the other end: we do not wait for it
+
 # %% ../nbs/15_run.ipynb #90d7836c
 def engine_of(tracker='none'):
     "An `accelerate.Accelerator`; `Alone` where that is not installed and one process is enough"
@@ -84,8 +108,9 @@ def engine_of(tracker='none'):
     if tracker != 'none': need(tracker)                        # accelerate would leave it out without a word
     if tracker != 'none' and (env := home()/'.env').is_file(): need('dotenv', 'python-dotenv').load_dotenv(env)
     slow = need('accelerate').InitProcessGroupKwargs(timeout=timedelta(hours=6))       # one packs, the others wait
-    return need('accelerate').Accelerator(cpu=device() == 'cpu', mixed_precision='no', kwargs_handlers=[slow],
-                                          log_with=None if tracker == 'none' else tracker, project_dir=home())
+    with _without_lookups() if os.environ.get('WORLD_SIZE', '1') != '1' else nullcontext():
+        return need('accelerate').Accelerator(cpu=device() == 'cpu', mixed_precision='no', kwargs_handlers=[slow],
+                                              log_with=None if tracker == 'none' else tracker, project_dir=home())
 
 def gathered(engine, x)->list:
     "What each process has, in their order; plain data, about as long everywhere"
