@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import HANG
 from safetensors import SafetensorError
 from safetensors.torch import load as tensors_from
 from test_layers import cells, plain
@@ -209,7 +210,7 @@ def grid(folder, every, shares=2):
     for n in range(shares): (folder/str(n)).mkdir()
     workers = [subprocess.Popen([*argv, str(folder/str(n)), str(every), str(n), str(shares)], env=env, text=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE) for n in range(shares)]
-    said = [w.communicate(timeout=900) for w in workers]
+    said = [w.communicate(timeout=HANG) for w in workers]
     assert [w.returncode for w in workers] == [0]*shares, [err[-2000:] for _, err in said]
     (plain, *cases), *others = ([json.loads(line) for line in out.splitlines()] for out, _ in said)
     if 'cannot' in plain: pytest.skip(f'strace may not trace here: {plain["cannot"].strip()}')
@@ -593,7 +594,7 @@ def life(folder, kill_at=None, moment=0.):
     for line in p.stdout:
         if line.strip().isdigit(): told.append(int(line))
         if kill_at and told and told[-1] >= kill_at: time.sleep(moment); p.kill(); break
-    told += [int(line) for line in p.communicate(timeout=120)[0].splitlines() if line.strip().isdigit()]
+    told += [int(line) for line in p.communicate(timeout=HANG)[0].splitlines() if line.strip().isdigit()]
     assert p.returncode == (-signal.SIGKILL if kill_at else 0)
     return told[0], told[-1]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import HANG
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
@@ -750,8 +751,8 @@ print(json.dumps(dict(loss=abs(mean.item()/2 - want[0]), grad=far(got[1], want[1
 """
 
 
-def team(folder, seconds=60, checkpoints=False, **job):
-    "What two processes find, each with a limit of time: one that waits for ever fails"
+def team(folder, checkpoints=False, **job):
+    "What two processes find; one that waits for ever fails"
     path = os.pathsep.join(map(str, (ROOT, ROOT/'tests', os.environ.get('PYTHONPATH', ''))))
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': path}
     if sys.platform == 'linux': env['GLOO_SOCKET_IFNAME'] = 'lo'  # the name of a machine may be one that nobody can look up
@@ -759,7 +760,7 @@ def team(folder, seconds=60, checkpoints=False, **job):
     argv = [sys.executable, '-c', TEAM]
     job, pipes = json.dumps(dict(job, checkpoints=checkpoints)), dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     both = [subprocess.Popen([*argv, str(r), str(store), job], env=env, text=True, **pipes) for r in range(2)]
-    try: said = [p.communicate(timeout=seconds) for p in both]
+    try: said = [p.communicate(timeout=HANG) for p in both]
     finally: [p.kill() for p in both]
     assert [p.returncode for p in both] == [0, 0], [err[-2000:] for _, err in said]
     return [json.loads(out.splitlines()[-1]) for out, _ in said]

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from cases import HANG
 
 from llm_lab.bpe import BPETokenizer
 from llm_lab.corpora import load_corpus
@@ -30,9 +31,10 @@ def home(tmp_path, monkeypatch):
 
 def prepare(home, *argv, code=0, **env):
     "What `llm-lab prepare` prints; an error is one line"
-    env = {**os.environ, 'HF_HOME': str(home/'hf'), 'OMP_NUM_THREADS': '1', **env}
+    patience = dict.fromkeys(('HF_HUB_DOWNLOAD_TIMEOUT', 'HF_HUB_ETAG_TIMEOUT'), '600')
+    env = {**os.environ, 'HF_HOME': str(home/'hf'), 'OMP_NUM_THREADS': '1', **patience, **env}
     r = subprocess.run([sys.executable, '-m', 'llm_lab.cli', 'prepare', *map(str, argv)], env=env, cwd=home, capture_output=True, text=True,
-                       timeout=240)
+                       timeout=HANG)
     assert r.returncode == code, r.stdout + r.stderr
     assert not code or (r.stderr.startswith('llm-lab') and r.stderr.count('\n') == 1 and not r.stdout), r.stdout + r.stderr
     return r.stderr if code else r.stdout
