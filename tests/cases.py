@@ -15,7 +15,27 @@ def cases(n, least=3):
 
 
 def some(kinds, least=3):
-    "All of these kinds, or a tenth, spread evenly over them"
+    "All of these kinds, or a tenth, spread evenly over them; the first is always there"
     kinds = list(kinds)
     n = cases(len(kinds), least)
     return [kinds[i*len(kinds)//n] for i in range(n)]
+
+
+def crossed(kinds, ways):
+    "Each kind in each way; or each kind in one way, taken in turn, so that every way comes as well"
+    kinds, ways = list(kinds), list(ways)
+    if ALL: return [(k, w) for k in kinds for w in ways]
+    n = max(len(kinds), len(ways))
+    return [(kinds[i % len(kinds)], ways[i % len(ways)]) for i in range(n)]
+
+
+def covering(draws, features):
+    "All of these draws; or a few that have, together, every feature that any of them has"
+    draws = list(draws)
+    if ALL: return draws
+    chosen, missing = [], set().union(*map(features, draws))
+    while missing:
+        best = max(draws, key=lambda draw: len(missing & features(draw)))
+        chosen.append(best)
+        missing -= features(best)
+    return chosen
