@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from cases import HANG
+from cases import ALL, HANG
 from torch.nn import functional as F
 
 from llm_lab.gpt import Config, MiniGPT, _QuickLinear, quick_linear
@@ -68,7 +68,7 @@ def test_a_compiled_step_is_the_same_step(capsys):
         return flat(model), losses
     plain = one(train_step)
     way = (plain[0] - flat(MiniGPT(SMALL))).norm()
-    for prepare in (lambda m: m, checkpointed):
+    for prepare in (checkpointed, lambda m: m) if ALL else (checkpointed,):
         fast = one(Step(compile=True), prepare)
         assert 'not compiled' not in capsys.readouterr().out
         assert (fast[0] - plain[0]).norm() < 2e-3*way and fast[1] == pytest.approx(plain[1], abs=1e-5)

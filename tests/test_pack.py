@@ -44,7 +44,7 @@ def whole(tales, tmp_path_factory):
 # ---- the order
 
 def test_every_n_up_to_300_is_read_once_an_epoch():
-    for n in range(1, 301):
+    for n in some(range(1, 301)):
         order = shuffled(np.arange(3*n), n, seed=n).reshape(3, n)
         assert (np.sort(order, 1) == np.arange(n)).all(), n
 
@@ -66,7 +66,7 @@ def test_seeds_and_epochs_differ():
     assert (one == two).mean() < .02 and (one == shuffled(np.arange(1000), 1000, seed=1)).mean() < .02
 
 
-@pytest.mark.parametrize('n', [3, 5, 16, 100])
+@pytest.mark.parametrize('n', some([3, 5, 16, 100]))
 def test_every_block_is_equally_likely_at_every_place(n):
     epochs = 400*n
     seen = shuffled(np.arange(epochs*n), n, seed=7).reshape(epochs, n)
@@ -382,11 +382,11 @@ def test_a_plain_script_may_pack(tmp_path):
 
 
 def test_of_many_builders_one_builds(tmp_path):
-    crowd = [build(tmp_path, tmp_path/'f', 20_000) for _ in range(4)]
+    crowd = [build(tmp_path, tmp_path/'f', 20_000) for _ in range(3)]
     said = [p.communicate(timeout=HANG) for p in crowd]
-    assert [p.returncode for p in crowd] == [0]*4, said
+    assert [p.returncode for p in crowd] == [0]*3, said
     last = [out.splitlines()[-1].split() for out, _ in said]
-    assert sorted(w for w, _ in last) == ['built', 'read', 'read', 'read'] and len({h for _, h in last}) == 1
+    assert sorted(w for w, _ in last) == ['built', 'read', 'read'] and len({h for _, h in last}) == 1
     assert any('waiting for it' in out for out, _ in said)
 
 
@@ -404,7 +404,9 @@ def test_a_kill_leaves_no_folder(tmp_path, who):
     if who == 'builder':
         assert p.returncode == -9 and list(tmp_path.glob('.f.*.new'))
         until = time.monotonic() + HANG
-        while any(w.is_running() and w.status() != 'zombie' for w in team): assert time.monotonic() < until, 'workers live on'; time.sleep(.05)
+        while any(w.is_running() and w.status() != 'zombie' for w in team):
+            assert time.monotonic() < until, 'workers live on'
+            time.sleep(.05)
     else: assert p.returncode == 1 and 'a worker ended with code -9' in err and not list(tmp_path.glob('.f.*.new')), err
     out, err = build(tmp_path, tmp_path/'f', 3000).communicate(timeout=HANG)
     assert 'built' in out, err

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cases import HANG
+from cases import ALL, HANG
 
 from llm_lab.config import _PATHS, CONFIGS, SECTIONS, config_of, read_config, write_config
 from llm_lab.lab import LabError
@@ -146,8 +146,8 @@ def deaths_to_die(nursery, met, seconds, luck, kills):
     return [sorted(fates[n:n + 3], key=order) for n in range(0, len(fates), 3)]
 
 
-@pytest.mark.parametrize('place,when,k', [('tearing_rows', 'before', 1), ('tearing_rows', 'before', 2), ('tearing_rows', 'before', 3),
-                                          ('committing', 'after', -1), ('pruning', 'before', -1)])
+@pytest.mark.parametrize('place,when,k', [('tearing_rows', 'before', 1), ('committing', 'after', -1), ('pruning', 'before', -1),
+                                          *([('tearing_rows', 'before', k) for k in (2, 3)] if ALL else [])])
 def test_the_first_lines_and_the_last_names_are_right_after_a_kill(place, when, k, nursery, home, text, whole):
     "A torn head of the table, its first row, the first row of the other file; a last checkpoint that is not named, an old one not pruned"
     k = k if k > 0 else whole[1][f'{place}/{when}']
@@ -318,7 +318,7 @@ def whole_by_two(desk, nursery, text):
     return bits(folder_of(home)), lives
 
 
-@pytest.mark.parametrize('rows', ['blocks', 'documents'])
+@pytest.mark.parametrize('rows', ['blocks', 'documents'] if ALL else ['documents'])
 def test_two_processes_learn_what_one_learns(rows, nursery, home, text):
     "The same global batch: 50 losses within 1e-5, each block read once, by one of the two"
     (alone := home/'alone').mkdir(); (both := home/'both').mkdir()
@@ -353,9 +353,11 @@ def test_over_an_epoch_two_processes_read_each_block_once(rows, text, home, monk
 
 
 @pytest.mark.parametrize('killed,place,k', [
-    (1, 'stepping', 14), (0, 'committing', 5), (0, 'validating', 3), (0, 'packing', 1), (1, 'taking_up', 1)])
+    (1, 'stepping', 14), (0, 'committing', 5), (0, 'packing', 1), *([(0, 'validating', 3), (1, 'taking_up', 1)] if ALL else [])])
 def test_when_one_of_two_is_killed_the_other_ends_and_both_go_on(killed, place, k, nursery, home, text, whole_by_two, record_property):
-    "By itself, hours before the team gives up waiting, and with one line; resumed, the bits are those of two that nothing interrupts: each has its own dropout"
+    """By itself, hours before the team gives up waiting, and with one line
+
+    Resumed, the bits are those of two that nothing interrupts: each has its own dropout."""
     config = [*settings(text), '--run', 'x', '--resume']
     if place == 'taking_up': ended(nursery, two(nursery, home, *config, fates=(dict(place='stepping', k=9, signal=signal.SIGTERM), None)))
     lives = two(nursery, home, *config, fates=[dict(place=place, k=k) if r == killed else None for r in (0, 1)])
@@ -372,7 +374,7 @@ def test_when_one_of_two_is_killed_the_other_ends_and_both_go_on(killed, place, 
     assert_same(folder_of(home), whole_by_two[0])
 
 
-@pytest.mark.parametrize('told', [0, 1])
+@pytest.mark.parametrize('told', [0, 1] if ALL else [1])
 def test_when_one_of_two_is_asked_to_end_both_end_at_the_same_step(told, nursery, home, text, whole_by_two):
     fates = [dict(place='stepping', k=11, signal=signal.SIGTERM) if r == told else None for r in (0, 1)]
     lives = ended(nursery, two(nursery, home, *settings(text), '--run', 'x', fates=fates))
