@@ -1,6 +1,7 @@
 """Chapters 23 and 24 against the models that the world uses: weights, logits, gradients, texts and defaults of transformers.
 
-Five random models of each family, drawn by seed (one of each in `make test`, see cases.py). Each is made by transformers, saved, opened by us, saved by us and opened by transformers.
+Five random models of each family, drawn by seed (one of each in `make test`, see cases.py). Each is made by transformers, saved, opened
+by us, saved by us and opened by transformers.
 """
 import json, random, shutil
 from dataclasses import replace

@@ -123,33 +123,39 @@ def test_a_tour_looks_for_room_before_it_trains(tiny_disk, poem):
     assert r.stdout == '' and not [*tiny_disk.rglob('*.safetensors')], 'it has begun'
 
 
-KILLED = """
-import os, signal, sys
-from llm_lab.chars import CharTokenizer
-from llm_lab.gpt import Config, MiniGPT
-from llm_lab.package import save_package
-model, real, left = MiniGPT(Config(vocab_size=3, d_model=32, n_layers=1, n_heads=1)), os.replace, [int(sys.argv[1])]
-def replace(*args):
-    left[0] -= 1
-    if left[0] < 0: os.kill(os.getpid(), signal.SIGKILL)
-    return real(*args)
-os.replace = replace
-save_package('model', model, CharTokenizer('abc'))
-"""
+def life(run):
+    "The pid of a child that is a fork of this process, has PyTorch already, and does `run`; what it calculates with must be there before"
+    if pid := os.fork(): return pid
+    try:
+        run()
+        os._exit(0)
+    except BaseException: os._exit(1)
+
+
+def ended(pid): return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='Windows has no SIGKILL')
 def test_sigkill_before_every_rename_of_an_overwrite(tmp_path):
     "Killed before the first, second, … rename: what opens afterwards is the old package or the new one, every hash right"
-    old = MiniGPT(Config(vocab_size=3, d_model=16, n_layers=1, n_heads=1))
+    old, new = (MiniGPT(Config(vocab_size=3, d_model=width, n_layers=1, n_heads=1)) for width in (16, 32))
+
+    def killed(renames):
+        real, left = os.replace, [renames]
+        def replace(*args):
+            left[0] -= 1
+            if left[0] < 0: os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args)
+        os.replace = replace                                   # in the child alone
+        save_package(tmp_path/'model', new, CharTokenizer('abc'))
     widths = []
     for renames in range(20):
         save_package(tmp_path/'model', old, CharTokenizer('abc'))
-        p = subprocess.run([sys.executable, '-c', KILLED, str(renames)], cwd=tmp_path, env=env(tmp_path), capture_output=True, text=True)
-        assert p.returncode in (0, -signal.SIGKILL), p.stderr
+        code = ended(life(lambda renames=renames: killed(renames)))
+        assert code in (0, -signal.SIGKILL)
         widths.append(open_model(tmp_path/'model').model.cfg.d_model)
-        if p.returncode == 0: break
-    assert p.returncode == 0 and widths[-1] == 32 and widths[:-1] == [16]*(len(widths) - 1) and len(widths) >= 3, widths
+        if code == 0: break
+    assert code == 0 and widths[-1] == 32 and widths[:-1] == [16]*(len(widths) - 1) and len(widths) >= 3, widths
     (tmp_path/'.model.1.old').mkdir()  # and what a kill after the renames leaves is cleared by the next writer
     save_package(tmp_path/'model', old, CharTokenizer('abc'))
     assert [d.name for d in tmp_path.iterdir() if d.name.endswith('.old')] == []
@@ -157,15 +163,21 @@ def test_sigkill_before_every_rename_of_an_overwrite(tmp_path):
 
 @pytest.mark.skipif(os.name == 'nt', reason='Windows has no SIGKILL')
 def test_sigkill_at_random_moments_of_an_overwrite(tmp_path):
-    code = ("from llm_lab.package import save_package\nfrom llm_lab.gpt import Config, MiniGPT\nfrom llm_lab.chars import CharTokenizer\n"
-            "m, t = MiniGPT(Config(vocab_size=3, d_model=256, n_layers=4)), CharTokenizer('abc')\n"
-            "save_package('model', m, t); print('ready', flush=True)\nwhile True: save_package('model', m, t)")
-    for n in range(cases(10)):
-        p = subprocess.Popen([sys.executable, '-c', code], cwd=tmp_path, env=env(tmp_path), stdout=subprocess.PIPE, text=True)
-        assert p.stdout.readline() == 'ready\n'
+    model, tok = MiniGPT(Config(vocab_size=3, d_model=256, n_layers=4)), CharTokenizer('abc')
+
+    def saves(first):
+        save_package(tmp_path/'model', model, tok)
+        first.touch()
+        while True: save_package(tmp_path/'model', model, tok)
+    for n in range(cases(10, 5)):
+        first = tmp_path/f'first-{n}'
+        pid = life(lambda first=first: saves(first))
+        while not first.exists():
+            assert os.waitpid(pid, os.WNOHANG) == (0, 0), 'it ended by itself'
+            time.sleep(.001)
         time.sleep(.02 + .013*n)                               # whatever it is doing then
-        p.kill()
-        assert p.wait() == -signal.SIGKILL  # it was alive, and in the middle of a save
+        os.kill(pid, signal.SIGKILL)
+        assert ended(pid) == -signal.SIGKILL                   # it was alive, and in the middle of a save
         open_model(tmp_path/'model')
 
 
