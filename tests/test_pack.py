@@ -351,10 +351,11 @@ print('built' if r.built else 'read', r.meta['sha256'], flush=True)
 
 ENDLESS = """
 class Slow(Corpus):
-    "Its training text never comes to an end: whoever packs it is in the middle of it"
+    "When it is packed, its training text never comes to an end: whoever packs it is in the middle of it"
     def documents(self, split):
         yield from super().documents(split)
-        while split == 'train': time.sleep(.01); yield 'the cat sat on the mat'
+        packed = split == 'train' and [*Path(sys.argv[1]).parent.glob('.f.*.new/tokenizer/tokenizer.json')]
+        while packed: time.sleep(.01); yield 'the cat sat on the mat'
 corpus = Slow('story', dict(train=text, val='the cat sat on the mat'))
 r = """
 
