@@ -1,5 +1,17 @@
 "What several files of tests share."
+import os
+import signal
+
 import pytest
+
+
+def pytest_configure(config):
+    if config.option.markexpr == '': os.environ.setdefault('LLM_LAB_EXAMPLES', '500')  # nightly: see cases.py
+    # Whoever is started with `&` in a script, or by nohup, ignores these signals, and so would all that it starts: a
+    # run that a test sends Ctrl-C would never end. A handler of Python's is not inherited; we still ignore them ourselves.
+    for name in ('SIGINT', 'SIGHUP'):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_IGN: signal.signal(number, lambda *said: None)
 
 
 @pytest.fixture(scope='module')

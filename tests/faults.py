@@ -65,7 +65,7 @@ def waiting(save, run):
     if pid := os.fork(): os.close(write); return pid, read
     try:
         ctypes.CDLL(None).prctl(0x59616d61, ctypes.c_ulong(-1), 0, 0, 0)       # Ubuntu: others may trace this process
-        signal.alarm(60)
+        signal.alarm(1800)                                     # nobody waits for ever
         signal.sigwait({signal.SIGUSR1})
         save(run); code = 0
     except (OSError, LabError) as e: code = 3; os.write(write, str(e).encode())

@@ -47,8 +47,8 @@ def shelf():
 
 
 class Hub:
-    "What the stub answers: `files` by repository, `fault` on or off, and `log` of what it was asked"
-    def __init__(self): self.files, self.fault, self.times, self.log = shelf(), '', 10**9, []
+    "What the stub answers: `files` by repository, `fault` on or off, `log` of what it was asked; 'slow' is so many seconds late"
+    def __init__(self): self.files, self.fault, self.times, self.log, self.delay, self.over = shelf(), '', 10**9, [], 1, Event()
 
     def entry(self, path, data, tree=False):
         blob = hashlib.sha1(b'blob %d\0' % len(data) + data).hexdigest()
@@ -84,7 +84,6 @@ class Answer(BaseHTTPRequestHandler):
         hub.log.append(f'{self.command} {url}')
         if hub.faulty('page'): return self.send(b'<html>Please wait', kind='text/html')
         if hub.faulty('busy'): return self.send(b'busy', 503)
-        if hub.faulty('slow'): Event().wait(1)
         if hub.faulty('gated'): return self.send(b'{}', 403, X_Error_Code='GatedRepo', X_Error_Message='Ask the owner')
         if hub.faulty('private'): return self.send(b'{}', 401, X_Error_Code='RepoNotFound')
         m = re.match(r'/(?:api/)?datasets/(\w+/[\w-]+)(?:/(revision|tree|paths-info|resolve)/([^/]+))?(?:/(.*))?$', url)
@@ -102,6 +101,7 @@ class Answer(BaseHTTPRequestHandler):
 
     def file(self, hub, files, path):
         if path not in files or hub.faulty('lost'): return self.send(b'{}', 404, X_Error_Code='EntryNotFound')
+        if hub.faulty('slow'): hub.over.wait(hub.delay)
         data, etag = files[path], hub.entry(path, files[path], True)
         head = dict(X_Repo_Commit=COMMIT, ETag=f'"{(etag.get("lfs") or etag)["oid"]}"', Accept_Ranges='bytes')
         if self.command == 'HEAD': return self.send(data, **head)
@@ -125,8 +125,9 @@ def serve():
     "Yields the hub and its address"
     s = ThreadingHTTPServer(('127.0.0.1', 0), Answer)
     s.hub, s.daemon_threads, s.handle_error = Hub(), True, lambda *a: None
-    Thread(target=s.serve_forever, daemon=True).start()
+    Thread(target=s.serve_forever, args=(.01,), daemon=True).start()
     try: yield s.hub, f'http://127.0.0.1:{s.server_port}'
     finally:
+        s.hub.over.set()
         s.shutdown()
         s.server_close()

@@ -101,7 +101,7 @@ class Nursery:
         self.born[pid] = dict(log=order['log'], start=time.monotonic(), after=fate.get('after'), signal=fate.get('signal', signal.SIGKILL))
         return dict(pid=pid)
 
-    def wait(self, pid, within=120):
+    def wait(self, pid, within=1800):
         b, code = self.born.pop(pid), None
         while code is None:
             done, status = os.waitpid(pid, os.WNOHANG)

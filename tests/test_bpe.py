@@ -1,6 +1,6 @@
-"""The tokenizer beside its oracles: the libraries, the obvious trainers, other people's files, and 500 examples of anything.
+"""The tokenizer beside its oracles: the libraries, the obvious trainers, other people's files, and many examples of anything.
 
-`LLM_LAB_EXAMPLES=20000` asks hypothesis for more than its 500 examples; `make nightly` may set it.
+`LLM_LAB_EXAMPLES=20000` asks hypothesis for so many examples; `make nightly` does (see cases.py).
 """
 import inspect
 import json
@@ -23,6 +23,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 sys.path.insert(0, str(Path(__file__).parent))
 import texts
+from cases import ALL, EXAMPLES, cases
 
 from llm_lab import bpe
 from llm_lab.bpe import GPT2, BPETokenizer, from_letters, to_letters
@@ -33,7 +34,6 @@ from llm_lab.lab import LabError
 hypothesis = pytest.importorskip('hypothesis')
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 
-EXAMPLES = int(os.environ.get('LLM_LAB_EXAMPLES', 500))
 many = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 LLAMA = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 END, SPACED = '<|endoftext|>', '<| end of turn |>'
@@ -61,7 +61,7 @@ def shapes(tok, llama):
 @pytest.fixture(scope='module')
 def strings():
     rnd = random.Random(20_000)
-    return [texts.random_string(rnd) for _ in range(20_000)]
+    return [texts.random_string(rnd) for _ in range(cases(20_000))]
 
 
 def parts_of(rnd, text, longest):
@@ -94,7 +94,7 @@ def test_merges_are_those_of_tokenizers(text, script):
         try: corpus = load_corpus(text)
         except LabError as e: pytest.skip(str(e))
         text = corpus.text('train') + corpus.text('val')
-    for n in (512, 1024, 8192):                                             # merges
+    for n in (512, 1024, 8192) if ALL else (512, 2048):                     # merges
         ours, (theirs, merges) = BPETokenizer.train(text, 256 + n, min_frequency=1), rust(text, 256 + n)
         assert len(merges) == n and ours.merges == merges
         assert {to_letters(t): i for i, t in ours.vocab.items()} == theirs.get_vocab()
@@ -278,13 +278,25 @@ def test_half_a_character_and_ids_of_another_are_refused_in_one_line(tok):
         with pytest.raises(LabError): BPETokenizer({**{b: bytes([b]) for b in range(256)}, 300: b'<|x|>'}, [], ['<|x|>']).decode(gap)
 
 
+def grows_evenly(way, t):
+    """Eight times as much text takes about eight times the work, and by no means 64 times
+
+    The work is the time that processors spent on this process alone, and the best of a few trials counts, so that other
+    programs do not."""
+    def work(t, trials=3):
+        def once(): start = time.process_time(); way(t); return time.process_time() - start
+        return min(once() for _ in range(trials))
+    part, whole = work(t[:len(t)//8]), work(t, 1)
+    if whole > 24*part + .1: whole = min(whole, work(t))
+    assert whole <= 24*part + .1, (part, whole)
+
+
 @pytest.mark.parametrize('t', ['a'*100_000, ' '*100_000, '^'*100_000, 'ab'*50_000, 'ü'*50_000, '\n \t'*30_000, '家'*30_000, 'a '*50_000,
                                "'"*100_000, "'s"*50_000, '1'*100_000, '👍🏽'*20_000, '\u0301'*50_000], ids=lambda t: repr(t[:2]))
-def test_long_runs_take_less_than_two_seconds(tok, llama, t):
+def test_the_work_of_long_runs_grows_as_they_do(tok, llama, t):
     for way in (tok.encode, lambda t: tok.encode_batch([t])[0], lambda t: [*tok.encode_iterable([t])], llama.encode):
-        start = time.perf_counter()
-        ids = way(t)
-        assert time.perf_counter() - start < 2 and tok.decode(ids) == t
+        assert tok.decode(way(t)) == t
+        grows_evenly(way, t)
 
 
 @pytest.mark.parametrize('t', [' '*1_000_000, ' \n'*600_000 + 'x', 'a'*1_000_000, '.'*1_000_000, "'"*1_000_000], ids=lambda t: repr(t[:2]))
@@ -293,9 +305,9 @@ def test_a_million_of_one_kind_goes_through_every_way(tok, t):
 
 
 def test_training_on_one_long_run_ends():
-    start = time.perf_counter()
     t = quietly('a'*100_000, 300)
-    assert time.perf_counter() - start < 5 and t.merges[:3] == [(b'a'*k, b'a'*k) for k in (1, 2, 4)]
+    assert t.merges[:3] == [(b'a'*k, b'a'*k) for k in (1, 2, 4)]
+    grows_evenly(lambda text: quietly(text, 300), 'a'*100_000)
 
 
 # ---- the libraries as oracles
@@ -323,7 +335,7 @@ def pure(tok):
     return t
 
 
-def test_ids_of_20_000_random_strings_are_those_of_tokenizers(tok, llama, strings, tmp_path):
+def test_ids_of_thousands_of_random_strings_are_those_of_tokenizers(tok, llama, strings, tmp_path):
     for name, ours in dict(gpt2=tok, llama=llama).items():
         ours.save(tmp_path/name)
         theirs = Tokenizer.from_file(str(tmp_path/name/'tokenizer.json'))
@@ -332,12 +344,12 @@ def test_ids_of_20_000_random_strings_are_those_of_tokenizers(tok, llama, string
         assert [ours.encode(s, 'all') for s in marked] == want
         assert [theirs.decode(ids, skip_special_tokens=False) for ids in want[:2000]] == marked[:2000]
         plain = [(s, w) for n, (s, w) in enumerate(zip(strings, want)) if n % 5 and not any(x in s for x in SPECIAL)]
-        assert len(plain) > 15_000
+        assert len(plain) > .75*len(strings)
         for t in (ours, pure(ours)): assert t.encode_batch([s for s, _ in plain]) == [w for _, w in plain]
-    assert sum(map(len, want)) > 300_000
+    assert sum(map(len, want)) > 15*len(strings)
 
 
-def test_ids_of_20_000_random_strings_are_those_of_tiktoken(tok, llama, strings):
+def test_ids_of_thousands_of_random_strings_are_those_of_tiktoken(tok, llama, strings):
     tiktoken = pytest.importorskip('tiktoken')
     ranks, names = {t: n for n, t in tok.vocab.items() if n < tok.vocab_size - len(SPECIAL)}, [END, SPACED, '<| \n |>']
     for pattern, ours in ((GPT2, tok), (LLAMA, llama)):
@@ -353,7 +365,7 @@ def test_a_young_character_goes_the_same_way_in_every_call(tok):
     "Of any edition of Unicode: one text, one list of ids"
     rnd = random.Random(7)
     anything = [chr(c) for c in range(0x110000) if not 0xd800 <= c < 0xe000]
-    for _ in range(3000):
+    for _ in range(cases(3000)):
         s = texts.random_string(rnd, letters=anything)
         assert tok.encode_batch([s]) == [tok.encode(s)] == [[*tok.encode_iterable([s])]]
 
@@ -463,9 +475,10 @@ def test_pieces_are_small_and_are_given_out_at_once(tok, llama, script):
 
 
 def test_a_text_without_a_safe_place_is_searched_seldom(tok):
-    start = time.perf_counter()
-    assert tok.decode([*tok.encode_iterable('x'*1000 for _ in range(3000))]) == 'x'*3_000_000
-    assert time.perf_counter() - start < 20
+    def way(text): return [*tok.encode_iterable(text[k:k + 1000] for k in range(0, len(text), 1000))]
+    text = 'x'*(3_000_000 if ALL else 800_000)
+    assert tok.decode(way(text)) == text
+    grows_evenly(way, text)
 
 
 # ---- files of others
@@ -522,9 +535,10 @@ def test_files_of_others_give_their_ids(tok, strings, script, tmp_path, shape):
     ours = BPETokenizer.load(tmp_path/'tokenizer.json')
     added = [t['content'] for t in data['added_tokens']]
     assert [*ours.special_tokens] == added and ours.vocab_size == theirs.get_vocab_size()
-    some = strings[:1500] + [f' {added[n % len(added)]}'.join([s, s]) for n, s in enumerate(strings[1500:2000])]
+    n, m = cases(1500), cases(2000)
+    some = strings[:n] + [f' {added[n % len(added)]}'.join([s, s]) for n, s in enumerate(strings[n:m])]
     if shape in ('qwen', 'no cuts at all'): some = [s for s in some if not re.search('[\u0340-\u036f\u1e00-\u1eff\uf900-\U0010ffff]', s)]
-    some += [script[k:k + 500] for k in range(0, 60_000, 500)] + ['abc 12345 1٣४²Ⅷ', 'e\u0301é ﬁ Ａ', "DON'T don't", 'a.a.a', '']
+    some += [script[k:k + 500] for k in range(0, 500*cases(120), 500)] + ['abc 12345 1٣४²Ⅷ', 'e\u0301é ﬁ Ａ', "DON'T don't", 'a.a.a', '']
     want = [e.ids for e in theirs.encode_batch(some, add_special_tokens=False)]
     assert [ours.encode(s, 'all') for s in some] == want
     again = BPETokenizer.load(saved(ours, tmp_path/'again'))                                # ours, saved, is read by both

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import ALL, HANG, cases, crossed, some
 from safetensors import SafetensorError
 from safetensors.torch import load as tensors_from
 from test_layers import cells, plain
@@ -96,7 +97,7 @@ def test_a_run_ends_with_the_same_bits_whatever_the_step_at_which_it_is_resumed(
     assert 40*6 > 3*len(begin()[1].windows) and len(run.notes) == 10
     assert same(bits(go(*begin())), whole)                     # neither looking nor saving changed it
     assert Checkpoints(folder, TOK).steps() == [*range(1, 41)]
-    for at in range(1, 41):
+    for at in some(range(1, 41), 5):
         again = resumed(folder, at, every=looked)
         assert same(bits(again), whole), at
         assert again.notes == run.notes, at
@@ -129,13 +130,12 @@ def test_a_run_that_is_resumed_again_and_again_ends_with_the_same_files(kept, tm
     assert digests(saves.place(40)) == digests(Checkpoints(kept[0], TOK).place(40))
 
 
-@pytest.mark.parametrize('precision', ['float32', 'bf16'])
-@pytest.mark.parametrize('name', OPTIMISERS)
+@pytest.mark.parametrize('name,precision', crossed(OPTIMISERS, ['float32', 'bf16']))
 def test_every_optimiser_is_resumed_bit_by_bit(name, precision, tmp_path):
     start = lambda: begin(OPTIMISERS[name], steps=24)
     run, batch = start()
     go(run, batch, every={1: Checkpoints(tmp_path, TOK, keep=99, data=batch)}, step=Step(accumulate=3, precision=precision))
-    for at in (1, 2, 11, 23):
+    for at in some((1, 11, 23, 2), 2):
         assert same(bits(resumed(tmp_path, at, begin=start, step=Step(accumulate=3, precision=precision))), bits(run)), at
 
 
@@ -209,11 +209,11 @@ def grid(folder, every, shares=2):
     for n in range(shares): (folder/str(n)).mkdir()
     workers = [subprocess.Popen([*argv, str(folder/str(n)), str(every), str(n), str(shares)], env=env, text=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE) for n in range(shares)]
-    said = [w.communicate(timeout=900) for w in workers]
+    said = [w.communicate(timeout=HANG) for w in workers]
     assert [w.returncode for w in workers] == [0]*shares, [err[-2000:] for _, err in said]
-    (plain, *cases), *others = ([json.loads(line) for line in out.splitlines()] for out, _ in said)
+    (plain, *tried), *others = ([json.loads(line) for line in out.splitlines()] for out, _ in said)
     if 'cannot' in plain: pytest.skip(f'strace may not trace here: {plain["cannot"].strip()}')
-    return plain['counts'], plain['trace'], cases + [c for _, *more in others for c in more]
+    return plain['counts'], plain['trace'], tried + [c for _, *more in others for c in more]
 
 
 def in_order(trace):
@@ -230,32 +230,32 @@ def in_order(trace):
     assert at == first(r'rename.*\.gone"')
 
 
-def no_checkpoint_is_lost(counts, cases, expected):
-    assert [c for c in cases if c['wrong']] == []
-    assert len({(c['call'], c['k'], c['fault']) for c in cases}) == len(cases) == expected
-    assert {c['call'] for c in cases} == {*counts} >= {'openat', 'read', 'write', 'fsync', 'close', 'mkdir', 'unlinkat', 'rmdir'}
+def no_checkpoint_is_lost(counts, tried, expected):
+    assert [c for c in tried if c['wrong']] == []
+    assert len({(c['call'], c['k'], c['fault']) for c in tried}) == len(tried) == expected
+    assert {c['call'] for c in tried} == {*counts} >= {'openat', 'read', 'write', 'fsync', 'close', 'mkdir', 'unlinkat', 'rmdir'}
     assert counts['fsync'] >= 9 and any(name.startswith('rename') for name in counts)
     for fault in ('SIGKILL', 'ENOSPC', 'EIO'):                 # before the commit and after it
-        assert {c['newest'] for c in cases if c['fault'] == fault} == {10, 20}
-        assert {c['call'] for c in cases if c['fault'] == fault} == {*counts}
-    assert {c['ended'] for c in cases if c['fault'] == 'SIGKILL'} == {-signal.SIGKILL}
-    assert {c['ended'] for c in cases if c['fault'] != 'SIGKILL'} == {0, 3}  # an error may be of no account: is a file there, a terminal?
+        assert {c['newest'] for c in tried if c['fault'] == fault} == {10, 20}
+        assert {c['call'] for c in tried if c['fault'] == fault} == {*counts}
+    assert {c['ended'] for c in tried if c['fault'] == 'SIGKILL'} == {-signal.SIGKILL}
+    assert {c['ended'] for c in tried if c['fault'] != 'SIGKILL'} == {0, 3}  # an error may be of no account: is a file there, a terminal?
 
 
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='strace is a tool of Linux')
 def test_no_checkpoint_is_lost_when_any_system_call_of_a_save_kills_or_fails(tmp_path):
-    "Every call of a save meets one of the three faults, and every kind of call all three"
-    counts, trace, cases = grid(tmp_path, every=3)
+    "Every kind of call of a save meets all three faults, here and there"
+    every = 9
+    counts, trace, tried = grid(tmp_path, every)
     in_order(trace)
-    no_checkpoint_is_lost(counts, cases, sum(len(range(1 + j % min(n, 3), n + 1, 3)) for n in counts.values() for j in range(3)))
-    assert {(c['call'], c['k']) for c in cases} >= {(name, k) for name, n in counts.items() for k in range(1, n + 1)}
+    no_checkpoint_is_lost(counts, tried, sum(len(range(1 + j % min(n, every), n + 1, every)) for n in counts.values() for j in range(3)))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='strace is a tool of Linux')
 def test_no_checkpoint_is_lost_when_every_system_call_of_a_save_meets_every_fault(tmp_path):
-    counts, _, cases = grid(tmp_path, every=1)
-    no_checkpoint_is_lost(counts, cases, 3*sum(counts.values()))
+    counts, _, tried = grid(tmp_path, every=1)
+    no_checkpoint_is_lost(counts, tried, 3*sum(counts.values()))
 
 
 def at_step(run, step, val=None):
@@ -275,7 +275,7 @@ def test_a_run_that_outlives_an_error_of_the_disk_saves_again(name, tmp_path, mo
         return real(*args, **kw)
     monkeypatch.setattr(os, name, failing)
     found = []
-    for n in range(1, 99):
+    for n in range(1, 99, 3 if name == 'fsync' and not ALL else 1):
         run, saves = begin()[0], Checkpoints(tmp_path/str(n), TOK, keep=1)
         saves(at_step(run, 10, 3.))
         left[0] = n
@@ -313,7 +313,7 @@ def unread(monkeypatch):
     return parsed
 
 
-def shares(sizes, total, least=30):
+def shares(sizes, total, least):
     "`total` divided in proportion to the sizes, none below `least`"
     small = {f for f, s in sizes.items() if total*s < least*sum(sizes.values())}
     rest, left = sum(s for f, s in sizes.items() if f not in small), total - least*len(small)
@@ -326,13 +326,14 @@ def flipped(data, bit): return data[:bit//8] + bytes([data[bit//8] ^ 1 << bit % 
 
 
 def test_a_thousand_flipped_bits_and_a_thousand_cut_files_are_refused_by_name(good, unread):
-    "Over all files, each with 30 at least; nothing is parsed, and safetensors alone would have taken most"
+    "Over all files, each with 30 at least (a tenth of both in `make test`); nothing is parsed, and safetensors alone would have taken most"
     place, load = good
     load(); assert len(unread) == 3
     luck, taken, refused = random.Random(2), Counter(), Counter()
     sizes = {f.name: f.stat().st_size for f in place.iterdir()}
-    parts = shares(sizes, 1000)
-    assert len(sizes) == 8 and 'manifest.json' in sizes and sum(parts.values()) == 1000 and min(parts.values()) >= 30
+    total, least = cases(1000), cases(30)
+    parts = shares(sizes, total, least)
+    assert len(sizes) == 8 and 'manifest.json' in sizes and sum(parts.values()) == total and min(parts.values()) >= least
     for f, n in parts.items():
         old = (place/f).read_bytes()
         cuts = [0, len(old) - 1, *(luck.randrange(len(old)) for _ in range(n - 2))]
@@ -346,7 +347,7 @@ def test_a_thousand_flipped_bits_and_a_thousand_cut_files_are_refused_by_name(go
                     try: tensors_from(damaged); taken[f, kind] += 1
                     except SafetensorError: pass
         (place/f).write_bytes(old)
-    assert refused == dict(flip=1000, cut=1000)
+    assert refused == dict(flip=total, cut=total)
     for f in (WEIGHTS, MEMORY): assert taken[f, 'flip'] > .6*parts[f] and taken[f, 'cut'] == 0, taken
     load(); assert len(unread) == 3                            # and whole again
 
@@ -354,7 +355,7 @@ def test_a_thousand_flipped_bits_and_a_thousand_cut_files_are_refused_by_name(go
 def test_every_single_bit_of_the_manifest_matters(good, unread):
     place, load = good
     old = (place/'manifest.json').read_bytes()
-    for bit in range(8*len(old)):
+    for bit in some(range(8*len(old))):
         (place/'manifest.json').write_bytes(flipped(old, bit))
         fails(load, str(place/'manifest.json'))
     assert unread == []
@@ -493,7 +494,7 @@ def test_plain_readers_are_left_alone(source): assert that_run_code(ast.parse(so
 def test_the_newest_and_the_best_stay_through_any_number_of_lives(tmp_path):
     "Losses that are none, that are missing, that come twice; a new process at any moment"
     luck = random.Random(5)
-    for n in range(25):
+    for n in range(cases(25, 5)):
         folder, keep, run = tmp_path/str(n), luck.randint(1, 3), begin()[0]
         saves, vals = Checkpoints(folder, TOK, keep=keep), {}
         for step in sorted(luck.sample(range(1, 41), 7)):
@@ -529,19 +530,19 @@ def test_remains_of_killed_writers_go_with_the_next_save_and_nothing_else(tmp_pa
 def test_a_checkpoint_that_is_half_removed_is_no_checkpoint(tmp_path, monkeypatch):
     "Killed while it prunes, at each file: the half one is never listed, the newest loads, the next save clears up"
     class Killed(BaseException): pass
-    def removes(some):
+    def removes(so_many):
         def rmtree(path):
-            for f in sorted(Path(path).iterdir())[:some]: f.unlink()
+            for f in sorted(Path(path).iterdir())[:so_many]: f.unlink()
             raise Killed
         return rmtree
-    for some in range(9):
-        saves, run = Checkpoints(tmp_path/str(some), TOK, keep=1), begin()[0]
+    for gone in some(range(9), 4):
+        saves, run = Checkpoints(tmp_path/str(gone), TOK, keep=1), begin()[0]
         saves(at_step(run, 10))
         with monkeypatch.context() as m, pytest.raises(Killed):
-            m.setattr(checkpoint.shutil, 'rmtree', removes(some)); saves(at_step(run, 20))
+            m.setattr(checkpoint.shutil, 'rmtree', removes(gone)); saves(at_step(run, 20))
         assert [p.name for p in saves.folder.rglob('.*')] == ['.step-000010.gone'] and saves.steps() == [20]
         again = begin()[0]
-        saves = Checkpoints(tmp_path/str(some), TOK, keep=1)
+        saves = Checkpoints(tmp_path/str(gone), TOK, keep=1)
         assert saves.load(again)['step'] == 20
         saves(at_step(again, 30))
         assert saves.steps() == [30] and [*saves.folder.rglob('.*')] == []
@@ -593,11 +594,12 @@ def life(folder, kill_at=None, moment=0.):
     for line in p.stdout:
         if line.strip().isdigit(): told.append(int(line))
         if kill_at and told and told[-1] >= kill_at: time.sleep(moment); p.kill(); break
-    told += [int(line) for line in p.communicate(timeout=120)[0].splitlines() if line.strip().isdigit()]
+    told += [int(line) for line in p.communicate(timeout=HANG)[0].splitlines() if line.strip().isdigit()]
     assert p.returncode == (-signal.SIGKILL if kill_at else 0)
     return told[0], told[-1]
 
 
+@pytest.mark.slow  # five times PyTorch; test_run.py kills whole runs at every place
 @pytest.mark.skipif(os.name == 'nt', reason='Windows has no SIGKILL')
 def test_three_kills_at_random_cost_steps_and_not_one_bit(tmp_path):
     luck = random.Random(6)

@@ -37,7 +37,7 @@ def serve(tmp_path, monkeypatch):
 
         s = ThreadingHTTPServer(('127.0.0.1', 0), Answer)
         s.handle_error = lambda *a: None  # a client that hangs up is what we test
-        Thread(target=s.serve_forever, daemon=True).start()
+        Thread(target=s.serve_forever, args=(.01,), daemon=True).start()
         servers.append(s)
         return f'http://127.0.0.1:{s.server_port}/text', asked
     yield start

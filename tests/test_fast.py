@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cases import crossed
 from torch import nn
 from test_cache import KINDS, SIZE, T, TOK, ids_of, near, plain, shaken
 
@@ -25,8 +26,7 @@ OLD_ROAD = {'heads look apart'}                                # a pattern that 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 
-@each
-@pytest.mark.parametrize('pad', [None, (0, 5, 2)])
+@pytest.mark.parametrize('kind,pad', crossed(KINDS, [None, (0, 5, 2)]))
 def test_every_token_is_that_of_the_plain_model(kind, pad):
     model, ids = shaken(KINDS[kind]), ids_of(0, 3)
     quick, pad = fast(model), pad and torch.tensor(pad)
@@ -45,13 +45,13 @@ def test_the_text_is_the_same(kind):
     assert [p + c.text for p, (c,) in zip(prompts, complete(fast(model), TOK, prompts, 20))] == [sample(model, TOK, p, 20) for p in prompts]
 
 
-@pytest.mark.parametrize('K,N', [(300, 1024), (512, 512), (1000, 300), (64, 30), (256, 1536)])
-@pytest.mark.parametrize('bias', [True, False])
-def test_wide_layers_of_all_sizes(K, N, bias):
+@pytest.mark.parametrize('shape,bias', crossed([(300, 1024), (512, 512), (1000, 300), (64, 30), (256, 1536)], [True, False]))
+def test_wide_layers_of_all_sizes(shape, bias):
     "Above and below the size at which oneDNN multiplies, with and without columns that nobody uses"
+    K, N = shape
     layer = nn.Linear(K, N, bias)
-    for shape in ((1, 1), (3, 1), (2, 17), (130, 1)):
-        x = torch.randn(*shape, K, generator=rng(0, 'x'))
+    for rows in ((1, 1), (3, 1), (2, 17), (130, 1)):
+        x = torch.randn(*rows, K, generator=rng(0, 'x'))
         near(plain(Wide(layer), x), plain(layer, x))
     assert plain(Wide(layer), x).shape == (130, 1, N)
 
@@ -179,8 +179,7 @@ def test_eight_bits_are_the_nearest_of_255():
     assert ((plain(small, x) - exact).abs() <= .004*exact.abs() + .01*small.scale.float()*127).all()
 
 
-@pytest.mark.parametrize('K', [1, 8, 15, 16, 17, 40, 88, 100])
-@pytest.mark.parametrize('N', [1, 7, 32, 65])
+@pytest.mark.parametrize('K,N', crossed([1, 8, 15, 16, 17, 40, 88, 100], [1, 7, 32, 65]))
 def test_eight_bits_of_any_size(K, N):
     "The product underneath reads sixteen inputs at a time, and beyond the end if there are fewer"
     layer = nn.Linear(K, N)
@@ -218,7 +217,7 @@ def test_wrong_words_are_refused():
 
 
 @pytest.mark.skipif(not (shutil.which('g++') or shutil.which('clang++')), reason='torch.compile needs a C++ compiler')
-@pytest.mark.parametrize('kind', ['2 heads', 'window of 5'])
+@pytest.mark.parametrize('kind', ['window of 5', pytest.param('2 heads', marks=pytest.mark.slow)])
 def test_compiled_is_the_same(kind):
     model, ids = shaken(replace(KINDS[kind], n_layers=1)), ids_of(5, 1)
     quick = fast(model, compile=True)

@@ -1,6 +1,7 @@
 """Chapters 23 and 24 against the models that the world uses: weights, logits, gradients, texts and defaults of transformers.
 
-Five random models of each family, drawn by seed. Each is made by transformers, saved, opened by us, saved by us and opened by transformers.
+Five random models of each family, drawn by seed (one of each in `make test`, see cases.py). Each is made by transformers, saved, opened
+by us, saved by us and opened by transformers.
 """
 import json, random, shutil
 from dataclasses import replace
@@ -8,6 +9,7 @@ from functools import cache
 
 import pytest
 import torch
+from cases import ALL, crossed, some
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -34,7 +36,8 @@ transformers.logging.disable_progress_bar()
 
 FAMILIES, SEEDS, T, NEW = list(NAMES), range(5), 24, 50
 SCALED = dict(rope_type='llama3', factor=8., low_freq_factor=1., high_freq_factor=4.)
-KINDS = [(f, s) for f in FAMILIES for s in SEEDS]
+EVERY = [(f, s) for f in FAMILIES for s in SEEDS]
+KINDS = crossed(FAMILIES, SEEDS)
 LENGTH = T + NEW
 
 
@@ -124,7 +127,7 @@ def same_file(a, b):
 # ---- the same function
 
 def test_the_draw_covers_what_it_should():
-    said = [(f, drawn(f, s)) for f, s in KINDS]
+    said = [(f, drawn(f, s)) for f, s in EVERY]
     heads = {(f, 'all' if d['num_key_value_heads'] == d['num_attention_heads'] else 'fewer') for f, d in said if f != 'gpt2'}
     assert len(heads) == 2*len(FAMILIES) - 2 and len({(f, d['tie_word_embeddings']) for f, d in said}) == 2*len(FAMILIES)
     odd = {f for f, d in said if f != 'gpt2' and d.get('head_dim', 0)*d['num_attention_heads'] not in (0, d['hidden_size'])}
@@ -229,7 +232,7 @@ def test_there_and_back_is_the_same_file(pair, tmp_path, family, seed):
 
 # ---- windows shorter than the text
 
-WINDOWS = [(f, size, seed) for f in ('mistral', 'phi3', 'mixtral', 'qwen3_moe') for seed, size in enumerate((1, 7, 16, 40))]
+WINDOWS = [(f, size, seed) for f, (seed, size) in crossed(('mistral', 'phi3', 'mixtral', 'qwen3_moe'), enumerate((1, 7, 16, 40)))]
 windowed = pytest.mark.parametrize('family,size,seed', WINDOWS)
 
 
@@ -274,7 +277,7 @@ def test_a_window_is_theirs(narrow, family, size, seed):
 
 
 @windowed
-@pytest.mark.parametrize('prompt', [3, 60])
+@pytest.mark.parametrize('prompt', [3, 60] if ALL else [60])
 def test_fifty_tokens_through_a_window_are_theirs(narrow, family, size, seed, prompt):
     theirs, _, ours = narrow(family, size, seed)
     ids, kept = text(ours, prompt, 1), cached(ours)
@@ -327,6 +330,8 @@ def test_words_that_a_family_does_not_read(narrow):
 
 GRID = [('mixtral', E, k, True) for E in (4, 8) for k in (1, 2, 3)] + [
     ('qwen3_moe', E, k, norm) for E in (4, 8) for k in (1, 2, 3) for norm in (False, True)]
+if not ALL: GRID = [('mixtral', 4, 2, True), ('mixtral', 8, 1, True),
+                     ('qwen3_moe', 4, 1, True), ('qwen3_moe', 4, 3, False), ('qwen3_moe', 8, 2, True)]
 mixtures = pytest.mark.parametrize('family,E,k,norm', GRID)
 
 
@@ -407,8 +412,7 @@ def test_the_balance_loss_is_theirs(mixture, family, E, k, norm):
     torch.testing.assert_close(aux.loss(), .03*balance_loss(loads, shares).sum(), rtol=1e-6, atol=0)        # ours: a sum over layers
 
 
-@pytest.mark.parametrize('family', ['mixtral', 'qwen3_moe'])
-@pytest.mark.parametrize('k', [1, 2, 3])
+@pytest.mark.parametrize('family,k', crossed(['mixtral', 'qwen3_moe'], [1, 2, 3]))
 def test_the_balance_loss_of_one_layer(mixture, family, k):
     theirs, _, ours = mixture(family, 8, k, True, layers=1)
     ids, aux = text(ours, 40), Aux()
@@ -501,7 +505,7 @@ def compared(theirs, ours, words, x, g):
 def differs(**kw): return max(off/max(1., big) for big, off in compared(**kw).values())
 
 
-OSS = [(size, T) for size in (1, 16, 40) for T in (1, 30, 64, 300)]
+OSS = crossed((1, 16, 40), (1, 30, 64, 300))
 
 
 @pytest.mark.parametrize('size,T', OSS)
@@ -608,7 +612,7 @@ def our_draws():
                     mlp=part(SwiGLU, d_ff=r.randint(8, 60)))
 
 
-@pytest.mark.parametrize('seed,cfg', [*enumerate(map(normal, our_draws()))])
+@pytest.mark.parametrize('seed,cfg', some(enumerate(map(normal, our_draws())), 6))
 def test_ours_comes_back_bit_by_bit(tmp_path, seed, cfg):
     model = loud(MiniGPT(cfg), seed)
     opened = from_hf(to_hf(tmp_path/'x', model))

@@ -13,6 +13,7 @@ pytest.importorskip('datasets', reason='datasets is not installed: pip install d
 import datasets
 import hubstub
 import huggingface_hub as hf
+from cases import HANG
 
 from llm_lab import corpora
 from llm_lab.corpora import MARK, digest, dolly, from_path, load_corpus
@@ -29,7 +30,11 @@ def hub(tmp_path, monkeypatch):
         monkeypatch.setattr(hf.constants, 'HUGGINGFACE_CO_URL_TEMPLATE', url + '/{repo_id}/resolve/{revision}/{filename}')
         monkeypatch.setattr(hf.constants, 'HF_HUB_CACHE', str(tmp_path/'cache'))
         monkeypatch.setattr(datasets.config, 'HF_ENDPOINT', url)
-        for name in ('HF_HUB_DOWNLOAD_TIMEOUT', 'HF_HUB_ETAG_TIMEOUT'): monkeypatch.setattr(hf.constants, name, .3)
+        def patience(seconds):
+            "How long the client waits for an answer"
+            for name in ('HF_HUB_DOWNLOAD_TIMEOUT', 'HF_HUB_ETAG_TIMEOUT'): monkeypatch.setattr(hf.constants, name, seconds)
+        hub.patience = patience
+        patience(HANG)                                         # a busy machine is no fault; 'slow' sets less
         monkeypatch.setattr(datasets.config, 'STREAMING_READ_MAX_RETRIES', 2)
         monkeypatch.setattr(time, 'sleep', lambda seconds: None)  # the libraries wait between their tries
         monkeypatch.setenv('LLM_LAB_HOME', str(tmp_path/'home'))
@@ -157,10 +162,11 @@ def test_only_what_is_wanted_is_fetched(hub, tmp_path):
 def test_the_environment_variable_is_enough(tmp_path):
     "A fresh process, nothing patched: HF_ENDPOINT leads the libraries here"
     with hubstub.serve() as (hub, url):
-        env = dict(os.environ, HF_ENDPOINT=url, HF_HOME=str(tmp_path/'hf'), LLM_LAB_HOME=str(tmp_path))
+        env = dict(os.environ, HF_ENDPOINT=url, HF_HOME=str(tmp_path/'hf'), LLM_LAB_HOME=str(tmp_path),
+                   HF_HUB_DOWNLOAD_TIMEOUT='600', HF_HUB_ETAG_TIMEOUT='600')
         env.pop('LLM_LAB_DATA', None)
         code = "from llm_lab.corpora import *\nfor s in (True, False): print(load_corpus('pg19', stream=s).digest('train'))"
-        out = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, timeout=240)
+        out = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, timeout=HANG)
     assert out.returncode == 0, out.stderr
     assert out.stdout.split() == [digest(hubstub.book(n).replace('\r\n', '\n') for n in range(20))]*2
 
@@ -176,7 +182,9 @@ PASSING = 'page', 'busy', 'slow', 'file page', 'flipped', 'short', 'reset'
 @pytest.mark.parametrize('fault,words', FAULTS)
 def test_a_fault_is_one_line_and_leaves_nothing_to_stumble_over(hub, tmp_path, fault, words):
     hub.fault = fault
+    hub.patience(.3 if fault == 'slow' else HANG)
     with pytest.raises(LabError, match='cannot get tinystories from the hub: ') as e: load_corpus('tinystories')
+    hub.patience(HANG)
     assert words in str(e.value) and '\n' not in str(e.value) and e.value.__suppress_context__
     assert kept(tmp_path, 'tinystories') == []
     hub.fault = ''
@@ -188,6 +196,8 @@ def test_a_fault_that_passes_is_not_seen(hub, tmp_path, fault):
     told = contents(load_corpus('dolly', stream=True))
     (tmp_path/'home'/'data'/'dolly'/'hub.json').unlink()
     hub.fault, hub.times = fault, 1
+    hub.delay = None                                           # it never comes
+    hub.patience(2 if fault == 'slow' else HANG)               # enough for the answers that are not slow
     assert contents(load_corpus('dolly')) == told and hub.times == 0
 
 
@@ -195,7 +205,9 @@ def test_a_fault_that_passes_is_not_seen(hub, tmp_path, fault):
 def test_a_stream_that_breaks_is_one_line_and_the_next_try_is_free(hub, fault):
     corpus = load_corpus('tinystories', stream=True)
     hub.fault = fault
+    hub.patience(.3 if fault == 'slow' else HANG)
     with pytest.raises(LabError, match='cannot read tinystories: ') as e: list(corpus.documents('train'))
+    hub.patience(HANG)
     assert '\n' not in str(e.value) and 'without stream' in str(e.value)
     hub.fault = ''
     assert len(list(corpus.documents('val'))) == 20

@@ -3,6 +3,7 @@ import ast, json, re, subprocess, sys
 from pathlib import Path
 
 import pytest
+from cases import HANG
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPORT = re.compile(r'^#\|\s*export[is]?\b[ \t]*(\S*)', re.M)
@@ -209,7 +210,7 @@ sys.meta_path.insert(0, Block())
 """
 
 
-def python(code): return subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+def python(code): return subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=HANG)
 
 
 def test_every_module_imports_without_the_extras():

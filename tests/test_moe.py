@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import ALL, HANG, cases, crossed
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
@@ -125,9 +126,9 @@ def fails(f, *words):
 
 @pytest.mark.parametrize('choose', CHOICES)
 def test_the_groups_say_what_each_expert_says_and_so_do_all_gradients(choose):
-    "50 random shapes of each kind, in float64 and float32"
+    "50 random shapes of each kind (see cases.py), in float64 and float32"
     idle = 0
-    for seed in range(50):
+    for seed in range(cases(50, 8)):
         r = random.Random(f'{choose}/{seed}')
         E, N, C = r.randint(1, 16), r.choice([1, 1, 2, 3, 5, 8, 17, 40, 90]), r.choice([4, 8, 12])
         expert = part(EXPERTS[r.choice([*EXPERTS])], d_ff=r.choice([1, 5, 8, 16]))
@@ -141,11 +142,10 @@ def test_the_groups_say_what_each_expert_says_and_so_do_all_gradients(choose):
         for n, _ in moe.experts.named_parameters(prefix='experts'): assert not got[n].view(E, -1)[asleep].any(), n
         moe, x = moe.float(), x.detach().float().requires_grad_()
         agree(grads(moe, moe, x), grads(lambda x: dense(moe, x), moe, x), 2e-5)
-    assert idle > 20
+    assert idle > (20 if ALL else 0)
 
 
-@pytest.mark.parametrize('expert', EXPERTS)
-@pytest.mark.parametrize('k', [1, 3])
+@pytest.mark.parametrize('expert,k', crossed(EXPERTS, [1, 3]))
 def test_all_tokens_may_want_the_same_experts(k, expert):
     "The other experts say nothing and learn nothing"
     E, wanted = 5, [3, 0, 4][:k]
@@ -158,8 +158,7 @@ def test_all_tokens_may_want_the_same_experts(k, expert):
         assert [e for e, g in enumerate(got[n].view(E, -1)) if g.any()] == sorted(wanted), n
 
 
-@pytest.mark.parametrize('expert', ['SwiGLU', 'MLP'])
-@pytest.mark.parametrize('choose', CHOICES)
+@pytest.mark.parametrize('choose,expert', crossed(CHOICES, ['SwiGLU', 'MLP']))
 def test_the_gradients_are_those_of_small_steps(choose, expert):
     moe = mixture(E=3, C=4, k=2, expert=part(EXPERTS[expert], d_ff=3), router=part(Router, choose=CHOICES[choose]), shared=1, capacity=.9)
     weights = dict(moe.named_parameters())
@@ -187,7 +186,7 @@ def test_one_expert_is_the_mlp_and_k_of_k_experts_that_are_alike_are_it_too():
 
 def test_products_of_groups_are_products_and_what_lies_behind_them_is_zero():
     "Also where there was no number, and in a table that has no free rows"
-    for seed in range(30):
+    for seed in range(cases(30)):
         r = random.Random(seed)
         E, F_, C = r.randint(1, 6), r.randint(1, 9), r.randint(1, 9)
         sizes = [r.choice([0, 1, 5, 32]) for _ in range(E)]
@@ -205,7 +204,7 @@ def test_products_of_groups_are_products_and_what_lies_behind_them_is_zero():
 
 
 def test_places_are_distinct_and_each_expert_has_its_own_side_by_side():
-    for seed in range(60):
+    for seed in range(cases(60)):
         r = random.Random(seed)
         E, N = r.randint(1, 9), r.choice([1, 2, 7, 40, 100])
         k, most = r.randint(1, E), r.choice([None, None, 1, 4, 33])
@@ -235,7 +234,7 @@ def served(chosen, E, most):
 def test_who_comes_too_late_is_not_heard_and_learns_nothing():
     "First choices before second ones, then by position; ⌈capacity·N·k/E⌉ places"
     dropped = silent = 0
-    for seed in range(80):
+    for seed in range(cases(80)):
         r = random.Random(seed)
         E, N, capacity = r.randint(1, 8), r.choice([1, 2, 5, 9, 20, 50]), r.choice([.1, .25, .5, .75, 1, 1.25, 2])
         k = r.randint(1, E)
@@ -250,7 +249,7 @@ def test_who_comes_too_late_is_not_heard_and_learns_nothing():
         mute = ~kept.any(1)
         assert (got['out'][0, mute] == 0).all() and (got['x'][0, mute] == 0).all()  # exactly: also the bias of an expert is not heard
         silent += int(mute.sum())
-    assert dropped > 500 and silent > 100
+    assert dropped > (500 if ALL else 50) and silent > (100 if ALL else 0)
 
 
 def test_the_weight_of_a_dropped_choice_is_not_given_to_the_others():
@@ -270,7 +269,7 @@ def dense_one(moe, e, row): # one SwiGLU, written out
 
 def test_in_eval_mode_nobody_is_dropped_and_a_token_does_not_know_its_batch():
     "Alone, in another batch, in another order: the same choices exactly, the same values to 1e-6"
-    for seed in range(10):
+    for seed in range(cases(10)):
         r = random.Random(seed)
         E = r.randint(2, 12)
         moe = mixture(seed, E=E, k=r.randint(1, E), C=16, dtype=torch.float32, capacity=.1, expert=EXPERTS[r.choice([*EXPERTS])],
@@ -296,7 +295,7 @@ def test_in_eval_mode_nobody_is_dropped_and_a_token_does_not_know_its_batch():
 # ---- how to choose
 
 def test_a_choice_before_the_softmax_is_the_choice_after_it_renormalised():
-    for seed in range(20):
+    for seed in range(cases(20)):
         logits = 3*torch.randn(50, 8, generator=rng(seed, 'logits'), dtype=torch.float64)
         for k in (1, 2, 5, 8):
             (w, e, p), (w2, e2, p2) = softmax_top_k(logits, k), top_k_softmax(logits, k)
@@ -379,8 +378,7 @@ def test_balance_pushes_from_the_busy_to_the_idle():
     assert seen[0] > .7 and seen[-1] < .4
 
 
-@pytest.mark.parametrize('choose', CHOICES)
-@pytest.mark.parametrize('importance', [False, True])
+@pytest.mark.parametrize('choose,importance', crossed(CHOICES, [False, True]))
 def test_what_is_said_is_what_the_papers_write(importance, choose):
     "Fedus et al. eq. 4, Zoph et al. eq. 5, Shazeer et al. eq. 6 with the weights that were chosen; value and gradient"
     moe, x = mixture(E=5, k=2, router=part(Router, choose=CHOICES[choose], balance=.3, z=.07, importance=importance)), tokens(40)
@@ -750,8 +748,8 @@ print(json.dumps(dict(loss=abs(mean.item()/2 - want[0]), grad=far(got[1], want[1
 """
 
 
-def team(folder, seconds=60, checkpoints=False, **job):
-    "What two processes find, each with a limit of time: one that waits for ever fails"
+def team(folder, checkpoints=False, **job):
+    "What two processes find; one that waits for ever fails"
     path = os.pathsep.join(map(str, (ROOT, ROOT/'tests', os.environ.get('PYTHONPATH', ''))))
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': path}
     if sys.platform == 'linux': env['GLOO_SOCKET_IFNAME'] = 'lo'  # the name of a machine may be one that nobody can look up
@@ -759,7 +757,7 @@ def team(folder, seconds=60, checkpoints=False, **job):
     argv = [sys.executable, '-c', TEAM]
     job, pipes = json.dumps(dict(job, checkpoints=checkpoints)), dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     both = [subprocess.Popen([*argv, str(r), str(store), job], env=env, text=True, **pipes) for r in range(2)]
-    try: said = [p.communicate(timeout=seconds) for p in both]
+    try: said = [p.communicate(timeout=HANG) for p in both]
     finally: [p.kill() for p in both]
     assert [p.returncode for p in both] == [0, 0], [err[-2000:] for _, err in said]
     return [json.loads(out.splitlines()[-1]) for out, _ in said]

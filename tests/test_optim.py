@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from cases import ALL, HANG
 from torch.nn import functional as F
 
 from llm_lab.gpt import Config, MiniGPT, _QuickLinear, quick_linear
@@ -67,7 +68,7 @@ def test_a_compiled_step_is_the_same_step(capsys):
         return flat(model), losses
     plain = one(train_step)
     way = (plain[0] - flat(MiniGPT(SMALL))).norm()
-    for prepare in (lambda m: m, checkpointed):
+    for prepare in (checkpointed, lambda m: m) if ALL else (checkpointed,):
         fast = one(Step(compile=True), prepare)
         assert 'not compiled' not in capsys.readouterr().out
         assert (fast[0] - plain[0]).norm() < 2e-3*way and fast[1] == pytest.approx(plain[1], abs=1e-5)
@@ -79,7 +80,7 @@ def test_without_a_compiler_the_run_goes_on_and_says_so_once(tmp_path):
             "m = MiniGPT(Config(vocab_size=20, max_len=16, d_model=32, n_layers=1, n_heads=2))\n"
             "run = fit(m, random_crops(torch.arange(400) % 20, 4, 16), 3, step=Step(compile=True))\nprint(run.step)")
     env = dict(os.environ, CXX=str(tmp_path/'none'), TORCHINDUCTOR_CACHE_DIR=str(tmp_path/'cache'))
-    r = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, timeout=240)
+    r = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, timeout=HANG)
     assert r.returncode == 0, r.stderr[-2000:]
     said = [line for line in r.stdout.splitlines() if 'not compiled' in line]
     assert len(said) == 1 and r.stdout.splitlines()[-1] == '3', r.stdout

@@ -1,6 +1,6 @@
 """Packing seen from outside: many orders, many kinds of damage, killed builders, two builders at once, memory.
 
-`LLM_LAB_EXAMPLES=20000` asks hypothesis for more than its 500 examples; `make nightly` does.
+`LLM_LAB_EXAMPLES=20000` asks hypothesis for so many examples; `make nightly` does (see cases.py).
 """
 import json
 import os
@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cases import EXAMPLES, HANG, some
 
 from llm_lab import pack as P
 from llm_lab.bpe import BPETokenizer
@@ -26,7 +27,6 @@ from llm_lab.tales import tiny_tales
 hypothesis = pytest.importorskip('hypothesis')
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-EXAMPLES = int(os.environ.get('LLM_LAB_EXAMPLES', 500))
 many = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 posix = pytest.mark.skipif(os.name == 'nt', reason='needs signals')
 
@@ -44,7 +44,7 @@ def whole(tales, tmp_path_factory):
 # ---- the order
 
 def test_every_n_up_to_300_is_read_once_an_epoch():
-    for n in range(1, 301):
+    for n in some(range(1, 301)):
         order = shuffled(np.arange(3*n), n, seed=n).reshape(3, n)
         assert (np.sort(order, 1) == np.arange(n)).all(), n
 
@@ -66,7 +66,7 @@ def test_seeds_and_epochs_differ():
     assert (one == two).mean() < .02 and (one == shuffled(np.arange(1000), 1000, seed=1)).mean() < .02
 
 
-@pytest.mark.parametrize('n', [3, 5, 16, 100])
+@pytest.mark.parametrize('n', some([3, 5, 16, 100]))
 def test_every_block_is_equally_likely_at_every_place(n):
     epochs = 400*n
     seen = shuffled(np.arange(epochs*n), n, seed=7).reshape(epochs, n)
@@ -337,7 +337,8 @@ def test_an_opened_file_is_not_copied_and_not_changed(whole):
 # ---- processes
 
 BUILD = """
-import sys
+import sys, time
+from pathlib import Path
 from llm_lab import pack as P
 from llm_lab.corpora import Corpus
 P.PIECE = 2000
@@ -348,10 +349,21 @@ print('built' if r.built else 'read', r.meta['sha256'], flush=True)
 """
 
 
-def build(tmp_path, folder, n=3000, **kw):
+ENDLESS = """
+class Slow(Corpus):
+    "When it is packed, its training text never comes to an end: whoever packs it is in the middle of it"
+    def documents(self, split):
+        yield from super().documents(split)
+        packed = split == 'train' and [*Path(sys.argv[1]).parent.glob('.f.*.new/tokenizer/tokenizer.json')]
+        while packed: time.sleep(.01); yield 'the cat sat on the mat'
+corpus = Slow('story', dict(train=text, val='the cat sat on the mat'))
+r = """
+
+
+def build(tmp_path, folder, n=3000, endless=False, **kw):
     "A script without `if __name__ == '__main__'`"
     script = tmp_path/'script.py'
-    if not script.exists(): script.write_text(BUILD)
+    script.write_text(BUILD.replace('r = ', ENDLESS.lstrip()) if endless else BUILD)
     env = {**os.environ, 'PYTHONPATH': str(Path(P.__file__).parent.parent)}
     return subprocess.Popen([sys.executable, str(script), str(folder), str(n)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             text=True, env=env, cwd=tmp_path, **kw)
@@ -365,38 +377,39 @@ def workers_of(pid):
 
 def test_a_plain_script_may_pack(tmp_path):
     p = build(tmp_path, tmp_path/'f')
-    out, err = p.communicate(timeout=120)
+    out, err = p.communicate(timeout=HANG)
     assert p.returncode == 0 and 'built' in out and err == '', err
     assert sorted(f.name for f in tmp_path.iterdir()) == ['.f.lock', 'f', 'script.py']
 
 
 def test_of_many_builders_one_builds(tmp_path):
-    crowd = [build(tmp_path, tmp_path/'f', 20_000) for _ in range(4)]
-    said = [p.communicate(timeout=240) for p in crowd]
-    assert [p.returncode for p in crowd] == [0]*4, said
+    crowd = [build(tmp_path, tmp_path/'f', 20_000) for _ in range(3)]
+    said = [p.communicate(timeout=HANG) for p in crowd]
+    assert [p.returncode for p in crowd] == [0]*3, said
     last = [out.splitlines()[-1].split() for out, _ in said]
-    assert sorted(w for w, _ in last) == ['built', 'read', 'read', 'read'] and len({h for _, h in last}) == 1
+    assert sorted(w for w, _ in last) == ['built', 'read', 'read'] and len({h for _, h in last}) == 1
     assert any('waiting for it' in out for out, _ in said)
 
 
 @posix
 @pytest.mark.parametrize('who', ['builder', 'worker'])
 def test_a_kill_leaves_no_folder(tmp_path, who):
-    p = build(tmp_path, tmp_path/'f', 60_000)
-    until = time.time() + 60
+    p = build(tmp_path, tmp_path/'f', endless=True)
     while not list(tmp_path.glob('.f.*.new/train.bin')) or len(workers_of(p.pid)) < 2:
-        assert time.time() < until and p.poll() is None, p.communicate()
+        assert p.poll() is None, p.communicate()
         time.sleep(.01)
     team = workers_of(p.pid)
     (p if who == 'builder' else team[0]).send_signal(signal.SIGKILL)
-    out, err = p.communicate(timeout=60)
+    out, err = p.communicate(timeout=HANG)
     assert not (tmp_path/'f').exists()
     if who == 'builder':
         assert p.returncode == -9 and list(tmp_path.glob('.f.*.new'))
-        until = time.time() + 20
-        while any(w.is_running() and w.status() != 'zombie' for w in team): assert time.time() < until, 'workers live on'; time.sleep(.05)
+        until = time.monotonic() + HANG
+        while any(w.is_running() and w.status() != 'zombie' for w in team):
+            assert time.monotonic() < until, 'workers live on'
+            time.sleep(.05)
     else: assert p.returncode == 1 and 'a worker ended with code -9' in err and not list(tmp_path.glob('.f.*.new')), err
-    out, err = build(tmp_path, tmp_path/'f', 3000).communicate(timeout=120)
+    out, err = build(tmp_path, tmp_path/'f', 3000).communicate(timeout=HANG)
     assert 'built' in out, err
     assert sorted(f.name for f in tmp_path.iterdir()) == ['.f.lock', 'f', 'script.py']      # and the remains are swept away
 
@@ -419,11 +432,12 @@ def test_a_worker_whose_folder_is_gone_ends_without_noise(tmp_path, capfd):
 
 @posix
 def test_ctrl_c_leaves_no_folder_and_no_noise_from_workers(tmp_path):
-    p = build(tmp_path, tmp_path/'f', 60_000, start_new_session=True)
-    while len(workers_of(p.pid)) < 2: time.sleep(.01); assert p.poll() is None
-    assert all(os.getsid(w.pid) == w.pid for w in workers_of(p.pid))         # Ctrl-C in the terminal does not reach them
+    p = build(tmp_path, tmp_path/'f', endless=True, start_new_session=True)
+    # Ctrl-C in the terminal does not reach the workers: each has a session of its own
+    while len([w for w in workers_of(p.pid) if os.getsid(w.pid) == w.pid]) < 2: time.sleep(.01); assert p.poll() is None
+    while not list(tmp_path.glob('.f.*.new/train.bin')): time.sleep(.01); assert p.poll() is None
     os.killpg(p.pid, signal.SIGINT)                                          # as a terminal does it
-    out, err = p.communicate(timeout=60)
+    out, err = p.communicate(timeout=HANG)
     assert p.returncode != 0 and err.count('Traceback') == 1 and err.strip().endswith('KeyboardInterrupt'), err
     assert sorted(f.name for f in tmp_path.iterdir()) == ['.f.lock', 'script.py']
 

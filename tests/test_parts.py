@@ -1,8 +1,10 @@
 "Any parts together: whatever recipes a model is made of, it learns, keeps the future out, and comes back from its folder."
 import random
+import re
 
 import pytest
 import torch
+from cases import covering
 from torch import nn
 
 from llm_lab.chars import CharTokenizer
@@ -17,7 +19,7 @@ from llm_lab.package import open_model, save_package
 from llm_lab.sample import generate
 from llm_lab.train import next_token_loss, train_step
 
-SEEDS, T = range(40), 12
+T = 12
 TOK = CharTokenizer.train('abcdefghijklmno\n')
 
 
@@ -39,6 +41,15 @@ def drawn(seed):
                   mlp=r.choice([part(MLP), part(MLP, act=part(ReLU2)), part(SwiGLU), part(SwiGLU, act=part(nn.GELU), d_ff=20)]),
                   head=r.choice([part(nn.Linear, bias=False), part(Capped, cap=20.)]),
                   init=r.choice([first, part(spectral_init, first=first), part(spectral_init, gain=2.)]))
+
+
+def features(seed):
+    "What this draw has, choice by choice: the names and the numbers of its recipes"
+    cfg = drawn(seed)
+    return {*re.findall(r'[\w.]+=?[\w.]*', str(cfg)), f'{len(cfg.attn.keywords["steps"])} steps'}
+
+
+SEEDS = covering(range(40), features)
 
 
 def ids_of(seed, B=2): return torch.randint(TOK.vocab_size, (B, T), generator=rng(seed, 'ids'))

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from cases import HANG
 
 from llm_lab.bpe import BPETokenizer
 from llm_lab.corpora import load_corpus
@@ -30,12 +31,30 @@ def home(tmp_path, monkeypatch):
 
 def prepare(home, *argv, code=0, **env):
     "What `llm-lab prepare` prints; an error is one line"
-    env = {**os.environ, 'HF_HOME': str(home/'hf'), 'OMP_NUM_THREADS': '1', **env}
+    patience = dict.fromkeys(('HF_HUB_DOWNLOAD_TIMEOUT', 'HF_HUB_ETAG_TIMEOUT'), '600')
+    env = {**os.environ, 'HF_HOME': str(home/'hf'), 'OMP_NUM_THREADS': '1', **patience, **env}
     r = subprocess.run([sys.executable, '-m', 'llm_lab.cli', 'prepare', *map(str, argv)], env=env, cwd=home, capture_output=True, text=True,
-                       timeout=240)
+                       timeout=HANG)
     assert r.returncode == code, r.stdout + r.stderr
     assert not code or (r.stderr.startswith('llm-lab') and r.stderr.count('\n') == 1 and not r.stdout), r.stdout + r.stderr
     return r.stderr if code else r.stdout
+
+
+@pytest.fixture
+def typed(home, monkeypatch, capsys):
+    "The same as `prepare`, in this process: PyTorch is there already"
+    from llm_lab.cli import main
+    monkeypatch.chdir(home)
+
+    def call(*argv, code=0):
+        capsys.readouterr()
+        try: ended = main(['prepare', *map(str, argv)])
+        except SystemExit as e: ended = e.code
+        out, err = capsys.readouterr()
+        assert (ended or 0) == code, out + err
+        assert not code or (err.startswith('llm-lab') and err.count('\n') == 1 and not out), out + err
+        return err if code else out
+    return call
 
 
 def back(tokens):
@@ -94,11 +113,11 @@ def test_draws_of_every_size_and_seed_have_folders_of_their_own(home):
     assert len({p.meta['splits']['val']['sha256'] for p in packed[1:]}) == 1, 'one validation text for all'
 
 
-def test_a_running_text_comes_back_as_it_was(home):
+def test_a_running_text_comes_back_as_it_was(home, typed):
     "Blank lines of a play are text; an end mark between two speeches would be an invention"
     text = 'ANNA:\nIs it late?\n\nBEN:\n\n\nIt is.\n\n'*40
     (home/'play.txt').write_text(text)
-    prepare(home, 'play.txt', '--vocab-size', 280)
+    typed('play.txt', '--vocab-size', 280)
     folder, corpus = home/'data'/'packed'/'play-bpe280', load_corpus(home/'play.txt')
     for split in ('train', 'val'):
         tokens = PackedTokens(folder, split)
@@ -106,7 +125,7 @@ def test_a_running_text_comes_back_as_it_was(home):
         assert tokens.tokenizer.eos_id not in tokens.ids.tolist()
 
 
-def test_every_mistake_is_one_line(home):
+def test_every_mistake_is_one_line(home, typed):
     (home/'a.txt').write_text('one two three. '*50)
     (home/'old.txt').write_bytes(b'caf\xe9'*99)
     for words, code, said in [
@@ -114,13 +133,13 @@ def test_every_mistake_is_one_line(home):
             (('a.txt', '--limit', 0), 2, 'give a whole number above 0'), (('none.txt',), 1, 'no corpus and no file'),
             (('old.txt',), 1, 'is not UTF-8'), (('a.txt', '--limit', 3), 1, 'one running text and cannot be drawn from'),
             (('tiny_tales', '--limit', 10**9), 1, 'ask for fewer')]:
-        assert said in prepare(home, *words, code=code), words
+        assert said in typed(*words, code=code), words
     assert not (home/'data'/'packed').exists()
-    assert 'vocabulary' not in prepare(home, 'a.txt', '--vocab-size', 257)   # bytes and the end mark, nothing to learn
-    assert '257 ids' not in prepare(home, 'a.txt', '--vocab-size', 9999)     # the text ends first, and that is no error
+    assert 'vocabulary' not in typed('a.txt', '--vocab-size', 257)   # bytes and the end mark, nothing to learn
+    assert '257 ids' not in typed('a.txt', '--vocab-size', 9999)     # the text ends first, and that is no error
     (home/'a.txt').write_text('another text. '*50)
-    assert 'replace it with force' in prepare(home, 'a.txt', '--vocab-size', 257, code=1)
-    assert 'packed in' in prepare(home, 'a.txt', '--vocab-size', 257, '--force')
+    assert 'replace it with force' in typed('a.txt', '--vocab-size', 257, code=1)
+    assert 'packed in' in typed('a.txt', '--vocab-size', 257, '--force')
 
 
 # ---- the same split, in memory

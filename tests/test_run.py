@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from cases import ALL, HANG
+
 from llm_lab.config import _PATHS, CONFIGS, SECTIONS, config_of, read_config, write_config
 from llm_lab.lab import LabError
 
@@ -35,16 +37,16 @@ class Nursery:
         env = {**dict(env), 'LLM_LAB_HOME': str(home)}
         return self.ask(start=dict(argv=[str(a) for a in argv], log=self.log, env=env, **order))['pid'], self.log
 
-    def wait(self, life, within=60):
+    def wait(self, life):
         "How it ended; `out` and `err` are what it said"
         pid, log = life
-        return dict(self.ask(wait=dict(pid=pid, within=within)), **{k: Path(f'{log}.{k}').read_text() for k in ('out', 'err')})
+        return dict(self.ask(wait=dict(pid=pid, within=HANG)), **{k: Path(f'{log}.{k}').read_text() for k in ('out', 'err')})
 
     def live(self, home, *argv, **order): return self.wait(self.start(home, *argv, **order))
 
     def end(self):
         self.process.stdin.close()
-        assert self.process.wait(60) == 0
+        assert self.process.wait(HANG) == 0
 
 
 @pytest.fixture(scope='module')
@@ -144,8 +146,8 @@ def deaths_to_die(nursery, met, seconds, luck, kills):
     return [sorted(fates[n:n + 3], key=order) for n in range(0, len(fates), 3)]
 
 
-@pytest.mark.parametrize('place,when,k', [('tearing_rows', 'before', 1), ('tearing_rows', 'before', 2), ('tearing_rows', 'before', 3),
-                                          ('committing', 'after', -1), ('pruning', 'before', -1)])
+@pytest.mark.parametrize('place,when,k', [('tearing_rows', 'before', 1), ('committing', 'after', -1), ('pruning', 'before', -1),
+                                          *([('tearing_rows', 'before', k) for k in (2, 3)] if ALL else [])])
 def test_the_first_lines_and_the_last_names_are_right_after_a_kill(place, when, k, nursery, home, text, whole):
     "A torn head of the table, its first row, the first row of the other file; a last checkpoint that is not named, an old one not pruned"
     k = k if k > 0 else whole[1][f'{place}/{when}']
@@ -207,19 +209,20 @@ def asked(home, settings, number, *more):
                              cwd=home, stdout=f, stderr=f)
     until(lambda: (folder_of(home)/'metrics.jsonl').is_file() and len(rows_of(folder_of(home))) > 10, p)
     p.send_signal(number)
-    return p.wait(60), out.read_text()
+    return p.wait(HANG), out.read_text()
 
 
-def until(true, process, seconds=60):
+def until(true, process, seconds=HANG):
     end = time.monotonic() + seconds
     while not true():
-        assert process.poll() is None and time.monotonic() < end, 'it ended too early, or does nothing'
+        assert process.poll() is None, 'it ended too early'
+        assert time.monotonic() < end, 'it does nothing'
         time.sleep(.01)
 
 
 def python(home, *words, **env):
     return subprocess.run([sys.executable, *words], env=dict(ENV, LLM_LAB_HOME=str(home), **env), cwd=home, capture_output=True, text=True,
-                          timeout=240)
+                          timeout=HANG)
 
 
 LONG = dict(train__steps=400, log__every=5, eval__every=100, log__checkpoint_every=50, eval__sample_every=200)
@@ -269,7 +272,7 @@ def test_ctrl_c_outside_of_training_ends_at_once_and_loses_nothing(home, text, n
 def test_two_do_not_write_into_one_folder(home, text, nursery):
     "The second one ends with a line that names the first, which does not notice; a finished or killed one holds nothing"
     first = nursery.start(home, 'train', *settings(text, **LONG), '--run', 'x')
-    end = time.monotonic() + 60
+    end = time.monotonic() + HANG
     while not (folder_of(home)/'metrics.jsonl').exists() and time.monotonic() < end: time.sleep(.01)
     for words in (['--resume', folder_of(home)], [*settings(text, **LONG), '--run', 'x', '--resume']):
         second = nursery.live(home, 'train', *words)
@@ -283,7 +286,14 @@ def test_two_do_not_write_into_one_folder(home, text, nursery):
 # ---- two processes
 
 def free_port():
-    with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
+    "A port below those that systems give away by themselves; tests that run side by side begin at different ones"
+    for n in range(10_000):
+        port = 20_000 + (7*os.getpid() + time.monotonic_ns() + n) % 10_000
+        with socket.socket() as s:
+            try: s.bind(('127.0.0.1', port))
+            except OSError: continue
+            return port
+    raise OSError('no port is free')
 
 
 def two(nursery, home, *argv, fates=(None, None), **env):
@@ -308,7 +318,7 @@ def whole_by_two(desk, nursery, text):
     return bits(folder_of(home)), lives
 
 
-@pytest.mark.parametrize('rows', ['blocks', 'documents'])
+@pytest.mark.parametrize('rows', ['blocks', 'documents'] if ALL else ['documents'])
 def test_two_processes_learn_what_one_learns(rows, nursery, home, text):
     "The same global batch: 50 losses within 1e-5, each block read once, by one of the two"
     (alone := home/'alone').mkdir(); (both := home/'both').mkdir()
@@ -343,15 +353,17 @@ def test_over_an_epoch_two_processes_read_each_block_once(rows, text, home, monk
 
 
 @pytest.mark.parametrize('killed,place,k', [
-    (1, 'stepping', 14), (0, 'committing', 5), (0, 'validating', 3), (0, 'packing', 1), (1, 'taking_up', 1)])
+    (1, 'stepping', 14), (0, 'committing', 5), (0, 'packing', 1), *([(0, 'validating', 3), (1, 'taking_up', 1)] if ALL else [])])
 def test_when_one_of_two_is_killed_the_other_ends_and_both_go_on(killed, place, k, nursery, home, text, whole_by_two, record_property):
-    "Within 60 seconds and with one line; resumed, the bits are those of two that nothing interrupts: each has its own dropout"
+    """By itself, hours before the team gives up waiting, and with one line
+
+    Resumed, the bits are those of two that nothing interrupts: each has its own dropout."""
     config = [*settings(text), '--run', 'x', '--resume']
     if place == 'taking_up': ended(nursery, two(nursery, home, *config, fates=(dict(place='stepping', k=9, signal=signal.SIGTERM), None)))
     lives = two(nursery, home, *config, fates=[dict(place=place, k=k) if r == killed else None for r in (0, 1)])
     assert nursery.wait(lives[killed])['code'] == -signal.SIGKILL
     start = time.monotonic()
-    other = nursery.wait(lives[1 - killed], within=60)
+    other = nursery.wait(lives[1 - killed])
     record_property('seconds', time.monotonic() - start)
     assert other['code'] == 1 and other['err'].count('\n') == 1, other
     then = 'begin again' if place == 'packing' else f'go on with --resume {folder_of(home)}'
@@ -362,7 +374,7 @@ def test_when_one_of_two_is_killed_the_other_ends_and_both_go_on(killed, place, 
     assert_same(folder_of(home), whole_by_two[0])
 
 
-@pytest.mark.parametrize('told', [0, 1])
+@pytest.mark.parametrize('told', [0, 1] if ALL else [1])
 def test_when_one_of_two_is_asked_to_end_both_end_at_the_same_step(told, nursery, home, text, whole_by_two):
     fates = [dict(place='stepping', k=11, signal=signal.SIGTERM) if r == told else None for r in (0, 1)]
     lives = ended(nursery, two(nursery, home, *settings(text), '--run', 'x', fates=fates))
