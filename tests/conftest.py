@@ -1,5 +1,14 @@
 "What several files of tests share."
+import sys
+from pathlib import Path
+
 import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent/'tools'))
+import plan  # noqa: E402
+
+
+def pytest_configure(config): config.pluginmanager.register(plan.Plan(config))
 
 
 @pytest.fixture(scope='module')

@@ -1,0 +1,26 @@
+"Every chapter runs from its first cell to its last, in a process of its own (`make test` runs them beside the other tests)"
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT/'tools'))
+import run_notebooks  # noqa: E402
+
+FLAGS = os.environ.get('LLM_LAB_NOTEBOOK_FLAGS', '')    # `make nightly` runs the cells marked `slow`, too
+DATA = '01_corpora', '04_bpe', '23_experts'             # what they show is another text where $LLM_LAB_DATA is set
+
+
+def chapters():
+    "A parameter for each notebook; those that read a local corpus carry the mark `data`"
+    for path in run_notebooks.all_notebooks():
+        marks = [pytest.mark.data] if path.stem in DATA else []
+        yield pytest.param(path, id=path.stem, marks=marks)
+
+
+@pytest.mark.parametrize('path', chapters())
+def test_a_chapter_runs(path):
+    ok, _, log = run_notebooks.run(path, FLAGS)
+    if not ok: pytest.fail(log, pytrace=False)
