@@ -20,7 +20,7 @@ def chapters():
         yield pytest.param(path, id=path.stem, marks=marks)
 
 
-@pytest.mark.parametrize('path', chapters())
+@pytest.mark.parametrize('path', [*chapters()])
 def test_a_chapter_runs(path):
     ok, _, log = run_notebooks.run(path, FLAGS)
     if not ok: pytest.fail(log, pytrace=False)

@@ -94,7 +94,7 @@ class Plan:
         cost = lambda names: sum(self.seconds.get(n, UNKNOWN) for n in names)
         done = [n for n in self.took if n not in self.running]
         if not self.names or cost(done) < 10: return None
-        return (time.monotonic() - self.begun)*cost(set(self.names) - set(done))/cost(done)
+        return (time.monotonic() - self.collected)*cost(set(self.names) - set(done))/cost(done)
 
     def line(self):
         now, left = time.monotonic(), self.left()
@@ -112,7 +112,7 @@ class Plan:
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_node_collection_finished(self, node, ids):
         if self.names: return
-        self.names = [*map(short, ids)]
+        self.names, self.collected = [*map(short, ids)], time.monotonic()
         threading.Thread(target=self.tell, daemon=True).start()
 
     def pytest_runtest_logstart(self, nodeid): self.running[short(nodeid)] = time.monotonic()
