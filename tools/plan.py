@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 HINTS = ROOT/'tools'/'seconds.json'
-KEPT = 'llm_lab/seconds'
+KEPT, GROUPS = 'llm_lab/seconds', 'llm_lab/groups'      # in pytest's cache
 UNKNOWN = 1.                    # seconds for a test that nobody has measured
 FIRST = 'test_notebooks.py::test_a_chapter_runs[08_train]'   # it trains a model that others open: they would wait for it
 
@@ -61,6 +61,20 @@ def in_order(items, seconds):
     return [item for group in sorted(groups(items), key=rank) for item in group]
 
 
+def scheduler(config, log):
+    "Hands out whole groups. xdist's own way to tell groups, a suffix of a test's name, does nothing since pytest 9.2"
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def schedule(self):
+            if self.collection is None: self.known = config.cache.get(GROUPS, {}) if getattr(config, 'cache', None) else {}
+            super().schedule()                          # all workers have collected, and so have written the same groups
+
+        def _split_scope(self, nodeid): return str(self.known.get(nodeid, nodeid))
+
+    return Groups(config, log)
+
+
 def minutes(seconds): return f'{int(seconds)//60}:{int(seconds) % 60:02d}'
 
 
@@ -74,18 +88,18 @@ class Plan:
 
     # ---- the order
 
-    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    @pytest.hookimpl(wrapper=True)
     def pytest_collection_modifyitems(self, config, items):
-        if not config.getoption('loadgroup', False): return (yield)     # xdist sets it in a worker
-        for group in groups(items):
-            if len(group) == 1: continue
-            name = short(group[0].nodeid).partition('[')[0]
-            for item in group:
-                item.own_markers = [m for m in item.own_markers if m.name != 'xdist_group']
-                item.add_marker(pytest.mark.xdist_group(name))
-        done = yield                                                    # -m and -k have their say, xdist writes groups into names
+        done = yield                                                    # first -m and -k have their say
+        if not config.getoption('loadgroup', False): return done        # xdist sets it in a worker
         items[:] = in_order(items, self.seconds)
+        if getattr(config, 'cache', None):
+            config.cache.set(GROUPS, {o.nodeid: n for n, group in enumerate(groups(items)) for o in group})
         return done
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_make_scheduler(self, config, log):
+        if config.getoption('dist') == 'loadgroup': return scheduler(config, log)
 
     # ---- how far we are; these are called where the workers report to
 
