@@ -16,7 +16,7 @@ from pathlib import Path
 from llm_lab import train
 from llm_lab.train import Recipe, trained
 
-train.RECIPES['tiny'] = Recipe(steps=3, batch_size=2, block_len=32, model=(('d_model', 16), ('n_layers', 1), ('n_heads', 1)))
+train.RECIPES['tiny'] = Recipe(str(Path(sys.argv[1])/'text.txt'), steps=3, batch_size=2, block_len=32, model=(('d_model', 16), ('n_layers', 1), ('n_heads', 1)))
 fit, here = train.fit, Path(sys.argv[1])
 
 
@@ -35,7 +35,14 @@ trained('tiny')
 """
 
 
-def test_two_that_ask_at_once_train_once(tmp_path):
+@pytest.fixture
+def text(tmp_path):
+    "A short text to learn from"
+    (tmp_path/'text.txt').write_text('\n\n'.join(f'{n} sheep jump over {n*n} fences.' for n in range(400)), encoding='utf-8')
+    return tmp_path/'text.txt'
+
+
+def test_two_that_ask_at_once_train_once(text, tmp_path):
     env = {**os.environ, 'LLM_LAB_HOME': str(tmp_path), 'PYTHONPATH': str(ROOT)}
     asking = [subprocess.Popen([sys.executable, '-c', ASK, str(tmp_path), name], env=env, stderr=subprocess.PIPE, text=True)
               for name in 'ab']
@@ -44,14 +51,14 @@ def test_two_that_ask_at_once_train_once(tmp_path):
     assert len([*tmp_path.glob('trained-*')]) == 1
 
 
-def test_where_the_disk_has_no_locks_it_is_trained_all_the_same(tmp_path, monkeypatch):
+def test_where_the_disk_has_no_locks_it_is_trained_all_the_same(text, tmp_path, monkeypatch):
     import filelock
 
     def none(*args, **kw): raise NotImplementedError
     monkeypatch.setenv('LLM_LAB_HOME', str(tmp_path))
     monkeypatch.setattr(filelock.FileLock, '_acquire', none)
     sizes = (('d_model', 16), ('n_layers', 1), ('n_heads', 1))
-    monkeypatch.setitem(train.RECIPES, 'tiny', Recipe(steps=3, batch_size=2, block_len=32, model=sizes))
+    monkeypatch.setitem(train.RECIPES, 'tiny', Recipe(str(text), steps=3, batch_size=2, block_len=32, model=sizes))
     assert trained('tiny')[2]['steps'] == 3
     monkeypatch.setattr(train, 'fit', lambda *args, **kw: pytest.fail('it was trained again'))
     assert trained('tiny')[2]['steps'] == 3
