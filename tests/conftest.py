@@ -5,10 +5,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent/'tools'))
-import plan  # noqa: E402
-
-
-def pytest_configure(config): config.pluginmanager.register(plan.Plan(config))
+pytest_plugins = ['plan']       # tools/plan.py: the order of the tests, and how far they are
 
 
 @pytest.fixture(scope='module')

@@ -101,6 +101,7 @@ def test_the_knobs_of_a_chapter_redraw_its_picture(opened, name, knobs, tmp_path
         assert shot.seen(page)['error'] == []
 
 
+@pytest.mark.data
 def test_merges_can_be_scrubbed_and_texts_typed(opened, tmp_path):
     "Chapter 4: the slider cuts the words anew, and what is typed is shown under four tokenizers"
     from playwright.sync_api import expect
@@ -276,6 +277,8 @@ def test_a_touched_token_says_where_it_looks(opened, tmp_path):
             ('.look', 'color'), ('.jp-Notebook', 'backgroundColor')))
         light = lambda colour: sum(map(int, re.findall(r'\d+', colour)[:3]))/765
         assert light(ink) - light(ground) > .6, (ink, ground)
+        page.evaluate("window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Light'})")  # the server keeps it
+        page.wait_for_selector('body[data-jp-theme-light=true]', state='attached')
         assert shot.seen(page)['error'] == [] and 'Error displaying widget' not in page.content()
     assert [o for o in asked if not re.match(r'(https?|ws)://127\.0\.0\.1:|data:|blob:', o)] == []
     assert not re.search('TypeError|ReferenceError|anywidget', (OUT/'11_look.console.txt').read_text(encoding='utf-8'))

@@ -10,7 +10,7 @@ sys.path.insert(0, str(ROOT/'tools'))
 import run_notebooks  # noqa: E402
 
 FLAGS = os.environ.get('LLM_LAB_NOTEBOOK_FLAGS', '')    # `make nightly` runs the cells marked `slow`, too
-DATA = '01_corpora', '04_bpe', '23_experts'             # what they show is another text where $LLM_LAB_DATA is set
+DATA = '01_corpora', '04_bpe'                           # what they show is another text where $LLM_LAB_DATA is set
 
 
 def chapters():

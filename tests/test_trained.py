@@ -16,7 +16,8 @@ from pathlib import Path
 from llm_lab import train
 from llm_lab.train import Recipe, trained
 
-train.RECIPES['tiny'] = Recipe(str(Path(sys.argv[1])/'text.txt'), steps=3, batch_size=2, block_len=32, model=(('d_model', 16), ('n_layers', 1), ('n_heads', 1)))
+sizes = ('d_model', 16), ('n_layers', 1), ('n_heads', 1)
+train.RECIPES['tiny'] = Recipe(f'{sys.argv[1]}/text.txt', steps=3, batch_size=2, block_len=32, model=sizes)
 fit, here = train.fit, Path(sys.argv[1])
 
 

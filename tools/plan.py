@@ -143,6 +143,9 @@ class Plan:
         self.config.cache.set(KEPT, {**old, **{k: round(v, 2) for k, v in self.took.items()}})
 
 
+def pytest_configure(config): config.pluginmanager.register(Plan(config))
+
+
 if __name__ == '__main__':
     kept = json.loads((ROOT/'.pytest_cache'/'v'/KEPT).read_text(encoding='utf-8'))
     lines = [f'  {json.dumps(k)}: {round(v)}' for k, v in sorted(kept.items(), key=lambda o: (-round(o[1]), o[0])) if v >= 2]

@@ -130,7 +130,7 @@ def lab(log):
 
 @contextlib.contextmanager
 def opened(notebook, out, width=1200, height=1900, timeout=300, within=None):
-    "The page of a copy of `notebook`, its kernel ready, in the Lab `within`, else in one of its own; what the page complains of goes to `out`"
+    "The page of a copy of `notebook`, its kernel ready, in the Lab `within` or one of its own; the page's complaints go to `out`"
     notebook, out, ms = Path(notebook), Path(out), timeout*1000
     out.mkdir(parents=True, exist_ok=True)
     complaints = []
