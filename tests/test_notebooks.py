@@ -1,4 +1,5 @@
 "Every chapter runs from its first cell to its last, in a process of its own (`make test` runs them beside the other tests)"
+import math
 import os
 import sys
 from pathlib import Path
@@ -18,6 +19,15 @@ def chapters():
     for path in run_notebooks.all_notebooks():
         marks = [pytest.mark.data] if path.stem in DATA else []
         yield pytest.param(path, id=path.stem, marks=marks)
+
+
+def test_the_model_that_chapters_share_is_trained():
+    "First of all, so that nobody waits for it; it learned what chapter 8 promises"
+    from llm_lab.corpora import load_corpus
+    from llm_lab.train import trained
+    about = trained('tales')[2]
+    floor = load_corpus('tiny_tales').floor*math.log(2)
+    assert floor < about['val_loss'] < 2*floor
 
 
 @pytest.mark.parametrize('path', [*chapters()])

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 HINTS = ROOT/'tools'/'seconds.json'
 KEPT, GROUPS = 'llm_lab/seconds', 'llm_lab/groups'      # in pytest's cache
 UNKNOWN = 1.                    # seconds for a test that nobody has measured
-FIRST = 'test_notebooks.py::test_a_chapter_runs[08_train]'   # it trains a model that others open: they would wait for it
+FIRST = 'test_notebooks.py::test_the_model_that_chapters_share_is_trained'    # who needs it would wait
 
 
 def short(nodeid):
@@ -80,7 +80,7 @@ def minutes(seconds): return f'{int(seconds)//60}:{int(seconds) % 60:02d}'
 
 class Plan:
     "Orders the tests, tells how far they are, and keeps how long each took"
-    def __init__(self, config, every=15.):
+    def __init__(self, config, every=20.):
         self.config, self.every = config, every
         self.seconds = {**hints(), **(config.cache.get(KEPT, {}) if getattr(config, 'cache', None) else {})}
         self.took, self.running, self.names = defaultdict(float), {}, []
