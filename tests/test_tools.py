@@ -1,5 +1,6 @@
 "The tools of the frame, on small books of their own"
-import json, os, subprocess, sys
+import ast, json, os, re, shlex, shutil, subprocess, sys
+from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
@@ -255,6 +256,49 @@ def test_tests_run_side_by_side_on_one_thread_each_and_arguments_go_to_pytest(ca
     assert cmd[1:3] == ['-m', 'pytest'] and cmd[-2:] == ['-k', 'cache']
     assert cmd[cmd.index('-n') + 1] == str(run_notebooks.workers()) and env['OMP_NUM_THREADS'] == '1'
     assert given['OMP_NUM_THREADS'] == '3', 'what the user has set stays'
+
+
+def test_what_experiments_import_is_in_an_extra():
+    "Their own comparisons are in `[experiments]`; nothing of it is needed by the others"
+    config = ConfigParser(delimiters=['='])
+    config.read(ROOT/'settings.ini', encoding='utf-8')
+    groups = {k: {re.match(r'[\w-]+', o)[0].replace('-', '_') for o in shlex.split(v)}
+              for k, v in config['DEFAULT'].items() if k.endswith('requirements')}
+    here, wanted = {'llm_lab', *sys.stdlib_module_names}, set()
+    for path in (ROOT/'experiments').glob('*/*.py'):
+        here.add(path.stem)                                         # a module beside run.py
+        for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+            if isinstance(node, ast.Import): wanted |= {o.name.partition('.')[0] for o in node.names}
+            if isinstance(node, ast.ImportFrom) and not node.level: wanted.add(node.module.partition('.')[0])
+            if isinstance(node, ast.Call) and getattr(node.func, 'id', '') == 'need': wanted.add(node.args[0].value.partition('.')[0])
+    assert {'torch', 'rustbpe', 'local_attention'} <= wanted
+    assert wanted - here <= groups['requirements'] | groups['experiments_requirements'], 'not in an extra'
+
+
+def test_without_network_loopback_is_up_and_nothing_else_is_reached(tmp_path):
+    probe = tmp_path/'probe.py'
+    probe.write_text("""
+import socket
+with socket.create_server(('127.0.0.1', 0)) as server: socket.create_connection(server.getsockname()).close()
+try: socket.create_connection(('192.0.2.1', 80), 30)
+except OSError as e: print(e.errno, socket.if_nameindex())
+""")
+    cmd = [sys.executable, str(ROOT/'.ci'/'offline.py')]
+    out = subprocess.run([*cmd, sys.executable, str(probe)], capture_output=True, text=True)
+    if out.returncode == 125: pytest.skip(out.stderr.strip())
+    assert out.stdout == "101 [(1, 'lo')]\n", out.stdout + out.stderr      # 101: the network is unreachable
+    assert subprocess.run([*cmd, 'sh', '-c', 'exit 7']).returncode == 7
+
+
+def test_where_no_namespace_can_be_made_a_line_says_so(tmp_path):
+    cmd = [sys.executable, str(ROOT/'.ci'/'offline.py'), 'true']
+    out = subprocess.run(cmd, capture_output=True, text=True, env={'PATH': str(tmp_path)})
+    assert out.returncode == 125 and 'no network namespace' in out.stderr
+
+
+@pytest.mark.skipif(not shutil.which('bash'), reason='no bash')
+def test_the_script_of_all_checks_can_be_read_by_bash():
+    assert subprocess.run(['bash', '-n', str(ROOT/'.ci'/'run')]).returncode == 0
 
 
 def test_a_wrong_word_shows_the_usage(capsys): assert start.main(['turn']) == 2 and 'start.py tour' in capsys.readouterr().err
