@@ -16,7 +16,7 @@ tour:     ## train a small GPT and read what it writes; make tour ARGS="--minute
 lab:      ## open the chapters in JupyterLab
 	@$(START) lab $(ARGS)
 
-test:     ## run every chapter, then the tests
+test:     ## run every chapter and test; make test ARGS="-k cache" those with the word
 	@$(START) test $(ARGS)
 
 dev:      ## set up .venv with all that the other targets need

@@ -17,6 +17,7 @@ def needs(group=''): return shlex.split(cfg.get(f'{group}requirements', ''))
 
 extras = {o: needs(f'{o}_') for o in ('lab', 'train', 'data', 'verify')}
 extras['dev'] = [r for o in extras.values() for r in o] + needs('dev_')
+extras['experiments'] = needs('experiments_')
 
 setup(
     name=cfg['lib_name'],

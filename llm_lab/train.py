@@ -10,12 +10,13 @@ __all__ = ['RECIPES', 'next_token_loss', 'blocks', 'token_losses', 'mean_loss', 
 # %% ../nbs/08_train.ipynb #c11758e9
 import hashlib, json, math, time
 from dataclasses import asdict, dataclass, field
+from contextlib import suppress
 from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from . import __version__
-from .lab import (LabError, Live, home, keep_memory, kept_streams, pyplot, rng, seeded, set_streams,
+from .lab import (LabError, Live, home, keep_memory, kept_streams, need, pyplot, rng, seeded, set_streams,
                          stoppable, streams)
 from .corpora import load_corpus
 from .chars import CharTokenizer
@@ -318,20 +319,33 @@ def prepare(recipe:Recipe, corpus=None, device='cpu', tokenizer=None)->Setup:
 # %% ../nbs/08_train.ipynb #8d074c3f
 RECIPES = dict(tales=Recipe(steps=5000, batch_size=2, block_len=288, seed=1, model=(('d_model', 64), ('n_layers', 2))))
 
+def _keep(recipe, folder):
+    "Train by the recipe, and keep the model in the folder"
+    s = prepare(recipe)
+    run = fit(s.model, s.batch, recipe.steps, recipe.lr, recipe.weight_decay, seed=recipe.seed)
+    if run.stopped:
+        raise KeyboardInterrupt                                # half a model must not be kept under this name
+    about = dict(corpus=s.corpus.name, licence=s.corpus.licence, steps=run.step, tokens=run.tokens,
+                 val_loss=s.loss(most=20_000))
+    save_package(folder, s.model, s.tokenizer, about)
+
 def trained(name:str): # a key of `RECIPES` → (model, tokenizer, about), as `open_model` gives it
-    "A small trained model (at most 45 s on two cores), made once and kept under a hash of its recipe"
+    "A small trained model, made once and kept under a hash of its recipe; who asks while it is made waits"
     if name not in RECIPES: raise LabError(f'no recipe is called {name!r}: choose from {", ".join(RECIPES)}')
     recipe = RECIPES[name]
     decides = [__version__, asdict(recipe), to_data(Config()), load_corpus(recipe.corpus).sha256]
     key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:10]
     folder = home()/'artifacts'/f'{name}-{key}'
     if not (folder/'package.json').exists():
-        s = prepare(recipe)
-        run = fit(s.model, s.batch, recipe.steps, recipe.lr, recipe.weight_decay, seed=recipe.seed)
-        if run.stopped: raise KeyboardInterrupt                # half a model must not be kept under this name
-        about = dict(corpus=s.corpus.name, licence=s.corpus.licence, steps=run.step, tokens=run.tokens,
-                     val_loss=s.loss(most=20_000))
-        save_package(folder, s.model, s.tokenizer, about)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = need('filelock').FileLock(folder.with_name(f'.{folder.name}.lock'))
+        try:
+            with suppress(NotImplementedError):                # a disk without locks: two may train the same model
+                lock.acquire()
+            if not (folder/'package.json').exists():           # or another process has made it meanwhile
+                _keep(recipe, folder)
+        finally:
+            lock.release()
     return open_model(folder)
 
 # %% ../nbs/08_train.ipynb #10cb1b1b

@@ -1,8 +1,13 @@
 "What several files of tests share."
 import os
 import signal
+import sys
+from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent/'tools'))
+pytest_plugins = ['plan']       # tools/plan.py: the order of the tests, and how far they are
 
 
 def pytest_configure(config):

@@ -87,7 +87,7 @@ def quietly(*args, **kw):
     with warnings.catch_warnings(): warnings.simplefilter('ignore'); return BPETokenizer.train(*args, **kw)
 
 
-@pytest.mark.parametrize('text', ['tiny_shakespeare', 'many scripts'])
+@pytest.mark.parametrize('text', [pytest.param('tiny_shakespeare', marks=pytest.mark.data), 'many scripts'])
 def test_merges_are_those_of_tokenizers(text, script):
     if text == 'many scripts': text = script
     else:

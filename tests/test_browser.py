@@ -1,28 +1,58 @@
-"A chapter runs to its last cell in a real browser. LLM_LAB_BROWSER_NOTEBOOK names others, separated by spaces."
+"""Chapters in a real browser, their knobs turned and their buttons pressed. LLM_LAB_BROWSER_NOTEBOOK names chapters to run to the end.
+
+One JupyterLab server and one browser serve all tests; each notebook gets a page and a kernel of its own.
+"""
 import os, re, sys
 from pathlib import Path
 
+import nbformat
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT/'tools'))
 import shot  # noqa: E402
 
-NOTEBOOKS = os.environ.get('LLM_LAB_BROWSER_NOTEBOOK', 'nbs/06_gpt.ipynb').split()
+SHORT, LONG = 'nbs/03_chars.ipynb', 'nbs/06_gpt.ipynb'
+NOTEBOOKS = os.environ.get('LLM_LAB_BROWSER_NOTEBOOK', '').split() or [SHORT, pytest.param(LONG, marks=pytest.mark.slow)]
 OUT = ROOT/'artifacts'/'browser'
+WAIT = 1800     # seconds before a run counts as stuck; a busy machine is slow, not wrong
+pytestmark = pytest.mark.xdist_group('browser')
+
+
+@pytest.fixture(scope='module')
+def lab():
+    "A server and a browser for all; skips where no browser is, with the reason, and fails on CI"
+    if why := shot.lacks(): (pytest.fail if os.environ.get('CI') == 'true' else pytest.skip)(why)
+    with shot.lab(OUT/'server.log') as made: yield made
 
 
 @pytest.fixture
-def browser():
-    "Skips where no browser is, with the reason; fails on CI"
-    if why := shot.lacks(): (pytest.fail if os.environ.get('CI') == 'true' else pytest.skip)(why)
+def opened(lab):
+    "Opens a notebook in the one server"
+    def open_it(path, out=OUT, **how): return shot.opened(path, out, within=lab, **{'timeout': WAIT, **how})
+    return open_it
+
+
+def upto(name, words, folder, less=None):
+    "A copy of chapter `name` that ends with the first cell in which a line begins with `words`, no outputs saved; `less` is (old, new)"
+    nb = nbformat.read(ROOT/'nbs'/f'{name}.ipynb', 4)
+    begins = lambda cell: any(line.startswith(words) for line in cell.source.splitlines())
+    last = next(n for n, c in enumerate(nb.cells) if c.cell_type == 'code' and begins(c))
+    nb.cells = nb.cells[:last + 1]
+    for c in nb.cells:
+        if c.cell_type == 'code': c.outputs = []
+    if less:
+        assert sum(less[0] in c.source for c in nb.cells) == 1, less
+        for c in nb.cells: c.source = c.source.replace(*less)
+    nbformat.write(nb, folder/f'{name}.ipynb')
+    return folder/f'{name}.ipynb'
 
 
 @pytest.mark.parametrize('name', NOTEBOOKS)
-def test_a_chapter_runs_to_its_last_cell(browser, name):
+def test_a_chapter_runs_to_its_last_cell(opened, name):
     path = ROOT/name
-    with shot.opened(path, OUT) as page:
-        try: shot.run_all(page)
+    with opened(path) as page:
+        try: shot.run_all(page, WAIT)
         finally: page.screenshot(path=str(OUT/f'{path.stem}.png'))
         assert shot.seen(page)['error'] == []
         assert page.locator('.jp-OutputArea-output img').count() >= 1, 'no picture was drawn'
@@ -30,15 +60,14 @@ def test_a_chapter_runs_to_its_last_cell(browser, name):
         assert sum(number is not None for _, number in shot.seen(page)['code']) >= 3, 'fewer than three cells ran'
 
 
-def test_the_check_sees_an_error(browser, tmp_path):
+def test_the_check_sees_an_error(opened, tmp_path):
     "The run above can fail: a cell that raises is seen, and the run does not wait for the cells after it"
-    import nbformat
     sources = '1 + 1', 'raise ValueError("on purpose")', 'print("never")'
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(o) for o in sources])
     nb.metadata['kernelspec'] = dict(name='python3', display_name='python3', language='python')
     nbformat.write(nb, tmp_path/'bad.ipynb')
-    with shot.opened(tmp_path/'bad.ipynb', tmp_path, timeout=90) as page:
-        shot.run_all(page, 60)
+    with opened(tmp_path/'bad.ipynb', tmp_path) as page:
+        shot.run_all(page, WAIT)
         assert 'on purpose' in shot.seen(page)['error'][0]
 
 
@@ -54,40 +83,22 @@ def redrawn(page):
     page.wait_for_function('([area, old]) => [...document.querySelectorAll(area)].pop()?.src !== old', arg=[PICTURE, before])
 
 
-def test_a_knob_redraws_its_picture(browser):
+def test_a_knob_redraws_its_picture(opened, tmp_path):
     "`explore` in a live notebook: the real slider is moved, the kernel answers with another picture, and pictures have words"
-    with shot.opened(ROOT/'nbs'/'00_lab.ipynb', OUT) as page:
-        shot.run_all(page)
+    with opened(upto('00_lab', 'explore(picture', tmp_path)) as page:
+        shot.run_all(page, WAIT)
         redrawn(page)
         assert page.locator('.widget-readout').first.inner_text() == '0.2'
         page.screenshot(path=str(OUT/'00_lab.knob.png'))
         assert shot.seen(page)['error'] == []
 
 
-@pytest.mark.parametrize('name,knobs', [
-    ('16_llama', 'explore(clock'), ('17_gqa', 'explore(sharing'), ('18_cache', 'explore(bytes_picture')])
-def test_the_knobs_of_a_chapter_redraw_its_picture(browser, name, knobs, tmp_path):
-    "The chapter up to its knobs, in a live notebook: the first slider is moved, and another picture comes"
-    import nbformat
-    nb = nbformat.read(ROOT/'nbs'/f'{name}.ipynb', 4)
-    last = next(n for n, c in enumerate(nb.cells) if c.source.splitlines()[-1:] and c.source.splitlines()[-1].startswith(knobs))
-    nb.cells = nb.cells[:last + 1]
-    for c in nb.cells:
-        if c.cell_type == 'code': c.outputs = []
-    nbformat.write(nb, tmp_path/f'{name}.ipynb')
-    with shot.opened(tmp_path/f'{name}.ipynb', OUT) as page:
-        shot.run_all(page)
-        redrawn(page)
-        page.locator(PICTURE).last.scroll_into_view_if_needed()
-        page.screenshot(path=str(OUT/f'{name}.knob.png'))
-        assert shot.seen(page)['error'] == []
-
-
-def test_merges_can_be_scrubbed_and_texts_typed(browser):
+@pytest.mark.data
+def test_merges_can_be_scrubbed_and_texts_typed(opened, tmp_path):
     "Chapter 4: the slider cuts the words anew, and what is typed is shown under four tokenizers"
     from playwright.sync_api import expect
-    with shot.opened(ROOT/'nbs'/'04_bpe.ipynb', OUT, width=1000, height=1000) as page:
-        shot.run_all(page)
+    with opened(upto('04_bpe', 'explore(compare', tmp_path), width=1000, height=1000) as page:
+        shot.run_all(page, WAIT)
         assert shot.seen(page)['error'] == []
         said = page.locator('.widget-output p', has_text='bytes a token').last
         expect(said).to_contain_text('merge 200:')
@@ -112,15 +123,15 @@ def test_merges_can_be_scrubbed_and_texts_typed(browser):
         assert shot.seen(page)['error'] == []
 
 
-def test_a_clicked_token_shows_what_it_can_have_heard_of(browser):
+def test_a_clicked_token_shows_what_it_can_have_heard_of(opened, tmp_path):
     "The live graph of chapter 20: a click on a token, or into the graph, changes lines and words; the numbers are those of `reached`"
     from playwright.sync_api import expect
     from llm_lab.cache import window
     from llm_lab.gpt import part
     from llm_lab.sparse import either, expander, reached, said
     patterns = [part(either, of=(part(window, size=4), part(expander, degree=2, beyond=4)))]*3
-    with shot.opened(ROOT/'nbs'/'20_sparse.ipynb', OUT, width=900, height=900) as page:
-        shot.run_all(page)
+    with opened(upto('20_sparse', 'reach_map(small', tmp_path), width=900, height=900) as page:
+        shot.run_all(page, WAIT)
         assert shot.seen(page)['error'] == []
         box = page.locator('.reach')
         words, tokens, lines = (box.locator(o) for o in ('.reach-words', '.reach-token', 'svg line'))
@@ -138,17 +149,11 @@ def test_a_clicked_token_shows_what_it_can_have_heard_of(browser):
         assert box.locator('canvas').count() == 3
 
 
-def test_an_expert_is_left_out_and_a_text_typed(browser, tmp_path):
+def test_an_expert_is_left_out_and_a_text_typed(opened, tmp_path):
     "The microscope of chapter 23: a layer's expert is forbidden and nobody goes there, then another text is typed"
-    import nbformat
     from playwright.sync_api import expect
-    nb = nbformat.read(ROOT/'nbs'/'23_experts.ipynb', 4)
-    nb.cells = nb.cells[:next(n for n, c in enumerate(nb.cells) if 'explore(microscope' in c.source) + 1]
-    for c in nb.cells:
-        if c.cell_type == 'code': c.outputs = []
-    nbformat.write(nb, tmp_path/'23_experts.ipynb')
-    with shot.opened(tmp_path/'23_experts.ipynb', OUT, width=1000, height=900) as page:
-        shot.run_all(page)
+    with opened(upto('23_experts', 'explore(microscope', tmp_path, less=('steps=700', 'steps=40')), width=1000, height=900) as page:
+        shot.run_all(page, WAIT)
         assert shot.seen(page)['error'] == []
         area = page.locator('.widget-output').last
         chips = lambda: [o.get_attribute('title') for o in area.locator('span[title]').all()]
@@ -169,14 +174,28 @@ def test_an_expert_is_left_out_and_a_text_typed(browser, tmp_path):
         assert shot.seen(page)['error'] == []
 
 
-def test_a_touched_token_says_where_it_looks(browser):
+# ---- from here on chapters open the model that they share; by now somebody has trained it
+
+@pytest.mark.parametrize('name,knobs', [
+    ('16_llama', 'explore(clock'), ('17_gqa', 'explore(sharing'), ('18_cache', 'explore(bytes_picture')])
+def test_the_knobs_of_a_chapter_redraw_its_picture(opened, name, knobs, tmp_path):
+    "The chapter up to its knobs, in a live notebook: the first slider is moved, and another picture comes"
+    with opened(upto(name, knobs, tmp_path)) as page:
+        shot.run_all(page, WAIT)
+        redrawn(page)
+        page.locator(PICTURE).last.scroll_into_view_if_needed()
+        page.screenshot(path=str(OUT/f'{name}.knob.png'))
+        assert shot.seen(page)['error'] == []
+
+
+def test_a_touched_token_says_where_it_looks(opened, tmp_path):
     "The live map of chapter 11: mouse, keys and buttons change the words, the kernel's own words agree, and nothing comes from outside"
     from playwright.sync_api import expect
     sys.path.insert(0, str(ROOT))
     asked = []
-    with shot.opened(ROOT/'nbs'/'11_look.ipynb', OUT, width=700, height=900) as page:
+    with opened(upto('11_look', 'attention_map(*look(model', tmp_path), width=700, height=900) as page:
         page.on('request', lambda r: asked.append(r.url))
-        shot.run_all(page)
+        shot.run_all(page, WAIT)
         assert shot.seen(page)['error'] == []
         box = page.locator('.look')
         words, tokens, knobs = (box.locator(f'.look-{o}') for o in ('words', 'token', 'knob'))
@@ -264,16 +283,18 @@ def test_a_touched_token_says_where_it_looks(browser):
             ('.look', 'color'), ('.jp-Notebook', 'backgroundColor')))
         light = lambda colour: sum(map(int, re.findall(r'\d+', colour)[:3]))/765
         assert light(ink) - light(ground) > .6, (ink, ground)
+        page.evaluate("window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Light'})")  # the server keeps it
+        page.wait_for_selector('body[data-jp-theme-light=true]', state='attached')
         assert shot.seen(page)['error'] == [] and 'Error displaying widget' not in page.content()
     assert [o for o in asked if not re.match(r'(https?|ws)://127\.0\.0\.1:|data:|blob:', o)] == []
     assert not re.search('TypeError|ReferenceError|anywidget', (OUT/'11_look.console.txt').read_text(encoding='utf-8'))
 
 
 @pytest.mark.parametrize('name', ['10_sample', '19_fast'])
-def test_the_playground_writes_stops_and_tells(browser, name):
+def test_the_playground_writes_stops_and_tells(opened, name, tmp_path):
     "The real widget of chapter 10: a slider moves the bars, Generate writes, Stop stops, the mouse over a token tells its odds"
-    with shot.opened(ROOT/'nbs'/f'{name}.ipynb', OUT) as page:
-        shot.run_all(page)
+    with opened(upto(name, 'playground(', tmp_path)) as page:
+        shot.run_all(page, WAIT)
         box = page.locator('.jp-OutputArea-output .widget-vbox', has=page.get_by_role('button', name='Generate')).first
         box.scroll_into_view_if_needed()
         text, bars = box.locator('.widget-html', has=page.locator('b')).last, box.locator('table')

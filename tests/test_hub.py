@@ -295,6 +295,7 @@ def test_without_the_library_one_line_says_so(hub, monkeypatch):
     with pytest.raises(LabError, match='datasets is not installed'): load_corpus('dolly').text('val')
 
 
+@pytest.mark.data
 def test_the_real_sample_file():
     path = Path(os.environ.get('LLM_LAB_DATA', ''))/'tinystories_sample.txt'
     if not path.is_file(): pytest.skip('no tinystories_sample.txt in $LLM_LAB_DATA')

@@ -1,5 +1,6 @@
 "The tools of the frame, on small books of their own"
-import json, os, subprocess, sys
+import ast, json, os, re, shlex, shutil, subprocess, sys
+from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ def notebook(path, *sources, **meta):
 
 def tool(name, *args, **env):
     cmd = [sys.executable, str(ROOT/'tools'/name), *map(str, args)]
-    return subprocess.run(cmd, capture_output=True, text=True, env=dict(os.environ, **env), timeout=300)
+    return subprocess.run(cmd, capture_output=True, text=True, env=dict(os.environ, **env))
 
 
 # ---- run_notebooks
@@ -38,12 +39,59 @@ def test_each_notebook_runs_alone_and_is_counted(tmp_path):
 
 
 def test_a_notebook_that_hangs_is_ended(tmp_path):
-    ok, seconds, log = run_notebooks.run(notebook(tmp_path/'hangs.ipynb', 'import time; time.sleep(300)'), timeout=6)
-    assert not ok and seconds < 60 and 'ran past 6 s' in log
+    ok, _, log = run_notebooks.run(notebook(tmp_path/'hangs.ipynb', 'import time; time.sleep(3000)'), timeout=6)
+    assert not ok and 'ran past 6 s' in log
+
+
+def test_two_run_at_a_time_and_the_rest_is_told(tmp_path):
+    "Each waits until it sees the other, so one after the other they would never end; the line names what they cost"
+    meet = """
+import pathlib, time
+pathlib.Path('{}').touch()
+while not pathlib.Path('{}').exists(): time.sleep(.05)
+"""
+    both = [notebook(tmp_path/f'{me}.ipynb', meet.format(me, other)) for me, other in ('ab', 'ba')]
+    out = tool('run_notebooks.py', '--jobs', 2, '--timeout', 900, *both)
+    assert out.stdout.endswith('2 passed, 0 failed\n') and 'core-s' in out.stdout and '(2 of 2, about 0 s left)' in out.stdout, out.stdout
 
 
 def test_nothing_to_run_is_no_success(tmp_path):
     assert tool('run_notebooks.py', tmp_path/'none.ipynb').returncode == 1
+
+
+# ---- plan
+
+TESTS = """
+import os, time, pytest
+WORKER = os.environ['PYTEST_XDIST_WORKER']
+def note(words): open('notes', 'a').write(words + chr(10))
+@pytest.fixture(scope='module')
+def dear(): note('made'); yield
+@pytest.mark.parametrize('n', range(6))
+def test_shares(dear, n): note('shares ' + WORKER)
+@pytest.mark.parametrize('n', range(6))
+def test_alone(n): note(f'alone {n}')
+def test_long(): note('long'); time.sleep(3)
+"""
+
+
+def test_the_longest_runs_first_and_a_dear_fixture_is_made_once(tmp_path):
+    (tmp_path/'conftest.py').write_text(f'import sys\nsys.path.insert(0, {str(ROOT/"tools")!r})\nimport plan\n'
+                                        'plan.hints = lambda: {"test_a.py::test_long": 9, "test_a.py::test_alone[3]": 8}\n'
+                                        'def pytest_configure(config): config.pluginmanager.register(plan.Plan(config, every=.5))\n')
+    (tmp_path/'test_a.py').write_text(TESTS)
+    (tmp_path/'pytest.ini').write_text('[pytest]\n')
+    run = lambda *args: subprocess.run([sys.executable, '-m', 'pytest', '-n', '2', '--dist', 'loadgroup', '--no-loadscope-reorder', *args],
+                                       cwd=tmp_path, capture_output=True, text=True)
+    out = run()
+    notes = (tmp_path/'notes').read_text().splitlines()
+    assert out.returncode == 0 and '13 passed' in out.stdout, out.stdout + out.stderr
+    assert notes.count('made') == 1 and len({o for o in notes if o.startswith('shares')}) == 1
+    assert {*notes[:2]} == {'long', 'alone 3'}, notes
+    assert 'of 13 tests in 0:' in out.stdout and 'still running: test_a.py::test_long' in out.stdout
+    kept = json.loads((tmp_path/'.pytest_cache'/'v'/'llm_lab'/'seconds').read_text())
+    assert len(kept) == 13 and kept['test_a.py::test_long'] >= 3
+    assert '1 passed' in run('-k', 'long').stdout
 
 
 # ---- clean
@@ -175,20 +223,82 @@ def test_a_moved_folder_gets_a_new_venv(empty, pip):
     assert pip.calls.count('venv') == 2
 
 
-@pytest.mark.parametrize('do,before,examples', [
-    ('test', None, None), ('nightly', None, '20000'), ('nightly', '70', '70'), ('test', '70', '70')])
-def test_nightly_asks_for_more_examples(empty, monkeypatch, do, before, examples):
-    "Slow tests and 20,000 examples, unless somebody has asked for another number"
-    monkeypatch.setenv('LLM_LAB_EXAMPLES', 'a number')  # so that it is put back
-    os.environ.pop('LLM_LAB_EXAMPLES')
-    if before: os.environ['LLM_LAB_EXAMPLES'] = before
+@pytest.fixture
+def called(empty, monkeypatch):
+    "What start.py calls, with the environment of that moment; nothing is installed, and the environment is put back"
+    for name in ('LLM_LAB_EXAMPLES', 'LLM_LAB_NOTEBOOK_FLAGS', 'OMP_NUM_THREADS'):
+        monkeypatch.setenv(name, 'put back later')
+        os.environ.pop(name)
     monkeypatch.setenv('PATH', os.environ['PATH'])
     monkeypatch.setattr(start, 'install', lambda kind: None)
     seen = []
-    monkeypatch.setattr(start, 'call', lambda *cmd, cwd: seen.append((cmd, os.environ.get('LLM_LAB_EXAMPLES'))) or 0)
+    monkeypatch.setattr(start, 'call', lambda *cmd, cwd: seen.append(([*map(str, cmd)], dict(os.environ))) or 0)
+    return seen
+
+
+@pytest.mark.parametrize('do,before,examples', [
+    ('test', None, None), ('nightly', None, '20000'), ('nightly', '70', '70'), ('test', '70', '70')])
+def test_nightly_asks_for_more_examples(called, do, before, examples):
+    "Slow tests, slow cells and 20,000 examples, unless somebody has asked for another number"
+    if before: os.environ['LLM_LAB_EXAMPLES'] = before
     assert start.main([do]) == 0
-    (book, _), (tests, asked) = seen
-    assert asked == examples and ('slow' in book) == ('-m' in tests[3:]) == (do == 'nightly')
+    (cmd, env), = called
+    slow = do == 'nightly'
+    assert env.get('LLM_LAB_EXAMPLES') == examples and env.get('LLM_LAB_NOTEBOOK_FLAGS') == ('slow' if slow else None)
+    assert ('-m' in cmd[3:]) == slow
+
+
+def test_tests_run_side_by_side_on_one_thread_each_and_arguments_go_to_pytest(called):
+    start.main(['test', '-k', 'cache'])
+    os.environ['OMP_NUM_THREADS'] = '3'
+    start.main(['test'])
+    (cmd, env), (_, given) = called
+    assert cmd[1:3] == ['-m', 'pytest'] and cmd[-2:] == ['-k', 'cache']
+    assert cmd[cmd.index('-n') + 1] == str(run_notebooks.workers()) and env['OMP_NUM_THREADS'] == '1'
+    assert given['OMP_NUM_THREADS'] == '3', 'what the user has set stays'
+
+
+def test_what_experiments_import_is_in_an_extra():
+    "Their own comparisons are in `[experiments]`; nothing of it is needed by the others"
+    config = ConfigParser(delimiters=['='])
+    config.read(ROOT/'settings.ini', encoding='utf-8')
+    groups = {k: {re.match(r'[\w-]+', o)[0].replace('-', '_') for o in shlex.split(v)}
+              for k, v in config['DEFAULT'].items() if k.endswith('requirements')}
+    here, wanted = {'llm_lab', *sys.stdlib_module_names}, set()
+    for path in (ROOT/'experiments').glob('*/*.py'):
+        here.add(path.stem)                                         # a module beside run.py
+        for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+            if isinstance(node, ast.Import): wanted |= {o.name.partition('.')[0] for o in node.names}
+            if isinstance(node, ast.ImportFrom) and not node.level: wanted.add(node.module.partition('.')[0])
+            if isinstance(node, ast.Call) and getattr(node.func, 'id', '') == 'need': wanted.add(node.args[0].value.partition('.')[0])
+    assert {'torch', 'rustbpe', 'local_attention'} <= wanted
+    assert wanted - here <= groups['requirements'] | groups['experiments_requirements'], 'not in an extra'
+
+
+def test_without_network_loopback_is_up_and_nothing_else_is_reached(tmp_path):
+    probe = tmp_path/'probe.py'
+    probe.write_text("""
+import socket
+with socket.create_server(('127.0.0.1', 0)) as server: socket.create_connection(server.getsockname()).close()
+try: socket.create_connection(('192.0.2.1', 80), 30)
+except OSError as e: print(e.errno, socket.if_nameindex())
+""")
+    cmd = [sys.executable, str(ROOT/'.ci'/'offline.py')]
+    out = subprocess.run([*cmd, sys.executable, str(probe)], capture_output=True, text=True)
+    if out.returncode == 125: pytest.skip(out.stderr.strip())
+    assert out.stdout == "101 [(1, 'lo')]\n", out.stdout + out.stderr      # 101: the network is unreachable
+    assert subprocess.run([*cmd, 'sh', '-c', 'exit 7']).returncode == 7
+
+
+def test_where_no_namespace_can_be_made_a_line_says_so(tmp_path):
+    cmd = [sys.executable, str(ROOT/'.ci'/'offline.py'), 'true']
+    out = subprocess.run(cmd, capture_output=True, text=True, env={'PATH': str(tmp_path)})
+    assert out.returncode == 125 and 'no network namespace' in out.stderr
+
+
+@pytest.mark.skipif(not shutil.which('bash'), reason='no bash')
+def test_the_script_of_all_checks_can_be_read_by_bash():
+    assert subprocess.run(['bash', '-n', str(ROOT/'.ci'/'run')]).returncode == 0
 
 
 def test_a_wrong_word_shows_the_usage(capsys): assert start.main(['turn']) == 2 and 'start.py tour' in capsys.readouterr().err

@@ -19,6 +19,7 @@ def trained_on(corpus, characters):
 
 
 @pytest.mark.slow
+@pytest.mark.data
 def test_three_million_characters_of_shakespeare_end_below_1_80():
     "nanoGPT's recipe for a CPU ends at 1.898 nats per character after 1.5 million"
     try: corpus = load_corpus('tiny_shakespeare')

@@ -1,14 +1,17 @@
 """Run chapters from the first cell to the last in a fresh kernel, and save what they show.
 
-    python tools/book.py [nbs/06_gpt.ipynb …] [--timeout 600]
+    python tools/book.py [nbs/06_gpt.ipynb …] [--jobs 2] [--timeout 0]
 
-Widgets show their still picture (LLM_LAB_STILL=1). Cells marked by a word of `tst_flags` keep what they showed. A notebook is
-written only when all its cells ran and nothing in it names a folder of this machine.
+As many run at a time as there are cores, each on one thread, as the tests run them. Widgets show their still picture
+(LLM_LAB_STILL=1). Cells marked by a word of `tst_flags` keep what they showed. A notebook is written only when all its cells ran and
+nothing in it names a folder of this machine.
 """
-import argparse, json, os, re, sys, tempfile, time
+import argparse, json, os, re, subprocess, sys, tempfile, time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from clean import ROOT, clean
+from run_notebooks import all_notebooks, longest_first, workers
 
 ANSI = re.compile(r'\x1b\[[0-9;]*m')
 
@@ -44,26 +47,39 @@ def execute(path, flags, timeout):
     return clean(json.dumps(lines))
 
 
+def save(path, flags, timeout):
+    "Run one notebook, save what it shows, tell in a line; was it good?"
+    start = time.time()
+    try: new = execute(path.resolve(), flags, timeout)
+    except Exception as e:
+        print(f'FAIL {time.time() - start:6.1f} s  {path.name}\n{ANSI.sub("", str(e)).strip()}', flush=True)
+        return False
+    changed = new != path.read_text(encoding='utf-8')
+    if changed: path.write_text(new, encoding='utf-8', newline='\n')
+    print(f'ok   {time.time() - start:6.1f} s  {path.name}{" (changed)" if changed else ""}', flush=True)
+    return True
+
+
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument('notebooks', nargs='*', type=Path, help='default: all of nbs/, but for names that begin with _')
-    ap.add_argument('--timeout', type=int, default=600, help='seconds for one cell')
+    ap.add_argument('--jobs', type=int, default=workers(), help='notebooks at a time')
+    ap.add_argument('--timeout', type=int, default=0, help='seconds for one cell; 0 is no limit')
     a = ap.parse_args()
     from nbdev.config import get_config
     os.environ.update(LLM_LAB_STILL='1', PYTHONUTF8='1', PYTHONPATH=str(ROOT))
     os.environ.setdefault('JUPYTER_PLATFORM_DIRS', '1')
-    flags, failed = set(get_config(path=ROOT).tst_flags.split()), 0
-    for p in a.notebooks or sorted(o for o in (ROOT/'nbs').glob('*.ipynb') if o.name[0] not in '._'):
-        start = time.time()
-        try: new = execute(p.resolve(), flags, a.timeout)
-        except Exception as e:
-            failed += 1
-            print(f'FAIL {time.time() - start:6.1f} s  {p.name}\n{ANSI.sub("", str(e)).strip()}', flush=True)
-            continue
-        changed = new != p.read_text(encoding='utf-8')
-        if changed: p.write_text(new, encoding='utf-8', newline='\n')
-        print(f'ok   {time.time() - start:6.1f} s  {p.name}{" (changed)" if changed else ""}', flush=True)
-    return 1 if failed else 0
+    os.environ.setdefault('OMP_NUM_THREADS', '1')
+    flags, nbs = set(get_config(path=ROOT).tst_flags.split()), a.notebooks or all_notebooks()
+    if a.jobs == 1 or len(nbs) == 1: return 0 if all([save(p, flags, a.timeout or None) for p in nbs]) else 1
+
+    def one(nb):        # in a process of its own: a kernel client wants the main thread
+        cmd = [sys.executable, __file__, str(nb), '--timeout', str(a.timeout)]
+        p = subprocess.run(cmd, capture_output=True, text=True, encoding='utf-8')
+        print(p.stdout + p.stderr, end='', flush=True)
+        return p.returncode == 0
+
+    with ThreadPoolExecutor(a.jobs) as pool: return 0 if all(list(pool.map(one, longest_first(nbs)))) else 1
 
 
 if __name__ == '__main__': sys.exit(main())

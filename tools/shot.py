@@ -92,35 +92,66 @@ def copy_without_slow(notebook, to):
     to.write_text(json.dumps(nb), encoding='utf-8')
 
 
+class Lab:
+    "A JupyterLab server and a browser, for as many notebooks as are `opened` in it, one after another"
+    def __init__(self, folder, address, token, browser):
+        self.folder, self.address, self.token, self.browser, self.count = folder, address, token, browser, 0
+
+    def ask(self, path, method='GET'):
+        "The server's answer"
+        asked = urllib.request.Request(f'{self.address}/api/{path}', method=method, headers={'Authorization': f'token {self.token}'})
+        with urllib.request.urlopen(asked, timeout=60) as answer: return json.loads(answer.read() or 'null')
+
+    def end_kernels(self):
+        for session in self.ask('sessions'): self.ask(f'sessions/{session["id"]}', 'DELETE')
+
+    def copy(self, notebook):
+        "A copy without slow cells, in a folder of its own; its address"
+        self.count += 1
+        place = f'{self.count}/{notebook.name}'
+        (self.folder/place).parent.mkdir()
+        copy_without_slow(notebook, self.folder/place)
+        return f'{self.address}/doc/tree/{place}?token={self.token}&reset'      # one document, no side bars
+
+
 @contextlib.contextmanager
-def opened(notebook, out, width=1200, height=1900, timeout=300):
-    "The page of a copy of `notebook` in JupyterLab, its kernel ready; the server's log and the page's complaints go to `out`"
+def lab(log):
+    "A `Lab`; what the server says goes to the file `log`"
     from playwright.sync_api import sync_playwright
-    notebook, out, ms = Path(notebook), Path(out), timeout*1000
-    out.mkdir(parents=True, exist_ok=True)
+    Path(log).parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix='shot-', ignore_cleanup_errors=True) as tmp:
         work = Path(tmp)/'work'
         work.mkdir()
-        copy_without_slow(notebook, work/notebook.name)
-        complaints = []
-        with jupyter(work, out/f'{notebook.stem}.server.log') as (address, token), sync_playwright() as p:
+        with jupyter(work, log) as (address, token), sync_playwright() as p:
             browser = p.chromium.launch(executable_path=chromium(), args=FLAGS)
-            page = browser.new_page(viewport=dict(width=width, height=height))
-            page.set_default_timeout(ms)
-            page.on('pageerror', lambda e: complaints.append(str(e)))
-            page.on('console', lambda m: complaints.append(m.text) if m.type == 'error' else None)
-            try:
-                page.goto(f'{address}/doc/tree/{notebook.name}?token={token}&reset')  # one document, no side bars
-                page.wait_for_selector('.jp-Notebook .jp-Cell')
-                # The page says 'idle' before the kernel listens, and drops a Run All then: wait until the kernel itself has answered.
-                page.wait_for_function("""() => { const w = window.jupyterapp && window.jupyterapp.shell.currentWidget;
-                    const s = window.session_ = w && w.sessionContext; return !!(s && s.session && s.session.kernel) }""", polling=250)
-                page.evaluate('async () => { await window.session_.ready; await window.session_.session.kernel.info }')
-                for b in page.query_selector_all('.jp-Dialog .jp-mod-accept'): b.click()
-                yield page
-            finally:
-                (out/f'{notebook.stem}.console.txt').write_text('\n'.join(complaints), encoding='utf-8')
-                browser.close()
+            try: yield Lab(work, address, token, browser)
+            finally: browser.close()
+
+
+@contextlib.contextmanager
+def opened(notebook, out, width=1200, height=1900, timeout=300, within=None):
+    "The page of a copy of `notebook`, its kernel ready, in the Lab `within` or one of its own; the page's complaints go to `out`"
+    notebook, out, ms = Path(notebook), Path(out), timeout*1000
+    out.mkdir(parents=True, exist_ok=True)
+    complaints = []
+    with contextlib.nullcontext(within) if within else lab(out/f'{notebook.stem}.server.log') as here:
+        page = here.browser.new_page(viewport=dict(width=width, height=height))     # with a context of its own
+        page.set_default_timeout(ms)
+        page.on('pageerror', lambda e: complaints.append(str(e)))
+        page.on('console', lambda m: complaints.append(m.text) if m.type == 'error' else None)
+        try:
+            page.goto(here.copy(notebook))
+            page.wait_for_selector('.jp-Notebook .jp-Cell')
+            # The page says 'idle' before the kernel listens, and drops a Run All then: wait until the kernel itself has answered.
+            page.wait_for_function("""() => { const w = window.jupyterapp && window.jupyterapp.shell.currentWidget;
+                const s = window.session_ = w && w.sessionContext; return !!(s && s.session && s.session.kernel) }""", polling=250)
+            page.evaluate('async () => { await window.session_.ready; await window.session_.session.kernel.info }')
+            for b in page.query_selector_all('.jp-Dialog .jp-mod-accept'): b.click()
+            yield page
+        finally:
+            (out/f'{notebook.stem}.console.txt').write_text('\n'.join(complaints), encoding='utf-8')
+            page.close()
+            here.end_kernels()
 
 
 def seen(page):

@@ -2,7 +2,8 @@
 
     python3 tools/start.py tour [arguments]    train a small GPT and read what it writes
     python3 tools/start.py lab                 open the chapters in JupyterLab
-    python3 tools/start.py test                run every chapter, then the tests
+    python3 tools/start.py test [arguments]    run every chapter and every test, as many at a time as there are cores;
+                                               arguments go to pytest: `test -k cache` runs what has the word in its name
     python3 tools/start.py nightly             the same, slow tests too, and 20,000 examples where hypothesis makes them up
     python3 tools/start.py dev                 only set up
     python3 tools/start.py run COMMAND …       any tool of .venv, as `run ruff check`
@@ -108,11 +109,18 @@ def main(args):
         return call(BIN/'llm-lab', 'tour', *rest)
     if do == 'lab': return call(PYTHON, '-m', 'jupyterlab', 'nbs', *rest, cwd=ROOT)
     if do == 'run': return call(shutil.which(rest[0]) or stop(f'.venv has no command {rest[0]!r}'), *rest[1:])
-    slow = do == 'nightly'
-    if slow: os.environ.setdefault('LLM_LAB_EXAMPLES', '20000')
-    notebooks = call(PYTHON, 'tools/run_notebooks.py', *(['--flags', 'slow', '--timeout', 3600] if slow else []), cwd=ROOT)
-    tests = call(PYTHON, '-m', 'pytest', *(['-m', ''] if slow else []), *rest, cwd=ROOT)
-    return notebooks or tests
+    return call(PYTHON, '-m', 'pytest', *tests_of(do), *rest, cwd=ROOT)
+
+
+def tests_of(do):
+    "Arguments of pytest for `test` or `nightly`, and what the tests find in the environment"
+    os.environ.setdefault('OMP_NUM_THREADS', '1')       # a worker has one core, and the saved outputs are made so
+    if do == 'nightly':
+        os.environ.setdefault('LLM_LAB_EXAMPLES', '20000')
+        os.environ.setdefault('LLM_LAB_NOTEBOOK_FLAGS', 'slow')
+    from run_notebooks import workers
+    beside = ['-n', workers(), '--dist', 'loadgroup', '--no-loadscope-reorder']   # see tools/plan.py
+    return beside + (['-m', ''] if do == 'nightly' else [])
 
 
 if __name__ == '__main__':
