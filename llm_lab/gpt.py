@@ -186,7 +186,7 @@ def gpt2_init(
 
 # %% ../nbs/06_gpt.ipynb #3c961724
 # larger ones are slips, or somebody's wish to fill your memory: GPT-3 has 96 layers of 12,288 channels
-_MOST = dict(vocab_size=1 << 27, max_len=1 << 31, d_model=1 << 20, n_layers=4096, n_heads=1 << 16, head_dim=1 << 16)
+_MOST = dict(vocab_size=1 << 27, max_len=1 << 31, d_model=1 << 20, n_layers=2048, n_heads=1 << 16, head_dim=1 << 16)
 
 @dataclass(frozen=True)
 class Config:
@@ -326,7 +326,7 @@ def _bearable(data, n_layers, head_dim):
     of = lambda k, slot: 0 if data[k] is None and k == 'pos' else check_recipe(data[k], slot, k)
     parts = {k: of(k, slot) for k, slot in HOLDS['config'].items() if k in data}
     n = n_layers*(parts.get('attn', 1) + parts.get('mlp', 1)) + sum(parts.values())
-    if n > 40_000 or n*head_dim > 1 << 26:
+    if n > 10_000 or n*head_dim > 1 << 26:
         raise LabError(f'n_layers={n_layers:,}: these recipes make {n:,} parts of width {head_dim:,}; give fewer layers or steps')
 
 # %% ../nbs/06_gpt.ipynb #6459d3c5
