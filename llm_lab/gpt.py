@@ -15,6 +15,7 @@ from inspect import Parameter, signature
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from fastcore.basics import patch
 from .lab import (HOLDS, REGISTERED, SLOTS, LabError, address, by_onednn, check_recipe, lookup, nearest, plain, quick_products,
                          rng, short)
@@ -385,10 +386,16 @@ def config_from(data:dict)->Config:
 def _nothing(cfg, layer=0): "Stands for an attention while only the sizes are looked at"
 
 # %% ../nbs/06_gpt.ipynb #1ad6788e
+class _Undrawn(TorchFunctionMode):
+    "Within, `torch.nn.init` draws nothing: shapes have no values, and pretending to draw them takes most of the time"
+    def __torch_function__(self, f, types, args=(), kwargs=None):
+        if getattr(f, '__module__', '') == 'torch.nn.init': return args[0] if args else kwargs['tensor']
+        return f(*args, **kwargs or {})
+
 def sketch(cfg:Config)->MiniGPT:
     "A model of shapes alone, on the device *meta*, whatever its size. Raises `LabError` where none can be made"
     try:
-        with torch.device('meta'): return MiniGPT(cfg, seed=None)
+        with torch.device('meta'), _Undrawn(): return MiniGPT(cfg, seed=None)
     except LabError: raise
     except (TypeError, ArithmeticError, AttributeError, ValueError, RuntimeError, KeyError) as e:
         raise LabError(f'no model can be made of this configuration ({type(e).__name__}: {short(str(e), 100)})') from e

@@ -190,12 +190,12 @@ def nearest(word, words)->str:
 
 def address(
     name,
-    slot=None, # a key of `SLOTS`; any if none
+    slot=None, # a key of `SLOTS`; any part of a model if none
     path=''    # where the name stands, for the message
 )->str: # as 'llm_lab.moe:MoE'; a registered name as it is
     "What a file's word stands for, found without importing anything. Raises `LabError` where it may not be said here"
     if isinstance(name, str) and name in REGISTERED: return name
-    places = [SLOTS[slot]] if slot else SLOTS.values()
+    places = [SLOTS[slot]] if slot else [SLOTS[s] for s in SLOTS if s not in ('corpus', 'tokenizer')]
     for place in places if isinstance(name, str) else ():
         if found := place.get(name) or next((a for a in place.values() if a == name), None): return found
     names = sorted({n for place in places for n in place})
