@@ -17,11 +17,11 @@ import torch
 from fastcore.basics import patch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from . import __version__
-from .lab import LabError, Live, device, flops, home, kept_streams, machine, need, peak_flops, written
+from .lab import LabError, Live, device, flops, home, json_of, kept_streams, machine, must_fit, need, peak_flops, pointed, written
 from .corpora import load_corpus
 from .chars import CharTokenizer
 from .pack import BatchStream, PackedTokens, pack
-from .gpt import MiniGPT, config_from
+from .gpt import MiniGPT, config_from, sketch
 from .train import Run, blocks, document_starts, fit, mean_loss, next_token_loss
 from .evaluate import evaluate
 from .sample import sample
@@ -98,7 +98,13 @@ def model_config(cfg:RunConfig, vocab_size:int):
     "The `Config` of the model; what it refuses is told with the path of the section"
     try: return config_from(dict(vocab_size=vocab_size, max_len=cfg.data.block_len, **model_data(cfg.model)))
     except LabError as e: raise LabError(f'model.{e}') from None
-    except TypeError as e: raise LabError(f'model: a recipe lacks something: {e}; see the chapter of that part') from None
+
+def _affordable(cfg, device='cpu'):
+    "Raises `LabError` where a model and what training keeps beside it are more than the memory that is left"
+    n = sketch(cfg).n_params
+    # on the CPU each number has its gradient and two moments; on another device it only passes through
+    must_fit((16 if device == 'cpu' else 4)*n, f'training a model of {n:,} parameters')
+    return cfg
 
 # %% ../nbs/15_run.ipynb #fd075dad
 class Job:
@@ -109,7 +115,7 @@ class Job:
         engine.wait_for_everyone()
         self.texts = mine or texts_of(cfg); corpus, tokenizer, train, val = self.texts.values()
         self.stream = batches_of(cfg, corpus, train, engine.process_index, engine.num_processes, str(engine.device))
-        model = MiniGPT(model_config(cfg, tokenizer.vocab_size), t.seed).to(engine.device)
+        model = MiniGPT(_affordable(model_config(cfg, tokenizer.vocab_size), engine.device.type), t.seed).to(engine.device)
         opt = OPTIMISERS[t.optimiser](checkpointed(model, t.recompute), lr=t.lr, weight_decay=t.weight_decay)
         self.step, self.run = Step(t.accumulate, t.precision, t.compile), Run(model, t.steps, opt=opt)
         parts = dict(data=self.stream, **({'scaler': self.step.scaler} if t.precision == 'fp16' else {}))
@@ -277,10 +283,16 @@ def _git(*args):
     try: return subprocess.run(['git', *args], capture_output=True, text=True, timeout=10).stdout.strip()
     except (OSError, subprocess.TimeoutExpired): return ''
 
+def _starts_told(path)->list:
+    "What a run.json says of earlier starts. Raises `LabError` where it is damaged"
+    told = json_of(path.read_bytes(), path, 'delete it, or copy it again')
+    if isinstance(told, dict) and isinstance(told.get('starts'), list): return told['starts']
+    raise LabError(f'{path} tells no starts of a run: delete it, or copy it again')
+
 def _describe(job, came_from):
     "Write config.yaml, run.json and the name of the newest run: what it takes to tell how the run was made"
     path, texts = job.folder/'run.json', job.texts
-    starts = json.loads(path.read_text())['starts'] if path.exists() else []
+    starts = _starts_told(path) if path.exists() else []
     about = dict(name=job.cfg.name, run=job.folder.name, params=job.run.model.n_params, came_from=str(came_from or ''),
                  hashes=dict(corpus=texts['corpus'].sha256, train=texts['train'].sha256, val=texts['val'].sha256,
                              tokenizer=texts['train'].meta['tokenizer']['sha256']),
@@ -313,7 +325,8 @@ def going_on(path, overrides=())->tuple: # (config, folder, checkpoint to start 
         raise LabError(f'{path} is neither a run nor a checkpoint of one: choose from `llm-lab runs`')
     cfg = gone_on(read_config(folder/'config.yaml'), read_config(folder/'config.yaml', overrides))
     cfg = replace(cfg, name=folder.parent.parent.name)
-    newest = max((folder/'checkpoints').glob('step-*'), key=lambda p: int(p.name[5:]), default=None)
+    whole = [p for p in (folder/'checkpoints').glob('step-*') if p.name[5:].isdecimal()]     # a copy may lie beside them
+    newest = max(whole, key=lambda p: int(p.name[5:]), default=None)
     if start is None or start.absolute() == newest: return cfg, folder, None
     return cfg, _new_folder(cfg), start
 
@@ -321,7 +334,7 @@ def going_on(path, overrides=())->tuple: # (config, folder, checkpoint to start 
 def _newest_run(name, run=None):
     "The newest run of a config, or that one; None if there is none"
     runs = home()/'experiments'/name/'runs'
-    known = runs/(run or (runs/'latest').read_text().strip()) if run or (runs/'latest').is_file() else runs
+    known = runs/(run or pointed(runs/'latest')) if run or (runs/'latest').is_file() else runs
     return known if (known/'config.yaml').is_file() else None
 
 def _alone_now(error, engine, folder):
