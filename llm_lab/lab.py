@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MOST_JSON', 'SLOTS', 'REGISTERED', 'HOLDS', 'WEIGHTS', 'SIGNED', 'LabError', 'need', 'home', 'restored', 'written',
-           'short', 'json_of', 'is_name', 'bytes_in', 'pointed', 'memory_left', 'must_fit', 'nearest', 'address',
-           'lookup', 'plain', 'check_recipe', 'rng', 'streams', 'set_streams', 'kept_streams', 'seeded', 'device',
-           'machine', 'check', 'pyplot', 'in_notebook', 'show', 'widgets_live', 'explore', 'Live', 'progress',
-           'stoppable', 'flops', 'by_onednn', 'quick_products', 'peak_flops', 'time_by_kind', 'keep_memory']
+           'short', 'check_size', 'json_of', 'is_name', 'file_in', 'bytes_in', 'pointed', 'memory_left', 'must_fit',
+           'nearest', 'address', 'lookup', 'plain', 'check_recipe', 'rng', 'streams', 'set_streams', 'kept_streams',
+           'seeded', 'device', 'machine', 'check', 'pyplot', 'in_notebook', 'show', 'widgets_live', 'explore', 'Live',
+           'progress', 'stoppable', 'flops', 'by_onednn', 'quick_products', 'peak_flops', 'time_by_kind', 'keep_memory']
 
 # %% ../nbs/00_lab.ipynb #f5126c87
 import difflib, hashlib, importlib, json, math, os, re, shutil, signal, stat, sys, threading, time
@@ -89,17 +89,16 @@ def short(value, width=60)->str:
     "A value of a stranger in one line that fits a message"
     return shorten(repr(value)[:9*width], width, placeholder='…')
 
-def json_of(
-    data:bytes,
-    name='this file',
-    remedy='copy or make it again',
-    read=json.loads
-):
-    "What a JSON file says. Raises `LabError` where it is another kind of file, or larger or deeper than ours are"
+def check_size(data:bytes, name='this file', remedy='copy or make it again'):
+    "Raises `LabError` where JSON would take more memory than any of ours does, read by whomever"
     # what Python needs for each comma, text, list and dict: known before anything is read
     needs = 16*data.count(b',') + 30*data.count(b'"') + 80*(data.count(b'[') + data.count(b'{'))
     if len(data) > MOST_JSON or needs > 4*MOST_JSON:
         raise LabError(f'{name} holds more than any file of its kind ({len(data):,} bytes): {remedy}')
+
+def json_of(data:bytes, name='this file', remedy='copy or make it again', read=json.loads):
+    "What a JSON file says. Raises `LabError` where it is another kind of file, or larger or deeper than ours are"
+    check_size(data, name, remedy)
     try: return read(data)
     except (ValueError, RecursionError) as e:
         raise LabError(f'{name} is not JSON ({type(e).__name__}): {remedy}') from None
@@ -110,22 +109,26 @@ def is_name(text)->bool:
     return isinstance(text, str) and 0 < len(text) < 256 and text not in ('.', '..') and \
         not re.search(r'[/\\:\x00-\x1f]', text)
 
-def bytes_in(
+def file_in(
     folder,
-    name:str,                          # of a file in it; a name that a file told is not to be trusted
-    most:int=MOST_JSON,                # bytes
+    name:str, # of a file in it; a name that a file told is not to be trusted
     remedy='copy or make it again'
-)->bytes:
-    "The bytes of a plain file in a folder. Raises `LabError` where it leads elsewhere or is too large; `OSError` if none"
-    folder, path = Path(folder), Path(folder)/name
-    if not is_name(name): raise LabError(f'{folder}: {short(name)} is no name of a file in it: {remedy}')
+)->Path:
+    "A plain file in a folder. Raises `LabError` where the name, or a link, leads elsewhere; `OSError` where there is none"
+    folder, path = Path(folder), Path(folder)/name if is_name(name) else None
+    if path is None: raise LabError(f'{folder}: {short(name)} is no name of a file in it: {remedy}')
     info, here, real = path.stat(), folder.resolve(), path.resolve()
     cache = here.parent.parent/'blobs' if here.parent.name == 'snapshots' else here
     if real.parent not in (here, cache): raise LabError(f'{path} is a link out of its folder, to {real}: {remedy}')
     if not stat.S_ISREG(info.st_mode): raise LabError(f'{path} is no plain file: {remedy}')
-    if info.st_size > most:
-        raise LabError(f'{path} has {info.st_size:,} bytes, more than the {most:,} it could need: {remedy}')
-    with open(path, 'rb') as f: return f.read(info.st_size)
+    return path
+
+def bytes_in(folder, name:str, most:int=MOST_JSON, remedy='copy or make it again')->bytes: # `most` bytes
+    "The bytes of a plain file in a folder. Raises `LabError` as `file_in`, and where it is too large"
+    path = file_in(folder, name, remedy)
+    if (size := path.stat().st_size) > most:
+        raise LabError(f'{path} has {size:,} bytes, more than the {most:,} it could need: {remedy}')
+    with open(path, 'rb') as f: return f.read(size)
 
 def pointed(path)->Path:
     "The folder that a file such as `latest` names: a name in one line. Raises `LabError` where it is anything else"
