@@ -171,7 +171,9 @@ def restore_streams(self:Checkpoints, run, state):
     "Let dropout go on with the stream of this process; warns where the bits cannot be the same"
     mine = self.gather(None)
     random = _states(state['random'][self.rank]) if len(mine) == len(state['random']) else {}
-    run.random = {k: v for k, v in random.items() if k in streams(run.history.device)}
+    known = streams(run.history.device)
+    run.random = {k: v for k, v in random.items() if k in known}
+    if odd := [k for k, v in run.random.items() if v.shape != known[k].shape]: raise ValueError(f'the stream of {odd[0]} is torn')
     now = _made(run, len(mine))
     if other := [f'{k} was {v}, is {now[k]}' for k, v in state['made'].items() if v != now[k]]:
         warnings.warn(f'from here on the bits differ from those of one run without a stop: {"; ".join(other)}')

@@ -115,7 +115,7 @@ def _refuse(key, value, remedy): raise LabError(f'config.json: {key}={short(valu
 def _number(v, key, kind=(int, float)):
     x, most = v.get(key), _MOST.get(key, 2**27) if kind is int else 1e18
     if isinstance(x, kind) and not isinstance(x, bool) and 0 < x < most: return x
-    _refuse(key, x, f'a {"whole " if kind is int else ""}number above 0 belongs there; copy the file again')
+    _refuse(key, x, f'a {"whole " if kind is int else ""}number above 0 belongs there, below {most:,.0f}; copy the file again')
 
 # %% ../nbs/24_families.ipynb #eb5cfa72
 def _rope(v, family):

@@ -49,8 +49,8 @@ def to_hf(
 _BUFFERS = re.compile(r'(^|\.)(attn\.(masked_)?bias|rotary_emb\.inv_freq)$')       # of old files; not learned
 _KINDS = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)
 
-def _json(path):
-    try: return json_of(bytes_in(path.parent, path.name), path)
+def _json(path, most=1 << 26):
+    try: return json_of(bytes_in(path.parent, path.name, most), path)
     except OSError: raise LabError(f'{path.parent} has no {path.name}: give a folder of Hugging Face') from None
 
 # %% ../nbs/25_hub.ipynb #754794d1
@@ -120,7 +120,7 @@ def from_hf(
     device='cpu'
 )->Opened: # (model, tokenizer, about); the tokenizer is None where there is none that we can follow exactly
     "Open a model of one of the families of chapter 24: in eval mode, the numbers of the file, in its dtype"
-    said = _json((folder := Path(folder))/'config.json')
+    said = _json((folder := Path(folder))/'config.json', 1 << 22)
     cfg, family = _asked(said, max_len), said['model_type']
     with ExitStack() as stack, torch.no_grad():
         found = _open(folder, stack)

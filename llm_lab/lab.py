@@ -10,7 +10,7 @@ __all__ = ['MOST_JSON', 'SLOTS', 'REGISTERED', 'HOLDS', 'WEIGHTS', 'SIGNED', 'La
            'progress', 'stoppable', 'flops', 'by_onednn', 'quick_products', 'peak_flops', 'time_by_kind', 'keep_memory']
 
 # %% ../nbs/00_lab.ipynb #f5126c87
-import difflib, hashlib, importlib, json, math, os, re, shutil, signal, stat, sys, threading, time
+import difflib, hashlib, importlib, json, math, os, re, reprlib, shutil, signal, stat, sys, threading, time
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import cache
@@ -85,9 +85,13 @@ def written(
 # %% ../nbs/00_lab.ipynb #ff1a442a
 MOST_JSON = 1 << 26            # bytes of a JSON file: the tokenizer of a large model has half of that
 
+_brief = reprlib.Repr()                                       # looks neither deep nor far into what it shows
+_brief.maxstring = _brief.maxother = _brief.maxlong = 500
+
 def short(value, width=60)->str:
     "A value of a stranger in one line that fits a message"
-    return shorten(repr(value)[:9*width], width, placeholder='…')
+    text = ' '.join(_brief.repr(value).split())
+    return text if len(text) <= width else text[:width - 1] + '…'
 
 def check_size(data:bytes, name='this file', remedy='copy or make it again'):
     "Raises `LabError` where JSON would take more memory than any of ours does, read by whomever"
@@ -251,7 +255,8 @@ def check_recipe(
     filled = set() if own else _NEVER | {*_FILLED.get(slot, '').split()}
     for k, v in x.items():
         if k == 'part': continue
-        if not isinstance(k, str) or k in filled: raise LabError(f'{path}.{short(k)[1:-1]}: the model fills this in; leave it out')
+        if not isinstance(k, str) or len(k) > 99: raise LabError(f'{path}: {short(k)} is no keyword; leave it out')
+        if k in filled: raise LabError(f'{path}.{k}: the model fills this in; leave it out')
         inner = None if own else HOLDS.get(slot, {}).get(k)
         if inner or own: parts += _check_held(v, inner, k, f'{path}.{k}', deep)
         else: plain(v, f'{path}.{k}')

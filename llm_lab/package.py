@@ -185,7 +185,7 @@ def open_model(
     folder = chosen(path)
     said = _told(folder, 'package.json', 'package', _REMEDY)
     if not isinstance(about := said.get('about'), dict): raise LabError(f'{folder}/package.json says nothing about it: {_REMEDY}')
-    cfg, tok = (_sealed(folder, said, f, _REMEDY) for f in _FILES[:2])
+    cfg, tok = (_sealed(folder, said, f, _REMEDY, most) for f, most in zip(_FILES, (1 << 22, 1 << 26)))
     tokenizer = tokenizer_from(json_of(tok, folder/'tokenizer.json'), folder)
     try: shapes = sketch(config_from(json_of(cfg, folder/'llm_lab.json')))
     except LabError as e: raise LabError(f'{folder}/llm_lab.json: {e}') from None
