@@ -183,6 +183,8 @@ _KNOWN = {GPT2, r'\p{N}', r'\p{N}+', r'\p{N}{1,3}', _SHORT + _WORDS % '{1,3}', _
 def _bearable(pattern):
     "Raises `LabError` on a pattern that could fill the memory"
     times = [int(n) for pair in regex.findall(r'\{(\d*)(?:,(\d*))?\}', pattern) for n in pair if n.isdecimal() and len(n) < 9]
+    if regex.search(r'\(\?(?:R|&|P>|[+-]?\d)|\{[^}]*[<=]', pattern):                # of itself, or of what is only similar
+        raise LabError(f'the pattern {short(pattern)} asks for itself, or for similar texts: use a tokenizer with a simpler one')
     if len(pattern) > 4096 or regex.search(r'\{[^}]*\d{9}', pattern) or math.prod(n or 1 for n in times) > 1000:
         raise LabError(f'the pattern {short(pattern)} is too long or repeats too much: use a tokenizer with a simpler one')
 

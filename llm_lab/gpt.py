@@ -187,7 +187,7 @@ def gpt2_init(
 
 # %% ../nbs/06_gpt.ipynb #3c961724
 # larger ones are slips, or somebody's wish to fill your memory: GPT-3 has 96 layers of 12,288 channels
-_MOST = dict(vocab_size=1 << 27, max_len=1 << 31, d_model=1 << 20, n_layers=2048, n_heads=1 << 16, head_dim=1 << 16)
+_MOST = dict(vocab_size=1 << 27, max_len=1 << 31, d_model=1 << 20, n_layers=1024, n_heads=1 << 16, head_dim=1 << 16)
 
 @dataclass(frozen=True)
 class Config:

@@ -93,8 +93,8 @@ def verified(
     "The files as bytes, each as it was when it was sealed; raises `LabError` that names the one that is not"
     folder = Path(folder)
     said = _told(folder, name, kind, remedy)
-    most = memory_left()                                       # a file that fits no memory is not read
-    return {f: _sealed(folder, said, f, remedy, most) for f in files or said['files']}, said
+    # a file that fits no memory is not read
+    return {f: _sealed(folder, said, f, remedy, memory_left()) for f in files or said['files']}, said
 
 # %% ../nbs/07_package.ipynb #b26468da
 def chosen(path)->Path:

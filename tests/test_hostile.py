@@ -4,7 +4,7 @@ Each is made by a generator with a fixed seed and sealed as its author would sea
 after the other under an audit hook: each must be refused by one `LabError` of one line, with nothing imported, written or started, in at most five
 seconds of processor time and 300 MB. The fast tests take every tenth.
 """
-import ast, importlib, json, os, pickle, random, re, resource, shutil, subprocess, sys, time
+import ast, importlib, json, os, pickle, random, re, shutil, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -206,7 +206,7 @@ def tokenizer(folder, r):
     odd = r.choice([10**9, 2**40, -1, 1.5, '7', None, [], True, 2**22])
     data = r.choice([
         lambda: bpe(letters | {'th': odd}), lambda: bpe(added_tokens=[dict(id=odd, content='<x>')]), lambda: bpe(pre=split('(?:(?:a{1000}){1000}){1000}')), lambda: bpe(pre=split('(?:a{99}){99}')),
-        lambda: bpe(pre=split('('*500 + 'a' + ')'*500)), lambda: bpe(pre=split('a)|(b')), lambda: bpe(pre=split('x'*5000)), lambda: bpe(pre=split('a{999999999999}')), lambda: bpe(pre=split('[')),
+        lambda: bpe(pre=split('('*500 + 'a' + ')'*500)), lambda: bpe(pre=split('a)|(b')), lambda: bpe(pre=split('x'*5000)), lambda: bpe(pre=split('a{999999999999}')), lambda: bpe(pre=split('[')), lambda: bpe(pre=split('a(?R)?b')), lambda: bpe(pre=split('(?:foo){e<=30}')),
         lambda: bpe(pre=dict(type='Sequence', pretokenizers=[*[dict(type='Digits')]*5000, level])), lambda: bpe(merges=[['q', 'qq']]), lambda: bpe(merges=[5]), lambda: bpe(merges=['a b c']), lambda: bpe(merges='x'),
         lambda: bpe({}), lambda: bpe(letters | {'\u6f22': 300}), lambda: bpe(added_tokens=5), lambda: bpe(added_tokens=[dict(id=300)]), lambda: bpe(normalizer=dict(type='Lua', code='os.exit()')), lambda: bpe(added_tokens=[dict(id=300, content='')]),
         lambda: words({'a': 0, 'b': 10**9}), lambda: words({'a': 'x'}), lambda: words({'a': -1}), lambda: words({'a': 0, 'b': 0}), lambda: words({}), lambda: dict(model=5), lambda: dict(model=dict(type='Unigram', vocab=[])), lambda: [],
@@ -399,7 +399,7 @@ def attempt(maker, place, run):
 
 def child(folder, numbers):
     "What came of each case, as a line of JSON"
-    import warnings
+    import resource, warnings
     warnings.simplefilter('ignore')
     run = honest(folder/'honest')
     for stem in CHAPTERS: importlib.import_module(f'llm_lab.{stem}')
@@ -597,6 +597,36 @@ def test_the_case_that_began_it(tmp_path):
         with pytest.raises(LabError) as e: open_model(gift)
         assert '\n' not in str(e.value) and str(gift/'llm_lab.json') in str(e.value), told
         if slot: assert f"'llm_lab.lab:need' names no part that can be {slot}" in str(e.value), told
+
+
+@needs_linux
+def test_links_into_the_cache_of_hugging_face_are_followed_and_no_others(tmp_path):
+    from llm_lab.gpt import Config, MiniGPT
+    from llm_lab.hub import from_hf, to_hf
+    model, ids = MiniGPT(Config(vocab_size=4, max_len=8, d_model=8, n_layers=1, n_heads=2)).eval(), torch.tensor([[0, 1, 2]])
+    snapshot, blobs = tmp_path/'models--x'/'snapshots'/'abc', tmp_path/'models--x'/'blobs'
+    to_hf(tmp_path/'plain', model)
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for n, p in enumerate(sorted((tmp_path/'plain').iterdir())):
+        p.rename(blobs/str(n))
+        (snapshot/p.name).symlink_to(f'../../blobs/{n}')
+    assert torch.equal(from_hf(snapshot).model(ids), model(ids))
+    blobs.rename(tmp_path/'elsewhere')
+    for p in snapshot.iterdir():
+        to = tmp_path/'elsewhere'/Path(os.readlink(p)).name
+        p.unlink()
+        p.symlink_to(to)
+    with pytest.raises(LabError, match='is a link out of its folder'): from_hf(snapshot)
+
+
+@pytest.mark.slow
+def test_the_largest_configuration_that_is_looked_at_takes_seconds():
+    from llm_lab.gpt import config_from, sketch
+    start = time.process_time()
+    steps = [dict(part='Rope'), dict(part='QKNorm')]
+    sketch(config_from(dict(d_model=16, n_heads=2, n_layers=1024, attn=dict(part='Attention', steps=steps), mlp=dict(part='MoE'))))
+    assert time.process_time() - start < SECONDS
 
 
 def test_check_recipe_counts_and_address_is_static():
