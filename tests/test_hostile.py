@@ -629,6 +629,50 @@ def test_the_largest_configuration_that_is_looked_at_takes_seconds():
     assert time.process_time() - start < SECONDS
 
 
+@pytest.mark.parametrize('slot', SLOTS)
+def test_a_name_may_stand_in_its_own_place_only(slot):
+    "Every name of the table in every other place, bare and with its module"
+    for other, name, a in entries():
+        for word in (name, a):
+            if a in SLOTS[slot].values(): assert address(word, slot) == a
+            else:
+                with pytest.raises(LabError, match=f'names no part that can be {slot}'): address(word, slot)
+
+
+def test_a_config_is_refused_when_it_is_read_before_any_data():
+    from llm_lab.config import read_config
+    for slot, told in places('llm_lab.lab:need', module='x'):
+        if {'d_model', 'tie'} & set(told): continue
+        with pytest.raises(LabError, match=r'^model\.') as e: read_config(dict(model=told))
+        if slot: assert f'names no part that can be {slot}' in str(e.value)
+
+
+def test_a_text_counts_only_with_the_hash_that_was_saved(tmp_path):
+    from llm_lab.corpora import corpus_of, load_corpus
+    path = tmp_path/'own.txt'
+    path.write_text('the password is swordfish\n'*9)
+    sha = load_corpus(path).sha256
+    assert corpus_of(dict(data=str(path), corpus_sha256=sha)).sha256 == sha
+    assert corpus_of(dict(data='tiny_tales', corpus_sha256='0')).name == 'tiny_tales'
+    for wrong in ('0'*64, None, '', 5, [sha]):
+        with pytest.raises(LabError, match='is not the text that this model was trained on'): corpus_of(dict(data=str(path), corpus_sha256=wrong))
+
+
+def test_no_memory_is_taken_for_a_model_that_is_not_in_the_file(tmp_path, monkeypatch):
+    from llm_lab import package
+    from llm_lab.chars import CharTokenizer
+    from llm_lab.gpt import Config, MiniGPT
+    place = package.save_package(tmp_path/'p', MiniGPT(Config(vocab_size=4, max_len=8, d_model=8, n_layers=1, n_heads=1)), CharTokenizer('abc\n'), {})
+    package.open_model(place)
+    def taken(*args): raise AssertionError('memory was taken')
+    monkeypatch.setattr(package, '_in_memory', taken)
+    honest = (place/'llm_lab.json').read_text()
+    for lie in (dict(d_model=4096), dict(max_len=10**9), dict(n_layers=900), dict(mlp=dict(part='MoE', n_experts=10**6)), dict(vocab_size=5), dict(head=dict(part='Linear', bias=True))):
+        (place/'llm_lab.json').write_text(honest)
+        with_config(place, lie)
+        with pytest.raises(LabError, match='the weights do not fit the configuration'): package.open_model(place)
+
+
 def test_check_recipe_counts_and_address_is_static():
     assert check_recipe(dict(part='MoE', shared=3, expert=dict(part='SwiGLU')), 'mlp') == 8
     before = set(sys.modules)
