@@ -6,7 +6,7 @@
 __all__ = ['GPT2', 'to_letters', 'from_letters', 'BPETokenizer']
 
 # %% ../nbs/04_bpe.ipynb #226edce9
-import hashlib, heapq, time, warnings
+import hashlib, heapq, math, time, warnings
 from array import array
 from collections import Counter, defaultdict
 from itertools import chain
@@ -15,7 +15,7 @@ from pathlib import Path
 from unicodedata import category, normalize, ucd_3_2_0
 import regex
 from fastcore.basics import patch
-from .lab import LabError, Live
+from .lab import LabError, Live, short
 from .chars import load_tokenizer, read_parts, write_tokenizer
 
 # %% ../nbs/04_bpe.ipynb #56d54dfe
@@ -127,7 +127,9 @@ def _special(self:BPETokenizer, token):
     "The id of a special token: its own, or the next one that is free"
     data = token.encode(); read = from_letters(token) if set(token) <= _BYTE.keys() else data  # as a file is read
     if not token or {data, read} & self.letters.keys(): raise LabError(f'the special token {token!r} could be typed: choose another')
-    self.vocab[id := self.ids.pop(data, max(self.vocab) + 1)] = data
+    id = self.ids.pop(data, None)
+    if id is None: id = max(self.vocab) + 1                    # to look for it takes time: not for those that are known
+    self.vocab[id] = data
     return id
 
 # %% ../nbs/04_bpe.ipynb #46f20e78
@@ -174,11 +176,32 @@ class _Chunks(dict):
         return ids
 
 # %% ../nbs/04_bpe.ipynb #c5926c07
+_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
+_KNOWN = {GPT2, r'\p{N}', r'\p{N}+', r'\p{N}{1,3}', _SHORT + _WORDS % '{1,3}', _SHORT + _WORDS % ''}   # GPT-4, Llama 3, Qwen 2
+
+def _bearable(pattern):
+    "Raises `LabError` on a pattern that could fill the memory"
+    times = [int(n) for pair in regex.findall(r'\{(\d*)(?:,(\d*))?\}', pattern) for n in pair if n.isdecimal() and len(n) < 9]
+    if regex.search(r'\(\?(?:R|&|P>|[+-]?\d)|\{[^}]*[<=]', pattern):                # of itself, or of what is only similar
+        raise LabError(f'the pattern {short(pattern)} asks for itself, or for similar texts: use a tokenizer with a simpler one')
+    if len(pattern) > 4096 or regex.search(r'\{[^}]*\d{9}', pattern) or math.prod(n or 1 for n in times) > 1000:
+        raise LabError(f'the pattern {short(pattern)} is too long or repeats too much: use a tokenizer with a simpler one')
+
 def _finder(pattern):
     "A function: text → what the pattern finds in it, and what lies between"
-    try: compiled = regex.compile(pattern if pattern == GPT2 else f'(?:{pattern})|(?:(?!{pattern})[\\s\\S])+')
-    except regex.error as e: raise LabError(f'the pattern {pattern!r} cannot be read: {e}') from None
-    return compiled.findall if not compiled.groups else lambda text: [m[0] for m in compiled.finditer(text)]
+    _bearable(pattern)
+    try:
+        regex.compile(pattern)                                 # whole by itself: no bracket of ours is its own
+        compiled = regex.compile(pattern if pattern == GPT2 else f'(?:{pattern})|(?:(?!{pattern})[\\s\\S])+')
+    except (regex.error, RecursionError) as e: raise LabError(f'the pattern {short(pattern)} cannot be read: {e}') from None
+    if pattern in _KNOWN: return compiled.findall if not compiled.groups else lambda text: [m[0] for m in compiled.finditer(text)]
+    def find(text):
+        try: return [m[0] for m in compiled.finditer(text, timeout=10 + len(text)/10_000)]
+        except TimeoutError:
+            raise LabError(f'the pattern {short(pattern)} does not come to an end on a text of {len(text):,} characters: '
+                           'use another tokenizer') from None
+    return find
 
 @patch
 def _ordinary(self:BPETokenizer, text)->list[int]:
@@ -334,7 +357,7 @@ def _patterns(steps):
         elif kind == 'Digits': yield r'\p{N}' if s.get('individual_digits') else r'\p{N}+'
         elif kind == 'Split' and s['behavior'] == 'Isolated' and not s.get('invert'):
             yield cut['Regex'] if 'Regex' in cut else regex.escape(cut['String'])
-        else: raise LabError(f'the pre-tokenizer {s} cannot be undone exactly: use a byte-level tokenizer')
+        else: raise LabError(f'the pre-tokenizer {short(s, 200)} cannot be undone exactly: use a byte-level tokenizer')
 
 # %% ../nbs/04_bpe.ipynb #08d3958b
 _ODD = 'dropout', 'continuing_subword_prefix', 'end_of_word_suffix', 'lstrip', 'rstrip', 'single_word'
@@ -350,6 +373,9 @@ def from_json(cls:BPETokenizer, data:dict):
     if form not in (None, 'NFC', 'NFD', 'NFKC', 'NFKD'): odd.append(('normalizer', form))
     if odd: raise LabError(f'{odd[0][0]}={odd[0][1]!r} cannot be followed exactly: use a byte-level tokenizer')
     special = {t['content']: t['id'] for t in added}
+    for n in (*model['vocab'].values(), *special.values()):    # a list with a place for each id will be made
+        if type(n) is not int or not 0 <= n < 1 << 22: raise LabError(f'the id {short(n)} is no whole number below {1 << 22:,}: save it again')
+    if len(steps) > 20: raise LabError(f'{len(steps)} steps of the pre-tokenizer are more than any has: use another one')
     vocab = {n: from_letters(t) for t, n in model['vocab'].items() if t not in special}
     vocab.update((n, s.encode()) for s, n in special.items())
     merges = [map(from_letters, m.split(' ') if isinstance(m, str) else m) for m in model['merges']]

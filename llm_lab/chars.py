@@ -6,11 +6,11 @@
 __all__ = ['TOKENIZERS', 'CharTokenizer', 'write_tokenizer', 'tokenizer_from', 'load_tokenizer', 'read_parts', 'chips_html']
 
 # %% ../nbs/03_chars.ipynb #666f7895
-import html, importlib, json
+import html, json
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
-from .lab import LabError, written
+from .lab import SLOTS, LabError, bytes_in, json_of, lookup, short, written
 
 # %% ../nbs/03_chars.ipynb #9d8ed0ac
 class CharTokenizer:
@@ -90,10 +90,11 @@ def from_json(cls:CharTokenizer, data:dict):
     model = data.get('model') or {}
     vocab = model.get('vocab') or {}
     if model.get('type') != 'WordLevel' or any(len(c) != 1 for c in vocab): return None
+    if {*vocab.values()} != {*range(len(vocab))}: raise ValueError('the ids are not 0, 1, 2, …')
     return cls(''.join(sorted(vocab, key=vocab.get)))
 
 # %% ../nbs/03_chars.ipynb #09006629
-TOKENIZERS = ['llm_lab.chars:CharTokenizer', 'llm_lab.bpe:BPETokenizer']   # also those of later chapters
+TOKENIZERS = [*SLOTS['tokenizer'].values()]                    # also those of later chapters
 
 def tokenizer_from(
     data,        # a parsed tokenizer.json
@@ -101,20 +102,18 @@ def tokenizer_from(
 ):
     "The tokenizer that `data` describes, of whatever kind it is"
     for address in TOKENIZERS if isinstance(data, dict) else ():
-        module, _, kind = address.partition(':')
-        try: tok = getattr(importlib.import_module(module), kind).from_json(data)
+        try: tok = lookup(address, 'tokenizer').from_json(data)
         except LabError: raise
-        except (AttributeError, KeyError, TypeError, ValueError) as e:
-            raise LabError(f'{name} is no whole tokenizer ({type(e).__name__}: {e}): save it again') from None
+        except (AttributeError, LookupError, TypeError, ValueError, OverflowError) as e:
+            raise LabError(f'{name} is no whole tokenizer ({type(e).__name__}: {short(str(e), 100)}): save it again') from None
         if tok is not None: return tok
     raise LabError(f'{name} holds no tokenizer that this library knows: save one with its own `save`')
 
 # %% ../nbs/03_chars.ipynb #dd7380e7
 def _json(path):
-    try: return json.loads(path.read_text(encoding='utf-8'))
+    try: return json_of(bytes_in(path.parent, path.name), path, 'save the tokenizer again')
     except OSError as e:
         raise LabError(f'cannot read {path}: {e.strerror}; give a folder with a saved tokenizer') from None
-    except ValueError: raise LabError(f'{path} is not JSON: save the tokenizer again') from None
 
 def load_tokenizer(
     path # a folder that holds a `tokenizer.json`, or that file

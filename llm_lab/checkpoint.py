@@ -12,7 +12,7 @@ import torch
 from fastcore.basics import patch
 from safetensors.torch import load as tensors_from, save as tensor_bytes
 from . import __version__
-from .lab import LabError, streams, written
+from .lab import LabError, short, streams, written
 from .package import chosen, fill, parsed, seal, verified, write_package
 from .evaluate import read_rows
 
@@ -131,19 +131,39 @@ def load(self:Checkpoints, run,
     data, _ = verified(path, 'manifest.json', None, 'checkpoint', f'go on from another one in {path.parent}')
     state, tensors = (parsed(data.get(f, b''), path/f, read)
                       for f, read in (('state.json', json.loads), ('optimizer.safetensors', tensors_from)))
+    _check_state(state, path/'state.json')
     if state['step'] > run.steps: raise LabError(f'{path} is beyond the {run.steps:,} steps that are planned: plan more')
     if unknown := state['parts'].keys() ^ self.parts.keys():
         raise LabError(f'{path} was saved with parts {[*state["parts"]]}: {sorted(unknown)[0]!r} is missing on one side')
-    fill(run.model, data['model.safetensors'], path/'model.safetensors')
+    fill(run.model, data.get('model.safetensors', b''), path/'model.safetensors')
+    try: self.restore(run, state, tensors)
+    except LabError: raise
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:     # sealed, and yet not ours
+        raise LabError(f'{path} is no checkpoint of this run ({type(e).__name__}: {short(str(e), 100)}): go on from another one') from e
+    own = path.parent.resolve() == self.place(0).parent.resolve()
+    self.mine = {s for s in self.steps() if s <= run.step and own}
+    return state
+
+# %% ../nbs/13_checkpoint.ipynb #d0e1d25c
+def _check_state(state, path):
+    "Raises `LabError` unless a state.json says what `save` writes, in the kinds that are counted with"
+    kinds = dict(step=int, steps=int, tokens=int, seconds=(int, float), notes=list, groups=list, random=list, made=dict, parts=dict)
+    state = state if isinstance(state, dict) else {}
+    odd = [k for k, kind in kinds.items() if not isinstance(state.get(k), kind) or isinstance(state[k], bool)]
+    if not odd and not 0 <= min(state['step'], state['tokens'], state['seconds']) < 1 << 53: odd = ['step']
+    if not odd and not all(isinstance(x, dict) for k in ('notes', 'groups', 'random') for x in state[k]): odd = ['notes']
+    if odd: raise LabError(f'{path}: {odd[0]} is not what a checkpoint says there: go on from another one')
+
+@patch
+def restore(self:Checkpoints, run, state:dict, tensors:dict):
+    "Optimiser, history, parts and streams as they were; `tensors` are those of optimizer.safetensors"
     history = tensors.pop('history')
+    if history.shape != (2, state['step']): raise ValueError(f'history of shape {tuple(history.shape)}')
     restore_optimiser(run.model, run.opt, tensors, state['groups'])
     for k, v in self.parts.items(): v.load_state_dict(state['parts'][k])
     run.history[:, :state['step']] = history
     for k in ('step', 'tokens', 'seconds', 'notes'): setattr(run, k, state[k])
     self.restore_streams(run, state)
-    own = path.parent.resolve() == self.place(0).parent.resolve()
-    self.mine = {s for s in self.steps() if s <= run.step and own}
-    return state
 
 # %% ../nbs/13_checkpoint.ipynb #c741f4b5
 @patch
@@ -151,7 +171,9 @@ def restore_streams(self:Checkpoints, run, state):
     "Let dropout go on with the stream of this process; warns where the bits cannot be the same"
     mine = self.gather(None)
     random = _states(state['random'][self.rank]) if len(mine) == len(state['random']) else {}
-    run.random = {k: v for k, v in random.items() if k in streams(run.history.device)}
+    known = streams(run.history.device)
+    run.random = {k: v for k, v in random.items() if k in known}
+    if odd := [k for k, v in run.random.items() if v.shape != known[k].shape]: raise ValueError(f'the stream of {odd[0]} is torn')
     now = _made(run, len(mine))
     if other := [f'{k} was {v}, is {now[k]}' for k, v in state['made'].items() if v != now[k]]:
         warnings.warn(f'from here on the bits differ from those of one run without a stop: {"; ".join(other)}')

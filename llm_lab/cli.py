@@ -9,7 +9,7 @@ __all__ = ['write_from', 'main']
 import argparse, os, re, sys, warnings
 from pathlib import Path
 from . import __version__
-from .lab import LabError, device, home
+from .lab import LabError, device, home, pointed
 from .config import CONFIGS, read_config
 from .tour import command, tour, verdict
 
@@ -44,7 +44,7 @@ def _setting(text):
 def _place(path):
     "Where it is: here, or in `home()`; for the name of a config, its newest run"
     runs = home()/'experiments'/path/'runs'
-    newest = [runs/(runs/'latest').read_text().strip()] if (runs/'latest').is_file() else []
+    newest = [runs/pointed(runs/'latest')] if (runs/'latest').is_file() else []
     return next((p for p in (*newest, Path(path), home()/path) if p.exists()), path)
 
 def write_from(
@@ -150,14 +150,14 @@ def _train_options(t):
 # %% ../nbs/28_cli.ipynb #58421a4a
 def _eval(a):
     "Judge a saved model on a whole split, or on a text of your own"
-    from llm_lab.corpora import load_corpus
+    from llm_lab.corpora import corpus_of, load_corpus
     from llm_lab.evaluate import evaluate, evaluate_file
     from llm_lab.lab import Live
     from llm_lab.package import open_model
     model, tokenizer, about = open_model(_place(a.path), device())
     if a.text: score = evaluate_file(model, tokenizer, a.text)
     else:
-        corpus = load_corpus(a.corpus or about.get('data') or about.get('corpus', ''))
+        corpus = load_corpus(a.corpus) if a.corpus else corpus_of(about)
         score = evaluate(model, tokenizer, corpus, a.split, stride=a.stride, live=(live := Live()))
         live.close(f'{score.tokens:,} tokens of {corpus.name}, each asked once')
     print(verdict(score, of=Path(a.text).name if a.text else a.split) + f'\nperplexity {score.perplexity:.3f}, '

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['MARK', 'tinystories', 'dolly', 'pg19', 'CORPORA', 'Afresh', 'digest', 'Corpus', 'read_text', 'stories', 'cut',
            'cut_whole', 'from_path', 'fetch', 'place', 'side', 'subsample', 'HubData', 'tiny_shakespeare',
-           'load_corpus']
+           'load_corpus', 'corpus_of']
 
 # %% ../nbs/01_corpora.ipynb #f6166ced
-import bisect, difflib, fnmatch, hashlib, heapq, importlib, inspect, io, itertools, json, os, re, shutil, time
+import bisect, difflib, fnmatch, hashlib, heapq, inspect, io, itertools, json, os, re, shutil, time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from textwrap import shorten
 from tqdm import tqdm
-from .lab import LabError, Live, home, need, written
+from .lab import SLOTS, LabError, Live, home, json_of, lookup, need, short, written
 
 # %% ../nbs/01_corpora.ipynb #48f6a61d
 class Afresh:
@@ -68,6 +68,8 @@ class Corpus:
 # %% ../nbs/01_corpora.ipynb #9fdf04ec
 def read_text(path)->str:
     "The text of a UTF-8 file, with plain line ends; raises `LabError` when it is missing, empty or not UTF-8"
+    if Path(path).exists() and not Path(path).is_file():      # a folder, or a pipe that never ends
+        raise LabError(f'cannot read {path}: it is no plain file; check the path')
     try: data = Path(path).read_bytes()
     except OSError as e: raise LabError(f'cannot read {path}: {e.strerror or e}; check the path') from None
     try: text = data.decode('utf-8-sig')
@@ -203,15 +205,24 @@ def _ask(name, do):
     raise LabError(f'cannot get {name} from the hub: {why}') from None
 
 # %% ../nbs/01_corpora.ipynb #a386009a
+def _sound(kept, path):
+    "What a hub.json says. Raises `LabError` where it is no list of files inside a folder"
+    def good(f):
+        if not isinstance(f, dict) or type(f.get('size')) is not int or not isinstance(f.get('path'), str): return False
+        inside = not re.search(r'^[/\\]|^\w:|(^|[/\\])\.\.([/\\]|$)|[\x00-\x1f]', f['path'])
+        return inside and f['path'] and isinstance(f.get('sha256', f.get('blob')), str)
+    if isinstance(kept, dict) and isinstance(kept.get('files'), list) and isinstance(kept.get('commit'), str) \
+            and all(map(good, kept['files'])): return kept
+    raise LabError(f'{path} is damaged: delete it to have the hub asked again')
+
 def _folders(name): return [Path(f)/name for f in (os.environ.get('LLM_LAB_DATA'), home()/'data') if f]
 
 def _listing(data)->dict: # repo, revision, commit; files: path, size, and sha256 or blob (git's hash) of each
     "The files that make the data set, as kept in hub.json; else asked of the hub, once, and kept"
     for path in (f/'hub.json' for f in _folders(data.name)):
         if not path.is_file(): continue
-        try: kept = dict(json.loads(path.read_text(encoding='utf-8')))
-        except (TypeError, ValueError):
-            raise LabError(f'{path} is damaged: delete it to have the hub asked again') from None
+        try: kept = _sound(json_of(path.read_bytes(), path), path)
+        except LabError: raise LabError(f'{path} is damaged: delete it to have the hub asked again') from None
         if (kept.get('repo'), kept.get('revision')) == (data.repo, data.revision): return kept
     api = need('huggingface_hub').HfApi()
     info = _ask(data.name, lambda: api.dataset_info(data.repo, revision=data.revision, timeout=20,
@@ -345,8 +356,7 @@ def tiny_shakespeare()->Corpus:
     text = fetch('tiny_shakespeare.txt', url, sha256, 1_115_394).decode()
     return Corpus('tiny_shakespeare', cut(text), licence='public domain', source=url, sha256=sha256)
 
-CORPORA = {'tiny_shakespeare': 'llm_lab.corpora:tiny_shakespeare', 'tiny_tales': 'llm_lab.tales:tiny_tales',
-           **{k: f'llm_lab.corpora:{k}' for k in ('tinystories', 'dolly', 'pg19')}}
+CORPORA = dict(SLOTS['corpus'])                                # {name: address}, from the table of chapter 0
 
 # %% ../nbs/01_corpora.ipynb #54ce7527
 def load_corpus(
@@ -358,8 +368,7 @@ def load_corpus(
     "The corpus of that name or path, never another one; raises `LabError` when there is none"
     name, make = str(name_or_path), from_path
     if isinstance(name_or_path, str) and name in CORPORA:      # a Path is always a path
-        module, _, function = CORPORA[name].partition(':')
-        make = getattr(importlib.import_module(module), function)
+        make = lookup(CORPORA[name], 'corpus')
     elif name in ('', '.') or not os.path.exists(name):
         close = difflib.get_close_matches(name, CORPORA, 1, .5)
         raise LabError(f'no corpus and no file is called {name!r}: ' + (f'did you mean {close[0]!r}?' if close else
@@ -368,3 +377,15 @@ def load_corpus(
         raise LabError(f'{name} does not come from the hub and cannot be streamed: leave stream out')
     corpus = make(name) if make is from_path else make(stream=True) if stream else make()
     return corpus if limit is None else subsample(corpus, limit, seed)
+
+# %% ../nbs/01_corpora.ipynb #7ecf326e
+def corpus_of(about:dict)->Corpus:
+    "The corpus that a saved model names. A text at a path must be the one that it was trained on, by its SHA-256"
+    name, want = about.get('data') or about.get('corpus') or '', about.get('corpus_sha256')
+    if not isinstance(name, str): raise LabError(f'the model names {short(name)} as its corpus: say which one to use')
+    corpus = load_corpus(name)
+    if name in CORPORA: return corpus
+    drawn = re.search(r'-(\d{1,9})-seed(\d{1,9})$', str(about.get('corpus')))       # of a part of the text: see `subsample`
+    known = [corpus.sha256, drawn and hashlib.sha256(f'{corpus.sha256}/{drawn[1]}/{drawn[2]}'.encode()).hexdigest()]
+    if want in known and want: return corpus
+    raise LabError(f'{short(name)} is not the text that this model was trained on: say which corpus or text to use')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['attend', 'causal', 'words_of', 'visible', 'part', 'Attention', 'MLP', 'Learned', 'Block', 'gpt2_init', 'Config',
-           'MiniGPT', 'Aux', 'register', 'to_data', 'config_from', 'quick_linear']
+           'MiniGPT', 'Aux', 'register', 'to_data', 'config_from', 'sketch', 'quick_linear']
 
 # %% ../nbs/06_gpt.ipynb #0ca89eb3
 import difflib, importlib, re
@@ -15,8 +15,10 @@ from inspect import Parameter, signature
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from fastcore.basics import patch
-from .lab import LabError, by_onednn, quick_products, rng
+from .lab import (HOLDS, REGISTERED, SLOTS, LabError, address, by_onednn, check_recipe, lookup, nearest, plain, quick_products,
+                         rng, short)
 
 # %% ../nbs/06_gpt.ipynb #080e1d3d
 def attend(
@@ -68,7 +70,7 @@ class part(partial):
         if isinstance(f, part): f, kw = f.func, {**f.keywords, **kw}
         known = signature(f).parameters
         for k in () if any(p.kind is Parameter.VAR_KEYWORD for p in known.values()) else kw.keys() - known.keys():
-            raise LabError(f'{f.__name__} takes no {k!r}{_nearest(k, known)}')
+            raise LabError(f'{f.__name__} takes no {k!r}: {nearest(k, known)}')
         return super().__new__(cls, f, **{k: _frozen(v) for k, v in kw.items()})
 
     def __eq__(self, other):
@@ -80,12 +82,6 @@ class part(partial):
 
 # %% ../nbs/06_gpt.ipynb #d79f45c3
 def _frozen(v): return tuple(map(_frozen, v)) if isinstance(v, (list, tuple)) else v
-
-def _nearest(word, words):
-    "A remedy for a mistyped name"
-    words = [w for w in words if w != 'self']
-    close = difflib.get_close_matches(word, words, 1, .5)
-    return f': did you mean {close[0]!r}?' if close else f': choose from {", ".join(sorted(words))}'
 
 # %% ../nbs/06_gpt.ipynb #3aca470d
 class Attention(nn.Module):
@@ -190,6 +186,9 @@ def gpt2_init(
         elif name.endswith('bias'): nn.init.zeros_(p)
 
 # %% ../nbs/06_gpt.ipynb #3c961724
+# larger ones are slips, or somebody's wish to fill your memory: GPT-3 has 96 layers of 12,288 channels
+_MOST = dict(vocab_size=1 << 27, max_len=1 << 31, d_model=1 << 20, n_layers=1024, n_heads=1 << 16, head_dim=1 << 16)
+
 @dataclass(frozen=True)
 class Config:
     "What a model is made of. Raises `LabError` when sizes and recipes do not go together"
@@ -209,12 +208,13 @@ class Config:
     init:part = part(gpt2_init)
 
     def __post_init__(self):
-        for name in ('vocab_size', 'max_len', 'd_model', 'n_layers', 'n_heads', 'head_dim'):
-            if not isinstance(n := getattr(self, name), int) or n < 1:
-                raise LabError(f'{name}={n!r}: give a whole number of at least 1')
-        if not 0 <= self.dropout < 1:
-            raise LabError(f'dropout={self.dropout!r}: give a share from 0 up to, not including, 1')
-        if not isinstance(self.tie, bool): raise LabError(f'tie={self.tie!r}: give True or False')
+        for name, most in _MOST.items():
+            if not isinstance(n := getattr(self, name), int) or isinstance(n, bool) or n < 1:
+                raise LabError(f'{name}={short(n)}: give a whole number of at least 1')
+            if n > most: raise LabError(f'{name}={short(n)}: give {most:,} at most')
+        if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
+            raise LabError(f'dropout={short(self.dropout)}: give a share from 0 up to, not including, 1')
+        if not isinstance(self.tie, bool): raise LabError(f'tie={short(self.tie)}: give True or False')
         for f in fields(self): _check_parts(getattr(self, f.name), self, f.name)
 
     @property
@@ -234,17 +234,18 @@ def _check_parts(value, cfg, name):
 # %% ../nbs/06_gpt.ipynb #5434f462
 class MiniGPT(nn.Module):
     "Token ids (B, T) int64 → logits (B, T, V): GPT-2's architecture (Radford et al. 2019), every part a recipe"
-    def __init__(self, cfg:Config=Config(), seed=0):
+    def __init__(self, cfg:Config=Config(),
+        seed=0): # of the first weights; None: they are not drawn, because others come in their place
         super().__init__()
         self.cfg = cfg
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)          # for parts that bring first weights of their own
+            torch.default_generator.manual_seed(seed or 0)     # for parts that bring first weights of their own
             self.tok, self.pos = nn.Embedding(cfg.vocab_size, cfg.d_model), cfg.pos and cfg.pos(cfg)
             self.blocks = nn.ModuleList(Block(cfg, l) for l in range(cfg.n_layers))
             self.drop = nn.Dropout(cfg.dropout)
             self.norm, self.head = cfg.norm(cfg.d_model), cfg.head(cfg.d_model, cfg.vocab_size)
         if cfg.tie: self.head.weight = self.tok.weight
-        cfg.init(self, generator=rng(seed, 'init'))
+        if seed is not None: cfg.init(self, generator=rng(seed, 'init'))
         self.words = {w for m in self.modules() for w in getattr(m, 'reads', ())}
 
     def features(self, ids, i=None, **ctx): # ids (B, T); positions (T,) or (B, T), 0, 1, 2, … if none
@@ -290,52 +291,114 @@ def cache(self:MiniGPT, batch:int, length:int):
     return kept or None
 
 # %% ../nbs/06_gpt.ipynb #715d917d
-_registered = {}
-
 def register(f, name:str=None):
-    "Let saved configurations name `f`; returns `f`"
-    _registered[name or f.__name__] = f
+    "Let saved configurations name `f`, in any place; returns `f`"
+    REGISTERED[name or f.__name__] = f
     return f
 
-def _address(f):
-    for name, g in _registered.items():
-        if g is f: return name
-    if getattr(nn, f.__name__, None) is f: return f'torch.nn:{f.__name__}'
-    if f.__module__.startswith('llm_lab.') and _find(name := f'{f.__module__}:{f.__name__}') is f: return name
-    raise LabError(f'{f.__name__} of {f.__module__} has no address to save: '
-                   f'call register({f.__name__}) first, also before loading')
+def _home(f): # the module that the table knows it by
+    module = getattr(f, '__module__', None) or ''
+    return 'torch.nn' if module.startswith('torch.nn.modules.') else module
+
+def _said_as(f, slot=None):
+    "What a file calls `f` in a slot. Raises `LabError` where it has no word for it"
+    if name := next((name for name, g in REGISTERED.items() if g is f), None): return name
+    name = getattr(f, '__name__', repr(f))
+    for place in [SLOTS[slot]] if slot else SLOTS.values():
+        for a in place.values():
+            if a == f'{_home(f)}:{name}' and lookup(a) is f: return a
+    as_what = f' as {slot}' if slot else ''
+    raise LabError(f'{name} of {_home(f)} has no name to save{as_what}: call register({name}) first, also before loading')
 
 # %% ../nbs/06_gpt.ipynb #87140c91
-def _find(address):
-    if address in _registered: return _registered[address]
-    module, _, name = str(address).partition(':')
-    if module == 'torch.nn' and isinstance(f := getattr(nn, name, None), type) and issubclass(f, nn.Module):
-        return f
-    if re.fullmatch(r'llm_lab\.[a-z]\w*', module):
-        try: found = importlib.import_module(module)
-        except ImportError: found = None
-        if name in getattr(found, '__all__', ()): return getattr(found, name)
-    raise LabError(f'{address!r} names no part: '
-                   'give llm_lab.CHAPTER:NAME or torch.nn:NAME, or register it before loading')
-
-# %% ../nbs/06_gpt.ipynb #6459d3c5
-def to_data(x):
-    "Configurations and recipes as plain data: dicts, lists, numbers, strings"
-    if isinstance(x, Config): return {f.name: to_data(getattr(x, f.name)) for f in fields(x)}
-    if isinstance(x, part): return {'part': _address(x.func), **{k: to_data(v) for k, v in x.keywords.items()}}
-    if isinstance(x, (tuple, list)): return [to_data(v) for v in x]
+def _said(x, slot=None):
+    "A value as plain data; a recipe stands in a slot"
+    if isinstance(x, part):
+        word = _said_as(x.func, slot)
+        slot = slot or next((s for s in SLOTS if word in SLOTS[s].values()), None)
+        inner = {} if word in REGISTERED else HOLDS.get(slot, {})
+        return {'part': word, **{k: _said(v, inner.get(k)) for k, v in x.keywords.items()}}
+    if isinstance(x, (tuple, list)): return [_said(v, slot) for v in x]
     if x is None or isinstance(x, (bool, int, float, str)): return x
     raise LabError(f'{x!r} cannot be saved in a configuration: use numbers, strings, lists and recipes')
 
-def _from(x):
-    if isinstance(x, dict): return part(_find(x.get('part')), **{k: _from(v) for k, v in x.items() if k != 'part'})
-    return tuple(_from(v) for v in x) if isinstance(x, list) else x
+def _bearable(data, n_layers, head_dim):
+    "Raises `LabError` where recipes are forbidden ones, or would make more parts than anybody waits for"
+    of = lambda k, slot: 0 if data[k] is None and k == 'pos' else check_recipe(data[k], slot, k)
+    parts = {k: of(k, slot) for k, slot in HOLDS['config'].items() if k in data}
+    n = n_layers*(parts.get('attn', 1) + parts.get('mlp', 1)) + sum(parts.values())
+    if n > 10_000 or n*head_dim > 1 << 26:
+        raise LabError(f'n_layers={n_layers:,}: these recipes make {n:,} parts of width {head_dim:,}; give fewer layers or steps')
 
+# %% ../nbs/06_gpt.ipynb #6459d3c5
+def to_data(x):
+    "Configurations and recipes as plain data: dicts, lists, numbers, strings. Raises `LabError` on what could not be read again"
+    if not isinstance(x, Config): return _said(x)
+    data = {f.name: _said(getattr(x, f.name), HOLDS['config'].get(f.name)) for f in fields(x)}
+    config_from(data)
+    return data
+
+# %% ../nbs/06_gpt.ipynb #a3ba89f3
+def _fits(value, parameter)->bool:
+    "Could a plain value stand where this parameter's default stands?"
+    default, kind = parameter.default, parameter.annotation
+    if default is not None and default is not parameter.empty: kind = type(default)
+    if value is None: return default is None
+    if kind is bool or isinstance(value, bool): return kind is bool and isinstance(value, bool)
+    if kind is str or isinstance(value, str): return kind is str and isinstance(value, str)
+    return isinstance(value, (int, float)) and (parameter.annotation is not int or isinstance(value, int))
+
+def _made(x, path=''):
+    "What plain data, which `check_recipe` has seen, describe"
+    if isinstance(x, list): return tuple(_made(v, path) for v in x)
+    if not isinstance(x, dict): return x
+    word = address(x['part'])
+    made = part(lookup(word), **{k: _made(v, f'{path}.{k}') for k, v in x.items() if k != 'part'})
+    if word in REGISTERED: return made                         # its author knows what it takes
+    known = signature(made.func).parameters
+    for k, v in x.items():
+        if k in known and not isinstance(v, (dict, list)) and not _fits(v, known[k]):
+            like = known[k].annotation.__name__ if known[k].default in (None, Parameter.empty) else repr(known[k].default)
+            raise LabError(f'{path}.{k}={short(v)}: {made.func.__name__} takes something like {like}')
+    if word in SLOTS['act'].values(): _bends(made, path)
+    return made
+
+def _bends(act, path):
+    "Raises `LabError` where an activation does not work with its keywords"
+    try: act()(torch.zeros(2))
+    except (TypeError, RuntimeError, ValueError) as e:
+        raise LabError(f'{path}={act}: {short(str(e), 100)}; leave its keywords out') from None
+
+# %% ../nbs/06_gpt.ipynb #f65eb1b5
 def config_from(data:dict)->Config:
-    "The configuration that `to_data` described; raises `LabError` on unknown names"
+    "The configuration that `to_data` described. Raises `LabError` on unknown names, and on what no file may ask for"
+    if not isinstance(data, dict): raise LabError(f'a configuration says {short(data)}: give sizes and recipes by name')
     names = [f.name for f in fields(Config)]
-    for k in data.keys() - set(names): raise LabError(f'a model has no setting {k!r}{_nearest(k, names)}')
-    return Config(**{k: _from(v) for k, v in data.items()})
+    for k, v in data.items():
+        if k not in names: raise LabError(f'a model has no setting {short(k)}: {nearest(k, names)}')
+        if k not in HOLDS['config']: plain(v, k)
+    sizes = Config(**{k: v for k, v in data.items() if k not in HOLDS['config']}, attn=part(_nothing))
+    _bearable(data, sizes.n_layers, sizes.head_dim)
+    try: return Config(**{k: _made(v, k) for k, v in data.items()})
+    except (TypeError, ArithmeticError, AttributeError, KeyError) as e:
+        raise LabError(f'these recipes do not go together ({type(e).__name__}: {short(str(e), 100)}): look at their keywords') from e
+
+def _nothing(cfg, layer=0): "Stands for an attention while only the sizes are looked at"
+
+# %% ../nbs/06_gpt.ipynb #1ad6788e
+class _Undrawn(TorchFunctionMode):
+    "Within, `torch.nn.init` draws nothing: shapes have no values, and pretending to draw them takes most of the time"
+    def __torch_function__(self, f, types, args=(), kwargs=None):
+        if getattr(f, '__module__', '') == 'torch.nn.init': return args[0] if args else kwargs['tensor']
+        return f(*args, **kwargs or {})
+
+def sketch(cfg:Config)->MiniGPT:
+    "A model of shapes alone, on the device *meta*, whatever its size. Raises `LabError` where none can be made"
+    try:
+        with torch.device('meta'), _Undrawn(): return MiniGPT(cfg, seed=None)
+    except LabError: raise
+    except (TypeError, ArithmeticError, AttributeError, ValueError, RuntimeError, KeyError) as e:
+        raise LabError(f'no model can be made of this configuration ({type(e).__name__}: {short(str(e), 100)})') from e
 
 # %% ../nbs/06_gpt.ipynb #229e067b
 _ops = torch.library.Library('llm_lab', 'FRAGMENT')            # as long as it lives, they are known

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from .lab import LabError, written
+from .lab import LabError, bytes_in, check_size, file_in, json_of, must_fit, short, written
 from .chars import load_tokenizer
-from .gpt import MiniGPT
-from .package import Opened, parsed
-from .families import config_from_hf, hf_config, views
+from .gpt import MiniGPT, sketch
+from .package import Opened
+from .families import config_from_hf, hf_config, least_tensors, views
 
 # %% ../nbs/25_hub.ipynb #e79e0209
 def to_hf(
@@ -49,11 +49,28 @@ def to_hf(
 _BUFFERS = re.compile(r'(^|\.)(attn\.(masked_)?bias|rotary_emb\.inv_freq)$')       # of old files; not learned
 _KINDS = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)
 
-def _json(path):
-    try: return parsed(path.read_bytes(), path)
+def _json(path, most=1 << 26):
+    try: return json_of(bytes_in(path.parent, path.name, most), path)
     except OSError: raise LabError(f'{path.parent} has no {path.name}: give a folder of Hugging Face') from None
 
 # %% ../nbs/25_hub.ipynb #754794d1
+def _placed(told, index)->dict: # {name of a tensor: name of its file}
+    "What an index says; raises `LabError` where it names no files beside it"
+    place = told.get('weight_map') if isinstance(told, dict) else None
+    if not isinstance(place, dict) or not place: raise LabError(f'{index} tells no weight_map: copy it again')
+    for f in set(map(str, place.values())):
+        if Path(f).name != f or '\\' in f: raise LabError(f'{index} points out of its folder, to {short(f)}: do not trust it')
+    if not all(isinstance(f, str) for f in place.values()): raise LabError(f'{index} names files by what is no text: copy it again')
+    if len(set(place.values())) > 1000: raise LabError(f'{index} names {len(set(place.values())):,} files, more than any model has: copy it again')
+    return place
+
+def _headed(folder, name)->Path:
+    "The path of a safetensors file, its head small enough to be read"
+    path = file_in(folder, name)
+    with open(path, 'rb') as f: head = f.read(min(int.from_bytes(f.read(8), 'little'), 1 << 25))
+    check_size(head, path)                                     # the library reads it
+    return path
+
 def _open(folder, stack):
     "{name of a tensor: the open file that holds it}; raises `LabError` where there is nothing safe to read"
     single, index = folder/'model.safetensors', folder/'model.safetensors.index.json'
@@ -61,14 +78,13 @@ def _open(folder, stack):
         old = sorted(p.name for p in folder.glob('*') if p.suffix in ('.bin', '.pt', '.pth', '.ckpt'))
         why = f'{old[0]} may be a pickle, which can run any code; not opened' if old else 'no model.safetensors'
         raise LabError(f'{folder}: {why}: give a folder that holds model.safetensors')
-    place, found = {} if single.is_file() else _json(index)['weight_map'], {}
+    place, found = {} if single.is_file() else _placed(_json(index), index), {}
     for f in sorted(set(place.values())) or [single.name]:
-        if Path(f).name != f: raise LabError(f'{index} points out of its folder, to {f!r}: do not trust it')
-        try: file = stack.enter_context(safe_open(folder/f, 'pt'))
+        try: file = stack.enter_context(safe_open(_headed(folder, f), 'pt'))
         except (OSError, SafetensorError) as e:
             raise LabError(f'{folder/f} cannot be read ({type(e).__name__}): copy it again') from None
         found |= {n: file for n in file.keys() if place.get(n, f) == f}
-    for n in place.keys() - found.keys(): raise LabError(f'{folder/place[n]} lacks {n} of the index: copy it again')
+    for n in place.keys() - found.keys(): raise LabError(f'{folder/place[n]} lacks {short(n)} of the index: copy it again')
     return found
 
 # %% ../nbs/25_hub.ipynb #e0170bac
@@ -83,7 +99,7 @@ def _matched(want, found, tie, where):
         table = names[next(n for n in names if n.endswith(('.embed_tokens.weight', '.wte.weight')))]
         if torch.equal(*(found[n].get_tensor(n) for n in ('lm_head.weight', table))): left.remove('lm_head.weight')
         else: wrong(': lm_head.weight is not the table of tokens', 'set tie_word_embeddings to false')
-    if left: wrong(f' holds {left[0]}, for which this model has no place ({len(left)} such)')
+    if left: wrong(f' holds {short(left[0])[1:-1]}, for which this model has no place ({len(left)} such)')
     for n, o in names.items():
         shape, kind = tuple((got := found[o].get_slice(o)).get_shape()), got.get_dtype()
         if shape != tuple(want[n].shape): wrong(f': {o} is {shape}, config.json asks for {tuple(want[n].shape)}')
@@ -91,20 +107,31 @@ def _matched(want, found, tie, where):
     return names
 
 # %% ../nbs/25_hub.ipynb #da5f4475
+def _asked(said, max_len):
+    "The configuration that a stranger's config.json asks for; whatever is wrong with it is one line"
+    try: return config_from_hf(said, max_len)
+    except LabError: raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        raise LabError(f'config.json does not describe a model ({type(e).__name__}: {short(str(e), 100)}): copy it again') from e
+
 def from_hf(
     folder,            # config.json and model.safetensors, or several files with an index; perhaps tokenizer.json
     max_len:int=None,  # a shorter context than the file's
     device='cpu'
 )->Opened: # (model, tokenizer, about); the tokenizer is None where there is none that we can follow exactly
     "Open a model of one of the families of chapter 24: in eval mode, the numbers of the file, in its dtype"
-    said = _json((folder := Path(folder))/'config.json')
-    cfg, family = config_from_hf(said, max_len), said['model_type']
+    said = _json((folder := Path(folder))/'config.json', 1 << 22)
+    cfg, family = _asked(said, max_len), said['model_type']
     with ExitStack() as stack, torch.no_grad():
         found = _open(folder, stack)
-        with torch.device('meta'): model = MiniGPT(cfg)        # shapes only, until the dtype is known
+        if (n := least_tensors(cfg)) > len(found):
+            raise LabError(f'{folder}: config.json asks for {n:,} tensors or more, the files hold {len(found):,}: copy it again')
+        model = sketch(cfg)                                    # shapes only, until the dtype is known
         names = _matched(views(model, family), found, cfg.tie, folder)
         kinds = {_KINDS[found[o].get_slice(o).get_dtype()] for o in names.values()}
-        model.to(reduce(torch.promote_types, kinds)).to_empty(device='cpu')         # of several, one that holds them all
+        model.to(reduce(torch.promote_types, kinds))           # of several, one that holds them all
+        must_fit(sum(p.numel()*p.element_size() for p in model.parameters()), f'{folder}: a model of {model.n_params:,} numbers')
+        model.to_empty(device='cpu')
         if cfg.tie: model.head.weight = model.tok.weight
         for n, place in views(model, family).items(): place.copy_(found[names[n]].get_tensor(names[n]))
     about = dict(family=family, dtype=str(model.tok.weight.dtype).removeprefix('torch.'))

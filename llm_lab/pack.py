@@ -15,7 +15,7 @@ from pathlib import Path
 from subprocess import PIPE, Popen
 import numpy as np
 from fastcore.basics import patch
-from .lab import LabError, Live, home, need, restored, written
+from .lab import LabError, Live, bytes_in, home, json_of, need, restored, written
 from .chars import load_tokenizer
 from .bpe import BPETokenizer
 
@@ -122,18 +122,32 @@ def _seal(meta): return _sha(json.dumps({k: v for k, v in meta.items() if k != '
 def _read_meta(folder):
     "What meta.json says, if it is whole and of the kind that we read"
     path = folder/'meta.json'
-    try: meta = dict(json.loads(path.read_text(encoding='utf-8')))
+    try: meta = dict(json_of(bytes_in(folder, 'meta.json'), path))
     except (OSError, ValueError, TypeError) as e:
         raise LabError(f'cannot read {path}: {getattr(e, "strerror", "it is damaged")}; {_AGAIN}') from None
     for key, mine in dict(format=_FORMAT, dtype='int32').items():
         _agree(f'{key} in {path}', meta.get(key), 'this library reads', mine, _AGAIN)
     _agree(f'sha256 in {path}', meta.get('sha256'), 'the rest of it gives', _seal(meta), _AGAIN)
+    if not _sound(meta): raise LabError(f'{path} does not say what a packed folder is: {_AGAIN}')
     return meta
+
+def _sound(meta)->bool:
+    "Does it tell splits, their files in this folder and a tokenizer, in the kinds that are counted with?"
+    whole = lambda x: type(x) is int and 0 <= x < 1 << 53
+    files, splits, tok = (meta.get(k) for k in ('files', 'splits', 'tokenizer'))
+    if not all(isinstance(x, dict) for x in (files, splits, tok)): return False
+    if not all(re.fullmatch(r'\w+\.bin|tokenizer/(tokenizer|meta)\.json', f) and isinstance(said, dict)
+               and whole(said.get('size')) and isinstance(said.get('sha256'), str) for f, said in files.items()): return False
+    if not all(f'{s}.bin' in files and isinstance(v, dict) and whole(v.get('tokens')) and whole(v.get('bytes'))
+               and files[f'{s}.bin']['size'] == 4*v['tokens'] for s, v in splits.items()): return False
+    end = tok.get('end')
+    return whole(tok.get('vocab_size')) and isinstance(end, list) and all(map(whole, end))
 
 # %% ../nbs/05_pack.ipynb #286b3fc8
 def _opened(folder, name, meta, verify=True):
     "The file `name`, open; raises `LabError` when its size, its hash or an id is not as meta.json says"
     said, path, sha, top = meta['files'][name], folder/name, hashlib.sha256(), 0
+    if path.exists() and not path.is_file(): raise LabError(f'meta.json names {path}, which is no plain file; {_AGAIN}')
     try: f = open(path, 'rb')
     except OSError as e: raise LabError(f'meta.json names {path}: {e.strerror}; {_AGAIN}') from None
     try:

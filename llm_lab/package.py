@@ -7,15 +7,15 @@ __all__ = ['FORMAT', 'Opened', 'seal', 'card', 'write_package', 'save_package', 
            'open_model']
 
 # %% ../nbs/07_package.ipynb #fa8d025d
-import hashlib, json
+import hashlib, json, re
 from collections import namedtuple
 from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as tensors_from, save as tensor_bytes
-from .lab import LabError, restored, written
+from .lab import REGISTERED, LabError, bytes_in, json_of, memory_left, must_fit, pointed, restored, short, written
 from .chars import tokenizer_from
-from .gpt import MiniGPT, config_from, to_data
+from .gpt import MiniGPT, config_from, part, sketch, to_data
 
 # %% ../nbs/07_package.ipynb #e5a18245
 FORMAT = 1
@@ -63,27 +63,38 @@ def save_package(
     return folder
 
 # %% ../nbs/07_package.ipynb #f420d902
+def _told(folder, name, kind, remedy):
+    "What the list `name` of a sealed folder says; its own hash is right"
+    path = folder/name
+    try: said = json_of(bytes_in(folder, name, remedy=remedy), path, remedy)
+    except OSError: raise LabError(f'{folder} is not a {kind}: it has no {name}; give the folder of a saved model') from None
+    if not isinstance(said, dict): raise LabError(f'{path} is damaged: {remedy}')
+    if said.get('format', FORMAT) != FORMAT:
+        raise LabError(f'{path} has {kind} format {short(said.get("format"))}, this library reads {FORMAT}: '
+                       'install a newer llm_lab')
+    try: own = _sha({k: v for k, v in said.items() if k != 'sha256'})
+    except RecursionError: own = None                          # deep enough to be read, and too deep to be written
+    if said.pop('sha256', None) != own: raise LabError(f'{path} was changed (wrong hash): {remedy}')
+    if not isinstance(said.get('files'), dict): raise LabError(f'{path} lists no files: {remedy}')
+    return said
+
+def _sealed(folder, said, name, remedy, most=1 << 26):
+    "The bytes of a file as it was when it was sealed. Raises `LabError` when it is not"
+    try: data = bytes_in(folder, name, most, remedy)
+    except OSError: raise LabError(f'{folder} lacks {name}: {remedy}') from None
+    if _sha(data) != said['files'].get(name):
+        raise LabError(f'{folder/name} is not the file that was saved (wrong hash): {remedy}')
+    return data
+
 def verified(
     folder, name='package.json', files=_FILES, # what `seal` wrote, and which of its files; all if none
     kind='package', remedy='copy or make the package again'
 )->tuple: # ({file: bytes}, what `name` says)
     "The files as bytes, each as it was when it was sealed; raises `LabError` that names the one that is not"
-    path = folder/name
-    try: said = json.loads(path.read_text(encoding='utf-8'))
-    except OSError: raise LabError(f'{folder} is not a {kind}: it has no {name}; give the folder of a saved model') from None
-    except ValueError: said = None
-    if not isinstance(said, dict): raise LabError(f'{path} is damaged: {remedy}')
-    if said.get('format', FORMAT) != FORMAT:
-        raise LabError(f'{path} has {kind} format {said.get("format")!r}, this library reads {FORMAT}: '
-                       'install a newer llm_lab')
-    if said.pop('sha256', None) != _sha(said): raise LabError(f'{path} was changed (wrong hash): {remedy}')
-    data = {}
-    for f in files or said['files']:
-        try: data[f] = (folder/f).read_bytes()
-        except OSError: raise LabError(f'{folder} lacks {f}: {remedy}') from None
-        if _sha(data[f]) != said['files'].get(f):
-            raise LabError(f'{folder/f} is not the file that was saved (wrong hash): {remedy}')
-    return data, said
+    folder = Path(folder)
+    said = _told(folder, name, kind, remedy)
+    # a file that fits no memory is not read
+    return {f: _sealed(folder, said, f, remedy, memory_left()) for f in files or said['files']}, said
 
 # %% ../nbs/07_package.ipynb #b26468da
 def chosen(path)->Path:
@@ -95,35 +106,92 @@ def chosen(path)->Path:
         raise LabError(f'{folder} {why}: give the folder of a saved model, as artifacts/tour')
     if not folder.is_dir(): raise LabError(f'no model at {folder}: give the folder of a saved model, as artifacts/tour')
     names = [n for n in ('best', 'latest') if (folder/n).is_file() and not (folder/'package.json').exists()]
-    return folder/'checkpoints'/(folder/names[0]).read_text(encoding='utf-8').strip() if names else folder
+    return folder/'checkpoints'/pointed(folder/names[0]) if names else folder
 
 # %% ../nbs/07_package.ipynb #2878ce7c
 def parsed(data:bytes, name, read=json.loads):
     "What `read` makes of the bytes of a file; raises `LabError` when they are of another kind, such as a pickle"
+    if read is not tensors_from: return json_of(data, name, read=read)
+    _header(data, name)
     try: return read(data)
     except (ValueError, SafetensorError) as e:
         raise LabError(f'{name} is not what its name says ({type(e).__name__}): copy or make it again') from None
+
+def _header(data, name)->dict: # {name: {'dtype': 'F32', 'shape': [2, 3], …}}, as the file's head tells them
+    "The head of a safetensors file, looked at before any tensor is made. Raises `LabError` where it is none"
+    n = int.from_bytes(data[:8], 'little')
+    if len(data) < 8 or n > len(data) - 8:
+        raise LabError(f'{name} is not what its name says (it ends in its head): copy or make it again')
+    head = json_of(data[8:8 + n], name)
+    if not isinstance(head, dict): raise LabError(f'{name} is not what its name says (no list of tensors): copy or make it again')
+    return {k: v for k, v in head.items() if k != '__metadata__'}
 
 def fill(model:MiniGPT, weights:bytes, name='this file'):
     "Give the model the weights that a model.safetensors holds; raises `LabError` when they are another model's"
     state = parsed(weights, name, tensors_from)
     if model.cfg.tie and 'tok.weight' in state: state['head.weight'] = state['tok.weight']
     try: model.to(next(iter(state.values())).dtype).load_state_dict(state)
-    except (RuntimeError, StopIteration) as e:
-        why = ''.join(str(e).splitlines()[1:2]).strip() or 'there are none'
+    except (RuntimeError, TypeError, StopIteration) as e:
+        why = ''.join(str(e).splitlines()[1:2]).strip() or ('there are none' if isinstance(e, StopIteration) else short(str(e)))
         raise LabError(f'{name}: the weights do not fit the configuration: {why}') from None
+
+# %% ../nbs/07_package.ipynb #08de7e01
+_BOUND = re.compile(r'\.parametrizations\.weight\.(original|0\.\w+)$')   # a weight that is made of others: chapter 16
+
+def _fitting(shapes:MiniGPT, head:dict, name):
+    "Raises `LabError` unless a file holds just the tensors of a model, in numbers that can be calculated with"
+    want = {n: list(t.shape) for n, t in shapes.state_dict().items() if not (shapes.cfg.tie and n == 'head.weight')}
+    have = {}
+    for n, v in head.items():
+        if not isinstance(v, dict) or v.get('dtype') not in ('F64', 'F32', 'F16', 'BF16'):
+            raise LabError(f'{name}: {short(n)} holds no floating-point numbers: copy or make it again')
+        made = _BOUND.search(n)
+        if not made or made[1] == 'original': have[n[:made.start()] + '.weight' if made else n] = v.get('shape')
+    odd = [n for n in (*want, *have) if want.get(n) != have.get(n)]
+    if odd:
+        said = ' is not in the file' if odd[0] not in have else f' is {short(have[odd[0]])} in the file, not {want.get(odd[0])}'
+        raise LabError(f'{name}: the weights do not fit the configuration: {odd[0]}{said} ({len(odd)} such)')
+
+def _own(x)->bool:
+    "Is there a part in a recipe that the reader has registered?"
+    if isinstance(x, tuple): return any(map(_own, x))
+    return isinstance(x, part) and (any(x.func is f for f in REGISTERED.values()) or any(map(_own, x.keywords.values())))
+
+def _in_memory(shapes:MiniGPT, head:dict)->MiniGPT:
+    "The model in memory, to be filled; first weights are not drawn where nothing hangs on them"
+    cfg = shapes.cfg
+    if any(_BOUND.search(n) for n in head) or any(_own(getattr(cfg, k)) for k in ('attn', 'mlp', 'norm', 'pos', 'head', 'init')):
+        return MiniGPT(cfg)                                    # they may need what they make themselves
+    model = shapes.to_empty(device='cpu')
+    if cfg.tie: model.head.weight = model.tok.weight
+    return model
 
 # %% ../nbs/07_package.ipynb #20369905
 Opened = namedtuple('Opened', 'model tokenizer about')
+_REMEDY = 'copy or make the package again'
+
+def _weights(folder, said, shapes)->bytes:
+    "The bytes of a package's weights; a file that cannot be this model's, by its size, is not read"
+    path, n = folder/'model.safetensors', sum(p.numel() for p in {*shapes.parameters(), *shapes.buffers()})
+    size = path.stat().st_size if path.is_file() else 0
+    if size >= 2*n: must_fit(2*size, f'{folder}: a model of {n:,} numbers')        # a smaller file is refused anyway
+    return _sealed(folder, said, path.name, _REMEDY, most=8*n + (1 << 24))         # no number has more than 8 bytes
 
 def open_model(
     path,        # a package, a checkpoint, or a run, of which the best checkpoint is opened, or else the latest
     device='cpu'
 )->Opened: # (model, tokenizer, about); the model is in eval mode
-    "Open a saved model. Raises `LabError` when a file is missing or one bit differs, before anything is parsed"
+    "Open a saved model. Raises `LabError` when a file is missing, one bit differs, or it asks for what no file may"
     folder = chosen(path)
-    data, said = verified(folder)
-    model = MiniGPT(config_from(parsed(data['llm_lab.json'], folder/'llm_lab.json')))
-    fill(model, data['model.safetensors'], folder/'model.safetensors')
-    tokenizer = tokenizer_from(parsed(data['tokenizer.json'], folder/'tokenizer.json'), folder)
-    return Opened(model.to(device).eval(), tokenizer, said['about'])
+    said = _told(folder, 'package.json', 'package', _REMEDY)
+    if not isinstance(about := said.get('about'), dict): raise LabError(f'{folder}/package.json says nothing about it: {_REMEDY}')
+    cfg, tok = (_sealed(folder, said, f, _REMEDY, most) for f, most in zip(_FILES, (1 << 22, 1 << 26)))
+    tokenizer = tokenizer_from(json_of(tok, folder/'tokenizer.json'), folder)
+    try: shapes = sketch(config_from(json_of(cfg, folder/'llm_lab.json')))
+    except LabError as e: raise LabError(f'{folder}/llm_lab.json: {e}') from None
+    weights, name = _weights(folder, said, shapes), folder/'model.safetensors'
+    head = _header(weights, name)
+    _fitting(shapes, head, name)
+    model = _in_memory(shapes, head)
+    fill(model, weights, name)
+    return Opened(model.to(device).eval(), tokenizer, about)

@@ -16,8 +16,9 @@ from .gpt import part, visible, words_of
 from .cache import reach
 
 # %% ../nbs/20_sparse.ipynb #041b6c57
-def _count(name, n, least=1): # an error that names the value
+def _count(name, n, least=1, most=1 << 31): # an error that names the value
     if type(n) is not int or n < least: raise LabError(f'{name}={n!r}: give a whole number of at least {least}')
+    if n > most: raise LabError(f'{name}={n}: give {most:,} at most')
 
 def sinks(
     i, j,    # query and key positions
@@ -26,7 +27,7 @@ def sinks(
     "The first `n` keys, for every query (Xiao et al. 2023, §3.2)"
     return (j <= i) & (j < n)
 sinks.links = lambda i, h, layer, n=4: torch.arange(n, device=i.device).expand(len(i), n)
-sinks.check = lambda cfg, n=4, **kw: _count('n', n)
+sinks.check = lambda cfg, n=4, **kw: _count('n', n, most=1 << 20)       # a list of them will be made
 
 def strided(i, j, stride:int)->Tensor:
     "The query's own key and every `stride`-th before it (Child et al. 2019, §4.3)"
@@ -101,7 +102,8 @@ expander.links = lambda i, h, layer, degree=6, seed=0, beyond=1: _drawn(
     i[:, None], torch.arange(degree, device=i.device), h, layer, degree, seed, beyond)
 
 def _degree_fits(cfg, degree=6, seed=0, beyond=1):
-    for name, n, least in (('degree', degree, 1), ('beyond', beyond, 1), ('seed', seed, 0)): _count(name, n, least)
+    _count('degree', degree, 1, 1024)                          # so many links are drawn, one after the other
+    for name, n, least in (('beyond', beyond, 1), ('seed', seed, 0)): _count(name, n, least)
 expander.check = _degree_fits
 
 # %% ../nbs/20_sparse.ipynb #4574fce2
@@ -121,7 +123,7 @@ def polynomial(i, j, h, degree:int=6)->Tensor:
     "`degree` keys at distances that are polynomials of the hop s and the head h, modulo the number of past keys"
     return reduce(or_, (i - j == _jump(i, s, h) for s in range(1, degree + 1))) & (j >= 0)
 polynomial.links = lambda i, h, layer, degree=6: i[:, None] - _jump(i[:, None], torch.arange(1, degree + 1, device=i.device), h)
-polynomial.check = lambda cfg, degree=6, **kw: _count('degree', degree)
+polynomial.check = lambda cfg, degree=6, **kw: _count('degree', degree, most=1024)
 
 # %% ../nbs/20_sparse.ipynb #9e3d7dc3
 def cover(
