@@ -9,7 +9,7 @@ __all__ = ['write_from', 'main']
 import argparse, os, re, sys, warnings
 from pathlib import Path
 from . import __version__
-from .lab import LabError, device, home
+from .lab import LabError, device, home, save_picture
 from .config import CONFIGS, read_config
 from .tour import command, tour, verdict
 
@@ -170,7 +170,7 @@ def _runs(a):
     found = [*map(_place, a.paths)] or sorted(p.parent for p in home().glob('experiments/*/runs/*/metrics.jsonl'))
     if not found: print(f'no run yet: {command()} train smoke'); return
     print(table := compare(found))
-    if a.plot: table.picture().savefig(a.plot)
+    if a.plot: save_picture(table.picture(), a.plot)
 
 def _judge_options(e, r):
     "Tell the parsers of `eval` and `runs` what they can be asked"

@@ -11,7 +11,7 @@ import difflib, math, re
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import get_args
-from .lab import LabError, home, need, written
+from .lab import LabError, home, need, require_ours, written
 
 # %% ../nbs/14_config.ipynb #6a30dd62
 def _key(default, least=None, most=None, of=None):
@@ -241,11 +241,20 @@ def read_config(config, overrides=())->RunConfig:
         raise LabError(f'{where}: {str(e).splitlines()[0]}: write keys and values, such as train.steps=500') from None
 
 # %% ../nbs/14_config.ipynb #d3b6425a
-def write_config(cfg:RunConfig, path):
-    "Write all that the config says as YAML"
+def _as_yaml(cfg):
     omega = need('omegaconf').OmegaConf
-    text = omega.to_yaml(omega.create({s: asdict(getattr(cfg, s)) for s in SECTIONS}))
-    with written(path) as f: f.write_text(text, encoding='utf-8')
+    return omega.to_yaml(omega.create({s: asdict(getattr(cfg, s)) for s in SECTIONS}))
+
+def _by_us(data):
+    "Is this the text of a config as `write_config` makes it? A hand leaves comments, or another order"
+    omega, wrong = need('omegaconf').OmegaConf, need('omegaconf.errors').OmegaConfBaseException
+    try: return _as_yaml(config_of(omega.to_container(omega.create(data.decode())))).encode() == data
+    except (wrong, need('yaml').YAMLError, AttributeError, RecursionError, ValueError): return False
+
+def write_config(cfg:RunConfig, path):
+    "Write all that the config says as YAML; raises `LabError` over a file that it has not written"
+    require_ours(path, _by_us)
+    with written(path) as f: f.write_text(_as_yaml(cfg), encoding='utf-8')
 
 def gone_on(old:RunConfig, new:RunConfig)->RunConfig:
     "`new`, if a run of `old` can go on with it: only what does not reach back is another. Raises `LabError` if not"

@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from textwrap import shorten
 from tqdm import tqdm
-from .lab import LabError, Live, home, need, written
+from .lab import LabError, Live, home, made_folder, need, require_inside, require_name
+from .lab import require_ours, written
 
 # %% ../nbs/01_corpora.ipynb #48f6a61d
 class Afresh:
@@ -135,8 +136,10 @@ def _hash_ok(path, sha256):
 # %% ../nbs/01_corpora.ipynb #dd4d7abe
 def fetch(name:str, url:str, sha256:str, size:int)->bytes:
     "The `size` bytes of a public file, checked: from `$LLM_LAB_DATA`, `home()/data`, or `url` (then kept there)"
+    require_name(name, 'the file')
     for folder in filter(None, (os.environ.get('LLM_LAB_DATA'), home()/'data')):
         if (path := Path(folder)/name).is_file(): return _hash_ok(path, sha256)
+    made_folder(home()/'data')
     pooch = need('pooch'); pooch.get_logger().setLevel('ERROR')
     store = pooch.create(home()/'data', '', registry={name: f'sha256:{sha256}'}, urls={name: url},
                          retry_if_failed=3)
@@ -203,7 +206,14 @@ def _ask(name, do):
     raise LabError(f'cannot get {name} from the hub: {why}') from None
 
 # %% ../nbs/01_corpora.ipynb #a386009a
-def _folders(name): return [Path(f)/name for f in (os.environ.get('LLM_LAB_DATA'), home()/'data') if f]
+def _folders(name):
+    require_name(name, 'the data set')
+    return [Path(f)/name for f in (os.environ.get('LLM_LAB_DATA'), home()/'data') if f]
+
+def _about_hub(data):
+    "Is this the text of a hub.json?"
+    try: return json.loads(data).keys() >= {'repo', 'revision', 'commit', 'files'}
+    except (ValueError, AttributeError): return False
 
 def _listing(data)->dict: # repo, revision, commit; files: path, size, and sha256 or blob (git's hash) of each
     "The files that make the data set, as kept in hub.json; else asked of the hub, once, and kept"
@@ -212,18 +222,22 @@ def _listing(data)->dict: # repo, revision, commit; files: path, size, and sha25
         try: kept = dict(json.loads(path.read_text(encoding='utf-8')))
         except (TypeError, ValueError):
             raise LabError(f'{path} is damaged: delete it to have the hub asked again') from None
-        if (kept.get('repo'), kept.get('revision')) == (data.repo, data.revision): return kept
+        if (kept.get('repo'), kept.get('revision')) != (data.repo, data.revision): continue
+        for f in kept.get('files', ()): require_inside(f['path'], f'{path}:')
+        return kept
     api = need('huggingface_hub').HfApi()
     info = _ask(data.name, lambda: api.dataset_info(data.repo, revision=data.revision, timeout=20,
                                                     files_metadata=True))
     files = [dict(path=f.rfilename, size=f.size) | (dict(sha256=f.lfs.sha256) if f.lfs else dict(blob=f.blob_id))
              for f in sorted(info.siblings, key=lambda f: f.rfilename)
              if any(fnmatch.fnmatch(f.rfilename, p) for p in data.files.values()) and '..' not in f.rfilename]
+    for f in files: require_inside(f['path'], data.repo)
     for p in data.files.values():
         if not any(fnmatch.fnmatch(f['path'], p) for f in files):
             raise LabError(f'{data.repo} holds no {p} at commit {info.sha[:12]}: name an older revision')
     kept = dict(repo=data.repo, revision=data.revision, commit=info.sha, files=files)
-    with written(home()/'data'/data.name/'hub.json') as f: f.write_text(json.dumps(kept, indent=1))
+    require_ours(path := home()/'data'/data.name/'hub.json', _about_hub)
+    with written(path) as f: f.write_text(json.dumps(kept, indent=1))
     return kept
 
 # %% ../nbs/01_corpora.ipynb #406ec80b
@@ -257,7 +271,7 @@ def _get(data, listing, file, path):
 # %% ../nbs/01_corpora.ipynb #57cc9592
 def _local(data, listing, files)->list[str]:
     "The paths of some listed files, checked; copies that are there, or fetched"
-    (here := home()/'data'/data.name).mkdir(parents=True, exist_ok=True)
+    here = made_folder(home()/'data'/data.name)
     at = {f['path']: next((p for d in _folders(data.name) if (p := d/f['path']).is_file()), None) for f in files}
     for f in files:
         if (p := at[f['path']]) and (why := _wrong(p, f)):

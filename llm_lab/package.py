@@ -7,13 +7,14 @@ __all__ = ['FORMAT', 'Opened', 'seal', 'card', 'write_package', 'save_package', 
            'open_model']
 
 # %% ../nbs/07_package.ipynb #fa8d025d
-import hashlib, json
+import hashlib, json, re
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as tensors_from, save as tensor_bytes
-from .lab import LabError, restored, written
+from .lab import LabError, laid_out, restored, written
 from .chars import tokenizer_from
 from .gpt import MiniGPT, config_from, to_data
 
@@ -46,20 +47,35 @@ def write_package(new:Path, model:MiniGPT, tokenizer, about:dict, name:str):
     state = {k: v.contiguous() for k, v in model.state_dict().items() if not (model.cfg.tie and k == 'head.weight')}
     (new/'model.safetensors').write_bytes(tensor_bytes(state))
     (new/'README.md').write_text(card(name, model, about), encoding='utf-8')
-    seal(new, 'package.json', _FILES, about=about, torch=torch.__version__)
+    beside = sorted(f.name for f in new.iterdir() if f.name not in _FILES)
+    seal(new, 'package.json', [*_FILES, *beside], about=about, torch=torch.__version__)
+
+def _of_first_edition(folder, known):
+    "What an older package does not list: its card, if no hand has changed it, and its tokenizer's facts"
+    if 'README.md' in known or 'package.json' not in known: return {}
+    about, mine = json.loads((folder/'package.json').read_bytes())['about'], {}
+    text = (folder/'README.md').read_bytes() if (folder/'README.md').is_file() else b''
+    says = re.search(rb'model of ([\d,]+) parameters.*^Architecture: `(Config\(.*\))`\n\Z', text, re.S | re.M)
+    if says:
+        model = SimpleNamespace(n_params=int(says[1].replace(b',', b'')), cfg=says[2].decode())
+        if card(folder.name, model, about).encode() == text: mine['README.md'] = None
+    meta = folder/'meta.json'
+    if meta.is_file() and laid_out(meta.read_bytes(), 'kind', ensure_ascii=False): mine['meta.json'] = None
+    return mine
 
 def save_package(
-    folder,         # made, or replaced as a whole
+    folder,         # made, or replaced as a whole if all in it is by this library
     model:MiniGPT,
     tokenizer,
     about:dict=None,# where it comes from: corpus, licence, loss, …
     name:str=None   # on the card; the folder's name if none
 )->Path: # `folder`
-    "Write a package: all of it, or nothing"
+    "Write a package: all of it, or nothing. Raises `LabError` over a folder that holds anything else"
     if not isinstance(model, MiniGPT):
         raise LabError(f'a {type(model).__name__} is not saved: give the MiniGPT that it was made from')
     folder = Path(folder)
-    with written(folder) as new: write_package(new, model, tokenizer, about or {}, name or folder.name)
+    with written(folder, more=_of_first_edition) as new:
+        write_package(new, model, tokenizer, about or {}, name or folder.name)
     return folder
 
 # %% ../nbs/07_package.ipynb #f420d902

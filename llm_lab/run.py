@@ -7,7 +7,7 @@ __all__ = ['texts_of', 'batches_of', 'Alone', 'engine_of', 'gathered', 'model_co
            'train_config']
 
 # %% ../nbs/15_run.ipynb #aedce895
-import hashlib, json, math, os, re, shutil, subprocess, sys, time
+import hashlib, itertools, json, math, os, re, shutil, subprocess, sys, time
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -18,6 +18,7 @@ from fastcore.basics import patch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from . import __version__
 from .lab import LabError, Live, device, flops, home, kept_streams, machine, need, peak_flops, written
+from .lab import laid_out, locked, made_folder, replaceable, require_name, require_ours
 from .corpora import load_corpus
 from .chars import CharTokenizer
 from .pack import BatchStream, PackedTokens, pack
@@ -26,7 +27,7 @@ from .train import Run, blocks, document_starts, fit, mean_loss, next_token_loss
 from .evaluate import evaluate
 from .sample import sample
 from .optim import OPTIMISERS, PRECISIONS, SCHEDULES, Step, checkpointed
-from .checkpoint import Checkpoints, Metrics
+from .checkpoint import Checkpoints, Metrics, sweep_checkpoints
 from .config import RunConfig, gone_on, model_data, read_config, smaller, write_config
 
 # %% ../nbs/15_run.ipynb #559accf0
@@ -250,25 +251,74 @@ def finish(self:Job, most=None):
     return result
 
 # %% ../nbs/15_run.ipynb #2459a767
+def _runs(name): return home()/'experiments'/require_name(name, 'the config')/'runs'
+
+_MARKED = r'\.+({})(\.\d+\.(new|old))+'
+_HIDDEN = re.compile(_MARKED.format(r'config\.yaml|run\.json|result\.json|(metrics|samples)\.(jsonl|csv)'))
+_BEGUN = re.compile(r'\.lock|\.pid|\.smoke|(metrics|samples)\.(jsonl|csv)')
+
+def _require_free(folder):
+    "Raises `LabError` unless a new run may begin in a folder: nothing is there but what a killed begin has left"
+    names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    strange = [n for n in names if not _BEGUN.fullmatch(n) and not _HIDDEN.fullmatch(n)]
+    if strange or names and '.lock' not in names:
+        raise LabError(f'{folder} holds {(strange or names)[0]}, which is of no run: choose another --run')
+
 def _new_folder(cfg, name=None)->Path:
-    runs, digest = home()/'experiments'/cfg.name/'runs', hashlib.sha256(repr(cfg).encode()).hexdigest()[:6]
-    if name and (runs/name/'config.yaml').exists():
-        raise LabError(f'{runs/name} is there already: go on with --resume {runs/name}, or choose another --run')
-    folder = runs/(name or f'{time.strftime("%y%m%d-%H%M%S")}-{digest}')
-    return folder if name or not folder.exists() else folder.with_name(f'{folder.name}-{os.getpid()}')
+    runs, digest = _runs(cfg.name), hashlib.sha256(repr(cfg).encode()).hexdigest()[:6]
+    if name is not None:
+        folder = runs/require_name(name, '--run')
+        if (folder/'config.yaml').exists():
+            raise LabError(f'{folder} is there already: go on with --resume {folder}, or choose another --run')
+        _require_free(folder)
+        return folder
+    folder = runs/f'{time.strftime("%y%m%d-%H%M%S")}-{digest}'
+    return folder if not folder.exists() else folder.with_name(f'{folder.name}-{os.getpid()}')
+
+# %% ../nbs/15_run.ipynb #a3d7f014
+def _smoke_folder(cfg)->Path:
+    "`smoke`, `smoke-2`, …: the first that is free, or was made here and holds no checkpoint of anybody else"
+    for n in itertools.count(1):
+        folder = _runs(cfg.name)/('smoke' if n == 1 else f'smoke-{n}')
+        if not os.path.lexists(folder): return folder
+        if (folder/'.smoke').is_file() and not _foreign(folder/'checkpoints'): return folder
+
+def _foreign(folder):
+    "What is in a folder of checkpoints that no run has written; None if there is nothing"
+    if folder.is_symlink() or folder.exists() and not folder.is_dir(): return folder
+    for place in folder.iterdir() if folder.is_dir() else ():
+        if re.fullmatch(r'\.+step-\d+(\.gone|(\.\d+\.(new|old))+)', place.name): continue
+        if place.is_symlink() or not re.fullmatch(r'step-\d+', place.name): return place
+        try: replaceable(place)
+        except LabError: return place
+
+def _begin_anew(folder):
+    "Remove the model and the result of an older smoke run"
+    if strange := _foreign(folder/'checkpoints'): raise LabError(f'{strange} is of no run: move it away')
+    if (folder/'checkpoints').is_dir(): shutil.rmtree(folder/'checkpoints')
+    for name in ('latest', 'best', 'result.json'): (folder/name).unlink(missing_ok=True)
+
+def _require_own(folder):
+    "Raises `LabError` where a file that a run will write is there already and not by a run: before it trains"
+    require_ours(folder/'run.json', lambda data: laid_out(data, 'starts', end='\n'))
+    require_ours(folder/'result.json', lambda data: laid_out(data, 'scores', end='\n'))
+    for name in ('latest', 'best'): require_ours(folder/name, re.compile(rb'step-\d+\n').fullmatch)
+    if folder.parent.name == 'runs':
+        require_ours(folder.parent/'latest', re.compile(rb'[^/\n]+\n').fullmatch)
 
 # %% ../nbs/15_run.ipynb #192ac19c
 def held(folder):
     "The lock of a run's folder; raises `LabError` that names the process which has it"
-    filelock = need('filelock'); folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder/'.lock')
-    try: lock.acquire(blocking=False)
-    except filelock.Timeout:
+    folder = made_folder(folder)
+    require_ours(folder/'.pid', bytes.isdigit)
+    def busy():
         pid = (folder/'.pid').read_text() if (folder/'.pid').exists() else 'unknown'
-        raise LabError(f'{folder} is held by process {pid}: wait until it ends, or stop it') from None
+        raise LabError(f'{folder} is held by process {pid}: wait until it ends, or stop it')
+    lock = locked(folder/'.lock', busy)
     (folder/'.pid').write_text(str(os.getpid()))
-    for rest in [*folder.glob('.*.new'), *(folder/'checkpoints').glob('.*step-*')]:  # of killed writers
-        shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
+    sweep_checkpoints(folder)                                  # nobody else writes here now
+    for rest in folder.iterdir():
+        if _HIDDEN.fullmatch(rest.name): rest.unlink()
     return lock
 
 # %% ../nbs/15_run.ipynb #ac8928d8
@@ -286,8 +336,10 @@ def _describe(job, came_from):
                              tokenizer=texts['train'].meta['tokenizer']['sha256']),
                  starts=[*starts, dict(machine(), step=job.run.step, processes=job.engine.num_processes, llm_lab=__version__,
                                        commit=_git('rev-parse', 'HEAD'), changed=bool(_git('status', '--porcelain')))])
-    write_config(job.cfg, job.folder/'config.yaml')
-    texts = {job.folder/'run.json': json.dumps(about, indent=1), job.folder.parent/'latest': job.folder.name}
+    config = job.folder/'config.yaml'                          # one that says the same may hold your comments
+    if not config.exists() or replace(read_config(config), name=job.cfg.name) != job.cfg: write_config(job.cfg, config)
+    texts = {job.folder/'run.json': json.dumps(about, indent=1)}
+    if job.folder.parent.name == 'runs': texts[job.folder.parent/'latest'] = job.folder.name
     for path, text in texts.items():
         with written(path) as f: f.write_text(text + '\n', encoding='utf-8')
 
@@ -309,7 +361,8 @@ def going_on(path, overrides=())->tuple: # (config, folder, checkpoint to start 
     path = Path(path)
     start = path if (path/'manifest.json').exists() else None
     folder = path.absolute().parent.parent if start else path.absolute()
-    if not (folder/'config.yaml').is_file():
+    ours = (folder/'.lock').exists() or (folder/'run.json').is_file()
+    if not ours or not (folder/'config.yaml').is_file():
         raise LabError(f'{path} is neither a run nor a checkpoint of one: choose from `llm-lab runs`')
     cfg = gone_on(read_config(folder/'config.yaml'), read_config(folder/'config.yaml', overrides))
     cfg = replace(cfg, name=folder.parent.parent.name)
@@ -320,7 +373,8 @@ def going_on(path, overrides=())->tuple: # (config, folder, checkpoint to start 
 # %% ../nbs/15_run.ipynb #b7dc2d23
 def _newest_run(name, run=None):
     "The newest run of a config, or that one; None if there is none"
-    runs = home()/'experiments'/name/'runs'
+    runs = _runs(name)
+    if run is not None: require_name(run, '--run')
     known = runs/(run or (runs/'latest').read_text().strip()) if run or (runs/'latest').is_file() else runs
     return known if (known/'config.yaml').is_file() else None
 
@@ -334,20 +388,22 @@ def _alone_now(error, engine, folder):
 def train_config(config='smoke', *overrides,
     resume=None, # '' goes on with the newest run of this config, or with `run`; a path with that run or checkpoint
     run=None,    # name of the new run's folder; date, time and hash if none
-    smoke=False  # only see whether it would work: 20 steps, in a folder `smoke`
+    smoke=False  # only see whether it would work: 20 steps, in a folder `smoke` that no other run has
 )->Job:
     "From a config to a trained model; missing data are prepared. Ctrl-C and SIGTERM save and end: `job.run.stopped`"
-    cfg, start, old = None if resume else read_config(config, overrides), None, None
+    cfg, start = None if resume else read_config(config, overrides), None
     if smoke and resume is not None: raise LabError('--smoke begins anew: leave --resume out')
-    if smoke: cfg, run, old = smaller(cfg), 'smoke', home()/'experiments'/cfg.name/'runs'/'smoke'
+    if smoke: cfg = smaller(cfg)
     resume = _newest_run(cfg.name, run) if resume == '' else resume                 # none yet: a new one begins
     if resume: cfg, folder, start = going_on(resume, overrides)
-    else: folder = old or _new_folder(cfg, run)
+    else: folder = _smoke_folder(cfg) if smoke else _new_folder(cfg, run)
     engine = engine_of(cfg.log.tracker)
     folder = Path(gathered(engine, str(folder))[0])            # by the clock of the first process
+    if smoke and engine.is_main_process: (made_folder(folder)/'.smoke').touch()      # so it is known again
     lock = held(folder) if engine.is_main_process else None
     try:
-        if old and lock: shutil.rmtree(old/'checkpoints', ignore_errors=True); (old/'result.json').unlink(missing_ok=True)
+        if lock: _require_own(folder)
+        if lock and smoke: _begin_anew(folder)
         job = Job(cfg, folder, engine)
         if lock: print(job, flush=True)
         job.go(start)
