@@ -12,7 +12,7 @@ import torch
 from fastcore.basics import patch
 from safetensors.torch import load as tensors_from, save as tensor_bytes
 from . import __version__
-from .lab import LabError, made_folder, replaceable, require_ours, snapshot, streams
+from .lab import LabError, made_folder, remove, replaceable, require_ours, snapshot, streams
 from .lab import sync_to_disk, warn_once, written
 from .package import chosen, fill, parsed, seal, verified, write_package
 from .evaluate import read_rows
@@ -113,9 +113,7 @@ def sweep_checkpoints(folder):
     "Remove what killed writers, and a killed `tidy`, have left in a run; nobody may be writing there"
     for place, names in ((Path(folder), 'latest|best'), (Path(folder)/'checkpoints', r'step-\d+')):
         for rest in place.iterdir() if place.is_dir() else ():
-            if not re.fullmatch(rf'\.+({names}){_mark}', rest.name): continue
-            if rest.is_dir() and not rest.is_symlink(): shutil.rmtree(rest)
-            else: rest.unlink()
+            if re.fullmatch(rf'\.+({names}){_mark}', rest.name): remove(rest)
 
 def _best(steps, notes):
     "Of these steps, the one with the lowest validation loss noted; None if none was"

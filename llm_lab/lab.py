@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['LIST', 'WEIGHTS', 'SIGNED', 'LabError', 'need', 'home', 'require_name', 'require_inside', 'warn_once', 'sync_to_disk',
-           'restored', 'list_files', 'snapshot', 'resolved', 'replaceable', 'require_ours', 'laid_out', 'unused',
-           'made_folder', 'written', 'locked', 'rng', 'streams', 'set_streams', 'kept_streams', 'seeded', 'device',
-           'machine', 'check', 'pyplot', 'in_notebook', 'show', 'save_picture', 'widgets_live', 'explore', 'Live',
-           'progress', 'stoppable', 'flops', 'by_onednn', 'quick_products', 'peak_flops', 'time_by_kind', 'keep_memory']
+           'remove', 'restored', 'list_files', 'snapshot', 'resolved', 'replaceable', 'require_ours', 'laid_out',
+           'unused', 'made_folder', 'written', 'locked', 'rng', 'streams', 'set_streams', 'kept_streams', 'seeded',
+           'device', 'machine', 'check', 'pyplot', 'in_notebook', 'show', 'save_picture', 'widgets_live', 'explore',
+           'Live', 'progress', 'stoppable', 'flops', 'by_onednn', 'quick_products', 'peak_flops', 'time_by_kind',
+           'keep_memory']
 
 # %% ../nbs/00_lab.ipynb #f5126c87
 import hashlib, importlib, os, re, shutil, signal, sys, threading, time
@@ -174,18 +175,27 @@ def _sweep(path):
         try:
             old_kind = len(mark) != 32
             dead = _of_first_edition(rest, mark, end) if old_kind else _abandoned(rest, mark)
-            if dead: _remove(rest)
+            if dead: remove(rest)
         except FileNotFoundError: pass                         # another one has swept it already
         except PermissionError:
             warn_once(f'{rest} was left by a dead writer, and you may not remove it: ask its owner')
 
-def _remove(path):
+def remove(path):
     "Remove a file or a folder of ours, whoever else does so at the same time"
     try:
-        if path.is_dir() and not path.is_symlink(): shutil.rmtree(path)
+        if path.is_dir() and not path.is_symlink(): _remove_folder(path)
         else: path.unlink(missing_ok=True)
     except FileNotFoundError:
-        if os.path.lexists(path): _remove(path)
+        if os.path.lexists(path): remove(path)
+
+def _remove_folder(path):
+    try: shutil.rmtree(path)
+    except OSError as e:
+        if e.errno not in _NO_SYNC: raise                      # it opens folders, as a sync does
+        for _, entry in reversed([*_inside(path)]):
+            if entry.is_dir(follow_symlinks=False): os.rmdir(entry.path)
+            else: os.unlink(entry.path)
+        path.rmdir()
 
 # %% ../nbs/00_lab.ipynb #1b7260c8
 def _copied(a, b):
@@ -409,7 +419,7 @@ def _swap(new, path, old, *how):
             return _move(new, path)
         except OSError as e:
             if e.errno not in _QUICKER: raise
-            _remove(old)                                       # another writer's is the old one now
+            remove(old)                                       # another writer's is the old one now
     raise LabError(f'{path} is written by others all the time: give another path')
 
 @contextmanager
@@ -442,7 +452,7 @@ def written(
     finally:
         try:
             restored(path)
-            for rest in (new, old): _remove(rest)
+            for rest in (new, old): remove(rest)
         finally: _at_work.discard(mark)
 
 # %% ../nbs/00_lab.ipynb #5ab604fc
