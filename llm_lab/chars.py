@@ -61,7 +61,7 @@ def decode(self:CharTokenizer, ids)->str:
 
 # %% ../nbs/03_chars.ipynb #3665cbc8
 def write_tokenizer(folder, model:dict, pre_tokenizer, decoder, normalizer=None, special_tokens=None, meta=None):
-    """Write `tokenizer.json` in the format of Hugging Face `tokenizers`, and `meta.json` if there is one.
+    """Write `tokenizer.json` in the format of Hugging Face `tokenizers`, and perhaps `meta.json`.
 
     Raises `LabError` where a file of that name lies which was not written here: many projects have
     a `meta.json`, and a tokenizer from elsewhere may hold what ours cannot say."""

@@ -61,7 +61,7 @@ class Checkpoints:
         if not isinstance(keep, int) or keep < 1: raise LabError(f'keep={keep!r}: give a whole number of at least 1')
         self.folder, self.tokenizer, self.keep, self.about = Path(folder), tokenizer, keep, about or {}
         self.rank, self.gather, self.parts, self.mine = rank, gather, parts, set()
-        self.wrote = {}                                        # step: how its files were when they were written
+        self.wrote = {}                                        # step: `snapshot` of its files
 
     def __call__(self, run):                                   # every process calls it, the first one writes
         random = self.gather(_text(run.random or streams(run.history.device)))
@@ -110,7 +110,7 @@ _names_a_step = re.compile(rb'step-\d+\n').fullmatch           # what `latest` a
 _mark = r'(\.gone|(\.\d+\.(new|old))+)'
 
 def sweep_checkpoints(folder):
-    "Remove what killed writers, and a killed `tidy`, have left in a run; nobody may be writing there"
+    "Remove what killed writers, and a killed `tidy`, have left in a run where nobody writes now"
     for place, names in ((Path(folder), 'latest|best'), (Path(folder)/'checkpoints', r'step-\d+')):
         for rest in place.iterdir() if place.is_dir() else ():
             if re.fullmatch(rf'\.+({names}){_mark}', rest.name): remove(rest)
@@ -122,7 +122,7 @@ def _best(steps, notes):
 
 @patch
 def drop(self:Checkpoints, step):
-    "Take the checkpoint of a step out of the list; it stays if there is anything in it that is not ours"
+    "Take the checkpoint of a step off the list; it stays if anything in it is not ours"
     place = self.place(step)
     try:
         if self.wrote.get(step) != snapshot(place): replaceable(place)
@@ -198,18 +198,21 @@ def _is_torn(line):
     try: return json.loads(line) is ...
     except (ValueError, RecursionError): return line[:2] in ('{', '{"')
 
+def _is_table(lines, torn):
+    "Are these the lines of a metrics.csv, and the beginning of another one?"
+    head = ','.join(COLUMNS)
+    if not lines: return head.startswith(torn)
+    rows = [line.split(',') for line in lines[1:]]
+    whole = all(len(row) == len(COLUMNS) and all(map(_is_number, row)) for row in rows)
+    return lines[0] == head and whole and bool(re.fullmatch('[-+.,0-9einfa]*', torn))
+
 def _by_metrics(name):
-    "A test for the bytes of a file of that name: has `Metrics` written all of it? A kill may have torn its end"
+    "A test for the bytes of a file of that name: is all of it by `Metrics`? A kill may tear its end"
     def ours(data):
         *lines, last = data.decode(errors='replace').split('\n')
-        torn = last.strip('\0')
-        if name != 'metrics.csv':
-            return all(map(_is_row, lines)) and (not torn or _is_row(torn) or _is_torn(torn))
-        head, *rows = lines or [None]
-        if head is None: return ','.join(COLUMNS).startswith(torn)
-        rows = [row.split(',') for row in rows]
-        return head == ','.join(COLUMNS) and re.fullmatch('[-+.,0-9einfa]*', torn) is not None and all(
-            len(row) == len(COLUMNS) and all(map(_is_number, row)) for row in rows)
+        torn = last.strip('\0')                                # a power cut may leave zeros
+        if name == 'metrics.csv': return _is_table(lines, torn)
+        return all(map(_is_row, lines)) and (not torn or _is_row(torn) or _is_torn(torn))
     return ours
 
 class Metrics:

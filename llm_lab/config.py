@@ -246,9 +246,11 @@ def _as_yaml(cfg):
     return omega.to_yaml(omega.create({s: asdict(getattr(cfg, s)) for s in SECTIONS}))
 
 def _by_us(data):
-    "Is this the text of a config as `write_config` makes it? A hand leaves comments, or another order"
+    "Is this a config as `write_config` lays it out? A hand leaves comments, or another order"
     omega, wrong = need('omegaconf').OmegaConf, need('omegaconf.errors').OmegaConfBaseException
-    try: return _as_yaml(config_of(omega.to_container(omega.create(data.decode())))).encode() == data
+    try:
+        said = omega.to_container(omega.create(data.decode()))
+        return _as_yaml(config_of(said)).encode() == data
     except (wrong, need('yaml').YAMLError, AttributeError, RecursionError, ValueError): return False
 
 def write_config(cfg:RunConfig, path):

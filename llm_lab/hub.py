@@ -28,7 +28,7 @@ def to_hf(
 )->Path: # `folder`
     """Write a folder that transformers can open, with a list of its files beside them.
 
-    Raises `LabError` where it would not be exactly this model, or where the folder holds anything else."""
+    Raises `LabError` where it would not be exactly this model, or the folder holds anything else."""
     folder = Path(folder)
     replaceable(folder)                                        # before the tensors are made ready
     said = hf_config(model.cfg, family)

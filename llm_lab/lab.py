@@ -405,8 +405,9 @@ def _make_room(path, old, new, seen, replace, more):
         raise LabError(f'{path} is a file, and a folder was to be written: give another path')
     if snapshot(path) != seen and _look(path, more) is None: return
     if not replace: raise LabError(f'{path} is there already: give another path')
-    kinds = [', '.join(n for n in _LISTS if n in lists) or LIST for lists in map(_listed, (path, new))]
-    if kinds[0] != kinds[1] and _listed(path):
+    was, will = _listed(path), _listed(new)
+    kinds = [', '.join(n for n in _LISTS if n in lists) or LIST for lists in (was, will)]
+    if was and kinds[0] != kinds[1]:
         raise LabError(f'{path} is of another kind, listed in {kinds[0]} and not in {kinds[1]}: '
                        'give a new folder, or remove it')
     _move(path, old)                                           # no folder goes over a full one

@@ -51,16 +51,16 @@ def write_package(new:Path, model:MiniGPT, tokenizer, about:dict, name:str):
     seal(new, 'package.json', [*_FILES, *beside], about=about, torch=torch.__version__)
 
 def _of_first_edition(folder, known):
-    "What an older package does not list: its card, if no hand has changed it, and its tokenizer's facts"
+    "What an older package does not list: its card, if nobody has changed it, and `meta.json`"
     if 'README.md' in known or 'package.json' not in known: return {}
     about, mine = json.loads((folder/'package.json').read_bytes())['about'], {}
     text = (folder/'README.md').read_bytes() if (folder/'README.md').is_file() else b''
-    says = re.search(rb'model of ([\d,]+) parameters.*^Architecture: `(Config\(.*\))`\n\Z', text, re.S | re.M)
-    if says:
+    form = rb'model of ([\d,]+) parameters.*^Architecture: `(Config\(.*\))`\n\Z'
+    if says := re.search(form, text, re.S | re.M):
         model = SimpleNamespace(n_params=int(says[1].replace(b',', b'')), cfg=says[2].decode())
         if card(folder.name, model, about).encode() == text: mine['README.md'] = None
-    meta = folder/'meta.json'
-    if meta.is_file() and laid_out(meta.read_bytes(), 'kind', ensure_ascii=False): mine['meta.json'] = None
+    meta = (folder/'meta.json').read_bytes() if (folder/'meta.json').is_file() else b''
+    if laid_out(meta, 'kind', ensure_ascii=False): mine['meta.json'] = None
     return mine
 
 def save_package(
@@ -70,7 +70,7 @@ def save_package(
     about:dict=None,# where it comes from: corpus, licence, loss, …
     name:str=None   # on the card; the folder's name if none
 )->Path: # `folder`
-    "Write a package: all of it, or nothing. Raises `LabError` over a folder that holds anything else"
+    "Write a package, all of it or nothing; raises `LabError` over a folder with anything else in it"
     if not isinstance(model, MiniGPT):
         raise LabError(f'a {type(model).__name__} is not saved: give the MiniGPT that it was made from')
     folder = Path(folder)

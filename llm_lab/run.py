@@ -253,23 +253,25 @@ def finish(self:Job, most=None):
 # %% ../nbs/15_run.ipynb #2459a767
 def _runs(name): return home()/'experiments'/require_name(name, 'the config')/'runs'
 
-_MARKED = r'\.+({})(\.\d+\.(new|old))+'
-_HIDDEN = re.compile(_MARKED.format(r'config\.yaml|run\.json|result\.json|(metrics|samples)\.(jsonl|csv)'))
+_HIDDEN = re.compile(r'\.+(config\.yaml|(run|result)\.json|(metrics|samples)\.(jsonl|csv))'
+                     r'(\.\d+\.(new|old))+')
 _BEGUN = re.compile(r'\.lock|\.pid|\.smoke|(metrics|samples)\.(jsonl|csv)')
 
 def _require_free(folder):
-    "Raises `LabError` unless a new run may begin in a folder: nothing is there but what a killed begin has left"
+    "Raises `LabError` unless a folder is empty, or left by a run that was killed as it began"
     names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
     strange = [n for n in names if not _BEGUN.fullmatch(n) and not _HIDDEN.fullmatch(n)]
     if strange or names and '.lock' not in names:
-        raise LabError(f'{folder} holds {(strange or names)[0]}, which is of no run: choose another --run')
+        strange = (strange or names)[0]
+        raise LabError(f'{folder} holds {strange}, which is of no run: choose another --run')
 
 def _new_folder(cfg, name=None)->Path:
     runs, digest = _runs(cfg.name), hashlib.sha256(repr(cfg).encode()).hexdigest()[:6]
     if name is not None:
         folder = runs/require_name(name, '--run')
         if (folder/'config.yaml').exists():
-            raise LabError(f'{folder} is there already: go on with --resume {folder}, or choose another --run')
+            raise LabError(f'{folder} is there already: go on with --resume {folder}, '
+                           'or choose another --run')
         _require_free(folder)
         return folder
     folder = runs/f'{time.strftime("%y%m%d-%H%M%S")}-{digest}'
@@ -277,7 +279,7 @@ def _new_folder(cfg, name=None)->Path:
 
 # %% ../nbs/15_run.ipynb #a3d7f014
 def _smoke_folder(cfg)->Path:
-    "`smoke`, `smoke-2`, …: the first that is free, or was made here and holds no checkpoint of anybody else"
+    "The first of `smoke`, `smoke-2`, … that is free, or of such a run and with nothing foreign"
     for n in itertools.count(1):
         folder = _runs(cfg.name)/('smoke' if n == 1 else f'smoke-{n}')
         if not os.path.lexists(folder): return folder
@@ -294,12 +296,13 @@ def _foreign(folder):
 
 def _begin_anew(folder):
     "Remove the model and the result of an older smoke run"
-    if strange := _foreign(folder/'checkpoints'): raise LabError(f'{strange} is of no run: move it away')
+    if strange := _foreign(folder/'checkpoints'):
+        raise LabError(f'{strange} is of no run: move it away')
     if (folder/'checkpoints').is_dir(): shutil.rmtree(folder/'checkpoints')
     for name in ('latest', 'best', 'result.json'): (folder/name).unlink(missing_ok=True)
 
 def _require_own(folder):
-    "Raises `LabError` where a file that a run will write is there already and not by a run: before it trains"
+    "Raises `LabError`, before it trains, over a file that the run will write and that is not its own"
     require_ours(folder/'run.json', lambda data: laid_out(data, 'starts', end='\n'))
     require_ours(folder/'result.json', lambda data: laid_out(data, 'scores', end='\n'))
     for name in ('latest', 'best'): require_ours(folder/name, re.compile(rb'step-\d+\n').fullmatch)
@@ -336,8 +339,9 @@ def _describe(job, came_from):
                              tokenizer=texts['train'].meta['tokenizer']['sha256']),
                  starts=[*starts, dict(machine(), step=job.run.step, processes=job.engine.num_processes, llm_lab=__version__,
                                        commit=_git('rev-parse', 'HEAD'), changed=bool(_git('status', '--porcelain')))])
-    config = job.folder/'config.yaml'                          # one that says the same may hold your comments
-    if not config.exists() or replace(read_config(config), name=job.cfg.name) != job.cfg: write_config(job.cfg, config)
+    config = job.folder/'config.yaml'
+    known = replace(read_config(config), name=job.cfg.name) if config.exists() else None
+    if known != job.cfg: write_config(job.cfg, config)         # else it may hold your comments
     texts = {job.folder/'run.json': json.dumps(about, indent=1)}
     if job.folder.parent.name == 'runs': texts[job.folder.parent/'latest'] = job.folder.name
     for path, text in texts.items():
@@ -388,7 +392,7 @@ def _alone_now(error, engine, folder):
 def train_config(config='smoke', *overrides,
     resume=None, # '' goes on with the newest run of this config, or with `run`; a path with that run or checkpoint
     run=None,    # name of the new run's folder; date, time and hash if none
-    smoke=False  # only see whether it would work: 20 steps, in a folder `smoke` that no other run has
+    smoke=False  # only see whether it would work: 20 steps, in a folder of such runs, `smoke`
 )->Job:
     "From a config to a trained model; missing data are prepared. Ctrl-C and SIGTERM save and end: `job.run.stopped`"
     cfg, start = None if resume else read_config(config, overrides), None
@@ -399,7 +403,8 @@ def train_config(config='smoke', *overrides,
     else: folder = _smoke_folder(cfg) if smoke else _new_folder(cfg, run)
     engine = engine_of(cfg.log.tracker)
     folder = Path(gathered(engine, str(folder))[0])            # by the clock of the first process
-    if smoke and engine.is_main_process: (made_folder(folder)/'.smoke').touch()      # so it is known again
+    if smoke and engine.is_main_process:
+        (made_folder(folder)/'.smoke').touch()                 # by which the next one knows it
     lock = held(folder) if engine.is_main_process else None
     try:
         if lock: _require_own(folder)
