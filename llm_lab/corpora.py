@@ -257,6 +257,12 @@ class _Bar(tqdm):
         super().__init__(*args, **{**kw, 'disable': False, 'file': io.StringIO()})
     def display(self, *args, **kw): self.live(f'{self.desc}: {self.n/1e6:,.0f} of {(self.total or 0)/1e6:,.0f} MB')
 
+def _require_part(part):
+    "Raises `LabError` unless the folder in which files arrive, which is removed, is the hub's or empty"
+    theirs = (part/'.cache'/'huggingface').is_dir() or not (part.is_dir() and any(part.iterdir()))
+    if part.is_symlink() or part.is_file() or not theirs:
+        raise LabError(f'{part} was not made by a download: move it away')
+
 def _get(data, listing, file, path):
     "Bring one listed file of the data set to `path`"
     hub, part = need('huggingface_hub'), home()/'data'/data.name/'.part'
@@ -280,6 +286,7 @@ def _local(data, listing, files)->list[str]:
     size, free = sum(f['size'] for f in missing), shutil.disk_usage(here).free
     if size > free: raise LabError(f'{data.name} needs {size/1e9:,.1f} GB, {free/1e9:,.1f} GB are free in {here}: '
                                    'make room, or use stream=True')
+    if missing: _require_part(here/'.part')
     for f in missing: _get(data, listing, f, here/f['path'])
     if missing: shutil.rmtree(here/'.part', ignore_errors=True)
     return [str(at[f['path']] or here/f['path']) for f in files]

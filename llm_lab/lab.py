@@ -387,6 +387,7 @@ def unused(path)->Path:
 def made_folder(path)->Path: # `path`
     "Make a folder and those above it; raises `LabError` if a file is in the way, or one may not"
     path = Path(path)
+    if str(path)[:1] == '~': resolved(path)                    # it says why not
     try: path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         file = next(p for p in (path, *path.parents) if os.path.lexists(p) and not p.is_dir())
