@@ -302,10 +302,10 @@ def _usable(folder, corpus, digests, tokenizer, verify):
 _OURS = re.compile(r'\w+\.bin|meta\.json|tokenizer/(tokenizer|meta)\.json')
 
 def _as_packed(folder, known):
-    "What is ours in a packed folder, however damaged: its tokenizer shows that it was one"
+    "What is ours in a packed folder, however damaged: its list shows that it was one, or its tokenizer"
     path = folder/'tokenizer'/'tokenizer.json'
-    layout = dict(ensure_ascii=False)
-    ours = path.is_file() and laid_out(path.read_bytes(), 'added_tokens', 'model', **layout)
+    text = path.read_bytes() if path.is_file() else b''
+    ours = 'meta.json' in known or laid_out(text, 'added_tokens', 'model', ensure_ascii=False)
     names = [p.relative_to(folder).as_posix() for p in folder.rglob('*')] if ours else []
     return {n: None for n in names if _OURS.fullmatch(n)}
 

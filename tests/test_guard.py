@@ -501,7 +501,7 @@ def marks():
     zombie = subprocess.Popen([sys.executable, '-c', ''])
     ended.wait(), os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT)     # dead, and not yet waited for
     mark = lambda kernel, pid, began: f'{kernel}{pid:010d}{began:012d}0000'
-    return {'this process, done': (own, True), 'a number that is used again': (mark(kernel, os.getppid(), began - 1), True),
+    return {'this process, done': (own, True), 'a number that is used again': (mark(kernel, os.getppid(), began + 10**6), True),
             'number 1, before a new start of a container': (mark(kernel, 1, began + 10**6), True),
             'ended': (mark(kernel, ended.pid, began), True), 'a zombie': (mark(kernel, zombie.pid, lab._began(os.getpid())), True),
             'alive': (mark(kernel, os.getppid(), lab._began(os.getppid())), False),
@@ -573,7 +573,7 @@ for _ in range(int(sys.argv[1])): save_package('m', model, CharTokenizer('abc'))
 
 def test_two_who_save_at_the_same_time_do_not_hurt_each_other(tmp_path):
     env = {**os.environ, 'PYTHONPATH': str(ROOT)}
-    both = [subprocess.Popen([sys.executable, '-c', WRITES, '40'], cwd=tmp_path, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    both = [subprocess.Popen([sys.executable, '-c', WRITES, '15'], cwd=tmp_path, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                              stderr=subprocess.PIPE, text=True) for _ in range(2)]
     for p in both: assert p.stdout.readline() == 'ready\n'
     for p in both: p.stdin.write('\n'), p.stdin.flush()
