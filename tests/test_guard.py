@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,42 @@ def written_by(path, **files):
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_text(text)
     return path
+
+
+def killed_at(n):
+    "From now on, this process is killed when it asks the file system for the n-th time"
+    left = [n]
+
+    def hook(event, args):
+        if event in ('open', 'import') or event.startswith(('os.', 'shutil.')):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+def begin_in_a_child(call, at=0):
+    "Call this in a fork, which is killed at its at-th request to the file system"
+    if pid := os.fork():
+        return pid
+    code = 1
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(1, 2)
+        if at:
+            killed_at(at)
+        call()
+        code = 0
+    except (LabError, OSError):
+        code = 3
+    finally:
+        os._exit(code)
+
+
+def ended(pid):
+    "How a child has ended: 0, 3 after an error of one line, 1 after any other, or its signal"
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 # ---- what others wrote
@@ -714,6 +751,7 @@ def test_a_folder_with_a_config_is_no_run(home, capsys):
 
 WRITER = """
 import os, signal, sys
+from functools import partial
 from pathlib import Path
 from llm_lab.lab import written
 with written('m') as new:
@@ -843,40 +881,44 @@ def test_where_capitals_do_not_count_a_name_is_one_in_any_of_them(tmp_path):
     assert not left.exists()
 
 
-WRITES = """
-import sys
-from llm_lab.chars import CharTokenizer
-from llm_lab.gpt import Config, MiniGPT
-from llm_lab.package import save_package
-model = MiniGPT(Config(vocab_size=3, d_model=8, n_layers=1, n_heads=1, max_len=8))
-print('ready', flush=True); sys.stdin.readline()
-for _ in range(int(sys.argv[1])): save_package('m', model, CharTokenizer('abc'))
-"""
+def saves_often(folder):
+    for _ in range(25):
+        save(folder/'m')
 
 
 def test_two_who_save_at_the_same_time_do_not_hurt_each_other(tmp_path):
-    env = {**os.environ, 'PYTHONPATH': str(ROOT)}
-    both = [
-        subprocess.Popen(
-            [sys.executable, '-c', WRITES, '15'],
-            cwd=tmp_path,
-            env=env,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(2)
-    ]
-    for p in both:
-        assert p.stdout.readline() == 'ready\n'
-    for p in both:
-        p.stdin.write('\n')
-        p.stdin.flush()
-    while any(p.poll() is None for p in both):
-        restored(tmp_path/'m')  # a reader who brings back what is missing
-    assert [p.communicate()[1] for p in both] == ['', ''] and [p.returncode for p in both] == [0, 0]
+    both = [begin_in_a_child(partial(saves_often, tmp_path)) for _ in range(2)]
+    saves_often(tmp_path)  # a third one, which also brings back what is missing
+    assert [ended(pid) for pid in both] == [0, 0]
     assert open_model(tmp_path/'m') and [p.name for p in tmp_path.iterdir()] == ['m']
+
+
+@pytest.mark.parametrize('theirs', ['a package', 'the old one', 'thesis'])
+def test_what_comes_between_the_two_renames_is_seen(theirs, tmp_path, monkeypatch):
+    "Another writer's package is the old one then; a reader may bring back ours; a stranger stays"
+    save(tmp_path/'m')
+    save(tmp_path/'other', 16)
+    written_by(tmp_path/'thesis', chapter1__tex='years')
+    real, left = os.replace, [1]
+
+    def replace(a, b):
+        if str(a).endswith('.new') and str(b) == str(tmp_path/'m') and left[0]:
+            left[0] = 0
+            if theirs == 'the old one':
+                restored(tmp_path/'m')
+            else:
+                real(tmp_path/('other' if theirs == 'a package' else theirs), b)
+        return real(a, b)
+
+    monkeypatch.setattr(os, 'replace', replace)
+    if theirs == 'thesis':
+        with pytest.raises(LabError, match='holds chapter1.tex'):
+            save(tmp_path/'m', 8)
+        assert (tmp_path/'m'/'chapter1.tex').read_text() == 'years'
+    else:
+        save(tmp_path/'m', 8)
+        assert open_model(tmp_path/'m').model.cfg.d_model == 8
+    assert not left[0] and hidden(tmp_path) == []
 
 
 # ---- file systems that promise less
@@ -1176,37 +1218,6 @@ WRITERS = {
 }
 
 
-def killed_at(n):
-    "From now on, this process is killed when it asks the file system for the n-th time"
-    left = [n]
-
-    def hook(event, args):
-        if event in ('open', 'import') or event.startswith(('os.', 'shutil.')):
-            left[0] -= 1
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(hook)
-
-
-def in_a_child(call, at):
-    "How a fork that calls this ends: 0, 3 (one line), 1 (anything else), killed at the at-th request"
-    if not (pid := os.fork()):
-        code = 1
-        try:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            os.dup2(1, 2)
-            if at:
-                killed_at(at)
-            call()
-            code = 0
-        except (LabError, OSError):
-            code = 3
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
 def survives(root, calls, seed, monkeypatch):
     "How calls end of random writers at random places of a user's folder, half of them killed"
     luck = random.Random(seed)
@@ -1216,54 +1227,35 @@ def survives(root, calls, seed, monkeypatch):
     monkeypatch.setenv('LLM_LAB_HOME', str(home))
     monkeypatch.delenv('LLM_LAB_DATA', raising=False)
     monkeypatch.chdir(home/'web')
-    before, ended = files(home), []
+    before, codes = files(home), []
     assert sum(v != 'folder' for v in before.values()) >= 1000
     places = sorted(before)
     for n in range(calls):
         name = [*WRITERS][n % len(WRITERS)] if n < len(WRITERS) else luck.choice([*WRITERS])
-        at = luck.choice(
-            [
-                home,
-                *places,
-                *places,
-                luck.choice(places)/'new',
-                home/'artifacts'/'new',
-                Path('.'),
-                Path('..'),
-                Path('m'),
-            ]
-        )
+        new = luck.choice(places)/'new', home/'artifacts'/'new'
+        at = luck.choice([home, *places, *places, *new, Path('.'), Path('..'), Path('m')])
         kill = luck.choice([0, 0, luck.randint(1, 40), luck.randint(1, 400)])
-        ended.append((name, in_a_child(lambda: WRITERS[name](at), kill)))
+        codes.append((name, ended(begin_in_a_child(lambda: WRITERS[name](at), kill))))
         now = files(home)
         assert {p: v for p, v in before.items() if now.get(p) != v} == {}, (n, name, at, kill)
-    assert [e for e in ended if e[1] not in (0, 3, -signal.SIGKILL)] == []
-    for name in (
-        'package',
-        'hf',
-        'tour',
-        'pack',
-        'checkpoints',
-    ):  # and in a place of their own they work
+    assert [c for c in codes if c[1] not in (0, 3, -signal.SIGKILL)] == []
+    for name in ('package', 'hf', 'tour', 'pack', 'checkpoints'):  # in their own places, they work
         for _ in range(1 + (name in ('package', 'hf'))):
             WRITERS[name](home/'artifacts'/f'fresh-{name}')
-    return [code for _, code in ended]
+    return [code for _, code in codes]
 
 
 def test_a_thousand_files_survive_twenty_calls(tmp_path, monkeypatch):
-    ended = survives(tmp_path, 20, 1, monkeypatch)
-    assert {3, -signal.SIGKILL} <= {*ended}
+    codes = survives(tmp_path, 20, 1, monkeypatch)
+    assert {3, -signal.SIGKILL} <= {*codes}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('seed', [2, 3])
 def test_a_thousand_files_survive_two_hundred_calls(seed, tmp_path, monkeypatch):
-    ended = survives(tmp_path, 200, seed, monkeypatch)
-    assert (
-        {0, 3, -signal.SIGKILL} == {*ended}
-        and ended.count(-signal.SIGKILL) > 20
-        and ended.count(0) > 20
-    )
+    codes = survives(tmp_path, 200, seed, monkeypatch)
+    assert {*codes} == {0, 3, -signal.SIGKILL}
+    assert codes.count(-signal.SIGKILL) > 20 and codes.count(0) > 20
 
 
 def test_the_guard_of_a_package_reads_each_file_once(tmp_path, monkeypatch):
@@ -1273,6 +1265,5 @@ def test_the_guard_of_a_package_reads_each_file_once(tmp_path, monkeypatch):
     monkeypatch.setattr(lab, '_hash_of', lambda path: read.append(path.name) or real(path))
     save(tmp_path/'m')
     assert sorted(read) == ['README.md', 'llm_lab.json', 'model.safetensors', 'tokenizer.json']
-    assert replaceable(tmp_path/'m') == tmp_path/'m' and snapshot(tmp_path/'m').keys() == {
-        p.name for p in (tmp_path/'m').iterdir()
-    }
+    assert replaceable(tmp_path/'m') == tmp_path/'m'
+    assert snapshot(tmp_path/'m').keys() == {p.name for p in (tmp_path/'m').iterdir()}
