@@ -29,7 +29,7 @@ MUTANTS = {  # name: (module, what stands there, what it becomes, the test that 
     'one dropout for all': ('checkpoint', "_states(state['random'][self.rank])", "_states(state['random'][0])",
                             RUN + 'when_one_of_two_is_killed_the_other_ends_and_both_go_on'),
     'every process reads all': ('pack', 'self.rank::self.world_size', '::1', RUN + 'two_processes_learn_what_one_learns'),
-    'no lock': ('run', 'try: lock.acquire(blocking=False)', 'try: pass', RUN + 'two_do_not_write_into_one_folder'),
+    'no lock': ('lab', 'try: lock.acquire(blocking=False)', 'try: pass', RUN + 'two_do_not_write_into_one_folder'),
     'nobody is asked': ('run', 'float(self.asked == r) for r in reasons', '0. for r in reasons',
                         RUN + 'when_one_of_two_is_asked_to_end_both_end_at_the_same_step'),
     'environment in a config': ('config', "any(re.search(r'(?s)\\$\\{.*:', text)", "any(re.search(r'nothing', text)",
