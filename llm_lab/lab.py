@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'SIGNED', 'LabError', 'need', 'home', 'restored', 'written', 'rng', 'streams', 'set_streams',
-           'kept_streams', 'seeded', 'device', 'machine', 'check', 'pyplot', 'in_notebook', 'show', 'widgets_live',
-           'explore', 'Live', 'progress', 'stoppable', 'flops', 'by_onednn', 'quick_products', 'peak_flops',
-           'time_by_kind', 'keep_memory']
+           'kept_streams', 'seeded', 'device', 'usable_device', 'machine', 'check', 'pyplot', 'in_notebook', 'show',
+           'widgets_live', 'explore', 'Live', 'progress', 'stoppable', 'flops', 'by_onednn', 'quick_products',
+           'peak_flops', 'time_by_kind', 'keep_memory']
 
 # %% ../nbs/00_lab.ipynb #f5126c87
 import hashlib, importlib, os, re, shutil, signal, sys, threading, time
@@ -124,6 +124,17 @@ def device()->str: # 'cuda', 'mps' or 'cpu'
     import torch
     if name := os.environ.get('LLM_LAB_DEVICE'): return name
     return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+
+# %% ../nbs/00_lab.ipynb #7d20c9e4
+def usable_device()->str:
+    "`device()`, after one sum was made on it; raises `LabError` where that does not work"
+    import torch
+    name = device()
+    try: torch.ones(1, device=name).sum().item()
+    except Exception as e:                                     # each kind of device has errors of its own
+        why = (str(e).splitlines() or [type(e).__name__])[0][:120]
+        raise LabError(f'the device {name!r} cannot be used here: {why}; set LLM_LAB_DEVICE=cpu') from None
+    return name
 
 # %% ../nbs/00_lab.ipynb #bcd2eb7b
 def machine()->dict:
@@ -267,17 +278,24 @@ def progress(
 # %% ../nbs/00_lab.ipynb #55b1809d
 @contextmanager
 def stoppable(
-    stop # called with 'by hand' at the first Ctrl-C, 'by SIGTERM' at that signal; the second one breaks, as always
+    stop # called with 'by hand' at Ctrl-C, 'by SIGTERM', 'by SIGHUP'; a second Ctrl-C or SIGTERM breaks
 ):
     "Within, an interrupt asks for an end instead of making one (in the main thread, the only one that hears it)"
     names, main = {signal.SIGINT: 'by hand', signal.SIGTERM: 'by SIGTERM'}, threading.main_thread()
+    hangup = getattr(signal, 'SIGHUP', None)                   # Windows has none
+    if hangup: names[hangup] = 'by SIGHUP'
     old = {s: h for s in names if threading.current_thread() is main
            and (h := signal.getsignal(s)) not in (None, signal.SIG_IGN)}
-    def first(number, frame): signal.signal(number, old[number]); stop(names[number])
+    def first(number, frame):
+        signal.signal(number, signal.SIG_IGN if number == hangup else old[number])
+        stop(names[number])
     for s in old: signal.signal(s, first)
     try: yield
     finally:
-        for s, h in old.items(): signal.signal(s, h)
+        for s, h in old.items():
+            # a hang-up that came stays ignored: it comes again while the work is being saved
+            came = s == hangup and signal.getsignal(s) is signal.SIG_IGN
+            if not came: signal.signal(s, h)
 
 # %% ../nbs/00_lab.ipynb #8c5c9eb5
 def flops(

@@ -7,7 +7,7 @@ __all__ = ['texts_of', 'batches_of', 'Alone', 'engine_of', 'gathered', 'model_co
            'train_config']
 
 # %% ../nbs/15_run.ipynb #aedce895
-import hashlib, json, math, os, re, shutil, subprocess, sys, time
+import hashlib, json, math, os, re, shutil, subprocess, sys, time, warnings
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -17,7 +17,8 @@ import torch
 from fastcore.basics import patch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from . import __version__
-from .lab import LabError, Live, device, flops, home, kept_streams, machine, need, peak_flops, written
+from .lab import (LabError, Live, device, flops, home, kept_streams, machine, need, peak_flops,
+                         usable_device, written)
 from .corpora import load_corpus
 from .chars import CharTokenizer
 from .pack import BatchStream, PackedTokens, pack
@@ -184,7 +185,7 @@ def validate(self:Job, run)->dict:
 def agree(self:Job, run):
     "Several processes end together: one that was asked to asks the others"
     if self.engine.num_processes == 1: return
-    reasons = ['by hand', 'by SIGTERM']
+    reasons = ['by hand', 'by SIGTERM', 'by SIGHUP']
     asked = torch.tensor([float(self.asked == r) for r in reasons], device=self.engine.device)
     asked = self.engine.reduce(asked, 'sum').tolist()
     if any(asked): run.stopped = reasons[asked.index(max(asked))]
@@ -242,12 +243,34 @@ def finish(self:Job, most=None):
     "Judge the model on the whole validation split; write and return what result.json says"
     live, run, c, path = Live(), self.run, self.cfg, self.folder/'result.json'
     if path.exists() and (known := json.loads(path.read_text()))['steps'] == run.step: return known
-    score = evaluate(run.model, self.texts['tokenizer'], self.texts['corpus'], most=most, live=live)
+    try: score = evaluate(run.model, self.texts['tokenizer'], self.texts['corpus'], most=most, live=live)
+    except Exception as e:
+        why = (str(e).splitlines() or [type(e).__name__])[0]
+        raise LabError(f'{self.folder} is trained and kept, but its evaluation failed: {why}; '
+                       f'mend that, then: llm-lab eval {self.folder}') from e
     live.close(f'validated on {score.tokens:,} tokens')
     result = dict(name=c.name, run=self.folder.name, params=run.model.n_params, steps=run.step,
                   tokens=self.tokens(run.step), seconds=run.seconds, scores=dict(val=score.as_dict()))
     with written(path) as f: f.write_text(json.dumps(result, indent=1) + '\n', encoding='utf-8')
     return result
+
+# %% ../nbs/15_run.ipynb #d8530b9e
+@patch
+def foresee(self:Job):
+    "Raises `LabError` on what validation and samples would stumble over, many steps later"
+    prompt = self.cfg.eval.prompt
+    try: self.texts['tokenizer'].encode(prompt)
+    except (LabError, UnicodeError) as e: raise LabError(f'eval.prompt={prompt!r}: {e}') from None
+    if len(self.ids) < 2:
+        raise LabError(f'data.corpus={self.cfg.data.corpus}: its validation text has {len(self.ids)} tokens, '
+                       'in which nothing can be asked; give a longer text')
+
+def _end(engine, tracker):
+    "Say goodbye to the trackers; one that fails now, without a network perhaps, spoils no run that is kept"
+    try: engine.end_training()
+    except Exception as e:
+        if tracker == 'none': raise
+        warnings.warn(f'log.tracker={tracker}: {(str(e).splitlines() or [type(e).__name__])[0]}')
 
 # %% ../nbs/15_run.ipynb #2459a767
 def _new_folder(cfg, name=None)->Path:
@@ -336,23 +359,25 @@ def train_config(config='smoke', *overrides,
     run=None,    # name of the new run's folder; date, time and hash if none
     smoke=False  # only see whether it would work: 20 steps, in a folder `smoke`
 )->Job:
-    "From a config to a trained model; missing data are prepared. Ctrl-C and SIGTERM save and end: `job.run.stopped`"
+    "From a config to a trained model; missing data are prepared. Ctrl-C, SIGTERM, SIGHUP save and end: `job.run.stopped`"
     cfg, start, old = None if resume else read_config(config, overrides), None, None
     if smoke and resume is not None: raise LabError('--smoke begins anew: leave --resume out')
     if smoke: cfg, run, old = smaller(cfg), 'smoke', home()/'experiments'/cfg.name/'runs'/'smoke'
     resume = _newest_run(cfg.name, run) if resume == '' else resume                 # none yet: a new one begins
     if resume: cfg, folder, start = going_on(resume, overrides)
     else: folder = old or _new_folder(cfg, run)
+    usable_device()                                            # raises where there is none of that name
     engine = engine_of(cfg.log.tracker)
     folder = Path(gathered(engine, str(folder))[0])            # by the clock of the first process
     lock = held(folder) if engine.is_main_process else None
     try:
         if old and lock: shutil.rmtree(old/'checkpoints', ignore_errors=True); (old/'result.json').unlink(missing_ok=True)
         job = Job(cfg, folder, engine)
+        job.foresee()
         if lock: print(job, flush=True)
         job.go(start)
         if lock and not job.run.stopped: job.result = job.finish(cfg.eval.tokens if smoke else None)
-        engine.end_training()
+        _end(engine, cfg.log.tracker)
     except RuntimeError as e: _alone_now(e, engine, folder)
     finally:
         if lock: lock.release()
