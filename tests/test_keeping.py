@@ -22,7 +22,7 @@ from llm_lab import tour as chapter
 from llm_lab.cli import main
 from llm_lab.lab import LabError, stoppable
 from llm_lab.package import open_model
-from llm_lab.run import Alone, train_config
+from llm_lab.run import Alone, Job, train_config
 from llm_lab.tour import surviving_output, tour
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -166,8 +166,10 @@ def test_a_file_name_that_is_not_utf8(home, tmp_path, capsys):
 def test_a_file_named_like_a_corpus_is_a_file(name, home, monkeypatch, capsys):
     "Which text it is, its hash decides: it is no Tiny Tales, and `eval` reads the file again"
     (home/name).write_text(POEM, encoding='utf-8')
-    monkeypatch.setattr('llm_lab.evaluate.excess', raises(AssertionError('these are no tales')))
+    taken_for_tales = []
+    monkeypatch.setattr('llm_lab.evaluate.excess', lambda *a, **kw: taken_for_tales.append(a))
     result = tour(os.path.join('.', name), 1, SMALL)
+    assert taken_for_tales == []
     assert result['val_loss'] and 'excess_bits' not in result and result['corpus'] == Path(name).stem
     about = opened(home/'artifacts'/'tour')
     assert Path(about['data']) == Path(name) and about['data'] != name
@@ -342,7 +344,7 @@ def test_what_can_be_known_is_known_before_step_1(home, poem, tmp_path, monkeypa
         m.setattr('llm_lab.package.tensor_bytes', raises(OSError(errno.ENOSPC, 'No space left on device')))
         refused('No space left on device', poem)
     with monkeypatch.context() as m:
-        m.setattr(chapter, '_time_step', raises(KeyboardInterrupt('by SIGTERM')))
+        m.setattr(chapter, '_time_step', lambda setup: signal.raise_signal(signal.SIGTERM))
         assert main(['tour', '--corpus', str(poem), *small]) == 143 and names(home/'artifacts') == []
     shutil.rmtree(home/'artifacts')
     (home/'artifacts').write_text('a file')
@@ -480,6 +482,12 @@ def child(home, argv, said, how):
         (home/'ready').touch()
         for number in how.get('signals', ()): os.kill(os.getpid(), number)
     chapter._watcher = at_step(5, then)
+    record = Job.record
+
+    def recorded(job, run):
+        then()
+        return record(job, run)
+    Job.record = recorded
     code = main(argv)
     for stream in (sys.stdout, sys.stderr): stream.flush()
     os._exit(code)
@@ -535,21 +543,33 @@ def test_nohup_stays_nohup(born, home):
     opened(home/'artifacts'/'tour', steps=20)
 
 
-@posix
-def test_a_terminal_that_is_closed_leaves_the_model(born, home):
-    "The real thing: a pseudoterminal; its end is SIGHUP, and an error for each word from then on"
+def close_the_terminal(born, home, **how):
+    "The life that a pseudoterminal shows is at step 5 when that is closed; its exit code"
     master, slave = os.openpty()
-    p = born(terminal=os.ttyname(slave))
+    p = born(terminal=os.ttyname(slave), **how)
     while not (home/'ready').exists():
         assert p.is_alive()
         if select.select([master], [], [], .05)[0]: os.read(master, 4096)
     os.close(slave)
     os.close(master)
     p.join(600)
-    assert p.exitcode == 129
+    return p.exitcode
+
+
+@posix
+def test_a_terminal_that_is_closed_leaves_the_model(born, home):
+    "The real thing: its end is SIGHUP, and an error for each word from then on"
+    assert close_the_terminal(born, home) == 129
     about = open_model(home/'artifacts'/'tour').about
     assert about['steps'] >= 5 and about['stopped'] == 'by SIGHUP'
     assert 'result.json' in names(home/'artifacts'/'tour')
+
+
+@posix
+def test_a_terminal_that_is_closed_leaves_the_run(born, home, poem):
+    settings = run_settings(poem, **{'train.steps': 100_000, 'log.every': 1, 'eval.every': 100_000, 'log.checkpoint_every': 100_000})
+    assert close_the_terminal(born, home, argv=['train', 'smoke', *settings, '--run', 'x']) == 129
+    assert open_model(home/'experiments'/'smoke'/'runs'/'x').about['step'] >= 1
 
 
 @posix
@@ -571,11 +591,13 @@ def test_a_power_cut_in_a_long_tour_takes_what_came_after_the_last_package(born,
 
 
 @posix
-def test_a_hang_up_is_heard_once(monkeypatch):
+def test_a_hang_up_is_heard_once():
     "It comes again while the work is saved, and is ignored then; whoever had it ignored never hears it"
-    before, asked = signal.getsignal(signal.SIGHUP), []
+    before, asked, broken = signal.getsignal(signal.SIGHUP), [], []
+
+    def breaks(*args): broken.append(args)                     # what would end the process
     try:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, breaks)
         with stoppable(lambda why: asked.append(f'outer {why}')):
             with stoppable(asked.append):
                 for _ in range(2): signal.raise_signal(signal.SIGHUP)
@@ -583,8 +605,8 @@ def test_a_hang_up_is_heard_once(monkeypatch):
         signal.raise_signal(signal.SIGHUP)
         assert asked == ['by SIGHUP'] and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
         with stoppable(asked.append): signal.raise_signal(signal.SIGHUP)
-        assert asked == ['by SIGHUP']
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        assert asked == ['by SIGHUP'] and broken == []
+        signal.signal(signal.SIGHUP, breaks)
         with stoppable(asked.append): pass
-        assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+        assert signal.getsignal(signal.SIGHUP) is breaks
     finally: signal.signal(signal.SIGHUP, before)
