@@ -69,10 +69,11 @@ def write_from(
     print()
 
 # %% ../nbs/28_cli.ipynb #0d19f3b3
-STOPPED = {'by hand': 130, 'by SIGTERM': 143, 'by SIGHUP': 129} # exit codes, as shells have them: 128 + the signal
+# exit codes, as shells have them: 128 and the number of the signal
+STOPPED = {'by hand': 130, 'by SIGTERM': 143, 'by SIGHUP': 129}
 
 def _tour(a):
-    "Take the tour. Its Ctrl-C is the offered way to end it, so that is no failure; a shutdown is one"
+    "Take the tour. Ctrl-C is the offered way to end it, so that is no failure; a shutdown is one"
     why = tour(a.corpus, a.minutes, a.settings, a.name)['stopped']
     return 0 if why == 'by hand' else STOPPED.get(why, 0)
 
@@ -82,7 +83,8 @@ def _tour_options(t):
                    help='tiny_tales (default), tiny_shakespeare, a text file, or a folder of .txt files')
     minutes = _number(float, lambda x: 0 < x < 1e4, 'give a number above 0, below 10,000')
     t.add_argument('--minutes', type=minutes, default=3., help='how long it may take (default 3)')
-    t.add_argument('--name', help='of its folder in artifacts/ (default: the first of tour, tour-2, … that is free)')
+    t.add_argument('--name', help='of its folder in artifacts/ '
+                                  '(default: the first of tour, tour-2, … that is free)')
     t.add_argument('settings', nargs='*', type=_setting, metavar='key=value',
                    help='change the model or the training: d_model=192 n_layers=6 lr=2e-3 seed=1')
     t.set_defaults(run=_tour)
@@ -169,7 +171,8 @@ def _eval(a):
         corpus = load_corpus(a.corpus or about.get('data') or about.get('corpus', ''))
         known = about.get('corpus'), about.get('corpus_sha256')  # a name alone tells little
         if not a.corpus and known[0] == corpus.name and known[1] not in (None, corpus.sha256):
-            print(f'{corpus.name} is not the text it was trained on, or has changed', file=sys.stderr)
+            print(f'{corpus.name} is not the text it was trained on, or has changed',
+                  file=sys.stderr)
         score = evaluate(model, tokenizer, corpus, a.split, stride=a.stride, live=(live := Live()))
         live.close(f'{score.tokens:,} tokens of {corpus.name}, each asked once')
     print(verdict(score, of=Path(a.text).name if a.text else a.split) + f'\nperplexity {score.perplexity:.3f}, '
@@ -242,13 +245,14 @@ def _ran(args):
     return code if isinstance(code, int) else 0
 
 def main(argv=None)->int:
-    "Run `llm-lab`; returns the exit code: 0, 1 for an error, 2 for bad usage, and those of `STOPPED`"
+    "Run `llm-lab`; returns the exit code: 0, 1 for an error, 2 for bad usage, or one of `STOPPED`"
     for out in (sys.stdout, sys.stderr):
         if hasattr(out, 'reconfigure'): out.reconfigure(errors='replace')  # a console may be without €
     args, rest = _parser().parse_known_args(argv)
     if args.command == 'train' and all('=' in r and r[0] != '-' for r in rest): args.words += rest  # after an option
     elif rest: _parser().error(f'unrecognized arguments: {" ".join(rest)}')
-    with surviving_output() if args.command in ('tour', 'train') else nullcontext(): return _ran(args)
+    must_end_well = args.command in ('tour', 'train')  # whoever reads it
+    with surviving_output() if must_end_well else nullcontext(): return _ran(args)
 
 # %% ../nbs/28_cli.ipynb #c7a46148
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())  # python -m llm_lab.cli; not in a notebook

@@ -131,9 +131,10 @@ def usable_device()->str:
     import torch
     name = device()
     try: torch.ones(1, device=name).sum().item()
-    except Exception as e:                                     # each kind of device has errors of its own
+    except Exception as e:                                     # each kind has errors of its own
         why = (str(e).splitlines() or [type(e).__name__])[0][:120]
-        raise LabError(f'the device {name!r} cannot be used here: {why}; set LLM_LAB_DEVICE=cpu') from None
+        raise LabError(f'the device {name!r} cannot be used here: {why}; '
+                       'set LLM_LAB_DEVICE=cpu') from None
     return name
 
 # %% ../nbs/00_lab.ipynb #bcd2eb7b
@@ -278,7 +279,7 @@ def progress(
 # %% ../nbs/00_lab.ipynb #55b1809d
 @contextmanager
 def stoppable(
-    stop # called with 'by hand' at Ctrl-C, 'by SIGTERM', 'by SIGHUP'; a second Ctrl-C or SIGTERM breaks
+    stop # called with 'by hand' (Ctrl-C), 'by SIGTERM' or 'by SIGHUP'; the second one breaks
 ):
     "Within, an interrupt asks for an end instead of making one (in the main thread, the only one that hears it)"
     names, main = {signal.SIGINT: 'by hand', signal.SIGTERM: 'by SIGTERM'}, threading.main_thread()

@@ -40,7 +40,7 @@ def card(name:str, model:MiniGPT, about:dict)->str:
 
 # %% ../nbs/07_package.ipynb #d98b212f
 def _card_or_name(name, model, about):
-    "The card; where it cannot be made, the name and the reason: no model is lost for its description"
+    "The card; where it cannot be made, name and reason: no model is lost for its description"
     try: return card(name, model, about)
     except Exception as e: return f'# {name}\n\nThere is no card: {type(e).__name__}: {e}\n'
 
@@ -50,7 +50,8 @@ def write_package(new:Path, model:MiniGPT, tokenizer, about:dict, name:str):
     (new/'llm_lab.json').write_text(json.dumps(to_data(model.cfg), indent=1), encoding='utf-8')
     state = {k: v.contiguous() for k, v in model.state_dict().items() if not (model.cfg.tie and k == 'head.weight')}
     (new/'model.safetensors').write_bytes(tensor_bytes(state))
-    (new/'README.md').write_text(_card_or_name(name, model, about), encoding='utf-8', errors='replace')
+    text = _card_or_name(name, model, about)
+    (new/'README.md').write_text(text, encoding='utf-8', errors='replace')
     seal(new, 'package.json', _FILES, about=about, torch=torch.__version__)
 
 def save_package(

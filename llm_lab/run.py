@@ -243,7 +243,8 @@ def finish(self:Job, most=None):
     "Judge the model on the whole validation split; write and return what result.json says"
     live, run, c, path = Live(), self.run, self.cfg, self.folder/'result.json'
     if path.exists() and (known := json.loads(path.read_text()))['steps'] == run.step: return known
-    try: score = evaluate(run.model, self.texts['tokenizer'], self.texts['corpus'], most=most, live=live)
+    texts = self.texts
+    try: score = evaluate(run.model, texts['tokenizer'], texts['corpus'], most=most, live=live)
     except Exception as e:
         why = (str(e).splitlines() or [type(e).__name__])[0]
         raise LabError(f'{self.folder} is trained and kept, but its evaluation failed: {why}; '
@@ -262,11 +263,11 @@ def foresee(self:Job):
     try: self.texts['tokenizer'].encode(prompt)
     except (LabError, UnicodeError) as e: raise LabError(f'eval.prompt={prompt!r}: {e}') from None
     if len(self.ids) < 2:
-        raise LabError(f'data.corpus={self.cfg.data.corpus}: its validation text has {len(self.ids)} tokens, '
-                       'in which nothing can be asked; give a longer text')
+        raise LabError(f'data.corpus={self.cfg.data.corpus}: its validation text has '
+                       f'{len(self.ids)} tokens, in which nothing can be asked; give a longer text')
 
 def _end(engine, tracker):
-    "Say goodbye to the trackers; one that fails now, without a network perhaps, spoils no run that is kept"
+    "Say goodbye to the trackers; one that fails now spoils no run that is kept: it is a warning"
     try: engine.end_training()
     except Exception as e:
         if tracker == 'none': raise
@@ -359,14 +360,14 @@ def train_config(config='smoke', *overrides,
     run=None,    # name of the new run's folder; date, time and hash if none
     smoke=False  # only see whether it would work: 20 steps, in a folder `smoke`
 )->Job:
-    "From a config to a trained model; missing data are prepared. Ctrl-C, SIGTERM, SIGHUP save and end: `job.run.stopped`"
+    "From a config to a trained model; missing data are prepared. Signals save and end it"
     cfg, start, old = None if resume else read_config(config, overrides), None, None
     if smoke and resume is not None: raise LabError('--smoke begins anew: leave --resume out')
     if smoke: cfg, run, old = smaller(cfg), 'smoke', home()/'experiments'/cfg.name/'runs'/'smoke'
     resume = _newest_run(cfg.name, run) if resume == '' else resume                 # none yet: a new one begins
     if resume: cfg, folder, start = going_on(resume, overrides)
     else: folder = old or _new_folder(cfg, run)
-    usable_device()                                            # raises where there is none of that name
+    usable_device()                                            # raises where it cannot be used
     engine = engine_of(cfg.log.tracker)
     folder = Path(gathered(engine, str(folder))[0])            # by the clock of the first process
     lock = held(folder) if engine.is_main_process else None

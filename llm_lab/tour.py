@@ -91,12 +91,12 @@ def _check_texts(setup):
     "Raises `LabError` where a tokenizer of characters or the final validation would not work"
     name, ids, starts = setup.corpus.name, setup.ids['val'], setup.starts['val']
     if (letters := setup.tokenizer.vocab_size) > LETTERS:
-        raise LabError(f'corpus {name!r} has {letters:,} different characters, the tour learns at most '
-                       f'{LETTERS:,}: use `train` with data.tokenizer=bpe')
+        raise LabError(f'corpus {name!r} has {letters:,} different characters, the tour learns '
+                       f'at most {LETTERS:,}: use `train` with data.tokenizer=bpe')
     asked = len(ids) - 1 if starts is None else int((starts < len(ids) - 1).sum())
     if asked < 1:
-        raise LabError(f'corpus {name!r} has a validation text of {len(ids)} characters, which asks for '
-                       'none: give a longer text')
+        raise LabError(f'corpus {name!r} has a validation text of {len(ids)} characters, '
+                       'in which nothing can be asked: give a longer text')
 
 def _data_of(corpus):
     "What `load_corpus` needs to find it again; a path never reads like the name of a corpus"
@@ -107,7 +107,8 @@ def _data_of(corpus):
 def _ready(corpus, minutes, settings):
     "The tour's `Setup`, everything that can be checked is checked; raises `LabError`"
     from llm_lab.corpora import load_corpus
-    if not 0 < minutes < 1e4: raise LabError(f'minutes={minutes!r}: give a number above 0, below 10,000')
+    if not 0 < minutes < 1e4:
+        raise LabError(f'minutes={minutes!r}: give a number above 0, below 10,000')
     text = load_corpus(corpus)
     text = replace(text, name=_shown(text.name), source=_shown(text.source))
     from llm_lab.train import prepare
@@ -149,7 +150,7 @@ class _Stream:
 
     def write(self, text):
         try: return self.stream.write(text)
-        except UnicodeEncodeError:                             # a console that is without this letter
+        except UnicodeEncodeError:                             # a console without this letter
             known = self.stream.encoding or 'ascii'
             return self.write(text.encode(known, 'replace').decode(known))
         except (OSError, ValueError): self._lost()             # ValueError: it was closed
@@ -160,18 +161,18 @@ class _Stream:
         except (OSError, ValueError): self._lost()
 
     def _lost(self):
-        "Let it end in nothing: what waits in its buffer, too, or the end of Python would trip over it"
+        "Let it end in nothing: what waits in its buffer, too, or Python would trip over it at exit"
         null = open(os.devnull, 'w', encoding='utf-8')
         try:
             os.dup2(null.fileno(), self.stream.fileno())
             self.stream.flush()
-        except (OSError, ValueError): self.stream = null       # it has no number, so nobody else has it
+        except (OSError, ValueError): self.stream = null       # it is no file of the system
         else: null.close()
 
 @contextmanager
 def surviving_output():
     "Within, what is printed never raises: where a terminal or a pipe has gone, it is dropped"
-    old = sys.stdout, sys.stderr                               # None where they were closed from the start
+    old = sys.stdout, sys.stderr                               # None if closed from the start
     mine = [_Stream(o or open(os.devnull, 'w', encoding='utf-8')) for o in old]
     sys.stdout, sys.stderr = mine
     try: yield
@@ -187,17 +188,19 @@ def command(me=None):
     return shlex.quote(str(me.relative_to(here))) if me.is_relative_to(here) else 'llm-lab'
 
 # %% ../nbs/27_tour.ipynb #5a6c91d3
-def _taken(folder): return LabError(f'{folder} is there already: choose another --name, or move it away')
+def _taken(folder):
+    return LabError(f'{folder} is there already: choose another --name, or move it away')
 
 def _check_name(name):
     "Raises `LabError` where a new folder of artifacts/ cannot have this name"
     plain = re.fullmatch(r'\w[\w.-]{0,80}', name) and not name.endswith('.')
     if not plain or re.fullmatch(r'(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?', name):
-        raise LabError(f'--name {_shown(name)!r} will not do: give letters, digits, . _ -, as in first-try')
+        raise LabError(f'--name {_shown(name)!r} will not do: give letters, digits, . _ -, '
+                       'as in first-try')
     if (there := home()/'artifacts'/name).exists(): raise _taken(there)
 
 def _claimed(parent, name=None):
-    "A folder that is made now: `name`, or the first of tour, tour-2, …; raises `LabError` where `name` is there"
+    "A folder made now: `name`, or the first free of tour, tour-2, …; raises where `name` is there"
     parent.mkdir(parents=True, exist_ok=True)
     for tried in [name] if name else chain(['tour'], (f'tour-{n}' for n in count(2))):
         # a killed writer may have left the only copy of that name as `.tour.PROCESS.old`
@@ -208,7 +211,7 @@ def _claimed(parent, name=None):
     raise _taken(parent/name)
 
 # %% ../nbs/27_tour.ipynb #2b7a40c9
-KEEP_EVERY = 300               # seconds between two packages on the way, or a tenth of the time if that is more
+KEEP_EVERY = 300               # seconds between two packages; a tenth of the time if that is more
 _PACKAGE = 'package.json', 'llm_lab.json', 'tokenizer.json', 'model.safetensors', 'README.md'
 
 def _about(setup, run, data):
@@ -261,10 +264,10 @@ class _Keeper:
         self._wait(time.monotonic() - start)
 
     def keep(self, run):
-        "Keep it where it should be, else where it can be: then `lost` says why. Raises where nothing helps"
+        "Keep it where it should be, else where it can be; `lost` says why. Raises if nothing helps"
         try: return self.save(run)
         except Exception as e: self.lost = _said(e)
-        if self.step == 0:                                     # the untrained model's room may be enough
+        if self.step == 0:                                     # the untrained model's room may do
             self.forget()
             with suppress(Exception):
                 self.save(run)
@@ -272,11 +275,11 @@ class _Keeper:
                 return
         for parent in _elsewhere():
             with suppress(Exception): return self._save_below(parent, run)
-        raise LabError(f'the model is lost, no folder takes it: {self.folder} ({self.lost}), nor the temporary '
-                       'folder, nor the working folder; free some space, and begin again')
+        raise LabError(f'the model is lost, no folder takes it: {self.folder} ({self.lost}), nor '
+                       'the temporary folder, nor the working folder; free some space, and begin again')
 
     def _save_below(self, parent, run):
-        new = Path(tempfile.mkdtemp(prefix='llm-lab-', dir=parent))  # a name that nobody else can have
+        new = Path(tempfile.mkdtemp(prefix='llm-lab-', dir=parent))  # a name that nobody else has
         try: self.save(run, new/self.folder.name)
         except Exception:
             new.rmdir()
@@ -289,13 +292,14 @@ def _tells_tales(corpus):
     return corpus.floor is not None and corpus.sha256 == tiny_tales().sha256
 
 def _validate(setup):
-    "(`Score` on the whole validation text, what is left above the floor); None for what is not known"
+    "(`Score` on the whole validation text, what is left above the floor); None if not known"
     from llm_lab.evaluate import evaluate, excess
     from llm_lab.lab import Live
     live, score, parts = Live(), None, None
     try:
         score = evaluate(setup.model, setup.tokenizer, setup.corpus, live=live)
-        if _tells_tales(setup.corpus): parts = excess(setup.model, setup.tokenizer, setup.corpus, n=200)
+        if _tells_tales(setup.corpus):
+            parts = excess(setup.model, setup.tokenizer, setup.corpus, n=200)
     except KeyboardInterrupt: pass
     # below the floor, no memory, a mistake of ours: none of them may take the model away
     except Exception as e: print(f'the score is refused, the model is kept: {_said(e)}', flush=True)
@@ -323,11 +327,12 @@ def verdict(score, parts=None, of='validation'):
 def _result(setup, run, score, parts):
     "What result.json holds"
     known = {} if score is None else dict(val_loss=score.loss, bits=score.bits, interval=list(score.interval))
-    if score and not math.isfinite(score.error): known['interval'] = None   # from one text nobody can tell
+    if score and not math.isfinite(score.error): known['interval'] = None  # one text tells none
     if score and score.floor: known.update(floor=score.floor, above_floor=score.above)
     return dict(corpus=setup.corpus.name, params=setup.model.n_params, steps=run.step, tokens=run.tokens,
                 seconds=round(run.seconds, 2), tokens_per_s=round(run.tokens/max(run.seconds, 1e-9)),
-                stopped=run.stopped, **{'val_loss': None, **known}, **({'excess_bits': parts} if parts else {}))
+                stopped=run.stopped, **{'val_loss': None, **known},
+                **({'excess_bits': parts} if parts else {}))
 
 def _picture(setup, run, result):
     "The bytes of loss.png, or None: a picture is never worth a model"
@@ -338,7 +343,7 @@ def _picture(setup, run, result):
         fig = loss_picture(run, floor, val and f'on the whole validation text: {end} per character')
         fig.savefig(png := io.BytesIO(), format='png')
         pyplot().close(fig)
-    except Exception as e:                                     # no matplotlib, a broken one, no fonts, …
+    except Exception as e:                                     # no matplotlib, a broken one, …
         print(f'no loss.png: {_said(e)}', flush=True)
         return None
     return png.getvalue()
@@ -368,7 +373,8 @@ def _first_words(corpus):
     "The first two words of the validation text's second line, to try as a prompt"
     lines = [line for line in corpus.text('val')[:5000].splitlines()[1:] if line.strip()] or [corpus.text('val')]
     words = ' '.join(lines[0].split()[:2])[:40]                # Chinese has no spaces
-    return re.match(r'[^"\\$`!%\x00-\x1f\x7f]*', words)[0].strip()  # what every shell takes as it stands
+    plain = r'[^"\\$`!%\x00-\x1f\x7f]*'                        # what every shell takes as it is
+    return re.match(plain, words)[0].strip()
 
 def _typed(word):
     "A word as one types it after a command, with quotes where it needs them"
@@ -385,7 +391,7 @@ def _what_next(folder, corpus):
 
 # %% ../nbs/27_tour.ipynb #d9387aa2
 def _planned(setup, minutes):
-    "Times a step and says what will be done: (steps, characters to validate at a look, seconds of a step)"
+    "Times a step, says the plan: (steps, characters to validate at a look, seconds of a step)"
     recipe, per_step = setup.recipe, _time_step(setup)
     steps, part = _budget(minutes, per_step, recipe, len(setup.ids['val']))
     print(f'plan    a step takes {1000*per_step:.0f} ms: {steps:,} steps of {recipe.batch_size} × '
@@ -412,8 +418,9 @@ def _learned(setup, keeper, minutes):
             run = Run(setup.model.train(), steps)
             often = max(1, int(min(5, KEEP_EVERY/2)/per_step)) # asks for the time every few seconds
             training = True
-            fit(run.model, setup.batch, steps, recipe.lr, recipe.weight_decay, seed=recipe.seed, run=run,
-                every={**_watcher(setup, part, steps), often: keeper.on_the_way})
+            calls = {**_watcher(setup, part, steps), often: keeper.on_the_way}
+            fit(run.model, setup.batch, steps, recipe.lr, recipe.weight_decay, seed=recipe.seed,
+                every=calls, run=run)
         except BaseException:                                  # also Ctrl-C of somebody impatient
             _settle(run, keeper)
             if keeper.step: print(f'kept in {keeper.folder}: the model of step {keeper.step:,}')
@@ -426,9 +433,9 @@ def tour(
     corpus='tiny_tales', # a corpus's name, a text file, or a folder
     minutes=3.,
     settings=(),         # ((key, value), …) of the recipe or the model
-    name=None            # of its folder in artifacts/; the first of tour, tour-2, … that is free if none
+    name=None            # of its folder in artifacts/; the first free of tour, tour-2, … if none
 )->dict: # what is in result.json
-    "Train a small GPT for some minutes, show how it learns, and keep it; raises `LabError` if not in artifacts/"
+    "Train a small GPT for some minutes, show how it learns, keep it; raises if not in artifacts/"
     if name is not None: _check_name(name)
     with surviving_output():
         setup = _ready(corpus, minutes, settings)
@@ -444,5 +451,6 @@ def tour(
         try: print(verdict(score, parts), _what_next(keeper.folder, setup.corpus), sep='\n')
         except OSError: print(f'kept in {keeper.folder}')      # the working folder is gone
     if keeper.lost:
-        raise LabError(f'{meant} could not be written ({keeper.lost}): the model is in {keeper.folder}')
+        raise LabError(f'{meant} could not be written ({keeper.lost}): '
+                       f'the model is in {keeper.folder}')
     return result
