@@ -7,10 +7,10 @@ __all__ = ['TOKENIZERS', 'CharTokenizer', 'write_tokenizer', 'tokenizer_from', '
 
 # %% ../nbs/03_chars.ipynb #666f7895
 import html, json
-from pathlib import Path
 import numpy as np
+from pathlib import Path
 from fastcore.basics import patch
-from .lab import SLOTS, LabError, bytes_in, json_of, lookup, short, written
+from .lab import SLOTS, LabError, bytes_in, json_of, laid_out, lookup, require_ours, short, written
 
 # %% ../nbs/03_chars.ipynb #9d8ed0ac
 class CharTokenizer:
@@ -61,13 +61,19 @@ def decode(self:CharTokenizer, ids)->str:
 
 # %% ../nbs/03_chars.ipynb #3665cbc8
 def write_tokenizer(folder, model:dict, pre_tokenizer, decoder, normalizer=None, special_tokens=None, meta=None):
-    "Write `tokenizer.json` in the format of Hugging Face `tokenizers`, and `meta.json` if there is one"
+    """Write `tokenizer.json` in the format of Hugging Face `tokenizers`, and perhaps `meta.json`.
+
+    Raises `LabError` where a file of that name lies which was not written here: many projects have
+    a `meta.json`, and a tokenizer from elsewhere may hold what ours cannot say."""
     flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
     added = [dict(id=n, content=s, **flags) for s, n in (special_tokens or {}).items()]
     data = dict(version='1.0', truncation=None, padding=None, added_tokens=added, normalizer=normalizer,
                 pre_tokenizer=pre_tokenizer, post_processor=None, decoder=decoder, model=model)
-    for name, content in (('meta.json', meta), ('tokenizer.json', data)):
-        if content is None: continue
+    files = {'meta.json': meta, 'tokenizer.json': data} if meta else {'tokenizer.json': data}
+    for name in files:                                         # both, before one of them is touched
+        keys = ['kind'] if name == 'meta.json' else data.keys()
+        require_ours(Path(folder)/name, lambda old: laid_out(old, *keys, ensure_ascii=False))
+    for name, content in files.items():
         with written(Path(folder)/name) as f:
             f.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding='utf-8')
 

@@ -7,11 +7,12 @@ __all__ = ['SECTIONS', 'BLOCKS', 'CONFIGS', 'DataKeys', 'ModelKeys', 'TrainKeys'
            'model_data', 'config_of', 'read_config', 'write_config', 'gone_on', 'smaller']
 
 # %% ../nbs/14_config.ipynb #5fb9272d
-import difflib, math, re
+import difflib, io, math, re
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import get_args
-from .lab import LabError, home, need, written
+from .lab import (HOLDS, REGISTERED, SLOTS, LabError, address, check_recipe, home, need, require_ours,
+                         short, written)
 
 # %% ../nbs/14_config.ipynb #6a30dd62
 def _key(default, least=None, most=None, of=None):
@@ -23,19 +24,19 @@ class DataKeys:
     corpus: str = 'tiny_tales'                      # a corpus's name, a text file, or a folder of .txt files
     limit: int|None = _key(None, 1)                 # so many training documents; all if none
     tokenizer: str = _key('chars', of=('chars', 'bpe'))
-    vocab_size: int|None = _key(None, 257)          # of bpe; 8192 if none
-    block_len: int = _key(128, 1)                   # context, in tokens
+    vocab_size: int|None = _key(None, 257, 1 << 22)       # of bpe; 8192 if none
+    block_len: int = _key(128, 1, 1 << 24)               # context, in tokens
     rows: str = _key('blocks', of=('blocks', 'documents'))   # where they begin: side by side, or at documents
 
 # %% ../nbs/14_config.ipynb #4f33eab3
 @dataclass(frozen=True)
 class ModelKeys:                                    # as `Config`; what the data decide is missing
     block: str = _key('gpt2', of=('gpt2', 'llama')) # recipes for what is not given below
-    d_model: int = _key(128, 1)
-    n_layers: int = _key(4, 1)
-    n_heads: int = _key(4, 1)
-    n_kv_heads: int|None = _key(None, 1)            # heads of keys and values; n_heads if none
-    d_head: int|None = _key(None, 1)
+    d_model: int = _key(128, 1, 1 << 17)
+    n_layers: int = _key(4, 1, 1 << 10)
+    n_heads: int = _key(4, 1, 1 << 14)
+    n_kv_heads: int|None = _key(None, 1, 1 << 14)   # heads of keys and values; n_heads if none
+    d_head: int|None = _key(None, 1, 1 << 14)
     dropout: float = _key(0., 0, .99)
     tie: bool = False
     attn: dict|None = None                          # a recipe: {part: "llm_lab.gpt:Attention", …}
@@ -49,8 +50,8 @@ class ModelKeys:                                    # as `Config`; what the data
 @dataclass(frozen=True)
 class TrainKeys:
     steps: int = _key(1000, 1, 10**8)
-    batch_size: int = _key(16, 1)                   # rows of a step, of all processes together
-    accumulate: int = _key(1, 1)                    # parts of a batch that go through the model one after the other
+    batch_size: int = _key(16, 1, 1 << 20)              # rows of a step, of all processes together
+    accumulate: int = _key(1, 1, 1 << 20)               # parts of a batch that go through the model one after the other
     optimiser: str = _key('muon', of=('adamw', 'muon', 'sgd'))
     lr: float = _key(.01, 1e-9, 10)
     weight_decay: float = _key(.1, 0, 10)
@@ -100,9 +101,8 @@ def _checked(path, f, value):
     if good and isinstance(value, (int, float)) and m.get('least') is not None:
         good = m['least'] <= value <= (m['most'] or math.inf)
     if good and m.get('of'): good = value in m['of']
-    if good and isinstance(value, dict):
-        good = isinstance(part := value.get('part'), str) and bool(re.fullmatch(r'(llm_lab\.\w+|torch\.nn):\w+|\w+', part))
-    if not good: raise LabError(f'{path}={value!r}: {_wanted(f)}')
+    if not good: raise LabError(f'{path}={short(value, 200)}: {_wanted(f)}')
+    if isinstance(value, dict): check_recipe(value, HOLDS['config'][f.name], path)
     return value
 
 # %% ../nbs/14_config.ipynb #07083c84
@@ -131,7 +131,7 @@ class RunConfig:
             raise LabError(f'model.n_heads={m.n_heads} does not divide model.d_model={m.d_model}: give a divisor')
         if m.n_kv_heads and m.n_heads % m.n_kv_heads:
             raise LabError(f'model.n_kv_heads={m.n_kv_heads} does not divide model.n_heads={m.n_heads}: give a divisor')
-        if m.n_kv_heads and (m.attn or {}).get('part', _GQA) != _GQA:
+        if m.n_kv_heads and address((m.attn or {}).get('part', _GQA), 'mixer', 'model.attn') not in (_GQA, 'GQA'):
             raise LabError(f'model.n_kv_heads={m.n_kv_heads}: model.attn is another part; leave one of them out')
         if m.n_kv_heads and m.attn and m.attn.get('n_kv_heads', m.n_kv_heads) != m.n_kv_heads:
             raise LabError(f'model.n_kv_heads={m.n_kv_heads}: model.attn says {m.attn["n_kv_heads"]}; leave one of them out')
@@ -184,6 +184,20 @@ CONFIGS = dict(
                log=dict(every=5, checkpoint_every=10)))
 
 # %% ../nbs/14_config.ipynb #e69ddc6f
+def _bearable(path)->str:
+    "The text of a YAML file. Raises `LabError` where a short text would stand for a long one, and fill the memory"
+    if not path.is_file() or path.stat().st_size > 1 << 16:
+        raise LabError(f'{path}: a config has at most {1 << 16:,} bytes; write keys and values, as in train: {{steps: 100}}')
+    text, yaml, deep = path.read_text(encoding='utf-8'), need('yaml'), 0
+    try:
+        for n, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
+            deep += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if getattr(event, 'anchor', None):                 # &a and *a, also within each other
+                raise LabError(f'{path}, line {event.start_mark.line + 1}: names such as &a are not read; write the value itself')
+            if deep > 40 or n > 20_000: raise LabError(f'{path}: lists stand too deep in each other, or are too many; write keys and values')
+    except yaml.YAMLError: pass                                # whoever loads it says what is wrong
+    return text
+
 def _source(config):
     "(plain data, name) of a config: a .yaml file, a folder that holds config.yaml, or a name"
     there = lambda p: p.suffix in ('.yaml', '.yml') and p.is_file() or (p/'config.yaml').is_file()
@@ -197,8 +211,11 @@ def _source(config):
     path = path/'config.yaml' if path.is_dir() else path
     name = path.parent.absolute().name if path.stem == 'config' else path.stem
     omega, errors, yaml = need('omegaconf').OmegaConf, need('omegaconf.errors'), need('yaml')
-    try: data = omega.load(path)
-    except (yaml.YAMLError, errors.OmegaConfBaseException, ValueError, OSError) as e:
+    try:
+        text = _bearable(path)
+        data = omega.load(io.StringIO(text))
+    except LabError: raise
+    except (yaml.YAMLError, errors.OmegaConfBaseException, ValueError, OSError, RecursionError) as e:
         at = getattr(e, 'problem_mark', None)
         raise LabError(f'{path}{f", line {at.line + 1}" if at else ""}: {getattr(e, "problem", None) or "cannot be read"}; '
                        'write keys and values, as in train: {steps: 100}') from None
@@ -220,6 +237,16 @@ def _texts(x):
     if isinstance(x, str): return [x]
     return [t for v in (x.values() if isinstance(x, dict) else x if isinstance(x, list) else ()) for t in _texts(v)]
 
+def _check_references(data, name):
+    "Raises `LabError` unless each ${section.key} points at a plain value: references to references grow without end"
+    for text in _texts(data):
+        if len(text) > 10_000 or text.count('${') > 20: raise LabError(f'{name}: {short(text)} is too long: write the value itself')
+        for path in re.findall(r'\$\{([^}]*)', text):
+            found = data
+            for key in path.strip().split('.'): found = found.get(key) if isinstance(found, dict) else None
+            if isinstance(found, (dict, list)) or isinstance(found, str) and '${' in found or '${' in path:
+                raise LabError(f'{name}: {short(text)} refers to what is no plain value: write the value itself')
+
 def read_config(config, overrides=())->RunConfig:
     "The config of that name, file or folder, with `key=value` changes"
     data, name = (config, 'run') if isinstance(config, dict) else _source(str(config))
@@ -236,17 +263,29 @@ def read_config(config, overrides=())->RunConfig:
         where = name
         if any(re.search(r'(?s)\$\{.*:', text) for text in _texts(omega.to_container(data))):
             raise LabError(f'{name} asks for the environment or another function by ${{…:…}}: write the value itself')
+        _check_references(omega.to_container(data), name)
         return config_of(omega.to_container(data, resolve=True), name)
     except LabError: raise
-    except (errors.OmegaConfBaseException, need('yaml').YAMLError, ValueError) as e:
+    except (errors.OmegaConfBaseException, need('yaml').YAMLError, ValueError, RecursionError) as e:
         raise LabError(f'{where}: {str(e).splitlines()[0]}: write keys and values, such as train.steps=500') from None
 
 # %% ../nbs/14_config.ipynb #d3b6425a
-def write_config(cfg:RunConfig, path):
-    "Write all that the config says as YAML"
+def _as_yaml(cfg):
     omega = need('omegaconf').OmegaConf
-    text = omega.to_yaml(omega.create({s: asdict(getattr(cfg, s)) for s in SECTIONS}))
-    with written(path) as f: f.write_text(text, encoding='utf-8')
+    return omega.to_yaml(omega.create({s: asdict(getattr(cfg, s)) for s in SECTIONS}))
+
+def _by_us(data):
+    "Is this a config as `write_config` lays it out? A hand leaves comments, or another order"
+    omega, wrong = need('omegaconf').OmegaConf, need('omegaconf.errors').OmegaConfBaseException
+    try:
+        said = omega.to_container(omega.create(data.decode()))
+        return _as_yaml(config_of(said)).encode() == data
+    except (wrong, need('yaml').YAMLError, AttributeError, RecursionError, ValueError): return False
+
+def write_config(cfg:RunConfig, path):
+    "Write all that the config says as YAML; raises `LabError` over a file that it has not written"
+    require_ours(path, _by_us)
+    with written(path) as f: f.write_text(_as_yaml(cfg), encoding='utf-8')
 
 def gone_on(old:RunConfig, new:RunConfig)->RunConfig:
     "`new`, if a run of `old` can go on with it: only what does not reach back is another. Raises `LabError` if not"

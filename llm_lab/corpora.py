@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from textwrap import shorten
 from tqdm import tqdm
-from .lab import SLOTS, LabError, Live, home, json_of, lookup, need, short, written
+from .lab import (SLOTS, LabError, Live, home, json_of, lookup, made_folder, need, require_inside,
+                         require_name, require_ours, short, written)
 
 # %% ../nbs/01_corpora.ipynb #48f6a61d
 class Afresh:
@@ -137,8 +138,10 @@ def _hash_ok(path, sha256):
 # %% ../nbs/01_corpora.ipynb #dd4d7abe
 def fetch(name:str, url:str, sha256:str, size:int)->bytes:
     "The `size` bytes of a public file, checked: from `$LLM_LAB_DATA`, `home()/data`, or `url` (then kept there)"
+    require_name(name, 'the file')
     for folder in filter(None, (os.environ.get('LLM_LAB_DATA'), home()/'data')):
         if (path := Path(folder)/name).is_file(): return _hash_ok(path, sha256)
+    made_folder(home()/'data')
     pooch = need('pooch'); pooch.get_logger().setLevel('ERROR')
     store = pooch.create(home()/'data', '', registry={name: f'sha256:{sha256}'}, urls={name: url},
                          retry_if_failed=3)
@@ -209,20 +212,29 @@ def _sound(kept, path):
     "What a hub.json says. Raises `LabError` where it is no list of files inside a folder"
     def good(f):
         if not isinstance(f, dict) or type(f.get('size')) is not int or not isinstance(f.get('path'), str): return False
-        inside = not re.search(r'^[/\\]|^\w:|(^|[/\\])\.\.([/\\]|$)|[\x00-\x1f]', f['path'])
-        return inside and f['path'] and isinstance(f.get('sha256', f.get('blob')), str)
+        return isinstance(f.get('sha256', f.get('blob')), str)
     if isinstance(kept, dict) and isinstance(kept.get('files'), list) and isinstance(kept.get('commit'), str) \
-            and all(map(good, kept['files'])): return kept
+            and all(map(good, kept['files'])):
+        for f in kept['files']: require_inside(f['path'], f'{path}:')
+        return kept
     raise LabError(f'{path} is damaged: delete it to have the hub asked again')
 
-def _folders(name): return [Path(f)/name for f in (os.environ.get('LLM_LAB_DATA'), home()/'data') if f]
+def _folders(name):
+    require_name(name, 'the data set')
+    return [Path(f)/name for f in (os.environ.get('LLM_LAB_DATA'), home()/'data') if f]
+
+def _about_hub(data):
+    "Is this the text of a hub.json?"
+    try: return json.loads(data).keys() >= {'repo', 'revision', 'commit', 'files'}
+    except (ValueError, AttributeError): return False
 
 def _listing(data)->dict: # repo, revision, commit; files: path, size, and sha256 or blob (git's hash) of each
     "The files that make the data set, as kept in hub.json; else asked of the hub, once, and kept"
     for path in (f/'hub.json' for f in _folders(data.name)):
         if not path.is_file(): continue
-        try: kept = _sound(json_of(path.read_bytes(), path), path)
+        try: told = json_of(path.read_bytes(), path)
         except LabError: raise LabError(f'{path} is damaged: delete it to have the hub asked again') from None
+        kept = _sound(told, path)
         if (kept.get('repo'), kept.get('revision')) == (data.repo, data.revision): return kept
     api = need('huggingface_hub').HfApi()
     info = _ask(data.name, lambda: api.dataset_info(data.repo, revision=data.revision, timeout=20,
@@ -230,11 +242,13 @@ def _listing(data)->dict: # repo, revision, commit; files: path, size, and sha25
     files = [dict(path=f.rfilename, size=f.size) | (dict(sha256=f.lfs.sha256) if f.lfs else dict(blob=f.blob_id))
              for f in sorted(info.siblings, key=lambda f: f.rfilename)
              if any(fnmatch.fnmatch(f.rfilename, p) for p in data.files.values()) and '..' not in f.rfilename]
+    for f in files: require_inside(f['path'], data.repo)
     for p in data.files.values():
         if not any(fnmatch.fnmatch(f['path'], p) for f in files):
             raise LabError(f'{data.repo} holds no {p} at commit {info.sha[:12]}: name an older revision')
     kept = dict(repo=data.repo, revision=data.revision, commit=info.sha, files=files)
-    with written(home()/'data'/data.name/'hub.json') as f: f.write_text(json.dumps(kept, indent=1))
+    require_ours(path := home()/'data'/data.name/'hub.json', _about_hub)
+    with written(path) as f: f.write_text(json.dumps(kept, indent=1))
     return kept
 
 # %% ../nbs/01_corpora.ipynb #406ec80b
@@ -254,6 +268,12 @@ class _Bar(tqdm):
         super().__init__(*args, **{**kw, 'disable': False, 'file': io.StringIO()})
     def display(self, *args, **kw): self.live(f'{self.desc}: {self.n/1e6:,.0f} of {(self.total or 0)/1e6:,.0f} MB')
 
+def _require_part(part):
+    "Raises `LabError` unless the folder in which files arrive, which is removed, is the hub's or empty"
+    theirs = (part/'.cache'/'huggingface').is_dir() or not (part.is_dir() and any(part.iterdir()))
+    if part.is_symlink() or part.is_file() or not theirs:
+        raise LabError(f'{part} was not made by a download: move it away')
+
 def _get(data, listing, file, path):
     "Bring one listed file of the data set to `path`"
     hub, part = need('huggingface_hub'), home()/'data'/data.name/'.part'
@@ -268,7 +288,7 @@ def _get(data, listing, file, path):
 # %% ../nbs/01_corpora.ipynb #57cc9592
 def _local(data, listing, files)->list[str]:
     "The paths of some listed files, checked; copies that are there, or fetched"
-    (here := home()/'data'/data.name).mkdir(parents=True, exist_ok=True)
+    here = made_folder(home()/'data'/data.name)
     at = {f['path']: next((p for d in _folders(data.name) if (p := d/f['path']).is_file()), None) for f in files}
     for f in files:
         if (p := at[f['path']]) and (why := _wrong(p, f)):
@@ -277,6 +297,7 @@ def _local(data, listing, files)->list[str]:
     size, free = sum(f['size'] for f in missing), shutil.disk_usage(here).free
     if size > free: raise LabError(f'{data.name} needs {size/1e9:,.1f} GB, {free/1e9:,.1f} GB are free in {here}: '
                                    'make room, or use stream=True')
+    if missing: _require_part(here/'.part')
     for f in missing: _get(data, listing, f, here/f['path'])
     if missing: shutil.rmtree(here/'.part', ignore_errors=True)
     return [str(at[f['path']] or here/f['path']) for f in files]

@@ -7,13 +7,13 @@ __all__ = ['to_hf', 'from_hf']
 
 # %% ../nbs/25_hub.ipynb #0c1b0e54
 import json, re
+import torch
 from contextlib import ExitStack
 from functools import reduce
 from pathlib import Path
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from .lab import LabError, bytes_in, check_size, file_in, json_of, must_fit, short, written
+from .lab import LabError, bytes_in, check_size, file_in, json_of, must_fit, replaceable, short, written
 from .chars import load_tokenizer
 from .gpt import MiniGPT, sketch
 from .package import Opened
@@ -21,15 +21,17 @@ from .families import config_from_hf, hf_config, least_tensors, views
 
 # %% ../nbs/25_hub.ipynb #e79e0209
 def to_hf(
-    folder,         # made, or replaced as a whole
+    folder,         # made, or replaced as a whole if all in it was written by `to_hf`
     model:MiniGPT,
     tokenizer=None, # of the model; its tokenizer.json and its marks for begin and end go along
     family:str=None # a key of `NAMES`; the first that fits if none
 )->Path: # `folder`
-    "Write a folder that transformers can open. Raises `LabError` where it would not be exactly this model"
-    folder, said = Path(folder), hf_config(model.cfg, family)
-    if folder.is_dir() and any(folder.iterdir()) and not (folder/'config.json').is_file():
-        raise LabError(f'{folder} holds other files, which would be replaced: give a new folder')
+    """Write a folder that transformers can open, with a list of its files beside them.
+
+    Raises `LabError` where it would not be exactly this model, or the folder holds anything else."""
+    folder = Path(folder)
+    replaceable(folder)                                        # before the tensors are made ready
+    said = hf_config(model.cfg, family)
     state = {n: w.contiguous() for n, w in views(model, said['model_type']).items()}
     said['dtype'] = str(model.tok.weight.dtype).removeprefix('torch.')
     with written(folder) as new:

@@ -7,15 +7,16 @@ __all__ = ['PIECE', 'ALONE', 'shuffled', 'BatchStream', 'PackedTokens', 'end_mar
 
 # %% ../nbs/05_pack.ipynb #4ef4a4d1
 import hashlib, json, math, os, re, shutil, signal, sys, tempfile, time
+import numpy as np
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from itertools import chain, islice
 from pathlib import Path
 from subprocess import PIPE, Popen
-import numpy as np
 from fastcore.basics import patch
-from .lab import LabError, Live, bytes_in, home, json_of, need, restored, written
+from .lab import (LabError, Live, bytes_in, home, json_of, laid_out, locked, made_folder, replaceable,
+                         require_name, resolved, restored, written)
 from .chars import load_tokenizer
 from .bpe import BPETokenizer
 
@@ -312,28 +313,29 @@ def _usable(folder, corpus, digests, tokenizer, verify):
     return meta
 
 # %% ../nbs/05_pack.ipynb #da712cd9
-_OURS = re.compile(r'\w+\.bin|meta\.json|tokenizer|tokenizer/(tokenizer|meta)\.json|\.DS_Store')
+_OURS = re.compile(r'\w+\.bin|meta\.json|tokenizer/(tokenizer|meta)\.json')
 
-def _may_replace(folder):
-    "Raises `LabError` unless all in the folder was written by packing"
-    names = [f.relative_to(folder).as_posix() for f in folder.rglob('*')] or ['a file']*folder.is_file()
-    if strange := [n for n in names if not _OURS.fullmatch(n) or 'tokenizer/tokenizer.json' not in names]:
-        raise LabError(f'{folder} holds {strange[0]} and is no packed folder: name another, or remove it')
+def _as_packed(folder, known):
+    "What is ours in a packed folder, however damaged: its list shows that it was one, or its tokenizer"
+    path = folder/'tokenizer'/'tokenizer.json'
+    text = path.read_bytes() if path.is_file() else b''
+    ours = 'meta.json' in known or laid_out(text, 'added_tokens', 'model', ensure_ascii=False)
+    names = [p.relative_to(folder).as_posix() for p in folder.rglob('*')] if ours else []
+    return {n: None for n in names if _OURS.fullmatch(n)}
 
 # %% ../nbs/05_pack.ipynb #291e520d
 @contextmanager
 def _alone(folder):
-    "Hold the folder's lock, clear away what a killed builder has left; yields whether another was waited for"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = need('filelock').FileLock(folder.with_name(f'.{folder.name}.lock'))
-    with suppress(need('filelock').Timeout): lock.acquire(blocking=False)
-    if waited := not lock.is_locked:
-        print(f'another program is packing {folder}: waiting for it', flush=True); lock.acquire()
+    "Hold the folder's lock; yields whether another was waited for"
+    made_folder(folder.parent)
+    said = []
+    def busy():
+        said.append(f'another program is packing {folder}: waiting for it')
+        print(said[0], flush=True)
+    lock = locked(folder.with_name(f'.{folder.name}.lock'), busy)
     try:
         restored(folder)
-        for rest in folder.parent.iterdir():
-            if re.fullmatch(rf'\.{re.escape(folder.name)}\.\d+\.new', rest.name): shutil.rmtree(rest)
-        yield waited
+        yield bool(said)
     finally: lock.release()
 
 # %% ../nbs/05_pack.ipynb #9944517b
@@ -361,13 +363,15 @@ def pack(
     "The packed folder of a corpus, built if it is not there. Raises `LabError` if another or a damaged one is"
     start, built, processes = time.perf_counter(), False, processes or min(8, os.cpu_count() or 1)
     kind = f'bpe{tokenizer}' if isinstance(tokenizer, int) else f'{tokenizer.kind}{tokenizer.vocab_size}'
-    name = re.sub(r'[^\w.-]+|^\.+', '_', f'{corpus.name}-{kind}')
-    folder = Path(folder or home()/'data'/'packed'/name).resolve()
+    short = corpus.name.encode()[:100].decode(errors='ignore')
+    name = re.sub(r'[^\w.-]+|^\.+', '_', f'{short}-{kind}')
+    folder = resolved(folder or home()/'data'/'packed'/require_name(name, 'the corpus'))
     wanted = _wanted(corpus, tokenizer); usable = lambda: _usable(folder, corpus, *wanted, verify)
     if force or (meta := usable()) is None:
+        replaceable(folder, _as_packed)
         with _alone(folder) as waited:                         # somebody else may have built it by now
             meta = usable() if waited or not force else None
             if built := meta is None:
-                _may_replace(folder)
-                with written(folder) as new: meta = _build(new, corpus, tokenizer, wanted[0], processes)
+                with written(folder, more=_as_packed) as new:
+                    meta = _build(new, corpus, tokenizer, wanted[0], processes)
     return Packed(folder, meta, built, time.perf_counter() - start)

@@ -8,14 +8,16 @@ __all__ = ['FORMAT', 'Opened', 'seal', 'card', 'write_package', 'save_package', 
 
 # %% ../nbs/07_package.ipynb #fa8d025d
 import hashlib, json, re
+import torch
 from collections import namedtuple
 from pathlib import Path
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as tensors_from, save as tensor_bytes
-from .lab import REGISTERED, LabError, bytes_in, json_of, memory_left, must_fit, pointed, restored, short, written
+from .lab import (REGISTERED, LabError, bytes_in, json_of, laid_out, memory_left, must_fit, pointed,
+                         restored, short, written)
 from .chars import tokenizer_from
 from .gpt import MiniGPT, config_from, part, sketch, to_data
+from types import SimpleNamespace
 
 # %% ../nbs/07_package.ipynb #e5a18245
 FORMAT = 1
@@ -39,27 +41,48 @@ def card(name:str, model:MiniGPT, about:dict)->str:
         '', f'Architecture: `{model.cfg}`', ''])
 
 # %% ../nbs/07_package.ipynb #d98b212f
+def _card_or_name(name, model, about):
+    "The card; where it cannot be made, name and reason: no model is lost for its description"
+    try: return card(name, model, about)
+    except Exception as e: return f'# {name}\n\nThere is no card: {type(e).__name__}: {e}\n'
+
 def write_package(new:Path, model:MiniGPT, tokenizer, about:dict, name:str):
     "Make the folder `new` and write the files of a package into it"
     new.mkdir(); tokenizer.save(new)
     (new/'llm_lab.json').write_text(json.dumps(to_data(model.cfg), indent=1), encoding='utf-8')
     state = {k: v.contiguous() for k, v in model.state_dict().items() if not (model.cfg.tie and k == 'head.weight')}
     (new/'model.safetensors').write_bytes(tensor_bytes(state))
-    (new/'README.md').write_text(card(name, model, about), encoding='utf-8')
-    seal(new, 'package.json', _FILES, about=about, torch=torch.__version__)
+    text = _card_or_name(name, model, about)
+    (new/'README.md').write_text(text, encoding='utf-8', errors='replace')
+    beside = sorted(f.name for f in new.iterdir() if f.name not in _FILES)
+    seal(new, 'package.json', [*_FILES, *beside], about=about, torch=torch.__version__)
+
+def _of_first_edition(folder, known):
+    "What an older package does not list: its card, if nobody has changed it, and `meta.json`"
+    if 'README.md' in known or 'package.json' not in known: return {}
+    about, mine = json.loads((folder/'package.json').read_bytes())['about'], {}
+    text = (folder/'README.md').read_bytes() if (folder/'README.md').is_file() else b''
+    form = rb'model of ([\d,]+) parameters.*^Architecture: `(Config\(.*\))`\n\Z'
+    if says := re.search(form, text, re.S | re.M):
+        model = SimpleNamespace(n_params=int(says[1].replace(b',', b'')), cfg=says[2].decode())
+        if card(folder.name, model, about).encode() == text: mine['README.md'] = None
+    meta = (folder/'meta.json').read_bytes() if (folder/'meta.json').is_file() else b''
+    if laid_out(meta, 'kind', ensure_ascii=False): mine['meta.json'] = None
+    return mine
 
 def save_package(
-    folder,         # made, or replaced as a whole
+    folder,         # made, or replaced as a whole if all in it is by this library
     model:MiniGPT,
     tokenizer,
     about:dict=None,# where it comes from: corpus, licence, loss, …
     name:str=None   # on the card; the folder's name if none
 )->Path: # `folder`
-    "Write a package: all of it, or nothing"
+    "Write a package, all of it or nothing; raises `LabError` over a folder with anything else in it"
     if not isinstance(model, MiniGPT):
         raise LabError(f'a {type(model).__name__} is not saved: give the MiniGPT that it was made from')
     folder = Path(folder)
-    with written(folder) as new: write_package(new, model, tokenizer, about or {}, name or folder.name)
+    with written(folder, more=_of_first_edition) as new:
+        write_package(new, model, tokenizer, about or {}, name or folder.name)
     return folder
 
 # %% ../nbs/07_package.ipynb #f420d902

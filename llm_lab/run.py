@@ -7,27 +7,30 @@ __all__ = ['texts_of', 'batches_of', 'Alone', 'engine_of', 'gathered', 'model_co
            'held', 'going_on', 'train_config']
 
 # %% ../nbs/15_run.ipynb #aedce895
-import hashlib, json, math, os, re, shutil, subprocess, sys, time
+import hashlib, itertools, json, math, os, re, shutil, subprocess, sys, time, warnings
+import torch
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-import torch
+from threading import Thread
 from fastcore.basics import patch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from . import __version__
-from .lab import (LabError, Live, device, fastest_threads, flops, home, kept_streams, machine, need, peak_flops,
-                         rng, written)
+from .lab import (LabError, Live, device, fastest_threads, flops, home, json_of, kept_streams,
+                         laid_out, locked, machine, made_folder, must_fit, need, peak_flops, pointed,
+                         replaceable, require_name, require_ours, rng, usable_device, written)
 from .corpora import load_corpus
 from .chars import CharTokenizer
 from .pack import BatchStream, PackedTokens, pack
-from .gpt import MiniGPT, config_from
+from .gpt import MiniGPT, config_from, sketch
 from .train import Run, blocks, document_starts, fit, mean_loss, next_token_loss
 from .evaluate import evaluate
 from .sample import sample
 from .optim import OPTIMISERS, PRECISIONS, SCHEDULES, Step, checkpointed
-from .checkpoint import Checkpoints, Metrics
+from .checkpoint import Checkpoints, Metrics, sweep_checkpoints
 from .config import RunConfig, gone_on, model_data, read_config, smaller, write_config
 
 # %% ../nbs/15_run.ipynb #559accf0
@@ -78,6 +81,28 @@ class Alone:
     def log(self, values, step): pass
     def end_training(self): pass
 
+# %% ../nbs/15_run.ipynb #5c1e7a21
+_LOOKUP = re.compile(rb'\[W.*(hostname of the client socket cannot|Unable to resolve hostname)')
+
+@contextmanager
+def _without_lookups():
+    "Meanwhile, leave out of stderr that a host name cannot be looked up; every other line comes as it came"
+    kept, (end, start) = os.dup(2), os.pipe()
+    def pass_on():                                             # to the end, which is when nobody can write any more
+        with open(end, 'rb') as lines:
+            for line in lines:
+                if not _LOOKUP.match(line): os.write(kept, line)
+        os.close(kept)
+    os.dup2(start, 2)
+    os.close(start)
+    reader = Thread(target=pass_on, daemon=True)
+    reader.start()
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        reader.join(1)                                         # a child may hold the other end: we do not wait for it
+
 # %% ../nbs/15_run.ipynb #90d7836c
 def engine_of(tracker='none'):
     "An `accelerate.Accelerator`; `Alone` where that is not installed and one process is enough"
@@ -85,8 +110,9 @@ def engine_of(tracker='none'):
     if tracker != 'none': need(tracker)                        # accelerate would leave it out without a word
     if tracker != 'none' and (env := home()/'.env').is_file(): need('dotenv', 'python-dotenv').load_dotenv(env)
     slow = need('accelerate').InitProcessGroupKwargs(timeout=timedelta(hours=6))       # one packs, the others wait
-    return need('accelerate').Accelerator(cpu=device() == 'cpu', mixed_precision='no', kwargs_handlers=[slow],
-                                          log_with=None if tracker == 'none' else tracker, project_dir=home())
+    with _without_lookups() if os.environ.get('WORLD_SIZE', '1') != '1' else nullcontext():
+        return need('accelerate').Accelerator(cpu=device() == 'cpu', mixed_precision='no', kwargs_handlers=[slow],
+                                              log_with=None if tracker == 'none' else tracker, project_dir=home())
 
 def gathered(engine, x)->list:
     "What each process has, in their order; plain data, about as long everywhere"
@@ -99,7 +125,13 @@ def model_config(cfg:RunConfig, vocab_size:int):
     "The `Config` of the model; what it refuses is told with the path of the section"
     try: return config_from(dict(vocab_size=vocab_size, max_len=cfg.data.block_len, **model_data(cfg.model)))
     except LabError as e: raise LabError(f'model.{e}') from None
-    except TypeError as e: raise LabError(f'model: a recipe lacks something: {e}; see the chapter of that part') from None
+
+def _affordable(cfg, device='cpu'):
+    "Raises `LabError` where a model and what training keeps beside it are more than the memory that is left"
+    n = sketch(cfg).n_params
+    # on the CPU each number has its gradient and two moments; on another device it only passes through
+    must_fit((16 if device == 'cpu' else 4)*n, f'training a model of {n:,} parameters')
+    return cfg
 
 # %% ../nbs/15_run.ipynb #8dc5a762
 def _trial_step(cfg:RunConfig, vocab_size:int):
@@ -131,7 +163,7 @@ class Job:
         self.cfg = cfg = set_threads(cfg, tokenizer.vocab_size, engine, tune)
         t = cfg.train
         self.stream = batches_of(cfg, corpus, train, engine.process_index, engine.num_processes, str(engine.device))
-        model = MiniGPT(model_config(cfg, tokenizer.vocab_size), t.seed).to(engine.device)
+        model = MiniGPT(_affordable(model_config(cfg, tokenizer.vocab_size), engine.device.type), t.seed).to(engine.device)
         opt = OPTIMISERS[t.optimiser](checkpointed(model, t.recompute), lr=t.lr, weight_decay=t.weight_decay)
         self.step, self.run = Step(t.accumulate, t.precision, t.compile), Run(model, t.steps, opt=opt)
         parts = dict(data=self.stream, **({'scaler': self.step.scaler} if t.precision == 'fp16' else {}))
@@ -206,7 +238,7 @@ def validate(self:Job, run)->dict:
 def agree(self:Job, run):
     "Several processes end together: one that was asked to asks the others"
     if self.engine.num_processes == 1: return
-    reasons = ['by hand', 'by SIGTERM']
+    reasons = ['by hand', 'by SIGTERM', 'by SIGHUP']
     asked = torch.tensor([float(self.asked == r) for r in reasons], device=self.engine.device)
     asked = self.engine.reduce(asked, 'sum').tolist()
     if any(asked): run.stopped = reasons[asked.index(max(asked))]
@@ -264,33 +296,108 @@ def finish(self:Job, most=None):
     "Judge the model on the whole validation split; write and return what result.json says"
     live, run, c, path = Live(), self.run, self.cfg, self.folder/'result.json'
     if path.exists() and (known := json.loads(path.read_text()))['steps'] == run.step: return known
-    score = evaluate(run.model, self.texts['tokenizer'], self.texts['corpus'], most=most, live=live)
+    texts = self.texts
+    try: score = evaluate(run.model, texts['tokenizer'], texts['corpus'], most=most, live=live)
+    except Exception as e:
+        why = (str(e).splitlines() or [type(e).__name__])[0]
+        raise LabError(f'{self.folder} is trained and kept, but its evaluation failed: {why}; '
+                       f'mend that, then: llm-lab eval {self.folder}') from e
     live.close(f'validated on {score.tokens:,} tokens')
     result = dict(name=c.name, run=self.folder.name, params=run.model.n_params, steps=run.step,
                   tokens=self.tokens(run.step), seconds=run.seconds, scores=dict(val=score.as_dict()))
     with written(path) as f: f.write_text(json.dumps(result, indent=1) + '\n', encoding='utf-8')
     return result
 
+# %% ../nbs/15_run.ipynb #d8530b9e
+@patch
+def foresee(self:Job):
+    "Raises `LabError` on what validation and samples would stumble over, many steps later"
+    prompt = self.cfg.eval.prompt
+    try: self.texts['tokenizer'].encode(prompt)
+    except (LabError, UnicodeError) as e: raise LabError(f'eval.prompt={prompt!r}: {e}') from None
+    if len(self.ids) < 2:
+        raise LabError(f'data.corpus={self.cfg.data.corpus}: its validation text has '
+                       f'{len(self.ids)} tokens, in which nothing can be asked; give a longer text')
+
+def _end(engine, tracker):
+    "Say goodbye to the trackers; one that fails now spoils no run that is kept: it is a warning"
+    try: engine.end_training()
+    except Exception as e:
+        if tracker == 'none': raise
+        warnings.warn(f'log.tracker={tracker}: {(str(e).splitlines() or [type(e).__name__])[0]}')
+
 # %% ../nbs/15_run.ipynb #2459a767
+def _runs(name): return home()/'experiments'/require_name(name, 'the config')/'runs'
+
+_HIDDEN = re.compile(r'\.+(config\.yaml|(run|result)\.json|(metrics|samples)\.(jsonl|csv))'
+                     r'(\.\d+\.(new|old))+')
+_BEGUN = re.compile(r'\.lock|\.pid|\.smoke|(metrics|samples)\.(jsonl|csv)')
+
+def _require_free(folder):
+    "Raises `LabError` unless a folder is empty, or left by a run that was killed as it began"
+    names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    strange = [n for n in names if not _BEGUN.fullmatch(n) and not _HIDDEN.fullmatch(n)]
+    if strange or names and '.lock' not in names:
+        strange = (strange or names)[0]
+        raise LabError(f'{folder} holds {strange}, which is of no run: choose another --run')
+
 def _new_folder(cfg, name=None)->Path:
-    runs, digest = home()/'experiments'/cfg.name/'runs', hashlib.sha256(repr(cfg).encode()).hexdigest()[:6]
-    if name and (runs/name/'config.yaml').exists():
-        raise LabError(f'{runs/name} is there already: go on with --resume {runs/name}, or choose another --run')
-    folder = runs/(name or f'{time.strftime("%y%m%d-%H%M%S")}-{digest}')
-    return folder if name or not folder.exists() else folder.with_name(f'{folder.name}-{os.getpid()}')
+    runs, digest = _runs(cfg.name), hashlib.sha256(repr(cfg).encode()).hexdigest()[:6]
+    if name is not None:
+        folder = runs/require_name(name, '--run')
+        if (folder/'config.yaml').exists():
+            raise LabError(f'{folder} is there already: go on with --resume {folder}, '
+                           'or choose another --run')
+        _require_free(folder)
+        return folder
+    folder = runs/f'{time.strftime("%y%m%d-%H%M%S")}-{digest}'
+    return folder if not folder.exists() else folder.with_name(f'{folder.name}-{os.getpid()}')
+
+# %% ../nbs/15_run.ipynb #a3d7f014
+def _smoke_folder(cfg)->Path:
+    "The first of `smoke`, `smoke-2`, … that is free, or of such a run and with nothing foreign"
+    for n in itertools.count(1):
+        folder = _runs(cfg.name)/('smoke' if n == 1 else f'smoke-{n}')
+        if not os.path.lexists(folder): return folder
+        if (folder/'.smoke').is_file() and not _foreign(folder/'checkpoints'): return folder
+
+def _foreign(folder):
+    "What is in a folder of checkpoints that no run has written; None if there is nothing"
+    if folder.is_symlink() or folder.exists() and not folder.is_dir(): return folder
+    for place in folder.iterdir() if folder.is_dir() else ():
+        if re.fullmatch(r'\.+step-\d+(\.gone|(\.\d+\.(new|old))+)', place.name): continue
+        if place.is_symlink() or not re.fullmatch(r'step-\d+', place.name): return place
+        try: replaceable(place)
+        except LabError: return place
+
+def _begin_anew(folder):
+    "Remove the model and the result of an older smoke run"
+    if strange := _foreign(folder/'checkpoints'):
+        raise LabError(f'{strange} is of no run: move it away')
+    if (folder/'checkpoints').is_dir(): shutil.rmtree(folder/'checkpoints')
+    for name in ('latest', 'best', 'result.json'): (folder/name).unlink(missing_ok=True)
+
+def _require_own(folder):
+    "Raises `LabError`, before it trains, over a file that the run will write and that is not its own"
+    require_ours(folder/'run.json', lambda data: laid_out(data, 'starts', end='\n'))
+    require_ours(folder/'result.json', lambda data: laid_out(data, 'scores', end='\n'))
+    for name in ('latest', 'best'): require_ours(folder/name, re.compile(rb'step-\d+\n').fullmatch)
+    if folder.parent.name == 'runs':
+        require_ours(folder.parent/'latest', re.compile(rb'[^/\n]+\n').fullmatch)
 
 # %% ../nbs/15_run.ipynb #192ac19c
 def held(folder):
     "The lock of a run's folder; raises `LabError` that names the process which has it"
-    filelock = need('filelock'); folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder/'.lock')
-    try: lock.acquire(blocking=False)
-    except filelock.Timeout:
+    folder = made_folder(folder)
+    require_ours(folder/'.pid', bytes.isdigit)
+    def busy():
         pid = (folder/'.pid').read_text() if (folder/'.pid').exists() else 'unknown'
-        raise LabError(f'{folder} is held by process {pid}: wait until it ends, or stop it') from None
+        raise LabError(f'{folder} is held by process {pid}: wait until it ends, or stop it')
+    lock = locked(folder/'.lock', busy)
     (folder/'.pid').write_text(str(os.getpid()))
-    for rest in [*folder.glob('.*.new'), *(folder/'checkpoints').glob('.*step-*')]:  # of killed writers
-        shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
+    sweep_checkpoints(folder)                                  # nobody else writes here now
+    for rest in folder.iterdir():
+        if _HIDDEN.fullmatch(rest.name): rest.unlink()
     return lock
 
 # %% ../nbs/15_run.ipynb #ac8928d8
@@ -299,17 +406,26 @@ def _git(*args):
     try: return subprocess.run(['git', *args], capture_output=True, text=True, timeout=10).stdout.strip()
     except (OSError, subprocess.TimeoutExpired): return ''
 
+def _starts_told(path)->list:
+    "What a run.json says of earlier starts. Raises `LabError` where it is damaged"
+    told = json_of(path.read_bytes(), path, 'delete it, or copy it again')
+    if isinstance(told, dict) and isinstance(told.get('starts'), list): return told['starts']
+    raise LabError(f'{path} tells no starts of a run: delete it, or copy it again')
+
 def _describe(job, came_from):
     "Write config.yaml, run.json and the name of the newest run: what it takes to tell how the run was made"
     path, texts = job.folder/'run.json', job.texts
-    starts = json.loads(path.read_text())['starts'] if path.exists() else []
+    starts = _starts_told(path) if path.exists() else []
     about = dict(name=job.cfg.name, run=job.folder.name, params=job.run.model.n_params, came_from=str(came_from or ''),
                  hashes=dict(corpus=texts['corpus'].sha256, train=texts['train'].sha256, val=texts['val'].sha256,
                              tokenizer=texts['train'].meta['tokenizer']['sha256']),
                  starts=[*starts, dict(machine(), step=job.run.step, processes=job.engine.num_processes, llm_lab=__version__,
                                        commit=_git('rev-parse', 'HEAD'), changed=bool(_git('status', '--porcelain')))])
-    write_config(job.cfg, job.folder/'config.yaml')
-    texts = {job.folder/'run.json': json.dumps(about, indent=1), job.folder.parent/'latest': job.folder.name}
+    config = job.folder/'config.yaml'
+    known = replace(read_config(config), name=job.cfg.name) if config.exists() else None
+    if known != job.cfg: write_config(job.cfg, config)         # else it may hold your comments
+    texts = {job.folder/'run.json': json.dumps(about, indent=1)}
+    if job.folder.parent.name == 'runs': texts[job.folder.parent/'latest'] = job.folder.name
     for path, text in texts.items():
         with written(path) as f: f.write_text(text + '\n', encoding='utf-8')
 
@@ -331,19 +447,22 @@ def going_on(path, overrides=())->tuple: # (config, folder, checkpoint to start 
     path = Path(path)
     start = path if (path/'manifest.json').exists() else None
     folder = path.absolute().parent.parent if start else path.absolute()
-    if not (folder/'config.yaml').is_file():
+    ours = (folder/'.lock').exists() or (folder/'run.json').is_file()
+    if not ours or not (folder/'config.yaml').is_file():
         raise LabError(f'{path} is neither a run nor a checkpoint of one: choose from `llm-lab runs`')
     cfg = gone_on(read_config(folder/'config.yaml'), read_config(folder/'config.yaml', overrides))
     cfg = replace(cfg, name=folder.parent.parent.name)
-    newest = max((folder/'checkpoints').glob('step-*'), key=lambda p: int(p.name[5:]), default=None)
+    whole = [p for p in (folder/'checkpoints').glob('step-*') if p.name[5:].isdecimal()]     # a copy may lie beside them
+    newest = max(whole, key=lambda p: int(p.name[5:]), default=None)
     if start is None or start.absolute() == newest: return cfg, folder, None
     return cfg, _new_folder(cfg), start
 
 # %% ../nbs/15_run.ipynb #b7dc2d23
 def _newest_run(name, run=None):
     "The newest run of a config, or that one; None if there is none"
-    runs = home()/'experiments'/name/'runs'
-    known = runs/(run or (runs/'latest').read_text().strip()) if run or (runs/'latest').is_file() else runs
+    runs = _runs(name)
+    if run is not None: require_name(run, '--run')
+    known = runs/(run or pointed(runs/'latest')) if run or (runs/'latest').is_file() else runs
     return known if (known/'config.yaml').is_file() else None
 
 def _alone_now(error, engine, folder):
@@ -356,26 +475,36 @@ def _alone_now(error, engine, folder):
 def train_config(config='smoke', *overrides,
     resume=None, # '' goes on with the newest run of this config, or with `run`; a path with that run or checkpoint
     run=None,    # name of the new run's folder; date, time and hash if none
-    smoke=False  # only see whether it would work: 20 steps, in a folder `smoke`
+    smoke=False, # only see whether it would work: 20 steps, in a folder of such runs, `smoke`
+    tune=False   # measure how many threads are fastest, where the config names no number
 )->Job:
-    "From a config to a trained model; missing data are prepared. Ctrl-C and SIGTERM save and end: `job.run.stopped`"
-    cfg, start, old = None if resume else read_config(config, overrides), None, None
+    """From a config to a trained model; missing data are prepared.
+
+    Ctrl-C, SIGTERM and SIGHUP save and end it: `job.run.stopped` says which."""
+    cfg, start = None if resume else read_config(config, overrides), None
     if smoke and resume is not None: raise LabError('--smoke begins anew: leave --resume out')
-    if smoke: cfg, run, old = smaller(cfg), 'smoke', home()/'experiments'/cfg.name/'runs'/'smoke'
+    if smoke: cfg = smaller(cfg)
     resume = _newest_run(cfg.name, run) if resume == '' else resume                 # none yet: a new one begins
     if resume: cfg, folder, start = going_on(resume, overrides)
-    else: folder = old or _new_folder(cfg, run)
+    else: folder = _smoke_folder(cfg) if smoke else _new_folder(cfg, run)
+    usable_device()                                            # raises where it cannot be used
     engine = engine_of(cfg.log.tracker)
     folder = Path(gathered(engine, str(folder))[0])            # by the clock of the first process
+    if smoke and engine.is_main_process:
+        (made_folder(folder)/'.smoke').touch()                 # by which the next one knows it
     lock = held(folder) if engine.is_main_process else None
+    threads = torch.get_num_threads()
     try:
-        if old and lock: shutil.rmtree(old/'checkpoints', ignore_errors=True); (old/'result.json').unlink(missing_ok=True)
-        job = Job(cfg, folder, engine)
+        if lock: _require_own(folder)
+        if lock and smoke: _begin_anew(folder)
+        job = Job(cfg, folder, engine, tune and resume is None)
+        job.foresee()
         if lock: print(job, flush=True)
         job.go(start)
         if lock and not job.run.stopped: job.result = job.finish(cfg.eval.tokens if smoke else None)
-        engine.end_training()
+        _end(engine, cfg.log.tracker)
     except RuntimeError as e: _alone_now(e, engine, folder)
     finally:
+        torch.set_num_threads(threads)                         # they were the run's, not the caller's
         if lock: lock.release()
     return job
