@@ -533,6 +533,9 @@ def test_a_config_with_a_comment_stays(tmp_path):
         text.replace('lr: 0.004', 'lr: 4e-3'),
         '\0',
         '- a\n',
+        '7',
+        'data:\n',
+        '"data"',
     ):
         path.write_text(other)
         refused(
@@ -589,8 +592,9 @@ THEIRS = {
         '[]\n',
         '{"step": 1}\n\n{"a": 1}\n',
     ],
-    'samples.jsonl': ['notes\n', '{"text": "a"}\n'],
+    'samples.jsonl': ['', 'notes\n', '{"text": "a"}\n'],
     'metrics.csv': [
+        '',
         'a,b\n1,2\n',
         HEAD + 'notes\n',
         HEAD + ','.join(['x'] * len(COLUMNS)) + '\n',
