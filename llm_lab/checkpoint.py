@@ -245,7 +245,9 @@ class Metrics:
 
     def _require(self, name):
         "Raises `LabError` if there is such a file of somebody else"
-        if name not in self.known: require_ours(self.folder/name, _by_metrics(name))
+        if name in self.known: return
+        begun = (self.folder/'.lock').exists()                 # a run that was killed may leave a file empty
+        require_ours(self.folder/name, lambda data: (begun or data) and _by_metrics(name)(data))
         self.known.add(name)
 
     def _add(self, name, line):

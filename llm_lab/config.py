@@ -276,6 +276,7 @@ def _as_yaml(cfg):
 
 def _by_us(data):
     "Is this a config as `write_config` lays it out? A hand leaves comments, or another order"
+    if not data.startswith(f'{next(iter(SECTIONS))}:\n'.encode()): return False
     omega, wrong = need('omegaconf').OmegaConf, need('omegaconf.errors').OmegaConfBaseException
     try:
         said = omega.to_container(omega.create(data.decode()))

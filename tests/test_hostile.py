@@ -314,7 +314,7 @@ def honest(folder):
     from llm_lab.checkpoint import Checkpoints
     from llm_lab.chars import CharTokenizer
     from llm_lab.corpora import Corpus
-    from llm_lab.gpt import MLP, Config, MiniGPT, part
+    from llm_lab.gpt import Config, MiniGPT, part
     from llm_lab.hub import to_hf
     from llm_lab.llama import QKNorm, Rope, SwiGLU, llama
     from llm_lab.moe import MoE, Router, softmax_top_k
