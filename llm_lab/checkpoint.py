@@ -6,7 +6,7 @@
 __all__ = ['COLUMNS', 'optimiser_state', 'restore_optimiser', 'Checkpoints', 'sweep_checkpoints', 'Metrics']
 
 # %% ../nbs/13_checkpoint.ipynb #603fd352
-import base64, json, math, os, re, shutil, warnings
+import base64, json, math, os, re, warnings
 import torch
 from pathlib import Path
 from fastcore.basics import patch

@@ -11,8 +11,8 @@ import difflib, io, math, re
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import get_args
-from .lab import (HOLDS, REGISTERED, SLOTS, LabError, address, check_recipe, home, need, require_ours,
-                         short, written)
+from .lab import (HOLDS, LabError, address, check_recipe, home, need, require_ours, short,
+                         written)
 
 # %% ../nbs/14_config.ipynb #6a30dd62
 def _key(default, least=None, most=None, of=None):

@@ -7,7 +7,6 @@ __all__ = ['attend', 'causal', 'words_of', 'visible', 'part', 'Attention', 'MLP'
            'MiniGPT', 'Aux', 'register', 'to_data', 'config_from', 'sketch', 'quick_linear']
 
 # %% ../nbs/06_gpt.ipynb #0ca89eb3
-import difflib, importlib, re
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
@@ -17,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from fastcore.basics import patch
-from .lab import (HOLDS, REGISTERED, SLOTS, LabError, address, by_onednn, check_recipe, lookup, nearest, plain, quick_products,
-                         rng, short)
+from .lab import (HOLDS, REGISTERED, SLOTS, LabError, address, by_onednn, check_recipe, lookup,
+                         nearest, plain, quick_products, rng, short)
 
 # %% ../nbs/06_gpt.ipynb #080e1d3d
 def attend(

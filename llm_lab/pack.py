@@ -6,7 +6,7 @@
 __all__ = ['PIECE', 'ALONE', 'shuffled', 'BatchStream', 'PackedTokens', 'end_mark', 'Packed', 'pack']
 
 # %% ../nbs/05_pack.ipynb #4ef4a4d1
-import hashlib, json, math, os, re, shutil, signal, sys, tempfile, time
+import hashlib, json, math, os, re, signal, sys, tempfile, time
 import numpy as np
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
