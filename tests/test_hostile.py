@@ -1,8 +1,10 @@
-"""Whatever a stranger sends, opening it runs nothing: three hundred hostile packages, configs, checkpoints, tokenizers and Hugging Face folders.
+"""Whatever a stranger sends, opening it runs nothing.
 
-Each is made by a generator with a fixed seed and sealed as its author would seal it, so that no hash gives it away. A child process tries them one
-after the other under an audit hook: each must be refused by one `LabError` of one line, with nothing imported, written or started, in at most five
-seconds of processor time and 300 MB. The fast tests take every tenth.
+Three hundred hostile packages, configs, checkpoints, tokenizers and Hugging Face folders. Each is
+made by a generator with a fixed seed and sealed as its author would seal it, so that no hash gives
+it away. A child process tries them one after the other under an audit hook: each must be refused by
+one `LabError` of one line, with nothing imported, written or started, in at most five seconds of
+processor time and 300 MB. The fast tests take every tenth.
 """
 
 import ast, importlib, json, os, pickle, random, re, shutil, subprocess, sys, time
@@ -1078,7 +1080,9 @@ def test_the_watch_sees(tmp_path, monkeypatch):
     "The hook that found nothing would have found it"
     code = (
         "import sys, os; sys.path.insert(0, sys.argv[1]); from test_hostile import watch\nseen, on = [], [1]; watch(seen, on)\n"
-        "open('x', 'w'); os.mkdir('d')\ntry: import model_code_x\nexcept ImportError: pass\non.clear(); print(len(seen), 'import model_code_x' in seen)"
+        "open('x', 'w'); os.mkdir('d')\n"
+        "try: import model_code_x\nexcept ImportError: pass\n"
+        "on.clear(); print(len(seen), 'import model_code_x' in seen)"
     )
     out = subprocess.run(
         [sys.executable, '-c', code, str(ROOT / 'tests')],
