@@ -10,7 +10,7 @@ __all__ = ['MOST_JSON', 'SLOTS', 'REGISTERED', 'HOLDS', 'WEIGHTS', 'SIGNED', 'La
            'address', 'lookup', 'plain', 'check_recipe', 'rng', 'streams', 'set_streams', 'kept_streams', 'seeded',
            'device', 'usable_device', 'machine', 'check', 'pyplot', 'in_notebook', 'show', 'save_picture',
            'widgets_live', 'explore', 'Live', 'progress', 'stoppable', 'flops', 'by_onednn', 'quick_products',
-           'peak_flops', 'time_by_kind', 'keep_memory', 'fastest_threads']
+           'peak_flops', 'time_by_kind', 'keep_memory', 'use_threads', 'fastest_threads']
 
 # %% ../nbs/00_lab.ipynb #f5126c87
 import difflib, hashlib, importlib, json, math, os, re, reprlib, shutil, signal, stat, sys, threading, time
@@ -1009,6 +1009,15 @@ def keep_memory()->bool: # could it be asked?
     return all(option(which, 1 << 30) for which in (-3, -1))   # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 
 # %% ../nbs/00_lab.ipynb #f1187097
+@contextmanager
+def use_threads(n:int):
+    "Within, PyTorch shares each operation on the CPU out to `n` threads"
+    import torch
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try: yield
+    finally: torch.set_num_threads(before)
+
 def _seconds_per_call(work, seconds):
     "Seconds that `work()` takes: the mean over so long, at least two calls; one before them warms up"
     work()
@@ -1028,12 +1037,9 @@ def fastest_threads(
     choices = sorted({1, max(1, most//2), most})
     if len(choices) == 1 or os.environ.get('OMP_NUM_THREADS'): return most
     taken = {n: [] for n in choices}
-    try:
-        for _ in range(3):                                     # in turns: other programs come and go
-            for n in choices:
-                torch.set_num_threads(n)
-                taken[n].append(_seconds_per_call(work, seconds))
-            typical = {n: sorted(taken[n])[len(taken[n])//2] for n in choices}
-            choices = [n for n in choices if typical[n] < 1.5*min(typical.values())]   # the others have lost
-    finally: torch.set_num_threads(most)
+    for _ in range(3):                                         # in turns: other programs come and go
+        for n in choices:
+            with use_threads(n): taken[n].append(_seconds_per_call(work, seconds))
+        typical = {n: sorted(taken[n])[len(taken[n])//2] for n in choices}
+        choices = [n for n in choices if typical[n] < 1.5*min(typical.values())]       # the others have lost
     return next(n for n in choices if typical[n] < 1.1*min(typical.values()))

@@ -45,20 +45,25 @@ def _plan(settings, corpus):
 
 # %% ../nbs/27_tour.ipynb #6a891332
 def _time_step(setup):
-    "Seconds a training step takes here, on a copy of the model: the median of the last 15 of 20"
+    "(seconds that a training step takes here, the number of threads with which it does), tried on a copy"
     from copy import deepcopy
+    from itertools import count
     from statistics import median
     from llm_lab.gpt import quick_linear
-    from llm_lab.lab import keep_memory
+    from llm_lab.lab import fastest_threads, keep_memory, use_threads
     from llm_lab.train import adamw, train_step
     keep_memory()
-    model = deepcopy(setup.model); opt, times = adamw(model, lr=1e-4), []
+    model = deepcopy(setup.model)
+    opt, step, times = adamw(model, lr=1e-4), count(), []
+    def work(): train_step(model, opt, setup.batch(next(step)))[0].item()           # wait for the device
     with quick_linear(model):
-        for step in range(20):
-            start = time.perf_counter()
-            train_step(model, opt, setup.batch(step))[0].item()   # wait for the device
-            times.append(time.perf_counter() - start)
-    return median(times[5:])                                   # the first ones warm up
+        threads = fastest_threads(work)
+        with use_threads(threads):
+            for _ in range(20):
+                start = time.perf_counter()
+                work()
+                times.append(time.perf_counter() - start)
+    return median(times[5:]), threads                          # the first ones warm up
 
 # %% ../nbs/27_tour.ipynb #793841ca
 WRITES = 240                   # characters of a sample
@@ -362,11 +367,10 @@ def _complete(keeper, setup, run, result):
 # %% ../nbs/27_tour.ipynb #c0f3ec70
 def _introduction(setup):
     "The corpus and the model in a line each"
-    import torch
     n, model, cfg = {k: len(v) for k, v in setup.ids.items()}, setup.model, setup.model.cfg
     return (f'corpus  {setup.corpus.name}: {n["train"]:,} characters to learn from, {n["val"]:,} to test on\n'
             f'model   MiniGPT: {model.n_params:,} parameters, {cfg.n_layers} layers of width {cfg.d_model}, '
-            f'context {setup.recipe.block_len}, on {device()}, {torch.get_num_threads()} threads')
+            f'context {setup.recipe.block_len}, on {device()}')
 
 # %% ../nbs/27_tour.ipynb #0219f621
 def _first_words(corpus):
@@ -391,13 +395,13 @@ def _what_next(folder, corpus):
 
 # %% ../nbs/27_tour.ipynb #d9387aa2
 def _planned(setup, minutes):
-    "Times a step, says the plan: (steps, characters to validate at a look, seconds of a step)"
-    recipe, per_step = setup.recipe, _time_step(setup)
+    "Times a step, says the plan: (steps, characters to validate at a look, seconds of a step, threads)"
+    recipe, (per_step, threads) = setup.recipe, _time_step(setup)
     steps, part = _budget(minutes, per_step, recipe, len(setup.ids['val']))
     print(f'plan    a step takes {1000*per_step:.0f} ms: {steps:,} steps of {recipe.batch_size} × '
-          f'{recipe.block_len} characters in {minutes:g} minutes. Ctrl-C stops and keeps what was learned',
+          f'{recipe.block_len} characters in {minutes:g} minutes, on {threads} threads. Ctrl-C stops and keeps what was learned',
           flush=True)
-    return steps, part, per_step
+    return steps, part, per_step, threads
 
 def _settle(run, keeper):
     "Keep what was learned; a model that holds numbers which are none is not worth it"
@@ -406,6 +410,7 @@ def _settle(run, keeper):
 
 def _learned(setup, keeper, minutes):
     "Train for these minutes and keep the model; returns the `Run`"
+    from llm_lab.lab import use_threads
     from llm_lab.train import Run, fit
     recipe, run, training = setup.recipe, Run(setup.model.train(), 0), False
     def stop(why):
@@ -414,13 +419,14 @@ def _learned(setup, keeper, minutes):
     with stoppable(stop):
         try:
             keeper.begin(run)
-            steps, part, per_step = _planned(setup, minutes)
+            steps, part, per_step, threads = _planned(setup, minutes)
             run = Run(setup.model.train(), steps)
             often = max(1, int(min(5, KEEP_EVERY/2)/per_step)) # asks for the time every few seconds
             training = True
             calls = {**_watcher(setup, part, steps), often: keeper.on_the_way}
-            fit(run.model, setup.batch, steps, recipe.lr, recipe.weight_decay, seed=recipe.seed,
-                every=calls, run=run)
+            with use_threads(threads):
+                fit(run.model, setup.batch, steps, recipe.lr, recipe.weight_decay, seed=recipe.seed,
+                    every=calls, run=run)
         except BaseException:                                  # also Ctrl-C of somebody impatient
             _settle(run, keeper)
             if keeper.step: print(f'kept in {keeper.folder}: the model of step {keeper.step:,}')

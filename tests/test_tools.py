@@ -75,6 +75,19 @@ def test_long(): note('long'); time.sleep(3)
 """
 
 
+def test_time_left_is_the_table_until_more_is_known():
+    "Two workers; the rest takes as much longer than the table says as what is done did"
+    import plan
+    p = plan.Plan(SimpleNamespace(cache=None))
+    p.names, p.seconds = ['a', 'b', 'c', 'd'], dict(a=60, b=60, c=60, d=60)
+    assert p.left(now=100) == 240                       # nobody has begun, so one worker is as far as we know
+    p.running = dict(a=100, b=100)
+    assert p.left(now=110) == (50 + 50 + 120)/2
+    p.took['a'], p.running = 150, dict(b=100, c=250)    # twice as slow as the table says, less a start of thirty seconds
+    assert p.left(now=250) == (0 + 120 + 120)/2
+
+
+
 def test_the_longest_runs_first_and_a_dear_fixture_is_made_once(tmp_path):
     (tmp_path/'conftest.py').write_text(f'import sys\nsys.path.insert(0, {str(ROOT/"tools")!r})\nimport plan\n'
                                         'plan.hints = lambda: {"test_a.py::test_long": 9, "test_a.py::test_alone[3]": 8}\n'

@@ -103,15 +103,20 @@ class Plan:
 
     # ---- how far we are; these are called where the workers report to
 
-    def left(self):
+    def left(self, now):
         "Seconds to the end, if the rest is as much slower than the table says as what is done was"
-        cost = lambda names: sum(self.seconds.get(n, UNKNOWN) for n in names)
-        done = [n for n in self.took if n not in self.running]
-        if not self.names or cost(done) < 10: return None
-        return (time.monotonic() - self.collected)*cost(set(self.names) - set(done))/cost(done)
+        if not self.names: return None
+        said = {n: self.seconds.get(n, UNKNOWN) for n in self.names}
+        done = [n for n in self.took if n not in self.running and n in said]
+        spent = sum(self.took[n] for n in done)
+        slower = (spent + 30)/(sum(said[n] for n in done) + 30)         # at first, the table is all we know
+        rest = sum(slower*said[n] for n in said.keys() - {*done} - self.running.keys())
+        rest += sum(max(0., slower*said.get(n, UNKNOWN) - (now - t)) for n, t in list(self.running.items()))
+        return rest/max(1, len(self.running))                           # each worker runs one of them
 
     def line(self):
-        now, left = time.monotonic(), self.left()
+        now = time.monotonic()
+        left = self.left(now)
         slow = sorted(((now - t, n) for n, t in list(self.running.items())), reverse=True)
         done = f'{len(self.took.keys() - self.running.keys())} of {len(self.names)} tests in {minutes(now - self.begun)}'
         rest = f', about {minutes(left)} left' if left is not None else ''
@@ -126,7 +131,7 @@ class Plan:
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_node_collection_finished(self, node, ids):
         if self.names: return
-        self.names, self.collected = [*map(short, ids)], time.monotonic()
+        self.names = [*map(short, ids)]
         threading.Thread(target=self.tell, daemon=True).start()
 
     def pytest_runtest_logstart(self, nodeid): self.running[short(nodeid)] = time.monotonic()
