@@ -1259,7 +1259,7 @@ def test_a_thousand_files_survive_twenty_calls(tmp_path, monkeypatch):
 def test_a_thousand_files_survive_two_hundred_calls(seed, tmp_path, monkeypatch):
     codes = survives(tmp_path, 200, seed, monkeypatch)
     assert {*codes} == {0, 3, -signal.SIGKILL}
-    assert codes.count(-signal.SIGKILL) > 20 and codes.count(0) > 20
+    assert codes.count(-signal.SIGKILL) > 20 and codes.count(0) >= 5
 
 
 def test_the_guard_of_a_package_reads_each_file_once(tmp_path, monkeypatch):
