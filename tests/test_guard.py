@@ -220,6 +220,12 @@ def test_what_is_missing_or_left_by_a_finder_is_no_obstacle(tmp_path):
     assert open_model(tmp_path/'m').model.cfg.d_model == 16
 
 
+def test_the_name_of_a_folder_need_not_be_utf8(tmp_path):
+    for _ in range(2):
+        save(tmp_path/os.fsdecode(b'\xff\xfe'))
+    assert open_model(tmp_path/os.fsdecode(b'\xff\xfe'))
+
+
 def test_an_improved_card_still_opens(tmp_path):
     save(tmp_path/'m')
     (tmp_path/'m'/'README.md').write_text('# A cat among models')
