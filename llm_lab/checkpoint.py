@@ -246,8 +246,9 @@ class Metrics:
     def _require(self, name):
         "Raises `LabError` if there is such a file of somebody else"
         if name in self.known: return
-        begun = (self.folder/'.lock').exists()                 # a run that was killed may leave a file empty
-        require_ours(self.folder/name, lambda data: (begun or data) and _by_metrics(name)(data))
+        path, lock = self.folder/name, self.folder/'.lock'     # a run that was killed may leave it empty
+        begun = lock.exists() and path.exists() and lock.stat().st_mtime <= path.stat().st_mtime
+        require_ours(path, lambda data: (begun or data) and _by_metrics(name)(data))
         self.known.add(name)
 
     def _add(self, name, line):

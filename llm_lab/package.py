@@ -81,8 +81,9 @@ def save_package(
     if not isinstance(model, MiniGPT):
         raise LabError(f'a {type(model).__name__} is not saved: give the MiniGPT that it was made from')
     folder = Path(folder)
+    name = (name or folder.name).encode(errors='replace').decode()       # a path need not be UTF-8
     with written(folder, more=_of_first_edition) as new:
-        write_package(new, model, tokenizer, about or {}, name or folder.name)
+        write_package(new, model, tokenizer, about or {}, name)
     return folder
 
 # %% ../nbs/07_package.ipynb #f420d902
