@@ -212,11 +212,10 @@ def _sound(kept, path):
     "What a hub.json says. Raises `LabError` where it is no list of files inside a folder"
     def good(f):
         if not isinstance(f, dict) or type(f.get('size')) is not int or not isinstance(f.get('path'), str): return False
+        require_inside(f['path'], f'{path}:')
         return isinstance(f.get('sha256', f.get('blob')), str)
     if isinstance(kept, dict) and isinstance(kept.get('files'), list) and isinstance(kept.get('commit'), str) \
-            and all(map(good, kept['files'])):
-        for f in kept['files']: require_inside(f['path'], f'{path}:')
-        return kept
+            and all(map(good, kept['files'])): return kept
     raise LabError(f'{path} is damaged: delete it to have the hub asked again')
 
 def _folders(name):

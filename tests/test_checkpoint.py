@@ -463,11 +463,12 @@ def sources(root):
 
 
 def test_nothing_in_this_project_reads_what_can_run_code():
-    "But for a test that sends a tokenizer through a pickle of its own, and this file, which makes an evil one"
+    "But for a test that sends a tokenizer through a pickle of its own, one that watches for it, and this file, which makes an evil one"
     seen = [*sources(ROOT)]
     assert {w.split('/')[0] for w, _ in seen} >= {'llm_lab', 'tools', 'tests', 'experiments', '13_checkpoint.ipynb'}
     found = {(where, f) for where, tree in seen for f in that_run_code(tree)}
-    assert found - {('tests/test_bpe.py', 'pickle.loads')} == {w for w in found if w[0] == 'tests/test_checkpoint.py'}
+    known = {('tests/test_bpe.py', 'pickle.loads'), ('tests/test_hostile.py', 'marshal.loads')}
+    assert found - known == {w for w in found if w[0] == 'tests/test_checkpoint.py'}
 
 
 @pytest.mark.parametrize('source', [
@@ -539,7 +540,7 @@ def test_a_checkpoint_that_is_half_removed_is_no_checkpoint(tmp_path, monkeypatc
         saves, run = Checkpoints(tmp_path/str(gone), TOK, keep=1), begin()[0]
         saves(at_step(run, 10))
         with monkeypatch.context() as m, pytest.raises(Killed):
-            m.setattr(checkpoint.shutil, 'rmtree', removes(gone)); saves(at_step(run, 20))
+            m.setattr(shutil, 'rmtree', removes(gone)); saves(at_step(run, 20))
         assert [p.name for p in saves.folder.rglob('.*')] == ['.step-000010.gone'] and saves.steps() == [20]
         again = begin()[0]
         saves = Checkpoints(tmp_path/str(gone), TOK, keep=1)

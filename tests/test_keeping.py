@@ -38,7 +38,7 @@ PICTURE = chapter._picture  # it takes half a second, and few tests look at it
 def short_tours(steps=STEPS):
     "What a test replaces in the tour, so that it neither measures nor waits: {name: value}"
     return dict(
-        _time_step=lambda setup: 0.001,
+        _time_step=lambda setup: (0.001, 1),
         _budget=lambda *a: (steps, 100),
         _picture=lambda *a: None,
         WRITES=8,

@@ -700,7 +700,7 @@ def test_what_is_odd_but_right_is_taken(home):
     taken = 0
     besides = {'data.vocab_size': {'data.tokenizer': 'bpe'}, 'train.accumulate': {'train.batch_size': 7},
                'eval.tokens': {'data.block_len': 1}, 'model.n_heads': {'model.d_model': 7}, 'model.d_model': {'model.n_heads': 1},
-               'model.n_kv_heads': {'model.n_heads': 7, 'model.d_model': 7}}
+               'model.n_kv_heads': {'model.n_heads': 7, 'model.d_model': 7}, 'data.block_len': {'eval.tokens': 10**9}}
     for path, f in _PATHS.items():
         section, _, key = path.partition('.')
         for v in values_of(f):

@@ -19,10 +19,10 @@ DAMAGE = 'test_checkpoint.py::test_a_thousand_flipped_bits_and_a_thousand_cut_fi
 MUTANTS = {  # name: (module, what stands there, what it becomes, the test that must turn red)
     'no RNG restore': ('train', 'set_streams(run.random or {}); run.random = None', 'run.random = None', RESUME),
     'no cursor': ('checkpoint', "for k in ('step', 'tokens', 'seconds', 'notes')", "for k in ('tokens', 'seconds', 'notes')", RESUME),
-    'manifest unchecked': ('package', "if _sha(data[f]) != said['files'].get(f):", 'if False:', DAMAGE),
+    'manifest unchecked': ('package', "if _sha(data) != said['files'].get(name):", 'if False:', DAMAGE),
     'in-place write': ('checkpoint', 'with written(self.place(run.step)) as new:', 'if new := self.place(run.step):', FAULTS),
     'prune before commit': ('checkpoint', 'if self.rank == 0: self.save(run, random)',
-                            'if self.rank == 0: [shutil.rmtree(self.place(s)) for s in self.steps()[:1 - self.keep or None]]; '
+                            'if self.rank == 0: [remove(self.place(s)) for s in self.steps()[:1 - self.keep or None]]; '
                             'self.save(run, random)', FAULTS),
     'eval on the global RNG': ('train', 'with kept_streams(self.run.history.device): said = f(self.run)', 'said = f(self.run)', ONLOOKERS),
     'rows not cut': ('run', 'self.metrics.cut(run.step, start and start.parent.parent)', 'pass', KILLED),
