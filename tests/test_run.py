@@ -698,7 +698,7 @@ def test_every_slip_is_answered_by_one_line_that_names_the_key(home):
 def test_what_is_odd_but_right_is_taken(home):
     "So the test above can fail: all values at the border, each word of a choice, null where it may be, and what is written is read again"
     taken = 0
-    besides = {'data.vocab_size': {'data.tokenizer': 'bpe'}, 'train.accumulate': {'train.batch_size': 7},
+    besides = {'data.vocab_size': {'data.tokenizer': 'bpe'}, 'train.accumulate': {'train.batch_size': None},
                'eval.tokens': {'data.block_len': 1}, 'model.n_heads': {'model.d_head': 8}, 'model.d_model': {'model.n_heads': 1},
                'model.n_kv_heads': {'model.n_heads': None, 'model.d_head': 8}, 'data.block_len': {'eval.tokens': 10**9}}   # None: as many
     for path, f in _PATHS.items():
@@ -706,7 +706,9 @@ def test_what_is_odd_but_right_is_taken(home):
         for v in values_of(f):
             if not fits(f, v) or isinstance(v, int) and v >= 10**30: continue
             data = {section: {key: v}}
-            for other, w in besides.get(path, {}).items(): data.setdefault(other.split('.')[0], {})[other.split('.')[1]] = (v or 1) if w is None else w
+            for other, w in besides.get(path, {}).items():
+                part, _, word = other.partition('.')
+                data.setdefault(part, {})[word] = (v or 1) if w is None else w
             cfg = config_of(data, 'x')
             assert getattr(getattr(cfg, section), key) == v and type(getattr(getattr(cfg, section), key)) in (type(v), float)
             write_config(cfg, home/'x.yaml')
