@@ -22,7 +22,7 @@ def seen_by_a_child(**chosen):
 
 
 def test_the_package_asks_for_a_short_spin_unless_the_user_has_chosen():
-    assert seen_by_a_child() == {'OMP_WAIT_POLICY': None, 'GOMP_SPINCOUNT': '1000'}
+    assert seen_by_a_child() == {'OMP_WAIT_POLICY': None, 'GOMP_SPINCOUNT': '2000'}
     assert seen_by_a_child(GOMP_SPINCOUNT='7')['GOMP_SPINCOUNT'] == '7'
     assert seen_by_a_child(OMP_WAIT_POLICY='active')['GOMP_SPINCOUNT'] is None
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import median
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-SPINS = (0, 100, 1_000, 10_000, 100_000)
+SPINS = (100, 500, 1_000, 2_000, 4_000, 10_000, 100_000)
 SETTINGS = {'as it comes': {}, 'passive': {'OMP_WAIT_POLICY': 'passive'},
             **{f'spin {n:,}': {'GOMP_SPINCOUNT': str(n)} for n in SPINS},
             'as the lab sets it': None, 'one thread': {'OMP_NUM_THREADS': '1'}}
@@ -56,7 +56,7 @@ class Worker:
     def __init__(self, setting):
         env = {k: v for k, v in os.environ.items() if k not in WAITS} | (setting or {})
         kind = 'plain' if setting is not None else 'lab'
-        self.proc = subprocess.Popen([sys.executable, __file__, '--worker', kind], env=env, text=True,
+        self.proc = subprocess.Popen([sys.executable, str(Path(__file__).resolve()), '--worker', kind], env=env, text=True,
                                      stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self.steps(3)
 
