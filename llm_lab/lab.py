@@ -342,12 +342,16 @@ def resolved(path):
 def _look(place, more=None):
     "What `_strange` has seen there, () for a file, None for nothing; `LabError` if it must stay"
     if not os.path.lexists(place): return None
-    if place.is_file(): return ()
-    if not place.is_dir():
-        raise LabError(f'{place} is neither a file nor a folder: give another path')
-    if why := _never(place):
-        raise LabError(f'{place} {why}: give a folder of its own, such as {place/"model"}')
-    try: strange, seen = _strange(place, more)
+    try:
+        kind = os.stat(place).st_mode
+        if stat.S_ISREG(kind): return ()
+        if not stat.S_ISDIR(kind):
+            raise LabError(f'{place} is neither a file nor a folder: give another path')
+        if why := _never(place):
+            raise LabError(f'{place} {why}: give a folder of its own, such as {place/"model"}')
+        strange, seen = _strange(place, more)
+        # lists of one writer and files of the next one: such a view does not come twice
+        if strange and _strange(place, more) != (strange, seen): return _look(place, more)
     except PermissionError: raise LabError(f'you may not read {place}: give a new folder') from None
     except FileNotFoundError: return _look(place, more)        # another writer is at it
     if strange:
@@ -408,7 +412,8 @@ def _make_room(path, old, new, seen, replace, more):
         raise LabError(f'{path} is a file, and a folder was to be written: give another path')
     if snapshot(path) != seen and _look(path, more) is None: return
     if not replace: raise LabError(f'{path} is there already: give another path')
-    was, will = _listed(path), _listed(new)
+    will = _listed(new)
+    while (was := _listed(path)) != _listed(path): pass        # another writer is at it
     kinds = [', '.join(n for n in _LISTS if n in lists) or _LIST for lists in (was, will)]
     if was and kinds[0] != kinds[1]:
         raise LabError(f'{path} is of another kind, listed in {kinds[0]} and not in {kinds[1]}: '

@@ -903,6 +903,23 @@ def test_two_who_save_at_the_same_time_do_not_hurt_each_other(tmp_path):
     assert open_model(tmp_path/'m') and [p.name for p in tmp_path.iterdir()] == ['m']
 
 
+@pytest.mark.parametrize('when', range(8))
+def test_a_view_across_two_writers_is_looked_at_again(when, tmp_path, monkeypatch):
+    "Emulated: the folder was away while its lists were read, and is back when its files are"
+    save(tmp_path/'m')
+    real, calls = lab._sealed, []
+
+    def sealed(path):
+        if path.parent == tmp_path/'m':
+            calls.append(path)
+            if len(calls) == when + 1: return None
+        return real(path)
+
+    monkeypatch.setattr(lab, '_sealed', sealed)
+    save(tmp_path/'m', 16)
+    assert len(calls) > when and [p.name for p in tmp_path.iterdir()] == ['m']
+
+
 @pytest.mark.parametrize('theirs', ['a package', 'the old one', 'thesis'])
 def test_what_comes_between_the_two_renames_is_seen(theirs, tmp_path, monkeypatch):
     "Another writer's package is the old one then; a reader may bring back ours; a stranger stays"
