@@ -2,7 +2,7 @@
 
 One JupyterLab server and one browser serve all tests; each notebook gets a page and a kernel of its own.
 """
-import os, re, sys
+import ast, os, re, symtable, sys
 from pathlib import Path
 
 import nbformat
@@ -33,14 +33,30 @@ def opened(lab):
     return open_it
 
 
+def uses(source):
+    "(names that a cell binds, names that it reads), those of its functions' and comprehensions' own left out"
+    def all_within(table): return [table, *(t for child in table.get_children() for t in all_within(child))]
+    top, *inner = all_within(symtable.symtable(source, 'cell', 'exec'))
+    bound = {o.get_name() for o in top.get_symbols() if o.is_assigned() or o.is_imported()}
+    changed = {n.target.id for n in ast.walk(ast.parse(source)) if isinstance(n, ast.AugAssign) and isinstance(n.target, ast.Name)}
+    read = {o.get_name() for o in top.get_symbols() if o.is_referenced()} | changed
+    return bound, read | {o.get_name() for table in inner for o in table.get_symbols() if o.is_global()}
+
+
 def upto(name, words, folder, less=None):
-    "A copy of chapter `name` that ends with the first cell in which a line begins with `words`, no outputs saved; `less` is (old, new)"
+    """A copy of chapter `name` that ends with the first cell in which a line begins with `words`. Of the cells before it, it has
+    those of the module and those that the last one needs; `test_notebooks.py` runs them all. `less` is (old, new)"""
     nb = nbformat.read(ROOT/'nbs'/f'{name}.ipynb', 4)
+    cells = [c for c in nb.cells if c.cell_type == 'code']
     begins = lambda cell: any(line.startswith(words) for line in cell.source.splitlines())
-    last = next(n for n, c in enumerate(nb.cells) if c.cell_type == 'code' and begins(c))
-    nb.cells = nb.cells[:last + 1]
-    for c in nb.cells:
-        if c.cell_type == 'code': c.outputs = []
+    last = next(n for n, c in enumerate(cells) if begins(c))
+    nb.cells, (_, needed) = [cells[last]], uses(cells[last].source)
+    for c in reversed(cells[:last]):
+        bound, read = uses(c.source)
+        if not bound & needed and not re.search(r'^#\| ?(export|hide)', c.source, re.M): continue
+        nb.cells.insert(0, c)
+        needed = needed - bound | read
+    for c in nb.cells: c.outputs = []
     if less:
         assert sum(less[0] in c.source for c in nb.cells) == 1, less
         for c in nb.cells: c.source = c.source.replace(*less)
@@ -152,7 +168,7 @@ def test_a_clicked_token_shows_what_it_can_have_heard_of(opened, tmp_path):
 def test_an_expert_is_left_out_and_a_text_typed(opened, tmp_path):
     "The microscope of chapter 23: a layer's expert is forbidden and nobody goes there, then another text is typed"
     from playwright.sync_api import expect
-    with opened(upto('23_experts', 'explore(microscope', tmp_path, less=('steps=700', 'steps=40')), width=1000, height=900) as page:
+    with opened(upto('23_experts', 'explore(microscope', tmp_path, less=('steps=600', 'steps=40')), width=1000, height=900) as page:
         shot.run_all(page, WAIT)
         assert shot.seen(page)['error'] == []
         area = page.locator('.widget-output').last

@@ -119,7 +119,8 @@ def tests_of(do):
         os.environ.setdefault('LLM_LAB_EXAMPLES', '20000')
         os.environ.setdefault('LLM_LAB_NOTEBOOK_FLAGS', 'slow')
     from run_notebooks import workers
-    beside = ['-n', workers(), '--dist', 'loadgroup', '--no-loadscope-reorder']   # see tools/plan.py
+    # one more than there are cores: a tenth of a worker's time is waiting, for a browser or a killed run
+    beside = ['-n', workers() + 1, '--dist', 'loadgroup', '--no-loadscope-reorder']   # see tools/plan.py
     return beside + (['-m', ''] if do == 'nightly' else [])
 
 
