@@ -48,7 +48,8 @@ _DEVICES = {'con', 'prn', 'aux', 'nul', *(f'{p}{n}' for p in ('com', 'lpt') for 
 
 def _why_no_name(name):
     "What keeps `name` from being one file or folder on every system; '' if nothing does"
-    if not isinstance(name, str) or not name.strip(): return 'is empty'
+    if not isinstance(name, str): return 'is no text'
+    if not name.strip(): return 'is empty'
     if name.startswith('.'): return 'begins with a dot'
     for c in name:
         if c in '/\\:*?"<>|' or not c.isprintable(): return f'holds {c!r}'
@@ -96,7 +97,9 @@ def sync_to_disk(path, inside=False):
         sync_to_disk(path/name, inside)
     if folder and os.name == 'nt': return                      # Windows cannot sync a folder
     try:
-        handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
+        # Windows syncs only what may be written to; a file that may not is read
+        may = folder or not os.access(path, os.W_OK)
+        handle = os.open(path, os.O_RDONLY if may else os.O_RDWR)
         os.fsync(handle)
     except OSError as e:
         if e.errno not in (_NO_SYNC if folder else _UNKNOWN): raise      # bytes may be lost
@@ -174,6 +177,7 @@ def _sweep(path):
     "Remove what dead writers of `path` have left"
     for rest, marks in _remains(path):
         mark, end = marks[-1]
+        if end == 'old' and not os.path.lexists(path): continue      # the only one there is
         try:
             old_kind = len(mark) != 32
             dead = _of_first_edition(rest, mark, end) if old_kind else _abandoned(rest, mark)
@@ -253,8 +257,10 @@ def _hash_of(path):
 
 def _sealed(path):
     "What a list says, {name: SHA-256}; None if it is not ours: those carry a hash of themselves"
-    if path.is_symlink() or not path.is_file() or path.stat().st_size > 1e8: return None
-    try: said = json.loads(path.read_bytes())
+    if path.is_symlink() or not path.is_file() or path.stat().st_size > 2e7: return None
+    data = path.read_bytes()
+    if data.count(b'[') + data.count(b'{') > 200_000: return None    # ours has one for each file
+    try: said = json.loads(data)
     except (ValueError, RecursionError): return None           # a stranger's
     if not isinstance(said, dict) or not isinstance(said.get('files'), dict): return None
     if said.pop('sha256', None) != _sha(said): return None
@@ -427,8 +433,8 @@ def _swap(new, path, old, *how):
             if os.path.lexists(path): _make_room(path, old, new, *how)
             return _move(new, path)
         except OSError as e:
-            if e.errno not in _QUICKER: raise
-            remove(old)                                       # another writer's is the old one now
+            if e.errno not in _QUICKER or not os.path.lexists(new): raise
+            if os.path.lexists(path): remove(old)              # another writer's is the old one now
     raise LabError(f'{path} is written by others all the time: give another path')
 
 @contextmanager
@@ -461,7 +467,8 @@ def written(
     finally:
         try:
             restored(path)
-            for rest in (new, old): remove(rest)
+            remove(new)
+            if os.path.lexists(path): remove(old)              # else it is the only one
         finally: _at_work.discard(mark)
 
 # %% ../nbs/00_lab.ipynb #5ab604fc
@@ -500,15 +507,18 @@ def short(value, width=60)->str:
 
 def check_size(data:bytes, name='this file', remedy='copy or make it again'):
     "Raises `LabError` where JSON would take more memory than any of ours does, read by whomever"
-    # what Python needs for each comma, text, list and dict: known before anything is read
-    needs = 16*data.count(b',') + 30*data.count(b'"') + 80*(data.count(b'[') + data.count(b'{'))
-    if len(data) > MOST_JSON or needs > 4*MOST_JSON:
+    # what Python needs for the text, and for each value, text, list and dict: known before it is read
+    wide = 1 if data.isascii() else 4 if re.search(rb'[\xf0-\xff]', data) else 2     # bytes a character
+    needs = wide*len(data) + 40*data.count(b',') + 30*data.count(b'"')
+    needs += 80*(data.count(b'[') + data.count(b'{'))
+    if len(data) > MOST_JSON or needs > 5*MOST_JSON:
         raise LabError(f'{name} holds more than any file of its kind ({len(data):,} bytes): {remedy}')
 
 def json_of(data:bytes, name='this file', remedy='copy or make it again', read=json.loads):
     "What a JSON file says. Raises `LabError` where it is another kind of file, or larger or deeper than ours are"
     check_size(data, name, remedy)
     try: return read(data)
+    except LabError: raise                                     # `read` has a remedy of its own
     except (ValueError, RecursionError) as e:
         raise LabError(f'{name} is not JSON ({type(e).__name__}): {remedy}') from None
 
@@ -549,8 +559,12 @@ def pointed(path)->Path:
 # %% ../nbs/00_lab.ipynb #eb48677f
 def memory_left()->float: # bytes; ∞ where the system does not say
     "How much memory could still be had here, in a container, too"
-    limit, used = Path('/sys/fs/cgroup/memory.max'), Path('/sys/fs/cgroup/memory.current')
-    try: left = int(limit.read_text()) - int(used.read_text())
+    group = Path('/sys/fs/cgroup')
+    try:
+        left = int((group/'memory.max').read_text()) - int((group/'memory.current').read_text())
+        # files that were read are counted as used, and make room where it is needed
+        said = (line.split() for line in (group/'memory.stat').read_text().splitlines())
+        left += sum(int(n) for name, n in said if name == 'inactive_file')
     except (OSError, ValueError): left = math.inf              # no container, or one without a limit
     try: lines = Path('/proc/meminfo').read_text().splitlines()
     except OSError: return left
@@ -723,7 +737,11 @@ def kept_streams(device='cpu'):
 def seeded(seed:int, purpose:str, device='cpu'):
     "Within, the common streams of PyTorch begin where `seed` and `purpose` say; after it, they are as they were"
     import torch
-    with kept_streams(device): torch.manual_seed(rng(seed, purpose).initial_seed()); yield
+    kind, number = torch.device(device).type, rng(seed, purpose).initial_seed()
+    with kept_streams(device):
+        torch.default_generator.manual_seed(number)            # torch.manual_seed would move all devices
+        if kind != 'cpu': getattr(torch, kind).manual_seed(number)
+        yield
 
 # %% ../nbs/00_lab.ipynb #bb80cf0e
 def device()->str: # 'cuda', 'mps' or 'cpu'
@@ -825,6 +843,7 @@ def save_picture(fig, path)->Path: # where it is now
     kind = path.suffix[1:].lower()
     if kind not in ('png', 'svg', 'pdf'):
         raise LabError(f'{path}: a picture is a .png, .svg or .pdf: give such a name')
+    # a picture that was edited since keeps the mark: it is taken for ours
     require_ours(resolved(path), lambda data: _DRAWN.encode() in data)
     says = {'Software' if kind == 'png' else 'Creator': _DRAWN}
     with written(path) as new: fig.savefig(new, format=kind, metadata=says)
@@ -892,11 +911,15 @@ def progress(
         from tqdm import tqdm
         yield from tqdm(items, desc=label, total=total, leave=False, disable=None)  # None: silent in a log
         return
-    total, live, last = total or len(items), Live(), 0.
+    if total is None and hasattr(items, '__len__'): total = len(items)
+    of = '' if total is None else f' of {total}'
+    live, last, n = Live(), 0., -1
     for n, item in enumerate(items):
-        if time.monotonic() - last > .2: last = time.monotonic(); live(f'{label}: {n} of {total}')
+        if time.monotonic() - last > .2:
+            last = time.monotonic()
+            live(f'{label}: {n}{of}')
         yield item
-    live.close(f'{label}: {total} of {total}')
+    live.close(f'{label}: {n + 1}{of}')
 
 # %% ../nbs/00_lab.ipynb #55b1809d
 @contextmanager
@@ -984,8 +1007,9 @@ def _clocked(spent, wait):
         def __torch_dispatch__(self, op, types, args=(), kwargs=None):
             start, out = time.perf_counter(), op(*args, **(kwargs or {}))
             wait()
+            took = time.perf_counter() - start
             kind = next(k for k, words in _KINDS.items() if re.search(words, op.overloadpacket.__name__))
-            spent[kind] = spent.get(kind, 0.) + time.perf_counter() - start
+            spent[kind] = spent.get(kind, 0.) + took
             return out
     return Clocked()
 

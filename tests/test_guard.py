@@ -920,6 +920,25 @@ def test_a_view_across_two_writers_is_looked_at_again(when, tmp_path, monkeypatc
     assert len(calls) > when and [p.name for p in tmp_path.iterdir()] == ['m']
 
 
+def test_the_only_whole_copy_is_never_removed(tmp_path, monkeypatch):
+    "The new folder vanishes between the two renames: the old one comes back, or stays beside its place"
+    save(tmp_path/'m')
+    before, real = files(tmp_path/'m'), os.replace
+
+    def replace(a, b):
+        if str(a).endswith('.new') and Path(a).parent == tmp_path: shutil.rmtree(a)
+        return real(a, b)
+
+    monkeypatch.setattr(os, 'replace', replace)
+    with pytest.raises(FileNotFoundError): save(tmp_path/'m', 16)
+    assert files(tmp_path/'m') == before
+    monkeypatch.setattr(lab, 'restored', lambda path: path)    # as if bringing it back failed, too
+    with pytest.raises(FileNotFoundError): save(tmp_path/'m', 16)
+    monkeypatch.undo()
+    lab._sweep(tmp_path/'m')
+    assert files(restored(tmp_path/'m')) == before
+
+
 @pytest.mark.parametrize('theirs', ['a package', 'the old one', 'thesis'])
 def test_what_comes_between_the_two_renames_is_seen(theirs, tmp_path, monkeypatch):
     "Another writer's package is the old one then; a reader may bring back ours; a stranger stays"
