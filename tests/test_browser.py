@@ -43,17 +43,19 @@ def uses(source):
     return bound, read | {o.get_name() for table in inner for o in table.get_symbols() if o.is_global()}
 
 
-def upto(name, words, folder, less=None):
+def upto(name, words, folder, less=None, shows=''):
     """A copy of chapter `name` that ends with the first cell in which a line begins with `words`. Of the cells before it, it has
-    those of the module and those that the last one needs; `test_notebooks.py` runs them all. `less` is (old, new)"""
+    those of the module, those that the last one needs, and one that begins with `shows`; `test_notebooks.py` runs them all. `less` is
+    (old, new)"""
     nb = nbformat.read(ROOT/'nbs'/f'{name}.ipynb', 4)
     cells = [c for c in nb.cells if c.cell_type == 'code']
-    begins = lambda cell: any(line.startswith(words) for line in cell.source.splitlines())
-    last = next(n for n, c in enumerate(cells) if begins(c))
+    begins = lambda cell, words: any(line.startswith(words) for line in cell.source.splitlines())
+    last = next(n for n, c in enumerate(cells) if begins(c, words))
     nb.cells, (_, needed) = [cells[last]], uses(cells[last].source)
     for c in reversed(cells[:last]):
         bound, read = uses(c.source)
-        if not bound & needed and not re.search(r'^#\| ?(export|hide)', c.source, re.M): continue
+        shown = shows and begins(c, shows)
+        if not shown and not bound & needed and not re.search(r'^#\| ?(export|hide)', c.source, re.M): continue
         nb.cells.insert(0, c)
         needed = needed - bound | read
     for c in nb.cells: c.outputs = []
@@ -209,7 +211,7 @@ def test_a_touched_token_says_where_it_looks(opened, tmp_path):
     from playwright.sync_api import expect
     sys.path.insert(0, str(ROOT))
     asked = []
-    with opened(upto('11_look', 'attention_map(*look(model', tmp_path), width=700, height=900) as page:
+    with opened(upto('11_look', 'attention_map(*look(model', tmp_path, shows='HTML(heads_html('), width=700, height=900) as page:
         page.on('request', lambda r: asked.append(r.url))
         shot.run_all(page, WAIT)
         assert shot.seen(page)['error'] == []
