@@ -8,7 +8,8 @@ __all__ = ['MARK', 'KINDS', 'tinystories', 'dolly', 'pg19', 'CORPORA', 'Afresh',
            'tiny_shakespeare', 'found_path', 'kept_path', 'at_home', 'load_corpus', 'corpus_of']
 
 # %% ../nbs/01_corpora.ipynb #f6166ced
-import bisect, csv, difflib, fnmatch, hashlib, heapq, inspect, io, itertools, json, os, re, shutil, time, warnings
+import bisect, csv, difflib, fnmatch, hashlib, heapq, inspect, io, itertools, json, os, re, shutil, time
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,7 +47,7 @@ class Corpus:
     floor:float|None = None   # true entropy in bits per character, where it is known
     independent:bool = False  # does each document stand alone, so that the one before says nothing about it?
     citation:str = ''         # whom to name when you use it
-    field:str = ''            # the field of its records that holds the text, where a file of records was read
+    field:str = ''            # of the records that it was read from: which one holds the text
 
     def documents(self, split:str)->Iterable[str]:
         "The split's separate texts: a list, or an iterable that begins anew for each `for`"
@@ -70,10 +71,11 @@ class Corpus:
 # %% ../nbs/01_corpora.ipynb #cdb0bb63
 def apart(corpus)->bool:
     "Does the separator stand in a corpus? Not in a text that is one document, such as a single line"
-    return corpus.independent or any(len([*itertools.islice(corpus.documents(s), 2)]) > 1 for s in corpus.splits)
+    several = lambda split: len([*itertools.islice(corpus.documents(split), 2)]) > 1
+    return corpus.independent or any(map(several, corpus.splits))
 
 def letters_of(corpus)->str:
-    "The characters of a corpus, each once, sorted; those of its separator, too, where one is put between documents"
+    "The characters of a corpus, each once, sorted; those of its separator if it stands in it"
     held = {*(corpus.separator if apart(corpus) else '')}
     for split in corpus.splits:
         for d in corpus.documents(split): held.update(d)
@@ -112,16 +114,18 @@ def cut_whole(documents:list[str], share=.9)->tuple[list[str], list[str]]:
     return documents[:n], documents[n:]
 
 # %% ../nbs/01_corpora.ipynb #f4601eb5
-KINDS = {'.txt': 'txt', '.md': 'md', '.markdown': 'md', '.jsonl': 'jsonl', '.ndjson': 'jsonl', '.json': 'json',
-         '.csv': 'csv', '.tsv': 'csv', '.parquet': 'parquet'}
+KINDS = {'.txt': 'txt', '.md': 'md', '.markdown': 'md', '.jsonl': 'jsonl', '.ndjson': 'jsonl',
+         '.json': 'json', '.csv': 'csv', '.tsv': 'csv', '.parquet': 'parquet'}
 _SPLITS = dict(train='train', training='train', val='val', valid='val', validation='val', dev='val',
                test='test', testing='test')
-_NAMED = re.compile(rf'(?i)(.*?[/._-]|)({"|".join(_SPLITS)})(?:[._-]?\d+)?(?:-of-\d+)?(?:-[0-9a-f]{{16}})?(?:\.\w+|/.*)')
+_NAMED = re.compile(rf'(?i)(.*?[/._-]|)({"|".join(_SPLITS)})'                       # wiki.train
+                    r'(?:[._-]?\d+)?(?:-of-\d+)?(?:-[0-9a-f]{16})?(?:\.\w+|/.*)')   # -00000-of-00002.parquet
 
 def _visible(folder)->list:
-    "The files below a folder in the order of their names, none that is hidden; `LabError` names what cannot be read"
+    "The files below a folder in the order of their names, none that is hidden"
     def refuse(e):
-        raise LabError(f'cannot read {e.filename}: {e.strerror or e}; check its rights, or name another folder')
+        raise LabError(f'cannot read {e.filename}: {e.strerror or e}; '
+                       'check its rights, or name another folder')
     found = []
     for here, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith('.')]
@@ -129,52 +133,60 @@ def _visible(folder)->list:
     return sorted(found, key=lambda p: p.relative_to(folder).as_posix())
 
 def _divided(folder, files)->dict:
-    "{split: files} where their names tell, {} where they do not; `LabError` where they do not fit together"
-    sets = {}                                                  # what stands before the word must be the same
+    "{split: files} where their names tell, {} where they do not; `LabError` where they do not fit"
+    sets = {}                              # of one text: what stands before the word is the same
     for f in files:
         if m := _NAMED.fullmatch(f.relative_to(folder).as_posix()):
             sets.setdefault(m[1], {}).setdefault(_SPLITS[m[2].lower()], []).append(f)
     whole = [parts for parts in sets.values() if 'train' in parts and len(parts) > 1]
     if len(whole) == 1: return whole[0]
-    named = [f for parts in sets.values() for fs in parts.values() for f in fs]
+    named = [f for parts in sets.values() for held in parts.values() for f in held]
     splits = {split for parts in sets.values() for split in parts}
-    if len(whole) > 1 or len(splits) > 1 and 'train' in splits or splits and 'train' not in splits and len(named) == len(files):
+    torn = 'train' in splits and len(splits) > 1               # of several texts
+    headless = splits and 'train' not in splits and len(named) == len(files)
+    if torn or headless:
         few = ', '.join(f.relative_to(folder).as_posix() for f in named[:3])
-        raise LabError(f'{folder}: {few} are named like splits, but not like those of one text with a train part: '
-                       'name one file or one folder, or rename them')
+        raise LabError(f'{folder}: {few} are named like splits, but not like those of one text '
+                       'with a train part: name one file or one folder, or rename them')
     return {}
 
-def _chosen(folder)->tuple: # (kind of the files, {split: files}); the split of a text that is not divided is ''
-    "The files of a folder that are its text"
+def _chosen(folder)->tuple: # (kind of the files, {split: files}); '' where there are no splits
+    "The files of a folder that are its text; what is left out is told in a warning"
     files = {}
     for f in _visible(folder):
         if kind := KINDS.get(f.suffix.lower()): files.setdefault(kind, []).append(f)
-    divided = {kind: parts for kind, held in files.items() if (parts := _divided(folder, held))}
+    divided = {kind: parts for kind, fs in files.items() if (parts := _divided(folder, fs))}
     ranks = [*divided], ['txt'], ['jsonl', 'csv', 'parquet'], ['md']
     kinds = next((there for rank in ranks if (there := [k for k in rank if k in files])), [])
     if not kinds:
-        raise LabError(f'{folder} holds no .txt file, and no .md, .jsonl, .csv or .parquet: name another folder, or a file')
+        raise LabError(f'{folder} holds no .txt file, and no .md, .jsonl, .csv or .parquet: '
+                       'name another folder, or a file')
     if len(kinds) > 1:
-        raise LabError(f'{folder} holds .{" and .".join(kinds)} files: name one of them, or a folder with one kind')
-    parts = divided.get(kinds[0]) or {'': files[kinds[0]]}
-    left = [f.relative_to(folder).as_posix() for kind, held in files.items() for f in held
-            if not any(f in fs for fs in parts.values()) and (kind in ('txt', kinds[0]) or kinds == ['txt'])]
+        raise LabError(f'{folder} holds .{" and .".join(kinds)} files: '
+                       'name one of them, or a folder with one kind')
+    kind, = kinds
+    parts = divided.get(kind) or {'': files[kind]}
+    taken = {f for held in parts.values() for f in held}
+    left = [f.relative_to(folder).as_posix() for k, fs in files.items() for f in fs
+            if f not in taken and (k != 'md' or kind == 'txt')]        # a README.md is no news
     if left:
-        few = ', '.join(left[:3]) + (f' and {len(left) - 3:,} more' if len(left) > 3 else '')
-        warnings.warn(f'{folder}: the text is {sum(map(len, parts.values())):,} .{kinds[0]} files; left out: {few}')
-    return kinds[0], parts
+        few = ', '.join(left[:3]) + (f' and {len(left) - 3:,} more' if left[3:] else '')
+        warnings.warn(f'{folder}: the text is {len(taken):,} .{kind} files; left out: {few}')
+    return kind, parts
 
 # %% ../nbs/01_corpora.ipynb #1668f7d7
 def _no_field(where, field, there):
-    there = ', '.join(short(str(name), 30) for name in list(there)[:12] if name is not None)
-    return LabError(f'{where} has no field {field!r}: it has {there or "none"}; name one with data.field=… or --field')
+    there = ', '.join(f'{name!s:.30}' for name in list(there)[:12] if name is not None)
+    return LabError(f'{where} has no field {field!r}: it has {there or "none"}; '
+                    'name one with data.field=… or --field')
 
 def _json_rows(path, field):
     text = read_text(path)
     def parsed(piece, where):
         try: return json.loads(piece)
         except (ValueError, RecursionError) as e:
-            raise LabError(f'{where} is no JSON ({shorten(str(e), 80)}): write one record a line') from None
+            why = shorten(str(e), 80)
+            raise LabError(f'{where} is no JSON ({why}): write one record a line') from None
     if path.suffix.lower() == '.json' and text.lstrip().startswith('['):
         yield from ((f'{path}, record {n}', row) for n, row in enumerate(parsed(text, path), 1))
         return
@@ -187,18 +199,19 @@ def _csv_rows(path, field):
     mark = next((m for m in ',;\t' if field in next(csv.reader([head], delimiter=m))), ',')
     limit = csv.field_size_limit(len(text))                    # a document may be long
     try: rows = [*csv.DictReader(io.StringIO(text), delimiter=mark)]
-    except csv.Error as e: raise LabError(f'cannot read {path}: {e}; save it as .csv again') from None
+    except csv.Error as e: raise LabError(f'cannot read {path}: {e}; save it again') from None
     finally: csv.field_size_limit(limit)
+    if not rows and field not in head: raise _no_field(path, field, [head])
     yield from ((f'{path}, record {n}', row) for n, row in enumerate(rows, 1))
 
 def _parquet_rows(path, field):
     parquet, wrong = need('pyarrow.parquet', 'pyarrow'), need('pyarrow').ArrowException
     try:
         with parquet.ParquetFile(path) as table:
-            if field not in table.schema_arrow.names: raise _no_field(path, field, table.schema_arrow.names)
-            batches = table.iter_batches(columns=[field])
-            values = (v for batch in batches for v in batch.column(0).to_pylist())
-            yield from ((f'{path}, record {n}', {field: v}) for n, v in enumerate(values, 1))
+            there = table.schema_arrow.names
+            if field not in there: raise _no_field(path, field, there)
+            for batch in table.iter_batches(columns=[field]):
+                yield from ((str(path), {field: v}) for v in batch.column(0).to_pylist())
     except (wrong, OSError) as e:
         raise LabError(f'cannot read {path}: {shorten(str(e), 120)}; copy it again') from None
 
@@ -206,43 +219,48 @@ _ROWS = dict(jsonl=_json_rows, json=_json_rows, csv=_csv_rows, parquet=_parquet_
 
 def _saved(folder)->bool:
     "Is this a folder that `save_to_disk` of the library `datasets` has made?"
-    return (folder/'dataset_dict.json').is_file() or all((folder/f).is_file() for f in ('state.json', 'dataset_info.json'))
+    has = lambda name: (folder/name).is_file()
+    return has('dataset_dict.json') or has('state.json') and has('dataset_info.json')
 
-def _saved_rows(folder, field)->dict: # {split: rows}
+def _saved_rows(folder, field)->dict: # {split: [(where, record), …]}
+    "The records of such a folder"
     datasets = need('datasets')
     try: held = datasets.load_from_disk(str(folder))
     except Exception as e:
-        raise LabError(f'cannot read {folder}: {shorten(str(e) or type(e).__name__, 120)}; save it again') from None
+        why = shorten(str(e) or type(e).__name__, 120)
+        raise LabError(f'cannot read {folder}: {why}; save it again') from None
     parts, rows = held if isinstance(held, dict) else {'': held}, {}
     for name, part in parts.items():
         where = f'{folder}, {name}' if name else str(folder)
         if field not in part.column_names: raise _no_field(where, field, part.column_names)
         split = _SPLITS.get(name.lower(), '' if len(parts) == 1 else None)
-        if split is None: warnings.warn(f'{folder}: the split {short(name)} is left out; train, val and test are read')
-        else: rows.setdefault(split, []).extend((where, row) for row in part.select_columns([field]))
+        if split is None: warnings.warn(f'{folder}: the split {short(name)} is left out')
+        else: rows.setdefault(split, []).extend((where, r) for r in part.select_columns([field]))
     if not rows.keys() & {'', 'train'}:
-        raise LabError(f'{folder} has the splits {", ".join(map(short, parts))}: one must be called train')
+        there = ', '.join(map(short, parts))
+        raise LabError(f'{folder} has the splits {there}: one must be called train')
     return rows
 
 def _texts_of(rows, field)->list:
-    "What the records hold in a field. Raises `LabError` where one has no such field, or no text in it; null is no text"
+    "What records hold in a field; null is no text. `LabError` where the field is not there, or no text"
     texts = []
     for where, row in rows:
-        if not isinstance(row, dict): raise LabError(f'{where}: {short(row)} is no record: write {{"{field}": "…"}}')
+        if not isinstance(row, dict):
+            raise LabError(f'{where}: {short(row)} is no record: write {{"{field}": "…"}}')
         if field not in row: raise _no_field(where, field, row)
-        text = row[field]
-        if not isinstance(text, str | None): raise LabError(f'{where}: {field} is {short(text)}, which is no text: name another field')
+        if not isinstance(text := row[field], str | None):
+            raise LabError(f'{where}: {field} is {short(text)}, which is no text: name another field')
         try: (text or '').encode()
         except UnicodeEncodeError:
             raise LabError(f'{where}: {field} holds half a character: write it as UTF-8') from None
-        texts.append(text or '')
+        texts.append((text or '').replace('\r\n', '\n').replace('\r', '\n'))
     return texts
 
 # %% ../nbs/01_corpora.ipynb #f6bf56cd
 _GUTENBERG = re.compile(r'^\*\*\* ?(START|END) OF TH(?:E|IS) PROJECT GUTENBERG', re.M)
 
 def _legal_share(text, before=''):
-    "The share of a text, which may go on from `before`, that is header or licence of Project Gutenberg"
+    "The share of a text (which goes on from `before`) that is header or licence of Project Gutenberg"
     seen, found = [m[1] for m in _GUTENBERG.finditer(before)], [*_GUTENBERG.finditer(text)]
     legal = seen[-1:] == ['END'] or not seen and bool(found) and found[0][1] == 'START'
     share, at = 0, 0
@@ -255,39 +273,48 @@ def _hint(path, splits, cut):
     "Warn where more than half of the validation text is no text of its author"
     share = _legal_share(splits['val'], splits['train'] if cut else '')
     if share > .5:
-        warnings.warn(f'{path}: {share:.0%} of its validation text is header or licence of Project Gutenberg: '
-                      'delete both from the file')
+        warnings.warn(f'{path}: {share:.0%} of its validation text is header or licence of '
+                      'Project Gutenberg: delete both from the file')
 
 # %% ../nbs/01_corpora.ipynb #7babf47d
 def _read(path, field)->tuple: # ({split: texts}, are they records?)
-    "The texts at a path, undivided as the split '', or as the splits that are there"
-    if path.is_dir() and _saved(path): return {s: _texts_of(rows, field) for s, rows in _saved_rows(path, field).items()}, True
-    kind, parts = _chosen(path) if path.is_dir() else (KINDS.get(path.suffix.lower(), 'txt'), {'': [path]})
+    "The texts at a path: the splits that are there, or '' for all"
+    if path.is_dir() and _saved(path):
+        return {s: _texts_of(rows, field) for s, rows in _saved_rows(path, field).items()}, True
+    kind, parts = KINDS.get(path.suffix.lower(), 'txt'), {'': [path]}
+    if path.is_dir(): kind, parts = _chosen(path)
     if kind in _ROWS:
-        return {s: [t for f in fs for t in _texts_of(_ROWS[kind](f, field), field)] for s, fs in parts.items()}, True
-    if field != 'text': raise LabError(f'{path} is plain text and has no field {field!r}: leave data.field (--field) out')
-    return {s: [read_text(f).strip('\n') if len(fs) > 1 else read_text(f) for f in fs] for s, fs in parts.items()}, False
+        held = lambda f: _texts_of(_ROWS[kind](f, field), field)
+        return {s: [t for f in files for t in held(f)] for s, files in parts.items()}, True
+    if field != 'text':
+        raise LabError(f'{path} is plain text and has no field {field!r}: '
+                       'leave data.field (--field) out')
+    bare = lambda text, files: text.strip('\n') if len(files) > 1 else text
+    return {s: [bare(read_text(f), files) for f in files] for s, files in parts.items()}, False
 
 def from_path(path, field='text')->Corpus:
-    "A corpus from a file or folder of texts, or of records, each a document with its text in `field`"
+    "A corpus from a file or folder of texts; or of records, each a document with its text in `field`"
     path = Path(path)
     texts, records = _read(path, field)
     docs = {s: [d for t in ts for d in stories(t)] for s, ts in texts.items()}
-    if records and not (docs.get('') or docs.get('train')): raise LabError(f'{path}: there is no text in its field {field!r}: name another')
+    if records and not (docs.get('') or docs.get('train')):
+        raise LabError(f'{path}: there is no text in its field {field!r}: name another')
     line = re.compile(rf'^[ \t]*{re.escape(MARK)}[ \t]*$', re.M)
-    marked = sum(map(len, docs.values())) > 1 and (records or any(line.search(t) for ts in texts.values() for t in ts))
-    separator = f'\n{MARK}\n' if marked else Corpus.separator
-    held = docs if marked or records else texts
-    joined = {s: separator.join(held[s]) for s in sorted(held, key=['', 'train', 'val', 'test'].index)}
-    splits, first = {s: t for s, t in joined.items() if s}, '' if '' in held else 'train'
+    marked = sum(map(len, docs.values())) > 1 and (
+        records or any(line.search(t) for ts in texts.values() for t in ts))
+    separator, held = f'\n{MARK}\n' if marked else Corpus.separator, docs if marked or records else texts
+    joined = {s: separator.join(held[s]) for s in ('', 'train', 'val', 'test') if s in held}
+    splits = {s: t for s, t in joined.items() if s}
     if not splits.get('val'):
-        whole = marked and len(held[first]) > 1                # one document alone is cut by place
-        halves = dict(zip(('train', 'val'), map(separator.join, cut_whole(held[first])))) if whole else cut(joined[first])
-        splits = halves | {s: t for s, t in splits.items() if s == 'test'}
+        all_of = '' if '' in held else 'train'
+        if marked and len(held[all_of]) > 1: halves = map(separator.join, cut_whole(held[all_of]))
+        else: halves = cut(joined[all_of]).values()            # one document is cut by place
+        splits = {**dict(zip(('train', 'val'), halves)), **{s: splits[s] for s in splits if s == 'test'}}
     _hint(path, splits, cut='val' not in held)
     known = joined.get('', json.dumps({s: digest(held[s]) for s in joined}))
-    return Corpus(path.stem if path.is_file() else path.resolve().name, splits, separator, 'your own', str(path),
-                  hashlib.sha256(known.encode()).hexdigest(), independent=marked, field=field if records else '')
+    name = path.stem if path.is_file() else path.resolve().name
+    return Corpus(name, splits, separator, 'your own', str(path), hashlib.sha256(known.encode()).hexdigest(),
+                  independent=marked, field=field if records else '')
 
 # %% ../nbs/01_corpora.ipynb #dfc73008
 class _Capped:
@@ -561,7 +588,7 @@ def found_path(name):
     return next((p for p in (name, os.path.join(home(), name)) if os.path.exists(p)), None)
 
 def kept_path(name:str)->str:
-    "The name of a corpus, or a path that holds from anywhere: relative to `home()` where it lies there, else absolute"
+    "A name as it is; a path as one that holds from anywhere: relative to `home()` or absolute"
     if name in CORPORA or not (path := found_path(name)): return name
     path, top = Path(os.path.abspath(path)), Path(os.path.abspath(home()))
     kept = path.relative_to(top).as_posix() if top in path.parents else str(path)
@@ -574,7 +601,7 @@ def at_home(name:str)->str:
 
 # %% ../nbs/01_corpora.ipynb #54ce7527
 def load_corpus(
-    name_or_path,   # a name in `CORPORA`, or a file or folder of texts or records, from here or from `home()`
+    name_or_path,   # a name in `CORPORA`, or a path to texts or records, from here or from `home()`
     limit:int=None, # this many training documents, drawn by `seed`; all if none
     seed=0,         # of that draw; the cut between the splits does not depend on it
     stream=False,   # read over the network, keep nothing: for corpora of the hub
@@ -601,14 +628,17 @@ def corpus_of(about:dict)->Corpus:
     name, want = about.get('data') or about.get('corpus') or '', about.get('corpus_sha256')
     field = about.get('field') or 'text'
     for said, what in ((name, 'corpus'), (field, 'field')):
-        if not isinstance(said, str): raise LabError(f'the model names {short(said)} as its {what}: say which corpus to use')
+        if not isinstance(said, str):
+            raise LabError(f'the model names {short(said)} as its {what}: say which corpus to use')
     if name in CORPORA: return load_corpus(name)
-    places = [p for p in dict.fromkeys((at_home(name), name)) if found_path(p)]      # from home, or from here
+    places = [p for p in dict.fromkeys((at_home(name), name)) if found_path(p)]
     if not places and os.path.basename(name):
-        raise LabError(f'{short(name)}, on which this model was trained, is gone: put it back, or say which corpus or text to use')
+        raise LabError(f'{short(name)}, on which this model was trained, is gone: put it back, '
+                       'or say which corpus or text to use')
     for place in places or [name]:
         corpus = load_corpus(place, field=field)
-        drawn = re.search(r'-(\d{1,9})-seed(\d{1,9})$', str(about.get('corpus')))   # of a part of the text: see `subsample`
-        known = [corpus.sha256, drawn and hashlib.sha256(f'{corpus.sha256}/{drawn[1]}/{drawn[2]}'.encode()).hexdigest()]
+        drawn = re.search(r'-(\d{1,9})-seed(\d{1,9})$', str(about.get('corpus')))   # see `subsample`
+        part = drawn and f'{corpus.sha256}/{drawn[1]}/{drawn[2]}'
+        known = [corpus.sha256, part and hashlib.sha256(part.encode()).hexdigest()]
         if want in known and want: return corpus
     raise LabError(f'{short(name)} is not the text that this model was trained on: say which corpus or text to use')

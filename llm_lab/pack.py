@@ -57,23 +57,25 @@ def shuffled(
 
 # %% ../nbs/05_pack.ipynb #434f4196
 def _document_rows(n, T, starts):
-    "(where rows begin, by how much each may be moved back), int64, (R,): the first of a document stays"
+    "(where rows begin, how far back each may move), int64, (R,): the first of a document stays"
     starts = np.asarray(starts, np.int64)
-    lengths = np.diff(starts, append=starts[0] + n)            # on the ring, the last goes on to the first
+    lengths = np.diff(starts, append=starts[0] + n)            # the last goes on to the first
     count = -(-lengths//T)
     of = np.repeat(np.arange(len(starts)), count)
     k = np.arange(len(of)) - (np.cumsum(count) - count)[of]    # the how manyth of its document
     return starts[of] + k*T, np.where(k > 0, (count*T - lengths)[of], 0)
 
 class BatchStream:
-    """Rows (B, T+1), int64, without end. In each epoch the text, a ring, is cut at another place, drawn from `seed`,
-    and each block is read once: no token is asked twice, fewer than T are left out. With `starts` rows begin there"""
+    """Rows (B, T+1), int64, without end: in each epoch the text, a ring, is cut at other places.
+
+    Each block is read once an epoch: no token is asked twice, fewer than T are left out. With
+    `starts`, rows begin there, each is met once an epoch, and every token is asked."""
     def __init__(self,
         tokens,         # `PackedTokens`, or a tensor of ids (n,)
         batch_size:int, # rows of a step, those of all ranks together
         block_len:int,  # T: a row asks T questions
         seed:int=0, rank:int=0, world_size:int=1, device='cpu',
-        starts=None     # where documents begin, ascending, (M,): rows begin there, and in long ones again later
+        starts=None     # where documents begin, ascending, (M,)
     ):
         ids = getattr(tokens, 'ids', tokens)
         for k, v in dict(batch_size=batch_size, block_len=block_len, world_size=world_size).items():
@@ -89,7 +91,9 @@ class BatchStream:
         self.made_of = dict(tokens=getattr(tokens, 'sha256', None), n=len(ids), batch_size=batch_size,
                             block_len=block_len, seed=seed, starts=None)
         if self.rows: self.made_of['starts'] = hashlib.sha256(self.rows[0].tobytes()).hexdigest()
-        self.ids, self.step, self._known = ids, 0, (None, None)
+        import torch
+        self.ids, self.ahead = ids, torch.arange(block_len + 1)
+        self.step, self._known = 0, (None, None)
 
     def __iter__(self): return self
     def __call__(self, step): return self.batch(step)
@@ -101,21 +105,21 @@ def blocks_of(self:BatchStream, step:int): # places in the text, int64, (B / wor
     "Where the blocks begin that this rank reads at a step"
     part, k = divmod(step, ahead := max(1, 4096//self.batch_size))              # so many are worked out together
     if self._known[0] != part:
+        import torch
+        n, T, seed = (self.made_of[key] for key in ('n', 'block_len', 'seed'))
         places = np.arange(ahead*self.batch_size).reshape(ahead, -1) + part*ahead*self.batch_size
-        mine, n = places[:, self.rank::self.world_size], self.made_of['n']
-        blocks, seed = shuffled(mine, self.per_epoch, self.made_of['seed']), self.made_of['seed']
-        begins, room = (blocks*self.made_of['block_len'], n - 1) if self.rows is None else (r[blocks] for r in self.rows)
+        mine = places[:, self.rank::self.world_size]
+        blocks = shuffled(mine, self.per_epoch, seed)
+        begins, room = (blocks*T, n - 1) if self.rows is None else (r[blocks] for r in self.rows)
         turn = _drawn(mine//self.per_epoch, seed, 'turn') % np.asarray(room + 1, np.uint64)
-        self._known = part, (begins - turn.astype(np.int64)) % n
+        self._known = part, torch.from_numpy((begins - turn.astype(np.int64)) % n).unbind()
     return self._known[1][k]
 
 @patch
 def batch(self:BatchStream, step:int): # rows (B / world_size, T+1), int64
     "The rows of a step: a pure function of (seed, step)"
-    import torch
-    T, n = self.made_of['block_len'], self.made_of['n']
-    begins = self.blocks_of(step)
-    rows = self.ids[torch.from_numpy((begins[:, None] + np.arange(T + 1)) % n)].long()
+    at = self.blocks_of(step)[:, None] + self.ahead            # places on the ring
+    rows = self.ids.take(at % len(self.ids)).long()
     return rows if self.device == 'cpu' else rows.to(self.device, non_blocking=True)
 
 # %% ../nbs/05_pack.ipynb #d0f49464
@@ -131,9 +135,10 @@ def state_dict(self:BatchStream)->dict:
 
 @patch
 def load_state_dict(self:BatchStream, state:dict):
-    "Go on where `state` was taken. Raises `LabError` when it is of another text, seed, batch, block or kind of rows"
+    "Go on where `state` was taken. `LabError` when it is of another text, seed, batch, block or row"
     if 'starts' not in state and 'tokens' in state:            # of an older edition
-        raise LabError('the saved position is of blocks that stand still, and they move now: start a new run')
+        raise LabError('the saved position is of blocks that stand still, and they move now: '
+                       'start a new run')
     for k, mine in self.made_of.items():
         _agree(f'{k} of the saved position', state.get(k), "this stream's", mine, 'make the stream as it was then')
     if not isinstance(step := state.get('step'), int) or step < 0:
@@ -341,12 +346,13 @@ def _usable(folder, corpus, digests, tokenizer, verify):
 
 # %% ../nbs/05_pack.ipynb #914e5e58
 def _beside(folder, digests, tokenizer):
-    "The folder; where another text, or one by another tokenizer, lies in it whole: one beside it, named by hash"
+    "The folder; where another text or tokenizer lies in it whole, one beside it, named by hash"
     try: meta = _read_meta(folder)
     except LabError: return folder                             # there is none, or it is damaged
-    held = {s: v.get('sha256') for s, v in meta['splits'].items()}
-    if held == digests and all(meta['tokenizer'].get(k) == v for k, v in tokenizer.items()): return folder
-    return folder.with_name(f'{folder.name}-{_sha(json.dumps([digests, tokenizer], sort_keys=True).encode())[:10]}')
+    same = {s: v.get('sha256') for s, v in meta['splits'].items()} == digests
+    if same and all(meta['tokenizer'].get(k) == v for k, v in tokenizer.items()): return folder
+    mine = _sha(json.dumps([digests, tokenizer], sort_keys=True).encode())
+    return folder.with_name(f'{folder.name}-{mine[:10]}')
 
 # %% ../nbs/05_pack.ipynb #da712cd9
 _OURS = re.compile(r'\w+\.bin|meta\.json|tokenizer/(tokenizer|meta)\.json')
@@ -391,7 +397,7 @@ class Packed(namedtuple('Packed', 'folder meta built seconds')):
 def pack(
     corpus,
     tokenizer=8192, # a tokenizer, or a vocabulary size: BPE is then trained on the training split
-    folder=None,    # if none, `home()/data/packed/CORPUS-bpe8192`; with a hash where another text of that name is there
+    folder=None,    # `home()/data/packed/CORPUS-bpe8192` if none; a hash more if that is another's
     force=False,    # build it even if it is there
     verify=False,   # read every byte of a folder that is there
     processes=None  # one for each core if none, eight at most

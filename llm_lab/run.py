@@ -38,7 +38,8 @@ def texts_of(cfg:RunConfig)->dict: # corpus, tokenizer, train and val (`PackedTo
     "The packed corpus of a config, packed now if it was not"
     d = cfg.data
     corpus = load_corpus(at_home(d.corpus), limit=d.limit, field=d.field)
-    tokenizer = d.vocab_size or 8192 if d.tokenizer == 'bpe' else CharTokenizer.train(letters_of(corpus))
+    letters = lambda: CharTokenizer.train(letters_of(corpus))
+    tokenizer = d.vocab_size or 8192 if d.tokenizer == 'bpe' else letters()
     folder = pack(corpus, tokenizer).folder
     train, val = (PackedTokens(folder, s) for s in ('train', 'val'))
     return dict(corpus=corpus, tokenizer=train.tokenizer, train=train, val=val)
@@ -57,7 +58,8 @@ def require_corpus(cfg:RunConfig):
     "Raises `LabError` where the text that a run goes on with is gone"
     name = cfg.data.corpus
     if name not in CORPORA and not found_path(at_home(name)):
-        raise LabError(f'data.corpus={name}: the text of this run is gone, it is neither here nor in {home()}; put it back')
+        raise LabError(f'data.corpus={name}: the text of this run is gone, '
+                       f'it is neither here nor in {home()}; put it back')
 
 # %% ../nbs/15_run.ipynb #2d11575e
 def _starts(corpus, tokens):
