@@ -167,7 +167,7 @@ def _eval(a):
     from llm_lab.lab import Live
     from llm_lab.package import open_model
     model, tokenizer, about = open_model(_place(a.path), usable_device())
-    if a.text: score = evaluate_file(model, tokenizer, a.text)
+    if a.text: score = evaluate_file(model, tokenizer, a.text, field=a.field)
     else:
         corpus = load_corpus(a.corpus, field=a.field) if a.corpus else corpus_of(about)
         known = about.get('corpus'), about.get('corpus_sha256')  # a name alone tells little
@@ -202,7 +202,7 @@ def _judge_options(e, r):
     "Tell the parsers of `eval` and `runs` what they can be asked"
     e.add_argument('path', help='a run, a checkpoint or a saved model')
     e.add_argument('--split', default='val', help='of its corpus: val (default), test, train')
-    e.add_argument('--text', metavar='FILE', help='a text file instead of the corpus')
+    e.add_argument('--text', metavar='FILE', help='a file of text or records instead of the corpus')
     e.add_argument('--corpus', help='another corpus than that it was trained on')
     e.add_argument('--field', default='text', help=_FIELD)
     e.add_argument('--stride', type=_whole, help='new tokens in each window; the context if none')

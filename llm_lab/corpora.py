@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MARK', 'KINDS', 'tinystories', 'dolly', 'pg19', 'CORPORA', 'Afresh', 'digest', 'Corpus', 'apart', 'letters_of',
-           'read_text', 'stories', 'cut', 'cut_whole', 'from_path', 'fetch', 'place', 'side', 'subsample', 'HubData',
-           'tiny_shakespeare', 'found_path', 'kept_path', 'at_home', 'load_corpus', 'corpus_of']
+           'read_text', 'stories', 'cut', 'cut_whole', 'from_path', 'records_in', 'fetch', 'place', 'side', 'subsample',
+           'HubData', 'tiny_shakespeare', 'found_path', 'kept_path', 'at_home', 'load_corpus', 'corpus_of']
 
 # %% ../nbs/01_corpora.ipynb #f6166ced
 import bisect, csv, difflib, fnmatch, hashlib, heapq, inspect, io, itertools, json, os, re, shutil, time
@@ -315,6 +315,13 @@ def from_path(path, field='text')->Corpus:
     name = path.stem if path.is_file() else path.resolve().name
     return Corpus(name, splits, separator, 'your own', str(path), hashlib.sha256(known.encode()).hexdigest(),
                   independent=marked, field=field if records else '')
+
+# %% ../nbs/01_corpora.ipynb #e3835448
+def records_in(path, field='text'): # a list of documents, or None
+    "The documents of a file of records; None where it is running text"
+    kind = KINDS.get(Path(path).suffix.lower())
+    if kind not in _ROWS or not Path(path).is_file(): return None
+    return [d for text in _texts_of(_ROWS[kind](Path(path), field), field) for d in stories(text)]
 
 # %% ../nbs/01_corpora.ipynb #dfc73008
 class _Capped:

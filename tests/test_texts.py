@@ -190,7 +190,8 @@ def test_a_field_that_is_not_there_is_told_with_those_that_are(home, typed):
         _, err = typed('prepare', path.name, code=1)
         assert "no field 'text': it has" in err and 'body' in err and '--field' in err and path.name in err, err
         assert 'a, licence: your own' in typed('prepare', path.name, '--field', 'body', '--vocab-size', 300)[0]
-        assert 'which is no text' in typed('prepare', path.name, '--field', 'n', code=1)[1] or path.suffix in ('.csv', '.tsv')
+        if path.suffix in ('.csv', '.tsv'): continue           # there all is text
+        assert 'which is no text' in typed('prepare', path.name, '--field', 'n', code=1)[1]
     write(home/'plain.txt', 'one two three '*99)
     assert 'leave data.field (--field) out' in typed('prepare', 'plain.txt', '--field', 'body', code=1)[1]
     assert 'leave data.field (--field) out' in typed('prepare', 'tiny_tales', '--field', 'body', code=1)[1]
@@ -310,7 +311,7 @@ def test_a_folder_without_rights_is_named(tmp_path):
 
 
 def test_a_licence_is_hinted_at_only_where_it_is_most_of_the_validation_text(tmp_path):
-    end, law = '*** END OF THIS PROJECT GUTENBERG EBOOK X ***\n', 'law and order. '*40
+    end, law = '*** END OF THIS PROJECT GUTENBERG EBOOK X ***\n', 'law and order. '*40 + '\n'
     book = '*** START OF THIS PROJECT GUTENBERG EBOOK X ***\n' + 'It was a dark and stormy night. '*400 + '\n'
     for name, text, said in (('whole', book + end + law*4, True), ('a little', book*9 + end + law, False), ('none', book, False),
                              ('two books', (book + end + law)*2 + book, False), ('quoted', 'END OF THE PROJECT GUTENBERG '*500, False)):
