@@ -218,6 +218,27 @@ def test_without_pyarrow_the_remedy_is_named(home, typed, monkeypatch):
     assert 'pip install pyarrow' in typed('prepare', 'a.parquet', code=1)[1]
 
 
+def test_line_ends_of_records_are_plain(tmp_path):
+    for kind in ('a.jsonl', 'a.json'):
+        write(tmp_path/kind, json.dumps([dict(text='one\r\ntwo\rthree'), dict(text='four')]).replace('}, {', '}\n{').strip('[]')
+              if kind == 'a.jsonl' else json.dumps([dict(text='one\r\ntwo\rthree'), dict(text='four')]))
+        assert [*from_path(tmp_path/kind).documents('train')] == ['one\ntwo\nthree'], kind
+
+
+def test_a_verdict_on_a_file_of_records_reads_its_documents(home):
+    from llm_lab.chars import CharTokenizer
+    from llm_lab.evaluate import evaluate_file
+    from llm_lab.gpt import Config, MiniGPT
+    docs = sentences(20)
+    tok = CharTokenizer.train(f'\n{MARK}\n'.join(docs))
+    model = MiniGPT(Config(vocab_size=tok.vocab_size, max_len=16, d_model=16, n_layers=1, n_heads=2))
+    want = evaluate_file(model, tok, write(home/'a.txt', f'\n{MARK}\n'.join([*docs, ''])))
+    for path in as_records(home, docs, 'body'):
+        got = evaluate_file(model, tok, path, field='body')
+        assert (got.loss, got.chars) == (want.loss, want.chars), path
+        with pytest.raises(LabError, match="no field 'text'"): evaluate_file(model, tok, path)
+
+
 def test_one_record_alone_is_cut_by_place(home):
     corpus = from_path(write(home/'a.jsonl', json.dumps(dict(text='one '*50))))
     assert not corpus.independent and [len(t) for t in corpus.splits.values()] == [179, 20]
@@ -280,6 +301,10 @@ def test_what_is_left_out_is_said_and_what_is_unclear_is_asked(tmp_path):
     write(tmp_path/'split'/'README.md', '# about')
     texts, (note,) = parts_of(tmp_path/'split')
     assert note.endswith('left out: more.jsonl') and '#' not in ''.join(texts.values())
+    write(tmp_path/'split'/'terms.txt', 'terms of use')
+    (tmp_path/'split'/'more.jsonl').unlink()
+    texts, (note,) = parts_of(tmp_path/'split')
+    assert note.endswith('left out: terms.txt') and 'terms' not in ''.join(texts.values())
     for name in ('a.jsonl', 'b.csv'): write(tmp_path/'both'/name, 'text\none\n')
     with pytest.raises(LabError, match='holds .jsonl and .csv files: name one of them'): from_path(tmp_path/'both')
     for name in ('en/train.txt', 'en/val.txt', 'de/train.txt', 'de/val.txt'): write(tmp_path/'tongues'/name, 'text '*9)
