@@ -107,7 +107,8 @@ def _data_of(corpus):
     "What `load_corpus` needs to find it again; a path never reads like the name of a corpus"
     from llm_lab.corpora import CORPORA, kept_path
     if isinstance(corpus, str) and corpus in CORPORA: return corpus
-    return _shown(kept_path(str(corpus) if os.path.dirname(corpus) else os.path.join('.', corpus)))
+    kept = kept_path(str(corpus) if os.path.dirname(corpus) else os.path.join('.', corpus))
+    return _shown(kept if os.path.dirname(kept) else os.path.join('.', kept))
 
 def _ready(corpus, minutes, settings, field='text'):
     "The tour's `Setup`, everything that can be checked is checked; raises `LabError`"
