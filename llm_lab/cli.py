@@ -72,15 +72,19 @@ def write_from(
 # exit codes, as shells have them: 128 and the number of the signal
 STOPPED = {'by hand': 130, 'by SIGTERM': 143, 'by SIGHUP': 129}
 
+_OWN = 'a file or folder of your own: .txt, .md, .jsonl, .csv, .parquet, or saved by `datasets`'
+_FIELD = 'of records, the field that holds the text (default text)'
+
 def _tour(a):
     "Take the tour. Ctrl-C is the offered way to end it, so that is no failure; a shutdown is one"
-    why = tour(a.corpus, a.minutes, a.settings, a.name)['stopped']
+    why = tour(a.corpus, a.minutes, a.settings, a.name, a.field)['stopped']
     return 0 if why == 'by hand' else STOPPED.get(why, 0)
 
 def _tour_options(t):
     "Tell the parser `t` what the tour can be asked"
     t.add_argument('--corpus', default='tiny_tales',
-                   help='tiny_tales (default), tiny_shakespeare, a text file, or a folder of .txt files')
+                   help=f'tiny_tales (default), tiny_shakespeare, or {_OWN}')
+    t.add_argument('--field', default='text', help=_FIELD)
     minutes = _number(float, lambda x: 0 < x < 1e4, 'give a number above 0, below 10,000')
     t.add_argument('--minutes', type=minutes, default=3., help='how long it may take (default 3)')
     t.add_argument('--name', help='of its folder in artifacts/ '
@@ -113,15 +117,13 @@ def _prepare(a):
     "Pack the corpus that the command line names, and print what came of it"
     from llm_lab.corpora import load_corpus
     from llm_lab.pack import pack
-    corpus = load_corpus(a.corpus, limit=a.limit)
-    with warnings.catch_warnings(record=True, action='always') as notes:
-        packed = pack(corpus, a.vocab_size, None, a.force, a.verify)
-    for note in notes: print(note.message, file=sys.stderr)    # a small text may end before the vocabulary is full
-    print(packed)
+    corpus = load_corpus(a.corpus, limit=a.limit, field=a.field)
+    print(pack(corpus, a.vocab_size, None, a.force, a.verify))
 
 def _prepare_options(p):
     "Tell the parser `p` what can be packed"
-    p.add_argument('corpus', help='a name such as tiny_tales, a text file, or a folder of .txt files')
+    p.add_argument('corpus', help=f'a name such as tiny_tales, or {_OWN}')
+    p.add_argument('--field', default='text', help=_FIELD)
     p.add_argument('--vocab-size', type=_number(int, lambda n: n > 256, 'give a whole number above 256'),
                    default=8192, help='how many tokens to learn (default 8192)')
     p.add_argument('--force', action='store_true', help='build it again, over a damaged packed folder or another')
@@ -140,7 +142,6 @@ def _train(a):
         raise LabError('no config is named: give a .yaml file, golden or smoke, or --resume PATH')
     if not resume: read_config(named[0], settings)             # a slip is answered before PyTorch is there
     from llm_lab.run import train_config
-    warnings.showwarning = lambda message, *rest: print(message, file=sys.stderr)
     job = train_config(*named or [''], *settings, resume=resume and _place(resume), run=a.name, smoke=a.smoke, tune=True)
     if not job.engine.is_main_process: return 0
     if why := job.run.stopped:
@@ -166,9 +167,9 @@ def _eval(a):
     from llm_lab.lab import Live
     from llm_lab.package import open_model
     model, tokenizer, about = open_model(_place(a.path), usable_device())
-    if a.text: score = evaluate_file(model, tokenizer, a.text)
+    if a.text: score = evaluate_file(model, tokenizer, a.text, field=a.field)
     else:
-        corpus = load_corpus(a.corpus) if a.corpus else corpus_of(about)
+        corpus = load_corpus(a.corpus, field=a.field) if a.corpus else corpus_of(about)
         known = about.get('corpus'), about.get('corpus_sha256')  # a name alone tells little
         if not a.corpus and known[0] == corpus.name and known[1] not in (None, corpus.sha256):
             print(f'{corpus.name} is not the text it was trained on, or has changed',
@@ -201,8 +202,9 @@ def _judge_options(e, r):
     "Tell the parsers of `eval` and `runs` what they can be asked"
     e.add_argument('path', help='a run, a checkpoint or a saved model')
     e.add_argument('--split', default='val', help='of its corpus: val (default), test, train')
-    e.add_argument('--text', metavar='FILE', help='a text file instead of the corpus')
+    e.add_argument('--text', metavar='FILE', help='a file of text or records instead of the corpus')
     e.add_argument('--corpus', help='another corpus than that it was trained on')
+    e.add_argument('--field', default='text', help=_FIELD)
     e.add_argument('--stride', type=_whole, help='new tokens in each window; the context if none')
     r.add_argument('paths', nargs='*', metavar='RUN', help='run folders; all runs if none')
     r.add_argument('--plot', metavar='FILE.png', help='draw their curves')
@@ -227,8 +229,11 @@ def _parser():
 
 # %% ../nbs/28_cli.ipynb #3cf50883
 def _ran(args):
-    "The exit code of a command; its error becomes a line"
-    try: code = args.run(args)
+    "The exit code of a command; its error becomes a line, and so does a warning"
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *rest: print(message, file=sys.stderr)
+            code = args.run(args)
     except KeyboardInterrupt as e:
         print('\nstopped')
         return STOPPED.get(str(e), 130)

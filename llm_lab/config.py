@@ -21,7 +21,8 @@ def _key(default, least=None, most=None, of=None):
 
 @dataclass(frozen=True)
 class DataKeys:
-    corpus: str = 'tiny_tales'                      # a corpus's name, a text file, or a folder of .txt files
+    corpus: str = 'tiny_tales'                      # a name, or a file or folder of texts or records
+    field: str = 'text'                             # of records: which one holds the text
     limit: int|None = _key(None, 1)                 # so many training documents; all if none
     tokenizer: str = _key('chars', of=('chars', 'bpe'))
     vocab_size: int|None = _key(None, 257, 1 << 22)       # of bpe; 8192 if none

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from fastcore.basics import patch
 from .lab import LabError, need, pyplot
-from .corpora import MARK, Corpus, read_text, stories
+from .corpora import MARK, Corpus, read_text, records_in, stories
 from .tales import Knobs, split
 from .train import Run, blocks, read_split, smoothed, token_losses
 
@@ -127,13 +127,15 @@ def _unknown(tokenizer, text):
 
 def evaluate_file(
     model, tokenizer,
-    path,            # a UTF-8 text; lines `<|endoftext|>` make it a collection of documents
+    path,            # a UTF-8 text; lines `<|endoftext|>` make it a collection of documents, and so do records
     stride:int=None, # new tokens in each window; the context if none: blocks
-    live=None
+    live=None,
+    field='text'     # of records: the one that holds the text
 )->Score:
     "Loss of a model on a whole text file. Raises `LabError` on a character that the tokenizer does not know"
-    text = read_text(path)
-    marked = any(line.strip() == MARK for line in text.split('\n'))
+    records = records_in(path, field)
+    text = read_text(path) if records is None else f'\n{MARK}\n'.join(records)
+    marked = records is not None or any(line.strip() == MARK for line in text.split('\n'))
     end = f'\n{MARK}\n' if marked and not _unknown(tokenizer, MARK) else Corpus.separator
     held = stories(text) if marked else text
     if c := _unknown(tokenizer, end.join([*held, '']) if marked else text):

@@ -17,6 +17,7 @@ from subprocess import PIPE, Popen
 from fastcore.basics import patch
 from .lab import (LabError, Live, bytes_in, home, json_of, laid_out, locked, made_folder, replaceable,
                          require_name, resolved, restored, written)
+from .corpora import apart
 from .chars import load_tokenizer
 from .bpe import BPETokenizer
 
@@ -26,6 +27,11 @@ def _mix(x):
     x = (x ^ (x >> np.uint64(30)))*np.uint64(0xbf58476d1ce4e5b9)
     x = (x ^ (x >> np.uint64(27)))*np.uint64(0x94d049bb133111eb)
     return x ^ (x >> np.uint64(31))
+
+def _drawn(epochs, seed, purpose):
+    "64 bits for each epoch (an array of ints ≥ 0), which depend on seed and purpose as well"
+    start = hashlib.sha256(f'{seed}/{purpose}'.encode()).digest()[:8]
+    return _mix(_mix(np.asarray(epochs, np.uint64)) ^ np.uint64(int.from_bytes(start, 'little')))
 
 # %% ../nbs/05_pack.ipynb #0a2df0d1
 def shuffled(
@@ -38,8 +44,7 @@ def shuffled(
     i = np.asarray(i, np.uint64)
     epoch, x = (v.ravel() for v in np.divmod(i, np.uint64(n)))
     a = math.isqrt(n - 1) + 1; b = -(-n//a)                    # a*b ≥ n, hardly more
-    start = hashlib.sha256(f'{seed}/blocks'.encode()).digest()[:8]
-    key, todo = _mix(_mix(epoch) ^ np.uint64(int.from_bytes(start, 'little'))), np.arange(len(x))
+    key, todo = _drawn(epoch, seed, 'blocks'), np.arange(len(x))
     out = np.empty(len(x), np.int64)
     while len(todo):
         half = list(np.divmod(x, np.uint64(b)))
@@ -51,13 +56,26 @@ def shuffled(
     return out.reshape(i.shape)
 
 # %% ../nbs/05_pack.ipynb #434f4196
+def _document_rows(n, T, starts):
+    "(where rows begin, how far back each may move), int64, (R,): the first of a document stays"
+    starts = np.asarray(starts, np.int64)
+    lengths = np.diff(starts, append=starts[0] + n)            # the last goes on to the first
+    count = -(-lengths//T)
+    of = np.repeat(np.arange(len(starts)), count)
+    k = np.arange(len(of)) - (np.cumsum(count) - count)[of]    # the how manyth of its document
+    return starts[of] + k*T, np.where(k > 0, (count*T - lengths)[of], 0)
+
 class BatchStream:
-    "Rows (B, T+1), int64: each block of the text once an epoch, in an order drawn from `seed`. It never ends"
+    """Rows (B, T+1), int64, without end: in each epoch the text, a ring, is cut at other places.
+
+    Each block is read once an epoch: no token is asked twice, fewer than T are left out. With
+    `starts`, rows begin there, each is met once an epoch, and every token is asked."""
     def __init__(self,
         tokens,         # `PackedTokens`, or a tensor of ids (n,)
         batch_size:int, # rows of a step, those of all ranks together
         block_len:int,  # T: a row asks T questions
-        seed:int=0, rank:int=0, world_size:int=1, device='cpu'
+        seed:int=0, rank:int=0, world_size:int=1, device='cpu',
+        starts=None     # where documents begin, ascending, (M,)
     ):
         ids = getattr(tokens, 'ids', tokens)
         for k, v in dict(batch_size=batch_size, block_len=block_len, world_size=world_size).items():
@@ -68,9 +86,14 @@ class BatchStream:
         if batch_size % world_size or not 0 <= rank < world_size:
             raise LabError(f'{batch_size=}, {rank=}: give a multiple of {world_size=}, and a rank below it')
         self.batch_size, self.rank, self.world_size, self.device = batch_size, rank, world_size, device
+        self.rows = None if starts is None else _document_rows(len(ids), block_len, starts)
+        self.per_epoch = len(ids)//block_len if starts is None else len(self.rows[0])
         self.made_of = dict(tokens=getattr(tokens, 'sha256', None), n=len(ids), batch_size=batch_size,
-                            block_len=block_len, seed=seed)
-        self.windows = ids.unfold(0, block_len + 1, block_len); self.step, self._known = 0, (None, None)
+                            block_len=block_len, seed=seed, starts=None)
+        if self.rows: self.made_of['starts'] = hashlib.sha256(self.rows[0].tobytes()).hexdigest()
+        import torch
+        self.ids, self.ahead = ids, torch.arange(block_len + 1)
+        self.step, self._known = 0, (None, None)
 
     def __iter__(self): return self
     def __call__(self, step): return self.batch(step)
@@ -78,20 +101,25 @@ class BatchStream:
 
 # %% ../nbs/05_pack.ipynb #92d06d0d
 @patch
-def blocks_of(self:BatchStream, step:int): # numbers of blocks, (B / world_size,)
-    "The blocks that this rank reads at a step"
+def blocks_of(self:BatchStream, step:int): # places in the text, int64, (B / world_size,)
+    "Where the blocks begin that this rank reads at a step"
     part, k = divmod(step, ahead := max(1, 4096//self.batch_size))              # so many are worked out together
     if self._known[0] != part:
         import torch
+        n, T, seed = (self.made_of[key] for key in ('n', 'block_len', 'seed'))
         places = np.arange(ahead*self.batch_size).reshape(ahead, -1) + part*ahead*self.batch_size
         mine = places[:, self.rank::self.world_size]
-        self._known = part, torch.from_numpy(shuffled(mine, len(self.windows), self.made_of['seed'])).unbind()
+        blocks = shuffled(mine, self.per_epoch, seed)
+        begins, room = (blocks*T, n - 1) if self.rows is None else (r[blocks] for r in self.rows)
+        turn = _drawn(mine//self.per_epoch, seed, 'turn') % np.asarray(room + 1, np.uint64)
+        self._known = part, torch.from_numpy((begins - turn.astype(np.int64)) % n).unbind()
     return self._known[1][k]
 
 @patch
 def batch(self:BatchStream, step:int): # rows (B / world_size, T+1), int64
     "The rows of a step: a pure function of (seed, step)"
-    rows = self.windows.index_select(0, self.blocks_of(step)).long()
+    at = self.blocks_of(step)[:, None] + self.ahead            # places on the ring
+    rows = self.ids.take(at % len(self.ids)).long()
     return rows if self.device == 'cpu' else rows.to(self.device, non_blocking=True)
 
 # %% ../nbs/05_pack.ipynb #d0f49464
@@ -107,7 +135,10 @@ def state_dict(self:BatchStream)->dict:
 
 @patch
 def load_state_dict(self:BatchStream, state:dict):
-    "Go on where `state` was taken. Raises `LabError` when it is of another text, seed, batch or block"
+    "Go on where `state` was taken. `LabError` when it is of another text, seed, batch, block or row"
+    if 'starts' not in state and 'tokens' in state:            # of an older edition
+        raise LabError('the saved position is of blocks that stand still, and they move now: '
+                       'start a new run')
     for k, mine in self.made_of.items():
         _agree(f'{k} of the saved position', state.get(k), "this stream's", mine, 'make the stream as it was then')
     if not isinstance(step := state.get('step'), int) or step < 0:
@@ -188,7 +219,8 @@ class PackedTokens:
 # %% ../nbs/05_pack.ipynb #2b1a412d
 def end_mark(corpus, tok)->list[int]:
     "What ends a document: the end mark's id; the separator's ids where there is none, or within a running text"
-    return [tok.eos_id] if corpus.independent and tok.eos_id is not None else tok.encode(corpus.separator)
+    if corpus.independent and tok.eos_id is not None: return [tok.eos_id]
+    return tok.encode(corpus.separator) if not corpus.splits or apart(corpus) else []
 
 def _ids(tokenizer, documents, end):
     "The ids of all documents, each followed by the ids `end`: int32, (n,)"
@@ -312,6 +344,16 @@ def _usable(folder, corpus, digests, tokenizer, verify):
     for file in meta['files']: _opened(folder, file, meta, verify or not file.endswith('.bin')).close()
     return meta
 
+# %% ../nbs/05_pack.ipynb #914e5e58
+def _beside(folder, digests, tokenizer):
+    "The folder; where another text or tokenizer lies in it whole, one beside it, named by hash"
+    try: meta = _read_meta(folder)
+    except LabError: return folder                             # there is none, or it is damaged
+    same = {s: v.get('sha256') for s, v in meta['splits'].items()} == digests
+    if same and all(meta['tokenizer'].get(k) == v for k, v in tokenizer.items()): return folder
+    mine = _sha(json.dumps([digests, tokenizer], sort_keys=True).encode())
+    return folder.with_name(f'{folder.name}-{mine[:10]}')
+
 # %% ../nbs/05_pack.ipynb #da712cd9
 _OURS = re.compile(r'\w+\.bin|meta\.json|tokenizer/(tokenizer|meta)\.json')
 
@@ -355,7 +397,7 @@ class Packed(namedtuple('Packed', 'folder meta built seconds')):
 def pack(
     corpus,
     tokenizer=8192, # a tokenizer, or a vocabulary size: BPE is then trained on the training split
-    folder=None,    # `home()/data/packed/CORPUS-bpe8192` if none
+    folder=None,    # `home()/data/packed/CORPUS-bpe8192` if none; a hash more if that is another's
     force=False,    # build it even if it is there
     verify=False,   # read every byte of a folder that is there
     processes=None  # one for each core if none, eight at most
@@ -365,8 +407,10 @@ def pack(
     kind = f'bpe{tokenizer}' if isinstance(tokenizer, int) else f'{tokenizer.kind}{tokenizer.vocab_size}'
     short = corpus.name.encode()[:100].decode(errors='ignore')
     name = re.sub(r'[^\w.-]+|^\.+', '_', f'{short}-{kind}')
-    folder = resolved(folder or home()/'data'/'packed'/require_name(name, 'the corpus'))
-    wanted = _wanted(corpus, tokenizer); usable = lambda: _usable(folder, corpus, *wanted, verify)
+    own = folder is None and resolved(home()/'data'/'packed'/require_name(name, 'the corpus'))
+    wanted = _wanted(corpus, tokenizer)
+    folder = _beside(own, *wanted) if own else resolved(folder)
+    usable = lambda: _usable(folder, corpus, *wanted, verify)
     if force or (meta := usable()) is None:
         replaceable(folder, _as_packed)
         with _alone(folder) as waited:                         # somebody else may have built it by now

@@ -105,16 +105,17 @@ def _check_texts(setup):
 
 def _data_of(corpus):
     "What `load_corpus` needs to find it again; a path never reads like the name of a corpus"
-    from llm_lab.corpora import CORPORA
+    from llm_lab.corpora import CORPORA, kept_path
     if isinstance(corpus, str) and corpus in CORPORA: return corpus
-    return _shown(corpus if os.path.dirname(corpus) else os.path.join('.', corpus))
+    kept = kept_path(str(corpus) if os.path.dirname(corpus) else os.path.join('.', corpus))
+    return _shown(kept if os.path.dirname(kept) else os.path.join('.', kept))
 
-def _ready(corpus, minutes, settings):
+def _ready(corpus, minutes, settings, field='text'):
     "The tour's `Setup`, everything that can be checked is checked; raises `LabError`"
     from llm_lab.corpora import load_corpus
     if not 0 < minutes < 1e4:
         raise LabError(f'minutes={minutes!r}: give a number above 0, below 10,000')
-    text = load_corpus(corpus)
+    text = load_corpus(corpus, field=field)
     text = replace(text, name=_shown(text.name), source=_shown(text.source))
     from llm_lab.train import prepare
     setup = prepare(_plan(settings, text), text, usable_device())
@@ -222,7 +223,8 @@ _PACKAGE = 'package.json', 'llm_lab.json', 'tokenizer.json', 'model.safetensors'
 def _about(setup, run, data):
     "What a package says of its origin"
     corpus = setup.corpus
-    return dict(corpus=corpus.name, data=data, licence=corpus.licence, corpus_sha256=corpus.sha256,
+    return dict(corpus=corpus.name, data=data, **(dict(field=corpus.field) if corpus.field else {}),
+                licence=corpus.licence, corpus_sha256=corpus.sha256,
                 params=setup.model.n_params, steps=run.step, planned=run.steps, tokens=run.tokens,
                 seconds=round(run.seconds, 2), stopped=run.stopped)
 
@@ -436,15 +438,16 @@ def _learned(setup, keeper, minutes):
     return run
 
 def tour(
-    corpus='tiny_tales', # a corpus's name, a text file, or a folder
+    corpus='tiny_tales', # a corpus's name, or a file or folder of texts or records
     minutes=3.,
     settings=(),         # ((key, value), …) of the recipe or the model
-    name=None            # of its folder in artifacts/; the first free of tour, tour-2, … if none
+    name=None,           # of its folder in artifacts/; the first free of tour, tour-2, … if none
+    field='text'         # of records: the one that holds the text
 )->dict: # what is in result.json
     "Train a small GPT for some minutes, show how it learns, keep it; raises if not in artifacts/"
     if name is not None: _check_name(name)
     with surviving_output():
-        setup = _ready(corpus, minutes, settings)
+        setup = _ready(corpus, minutes, settings, field)
         print(_introduction(setup))
         keeper = _Keeper(setup, _data_of(corpus), minutes, name)
         meant = keeper.folder

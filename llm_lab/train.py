@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from . import __version__
 from .lab import (LabError, Live, home, keep_memory, kept_streams, need, pyplot, rng, seeded, set_streams,
                          stoppable, streams)
-from .corpora import load_corpus
+from .corpora import letters_of, load_corpus
 from .chars import CharTokenizer
 from .pack import end_mark
 from .gpt import Aux, Config, MiniGPT, quick_linear, to_data
@@ -303,7 +303,7 @@ def prepare(recipe:Recipe, corpus=None, device='cpu', tokenizer=None)->Setup:
     "Load the corpus, make a tokenizer of its characters if none is given, cut batches, build the model"
     recipe.check()
     corpus = corpus or load_corpus(recipe.corpus)
-    tokenizer = tokenizer or CharTokenizer.train(''.join(map(corpus.text, corpus.splits)))
+    tokenizer = tokenizer or CharTokenizer.train(letters_of(corpus))
     read = {s: read_split(corpus, tokenizer, s) for s in ('train', 'val')}
     ids, starts = ({s: r[n] for s, r in read.items()} for n in (0, 1))
     least = 10*(recipe.block_len + 1)

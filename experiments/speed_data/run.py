@@ -38,7 +38,11 @@ def packed(folder, documents=4000, letters=1000):
 def stacked(tokens, stream):
     "The way everybody writes it, over a memory map, with the same blocks"
     array = np.memmap(tokens.folder/'train.bin', '<i4', 'r')
-    cut = lambda k: torch.from_numpy(array[k*T:k*T + T + 1].astype(np.int64))
+
+    def cut(k):
+        row = array[k:k + T + 1]
+        if len(row) <= T: row = np.concatenate([row, array[:T + 1 - len(row)]])      # over the end, into the beginning
+        return torch.from_numpy(row.astype(np.int64))
 
     def batch(step): return torch.stack([cut(k) for k in stream.blocks_of(step).tolist()])
     return batch
