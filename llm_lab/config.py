@@ -10,7 +10,7 @@ __all__ = ['SECTIONS', 'BLOCKS', 'CONFIGS', 'DataKeys', 'ModelKeys', 'TrainKeys'
 import difflib, io, math, re
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 from .lab import (HOLDS, LabError, address, check_recipe, home, need, require_ours, short,
                          written)
 
@@ -58,11 +58,11 @@ class TrainKeys:
     schedule: str = _key('cosine', of=('cosine', 'constant', 'wsd', 'step_decay'))
     warmup: int = _key(100, 1)
     clip: float = _key(1., 1e-6)
-    precision: str = _key('float32', of=('float32', 'bf16', 'fp16'))
+    precision: str = _key('float32', of=('auto', 'float32', 'bf16', 'fp16'))   # of products
     compile: bool = False
     recompute: bool = False                         # keep less for the way back (chapter 12)
     seed: int = _key(0, 0, 2**31)
-    threads: int|None = _key(None, 1, 1024)         # of the CPU; as many as there are if none
+    threads: int|Literal['auto']|None = _key(None, 1, 1024)    # of the CPU; all if none
 
 # %% ../nbs/14_config.ipynb #51855475
 @dataclass(frozen=True)
@@ -84,18 +84,23 @@ class LogKeys:
 _KINDS = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'a text',
           dict: 'a recipe such as {part: "llm_lab.gpt:MLP"}'}
 
+def _words(f):
+    "The words that a key takes beside values of its kind"
+    return [word for kind in get_args(f.type) for word in get_args(kind)]
+
 def _wanted(f):
     "What a key takes, in words"
     m, kinds = f.metadata, get_args(f.type) or (f.type,)
     least, most = m.get('least'), m.get('most')
     bounds = f' from {least:,} to {most:,}' if most else '' if least is None else f' of at least {least:,}'
-    none = ', or null' if type(None) in kinds else ''
+    none = ''.join(f', or {w}' for w in (*_words(f), *['null']*(type(None) in kinds)))
     return f'choose from {", ".join(m["of"])}' if m.get('of') else f'give {_KINDS[kinds[0]]}{bounds}{none}'
 
 # %% ../nbs/14_config.ipynb #a3ff19ba
 def _checked(path, f, value):
     "The value of a key; raises `LabError` that names its path"
     m, kinds = f.metadata, get_args(f.type) or (f.type,)
+    if isinstance(value, str) and value in _words(f): return value
     if float in kinds and type(value) is int and abs(value) < 1e300: value = float(value)
     good = type(value) in kinds and not (isinstance(value, float) and not math.isfinite(value))
     if good and isinstance(value, (int, float)) and m.get('least') is not None:
@@ -269,6 +274,12 @@ def read_config(config, overrides=())->RunConfig:
     except (errors.OmegaConfBaseException, need('yaml').YAMLError, ValueError, RecursionError) as e:
         raise LabError(f'{where}: {str(e).splitlines()[0]}: write keys and values, such as train.steps=500') from None
 
+# %% ../nbs/14_config.ipynb #2e0f4351
+def _as_chosen(old:RunConfig, new:RunConfig)->RunConfig:
+    "`new`, where `auto` stands for what a run of `old` has chosen"
+    names = [f.name for f in fields(TrainKeys) if getattr(new.train, f.name) == 'auto']
+    return replace(new, train=replace(new.train, **{n: getattr(old.train, n) for n in names}))
+
 # %% ../nbs/14_config.ipynb #d3b6425a
 def _as_yaml(cfg):
     omega = need('omegaconf').OmegaConf
@@ -290,6 +301,7 @@ def write_config(cfg:RunConfig, path):
 
 def gone_on(old:RunConfig, new:RunConfig)->RunConfig:
     "`new`, if a run of `old` can go on with it: only what does not reach back is another. Raises `LabError` if not"
+    new = _as_chosen(old, new)
     for path in _PATHS:
         a, b = (getattr(getattr(c, path.partition('.')[0]), path.partition('.')[2]) for c in (old, new))
         if a != b and not path.startswith(('log.', 'eval.', 'train.steps', 'train.threads')):

@@ -9,12 +9,12 @@ __all__ = ['MOST_JSON', 'SLOTS', 'REGISTERED', 'HOLDS', 'WEIGHTS', 'SIGNED', 'La
            'check_size', 'json_of', 'is_name', 'file_in', 'bytes_in', 'pointed', 'memory_left', 'must_fit', 'nearest',
            'address', 'lookup', 'plain', 'check_recipe', 'rng', 'streams', 'set_streams', 'kept_streams', 'seeded',
            'device', 'usable_device', 'machine', 'check', 'pyplot', 'in_notebook', 'show', 'save_picture',
-           'widgets_live', 'explore', 'Live', 'progress', 'stoppable', 'flops', 'by_onednn', 'quick_products',
-           'peak_flops', 'time_by_kind', 'keep_memory', 'use_threads', 'fastest_threads']
+           'widgets_live', 'explore', 'Live', 'progress', 'stoppable', 'flops', 'by_onednn', 'exact_by_onednn',
+           'quick_products', 'peak_flops', 'time_by_kind', 'keep_memory', 'use_threads', 'race', 'fastest_threads']
 
 # %% ../nbs/00_lab.ipynb #f5126c87
 import difflib, hashlib, importlib, json, math, os, re, reprlib, shutil, signal, stat, sys, threading, time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -944,14 +944,27 @@ def by_onednn(f):
     return call
 
 @cache
+def exact_by_onednn()->bool:
+    "Does this processor have oneDNN's other way, and are its products as exact as float32's?"
+    import torch
+    if torch.backends.cpu.get_cpu_capability() != 'AVX512': return False           # what that way asks for
+    if not torch.backends.mkldnn.is_available(): return False
+    a = torch.linspace(-1, 1, 256*512).sin().view(256, 512)
+    exact = a.double() @ a.double().T
+    return bool((by_onednn(torch.mm)(a, a.T) - exact).norm() < 2e-6*exact.norm())
+
+@cache
 def quick_products()->bool:
-    "Does this machine gain by oneDNN (an AMD processor with AVX512), and are its products as exact as float32's?"
-    import platform, torch
-    info = Path('/proc/cpuinfo')
-    amd = 'AuthenticAMD' in (info.read_text() if info.exists() else platform.processor())
-    if not amd or torch.backends.cpu.get_cpu_capability() != 'AVX512' or not torch.backends.mkldnn.is_available(): return False
-    a, exact = torch.linspace(-1, 1, 256*512).sin().view(256, 512), lambda x: x.double() @ x.double().T
-    return bool((by_onednn(lambda x: x @ x.T)(a) - exact(a)).norm() < 2e-6*exact(a).norm())
+    "Are float32 products by oneDNN exact and clearly faster than PyTorch's choice? Measured once a process"
+    import torch
+    if not exact_by_onednn(): return False
+    a, ways, best = torch.ones(256, 512), (torch.mm, by_onednn(torch.mm)), [math.inf, math.inf]
+    for _ in range(30):                                        # in turns: other programs come and go
+        for n, product in enumerate(ways):
+            start = time.perf_counter()
+            product(a, a.T)
+            best[n] = min(best[n], time.perf_counter() - start)
+    return best[1] < best[0]/1.5
 
 # %% ../nbs/00_lab.ipynb #62dfe3a2
 def peak_flops(
@@ -1032,6 +1045,20 @@ def _seconds_per_call(work, seconds):
         calls += 1
     return (time.perf_counter() - start)/calls
 
+def race(
+    ways:dict,         # {name: a function without arguments that ends when its result is there}
+    seconds=.2,        # to try each for, in each of three rounds
+    within=nullcontext # what each name stands in while it is tried, such as `use_threads`
+)->dict: # {name: seconds of a call}, the median of its rounds
+    "Which way is fastest here and now? In turns, for other programs come and go; who is far behind drops out"
+    taken, left = {name: [] for name in ways}, [*ways]
+    for _ in range(3):
+        for name in left:
+            with within(name): taken[name].append(_seconds_per_call(ways[name], seconds))
+        typical = {name: sorted(t)[len(t)//2] for name, t in taken.items()}
+        left = [name for name in reversed(left) if typical[name] < 1.5*min(typical.values())]
+    return typical
+
 def fastest_threads(
     work,      # a function without arguments that ends when its result is there: a step on a copy of the model
     seconds=.2 # to try each number of threads for, in each of three rounds
@@ -1041,10 +1068,5 @@ def fastest_threads(
     most = torch.get_num_threads()
     choices = sorted({1, max(1, most//2), most})
     if len(choices) == 1 or os.environ.get('OMP_NUM_THREADS'): return most
-    taken = {n: [] for n in choices}
-    for _ in range(3):                                         # in turns: other programs come and go
-        for n in choices:
-            with use_threads(n): taken[n].append(_seconds_per_call(work, seconds))
-        typical = {n: sorted(taken[n])[len(taken[n])//2] for n in choices}
-        choices = [n for n in choices if typical[n] < 1.5*min(typical.values())]       # the others have lost
-    return next(n for n in choices if typical[n] < 1.1*min(typical.values()))
+    taken = race(dict.fromkeys(choices, work), seconds, use_threads)
+    return next(n for n in choices if taken[n] < 1.1*min(taken.values()))

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['OPTIMISERS', 'SCHEDULES', 'PRECISIONS', 'orthogonalized', 'Muon', 'Together', 'muon', 'sgd', 'constant',
            'warmup_stable_decay', 'step_decay', 'step_memory', 'checkpointed', 'free_memory', 'largest_batch',
-           'compiled', 'Step', 'steps_for', 'EarlyStop', 'spikes', 'diverged', 'Alarm']
+           'compiled', 'Step', 'short_precision', 'steps_for', 'EarlyStop', 'spikes', 'diverged', 'Alarm']
 
 # %% ../nbs/12_optim.ipynb #d4314b07
-import math, weakref
+import math, warnings, weakref
 from contextlib import nullcontext
 from copy import deepcopy
 from functools import partial
@@ -236,6 +236,19 @@ class Step:
         length = update(model, opt, clip)                      # a gradient beyond fp16 moves nothing,
         self.scaler.update()                                   # and the next loss is multiplied by less
         return total, length
+
+# %% ../nbs/12_optim.ipynb #3631348f
+def short_precision(device)->str: # a name of `PRECISIONS`
+    "The short numbers that an accelerator has hardware for, and float32 where it has it for none"
+    device = torch.device(device)
+    if device.type == 'cuda':
+        if torch.cuda.is_bf16_supported(including_emulation=False): return 'bf16'
+        return 'fp16' if torch.cuda.get_device_capability(device) >= (7, 0) else 'float32'
+    a = torch.ones(2, 2, device=device)
+    try:
+        with warnings.catch_warnings(action='ignore'), torch.autocast(device.type, torch.bfloat16):
+            return 'bf16' if (a @ a).dtype == torch.bfloat16 else 'float32'
+    except (RuntimeError, TypeError): return 'float32'         # it does not know them
 
 # %% ../nbs/12_optim.ipynb #4ec9a441
 def steps_for(
