@@ -9,14 +9,15 @@ __all__ = ['MOST_JSON', 'SLOTS', 'REGISTERED', 'HOLDS', 'WEIGHTS', 'SIGNED', 'La
            'check_size', 'json_of', 'is_name', 'file_in', 'bytes_in', 'pointed', 'memory_left', 'must_fit', 'nearest',
            'address', 'lookup', 'plain', 'check_recipe', 'rng', 'streams', 'set_streams', 'kept_streams', 'seeded',
            'device', 'usable_device', 'machine', 'check', 'pyplot', 'in_notebook', 'show', 'save_picture',
-           'widgets_live', 'explore', 'Live', 'progress', 'stoppable', 'flops', 'by_onednn', 'exact_by_onednn',
-           'quick_products', 'peak_flops', 'time_by_kind', 'keep_memory', 'use_threads', 'race', 'fastest_threads']
+           'widgets_live', 'explore', 'Live', 'progress', 'stoppable', 'flops', 'by_onednn', 'once', 'exact_by_onednn',
+           'least_seconds', 'quick_products', 'peak_flops', 'time_by_kind', 'keep_memory', 'use_threads', 'race',
+           'fastest_threads']
 
 # %% ../nbs/00_lab.ipynb #f5126c87
 import difflib, hashlib, importlib, json, math, os, re, reprlib, shutil, signal, stat, sys, threading, time
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path, PurePosixPath
 from textwrap import shorten
 
@@ -943,7 +944,17 @@ def by_onednn(f):
             finally: matmul.fp32_precision = old
     return call
 
-@cache
+def once(f):
+    "`f`, measured once a process for each of its arguments, on plain tensors, whatever mode the caller is in"
+    @cache
+    @wraps(f)
+    def call(*args):
+        import torch
+        from torch.utils._python_dispatch import _disable_current_modes
+        with _disable_current_modes(), torch.no_grad(), torch.autocast('cpu', enabled=False): return f(*args)
+    return call
+
+@once
 def exact_by_onednn()->bool:
     "Does this processor have oneDNN's other way, and are its products as exact as float32's?"
     import torch
@@ -953,18 +964,27 @@ def exact_by_onednn()->bool:
     exact = a.double() @ a.double().T
     return bool((by_onednn(torch.mm)(a, a.T) - exact).norm() < 2e-6*exact.norm())
 
-@cache
+def least_seconds(
+    ways:dict, # {name: a function without arguments}
+    rounds=30
+)->dict: # {name: seconds}
+    "The fewest seconds that a call took: in turns, of many short calls, so that other programs hardly disturb it"
+    least = dict.fromkeys(ways, math.inf)
+    for _ in range(rounds):
+        for name, work in ways.items():
+            start = time.perf_counter()
+            work()
+            least[name] = min(least[name], time.perf_counter() - start)
+    return least
+
+@once
 def quick_products()->bool:
     "Are float32 products by oneDNN exact and clearly faster than PyTorch's choice? Measured once a process"
     import torch
     if not exact_by_onednn(): return False
-    a, ways, best = torch.ones(256, 512), (torch.mm, by_onednn(torch.mm)), [math.inf, math.inf]
-    for _ in range(30):                                        # in turns: other programs come and go
-        for n, product in enumerate(ways):
-            start = time.perf_counter()
-            product(a, a.T)
-            best[n] = min(best[n], time.perf_counter() - start)
-    return best[1] < best[0]/1.5
+    a = torch.ones(256, 512)
+    took = least_seconds(dict(usual=lambda: a @ a.T, quick=lambda: by_onednn(torch.mm)(a, a.T)))
+    return took['quick'] < took['usual']/1.5
 
 # %% ../nbs/00_lab.ipynb #62dfe3a2
 def peak_flops(

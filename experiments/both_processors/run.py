@@ -33,7 +33,7 @@ from llm_lab.gpt import MiniGPT
 from llm_lab.hub import to_hf
 from llm_lab.lab import by_onednn, keep_memory, machine, progress, quick_products, rng
 from llm_lab.llama import llama
-from llm_lab.optim import orthogonalized, short_products
+from llm_lab.optim import PRECISIONS, orthogonalized, short_precision
 
 HERE = Path(__file__).resolve().parent
 STEP, DECODE = HERE.parent/'speed_step'/'run.py', HERE.parent/'speed_decode'/'run.py'
@@ -109,7 +109,7 @@ def muon(rounds):
     stacks = [torch.randn(4, *s, generator=rng(0, f'{s}')) for s in shapes]
     took = in_turns({'float32': lambda: [orthogonalized(g) for g in stacks],
                      'bf16': lambda: [orthogonalized(g, dtype=torch.bfloat16) for g in stacks],
-                     'as Muon has it': lambda: [orthogonalized(g, dtype=short_products('cpu')) for g in stacks]}, 4*rounds)
+                     'as Muon has it': lambda: [orthogonalized(g, dtype=PRECISIONS[short_precision()]) for g in stacks]}, 4*rounds)
     out = {way: round(1000*s, 2) for way, s in took.items()}
     table('orthogonalized', {'four blocks': out}, 'ms')
     return out
@@ -182,9 +182,9 @@ def main():
     a = ap.parse_args()
     keep_memory()
     start = time.time()
-    about = dict(processor(), quick_products=quick_products(), short_products=str(short_products('cpu')))
+    about = dict(processor(), quick_products=quick_products(), short_precision=short_precision())
     print(f'{machine()["cpu"]}, {torch.get_num_threads()} threads; ' + ' '.join(about['flags']))
-    print(f'products by oneDNN: {about["quick_products"]}; Muon counts in {about["short_products"]}')
+    print(f'products by oneDNN: {about["quick_products"]}; Muon counts in {about["short_precision"]}')
     found = {name: PARTS[name](a.rounds) for name in a.only.split(',')}
     line = json.dumps(dict(found, **about, rounds=a.rounds, seconds=round(time.time() - start), **machine()))
     if a.save: (HERE/'result.json').write_text(line + '\n', encoding='utf-8')
