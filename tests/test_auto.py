@@ -20,7 +20,7 @@ from llm_lab.run import Alone, set_precision, set_threads, train_config
 from llm_lab.train import next_token_loss, train_step
 
 pytestmark = pytest.mark.usefixtures('one_thread')
-TINY = ('corpus=tiny_tales', 'data.limit=200', 'block_len=16', 'd_model=16', 'n_layers=1', 'n_heads=2', 'train.steps=4', 'batch_size=4',
+TINY = ('data.corpus=own.txt', 'block_len=16', 'd_model=16', 'n_layers=1', 'n_heads=2', 'train.steps=4', 'batch_size=4',
         'eval.every=2', 'eval.tokens=100', 'eval.sample_tokens=5', 'log.every=1', 'checkpoint_every=2')
 needs_onednn = pytest.mark.skipif(not exact_by_onednn(), reason="oneDNN's other way is not there, or is not float32's")
 
@@ -111,7 +111,8 @@ def test_least_seconds_are_the_least(clock):
 @pytest.mark.parametrize('compile', [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_model_by_onednn_is_the_model(monkeypatch, compile):
     "Where this processor would not choose it, too: gradients of the whole model, and the layers are as they were"
-    model, rows = MiniGPT(Config(vocab_size=20, max_len=16, d_model=32, n_layers=2, tie=True)), torch.randint(20, (3, 17), generator=rng(0, 'r'))
+    model = MiniGPT(Config(vocab_size=20, max_len=16, d_model=32, n_layers=2, tie=True))
+    rows = torch.randint(20, (3, 17), generator=rng(0, 'r'))
     loss = torch.compile(next_token_loss) if compile else next_token_loss
     def gradients(quick):
         monkeypatch.setattr(gpt, 'quick_products', lambda: quick)
@@ -240,6 +241,9 @@ def test_who_goes_on_keeps_what_was_chosen():
 
 # --- precision
 
+ASKED = dict(data=dict(block_len=16), model=dict(d_model=16, n_layers=1, n_heads=2), train=dict(precision='auto', batch_size=4))
+
+
 def raced(monkeypatch, float32, bf16):
     "A processor on which a step takes so long"
     monkeypatch.setattr(run, 'short_precision', lambda device='cpu': 'bf16')
@@ -249,7 +253,7 @@ def raced(monkeypatch, float32, bf16):
 @pytest.mark.parametrize('float32, bf16, chosen', [(1., .5, 'bf16'), (1.21, 1., 'bf16'), (1.1, 1., 'float32'), (1., 1.2, 'float32')])
 def test_short_numbers_are_chosen_where_a_step_is_faster_by_a_margin(monkeypatch, float32, bf16, chosen):
     raced(monkeypatch, float32, bf16)
-    cfg, why = set_precision(config_of(dict(train=dict(precision='auto'))), 65, Alone())
+    cfg, why = set_precision(config_of(ASKED), 65, Alone())
     assert cfg.train.precision == chosen and f'{float32/bf16:.2f} times as fast' in why
 
 
@@ -264,14 +268,14 @@ def test_short_numbers_that_make_another_step_are_not_chosen(monkeypatch, what):
             return [4.2, 1.] if precision == 'float32' else said[what]
         yield work
     monkeypatch.setattr(run, '_trial', trial)
-    cfg, why = set_precision(config_of(dict(train=dict(precision='auto'))), 65, Alone())
+    cfg, why = set_precision(config_of(ASKED), 65, Alone())
     assert cfg.train.precision == 'float32' and 'in bf16' in why and '\n' not in why
 
 
 def test_without_hardware_nothing_is_tried(monkeypatch):
     monkeypatch.setattr(run, 'short_precision', lambda device='cpu': 'float32')
     monkeypatch.setattr(run, '_trial', None)
-    cfg, why = set_precision(config_of(dict(train=dict(precision='auto'))), 65, Alone())
+    cfg, why = set_precision(config_of(ASKED), 65, Alone())
     assert cfg.train.precision == 'float32' and 'no hardware' in why
 
 
@@ -279,9 +283,10 @@ def test_without_hardware_nothing_is_tried(monkeypatch):
 def test_another_device_is_asked_and_not_raced(monkeypatch, best):
     monkeypatch.setattr(run, 'short_precision', lambda device: best)
     monkeypatch.setattr(run, 'race', None)
+    monkeypatch.setattr(run, 'gathered', lambda engine, x: [x])
     engine = Alone()
     engine.device = torch.device('meta')
-    cfg, why = set_precision(config_of(dict(train=dict(precision='auto'))), 65, engine)
+    cfg, why = set_precision(config_of(ASKED), 65, engine)
     assert cfg.train.precision == best and 'meta' in why
 
 
@@ -293,7 +298,7 @@ def test_one_process_chooses_for_all(monkeypatch):
             first = torch.frombuffer(bytearray(json.dumps(['bf16', 'twice as fast']).encode().ljust(1024)), dtype=torch.uint8)
             return torch.cat([first[None], x])
     monkeypatch.setattr(run, '_measured_precision', None)
-    cfg, why = set_precision(config_of(dict(train=dict(precision='auto'))), 65, Second())
+    cfg, why = set_precision(config_of(ASKED), 65, Second())
     assert (cfg.train.precision, why) == ('bf16', 'twice as fast')
 
 
@@ -338,6 +343,8 @@ def test_whoever_sets_the_variable_decides(monkeypatch):
 @pytest.fixture
 def desk(tmp_path, monkeypatch):
     monkeypatch.setenv('LLM_LAB_HOME', str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'own.txt').write_text('\n\n'.join(f'{n} sheep and {n + 1} goats went home.' for n in range(300)))
     return tmp_path
 
 
@@ -392,8 +399,8 @@ def test_a_step_in_bf16_is_near_the_step_in_float32(pattern):
     "Nearer than with attention in bf16, too"
     def near(i, j, size=5): return (j <= i) & (i - j < size)
     attn = part(gpt.Attention, pattern=part(near)) if pattern else Config().attn
-    cfg, rows = Config(vocab_size=20, max_len=32, d_model=32, n_layers=2, n_heads=4, attn=attn), torch.randint(20, (4, 33), generator=rng(1, 'r'))
-    model = MiniGPT(cfg)
+    model = MiniGPT(Config(vocab_size=20, max_len=32, d_model=32, n_layers=2, n_heads=4, attn=attn))
+    rows = torch.randint(20, (4, 33), generator=rng(1, 'r'))
     next_token_loss(model, rows).backward()
     full = torch.cat([p.grad.flatten() for p in model.parameters()])
     model.zero_grad()
