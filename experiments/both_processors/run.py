@@ -1,6 +1,6 @@
 """What does this processor gain by each of the ways of the lab? All ratios side by side, in one run of less than four minutes.
 
-    python experiments/both_processors/run.py [--rounds 8] [--only products,rows,muon,step,decode] [--save]
+    python experiments/both_processors/run.py [--rounds 6] [--only products,rows,muon,step,decode] [--save]
 
 Processors differ in what they are quick at: some multiply bf16 several times as fast as float32, some lose half of their speed in
 the library that PyTorch takes for float32, some read memory as fast as they can with any kernel. So nothing here is compared
@@ -176,7 +176,7 @@ PARTS = dict(products=products, rows=rows, muon=muon, step=step, decode=decode)
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument('--rounds', type=int, default=8)
+    ap.add_argument('--rounds', type=int, default=6)
     ap.add_argument('--only', default=','.join(PARTS), help='parts to measure, with commas between (default all)')
     ap.add_argument('--save', action='store_true', help='keep the last line in result.json')
     a = ap.parse_args()
