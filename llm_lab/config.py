@@ -10,14 +10,14 @@ __all__ = ['SECTIONS', 'BLOCKS', 'CONFIGS', 'DataKeys', 'ModelKeys', 'TrainKeys'
 import difflib, io, math, re
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 from .lab import (HOLDS, LabError, address, check_recipe, home, need, require_ours, short,
                          written)
 
 # %% ../nbs/14_config.ipynb #6a30dd62
-def _key(default, least=None, most=None, of=None):
-    "A key: its default, the least and the most it may be, or the words to choose from"
-    return field(default=default, metadata=dict(least=least, most=most, of=of))
+def _key(default, least=None, most=None, of=None, also=None):
+    "A key: its default, the least and the most it may be, or the words to choose from; a word beside numbers"
+    return field(default=default, metadata=dict(least=least, most=most, of=of, also=also))
 
 @dataclass(frozen=True)
 class DataKeys:
@@ -62,7 +62,7 @@ class TrainKeys:
     compile: bool = False
     recompute: bool = False                         # keep less for the way back (chapter 12)
     seed: int = _key(0, 0, 2**31)
-    threads: int|Literal['auto']|None = _key(None, 1, 1024)    # of the CPU; all if none
+    threads: int|None = _key(None, 1, 1024, also='auto')       # of the CPU; all if none
 
 # %% ../nbs/14_config.ipynb #51855475
 @dataclass(frozen=True)
@@ -84,23 +84,20 @@ class LogKeys:
 _KINDS = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'a text',
           dict: 'a recipe such as {part: "llm_lab.gpt:MLP"}'}
 
-def _words(f):
-    "The words that a key takes beside values of its kind"
-    return [word for kind in get_args(f.type) for word in get_args(kind)]
-
 def _wanted(f):
     "What a key takes, in words"
     m, kinds = f.metadata, get_args(f.type) or (f.type,)
     least, most = m.get('least'), m.get('most')
     bounds = f' from {least:,} to {most:,}' if most else '' if least is None else f' of at least {least:,}'
-    none = ''.join(f', or {w}' for w in (*_words(f), *['null']*(type(None) in kinds)))
+    none = f', or {m["also"]}' if m.get('also') else ''
+    if type(None) in kinds: none += ', or null'
     return f'choose from {", ".join(m["of"])}' if m.get('of') else f'give {_KINDS[kinds[0]]}{bounds}{none}'
 
 # %% ../nbs/14_config.ipynb #a3ff19ba
 def _checked(path, f, value):
     "The value of a key; raises `LabError` that names its path"
     m, kinds = f.metadata, get_args(f.type) or (f.type,)
-    if isinstance(value, str) and value in _words(f): return value
+    if value is not None and value == m.get('also'): return value
     if float in kinds and type(value) is int and abs(value) < 1e300: value = float(value)
     good = type(value) in kinds and not (isinstance(value, float) and not math.isfinite(value))
     if good and isinstance(value, (int, float)) and m.get('least') is not None:
