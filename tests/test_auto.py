@@ -407,3 +407,19 @@ def test_a_step_in_bf16_is_near_the_step_in_float32(pattern):
     short = reference_step(model, rows)
     assert 0 < (short - full).norm() < .02*full.norm()
     assert F.cosine_similarity(short, full, 0) > .999
+
+
+@pytest.mark.slow
+def test_a_compiled_step_in_bf16_keeps_attention_in_float32(capsys):
+    "Slow: a compiler makes half a minute of C++. In one piece, and it is the plain step"
+    rows = torch.randint(20, (4, 17), generator=rng(2, 'r'))
+    def after(compile):
+        model = MiniGPT(Config(vocab_size=20, max_len=16, d_model=32, n_layers=1, n_heads=2))
+        opt, step = adamw(model, lr=1e-3), Step(precision='bf16', compile=compile)
+        losses = [step(model, opt, rows)[0].item() for _ in range(3)]
+        return losses, torch.cat([p.detach().flatten() for p in model.parameters()])
+    breaks = torch._dynamo.utils.counters['graph_break']
+    breaks.clear()
+    (plain, a), (fast, b) = after(False), after(True)
+    assert 'not compiled' not in capsys.readouterr().out and not breaks, breaks
+    assert fast == pytest.approx(plain, abs=2e-3) and (a - b).norm() < .02*a.norm()
