@@ -16,7 +16,7 @@ from .lab import (HOLDS, LabError, address, check_recipe, home, need, require_ou
 
 # %% ../nbs/14_config.ipynb #6a30dd62
 def _key(default, least=None, most=None, of=None, also=None):
-    "A key: its default, the least and the most it may be, or the words to choose from; a word beside numbers"
+    "A key: its default, the least and the most, a word beside numbers; or the words to choose from"
     return field(default=default, metadata=dict(least=least, most=most, of=of, also=also))
 
 @dataclass(frozen=True)

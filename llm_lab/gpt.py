@@ -37,7 +37,8 @@ def attend(
     "Sum up values by the softmax of q·k/√D (Vaswani et al. 2017, eq. 1)"
     if seen is not None and seen.dim() == 3: seen = seen[None] # the quick kernels take masks of two or four dimensions
     if _slower_short(k):
-        with torch.autocast('cpu', enabled=False): return attend(*map(_long, (q, k, v, seen)), dropout)
+        with torch.autocast('cpu', enabled=False):
+            return attend(*map(_long, (q, k, v, seen)), dropout)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None, dropout_p=dropout,
                                           enable_gqa=k.shape[1] < q.shape[1])
 

@@ -945,20 +945,21 @@ def by_onednn(f):
     return call
 
 def once(f):
-    "`f`, measured once a process for each of its arguments, on plain tensors, whatever mode the caller is in"
+    "`f`, measured once a process for each argument, on plain tensors whatever the caller's mode"
     @cache
     @wraps(f)
     def call(*args):
         import torch
         from torch.utils._python_dispatch import _disable_current_modes
-        with _disable_current_modes(), torch.no_grad(), torch.autocast('cpu', enabled=False): return f(*args)
+        with _disable_current_modes(), torch.no_grad(), torch.autocast('cpu', enabled=False):
+            return f(*args)
     return call
 
 @once
 def exact_by_onednn()->bool:
     "Does this processor have oneDNN's other way, and are its products as exact as float32's?"
     import torch
-    if torch.backends.cpu.get_cpu_capability() != 'AVX512': return False           # what that way asks for
+    if torch.backends.cpu.get_cpu_capability() != 'AVX512': return False          # it asks for that
     if not torch.backends.mkldnn.is_available(): return False
     a = torch.linspace(-1, 1, 256*512).sin().view(256, 512)
     exact = a.double() @ a.double().T
@@ -968,7 +969,7 @@ def least_seconds(
     ways:dict, # {name: a function without arguments}
     rounds=30
 )->dict: # {name: seconds}
-    "The fewest seconds that a call took: in turns, of many short calls, so that other programs hardly disturb it"
+    "The fewest seconds that a call took, of many in turns: other programs hardly disturb that"
     least = dict.fromkeys(ways, math.inf)
     for _ in range(rounds):
         for name, work in ways.items():
@@ -979,7 +980,7 @@ def least_seconds(
 
 @once
 def quick_products()->bool:
-    "Are float32 products by oneDNN exact and clearly faster than PyTorch's choice? Measured once a process"
+    "Are float32 products by oneDNN exact, and much faster than PyTorch's choice? Is measured"
     import torch
     if not exact_by_onednn(): return False
     a = torch.ones(256, 512)
@@ -1070,7 +1071,7 @@ def race(
     seconds=.2,        # to try each for, in each of three rounds
     within=nullcontext # what each name stands in while it is tried, such as `use_threads`
 )->dict: # {name: seconds of a call}, the median of its rounds
-    "Which way is fastest here and now? In turns, for other programs come and go; who is far behind drops out"
+    "How fast is each way here and now? In turns; who is far behind drops out"
     taken, left = {name: [] for name in ways}, [*ways]
     for _ in range(3):
         for name in left:

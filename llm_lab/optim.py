@@ -41,14 +41,15 @@ def orthogonalized(
 # %% ../nbs/12_optim.ipynb #7d20b9db
 @once
 def short_precision(device='cpu')->str: # a name of `PRECISIONS`
-    "The short numbers that a device has hardware for; float32 where it has it for none. Measured once on a processor"
+    "The short numbers that a device has hardware for, else float32. A processor is measured"
     device = torch.device(device)
     if device.type == 'cuda':
         if torch.cuda.is_bf16_supported(including_emulation=False): return 'bf16'
         return 'fp16' if torch.cuda.get_device_capability(device) >= (7, 0) else 'float32'
     a = torch.ones(256, 512, device=device)
     try:
-        with warnings.catch_warnings(action='ignore'), torch.autocast(device.type, torch.bfloat16): b = a @ a.T
+        with warnings.catch_warnings(action='ignore'), torch.autocast(device.type, torch.bfloat16):
+            b = a @ a.T
     except (RuntimeError, TypeError): return 'float32'         # it does not know them
     if device.type != 'cpu': return 'bf16' if b.dtype == torch.bfloat16 else 'float32'
     short, product = a.bfloat16(), by_onednn(torch.mm) if quick_products() else torch.mm
@@ -71,7 +72,9 @@ class Muon(torch.optim.Optimizer):
             for same in shapes.values(): self._move(same, **group)
 
     def _move(self, same, *, lr, weight_decay, momentum, dtype, **rest):
-        if dtype == 'auto': dtype = torch.bfloat16 if short_precision(same[0].device) == 'bf16' else torch.float32
+        if dtype == 'auto':                                    # what the hardware is quick at
+            short = short_precision(same[0].device) == 'bf16'
+            dtype = torch.bfloat16 if short else torch.float32
         good = 1. if self.found_inf is None else 1. - self.found_inf
         for p in same:
             if not self.state[p]: self.state[p]['momentum'] = torch.zeros_like(p)

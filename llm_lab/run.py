@@ -21,7 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from . import __version__
 from .lab import (LabError, Live, device, fastest_threads, flops, home, json_of, keep_memory,
                          kept_streams, laid_out, locked, machine, made_folder, must_fit, need,
-                         peak_flops, pointed, race, replaceable, require_name, require_ours, rng, usable_device, written)
+                         peak_flops, pointed, race, replaceable, require_name, require_ours, rng,
+                         short, usable_device, written)
 from .corpora import load_corpus
 from .chars import CharTokenizer
 from .pack import BatchStream, PackedTokens, pack
@@ -136,7 +137,7 @@ def _affordable(cfg, device='cpu'):
 # %% ../nbs/15_run.ipynb #8dc5a762
 @contextmanager
 def _trial(cfg:RunConfig, vocab_size:int, precision:str):
-    "Within, a function that makes a training step as the run will, on a model that is thrown away: (loss, length)"
+    "Within, a function that makes a step of the run on a model thrown away later: [loss, length]"
     t = cfg.train
     model = MiniGPT(_affordable(model_config(cfg, vocab_size)), t.seed)
     opt = OPTIMISERS[t.optimiser](checkpointed(model, t.recompute), lr=1e-6)
@@ -147,11 +148,11 @@ def _trial(cfg:RunConfig, vocab_size:int, precision:str):
         yield lambda: [x.item() for x in step(model, opt, rows, t.clip, next_token_loss)]
 
 def set_threads(cfg:RunConfig, vocab_size:int, engine, tune=False)->RunConfig: # with the number written in
-    "Give this process the threads of the config; the fastest number if it says `auto`, or nothing and `tune`"
+    "Give this process the config's threads: the fastest number for `auto`, and for none if `tune`"
     n, alone = cfg.train.threads, engine.num_processes == 1 and engine.device.type == 'cpu'
     if n == 'auto' or n is None:
         asked, n = n == 'auto' or tune, torch.get_num_threads()
-        if asked and alone:                                    # not compiled: that fixes their number
+        if asked and alone:                                    # what is compiled fixes their number
             plain = replace(cfg, train=replace(cfg.train, compile=False))
             known = 'float32' if cfg.train.precision == 'auto' else cfg.train.precision
             with _trial(plain, vocab_size, known) as work: n = fastest_threads(work)
@@ -159,28 +160,32 @@ def set_threads(cfg:RunConfig, vocab_size:int, engine, tune=False)->RunConfig: #
     return replace(cfg, train=replace(cfg.train, threads=n))
 
 # %% ../nbs/15_run.ipynb #2743ad88
-_MARGIN = 1.2                                                  # shorter numbers must be so much faster
+_MARGIN = 1.2                                                  # so much faster must bf16 be
 
 def _measured_precision(cfg:RunConfig, vocab_size:int)->tuple: # (precision, why)
-    "float32, or bf16 where the processor makes the step of this config faster with it, and about the same step"
-    if short_precision() == 'float32': return 'float32', 'this processor has no hardware for shorter numbers'
+    "bf16 where it makes the steps of this config faster, and about the same; else float32"
+    if short_precision() == 'float32': return 'float32', 'this processor has no hardware for bf16'
     with ExitStack() as held:
         steps = {p: held.enter_context(_trial(cfg, vocab_size, p)) for p in ('float32', 'bf16')}
+        torch.manual_seed(0)                                   # the same dropout in both
         loss, length = steps['float32']()
-        try: found = steps['bf16']()
-        except RuntimeError as e: return 'float32', f'in bf16 a step fails ({str(e).splitlines()[0]:.80})'
-        if not (abs(found[0] - loss) < .02*abs(loss) and abs(found[1] - length) < .1*abs(length)):
-            return 'float32', f'in bf16 the first loss is {found[0]:.4g} and not {loss:.4g}'
+        torch.manual_seed(0)
+        try: a, b = steps['bf16']()
+        except RuntimeError as e: return 'float32', f'in bf16 a step fails: {short(str(e), 80)}'
+        if not (abs(a - loss) < .02*abs(loss) and abs(b - length) < .1*abs(length)):
+            differs = f'{a:.4g}, {b:.4g} and not {loss:.4g}, {length:.4g}'
+            return 'float32', f'in bf16 loss and gradient of a step are {differs}'
         taken = race(steps)
     faster = taken['float32']/taken['bf16']
     chosen = 'bf16' if faster >= _MARGIN else 'float32'
     return chosen, f'a step in bf16 is {faster:.2f} times as fast, {_MARGIN} are asked for'
 
-def set_precision(cfg:RunConfig, vocab_size:int, engine)->tuple: # (the config with it, why; '' if not `auto`)
+def set_precision(cfg:RunConfig, vocab_size:int, engine)->tuple: # (config, why; '' if not `auto`)
     "Where the config says `auto`: in which precision this device trains it best"
     if cfg.train.precision != 'auto': return cfg, ''
-    if engine.device.type != 'cpu': found = short_precision(engine.device), f'{engine.device.type} multiplies it'
-    else: found = engine.is_main_process and _measured_precision(cfg, vocab_size)
+    found, kind = None, engine.device.type
+    if kind != 'cpu': found = short_precision(engine.device), f'{kind} multiplies it'
+    elif engine.is_main_process: found = _measured_precision(cfg, vocab_size)
     precision, why = gathered(engine, found)[0]
     return replace(cfg, train=replace(cfg.train, precision=precision)), why
 
@@ -222,7 +227,8 @@ def __repr__(self:Job):
             f'model   {self.run.model.n_params:,} parameters, {c.model.n_layers} layers of width {c.model.d_model}\n'
             f'plan    {c.train.steps:,} steps of {c.train.batch_size} × {c.data.block_len} tokens, '
             f'{self.tokens(c.train.steps)/len(train):.2f} times the text, {c.train.optimiser}, on '
-            f'{e.num_processes} × {e.device.type}, {torch.get_num_threads()} threads, {c.train.precision}'
+            f'{e.num_processes} × {e.device.type}, {torch.get_num_threads()} threads, '
+            f'{c.train.precision}'
             + (f'\n        {c.train.precision}: {self.why}' if self.why else ''))
 
 # %% ../nbs/15_run.ipynb #00953076

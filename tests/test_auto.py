@@ -272,6 +272,16 @@ def test_short_numbers_that_make_another_step_are_not_chosen(monkeypatch, what):
     assert cfg.train.precision == 'float32' and 'in bf16' in why and '\n' not in why
 
 
+def test_dropout_does_not_look_like_a_difference(monkeypatch):
+    raced(monkeypatch, 9., 1.)
+    before = torch.get_rng_state()
+    for seed in range(4):
+        torch.manual_seed(seed)
+        kind = dict(ASKED, model=dict(ASKED['model'], dropout=.9), train=dict(ASKED['train'], batch_size=1))
+        assert set_precision(config_of(kind), 20, Alone())[0].train.precision == 'bf16'
+    torch.set_rng_state(before)
+
+
 def test_without_hardware_nothing_is_tried(monkeypatch):
     monkeypatch.setattr(run, 'short_precision', lambda device='cpu': 'float32')
     monkeypatch.setattr(run, '_trial', None)
