@@ -20,6 +20,13 @@ from .lab import (HOLDS, REGISTERED, SLOTS, LabError, address, by_onednn, check_
                          nearest, plain, quick_products, rng, short)
 
 # %% ../nbs/06_gpt.ipynb #080e1d3d
+def _slower_short(k):
+    "Would a processor that is asked for short numbers attend to these keys more slowly with them?"
+    asked = k.device.type == 'cpu' and torch.is_autocast_enabled('cpu')
+    return asked and k.dtype != torch.float64 and k.shape[2] < 512
+
+def _long(x): return x if x is None or x.dtype == torch.bool else x.float()
+
 def attend(
     q:Tensor,         # (B, H, T, D)
     k:Tensor,         # (B, G, S, D); with fewer heads than q, each serves H/G of its heads, in order
@@ -29,6 +36,9 @@ def attend(
 )->Tensor: # (B, H, T, D)
     "Sum up values by the softmax of q·k/√D (Vaswani et al. 2017, eq. 1)"
     if seen is not None and seen.dim() == 3: seen = seen[None] # the quick kernels take masks of two or four dimensions
+    if _slower_short(k):
+        with torch.autocast('cpu', enabled=False):
+            return attend(*map(_long, (q, k, v, seen)), dropout)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None, dropout_p=dropout,
                                           enable_gqa=k.shape[1] < q.shape[1])
 

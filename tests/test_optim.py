@@ -10,8 +10,9 @@ import torch
 from cases import ALL, HANG
 from torch.nn import functional as F
 
+from llm_lab import gpt
 from llm_lab.gpt import Config, MiniGPT, _QuickLinear, quick_linear
-from llm_lab.lab import LabError, quick_products, rng
+from llm_lab.lab import LabError, exact_by_onednn, rng
 from llm_lab.optim import OPTIMISERS, SCHEDULES, Muon, Step, Together, adamw, checkpointed, compiled, largest_batch, muon, step_memory
 from llm_lab.train import fit, next_token_loss, random_crops, train_step, update
 
@@ -60,8 +61,9 @@ def test_checkpointing_is_bitwise_also_with_dropout():
     assert not torch.equal(trained(cfg=cfg, seed=1)[0], trained(cfg=cfg)[0])
 
 
-def test_a_compiled_step_is_the_same_step(capsys):
+def test_a_compiled_step_is_the_same_step(capsys, monkeypatch):
     "Also with the quick linear layers, which are operations of our own, and with checkpoints"
+    monkeypatch.setattr(gpt, 'quick_products', exact_by_onednn)
     def one(step, prepare=lambda m: m):
         model = prepare(MiniGPT(SMALL)); opt = adamw(model, lr=1e-3)
         with quick_linear(model): losses = [step(model, opt, BATCH(n))[0].item() for n in range(3)]
@@ -210,7 +212,7 @@ def test_the_finder_backs_off_where_the_device_says_no(monkeypatch):
     assert largest_batch(SMALL, memory=step_memory(SMALL, 40), device='cuda') <= 7 and asked[0] == 40
 
 
-@pytest.mark.skipif(not quick_products(), reason='this processor gains nothing by oneDNN')
+@pytest.mark.skipif(not exact_by_onednn(), reason="oneDNN's other way is not there, or is not float32's")
 @pytest.mark.parametrize('shape', [(1, 5, 3), (2, 1, 16), (7, 33, 64)])
 @pytest.mark.parametrize('bias', [True, False])
 def test_the_quick_layer_is_a_linear_layer(shape, bias):
