@@ -56,13 +56,13 @@ def write_from(
     stop=(),      # a text to end at, or several
     **choice      # temperature, top_k, top_p, repetition_penalty
 ):
-    "Print `prompt` and what the model makes of it, as it comes; each token is read once (chapter 18)"
+    "Print `prompt` and what the model makes of it, as it comes; each token is read once if the model can keep a cache (chapter 18)"
     from llm_lab.cache import cached
     from llm_lab.package import open_model
     from llm_lab.sample import stream
     model, tokenizer, _ = open_model(_place(path), usable_device())
     with warnings.catch_warnings(record=True, action='always') as notes:
-        pieces = stream(cached(model), tokenizer, prompt, n, seed, stop, **choice)
+        pieces = stream(cached(model, strict=False), tokenizer, prompt, n, seed, stop, **choice)
     for note in notes: print(note.message, file=sys.stderr)    # the prompt is longer than the context
     print(prompt, end='', flush=True)
     for piece in pieces: print(piece, end='', flush=True)

@@ -14,6 +14,9 @@ from typing import get_args
 from .lab import (HOLDS, LabError, address, check_recipe, home, need, require_ours, short,
                          written)
 
+# %% ../nbs/14_config.ipynb #1f60c8d2
+from .lab import REGISTERED
+
 # %% ../nbs/14_config.ipynb #6a30dd62
 def _key(default, least=None, most=None, of=None):
     "A key: its default, the least and the most it may be, or the words to choose from"
@@ -29,6 +32,10 @@ class DataKeys:
     rows: str = _key('blocks', of=('blocks', 'documents'))   # where they begin: side by side, or at documents
 
 # %% ../nbs/14_config.ipynb #4f33eab3
+class _OfBlock(dict):
+    "What stands for a recipe that is not given; in a file, it is {}"
+    __hash__ = object.__hash__
+
 @dataclass(frozen=True)
 class ModelKeys:                                    # as `Config`; what the data decide is missing
     block: str = _key('gpt2', of=('gpt2', 'llama')) # recipes for what is not given below
@@ -39,12 +46,12 @@ class ModelKeys:                                    # as `Config`; what the data
     d_head: int|None = _key(None, 1, 1 << 14)
     dropout: float = _key(0., 0, .99)
     tie: bool = False
-    attn: dict|None = None                          # a recipe: {part: "llm_lab.gpt:Attention", …}
-    mlp: dict|None = None
-    norm: dict|None = None
-    pos: dict|None = None
-    head: dict|None = None
-    init: dict|None = None
+    attn: dict = _OfBlock()                         # a recipe: {part: "llm_lab.gpt:Attention", …}
+    mlp: dict = _OfBlock()
+    norm: dict = _OfBlock()
+    pos: dict|None = _OfBlock()                     # null: none
+    head: dict = _OfBlock()
+    init: dict = _OfBlock()
 
 # %% ../nbs/14_config.ipynb #fc636875
 @dataclass(frozen=True)
@@ -142,11 +149,19 @@ class RunConfig:
 BLOCKS = dict(gpt2={}, llama=dict(attn=dict(part='llm_lab.gpt:Attention', steps=[dict(part='llm_lab.llama:Rope')], bias=False),
     mlp=dict(part='llm_lab.llama:SwiGLU'), norm=dict(part='llm_lab.llama:RMSNorm'), pos=None))
 
+def _with_block(x, block):
+    "The recipe of an attention of this book, with what the block adds; of recipes in turn, each; another one as it is"
+    if not isinstance(x, dict) or not block: return x
+    if isinstance(x.get('of'), list): return x | dict(of=[_with_block(o, block) for o in x['of']])
+    word = address(x.get('part', block['part']), 'mixer', 'model.attn')
+    return x if word in REGISTERED else block | x
+
 def model_data(m:ModelKeys)->dict: # for `config_from` of chapter 6
     "Sizes and recipes as plain data"
-    given = {k: v for k, v in asdict(m).items() if v is not None and k not in ('block', 'n_kv_heads')}
+    none = lambda k, v: v == {} or v is None and k != 'pos'    # as the block has it
+    given = {k: v for k, v in asdict(m).items() if not none(k, v) and k not in ('block', 'n_kv_heads')}
     made = BLOCKS[m.block] | given
-    if 'attn' in made or m.n_kv_heads: made['attn'] = BLOCKS[m.block].get('attn', {}) | made.get('attn', {})
+    if 'attn' in made or m.n_kv_heads: made['attn'] = _with_block(made.get('attn', {}), BLOCKS[m.block].get('attn', {}))
     if m.n_kv_heads: made['attn'] |= dict(part=_GQA, n_kv_heads=m.n_kv_heads)
     return made
 
@@ -160,6 +175,12 @@ def _nearest_path(path, known=(*_PATHS, *SECTIONS)):
            [last[w] for w in difflib.get_close_matches(word, last, 1, .6)]
     return f'did you mean {near[0]}?' if near else f'choose from {", ".join(SECTIONS)} and their keys'
 
+def _given(keys)->dict:
+    "The keys of a model that are given; {} says that a recipe is as the block has it, and so did null in older files"
+    recipes = [f.name for f in fields(ModelKeys) if isinstance(f.default, _OfBlock)]
+    older = keys.keys() >= {*recipes} and any(keys[k] is None for k in recipes if k != 'pos')     # written in full
+    return {k: v for k, v in keys.items() if k not in recipes or v != {} and not (older and v is None)}
+
 def config_of(data:dict, name='run')->RunConfig:
     "The config that plain data describe; raises `LabError` with the path of whatever is wrong"
     made = {}
@@ -169,6 +190,7 @@ def config_of(data:dict, name='run')->RunConfig:
             raise LabError(f'{s}={keys!r}: give keys and values, such as {s}: {{{fields(SECTIONS[s])[0].name}: …}}')
         for path in (f'{s}.{k}' for k in keys):
             if path not in _PATHS: raise LabError(f'{_line(path)}: there is no such key; {_nearest_path(path)}')
+        if s == 'model': keys = _given(keys)
         made[s] = SECTIONS[s](**{k: _checked(f'{s}.{k}', _PATHS[f'{s}.{k}'], v) for k, v in keys.items()})
     return RunConfig(name, **made)
 

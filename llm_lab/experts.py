@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from .lab import LabError
-from .gpt import MiniGPT, part
+from .gpt import MiniGPT, part, require_as_said
 from .moe import Grouped, Router, routes
 
 # %% ../nbs/23_experts.ipynb #2ca0e01d
@@ -73,6 +73,7 @@ def upcycled(
     mlp:part # a recipe with experts like the model's MLPs: part(MoE, expert=model.cfg.mlp, …), in every layer or by `cycle`
 )->MiniGPT:  # raises `LabError` where the experts are not like them
     "The model with experts that all begin as its MLPs (Komatsuzaki et al. 2022): the same function, if weights sum to one"
+    require_as_said(model)
     if any(isinstance(m, Grouped) for m in model.modules()): raise LabError('this model has experts already: give a dense one')
     new, state = MiniGPT(replace(model.cfg, mlp=mlp)).to(model.tok.weight), model.state_dict()
     with torch.no_grad():

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['attend', 'causal', 'words_of', 'visible', 'part', 'Attention', 'MLP', 'Learned', 'Block', 'gpt2_init', 'Config',
-           'MiniGPT', 'Aux', 'register', 'to_data', 'config_from', 'sketch', 'tried', 'require_as_said', 'quick_linear']
+           'MiniGPT', 'Aux', 'is_own', 'caches_of', 'register', 'to_data', 'config_from', 'own_in', 'sketch', 'tried',
+           'require_as_said', 'quick_linear']
 
 # %% ../nbs/06_gpt.ipynb #0ca89eb3
 from contextlib import contextmanager
@@ -375,10 +376,10 @@ def _say_unheard(gradient):
               'model(ids, aux=aux) with aux=Aux() and add aux.loss(), or use fit, train_step or Step, which do')
 
 # %% ../nbs/06_gpt.ipynb #2a7c0b75
-def _own(x)->bool:
+def is_own(x)->bool:
     "Is a module, a class or a function not of this library, nor of PyTorch? Of a recipe: is anything in it?"
-    if isinstance(x, tuple): return any(map(_own, x))
-    if isinstance(x, part): return _own(x.func) or any(map(_own, x.keywords.values()))
+    if isinstance(x, tuple): return any(map(is_own, x))
+    if isinstance(x, part): return is_own(x.func) or any(map(is_own, x.keywords.values()))
     if x is None or isinstance(x, (bool, int, float, str)): return False
     f = type(x) if isinstance(x, nn.Module) else x
     return not (getattr(f, '__module__', None) or '').startswith(('llm_lab.', 'torch.'))
@@ -400,7 +401,7 @@ def _close(a, b)->bool: # up to what another order of sums may change
     far, scale = (a - b).abs().max(), b.abs().max().clamp_min(1.)
     return bool(far <= torch.finfo(b.dtype).eps**.5*scale)
 
-def _kept(model, batch, length)->tuple:
+def caches_of(model, batch, length)->tuple:
     "({key: cache} of all parts that keep something, '' or why the model as a whole keeps nothing)"
     found = {m: c for m in model.modules() if m is not model and callable(getattr(m, 'cache', None))
              and (c := m.cache(batch, length)) is not None}
@@ -423,7 +424,7 @@ def _reads_on(model)->bool:
     "Do a few tokens, read one by one with caches, say what they say when they are read at once?"
     ids = _some_ids(model, 6)
     with _resting(model), kept_streams(ids.device):
-        want, cache, got = model.features(ids), _kept(model, 1, ids.shape[1])[0], []
+        want, cache, got = model.features(ids), caches_of(model, 1, ids.shape[1])[0], []
         cut = [0, *range(2, ids.shape[1] + 1)] if ids.shape[1] > 1 else [0, 1]
         for a, b in zip(cut, cut[1:]):
             got.append(model.features(ids[:, a:b], i=torch.arange(a, b, device=ids.device), cache=cache))
@@ -434,9 +435,9 @@ def cache(self:MiniGPT, batch:int, length:int):
     """What the parts want to remember while decoding, `{key: …}`: a part's `key`, or else its `layer`.
 
     None if a layer keeps nothing, or if the text would be read otherwise: then the model is used without."""
-    kept, why = _kept(self, batch, length)
+    kept, why = caches_of(self, batch, length)
     if why or not kept: return None
-    strange = self.words <= {'cache', 'aux'} and any(map(_own, self.modules()))
+    strange = self.words <= {'cache', 'aux'} and any(map(is_own, self.modules()))
     try: return kept if not strange or _reads_on(self) else None
     except Exception: return None                              # it cannot read on: it reads anew
 
@@ -541,16 +542,16 @@ class _Undrawn(TorchFunctionMode):
         if getattr(f, '__module__', '') == 'torch.nn.init': return args[0] if args else kwargs['tensor']
         return f(*args, **kwargs or {})
 
-def _own_in(cfg)->bool:
+def own_in(cfg)->bool:
     "Is a part in the configuration not of this library?"
-    return any(_own(getattr(cfg, name)) for name in HOLDS['config'])
+    return any(is_own(getattr(cfg, name)) for name in HOLDS['config'])
 
 def _sketched(cfg, seed=None)->MiniGPT:
     "A model of shapes; where a part of the reader's own needs numbers to be made, it has them for a moment"
     try:
         with torch.device('meta'), _Undrawn(): return MiniGPT(cfg, seed)
     except RuntimeError:
-        if not _own_in(cfg): raise
+        if not own_in(cfg): raise
         return MiniGPT(cfg, seed).to('meta')
 
 def sketch(cfg:Config)->MiniGPT:
@@ -592,7 +593,7 @@ def tried(cfg:Config)->Config: # `cfg`
     layers = range(min(cfg.n_layers, 64))
     if cfg.pos: _try_part(cfg, 'pos', 0)
     for name, each in dict(norm=(0,), attn=layers, mlp=layers, head=(0,)).items():
-        for layer in each if 'of' in getattr(cfg, name).keywords or _own(getattr(cfg, name)) else (0,):
+        for layer in each if 'of' in getattr(cfg, name).keywords or is_own(getattr(cfg, name)) else (0,):
             _try_part(cfg, name, layer)
     sketch(cfg)
     return cfg
@@ -606,10 +607,10 @@ def _put_on(m)->str:
     for k, v in vars(m).items():
         ours = isinstance(v, partial) and v.func.__module__ in (__name__, checkpoint.__module__)   # chapter 12, `quick_linear`
         if callable(v) and not ours and callable(getattr(type(m), k, None)): return k
-    for kind in type(m).__mro__ if not _own(m) else ():
+    for kind in type(m).__mro__ if not is_own(m) else ():
         for k, f in vars(kind).items():
             f = getattr(f, '__func__', f)
-            if hasattr(f, '__code__') and kind is not object and _own(f): return k
+            if hasattr(f, '__code__') and kind is not object and is_own(f): return k
     return ''
 
 def _values(m): # the plain values of a module that decide what it calculates
@@ -628,9 +629,9 @@ def _other_module(name, a, b)->str:
     mine, theirs = type_before_parametrizations(a), type_before_parametrizations(b)
     if mine is not theirs: return f'{name} is a {mine.__name__}, it should be a {theirs.__name__}'
     if k := _put_on(a): return f'{name}.{k} was replaced'
-    for k, v in _values(b).items() if not _own(a) else ():
+    for k, v in _values(b).items() if not is_own(a) else ():
         if k in vars(a) and vars(a)[k] != v: return f'{name}.{k} is {short(vars(a)[k])}, it should be {short(v)}'
-    for k, v in _tables(b).items() if not _own(a) else ():
+    for k, v in _tables(b).items() if not is_own(a) else ():
         t = vars(a).get(k)
         if not isinstance(t, Tensor) or t.shape != v.shape or 'meta' not in (v.device.type, t.device.type) and (t.cpu() != v).any():
             return f'{name}.{k} was changed'
@@ -701,7 +702,7 @@ def require_as_said(model:MiniGPT)->MiniGPT: # `model`
     try: changed = hooked and (not asked or _other_logits(model, without=[m for _, m in hooked]))
     except Exception: changed = True
     if changed: refuse(f'{hooked[0][0] or "the model"} has a hook that changes it')
-    if not asked or not _own_in(model.cfg) or model.n_params > 30_000_000: return model
+    if not asked or not own_in(model.cfg) or model.n_params > 30_000_000: return model
     try: other = _other_logits(model, _opened_again(model))
     except (RuntimeError, TypeError, AttributeError, LookupError) as e: refuse(short(str(e).splitlines()[0], 200))
     if other: refuse('a part keeps numbers that are no parameters and no buffers, or were changed by hand')

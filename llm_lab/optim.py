@@ -19,9 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
-from .lab import LabError, Live
-from .gpt import MiniGPT
-from .train import adamw, next_token_loss, train_step, update, warmup_cosine
+from .lab import LabError, Live, kept_streams, must_fit, rng
+from .gpt import MiniGPT, own_in, sketch
+from .train import adamw, balanced, next_token_loss, train_step, update, warmup_cosine
 
 # %% ../nbs/12_optim.ipynb #b929812f
 def orthogonalized(
@@ -137,11 +137,22 @@ def step_memory(
     opt=adamw, step=train_step,
     prepare=lambda model: model # what is done to the model first, such as `checkpointed`
 )->int: # bytes
-    "The most that all tensors of a training step take at once, optimiser state included; nothing is calculated"
-    with FakeTensorMode(), _Alive() as alive:
-        model = prepare(MiniGPT(cfg)); o = opt(model)
-        for _ in range(2): step(model, o, torch.zeros(batch_size, cfg.max_len + 1, dtype=torch.int64))
-    return alive.most
+    """The most that all tensors of a training step take at once, optimiser state included; nothing is calculated.
+
+    Where the shapes of a part of your own hang on numbers, steps of 1 and 2 rows are made, and a line is drawn through both."""
+    def most(n, mode):
+        with mode(), _Alive() as alive:
+            model = prepare(MiniGPT(cfg))
+            o, rows = opt(model), torch.zeros(n, cfg.max_len + 1, dtype=torch.int64)
+            if mode is nullcontext: rows.random_(cfg.vocab_size, generator=rng(0, 'rows'))
+            for _ in range(2): step(model, o, rows)
+        return alive.most
+    try: return most(batch_size, FakeTensorMode)
+    except RuntimeError:                                       # numbers were asked for, and there are none
+        if not own_in(cfg): raise
+    must_fit(32*sketch(cfg).n_params, 'a step, made to be measured,')
+    with kept_streams(): one, two = (most(n, nullcontext) for n in (1, 2))
+    return one + (two - one)*(batch_size - 1)
 
 # %% ../nbs/12_optim.ipynb #af9682cd
 def checkpointed(model, on=True):
@@ -222,7 +233,8 @@ class Step:
         self.scaler, self.fast = torch.amp.GradScaler('cpu', enabled=precision == 'fp16'), {}
 
     def __call__(self, model, opt, rows, clip=1., loss=next_token_loss): # → (loss, length of the gradient)
-        if self.compile: loss = self.fast.get(loss) or self.fast.setdefault(loss, compiled(loss))
+        if self.compile: loss = self.fast.get(loss) or self.fast.setdefault(loss, compiled(balanced(loss)))
+        else: loss = balanced(loss)
         total, dtype, parts = 0., PRECISIONS[self.precision], rows.chunk(self.accumulate)
         for n, part in enumerate(parts):
             quiet = model.no_sync if n < len(parts) - 1 and hasattr(model, 'no_sync') else nullcontext

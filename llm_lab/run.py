@@ -25,7 +25,7 @@ from .lab import (LabError, Live, device, fastest_threads, flops, home, json_of,
 from .corpora import load_corpus
 from .chars import CharTokenizer
 from .pack import BatchStream, PackedTokens, pack
-from .gpt import MiniGPT, config_from, sketch
+from .gpt import MiniGPT, config_from, own_in, sketch, tried
 from .train import Run, blocks, document_starts, fit, mean_loss, next_token_loss
 from .evaluate import evaluate
 from .sample import sample
@@ -126,6 +126,11 @@ def model_config(cfg:RunConfig, vocab_size:int):
     try: return config_from(dict(vocab_size=vocab_size, max_len=cfg.data.block_len, **model_data(cfg.model)))
     except LabError as e: raise LabError(f'model.{e}') from None
 
+def _tried(cfg:RunConfig):
+    "Raises `LabError` where a recipe makes no part that can read; the texts need not be there"
+    try: tried(model_config(cfg, cfg.data.vocab_size or 256))
+    except LabError as e: raise LabError(f'model.{str(e).removeprefix("model.")}') from None
+
 def _affordable(cfg, device='cpu'):
     "Raises `LabError` where a model and what training keeps beside it are more than the memory that is left"
     n = sketch(cfg).n_params
@@ -157,6 +162,7 @@ class Job:
     "A config made real: texts, model, optimiser, batches, checkpoints, on the processes of an engine"
     def __init__(self, cfg:RunConfig, folder:Path, engine, tune=False): # measure how many threads are fastest?
         self.folder, self.engine, self.done = Path(folder), engine, -1
+        _tried(cfg)                                            # a slip in a recipe costs no packing
         mine = texts_of(cfg) if engine.is_main_process else {} # one packs, the others wait
         engine.wait_for_everyone()
         self.texts = mine or texts_of(cfg); corpus, tokenizer, train, val = self.texts.values()
@@ -198,13 +204,23 @@ def peak_memory(device='cpu')->int: # bytes
     from resource import RUSAGE_SELF, getrusage
     return getrusage(RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)
 
+def _work(cfg, T)->float:
+    "Operations for each token of a step of one row; counted, not calculated, if no part needs numbers"
+    def count(mode):
+        with mode():
+            model, rows = MiniGPT(cfg), torch.zeros(1, T + 1, dtype=torch.int64)
+            if mode is nullcontext: rows.random_(cfg.vocab_size, generator=rng(0, 'rows'))
+            return flops(lambda: next_token_loss(model, rows).backward())/T
+    try: return count(FakeTensorMode)
+    except RuntimeError:                                       # the shapes of a part of your own hang on numbers
+        if not own_in(cfg): raise
+    with kept_streams(): return count(nullcontext)
+
 @patch
 def measure(self:Job):
     "Set what speeds are compared with: the operations that a token takes, and the most that all processes can do"
     T, device = self.cfg.data.block_len, self.engine.device.type
-    with FakeTensorMode():                                     # counted, not calculated
-        model, rows = MiniGPT(self.run.model.cfg), torch.zeros(1, T + 1, dtype=torch.int64)
-        self.work = flops(lambda: next_token_loss(model, rows).backward())/T
+    self.work = _work(self.run.model.cfg, T)
     self.peak = self.engine.num_processes*peak_flops(device, PRECISIONS[self.cfg.train.precision])
 
 # %% ../nbs/15_run.ipynb #c9f3f2c2

@@ -49,7 +49,7 @@ def choices(
 def room(model): # an int, or ∞
     "How many tokens of a text the model can see: `max_len`, or no limit if its caches keep only what is near"
     caches = model.cache(1, 1) if model.cfg.pos is None else None
-    return math.inf if caches and all(c.endless for c in caches.values()) else model.cfg.max_len
+    return math.inf if caches and all(getattr(c, 'endless', False) for c in caches.values()) else model.cfg.max_len
 
 # %% ../nbs/10_sample.ipynb #7093ba92
 class Reader:
