@@ -32,9 +32,7 @@ class DataKeys:
     rows: str = _key('blocks', of=('blocks', 'documents'))   # where they begin: side by side, or at documents
 
 # %% ../nbs/14_config.ipynb #4f33eab3
-class _OfBlock(dict):
-    "What stands for a recipe that is not given; in a file, it is {}"
-    __hash__ = object.__hash__
+def _recipe(): return field(default_factory=dict)   # {}: as the block has it
 
 @dataclass(frozen=True)
 class ModelKeys:                                    # as `Config`; what the data decide is missing
@@ -46,12 +44,12 @@ class ModelKeys:                                    # as `Config`; what the data
     d_head: int|None = _key(None, 1, 1 << 14)
     dropout: float = _key(0., 0, .99)
     tie: bool = False
-    attn: dict = _OfBlock()                         # a recipe: {part: "llm_lab.gpt:Attention", …}
-    mlp: dict = _OfBlock()
-    norm: dict = _OfBlock()
-    pos: dict|None = _OfBlock()                     # null: none
-    head: dict = _OfBlock()
-    init: dict = _OfBlock()
+    attn: dict = _recipe()                          # a recipe: {part: "llm_lab.gpt:Attention", …}
+    mlp: dict = _recipe()
+    norm: dict = _recipe()
+    pos: dict|None = _recipe()                      # null: none
+    head: dict = _recipe()
+    init: dict = _recipe()
 
 # %% ../nbs/14_config.ipynb #fc636875
 @dataclass(frozen=True)
@@ -177,7 +175,7 @@ def _nearest_path(path, known=(*_PATHS, *SECTIONS)):
 
 def _given(keys)->dict:
     "The keys of a model that are given; {} says that a recipe is as the block has it, and so did null in older files"
-    recipes = [f.name for f in fields(ModelKeys) if isinstance(f.default, _OfBlock)]
+    recipes = [f.name for f in fields(ModelKeys) if f.default_factory is dict]
     older = keys.keys() >= {*recipes} and any(keys[k] is None for k in recipes if k != 'pos')     # written in full
     return {k: v for k, v in keys.items() if k not in recipes or v != {} and not (older and v is None)}
 

@@ -608,9 +608,10 @@ def _put_on(m)->str:
         ours = isinstance(v, partial) and v.func.__module__ in (__name__, checkpoint.__module__)   # chapter 12, `quick_linear`
         if callable(v) and not ours and callable(getattr(type(m), k, None)): return k
     for kind in type(m).__mro__ if not is_own(m) else ():
+        ours = kind.__module__.startswith('llm_lab.')          # of PyTorch's, other libraries may add to a class
         for k, f in vars(kind).items():
             f = getattr(f, '__func__', f)
-            if hasattr(f, '__code__') and kind is not object and is_own(f): return k
+            if hasattr(f, '__code__') and (ours or k == 'forward') and is_own(f): return k
     return ''
 
 def _values(m): # the plain values of a module that decide what it calculates
@@ -627,7 +628,9 @@ def _sharing(named): # {name: the first name of the same thing}
 def _other_module(name, a, b)->str:
     "What sets one module apart from the one that the configuration makes; '' if nothing does"
     mine, theirs = type_before_parametrizations(a), type_before_parametrizations(b)
-    if mine is not theirs: return f'{name} is a {mine.__name__}, it should be a {theirs.__name__}'
+    more = {k for c in mine.__mro__[:-1] if c not in theirs.__mro__ for k, f in vars(c).items() if hasattr(theirs, k) and callable(f)}
+    if mine is not theirs and (not issubclass(mine, theirs) or more - {'__init__'}):
+        return f'{name} is a {mine.__name__}, it should be a {theirs.__name__}'
     if k := _put_on(a): return f'{name}.{k} was replaced'
     for k, v in _values(b).items() if not is_own(a) else ():
         if k in vars(a) and vars(a)[k] != v: return f'{name}.{k} is {short(vars(a)[k])}, it should be {short(v)}'

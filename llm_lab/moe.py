@@ -332,9 +332,8 @@ def metrics(self:MoE)->dict:
     if (noted := self._noted()) is None: return {}
     (self.router if hasattr(self.router, 'noted') else self).noted = None
     load = noted['load']/noted['load'].float().mean()
-    said = dict(load_max=load.max(), load_min=load.min(), drops=noted.get('drops', load.new_zeros(())))
-    if 'entropy' in noted: said['entropy'] = noted['entropy']  # a router of one's own may not tell
-    return {f'moe{self.layer}_{k}': x.item() for k, x in said.items()}
+    said = dict(load_max=load.max(), load_min=load.min(), entropy=noted.get('entropy'), drops=noted.get('drops', load.new_zeros(())))
+    return {f'moe{self.layer}_{k}': x.item() for k, x in said.items() if x is not None}     # a router of your own may not tell all
 
 # %% ../nbs/22_moe.ipynb #5a9ee1ef
 @torch.no_grad()
