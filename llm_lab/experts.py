@@ -58,7 +58,10 @@ def left_out(
 ):
     "Within, these experts of a layer are left out, and their tokens go to the next best"
     found = [m for m in model.modules() if isinstance(m, Router) and m.layer == layer]
-    if not found: raise LabError(f'layer={layer}: no experts there; choose from {sorted(m.layer for m in model.modules() if isinstance(m, Router))}')
+    if not found:
+        layers = sorted(m.layer for m in model.modules() if isinstance(m, Router))
+        raise LabError(f'layer={layer}: no experts there; ' +
+                       (f'choose from {layers}' if layers else 'there is no Router, and a router of your own leaves nobody out'))
     r, E = found[0], len(found[0].weight)
     off = tuple({*r.off, *experts})
     if not set(off) <= set(range(E)) or E - len(off) < r.top_k:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['attend', 'causal', 'words_of', 'visible', 'part', 'Attention', 'MLP', 'Learned', 'Block', 'gpt2_init', 'Config',
            'MiniGPT', 'Aux', 'is_own', 'caches_of', 'register', 'to_data', 'config_from', 'own_in', 'sketch', 'tried',
-           'require_as_said', 'quick_linear']
+           'typed', 'require_as_said', 'quick_linear']
 
 # %% ../nbs/06_gpt.ipynb #0ca89eb3
 from contextlib import contextmanager
@@ -362,7 +362,7 @@ def n_params(self:MiniGPT)->int:
 @patch
 def metrics(self:MiniGPT)->dict:
     "What the parts have noted since they were last asked, `{name: number}`"
-    return {k: v for m in self.modules() if m is not self and callable(getattr(m, 'metrics', None)) for k, v in m.metrics().items()}
+    return {k: v for m in self.modules() if m is not self and callable(getattr(m, 'metrics', None)) for k, v in (m.metrics() or {}).items()}
 
 # %% ../nbs/06_gpt.ipynb #c233ec5b
 class Aux:
@@ -629,7 +629,7 @@ def _other_module(name, a, b)->str:
     "What sets one module apart from the one that the configuration makes; '' if nothing does"
     mine, theirs = type_before_parametrizations(a), type_before_parametrizations(b)
     more = {k for c in mine.__mro__[:-1] if c not in theirs.__mro__ for k, f in vars(c).items() if hasattr(theirs, k) and callable(f)}
-    if mine is not theirs and (not issubclass(mine, theirs) or more - {'__init__'}):
+    if mine is not theirs and (not issubclass(mine, theirs) or more - {'__init__', '__repr__', 'extra_repr'}):
         return f'{name} is a {mine.__name__}, it should be a {theirs.__name__}'
     if k := _put_on(a): return f'{name}.{k} was replaced'
     for k, v in _values(b).items() if not is_own(a) else ():
@@ -684,11 +684,16 @@ def _other_logits(model, again=None, without=())->bool:
     if not _close(_logits(model, ids), want): return False     # it never says the same: nothing can be compared
     with _unhooked(without): return not _close(_logits(again or model, ids).to(want), want)
 
+def typed(model, state:dict): # `model`
+    "Give each tensor of a model the dtype that it has in a state; the router of a mixture may have more digits than the rest"
+    for name, t in model.state_dict(keep_vars=True).items():
+        if name in state and t.dtype != state[name].dtype: t.data = t.data.to(state[name].dtype)
+    return model
+
 def _opened_again(model)->MiniGPT:
     "What would be opened: the configuration's model, with this one's weights"
-    like = next(model.parameters())
-    again = MiniGPT(model.cfg).to(like.device, like.dtype)
-    again.load_state_dict(model.state_dict())
+    again, state = MiniGPT(model.cfg).to(next(model.parameters()).device), model.state_dict()
+    typed(again, state).load_state_dict(state)
     return again
 
 def require_as_said(model:MiniGPT)->MiniGPT: # `model`
@@ -699,7 +704,8 @@ def require_as_said(model:MiniGPT)->MiniGPT: # `model`
     if not isinstance(model, MiniGPT):
         raise LabError(f'a {type(model).__name__} is no MiniGPT: give the MiniGPT that it was made from')
     try: said = _sketched(model.cfg, seed=0)                   # also what its init puts on it: chapter 16
-    except RuntimeError: said = MiniGPT(model.cfg).to('meta')
+    except LabError: raise
+    except Exception: said = MiniGPT(model.cfg).to('meta')     # an init of one's own that needs numbers
     if why := _other(model, said): refuse(why)
     hooked, asked = _hooked(model, said), model.words <= {'cache', 'aux'}
     try: changed = hooked and (not asked or _other_logits(model, without=[m for _, m in hooked]))

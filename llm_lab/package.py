@@ -16,7 +16,7 @@ from safetensors.torch import load as tensors_from, save as tensor_bytes
 from .lab import (REGISTERED, LabError, bytes_in, json_of, laid_out, memory_left, must_fit, pointed,
                          restored, short, written)
 from .chars import tokenizer_from
-from .gpt import MiniGPT, config_from, part, require_as_said, sketch, to_data
+from .gpt import MiniGPT, config_from, part, require_as_said, sketch, to_data, typed
 from types import SimpleNamespace
 
 # %% ../nbs/07_package.ipynb #e5a18245
@@ -158,9 +158,10 @@ def fill(model:MiniGPT, weights:bytes, name='this file'):
     "Give the model the weights that a model.safetensors holds; raises `LabError` when they are another model's"
     state = parsed(weights, name, tensors_from)
     if model.cfg.tie and 'tok.weight' in state: state['head.weight'] = state['tok.weight']
-    try: model.to(next(iter(state.values())).dtype).load_state_dict(state)
-    except (RuntimeError, TypeError, StopIteration) as e:
-        why = ''.join(str(e).splitlines()[1:2]).strip() or ('there are none' if isinstance(e, StopIteration) else short(str(e)))
+    if not state: raise LabError(f'{name}: the weights do not fit the configuration: there are none')
+    try: typed(model, state).load_state_dict(state)
+    except (RuntimeError, TypeError) as e:
+        why = ''.join(str(e).splitlines()[1:2]).strip() or short(str(e))
         raise LabError(f'{name}: the weights do not fit the configuration: {why}') from None
 
 # %% ../nbs/07_package.ipynb #08de7e01

@@ -409,6 +409,25 @@ def test_what_changes_no_function_is_saved(tmp_path):
     assert seen
 
 
+def test_each_tensor_comes_back_with_its_digits(tmp_path):
+    "A mixture in bfloat16 whose router and norms have more"
+    model = MiniGPT(llama(**SIZE, mlp=part(MoE, n_experts=4))).bfloat16()
+    for b in model.blocks: b.mlp.router.float()
+    model.norm.float()
+    again = open_model(save_package(tmp_path/'p', model, TOK)).model
+    assert {n: t.dtype for n, t in again.state_dict().items()} == {n: t.dtype for n, t in model.state_dict().items()}
+    want = model.state_dict()
+    assert all(torch.equal(w, want[n]) for n, w in again.state_dict().items())
+
+
+def test_a_forward_of_ones_own_is_heard_in_samples():
+    class Loud(MiniGPT):
+        def forward(self, ids, i=None, **ctx): return super().forward(ids, i, **ctx).flip(-1)
+    model, ids = Loud(llama(**SIZE, attn=keeps)).eval(), ids_of()
+    reader = Reader(model, T)
+    for t in range(T): near(reader(ids[:, t:t + 1]), model(ids[:, :t + 1])[:, -1])
+
+
 class Fixed(nn.Module):
     "An MLP with numbers that are no parameters and no buffers"
     def __init__(self, cfg, layer=0):
