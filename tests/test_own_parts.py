@@ -345,7 +345,7 @@ def test_a_model_that_was_changed_is_refused_by_every_save(what, tmp_path):
     model = MiniGPT(llama(**SIZE))
     require_as_said(model)
     change(model)
-    saves = [lambda: save_package(tmp_path/'p', model, TOK), lambda: to_hf(tmp_path/'h', model, TOK), lambda: grouped(model, 1)]
+    saves = [lambda: save_package(tmp_path/'deep'/'p', model, TOK), lambda: to_hf(tmp_path/'h', model, TOK), lambda: grouped(model, 1)]
     for save in saves: one_line(save, 'not what its configuration says', words)
     assert list(tmp_path.iterdir()) == []
 
