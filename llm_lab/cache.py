@@ -8,10 +8,11 @@ __all__ = ['KVCache', 'Cached', 'reach', 'cached', 'Completion', 'picked', 'comp
 # %% ../nbs/18_cache.ipynb #d4294605
 import copy, warnings
 from dataclasses import dataclass, field, replace
+from inspect import signature
 import torch
 from torch import Tensor, nn
 from .lab import LabError, progress, rng
-from .gpt import Attention, MiniGPT, causal, part
+from .gpt import Attention, MiniGPT, caches_of, causal, part
 from .sample import Decoder, Reader, check_choice, drawn, ends, prompt_ids, too_long
 
 # %% ../nbs/18_cache.ipynb #66087a66
@@ -69,25 +70,42 @@ def _keeping(x):
     if isinstance(x, tuple): return tuple(map(_keeping, x))
     if not isinstance(x, part): return x
     kw = {k: _keeping(v) for k, v in x.keywords.items()}
-    if isinstance(x.func, type) and issubclass(x.func, Attention):
+    if isinstance(x.func, type) and issubclass(x.func, Attention) and not hasattr(x.func, 'cache'):
         size = reach(kw.get('pattern', part(causal)))
         last = part(Cached) if size is None else part(Cached, size=size)
         kw['steps'] = *(s for s in kw.get('steps', ()) if s.func is not Cached), last
+        if 'steps' not in (known := signature(x.func).parameters) and 'kw' not in known:
+            raise LabError(f'{x.func.__name__} takes no steps: give it a `cache(batch, length)` of its own, or use the model as it is')
     return part(x, **kw)
 
 # %% ../nbs/18_cache.ipynb #2f01cba7
-def cached(model:MiniGPT)->MiniGPT: # shares its weights; the model itself if it keeps already
-    "The model with a cache: `stream`, `complete` and the playground then read each token once"
+def cached(
+    model:MiniGPT,
+    strict=True    # False: the model itself where a layer would keep nothing
+)->MiniGPT: # shares its weights; the model itself if it keeps already
+    """The model with a cache: `stream`, `complete` and the playground then read each token once.
+
+    Raises `LabError` where a mixer of the reader's own keeps nothing, for then no layer may."""
     if not isinstance(model, MiniGPT): raise LabError(f'a {type(model).__name__} is given: a MiniGPT is needed')
+    try: return _with_caches(model)
+    except LabError:
+        if strict: raise
+        return model
+
+def _with_caches(model):
+    "A copy of the model, `Cached` last in each of its attentions; the model itself if it is so already"
     cfg = replace(model.cfg, attn=_keeping(model.cfg.attn))
     if cfg == model.cfg and model.cache(1, 1): return model
-    if cfg == model.cfg: raise LabError(f'no attention is found in attn={cfg.attn}: give its recipe, part(Attention, …), as a keyword')
+    if cfg == model.cfg and not any(isinstance(m, Cached) for m in model.modules()):
+        raise LabError(f'no attention is found in attn={cfg.attn}: give its recipe, part(Attention, …), as a keyword')
     new = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
     new.cfg, new.words = cfg, new.words | {'cache'}
-    for attn in (m for m in new.modules() if isinstance(m, Attention)):
+    for attn in (m for m in new.modules() if isinstance(m, Attention) and not hasattr(m, 'cache')):
         before = (step for step in attn.steps if not isinstance(step, Cached))
         attn.steps = nn.ModuleList([*before, Cached(cfg, attn.layer, reach(attn.pattern))])
-    return new
+    if new.cache(1, 1): return new
+    why = caches_of(new, 1, 1)[1] or 'a part reads tokens one by one otherwise than at once'
+    raise LabError(f'this model can have no cache: {why}; use it as it is')
 
 # %% ../nbs/18_cache.ipynb #5e09433f
 @dataclass
@@ -114,7 +132,10 @@ def _together(prompts): # [(T,), …] → (B, T), (B,)
 def picked(reader, rows):
     "Let a reader go on with these of its texts, by number: fewer of them, or one several times"
     reader.ids, reader.pad = reader.ids[rows], None if reader.pad is None else reader.pad[rows]
-    for c in (reader.cache or {}).values(): c.pick(rows)
+    kept = [*(reader.cache or {}).values()]
+    if not all(hasattr(c, 'pick') for c in kept): reader.cache = None               # not of ours: the texts are read anew
+    else:
+        for c in kept: c.pick(rows)
 
 # %% ../nbs/18_cache.ipynb #16e32524
 def complete(
@@ -151,7 +172,7 @@ def complete(
 # %% ../nbs/18_cache.ipynb #1bf72a7c
 def kept_bytes(cache:dict)->int:
     "Bytes of the keys and values that stand in a model's cache; places that are still empty do not count"
-    return sum(2*c.k[:, :, :min(c.n, c.length)].nbytes for c in cache.values() if c.n)
+    return sum(2*c.k[:, :, :min(c.n, c.length)].nbytes for c in cache.values() if isinstance(c, KVCache) and c.n)
 
 # %% ../nbs/18_cache.ipynb #5cba9f6d
 def window(
@@ -191,7 +212,7 @@ def _keeps_enough(cfg, size=None):
     if size is None: return
     for a in _attentions(cfg.attn):
         need = reach(pattern := a.keywords.get('pattern', part(causal)))
-        mine = any(s.func is Cached and s.keywords.get('size') == size for s in a.keywords.get('steps', ()))
+        mine = any(isinstance(s, part) and s.func is Cached and s.keywords.get('size') == size for s in a.keywords.get('steps', ()))
         if mine and (need is None or _wide(size) < need):
             raise LabError(f'size={size} is too small a cache for {pattern}, which reads {need or "all"} keys: use cached(model)')
 Cached.check = staticmethod(_keeps_enough)

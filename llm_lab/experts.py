@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from .lab import LabError
-from .gpt import MiniGPT, part
+from .gpt import MiniGPT, part, require_as_said
 from .moe import Grouped, Router, routes
 
 # %% ../nbs/23_experts.ipynb #2ca0e01d
@@ -58,7 +58,10 @@ def left_out(
 ):
     "Within, these experts of a layer are left out, and their tokens go to the next best"
     found = [m for m in model.modules() if isinstance(m, Router) and m.layer == layer]
-    if not found: raise LabError(f'layer={layer}: no experts there; choose from {sorted(m.layer for m in model.modules() if isinstance(m, Router))}')
+    if not found:
+        layers = sorted(m.layer for m in model.modules() if isinstance(m, Router))
+        raise LabError(f'layer={layer}: no experts there; ' +
+                       (f'choose from {layers}' if layers else 'there is no Router, and a router of your own leaves nobody out'))
     r, E = found[0], len(found[0].weight)
     off = tuple({*r.off, *experts})
     if not set(off) <= set(range(E)) or E - len(off) < r.top_k:
@@ -73,6 +76,7 @@ def upcycled(
     mlp:part # a recipe with experts like the model's MLPs: part(MoE, expert=model.cfg.mlp, …), in every layer or by `cycle`
 )->MiniGPT:  # raises `LabError` where the experts are not like them
     "The model with experts that all begin as its MLPs (Komatsuzaki et al. 2022): the same function, if weights sum to one"
+    require_as_said(model)
     if any(isinstance(m, Grouped) for m in model.modules()): raise LabError('this model has experts already: give a dense one')
     new, state = MiniGPT(replace(model.cfg, mlp=mlp)).to(model.tok.weight), model.state_dict()
     with torch.no_grad():

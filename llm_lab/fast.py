@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from fastcore.basics import patch
 from .lab import LabError, keep_memory, quick_products, rng
-from .gpt import Attention, Block, part
+from .gpt import Attention, Block, MiniGPT, is_own, part
 from .sample import Reader, room
 from .optim import compiled
 from .llama import QKNorm, Rope
@@ -65,7 +65,10 @@ class Wide(nn.Module):
 # %% ../nbs/19_fast.ipynb #f72195cb
 def _simple(block):
     "Is the short road right for this block?"
-    attn, steps = block.attn, [type(s) for s in block.attn.steps]
+    attn = getattr(block, 'attn', None)
+    if not isinstance(attn, Attention) or any(hasattr(m, 'cache') for m in block.mlp.modules()): return False
+    steps = [type(s) for s in attn.steps]
+    if any(m._forward_hooks or m._forward_pre_hooks or 'forward' in vars(m) for m in (block, attn, *attn.steps)): return False
     same = (type(block).forward, type(attn).forward, type(attn).project) == (Block.forward, Attention.forward, Attention.project)
     same = same and getattr(attn, 'by_mask', type(attn).join is Attention.join)
     return (same and {*steps} <= {Rope, QKNorm, Cached} and steps.count(Cached) == 1 and steps[-1] is Cached
@@ -82,6 +85,13 @@ def _place(c, i):
     return torch.tensor([at], device=i.device)
 
 # %% ../nbs/19_fast.ipynb #a18dc667
+def _plain_map(parent, m):
+    "Is this a linear layer that is only called? A part of the reader's own may do other things with its weights"
+    if not isinstance(m, nn.Linear) or type(m).forward is not nn.Linear.forward or is_own(parent): return False
+    return not (m._forward_hooks or m._forward_pre_hooks or 'forward' in vars(m)) and not isinstance(parent, nn.Sequential)
+
+def _n_steps(model): return [len(m.steps) for m in model.modules() if isinstance(m, Attention)]
+
 class Fast(nn.Module):
     "The fast form of a model, for writing only, made of its weights as they are now; made anew when they change"
     def __init__(self, model, layer): # `layer` makes the new form of a linear layer
@@ -90,12 +100,12 @@ class Fast(nn.Module):
         self.cfg, self.training, head, ropes = model.cfg, False, m.head, []
         for parent in list(m.modules()):
             for name, old in list(parent.named_children()):
-                if isinstance(old, nn.Linear) and type(old).forward is nn.Linear.forward: setattr(parent, name, layer(old, old is head))
-        for steps in (b.attn.steps for b in m.blocks):         # hands that turn alike are one
+                if _plain_map(parent, old): setattr(parent, name, layer(old, old is head))
+        for steps in (b.steps for b in m.modules() if isinstance(b, Attention)):     # hands that turn alike are one
             for n, s in enumerate(steps):
                 if isinstance(s, Rope): steps[n] = next((r for r in ropes if _alike(r, s)), s); ropes.append(steps[n])
         self.blocks, self.norm, self.step = m.blocks, m.norm, self.token
-        self.simple, self.n_steps = all(map(_simple, m.blocks)), [len(b.attn.steps) for b in m.blocks]
+        self.simple, self.n_steps = type(m) is MiniGPT and all(map(_simple, m.blocks)), _n_steps(m)
 
     def cache(self, batch, length): return self.model.cache(batch, length)
     def head(self, x): return self.model.head(x)
@@ -104,8 +114,9 @@ class Fast(nn.Module):
 # %% ../nbs/19_fast.ipynb #87353421
 @patch
 def features(self:Fast, ids, i=None, **words): # as `MiniGPT.features`
-    kept = [words['cache'][l] for l in range(self.cfg.n_layers)] if words.keys() == {'cache'} else []
-    watched = [len(b.attn.steps) for b in self.blocks] != self.n_steps               # chapter 11 has put a step there
+    at_hand = self.simple and words.keys() == {'cache'} and words['cache']
+    kept = [words['cache'][l] for l in range(self.cfg.n_layers)] if at_hand else []
+    watched = _n_steps(self.model) != self.n_steps             # chapter 11 has put a step there
     if not self.simple or watched or ids.shape[1] > 1 or i is None or i.dim() > 1 or not kept or not kept[0].n:
         return self.model.features(ids, i, **words)
     at = [_place(c, i) for c in kept]
@@ -149,13 +160,16 @@ def fast(
     weights='float32', # 'int8': eight bits for each weight of the blocks, and a scale for each row
     compile=False      # compile the step of a token; the first tokens then take half a minute
 )->Fast:
-    "The model in its fastest form, with a cache: the same letters, sooner"
+    "The model in its fastest form, with a cache where every layer can keep one: the same letters, sooner"
     if isinstance(model, Fast): raise LabError('the model is fast already: give the MiniGPT that it was made from')
+    if not isinstance(model, MiniGPT): raise LabError(f'a {type(model).__name__} is given: a MiniGPT is needed')
+    if type(model).forward is not MiniGPT.forward:
+        raise LabError(f'{type(model).__name__} has a forward of its own, which the fast form would not use: use the model as it is')
     if weights not in ('float32', 'int8'): raise LabError(f'weights={weights!r}: choose from float32, int8')
     if weights == 'int8' and next(model.parameters()).device.type != 'cpu':
         raise LabError("weights='int8' needs a model on the CPU: call model.cpu() first")
     keep_memory()
-    new = Fast(cached(model), _layer(weights))
+    new = Fast(cached(model, strict=False), _layer(weights))
     if compile: new.step = compiled(new.token, options={'cpp.threads': 1})
     return new
 

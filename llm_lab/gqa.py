@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import nn
 from .lab import LabError
-from .gpt import Attention, Config, MiniGPT, causal, part
+from .gpt import Attention, Config, MiniGPT, causal, part, require_as_said
 
 # %% ../nbs/17_gqa.ipynb #7ca49e48
 class GQA(Attention):
@@ -73,6 +73,7 @@ def grouped(
     pool=partial(torch.mean, dim=1) # the heads of each group, (n_kv_heads, heads, D, …) → one, (n_kv_heads, D, …)
 )->MiniGPT:
     "A copy with fewer key and value heads, each the mean of a group (Ainslie et al. 2023, §2.1), to be trained on"
+    require_as_said(model)
     old = kv_heads(model.cfg)
     fits = [n for n in range(1, old + 1) if old % n == 0]
     if not isinstance(n_kv_heads, int) or n_kv_heads not in fits:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from .lab import LabError, bytes_in, check_size, file_in, json_of, must_fit, replaceable, short, written
 from .chars import load_tokenizer
-from .gpt import MiniGPT, sketch
+from .gpt import MiniGPT, require_as_said, sketch
 from .package import Opened
 from .families import config_from_hf, hf_config, least_tensors, views
 
@@ -30,6 +30,7 @@ def to_hf(
 
     Raises `LabError` where it would not be exactly this model, or the folder holds anything else."""
     folder = Path(folder)
+    require_as_said(model)                                     # else its file would be another model's
     replaceable(folder)                                        # before the tensors are made ready
     said = hf_config(model.cfg, family)
     state = {n: w.contiguous() for n, w in views(model, said['model_type']).items()}

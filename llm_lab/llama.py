@@ -9,14 +9,15 @@ __all__ = ['OUTS', 'frequencies', 'Sinusoidal', 'Rope', 'to_half_split', 'half_s
 
 # %% ../nbs/16_llama.ipynb #344f5074
 import math, re
+from inspect import signature
 from copy import deepcopy
 from dataclasses import replace
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import register_parametrization
-from .lab import LabError
-from .gpt import Attention, Config, MLP, MiniGPT, part
+from .lab import LabError, SLOTS, warn_once
+from .gpt import Attention, Config, MLP, MiniGPT, part, require_as_said
 
 # %% ../nbs/16_llama.ipynb #cdb9707c
 def frequencies(
@@ -101,6 +102,7 @@ def to_half_split(
 # %% ../nbs/16_llama.ipynb #3d5849d3
 def half_split(model:MiniGPT)->MiniGPT: # the same function; raises `LabError` if its Rope is not interleaved
     "The model with channels of q and k reordered, so that its Rope turns halves, as in Hugging Face's files"
+    require_as_said(model)
     steps, sizes, D = model.cfg.attn.keywords.get('steps', ()), model.blocks[0].attn.sizes, model.cfg.head_dim
     ropes = [s for s in steps if s.func is Rope and s.keywords.get('interleaved')]
     if len(ropes) != 1: raise LabError(f'{len(ropes)} interleaved Ropes in {model.cfg.attn}: one is needed')
@@ -269,7 +271,7 @@ def spectral_init(
     for name, m in [*model.blocks.named_modules(prefix='blocks')]:
         if not _is_map(m): continue
         if m.weight.dim() > 2: raise LabError(f'{name}: maps side by side cannot be bound one by one; give init=part(scaled_init)')
-        if not m.weight.any(): raise LabError(f'{name} begins at zero and has no direction to bind: give another out than zero')
+        if m.weight.device.type != 'meta' and not m.weight.any(): raise LabError(f'{name} begins at zero and has no direction to bind: give another out than zero')
         register_parametrization(m, 'weight', Spectral(m.weight.detach(), _stacked(model, name, m), gain))
 
 # %% ../nbs/16_llama.ipynb #c3659322
@@ -277,6 +279,7 @@ def freed(model:MiniGPT)->MiniGPT: # in eval mode; raises `LabError` if nothing 
     "The same function with plain weights: what `Spectral` makes of them is written down"
     state, kept = {}, re.compile(r'parametrizations\.weight\.(0\.\w+|original)$')
     if model.cfg.init.func is not spectral_init: raise LabError(f'init={model.cfg.init}: no weights are bound; use the model')
+    require_as_said(model)
     model = deepcopy(model).eval()
     for name, w in model.state_dict().items():
         if (place := kept.search(name)) is None: state[name] = w
@@ -286,32 +289,38 @@ def freed(model:MiniGPT)->MiniGPT: # in eval mode; raises `LabError` if nothing 
     return plain.eval()
 
 # %% ../nbs/16_llama.ipynb #8f32d40a
-def _attends(x): # is there an attention in this recipe?
-    if isinstance(x, tuple): return any(map(_attends, x))
-    return isinstance(x, part) and (isinstance(x.func, type) and issubclass(x.func, Attention) or any(map(_attends, x.keywords.values())))
+def _given(x, kw, asked):
+    """A recipe with these keywords where it is an attention of this book and lacks them; of recipes in turn, each.
 
-def _given(x, kw):
-    "A recipe with these keywords where it lacks them; where it holds recipes of attentions, those get them"
-    if isinstance(x, tuple): return tuple(_given(y, kw) for y in x)
+    A mixer of the reader's own gets nothing but a `rope` that was asked for; that it turns nothing is said once."""
+    if isinstance(x, tuple): return tuple(_given(y, kw, asked) for y in x)
     if not isinstance(x, part): return x
-    inner = {k: _given(v, kw) for k, v in x.keywords.items() if _attends(v)}
-    return part(x, **inner or kw | x.keywords)
+    if 'of' in x.keywords: return part(x, of=_given(x.keywords['of'], kw, asked))
+    attends = isinstance(x.func, type) and issubclass(x.func, Attention)
+    if attends and x.func.__name__ in SLOTS['mixer']: return part(x, **kw | x.keywords)
+    if 'steps' not in signature(x.func).parameters or 'steps' in x.keywords: return x
+    if asked: return part(x, steps=kw['steps'])
+    warn_once(f'{x.func.__name__} is your own, so llama gives it no RoPE: write steps=(part(Rope),) where it should turn, '
+              'or steps=() where it should not')
+    return x
 
 def llama(
     vocab_size:int=65,
     depth:int=None,       # one dial for the size: layers; width 64·depth and `depth` heads of 64 channels follow
-    attn=part(Attention), # steps and bias are filled in where it does not give them
+    attn=part(Attention), # an attention of this book gets the steps and bias that it does not give; your own mixer, nothing
     rope=None,            # a recipe; `part(Rope)` if none
     **settings            # as of `Config`
 )->Config:
     "Llama's block (Touvron et al. 2023, §2.2): RoPE, RMSNorm, SwiGLU, no biases"
     if depth is not None and (type(depth) is not int or depth < 1):
         raise LabError(f'depth={depth!r}: give a whole number of at least 1')
-    if rope is not None and 'steps' in attn.keywords:
+    if rope is not None and isinstance(attn, part) and 'steps' in attn.keywords:
         raise LabError(f'rope={rope!r} beside steps of attn: write the Rope among the steps, or leave steps out')
     if depth: settings = dict(n_layers=depth, d_model=64*depth, n_heads=depth) | settings
-    attn = _given(attn, dict(steps=(rope or part(Rope),), bias=False))
-    return Config(vocab_size, attn=attn, **dict(mlp=part(SwiGLU), norm=part(RMSNorm), pos=None) | settings)
+    filled = _given(attn, dict(steps=(rope or part(Rope),), bias=False), rope is not None)
+    if rope is not None and filled == attn:
+        raise LabError(f'rope={rope!r}: attn={attn!r} takes no steps; leave rope out')
+    return Config(vocab_size, attn=filled, **dict(mlp=part(SwiGLU), norm=part(RMSNorm), pos=None) | settings)
 
 def rate(cfg:Config, base=.011)->float:
     "A learning rate of Muon for `depth`: `base` at 128 channels, in proportion to 1/d_model (measured in `depth_dial`)"

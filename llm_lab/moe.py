@@ -258,7 +258,7 @@ class MoE(nn.Module):
         capacity=None,       # in training an expert takes at most ⌈capacity·N·k/E⌉ of N tokens (Lepikhin et al. 2020)
         router=part(Router)):
         super().__init__()
-        self.layer, self.n_experts, self.capacity = layer, n_experts, capacity
+        self.layer, self.n_experts, self.capacity, self.noted = layer, n_experts, capacity, None
         self.router = router(cfg, layer, n_experts=n_experts, top_k=top_k)
         self.experts = _experts(expert(cfg, layer), n_experts, top_k)
         self.shared = nn.ModuleList(expert(cfg, layer) for _ in range(shared))
@@ -266,6 +266,7 @@ class MoE(nn.Module):
     def forward(self, x, aux=None, **ctx): # (B, T, C) → (B, T, C)
         flat = x.flatten(0, -2)                                # (N, C)
         w, chosen, load = self.router(flat, aux)
+        if not isinstance(self.router, Router): self.speak(aux, w, chosen, load)
         most = None
         if self.training and self.capacity:                    # 1.1·100/10 is a little more than 11 here, and still means 11
             most = max(1, math.ceil(round(self.capacity*chosen.numel()/self.n_experts, 6)))
@@ -313,15 +314,26 @@ def single(moe:MoE, e:int, x:Tensor)->Tensor: # (…, C) → (…, C)
 @patch
 def drop(self:MoE, load, kept):
     "Note the share of the choices that found no place"
-    if self.router.noted: self.router.noted['drops'] = 1 - kept.sum()/load.sum()
+    if noted := self._noted(): noted['drops'] = 1 - kept.sum()/load.sum()
+
+@patch
+def speak(self:MoE, aux, w, chosen, load):
+    "Note what a router of the reader's own has chosen, where it says nothing itself"
+    if self.training and not hasattr(self.router, 'noted'): self.noted = dict(load=load.detach())
+    if aux is not None and self.layer not in aux.said:
+        aux.say(self.layer, chosen=chosen, weights=w.detach(), load=load.detach()/chosen.numel())
+
+@patch
+def _noted(self:MoE): return getattr(self.router, 'noted', self.noted)
 
 @patch
 def metrics(self:MoE)->dict:
     "Of the last batch in training: the busiest and the idlest expert (1 = a fair share), how undecided the router was (0 to 1), drops"
-    if (noted := self.router.noted) is None: return {}
-    self.router.noted, load = None, noted['load']/noted['load'].mean()
-    said = dict(load_max=load.max(), load_min=load.min(), entropy=noted['entropy'], drops=noted.get('drops', load.new_zeros(())))
-    return {f'moe{self.layer}_{k}': x.item() for k, x in said.items()}
+    if (noted := self._noted()) is None: return {}
+    (self.router if hasattr(self.router, 'noted') else self).noted = None
+    load = noted['load']/noted['load'].float().mean()
+    said = dict(load_max=load.max(), load_min=load.min(), entropy=noted.get('entropy'), drops=noted.get('drops', load.new_zeros(())))
+    return {f'moe{self.layer}_{k}': x.item() for k, x in said.items() if x is not None}     # a router of your own may not tell all
 
 # %% ../nbs/22_moe.ipynb #5a9ee1ef
 @torch.no_grad()

@@ -16,7 +16,7 @@ from safetensors.torch import load as tensors_from, save as tensor_bytes
 from .lab import (REGISTERED, LabError, bytes_in, json_of, laid_out, memory_left, must_fit, pointed,
                          restored, short, written)
 from .chars import tokenizer_from
-from .gpt import MiniGPT, config_from, part, sketch, to_data
+from .gpt import MiniGPT, config_from, part, require_as_said, sketch, to_data, typed
 from types import SimpleNamespace
 
 # %% ../nbs/07_package.ipynb #e5a18245
@@ -47,9 +47,10 @@ def _card_or_name(name, model, about):
     except Exception as e: return f'# {name}\n\nThere is no card: {type(e).__name__}: {e}\n'
 
 def write_package(new:Path, model:MiniGPT, tokenizer, about:dict, name:str):
-    "Make the folder `new` and write the files of a package into it"
+    "Make the folder `new` and write the files of a package into it; raises `LabError` if the model is another one"
+    said = to_data(require_as_said(model).cfg)                 # before a byte is written
     new.mkdir(); tokenizer.save(new)
-    (new/'llm_lab.json').write_text(json.dumps(to_data(model.cfg), indent=1), encoding='utf-8')
+    (new/'llm_lab.json').write_text(json.dumps(said, indent=1), encoding='utf-8')
     state = {k: v.contiguous() for k, v in model.state_dict().items() if not (model.cfg.tie and k == 'head.weight')}
     (new/'model.safetensors').write_bytes(tensor_bytes(state))
     text = _card_or_name(name, model, about)
@@ -77,9 +78,12 @@ def save_package(
     about:dict=None,# where it comes from: corpus, licence, loss, …
     name:str=None   # on the card; the folder's name if none
 )->Path: # `folder`
-    "Write a package, all of it or nothing; raises `LabError` over a folder with anything else in it"
+    """Write a package, all of it or nothing.
+
+    Raises `LabError` over a folder with anything else in it, and over a model that would not come back as it is."""
     if not isinstance(model, MiniGPT):
         raise LabError(f'a {type(model).__name__} is not saved: give the MiniGPT that it was made from')
+    to_data(require_as_said(model).cfg)                        # before anything is made
     folder = Path(folder)
     name = (name or folder.name).encode(errors='replace').decode()       # a path need not be UTF-8
     with written(folder, more=_of_first_edition) as new:
@@ -154,9 +158,10 @@ def fill(model:MiniGPT, weights:bytes, name='this file'):
     "Give the model the weights that a model.safetensors holds; raises `LabError` when they are another model's"
     state = parsed(weights, name, tensors_from)
     if model.cfg.tie and 'tok.weight' in state: state['head.weight'] = state['tok.weight']
-    try: model.to(next(iter(state.values())).dtype).load_state_dict(state)
-    except (RuntimeError, TypeError, StopIteration) as e:
-        why = ''.join(str(e).splitlines()[1:2]).strip() or ('there are none' if isinstance(e, StopIteration) else short(str(e)))
+    if not state: raise LabError(f'{name}: the weights do not fit the configuration: there are none')
+    try: typed(model, state).load_state_dict(state)
+    except (RuntimeError, TypeError) as e:
+        why = ''.join(str(e).splitlines()[1:2]).strip() or short(str(e))
         raise LabError(f'{name}: the weights do not fit the configuration: {why}') from None
 
 # %% ../nbs/07_package.ipynb #08de7e01

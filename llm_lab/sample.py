@@ -13,6 +13,9 @@ from torch import Tensor
 from fastcore.basics import patch
 from .lab import LabError, need, rng, widgets_live
 
+# %% ../nbs/10_sample.ipynb #4be0a7c1
+from .gpt import MiniGPT
+
 # %% ../nbs/10_sample.ipynb #c22cbbac
 def check_choice(temperature=1., top_k:int=None, top_p:float=None, repetition_penalty=1.):
     "Raises `LabError` on settings that leave nothing to choose from"
@@ -49,7 +52,7 @@ def choices(
 def room(model): # an int, or ∞
     "How many tokens of a text the model can see: `max_len`, or no limit if its caches keep only what is near"
     caches = model.cache(1, 1) if model.cfg.pos is None else None
-    return math.inf if caches and all(c.endless for c in caches.values()) else model.cfg.max_len
+    return math.inf if caches and all(getattr(c, 'endless', False) for c in caches.values()) else model.cfg.max_len
 
 # %% ../nbs/10_sample.ipynb #7093ba92
 class Reader:
@@ -59,6 +62,7 @@ class Reader:
         pad:Tensor=None, # empty places at the left of each text, (B,)
         chunk=512):      # how many tokens a model with a cache reads at once
         self.model, self.length, self.room, self.pad, self.chunk, self.ids = model, length, room(model), pad, chunk, None
+        self.whole = isinstance(model, MiniGPT) and type(model).forward is not MiniGPT.forward       # one of your own: not features and head
 
     @torch.no_grad()
     def __call__(self, ids): # on the CPU; the model's mode is left as it was
@@ -70,7 +74,7 @@ class Reader:
         if training := self.model.training: self.model.eval()
         try:
             for at in range(start, end, step): x = self.features(at, min(at + step, end))
-            return self.model.head(x[:, -1]).cpu()
+            return (x[:, -1] if self.whole else self.model.head(x[:, -1])).cpu()
         except BaseException: self.cache, self.ids = None, self.ids[:, :-ids.shape[1]]; raise   # half a step: read anew
         finally: training and self.model.train()
 
@@ -81,7 +85,7 @@ def features(self:Reader, start, end): # columns → (B, T, C)
     i = torch.arange(start - first, end - first, device=self.ids.device)
     if self.pad is not None: i = (i - (self.pad - first).clamp_min(0)[:, None]).clamp_min(-1)
     if start > first or self.pad is not None: words['i'] = i   # 0, 1, 2, … need not be said
-    return self.model.features(self.ids[:, start:end], **words)
+    return (self.model if self.whole else self.model.features)(self.ids[:, start:end], **words)
 
 # %% ../nbs/10_sample.ipynb #1aed097f
 def drawn(logits, ids, *draws, **choice): # (B, V), (B, T) → (B, 1)
