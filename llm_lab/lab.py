@@ -580,7 +580,7 @@ _DECLARED = dict(                                              # slot: CHAPTER:N
     router='moe:Router',
     choice='moe:softmax_top_k moe:top_k_softmax moe:sigmoid_top_k',
     corpus='corpora:tiny_shakespeare tales:tiny_tales corpora:tinystories corpora:dolly corpora:pg19',
-    tokenizer='chars:CharTokenizer bpe:BPETokenizer')
+    tokenizer='chars:CharTokenizer bpe:BPETokenizer bpe:ForeignTokenizer')
 
 def _named(words):
     "{name: address}; of two equal names, the first one goes without its module"
