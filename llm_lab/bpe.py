@@ -16,7 +16,8 @@ from unicodedata import category, normalize, ucd_3_2_0
 import regex
 from fastcore.basics import patch
 from .lab import LabError, Live, short
-from .chars import begin_of, load_tokenizer, read_parts, template, write_data, write_tokenizer
+from .chars import (begin_of, load_tokenizer, read_parts, template, write_data,
+                           write_tokenizer)
 
 # %% ../nbs/04_bpe.ipynb #56d54dfe
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"   # (Radford et al. 2019)
@@ -340,11 +341,13 @@ def train(
 
 # %% ../nbs/04_bpe.ipynb #c2f4a7b1
 _ONE = r"\\[pP]\{[A-Z][a-z]?\}|\\[sSrnt]|\\[^\w\s]"            # a class of Unicode, white space, a sign
-_PATTERN = regex.compile(rf"(?:(?:{_ONE}|\[\^?(?:{_ONE}|[^\\\[\]&]|&(?!&))+\]|\(\?[:=!]|\((?!\?)|[)|]|[^\\\[\](){{}}|?*+.^$])"
-                         r"(?:(?:[?*+]\??|\{\d+(?:,\d*)?\})(?![?*+{]))?)*")
+_CLASS = rf"\[\^?(?:{_ONE}|[^\\\[\]&]|&(?!&))+\]"
+_PLAIN = rf"(?:{_ONE}|{_CLASS}|\(\?[:=!]|\((?!\?)|[)|]|[^\\\[\](){{}}|?*+.^$])"
+_TIMES = r"(?:[?*+]\??|\{\d+(?:,\d*)?\})(?![?*+{])"
+_PATTERN = regex.compile(f"(?:{_PLAIN}(?:{_TIMES})?)*")
 
 def _alike(pattern)->bool:
-    "Is this a pattern that means the same in `regex` and in the library of the world's files?"
+    "Does a pattern mean the same in `regex` and in the library that reads the world's files?"
     return bool(_PATTERN.fullmatch(pattern.replace(_SHORT[:-1], '')))
 
 # %% ../nbs/04_bpe.ipynb #f373e91e
@@ -353,8 +356,8 @@ def save(self:BPETokenizer, folder):
     "Write `tokenizer.json` for Hugging Face `tokenizers`, and `meta.json`: what the tokenizer was trained on"
     for p in self.patterns:
         if not _alike(p):
-            raise LabError(f'the pattern {short(p)} is not read alike by all libraries: keep to letters, classes, '
-                           'groups and repetitions')
+            raise LabError(f'the pattern {short(p)} is not read alike by all libraries: '
+                           'keep to letters, classes, groups and repetitions')
     gpt2, vocab = self.patterns == (GPT2,), {to_letters(t): n for t, n in self.ids.items()} | self.special_tokens
     level = dict(type='ByteLevel', add_prefix_space=False, trim_offsets=True, use_regex=gpt2)
     cuts = [dict(type='Split', pattern=dict(Regex=p), behavior='Isolated', invert=False) for p in self.patterns]
@@ -380,35 +383,48 @@ def _steps(x, name): # of a normalizer, a pre-tokenizer, a decoder
     return [] if x is None else x[name] if x.get('type') == 'Sequence' else [x]
 
 # %% ../nbs/04_bpe.ipynb #08d3958b
+_FORMS = 'NFC', 'NFD', 'NFKC', 'NFKD'
+
 def _in_turn(vocab, added)->bool:
-    "Has each added token its word's id, or the next one that is free? Its library counts, whatever the file says"
+    "Has each added token its word's id, or the next free one? Its library counts, whatever a file says"
     free = len(vocab)
     for t in added:
         if t['id'] != vocab.get(t['content'], free): return False
         free = max(free, t['id'] + 1)
     return len({t['content'] for t in added}) == len(added)
 
+def _mark(t, forms)->bool:
+    "Is an added token one that only a program can write, and nothing beside it is touched?"
+    letters = set(t['content']) <= _BYTE.keys() and not t['content'].isascii()      # these are decoded as bytes
+    touches = t.get('lstrip') or t.get('rstrip') or t.get('single_word') or forms and t.get('normalized')
+    return bool(t.get('special')) and not letters and not touches
+
 def _followed(data)->bool:
     "Is there nothing in a parsed tokenizer.json that `BPETokenizer` does not do exactly so?"
-    model, added, forms = data['model'], data.get('added_tokens') or [], _steps(data.get('normalizer'), 'normalizers')
-    plain = all(t.get('special') and not (forms and t.get('normalized'))
-                and not any(t.get(k) for k in ('lstrip', 'rstrip', 'single_word'))
-                and (t['content'].isascii() or not set(t['content']) <= _BYTE.keys()) for t in added)
-    odd = [k for k in ('dropout', 'continuing_subword_prefix', 'end_of_word_suffix') if model.get(k)]
+    model, added = data['model'], data.get('added_tokens') or []
+    forms = _steps(data.get('normalizer'), 'normalizers')
     pairs = {(*m.split(' '),) if isinstance(m, str) else (*m,) for m in model['merges']}
-    return (plain and not odd and len(pairs) == len(model['merges']) and _in_turn(model['vocab'], added)
-            and [d.get('type') for d in _steps(data.get('decoder'), 'decoders')] == ['ByteLevel']
-            and len(forms) < 2 and all(f['type'] in ('NFC', 'NFD', 'NFKC', 'NFKD') for f in forms)
+    decoders = [d.get('type') for d in _steps(data.get('decoder'), 'decoders')]
+    odd = 'dropout', 'continuing_subword_prefix', 'end_of_word_suffix'
+    return (all(_mark(t, forms) for t in added) and _in_turn(model['vocab'], added)
+            and not any(model.get(k) for k in odd) and len(pairs) == len(model['merges'])
+            and decoders == ['ByteLevel'] and len(forms) < 2 and all(f['type'] in _FORMS for f in forms)
             and data.get('truncation') is None and data.get('padding') is None)
+
+def _check_ids(ids):
+    "Raises `LabError` on ids that no model has: a place for each will be made"
+    for n in ids:
+        if type(n) is not int or not 0 <= n < 1 << 22:
+            raise LabError(f'the id {short(n)} is no whole number below {1 << 22:,}: save it again')
 
 @patch(cls_method=True)
 def from_json(cls:BPETokenizer, data:dict):
     "The `BPETokenizer` that `data`, a parsed tokenizer.json, describes; None if another class must read it"
     model, steps = data.get('model') or {}, _steps(data.get('pre_tokenizer'), 'pretokenizers')
-    if model.get('type', 'BPE') != 'BPE' or len(steps) > 20: return None
+    if model.get('type', 'BPE') != 'BPE' or not 0 < len(steps) < 20: return None
     try:
-        if not _followed(data) or not all(map(_alike, patterns := [*_patterns(steps)])): return None
-        if steps[-1]['type'] != 'ByteLevel': return None
+        if steps[-1]['type'] != 'ByteLevel' or not _followed(data): return None
+        if not all(map(_alike, patterns := [*_patterns(steps)])): return None
         special = {t['content']: t['id'] for t in data.get('added_tokens') or []}
         _check_ids([*model['vocab'].values(), *special.values()])
         vocab = {n: from_letters(t) for t, n in model['vocab'].items() if t not in special}
@@ -420,42 +436,45 @@ def from_json(cls:BPETokenizer, data:dict):
     tok.begin = begin_of(data)
     return tok
 
-def _check_ids(ids):
-    "Raises `LabError` on ids that no model has: a place for each will be made"
-    for n in ids:
-        if type(n) is not int or not 0 <= n < 1 << 22:
-            raise LabError(f'the id {short(n)} is no whole number below {1 << 22:,}: save it again')
-
 # %% ../nbs/04_bpe.ipynb #b4d6f8a2
-def _grown(steps, more=1):
-    "How many letters the normalizer's steps may make of one; raises `LabError` if too many, or if a rule is too large"
+_SMALL = ('Sequence', 'Lowercase', *_FORMS, 'Nmt', 'Strip', 'StripAccents', 'BertNormalizer', 'ByteLevel')
+
+def _grown(steps, most=1000):
+    "Raises `LabError` where the steps of a normalizer may make more than `most` letters of one"
+    made = 1
     for s in steps:
-        kind = s.get('type')
-        if kind in ('Sequence', 'Lowercase', 'NFD', 'NFKD', 'NFC', 'NFKC', 'Nmt', 'Strip', 'StripAccents', 'BertNormalizer', None): continue
-        if kind == 'Precompiled':                              # a trie, and what it points to, between zeros
+        if (kind := s['type']) == 'Precompiled':               # a trie, and what it points to, between zeros
             rules = base64.b64decode(s['precompiled_charsmap'])
-            more *= max(map(len, rules[4 + int.from_bytes(rules[:4], 'little'):].split(b'\0')))
-        elif kind in ('Prepend', 'Replace', 'ByteLevel'): more *= max(1, len(s.get('content', s.get('prepend', 'x'))))
-        else: raise LabError(f'the normalizer {short(kind)} is not known: use another tokenizer')
-    if more > 1000: raise LabError(f'the normalizers may make {more:,} letters of one: use another tokenizer')
+            rules = rules[4 + int.from_bytes(rules[:4], 'little'):]
+            made *= max(map(len, rules.split(b'\0')))
+        elif kind == 'Replace': made *= max(1, len(s['content']))
+        elif kind == 'Prepend': made *= 1 + len(s['prepend'])
+        elif kind not in _SMALL: raise LabError(f'the normalizer {short(kind)} is not known: use another tokenizer')
+    if made > most: raise LabError(f'the normalizers may make {made:,} letters of one: use another tokenizer')
 
 def _inside(x):
     "Every dict in a parsed file, the outer ones first"
     if isinstance(x, dict): yield x
     for y in x.values() if isinstance(x, dict) else x if isinstance(x, list) else (): yield from _inside(y)
 
+def _fills(padding)->bool:
+    "Does it add to a text that stands alone?"
+    return padding['strategy'] != 'BatchLongest' or padding.get('pad_to_multiple_of') is not None
+
 def _check_foreign(data):
-    "Raises `LabError` on what the library does at random, does to the length of a text, or may never end"
+    "Raises `LabError` on what the library does at random, does to a text's length, or may never end"
     model, padding = data['model'], data.get('padding')
-    frame = [*_inside({k: v for k, v in data.items() if k not in ('model', 'added_tokens')})]
-    for name, wrong in (('dropout', model.get('dropout')), ('truncation', data.get('truncation')),
-                        ('padding', padding and padding != padding | dict(strategy='BatchLongest', pad_to_multiple_of=None) and padding)):
-        if wrong: raise LabError(f'{name}={short(wrong, 200)} cannot be followed exactly: set it to null in the file')
+    found = dict(dropout=model.get('dropout'), truncation=data.get('truncation'),
+                 padding=padding if padding and _fills(padding) else None)
+    for name, value in found.items():
+        if value: raise LabError(f'{name}={short(value, 200)} cannot be followed exactly: set it to null in the file')
     if (n := model.get('max_input_chars_per_word') or 0) > 1000:
         raise LabError(f'max_input_chars_per_word={n:,} is more than any model has: give 1,000 at most')
-    if len(frame) > 500: raise LabError(f'{len(frame)} steps and rules are more than any tokenizer has: use another one')
-    for d in frame:
-        if isinstance(cut := d.get('pattern'), dict) and isinstance(cut.get('Regex'), str): _bearable(cut['Regex'])
+    rules = [*_inside({k: v for k, v in data.items() if k not in ('model', 'added_tokens')})]
+    if len(rules) > 500: raise LabError(f'{len(rules):,} steps are more than any tokenizer has: use another one')
+    for d in rules:
+        cut = d.get('pattern')
+        if isinstance(cut, dict) and isinstance(cut.get('Regex'), str): _bearable(cut['Regex'])
     _grown([d for d in _inside(data.get('normalizer')) if 'type' in d])
 
 # %% ../nbs/04_bpe.ipynb #d9e1b3c5
@@ -471,22 +490,27 @@ class ForeignTokenizer:
     def __init__(self, data:dict): # a parsed tokenizer.json
         _check_foreign(data)
         self.data, self.begin, self.readers = data, begin_of(data), {}
-        added, vocab = data.get('added_tokens') or [], data['model']['vocab']
+        model, self.added = data['model'], data.get('added_tokens') or []
+        vocab = model['vocab']
         if isinstance(vocab, list): vocab = {t: n for n, (t, _) in enumerate(vocab)}
-        _check_ids([*vocab.values(), *(t['id'] for t in added)])
+        _check_ids([*vocab.values(), *(t['id'] for t in self.added)])
         if len({*vocab.values()}) < len(vocab): raise LabError('two tokens have one id: save it again')
-        self.special_tokens = {t['content']: t['id'] for t in added if t.get('special')}
+        self.special_tokens = {t['content']: t['id'] for t in self.added if t.get('special')}
         reader = self.reader()
-        for t in added:
+        for t in self.added:
             if (n := reader.token_to_id(t['content'])) != t['id']:
-                raise LabError(f'the added token {short(t["content"])} has id {t["id"]} in the file and {n} by its order: save it again')
+                raise LabError(f'the added token {short(t["content"])} has id {t["id"]} in the file '
+                               f'and {n} by its order: save it again')
         self.model = type(reader.model).__name__
         self.names = {n: t for t, n in reader.get_vocab().items()}
         self.vocab_size = max(self.names, default=-1) + 1
         self.bos_id, self.eos_id = _marks(self.special_tokens)
         self.runs = 'ByteFallback' in str(data.get('decoder'))  # are bytes one after the other read together?
+        unknown = model.get('unk_token'), model.get('unk_id')  # written for what is not known, not for itself
+        self.marks = {n: s for s, n in self.special_tokens.items() if s != unknown[0] and n != unknown[1]}
 
-    def __repr__(self): return f'ForeignTokenizer({self.model}, {self.vocab_size:,} ids, special {[*self.special_tokens]})'
+    def __repr__(self):
+        return f'ForeignTokenizer({self.model}, {self.vocab_size:,} ids, special {[*self.special_tokens]})'
 
     def __reduce__(self): return type(self), (self.data,), dict(begin=self.begin)
 
@@ -501,27 +525,29 @@ def reader(self:ForeignTokenizer, allowed=frozenset()):
     "The library's tokenizer that finds, of the special tokens, only those `allowed`"
     if allowed not in self.readers:
         from tokenizers import Tokenizer
-        added = [t | dict(special=bool(t.get('special')) and t['content'] not in allowed) for t in self.data.get('added_tokens') or []]
-        data = self.data | dict(added_tokens=added, padding=None, post_processor=None)
-        self.readers[allowed] = _answer('the library of such files cannot read it', Tokenizer.from_str, json.dumps(data))
-        self.readers[allowed].encode_special_tokens = True     # as ordinary text
+        added = [t | dict(special=bool(t.get('special')) and t['content'] not in allowed) for t in self.added]
+        said = json.dumps(self.data | dict(added_tokens=added, padding=None, post_processor=None))
+        reader = _answer('the library of such files cannot read it', Tokenizer.from_str, said)
+        reader.encode_special_tokens = True                    # as ordinary text
+        self.readers[allowed] = reader
     return self.readers[allowed]
 
 @patch
 def encode(self:ForeignTokenizer, text, allowed_special=())->list[int]:
     "Ids of a text (str or bytes); special tokens only if allowed, by name or 'all'. `LabError` where one was typed"
     if isinstance(text, bytes): text = text.decode('utf-8', 'surrogateescape')
-    names = self.special_tokens if allowed_special == 'all' else [allowed_special] if isinstance(allowed_special, str) else allowed_special
-    if unknown := [s for s in names if s not in self.special_tokens]:
+    names = [allowed_special] if isinstance(allowed_special, str) else allowed_special
+    allowed = frozenset(self.special_tokens if allowed_special == 'all' else names)
+    if unknown := [s for s in allowed if s not in self.special_tokens]:
         raise LabError(f'{unknown[0]!r} is no special token here: choose from {[*self.special_tokens]}')
     try: text.encode()
     except UnicodeEncodeError as e:
         raise LabError(f'the text holds half a character, {text[e.start]!r}: mend it at its source') from None
-    ids = _answer('the tokenizer cannot write this text', self.reader(frozenset(names)).encode, text, add_special_tokens=False).ids
-    unknown = self.data['model'].get('unk_token'), self.data['model'].get('unk_id')
-    typed = {n: s for s, n in self.special_tokens.items() if s not in names and s != unknown[0] and n != unknown[1]}
-    if found := typed.keys() & {*ids}:
-        raise LabError(f'the text holds {typed[min(found)]!r}, which this tokenizer takes for a special token: leave it out, or allow it')
+    encode = self.reader(allowed).encode
+    ids = _answer('the tokenizer cannot write this text', encode, text, add_special_tokens=False).ids
+    if typed := [self.marks[n] for n in ids if n in self.marks and self.marks[n] not in allowed]:
+        raise LabError(f'the text holds {typed[0]!r}, which this tokenizer takes for a special token: '
+                       'leave it out, or allow it')
     return ids
 
 @patch
@@ -531,7 +557,7 @@ def encode_batch(self:ForeignTokenizer, texts, allowed_special=())->list[list[in
 
 @patch
 def encode_iterable(self:ForeignTokenizer, parts, allowed_special=()): # yields ids
-    "Ids of the whole text that comes in parts; it must fit in memory, because not every kind can be cut"
+    "Ids of the whole text that comes in parts; it is put together first: not every kind can be cut"
     yield from self.encode(''.join(parts), allowed_special)
 
 @patch
@@ -539,12 +565,13 @@ def decode(self:ForeignTokenizer, ids)->str:
     "The text of some ids. Raises `LabError` on an id outside the vocabulary"
     ids = ids.tolist() if hasattr(ids, 'tolist') else list(ids)
     if wrong := [n for n in ids if n not in self.names]:
-        raise LabError(f'the id {wrong[0]!r} is not in this vocabulary of {len(self.names):,}: use the tokenizer it comes from')
+        raise LabError(f'the id {wrong[0]!r} is not in this vocabulary of {len(self.names):,}: '
+                       'use the tokenizer it comes from')
     return _answer('the tokenizer cannot read these ids', self.reader().decode, ids, skip_special_tokens=False)
 
 @patch
 def save(self:ForeignTokenizer, folder):
-    "Write its `tokenizer.json`; what is to stand before a prompt is added where the file says nothing of it"
+    "Write its `tokenizer.json`; what stands before a prompt is added where the file says nothing of it"
     post = self.data.get('post_processor')
     if post is None and self.begin is not None: post = template(self.begin, self.names)
     write_data(folder, self.data | dict(post_processor=post))

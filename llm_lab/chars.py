@@ -78,15 +78,17 @@ def write_data(folder, data:dict, meta=None):
         with written(Path(folder)/name) as f:
             f.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding='utf-8')
 
-def write_tokenizer(folder, model:dict, pre_tokenizer, decoder, normalizer=None, special_tokens=None, meta=None,
-                    begin=None): # ids that stand before a prompt, where the tokenizer says which
-    "Write `tokenizer.json` in the format of Hugging Face `tokenizers`, and perhaps `meta.json`, as `write_data` does"
+def write_tokenizer(
+    folder, model:dict, pre_tokenizer, decoder, normalizer=None, special_tokens=None, meta=None,
+    begin=None # ids that stand before a prompt, where the tokenizer says which
+):
+    "Write a `tokenizer.json` of these parts, and perhaps a `meta.json`, as `write_data` does"
     flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
     added = [dict(id=n, content=s, **flags) for s, n in (special_tokens or {}).items()]
     names = {n: s for s, n in (model['vocab'] | (special_tokens or {})).items()}
-    write_data(folder, dict(
-        truncation=None, padding=None, added_tokens=added, normalizer=normalizer, pre_tokenizer=pre_tokenizer,
-        post_processor=None if begin is None else template(begin, names), decoder=decoder, model=model), meta)
+    post = None if begin is None else template(begin, names)
+    write_data(folder, dict(added_tokens=added, normalizer=normalizer, pre_tokenizer=pre_tokenizer,
+                            post_processor=post, decoder=decoder, model=model), meta)
 
 # %% ../nbs/03_chars.ipynb #7b02d9e6
 def template(begin, names)->dict:
@@ -97,32 +99,38 @@ def template(begin, names)->dict:
     return dict(type='TemplateProcessing', single=[*marks, a], pair=[*marks, a, b], special_tokens=told)
 
 def begin_of(data:dict): # [id, …], or None where the file does not say
-    "The ids that a parsed tokenizer.json puts before a text. Raises `LabError` where it does anything else to a text"
+    "The ids that a parsed tokenizer.json puts before a text; raises `LabError` where it does more"
     post = data.get('post_processor')
     if post is None: return None
-    begin, steps = [], post.get('processors', []) if post.get('type') == 'Sequence' else [post]
+    begin, several = [], post.get('type') == 'Sequence'
+    steps = post['processors'] if several else [post]
     for s in steps:
         if (kind := s.get('type')) == 'ByteLevel': continue    # it moves offsets, and no ids
         single = s['single'] if kind == 'TemplateProcessing' else []
         if not single or 'Sequence' not in single[-1]:
-            raise LabError(f'the post-processor {short(kind)} puts marks behind a text, or is not known: set it to null')
+            raise LabError(f'the post-processor {short(kind)} puts marks behind a text, '
+                           'or is not known: set it to null')
         if any('SpecialToken' not in p for p in single[:-1]) or single[-1]['Sequence']['id'] != 'A':
-            raise LabError(f'the post-processor {short(single, 200)} does not keep to one text: set it to null')
-        begin = [i for p in single[:-1] for i in s['special_tokens'][p['SpecialToken']['id']]['ids']] + begin
+            raise LabError(f'the post-processor {short(single, 200)} does not keep to one text: '
+                           'set it to null')
+        marks = [s['special_tokens'][p['SpecialToken']['id']]['ids'] for p in single[:-1]]
+        begin = sum(marks, []) + begin                         # the later step stands outside
     if not all(type(i) is int and i >= 0 for i in begin):
-        raise LabError(f'the post-processor puts {short(begin)} before a text, which are no ids: set it to null')
+        raise LabError(f'the post-processor puts {short(begin)} before a text, which are no ids: '
+                       'set it to null')
     return begin
 
 def begins(tokenizer)->list:
-    "The ids that stand before a prompt: what its file says; else its begin mark, or a new line where it has one"
+    "The ids that stand before a prompt: as its file says, or its begin mark, or its new line"
     if (begin := getattr(tokenizer, 'begin', None)) is not None: return list(begin)
     if tokenizer.bos_id is not None: return [tokenizer.bos_id]
     try: return tokenizer.encode('\n')
     except LabError: return []
 
 # %% ../nbs/03_chars.ipynb #25f6dcd6
-_EACH = dict(pre_tokenizer=dict(type='Split', pattern=dict(Regex=r'[\s\S]'), behavior='Isolated', invert=False),
-             decoder=dict(type='Fuse'))                        # each character by itself, and nothing between them
+_EACH = dict(                                                  # each by itself, and nothing between them
+    pre_tokenizer=dict(type='Split', pattern=dict(Regex=r'[\s\S]'), behavior='Isolated', invert=False),
+    decoder=dict(type='Fuse'))
 
 @patch
 def save(
@@ -131,7 +139,8 @@ def save(
 ):
     "Write `tokenizer.json` in the format of Hugging Face `tokenizers`"
     vocab = {c: n for n, c in enumerate(self.chars)}
-    write_tokenizer(folder, dict(type='WordLevel', vocab=vocab, unk_token='<unknown>'), **_EACH, begin=self.begin)
+    model = dict(type='WordLevel', vocab=vocab, unk_token='<unknown>')
+    write_tokenizer(folder, model, **_EACH, begin=self.begin)
 
 # %% ../nbs/03_chars.ipynb #44ce9cdc
 @patch(cls_method=True)
@@ -158,10 +167,13 @@ def tokenizer_from(
     "The tokenizer that `data` describes, of whatever kind it is"
     for address in TOKENIZERS if isinstance(data, dict) else ():
         try: tok = lookup(address, 'tokenizer').from_json(data)
-        except LabError: raise
-        except (AttributeError, LookupError, TypeError, ValueError, OverflowError) as e:
+        except LabError as e: raise LabError(f'{name}: {e}') from None
+        except (AttributeError, LookupError, RecursionError, TypeError, ValueError, OverflowError) as e:
             raise LabError(f'{name} is no whole tokenizer ({type(e).__name__}: {short(str(e), 100)}): save it again') from None
-        if tok is not None: return tok
+        if tok is None: continue
+        if wrong := [n for n in getattr(tok, 'begin', None) or () if n >= tok.vocab_size]:
+            raise LabError(f'{name} puts the id {wrong[0]:,} before a text, and has {tok.vocab_size:,}: save it again')
+        return tok
     raise LabError(f'{name} holds no tokenizer that this library knows: save one with its own `save`')
 
 # %% ../nbs/03_chars.ipynb #dd7380e7

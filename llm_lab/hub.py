@@ -24,13 +24,14 @@ from .package import Opened
 from .families import config_from_hf, hf_config, least_tensors, views
 
 # %% ../nbs/25_hub.ipynb #f0a2c4e6
-_PADS = '<pad>', '<|pad|>', '[PAD]', '<|finetune_right_pad_id|>', '<|endoftext|>', '<|end_of_text|>', '</s>', '<s>'
+_PADS = ('<pad>', '<|pad|>', '[PAD]', '<|finetune_right_pad_id|>',
+         '<|endoftext|>', '<|end_of_text|>', '</s>', '<s>')
 _COMMON = 'Ll Zs Cc Lo Po Lu Pd Nd Lt Lm Mn Mc Pe Ps Pf Pi Pc Nl No Sc Sk Sm So Cf'.split()
 
 def _pad(tokenizer): # (token, its id), or (token, None) where a typed text may hold it
     "What fills a batch: a special token; of bytes, the one that no text holds; of characters, an odd one"
     special = getattr(tokenizer, 'special_tokens', {})
-    if found := next((s for s in (*_PADS, *special) if s in special), None): return found, special[found]
+    if found := next((s for s in _PADS if s in special), None): return found, special[found]
     if isinstance(tokenizer, BPETokenizer): return to_letters(b'\xff'), tokenizer.ids[b'\xff']
     if not isinstance(tokenizer, CharTokenizer): return None, None
     rank = lambda c: _COMMON.index(category(c)) if category(c) in _COMMON else 99
@@ -41,7 +42,8 @@ def _add_tokenizer(new, tokenizer, cfg)->dict: # {key of config.json: id}
 
     Raises `LabError` where the tokenizer has ids that the model has not."""
     if tokenizer.vocab_size > cfg.vocab_size:
-        raise LabError(f'the tokenizer has {tokenizer.vocab_size:,} ids, the model {cfg.vocab_size:,}: give the one of this model')
+        raise LabError(f'the tokenizer has {tokenizer.vocab_size:,} ids, the model {cfg.vocab_size:,}: '
+                       'give the one of this model')
     told = copy(tokenizer)
     told.begin = begins(tokenizer)                             # its file says what our prompts begin with
     told.save(new)
@@ -104,13 +106,15 @@ def _index(path)->dict:
 def _placed(told, index)->dict: # {name of a tensor: name of its file}
     "What an index says; raises `LabError` where it names no files beside it"
     place = told.get('weight_map') if isinstance(told, dict) else None
-    if not isinstance(place, dict) or not place: raise LabError(f'{index} tells no weight_map: copy it again')
+    if not isinstance(place, dict) or not place:
+        raise LabError(f'{index} tells no weight_map: copy it again')
     for f in place.values():
         if isinstance(f, str) and is_name(f) and f.endswith('.safetensors'): continue
         where = isinstance(f, str) and any(c in f for c in '/\\')
         raise LabError(f'{index} points out of its folder, to {short(f)}: do not trust it' if where else
                        f'{index} names {short(f)}, which is no .safetensors file: copy it again')
-    if (n := len({*place.values()})) > 1000: raise LabError(f'{index} names {n:,} files, more than any model has: copy it again')
+    if (n := len({*place.values()})) > 1000:
+        raise LabError(f'{index} names {n:,} files, more than any model has: copy it again')
     return place
 
 def _headed(folder, name)->Path:
@@ -172,7 +176,8 @@ def _tokenizer_of(folder, cfg):
         return None
     tokenizer = load_tokenizer(folder)
     if tokenizer.vocab_size > cfg.vocab_size:
-        raise LabError(f'tokenizer.json has {tokenizer.vocab_size:,} ids, the model {cfg.vocab_size:,}: it is another one\'s')
+        raise LabError(f'tokenizer.json has {tokenizer.vocab_size:,} ids, the model {cfg.vocab_size:,}: '
+                       "it is another one's")
     ours = (folder/'llm_lab_files.json').is_file()             # of before `to_hf` wrote what stands before a prompt
     if tokenizer.begin is None and not ours: tokenizer.begin = []           # nothing is said, and nothing is done
     return tokenizer

@@ -141,12 +141,12 @@ class Decoder:
 
 # %% ../nbs/10_sample.ipynb #6bc827f5
 def prompt_ids(model, tokenizer, prompt):
-    "Ids of the prompt, (1, T), after what begins a text, if there is room. Raises `LabError` without a tokenizer"
+    "Ids of the prompt, (1, T), after what begins a text where there is room for it"
     if tokenizer is None:
         raise LabError('this model has no tokenizer, so it cannot read a text or write one: give a tokenizer, '
                        'or ids to `generate`; `about["tokenizer"]` of `from_hf` says what is wrong with its own')
     first, ids = begins(tokenizer), tokenizer.encode(prompt)
-    if not first + ids and tokenizer.bos_id is not None: first = [tokenizer.bos_id]         # something must be there
+    if not first + ids and tokenizer.bos_id is not None: first = [tokenizer.bos_id]
     if len(first + ids) <= room(model): ids = first + ids
     return torch.tensor([ids or [0]], device=next(model.parameters()).device)
 
