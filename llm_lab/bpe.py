@@ -89,7 +89,8 @@ def _learn(counts, n:int, least:int, ties='tokenizers')->list: # [(bytes, bytes)
 # %% ../nbs/04_bpe.ipynb #c07ea964
 def _marks(special): # {text: id} → (id of what begins a text, of what ends it)
     first = lambda *names: next((special[s] for s in names if s in special), None)
-    return first('<|begin_of_text|>', '<s>', '<|endoftext|>'), first('<|endoftext|>', '<|end_of_text|>', '</s>')
+    return (first('<|begin_of_text|>', '<s>', '<|endoftext|>'),
+            first('<|endoftext|>', '<|end_of_text|>', '</s>'))
 
 class BPETokenizer:
     "Byte-level BPE (Sennrich et al. 2016, Radford et al. 2019): any text, no unknown characters, exact both ways"
@@ -113,7 +114,7 @@ class BPETokenizer:
         self.tokens = [self.vocab.get(n) for n in range(self.vocab_size)]    # id → bytes
         self.letter_ids = {c: self.ids[t] for t, c in self.letters.items()}
         self.bos_id, self.eos_id = _marks(self.special_tokens)
-        self.begin = None                                      # ids before a prompt, where a file says which
+        self.begin = None                                      # ids before a prompt, from a file
         self._find, self._chunks, self._rust = [_finder(p) for p in self.patterns], _Chunks(self), None
 
 # %% ../nbs/04_bpe.ipynb #20e61351
@@ -340,7 +341,7 @@ def train(
     return cls(dict(enumerate(tokens)), merges, special_tokens, meta=meta)
 
 # %% ../nbs/04_bpe.ipynb #c2f4a7b1
-_ONE = r"\\[pP]\{[A-Z][a-z]?\}|\\[sSrnt]|\\[^\w\s]"            # a class of Unicode, white space, a sign
+_ONE = r"\\[pP]\{[A-Z][a-z]?\}|\\[sSrnt]|\\[^\w\s]"            # a class, white space, a sign
 _CLASS = rf"\[\^?(?:{_ONE}|[^\\\[\]&]|&(?!&))+\]"
 _PLAIN = rf"(?:{_ONE}|{_CLASS}|\(\?[:=!]|\((?!\?)|[)|]|[^\\\[\](){{}}|?*+.^$])"
 _TIMES = r"(?:[?*+]\??|\{\d+(?:,\d*)?\})(?![?*+{])"
@@ -364,11 +365,12 @@ def save(self:BPETokenizer, folder):
     model = dict(type='BPE', ignore_merges=self.whole, vocab=dict(sorted(vocab.items(), key=lambda p: p[1])),
                  merges=[list(map(to_letters, m)) for m in self.merges])
     write_tokenizer(folder, model, level if gpt2 else dict(type='Sequence', pretokenizers=[*cuts, level]), level,
-                    self.form and dict(type=self.form), self.special_tokens, dict(self.meta, kind=self.kind), self.begin)
+                    self.form and dict(type=self.form), self.special_tokens,
+                    dict(self.meta, kind=self.kind), self.begin)
 
 # %% ../nbs/04_bpe.ipynb #644701de
 def _patterns(steps):
-    "The regular expressions of a file's pre-tokenizer; raises `LabError` where it does more than to cut"
+    "The regular expressions of a file's pre-tokenizer; raises `LabError` where it does more"
     for n, s in enumerate(steps, 1):
         kind, cut = s['type'], s.get('pattern') or {}
         if kind == 'ByteLevel' and n == len(steps) and not s.get('add_prefix_space'):
@@ -386,7 +388,7 @@ def _steps(x, name): # of a normalizer, a pre-tokenizer, a decoder
 _FORMS = 'NFC', 'NFD', 'NFKC', 'NFKD'
 
 def _in_turn(vocab, added)->bool:
-    "Has each added token its word's id, or the next free one? Its library counts, whatever a file says"
+    "Has each added token its word's id, or the next free one? So its library counts"
     free = len(vocab)
     for t in added:
         if t['id'] != vocab.get(t['content'], free): return False
@@ -395,8 +397,8 @@ def _in_turn(vocab, added)->bool:
 
 def _mark(t, forms)->bool:
     "Is an added token one that only a program can write, and nothing beside it is touched?"
-    letters = set(t['content']) <= _BYTE.keys() and not t['content'].isascii()      # these are decoded as bytes
-    touches = t.get('lstrip') or t.get('rstrip') or t.get('single_word') or forms and t.get('normalized')
+    letters = set(t['content']) <= _BYTE.keys() and not t['content'].isascii()  # decoded as bytes
+    touches = forms and t.get('normalized') or any(map(t.get, ('lstrip', 'rstrip', 'single_word')))
     return bool(t.get('special')) and not letters and not touches
 
 def _followed(data)->bool:
@@ -408,7 +410,8 @@ def _followed(data)->bool:
     odd = 'dropout', 'continuing_subword_prefix', 'end_of_word_suffix'
     return (all(_mark(t, forms) for t in added) and _in_turn(model['vocab'], added)
             and not any(model.get(k) for k in odd) and len(pairs) == len(model['merges'])
-            and decoders == ['ByteLevel'] and len(forms) < 2 and all(f['type'] in _FORMS for f in forms)
+            and decoders == ['ByteLevel']
+            and len(forms) < 2 and all(f['type'] in _FORMS for f in forms)
             and data.get('truncation') is None and data.get('padding') is None)
 
 def _check_ids(ids):
@@ -419,7 +422,7 @@ def _check_ids(ids):
 
 @patch(cls_method=True)
 def from_json(cls:BPETokenizer, data:dict):
-    "The `BPETokenizer` that `data`, a parsed tokenizer.json, describes; None if another class must read it"
+    "The `BPETokenizer` that a parsed tokenizer.json describes; None if another class must read it"
     model, steps = data.get('model') or {}, _steps(data.get('pre_tokenizer'), 'pretokenizers')
     if model.get('type', 'BPE') != 'BPE' or not 0 < len(steps) < 20: return None
     try:
@@ -429,7 +432,8 @@ def from_json(cls:BPETokenizer, data:dict):
         _check_ids([*model['vocab'].values(), *special.values()])
         vocab = {n: from_letters(t) for t, n in model['vocab'].items() if t not in special}
         vocab.update((n, s.encode()) for s, n in special.items())
-        merges = [map(from_letters, m.split(' ') if isinstance(m, str) else m) for m in model['merges']]
+        parts = (m.split(' ') if isinstance(m, str) else m for m in model['merges'])
+        merges = [map(from_letters, m) for m in parts]
         form = next((f['type'] for f in _steps(data.get('normalizer'), 'normalizers')), None)
         tok = cls(vocab, merges, special, patterns, bool(model.get('ignore_merges')), form)
     except (LabError, AttributeError, LookupError, TypeError, ValueError): return None
@@ -437,41 +441,47 @@ def from_json(cls:BPETokenizer, data:dict):
     return tok
 
 # %% ../nbs/04_bpe.ipynb #b4d6f8a2
-_SMALL = ('Sequence', 'Lowercase', *_FORMS, 'Nmt', 'Strip', 'StripAccents', 'BertNormalizer', 'ByteLevel')
+_SMALL = (*_FORMS, 'Sequence', 'Lowercase', 'Nmt', 'Strip', 'StripAccents', 'BertNormalizer',
+          'ByteLevel')
 
 def _grown(steps, most=1000):
     "Raises `LabError` where the steps of a normalizer may make more than `most` letters of one"
     made = 1
     for s in steps:
-        if (kind := s['type']) == 'Precompiled':               # a trie, and what it points to, between zeros
+        if (kind := s['type']) == 'Precompiled':               # a trie, and texts between zeros
             rules = base64.b64decode(s['precompiled_charsmap'])
             rules = rules[4 + int.from_bytes(rules[:4], 'little'):]
             made *= max(map(len, rules.split(b'\0')))
         elif kind == 'Replace': made *= max(1, len(s['content']))
         elif kind == 'Prepend': made *= 1 + len(s['prepend'])
-        elif kind not in _SMALL: raise LabError(f'the normalizer {short(kind)} is not known: use another tokenizer')
-    if made > most: raise LabError(f'the normalizers may make {made:,} letters of one: use another tokenizer')
+        elif kind not in _SMALL:
+            raise LabError(f'the normalizer {short(kind)} is not known: use another tokenizer')
+    if made > most:
+        raise LabError(f'the normalizers may make {made:,} letters of one: use another tokenizer')
 
 def _inside(x):
     "Every dict in a parsed file, the outer ones first"
     if isinstance(x, dict): yield x
-    for y in x.values() if isinstance(x, dict) else x if isinstance(x, list) else (): yield from _inside(y)
+    parts = x.values() if isinstance(x, dict) else x if isinstance(x, list) else ()
+    for y in parts: yield from _inside(y)
 
 def _fills(padding)->bool:
     "Does it add to a text that stands alone?"
     return padding['strategy'] != 'BatchLongest' or padding.get('pad_to_multiple_of') is not None
 
 def _check_foreign(data):
-    "Raises `LabError` on what the library does at random, does to a text's length, or may never end"
+    "Raises `LabError` on what is done at random, or to a text's length, or may never end"
     model, padding = data['model'], data.get('padding')
     found = dict(dropout=model.get('dropout'), truncation=data.get('truncation'),
                  padding=padding if padding and _fills(padding) else None)
     for name, value in found.items():
-        if value: raise LabError(f'{name}={short(value, 200)} cannot be followed exactly: set it to null in the file')
+        if value: raise LabError(f'{name}={short(value, 200)} cannot be followed exactly: '
+                                 'set it to null in the file')
     if (n := model.get('max_input_chars_per_word') or 0) > 1000:
-        raise LabError(f'max_input_chars_per_word={n:,} is more than any model has: give 1,000 at most')
+        raise LabError(f'max_input_chars_per_word={n:,} is more than any has: give 1,000 at most')
     rules = [*_inside({k: v for k, v in data.items() if k not in ('model', 'added_tokens')})]
-    if len(rules) > 500: raise LabError(f'{len(rules):,} steps are more than any tokenizer has: use another one')
+    if len(rules) > 500:
+        raise LabError(f'{len(rules):,} steps are more than any tokenizer has: use another one')
     for d in rules:
         cut = d.get('pattern')
         if isinstance(cut, dict) and isinstance(cut.get('Regex'), str): _bearable(cut['Regex'])
@@ -485,7 +495,7 @@ def _answer(what, f, *args, **kw):
     except BaseException as e: raise LabError(f'{what} ({short(str(e), 150)})') from None
 
 class ForeignTokenizer:
-    "A tokenizer of any kind, read by Hugging Face's `tokenizers`: its ids, in the protocol of this book"
+    "A tokenizer of any kind, read by Hugging Face's `tokenizers`, in the protocol of this book"
     kind = 'foreign'
     def __init__(self, data:dict): # a parsed tokenizer.json
         _check_foreign(data)
@@ -494,29 +504,31 @@ class ForeignTokenizer:
         vocab = model['vocab']
         if isinstance(vocab, list): vocab = {t: n for n, (t, _) in enumerate(vocab)}
         _check_ids([*vocab.values(), *(t['id'] for t in self.added)])
-        if len({*vocab.values()}) < len(vocab): raise LabError('two tokens have one id: save it again')
+        if len({*vocab.values()}) < len(vocab):
+            raise LabError('two tokens have one id: save it again')
         self.special_tokens = {t['content']: t['id'] for t in self.added if t.get('special')}
         reader = self.reader()
         for t in self.added:
             if (n := reader.token_to_id(t['content'])) != t['id']:
-                raise LabError(f'the added token {short(t["content"])} has id {t["id"]} in the file '
-                               f'and {n} by its order: save it again')
+                raise LabError(f'the added token {short(t["content"])} has id {t["id"]} in the '
+                               f'file and {n} by its order: save it again')
         self.model = type(reader.model).__name__
         self.names = {n: t for t, n in reader.get_vocab().items()}
         self.vocab_size = max(self.names, default=-1) + 1
         self.bos_id, self.eos_id = _marks(self.special_tokens)
-        self.runs = 'ByteFallback' in str(data.get('decoder'))  # are bytes one after the other read together?
-        unknown = model.get('unk_token'), model.get('unk_id')  # written for what is not known, not for itself
-        self.marks = {n: s for s, n in self.special_tokens.items() if s != unknown[0] and n != unknown[1]}
+        self.runs = 'ByteFallback' in str(data.get('decoder')) # are bytes in a row read as one?
+        unk, unk_id = model.get('unk_token'), model.get('unk_id')    # may stand for what was typed
+        self.marks = {n: s for s, n in self.special_tokens.items() if s != unk and n != unk_id}
 
     def __repr__(self):
-        return f'ForeignTokenizer({self.model}, {self.vocab_size:,} ids, special {[*self.special_tokens]})'
+        return (f'ForeignTokenizer({self.model}, {self.vocab_size:,} ids, '
+                f'special {[*self.special_tokens]})')
 
     def __reduce__(self): return type(self), (self.data,), dict(begin=self.begin)
 
     @classmethod
     def from_json(cls, data:dict):
-        "The `ForeignTokenizer` that `data`, a parsed tokenizer.json, describes; None if it describes none"
+        "The `ForeignTokenizer` that a parsed tokenizer.json describes; None if it describes none"
         return cls(data) if isinstance(data.get('model'), dict) else None
 
 # %% ../nbs/04_bpe.ipynb #e7a9c1d3
@@ -525,7 +537,8 @@ def reader(self:ForeignTokenizer, allowed=frozenset()):
     "The library's tokenizer that finds, of the special tokens, only those `allowed`"
     if allowed not in self.readers:
         from tokenizers import Tokenizer
-        added = [t | dict(special=bool(t.get('special')) and t['content'] not in allowed) for t in self.added]
+        hidden = self.special_tokens.keys() - allowed
+        added = [t | dict(special=t['content'] in hidden) for t in self.added]
         said = json.dumps(self.data | dict(added_tokens=added, padding=None, post_processor=None))
         reader = _answer('the library of such files cannot read it', Tokenizer.from_str, said)
         reader.encode_special_tokens = True                    # as ordinary text
@@ -534,20 +547,25 @@ def reader(self:ForeignTokenizer, allowed=frozenset()):
 
 @patch
 def encode(self:ForeignTokenizer, text, allowed_special=())->list[int]:
-    "Ids of a text (str or bytes); special tokens only if allowed, by name or 'all'. `LabError` where one was typed"
+    """Ids of a text (str or bytes); special tokens only if allowed, by name or 'all'.
+
+    Raises `LabError` where one is typed that the vocabulary has as a word."""
     if isinstance(text, bytes): text = text.decode('utf-8', 'surrogateescape')
     names = [allowed_special] if isinstance(allowed_special, str) else allowed_special
     allowed = frozenset(self.special_tokens if allowed_special == 'all' else names)
     if unknown := [s for s in allowed if s not in self.special_tokens]:
-        raise LabError(f'{unknown[0]!r} is no special token here: choose from {[*self.special_tokens]}')
+        raise LabError(f'{unknown[0]!r} is no special token here: '
+                       f'choose from {[*self.special_tokens]}')
     try: text.encode()
     except UnicodeEncodeError as e:
-        raise LabError(f'the text holds half a character, {text[e.start]!r}: mend it at its source') from None
+        raise LabError(f'the text holds half a character, {text[e.start]!r}: '
+                       'mend it at its source') from None
     encode = self.reader(allowed).encode
-    ids = _answer('the tokenizer cannot write this text', encode, text, add_special_tokens=False).ids
+    said = _answer('the tokenizer cannot write this text', encode, text, add_special_tokens=False)
+    ids = said.ids
     if typed := [self.marks[n] for n in ids if n in self.marks and self.marks[n] not in allowed]:
-        raise LabError(f'the text holds {typed[0]!r}, which this tokenizer takes for a special token: '
-                       'leave it out, or allow it')
+        raise LabError(f'the text holds {typed[0]!r}, which this tokenizer takes for a special '
+                       'token: leave it out, or allow it')
     return ids
 
 @patch
@@ -567,11 +585,12 @@ def decode(self:ForeignTokenizer, ids)->str:
     if wrong := [n for n in ids if n not in self.names]:
         raise LabError(f'the id {wrong[0]!r} is not in this vocabulary of {len(self.names):,}: '
                        'use the tokenizer it comes from')
-    return _answer('the tokenizer cannot read these ids', self.reader().decode, ids, skip_special_tokens=False)
+    decode = self.reader().decode
+    return _answer('the tokenizer cannot read these ids', decode, ids, skip_special_tokens=False)
 
 @patch
 def save(self:ForeignTokenizer, folder):
-    "Write its `tokenizer.json`; what stands before a prompt is added where the file says nothing of it"
+    "Write its `tokenizer.json`; what stands before a prompt is added where it says nothing of it"
     post = self.data.get('post_processor')
     if post is None and self.begin is not None: post = template(self.begin, self.names)
     write_data(folder, self.data | dict(post_processor=post))
@@ -579,7 +598,7 @@ def save(self:ForeignTokenizer, folder):
 # %% ../nbs/04_bpe.ipynb #9a5c9803
 @patch(cls_method=True)
 def load(cls:BPETokenizer, path):
-    "The BPE tokenizer in a folder or a `tokenizer.json`: ours, GPT-2's, or another's (a `ForeignTokenizer`)"
+    "The BPE tokenizer in a folder or a `tokenizer.json`; a `ForeignTokenizer` if it must be"
     tok = load_tokenizer(path)
     if tok.kind == cls.kind or getattr(tok, 'model', None) == 'BPE': return tok
     raise LabError(f'{path} holds {getattr(tok, "model", tok.kind)}, not BPE: use load_tokenizer')

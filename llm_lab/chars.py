@@ -96,7 +96,8 @@ def template(begin, names)->dict:
     marks = [dict(SpecialToken=dict(id=names[n], type_id=0)) for n in begin]
     a, b = (dict(Sequence=dict(id=x, type_id=t)) for t, x in enumerate('AB'))
     told = {names[n]: dict(id=names[n], ids=[n], tokens=[names[n]]) for n in begin}
-    return dict(type='TemplateProcessing', single=[*marks, a], pair=[*marks, a, b], special_tokens=told)
+    return dict(type='TemplateProcessing', single=[*marks, a], pair=[*marks, a, b],
+                special_tokens=told)
 
 def begin_of(data:dict): # [id, …], or None where the file does not say
     "The ids that a parsed tokenizer.json puts before a text; raises `LabError` where it does more"
@@ -128,8 +129,9 @@ def begins(tokenizer)->list:
     except LabError: return []
 
 # %% ../nbs/03_chars.ipynb #25f6dcd6
-_EACH = dict(                                                  # each by itself, and nothing between them
-    pre_tokenizer=dict(type='Split', pattern=dict(Regex=r'[\s\S]'), behavior='Isolated', invert=False),
+_EACH = dict(                                                  # each by itself, nothing between
+    pre_tokenizer=dict(type='Split', pattern=dict(Regex=r'[\s\S]'), behavior='Isolated',
+                       invert=False),
     decoder=dict(type='Fuse'))
 
 @patch
@@ -149,8 +151,9 @@ def from_json(cls:CharTokenizer, data:dict):
     model = data.get('model') or {}
     vocab = model.get('vocab') or {}
     if model.get('type') != 'WordLevel' or any(len(c) != 1 for c in vocab): return None
-    if any(data.get(k) != v for k, v in _EACH.items()) or model.get('unk_token') in vocab: return None
-    if any(data.get(k) for k in ('normalizer', 'added_tokens', 'truncation', 'padding')): return None
+    more = ('normalizer', 'added_tokens', 'truncation', 'padding')
+    if any(map(data.get, more)) or model.get('unk_token') in vocab: return None
+    if any(data.get(k) != v for k, v in _EACH.items()): return None
     if any(type(n) is not int for n in vocab.values()) or {*vocab.values()} != {*range(len(vocab))}:
         raise ValueError('the ids are not 0, 1, 2, …')
     tok = cls(''.join(sorted(vocab, key=vocab.get)))
@@ -168,11 +171,13 @@ def tokenizer_from(
     for address in TOKENIZERS if isinstance(data, dict) else ():
         try: tok = lookup(address, 'tokenizer').from_json(data)
         except LabError as e: raise LabError(f'{name}: {e}') from None
-        except (AttributeError, LookupError, RecursionError, TypeError, ValueError, OverflowError) as e:
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError,
+                ValueError) as e:
             raise LabError(f'{name} is no whole tokenizer ({type(e).__name__}: {short(str(e), 100)}): save it again') from None
         if tok is None: continue
         if wrong := [n for n in getattr(tok, 'begin', None) or () if n >= tok.vocab_size]:
-            raise LabError(f'{name} puts the id {wrong[0]:,} before a text, and has {tok.vocab_size:,}: save it again')
+            raise LabError(f'{name} puts the id {wrong[0]:,} before a text, and has '
+                           f'{tok.vocab_size:,}: save it again')
         return tok
     raise LabError(f'{name} holds no tokenizer that this library knows: save one with its own `save`')
 

@@ -29,7 +29,7 @@ _PADS = ('<pad>', '<|pad|>', '[PAD]', '<|finetune_right_pad_id|>',
 _COMMON = 'Ll Zs Cc Lo Po Lu Pd Nd Lt Lm Mn Mc Pe Ps Pf Pi Pc Nl No Sc Sk Sm So Cf'.split()
 
 def _pad(tokenizer): # (token, its id), or (token, None) where a typed text may hold it
-    "What fills a batch: a special token; of bytes, the one that no text holds; of characters, an odd one"
+    "What fills a batch: a special token; the byte that no text holds; of characters, an odd one"
     special = getattr(tokenizer, 'special_tokens', {})
     if found := next((s for s in _PADS if s in special), None): return found, special[found]
     if isinstance(tokenizer, BPETokenizer): return to_letters(b'\xff'), tokenizer.ids[b'\xff']
@@ -38,23 +38,25 @@ def _pad(tokenizer): # (token, its id), or (token, None) where a typed text may 
     return max(tokenizer.chars, key=rank), None
 
 def _add_tokenizer(new, tokenizer, cfg)->dict: # {key of config.json: id}
-    """Write a tokenizer into the folder `new`, and what transformers must know to treat a text as we do.
+    """Write a tokenizer into the folder `new`, and what transformers must know to do as we do.
 
     Raises `LabError` where the tokenizer has ids that the model has not."""
     if tokenizer.vocab_size > cfg.vocab_size:
-        raise LabError(f'the tokenizer has {tokenizer.vocab_size:,} ids, the model {cfg.vocab_size:,}: '
-                       'give the one of this model')
+        raise LabError(f'the tokenizer has {tokenizer.vocab_size:,} ids, the model '
+                       f'{cfg.vocab_size:,}: give the one of this model')
     told = copy(tokenizer)
-    told.begin = begins(tokenizer)                             # its file says what our prompts begin with
+    told.begin = begins(tokenizer)                             # what our prompts begin with
     told.save(new)
     how = dict(tokenizer_class='PreTrainedTokenizerFast', clean_up_tokenization_spaces=False,
                split_special_tokens=True, model_max_length=cfg.max_len, padding_side='left')
     names = {n: s for s, n in getattr(tokenizer, 'special_tokens', {}).items()}
     marks = {k: getattr(tokenizer, f'{k}_id', None) for k in ('bos', 'eos')}
-    how |= {f'{k}_token': names.get(n) or tokenizer.decode([n]) for k, n in marks.items() if n is not None}
+    for k, n in marks.items():
+        if n is not None: how[f'{k}_token'] = names.get(n) or tokenizer.decode([n])
     how['pad_token'], pad = _pad(tokenizer)
     ids = {f'{k}_token_id': n for k, n in marks.items()}
-    for name, said in (('tokenizer_config', how), ('generation_config', ids | dict(pad_token_id=pad))):
+    files = dict(tokenizer_config=how, generation_config=ids | dict(pad_token_id=pad))
+    for name, said in files.items():
         (new/f'{name}.json').write_text(json.dumps(said, indent=1), encoding='utf-8')
     return ids
 
@@ -111,8 +113,9 @@ def _placed(told, index)->dict: # {name of a tensor: name of its file}
     for f in place.values():
         if isinstance(f, str) and is_name(f) and f.endswith('.safetensors'): continue
         where = isinstance(f, str) and any(c in f for c in '/\\')
-        raise LabError(f'{index} points out of its folder, to {short(f)}: do not trust it' if where else
-                       f'{index} names {short(f)}, which is no .safetensors file: copy it again')
+        said = f'points out of its folder, to {short(f)}: do not trust it' if where else \
+               f'names {short(f)}, which is no .safetensors file: copy it again'
+        raise LabError(f'{index} {said}')
     if (n := len({*place.values()})) > 1000:
         raise LabError(f'{index} names {n:,} files, more than any model has: copy it again')
     return place
@@ -169,17 +172,18 @@ def _matched(want, found, tie, where):
 _OTHERS = 'tokenizer.model', 'vocab.json', 'merges.txt', 'vocab.txt', 'spiece.model', 'tekken.json'
 
 def _tokenizer_of(folder, cfg):
-    "The tokenizer in a folder, None if there is none; raises `LabError` where it cannot be followed"
+    "The tokenizer in a folder, or None; raises `LabError` where it cannot be followed"
     if not (folder/'tokenizer.json').is_file():
         if old := next((f for f in _OTHERS if (folder/f).is_file()), None):
-            raise LabError(f'{old} alone is not read: add the tokenizer.json that transformers makes of it')
+            raise LabError(f'{old} alone is not read: add the tokenizer.json that transformers '
+                           'makes of it')
         return None
     tokenizer = load_tokenizer(folder)
     if tokenizer.vocab_size > cfg.vocab_size:
-        raise LabError(f'tokenizer.json has {tokenizer.vocab_size:,} ids, the model {cfg.vocab_size:,}: '
-                       "it is another one's")
-    ours = (folder/'llm_lab_files.json').is_file()             # of before `to_hf` wrote what stands before a prompt
-    if tokenizer.begin is None and not ours: tokenizer.begin = []           # nothing is said, and nothing is done
+        raise LabError(f'tokenizer.json has {tokenizer.vocab_size:,} ids, the model '
+                       f"{cfg.vocab_size:,}: it is another one's")
+    ours = (folder/'llm_lab_files.json').is_file()             # before `to_hf` wrote how to begin
+    if tokenizer.begin is None and not ours: tokenizer.begin = []      # nothing is said, or done
     return tokenizer
 
 # %% ../nbs/25_hub.ipynb #da5f4475
@@ -194,7 +198,7 @@ def from_hf(
     folder,            # config.json and model.safetensors, or several files with an index; perhaps tokenizer.json
     max_len:int=None,  # a shorter context than the file's
     device='cpu'
-)->Opened: # (model, tokenizer, about); the tokenizer is None where none can be followed exactly: a warning says why
+)->Opened: # (model, tokenizer, about); a tokenizer that cannot be followed is None, with a warning
     "Open a model of one of the families of chapter 24: in eval mode, the numbers of the file, in its dtype"
     said = _json((folder := Path(folder))/'config.json', 1 << 22)
     cfg, family = _asked(said, max_len), said['model_type']

@@ -131,7 +131,7 @@ class Decoder:
         return new
 
     def of_runs(self, id):
-        "Where a run of byte tokens is read as one: whole characters turn into `�`, too, until the run's last one is whole"
+        "Where bytes in a row are read as one, and are all `�` until the last character is whole"
         self.window.append(id)
         if (text := self.decode(self.window)).endswith('\ufffd'): return ''
         new, short = text[len(self.known):], self.window[-4:]
@@ -143,8 +143,8 @@ class Decoder:
 def prompt_ids(model, tokenizer, prompt):
     "Ids of the prompt, (1, T), after what begins a text where there is room for it"
     if tokenizer is None:
-        raise LabError('this model has no tokenizer, so it cannot read a text or write one: give a tokenizer, '
-                       'or ids to `generate`; `about["tokenizer"]` of `from_hf` says what is wrong with its own')
+        raise LabError('this model has no tokenizer, so it cannot read or write a text: give one, '
+                       'or ids to `generate`; `from_hf(folder).about` says what is wrong with its own')
     first, ids = begins(tokenizer), tokenizer.encode(prompt)
     if not first + ids and tokenizer.bos_id is not None: first = [tokenizer.bos_id]
     if len(first + ids) <= room(model): ids = first + ids
