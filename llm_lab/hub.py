@@ -175,12 +175,12 @@ def _tokenizer_of(folder, cfg):
     "The tokenizer in a folder, or None; raises `LabError` where it cannot be followed"
     if not (folder/'tokenizer.json').is_file():
         if old := next((f for f in _OTHERS if (folder/f).is_file()), None):
-            raise LabError(f'{old} alone is not read: add the tokenizer.json that transformers '
+            raise LabError(f'{folder/old} alone is not read: add the tokenizer.json that transformers '
                            'makes of it')
         return None
     tokenizer = load_tokenizer(folder)
     if tokenizer.vocab_size > cfg.vocab_size:
-        raise LabError(f'tokenizer.json has {tokenizer.vocab_size:,} ids, the model '
+        raise LabError(f'{folder}: tokenizer.json has {tokenizer.vocab_size:,} ids, the model '
                        f"{cfg.vocab_size:,}: it is another one's")
     ours = (folder/'llm_lab_files.json').is_file()             # before `to_hf` wrote how to begin
     if tokenizer.begin is None and not ours: tokenizer.begin = []      # nothing is said, or done
@@ -218,5 +218,5 @@ def from_hf(
     try: tokenizer = _tokenizer_of(folder, cfg)
     except LabError as e:
         tokenizer, about['tokenizer'] = None, str(e)
-        warnings.warn(f'{folder}: the model comes without its tokenizer: {e}', stacklevel=2)
+        warnings.warn(f'the model comes without its tokenizer: {e}', stacklevel=2)
     return Opened(model.to(device).eval(), tokenizer, about)

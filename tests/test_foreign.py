@@ -250,6 +250,7 @@ KINDS = {
     'a suffix ends words': lambda: octets(end_of_word_suffix='</w>'),
     'a prefix within words': lambda: octets(continuing_subword_prefix='##'),
     'whole chunks': lambda: octets(ignore_merges=True),
+    'a merge twice': lambda: changed(octets(), lambda d: d['model']['merges'].append(d['model']['merges'][0])),
     'padded to the longest': lambda: padded(octets()),
     'a word is added': lambda: added(octets, ('hello', False, {})),
     'a common word is special': lambda: added(octets, ('hello', True, {})),

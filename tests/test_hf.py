@@ -895,7 +895,7 @@ def test_marks_for_begin_and_end_go_along(tmp_path):
 def test_a_tokenizer_that_is_not_ours_is_none_with_a_reason(tmp_path):
     to_hf(tmp_path/'x', MiniGPT(llama(d_model=16, n_heads=2, n_layers=1)))
     (tmp_path/'x'/'tokenizer.json').write_text(json.dumps(dict(model=dict(type='BPE', vocab={'a': 0}, merges=[], dropout=.1))))
-    with pytest.warns(UserWarning, match='the model comes without its tokenizer: dropout=0.1'): opened = from_hf(tmp_path/'x')
+    with pytest.warns(UserWarning, match='the model comes without its tokenizer: .*dropout=0.1'): opened = from_hf(tmp_path/'x')
     assert opened.tokenizer is None and 'dropout=0.1 cannot be followed exactly' in opened.about['tokenizer']
 
 
