@@ -197,7 +197,9 @@ def _finder(pattern):
     "A function: text → what the pattern finds in it, and what lies between"
     _bearable(pattern)
     try:
-        regex.compile(pattern)                                 # whole by itself: no bracket of ours is its own
+        # by itself: no bracket of ours is its own; and it finds something: what it finds without a letter is lost
+        if regex.compile(pattern).fullmatch(''): raise LabError(f'the pattern {short(pattern)} finds nothing, too: '
+                                                                'let it ask for a letter at least')
         compiled = regex.compile(pattern if pattern == GPT2 else f'(?:{pattern})|(?:(?!{pattern})[\\s\\S])+')
     except (regex.error, RecursionError) as e: raise LabError(f'the pattern {short(pattern)} cannot be read: {e}') from None
     if pattern in _KNOWN: return compiled.findall if not compiled.groups else lambda text: [m[0] for m in compiled.finditer(text)]
@@ -349,7 +351,10 @@ _PATTERN = regex.compile(f"(?:{_PLAIN}(?:{_TIMES})?)*")
 
 def _alike(pattern)->bool:
     "Does a pattern mean the same in `regex` and in the library that reads the world's files?"
-    return bool(_PATTERN.fullmatch(pattern.replace(_SHORT[:-1], '')))
+    if not _PATTERN.fullmatch(pattern.replace(_SHORT[:-1], '')): return False
+    bare = regex.sub(r'\(\?[=!][^()]*\)', '', pattern)          # without a look at what follows
+    try: return '(?=' not in bare and '(?!' not in bare and not regex.fullmatch(bare, '')
+    except regex.error: return False
 
 # %% ../nbs/04_bpe.ipynb #f373e91e
 @patch
