@@ -979,3 +979,25 @@ def test_random_indexes_are_read_or_are_one_line(sharded, tmp_path):
             assert '\n' not in str(e)
         else:
             assert data['weight_map'] == place
+
+
+def test_a_tokenizer_of_another_kind_is_packed_and_scored(tmp_path):
+    "In files of tokens, in a package, in evaluation"
+    from llm_lab.evaluate import evaluate
+    from llm_lab.pack import PackedTokens, pack
+    from llm_lab.package import open_model, save_package
+    from llm_lab.tales import tiny_tales
+
+    tales = tiny_tales(20)
+    tok = foreign(llama2())
+    packed = pack(tales, tok, tmp_path / 'packed')
+    val = PackedTokens(packed.folder, 'val')
+    first = tok.encode(tales.documents('val')[0])
+    assert val.ids[: len(first)].tolist() == first and val.tokenizer.kind == 'foreign'
+    model = MiniGPT(gpt(tok.vocab_size)).eval()
+    back = open_model(save_package(tmp_path / 'm', model, tok))
+    assert back.tokenizer.kind == 'foreign'
+    for t in ('The cat', '家'):
+        assert back.tokenizer.encode(t) == tok.encode(t)
+    one, two = (evaluate(m, t, tales, 'val') for m, t in ((model, tok), back[:2]))
+    assert one.loss == two.loss and 3 < one.loss < 8
