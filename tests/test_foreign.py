@@ -969,9 +969,9 @@ def test_random_indexes_are_read_or_are_one_line(sharded, tmp_path):
         data = dict(weight_map=dict(place))
         for _ in range(rnd.randint(1, 3)):
             at = rnd.choice([data] + [x for x in data.values() if isinstance(x, dict)])
-            at[rnd.choice([*at, 'weight_map', 'more'])] = rnd.choice(odd)
+            at[rnd.choice([*at, 'weight_map', 'more'])] = copy.deepcopy(rnd.choice(odd))
         if rnd.random() < 0.2:
-            data = rnd.choice(odd)
+            data = copy.deepcopy(rnd.choice(odd))
         (tmp_path / 'x' / 'model.safetensors.index.json').write_text(json.dumps(data))
         try:
             from_hf(tmp_path / 'x')
