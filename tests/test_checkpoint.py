@@ -245,7 +245,7 @@ def no_checkpoint_is_lost(counts, tried, expected):
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='strace is a tool of Linux')
 def test_no_checkpoint_is_lost_when_any_system_call_of_a_save_kills_or_fails(tmp_path):
     "Every kind of call of a save meets all three faults, here and there"
-    every = 9
+    every = 13
     counts, trace, tried = grid(tmp_path, every)
     in_order(trace)
     no_checkpoint_is_lost(counts, tried, sum(len(range(1 + j % min(n, every), n + 1, every)) for n in counts.values() for j in range(3)))
