@@ -9,8 +9,8 @@ __all__ = ['STOPPED', 'write_from', 'main']
 import argparse, os, re, sys, warnings
 from pathlib import Path
 from . import __version__
-from .lab import LabError, home, need, pointed, save_picture, usable_device
-from .config import CONFIGS, read_config
+from .lab import LabError, home, need, save_picture, usable_device
+from .config import CONFIGS, read_config, stated
 from .tour import command, surviving_output, tour, verdict
 from contextlib import nullcontext
 
@@ -43,13 +43,12 @@ def _setting(text):
 
 # %% ../nbs/28_cli.ipynb #ebac8df8
 def _place(path):
-    "Where it is: here, or in `home()`; for the name of a config, its newest run"
-    runs = home()/'experiments'/path/'runs'
-    newest = [runs/pointed(runs/'latest')] if (runs/'latest').is_file() else []
-    return next((p for p in (*newest, Path(path), home()/path) if p.exists()), path)
+    "Where it is: here, or in `home()`; for the name of a config, its newest run; for CONFIG/RUN or RUN, that run"
+    from llm_lab.run import find_model
+    return find_model(path)
 
 def write_from(
-    path,         # a saved model; looked for here, then in `home()`
+    path,         # a saved model or a run; looked for here, then in `home()`
     prompt='',
     n=300,
     seed=0,
@@ -92,7 +91,7 @@ def _tour_options(t):
 # %% ../nbs/28_cli.ipynb #312a6096
 def _sample_options(s):
     "Tell the parser `s` how a model can be asked to write"
-    s.add_argument('path', help='a saved model, such as artifacts/tour')
+    s.add_argument('path', help='a saved model, such as artifacts/tour, or a run: CONFIG, CONFIG/RUN or RUN')
     s.add_argument('--prompt', default='', help='the beginning of the text')
     s.add_argument('--tokens', type=_whole, default=300, help='how many to write (default 300)')
     s.add_argument('--temperature', type=_number(float, lambda x: 0 <= x < 1e4, 'give 0 (greedy) or more'),
@@ -138,10 +137,11 @@ def _train(a):
     if len(named) > 1: raise LabError(f'{named[1]!r} is too much: give one config, and key=value')
     if not named and not resume:
         raise LabError('no config is named: give a .yaml file, golden or smoke, or --resume PATH')
-    if not resume: read_config(named[0], settings)             # a slip is answered before PyTorch is there
+    if resume is None: read_config(named[0], settings)         # a slip is answered before PyTorch is there
+    elif named: stated(named[0])
     from llm_lab.run import train_config
     warnings.showwarning = lambda message, *rest: print(message, file=sys.stderr)
-    job = train_config(*named or [''], *settings, resume=resume and _place(resume), run=a.name, smoke=a.smoke, tune=True)
+    job = train_config(*named or [None], *settings, resume=resume and _place(resume), run=a.name, smoke=a.smoke, tune=True)
     if not job.engine.is_main_process: return 0
     if why := job.run.stopped:
         print(f'stopped {why} at step {job.run.step:,}; go on with: {command()} train --resume {job.folder}')
@@ -188,13 +188,26 @@ def _check_picture(path):
     if not Path(path).absolute().parent.is_dir():
         raise LabError(f'--plot {path}: {Path(path).absolute().parent} is no folder; make it first')
 
+def _comparable(found)->list:
+    "The runs among these paths, each once; why another one is left out is told on stderr, if one remains"
+    from llm_lab.evaluate import compare
+    good, errors = [], []
+    for run in dict.fromkeys(Path(p).resolve() for p in found):
+        try:
+            compare([run])
+            good.append(run)
+        except LabError as e: errors.append(e)
+    if not good: raise errors[0]
+    for e in errors: print(f'left out: {e}', file=sys.stderr)
+    return good
+
 def _runs(a):
     "Compare all runs, or those that are named"
     from llm_lab.evaluate import compare
     if a.plot: _check_picture(a.plot)
     found = [*map(_place, a.paths)] or sorted(p.parent for p in home().glob('experiments/*/runs/*/metrics.jsonl'))
     if not found: print(f'no run yet: {command()} train smoke'); return
-    print(table := compare(found))
+    print(table := compare(_comparable(found)))
     if a.plot: save_picture(table.picture(), a.plot)
 
 def _judge_options(e, r):

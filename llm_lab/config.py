@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'BLOCKS', 'CONFIGS', 'DataKeys', 'ModelKeys', 'TrainKeys', 'EvalKeys', 'LogKeys', 'RunConfig',
-           'model_data', 'config_of', 'read_config', 'write_config', 'gone_on', 'smaller']
+           'model_data', 'config_of', 'read_config', 'as_data', 'write_config', 'differences', 'gone_on', 'smaller',
+           'stated', 'origin', 'same_config', 'edited']
 
 # %% ../nbs/14_config.ipynb #5fb9272d
 import difflib, io, math, re
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import get_args
-from .lab import (HOLDS, LabError, address, check_recipe, home, need, require_ours, short,
-                         written)
+from .lab import (HOLDS, SLOTS, LabError, address, check_recipe, home, need, require_ours,
+                         short, written)
 
 # %% ../nbs/14_config.ipynb #6a30dd62
 def _key(default, least=None, most=None, of=None):
@@ -198,17 +199,21 @@ def _bearable(path)->str:
     except yaml.YAMLError: pass                                # whoever loads it says what is wrong
     return text
 
+def _file_of(config):
+    "The .yaml file that a config is read from; None where there is none"
+    for place in (Path(config), home()/'experiments'/config, home()/config):
+        if place.suffix in ('.yaml', '.yml') and place.is_file(): return place
+        if (place/'config.yaml').is_file(): return place/'config.yaml'
+
 def _source(config):
     "(plain data, name) of a config: a .yaml file, a folder that holds config.yaml, or a name"
-    there = lambda p: p.suffix in ('.yaml', '.yml') and p.is_file() or (p/'config.yaml').is_file()
-    path = next(filter(there, (Path(config), home()/'experiments'/config, home()/config)), None)
+    path = _file_of(config)
     if path is None and config in CONFIGS: return CONFIGS[config], config
     if path is None:
         names = [*CONFIGS, *(p.parent.name for p in (home()/'experiments').glob('*/config.yaml'))]
         near = difflib.get_close_matches(config, names, 1, .5)
         raise LabError(f'no config is called {config!r}: ' + (f'did you mean {near[0]!r}?' if near else
                        f'give a .yaml file, or choose from {", ".join(names)}'))
-    path = path/'config.yaml' if path.is_dir() else path
     name = path.parent.absolute().name if path.stem == 'config' else path.stem
     omega, errors, yaml = need('omegaconf').OmegaConf, need('omegaconf.errors'), need('yaml')
     try:
@@ -270,9 +275,13 @@ def read_config(config, overrides=())->RunConfig:
         raise LabError(f'{where}: {str(e).splitlines()[0]}: write keys and values, such as train.steps=500') from None
 
 # %% ../nbs/14_config.ipynb #d3b6425a
+def as_data(cfg:RunConfig)->dict: # {section: {key: value}}, as `config_of` takes it
+    "All that a config says, as plain data"
+    return {s: asdict(getattr(cfg, s)) for s in SECTIONS}
+
 def _as_yaml(cfg):
     omega = need('omegaconf').OmegaConf
-    return omega.to_yaml(omega.create({s: asdict(getattr(cfg, s)) for s in SECTIONS}))
+    return omega.to_yaml(omega.create(as_data(cfg)))
 
 def _by_us(data):
     "Is this a config as `write_config` lays it out? A hand leaves comments, or another order"
@@ -288,12 +297,19 @@ def write_config(cfg:RunConfig, path):
     require_ours(path, _by_us)
     with written(path) as f: f.write_text(_as_yaml(cfg), encoding='utf-8')
 
+def differences(old:RunConfig, new:RunConfig)->dict: # {'train.steps': (30, 60)}
+    "The keys in which two configs differ, each with both values"
+    said = {path: [getattr(getattr(c, path.partition('.')[0]), path.partition('.')[2])
+                   for c in (old, new)] for path in _PATHS}
+    return {path: (a, b) for path, (a, b) in said.items() if a != b}
+
 def gone_on(old:RunConfig, new:RunConfig)->RunConfig:
     "`new`, if a run of `old` can go on with it: only what does not reach back is another. Raises `LabError` if not"
-    for path in _PATHS:
-        a, b = (getattr(getattr(c, path.partition('.')[0]), path.partition('.')[2]) for c in (old, new))
-        if a != b and not path.startswith(('log.', 'eval.', 'train.steps', 'train.threads')):
-            raise LabError(f'{path}={b!r}: it was {a!r}, and a run that goes on keeps it; leave it out, or start a new run')
+    for path, (a, b) in differences(old, new).items():
+        moved = path == 'data.corpus' and not {a, b} & {*SLOTS['corpus']}      # its text is looked at later
+        if not moved and not path.startswith(('log.', 'eval.', 'train.steps', 'train.threads')):
+            raise LabError(f'{path}={short(b, 200)}: it was {short(a, 200)}, and a run that goes on keeps it; '
+                           'leave it out, or start a new run')
     return new
 
 def smaller(cfg:RunConfig)->RunConfig:
@@ -301,3 +317,41 @@ def smaller(cfg:RunConfig)->RunConfig:
     few = max(2000, cfg.data.block_len + 1)
     return replace(cfg, train=replace(cfg.train, steps=20), log=replace(cfg.log, every=5, checkpoint_every=10),
                    eval=replace(cfg.eval, every=10, tokens=few, sample_every=20, sample_tokens=20))
+
+# %% ../nbs/14_config.ipynb #a1e90d02
+def stated(config)->dict: # {'train.lr': 0.02}
+    "The keys that a config gives itself, as they stand there; what it leaves out is missing"
+    if not isinstance(config, dict): config = _source(str(config))[0]
+    omega, said = need('omegaconf').OmegaConf, {}
+    data = omega.to_container(omega.create(config))
+    if not isinstance(data, dict): raise LabError(f'{config} is a list: write sections, as in train: {{steps: 100}}')
+    for section, keys in data.items():
+        if section not in SECTIONS or not isinstance(keys, dict): config_of({section: keys})     # it raises
+        said |= {f'{section}.{k}': v for k, v in keys.items()}
+    return said
+
+def origin(config)->tuple: # ('my', 'experiments/my.yaml')
+    "Name and place of a config: its file, from `home()` if it lies there; the name again where it has none"
+    if isinstance(config, dict): return 'run', ''
+    name, path = _source(str(config))[1], _file_of(str(config))
+    if path is None: return name, name
+    path, top = path.resolve(), home().resolve()
+    return name, (path.relative_to(top) if path.is_relative_to(top) else path).as_posix()
+
+def same_config(record:dict, config)->bool:
+    "Is `config` the one of which a run has kept `record`? A file that was moved still is; one that was copied is not"
+    source = origin(config)[1]
+    if record.get('source') == source: return True
+    there = (home()/record.get('source', '')).is_file() or record.get('source') in CONFIGS
+    return not there and record.get('stated') == stated(config)
+
+def edited(cfg:RunConfig, then:dict, now:dict, overrides=())->RunConfig:
+    "`cfg` with what its file says `now` and did not say `then` (see `stated`), and with `key=value` changes"
+    data = as_data(cfg)
+    other = [p for p in (then | now) if then.get(p, ...) != now.get(p, ...)]
+    if other: other += [p for p, v in now.items() if '${' in str(v)]       # it may refer to what is another now
+    for path in other:
+        section, _, key = path.partition('.')
+        if path in now: data[section][key] = now[path]
+        else: data[section].pop(key, None)                     # its default again
+    return replace(read_config(data, overrides), name=cfg.name)
