@@ -588,7 +588,8 @@ def going_on(
     "What it takes to go on. Raises `LabError` that names what was changed and reaches back"
     folder, start = _run_at(path)
     told, old = told_of(folder), read_config(folder/'config.yaml')
-    old = replace(old, name=str(told.get('name') or folder.parent.parent.name))
+    named = folder.parent.parent.name if folder.parent.name == 'runs' else str(told.get('name', folder.name))
+    old = replace(old, name=named)
     newest, state = _newest(folder)
     if start and newest and start.resolve() == newest.resolve(): start = None
     branch = start is not None
@@ -601,7 +602,7 @@ def going_on(
     try: gone_on(then, old)
     except LabError as e: raise LabError(f'{folder/"config.yaml"} was edited: {e}') from None
     record, cfg = _as_edited(folder, told, old, config, overrides)
-    gone_on(then, cfg)
+    gone_on(then, cfg := replace(cfg, name=named))
     if cfg.train.steps < state['step']:
         raise LabError(f'train.steps={cfg.train.steps}: {start or newest} is at step {state["step"]:,}; give at least that')
     changes = {k: v for k, v in differences(then, cfg).items() if v[0] is not None or k != 'train.threads'}
