@@ -293,8 +293,9 @@ def go(self:Job, start=None):
         for name, told in state.get('facts', {}).get('rows', {}).items():
             if self.metrics.told()[name] != told:
                 warnings.warn(f'{self.folder/name} is not what it was at step {run.step:,}: rows are missing, or changed')
+        _describe(self, start)
         if self.on: print(_from_where(self, start), flush=True)
-        _describe(self, start); self.measure(); _track(self)
+        self.measure(); _track(self)
     self.then = self.tokens(run.step), run.seconds
     if e.device.type == 'cuda':                                # the same bits on a GPU, too
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
@@ -451,7 +452,8 @@ def _hash(told): return hashlib.sha256(json.dumps(told, sort_keys=True).encode()
 def told_of(folder)->dict: # {} where there is none
     "What the run.json of a run says. Raises `LabError` where it is damaged, by its own hash"
     if not (folder/'run.json').exists(): return {}
-    told = _json_in(folder, 'run.json')
+    try: told = _json_in(folder, 'run.json')
+    except LabError: told = {}
     starts, own = told.get('starts'), told.pop('sha256', None)
     if not (isinstance(starts, list) and all(isinstance(s, dict) for s in starts)) or own not in (None, _hash(told)):
         raise LabError(f'{folder/"run.json"} is not by this library, or was changed since: delete it, or copy it again')
@@ -587,6 +589,7 @@ def going_on(
 )->GoingOn: # config, folder, the checkpoint that a branch begins from or None, SHA-256 of the text, …
     "What it takes to go on. Raises `LabError` that names what was changed and reaches back"
     folder, start = _run_at(path)
+    if start is None and os.environ.get('RANK', '0') == '0': held(folder).release()    # nobody writes there meanwhile
     told, old = told_of(folder), read_config(folder/'config.yaml')
     named = folder.parent.parent.name if folder.parent.name == 'runs' else str(told.get('name', folder.name))
     old = replace(old, name=named)
