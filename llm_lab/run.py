@@ -492,13 +492,16 @@ def _track(job):
                        'or leave it out') from None
 
 # %% ../nbs/15_run.ipynb #d3f70e02
+def _is_run(folder):
+    "Is this the folder of a run that has begun? An author's folder may hold a config.yaml, too"
+    return (folder/'run.json').exists() or (folder/'.lock').exists() and (folder/'config.yaml').exists()
+
 def runs_of(name, smoke=False)->list: # folders, the one that was started last first
     "The runs of the configs of that name; with `smoke`, those that only tried"
     runs = _runs(name)
-    found = [p for p in (runs.iterdir() if runs.is_dir() else ())
-             if (p/'config.yaml').is_file() and (p/'.smoke').exists() == smoke and not p.is_symlink()]
+    found = [p for p in (runs.iterdir() if runs.is_dir() else ()) if _is_run(p) and (p/'.smoke').exists() == smoke]
     last = pointed(runs/'latest').name if (runs/'latest').is_file() else ''
-    started = lambda p: (p/('run.json' if (p/'run.json').exists() else 'config.yaml')).stat().st_mtime
+    started = lambda p: max((p/n).stat().st_mtime for n in ('run.json', 'config.yaml') if (p/n).exists())
     return sorted(found, key=lambda p: (p.name == last, started(p), p.name), reverse=True)
 
 def run_to_go_on(config, run=None)->tuple: # (folder, or None; what to say when there is none)
@@ -537,8 +540,7 @@ def _run_at(path)->tuple: # (folder of a run, a checkpoint of it or None)
     path = Path(path)
     start = path if (path/'manifest.json').exists() else None
     folder = path.absolute().parent.parent if start else path.absolute()
-    ours = (folder/'.lock').exists() or (folder/'run.json').is_file()
-    if not ours or not (folder/'config.yaml').is_file():
+    if not _is_run(folder):
         raise LabError(f'{path} is neither a run nor a checkpoint of one: choose from `llm-lab runs`')
     if (folder/'.smoke').exists():
         raise LabError(f'{folder} only tried whether its config works (--smoke): begin a run of that config')
@@ -570,11 +572,18 @@ def _beginning(folder, told, cfg):
 # %% ../nbs/15_run.ipynb #d3f70e05
 GoingOn = namedtuple('GoingOn', 'cfg folder start sha256 record changes')
 
+def _own_config(path):
+    "The config.yaml of a run. Raises `LabError` that names it where it cannot be read"
+    remedy = 'mend it, or delete it: then it is made anew'
+    if not path.is_file(): raise LabError(f'{path} is no file any more: {remedy}')
+    try: return read_config(path)
+    except LabError as e: raise LabError(f'{path} cannot be read, {e}: {remedy}') from None
+
 def _record(config): return dict(source=origin(config)[1], stated=stated(config))
 
 def _as_edited(folder, told, old, config, overrides):
     "The config of a run, as its file says now, and what is typed. Raises `LabError` where it is another file"
-    if config is None: return told.get('config', {}), read_config(folder/'config.yaml', overrides)
+    if config is None: return told.get('config', {}), read_config(as_data(old), overrides)
     record, now = told.get('config', {}), _record(config)
     if 'source' in record and not same_config(record, config):
         raise LabError(f'{folder} was made from {record.get("source")}, not from {now["source"]}: '
@@ -590,7 +599,8 @@ def going_on(
     "What it takes to go on. Raises `LabError` that names what was changed and reaches back"
     folder, start = _run_at(path)
     if start is None and os.environ.get('RANK', '0') == '0': held(folder).release()    # nobody writes there meanwhile
-    told, old = told_of(folder), read_config(folder/'config.yaml')
+    told, path = told_of(folder), folder/'config.yaml'
+    old = _own_config(path) if os.path.lexists(path) or not told.get('config') else config_of(told['config']['decided'])
     named = folder.parent.parent.name if folder.parent.name == 'runs' else str(told.get('name', folder.name))
     old = replace(old, name=named)
     newest, state = _newest(folder)
@@ -603,7 +613,7 @@ def going_on(
     known = state.get('facts', {}).get('config') or told.get('config', {}).get('decided')
     then = config_of(known, old.name) if known else old
     try: gone_on(then, old)
-    except LabError as e: raise LabError(f'{folder/"config.yaml"} was edited: {e}') from None
+    except LabError as e: raise LabError(f'{path} was edited: {e}') from None
     record, cfg = _as_edited(folder, told, old, config, overrides)
     gone_on(then, cfg := replace(cfg, name=named))
     if cfg.train.steps < state['step']:

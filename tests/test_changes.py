@@ -17,8 +17,12 @@ from collections import Counter
 from dataclasses import fields, replace
 from pathlib import Path
 
+import accelerate  # noqa: F401 so that no fork has to, nor the next two
+import filelock  # noqa: F401
+import omegaconf  # noqa: F401
 import pytest
 import torch
+import torch._dynamo
 import yaml
 from safetensors.torch import load as tensors_from
 from safetensors.torch import save as tensor_bytes
@@ -363,8 +367,8 @@ def folders(n, luck):
         ('by its config and its path', lambda w: None, ['my.yaml', '--resume', 'my/x'], 'harmless', [], {}),
         ("as another config's", lambda w: None, ['../else/my.yaml', '--resume', 'my/x'], 'refused', ['my.yaml'], {}),
         ("by another config's name and its own", lambda w: None, ['my.yaml', '--run', 'z'], 'refused', ['my.yaml'], {}),
-        ('from another folder', lambda w: None, ['--resume', 'my/x'], 'harmless', [], dict(cwd='else')),
-        ('its config from another folder', lambda w: None, ['../work/my.yaml'], 'harmless', [], dict(cwd='else')),
+        ('from another folder', lambda w: None, ['--resume', 'my/x'], 'harmless or refused', ['own.txt'], dict(cwd='else')),
+        ('its config from another folder', lambda w: None, ['../work/my.yaml'], 'harmless or refused', ['own.txt'], dict(cwd='else')),
         ('the config is moved', moved(lambda w: w.work/'my.yaml', lambda w: w.work/'sub'/'my.yaml'), ['sub/my.yaml'], 'harmless', [], {}),
         ('the config is copied', lambda w: shutil.copytree(w.work, w.here/'copy'), ['my.yaml'], 'new', [], dict(cwd='copy')),
         ('a smoke run is the latest', later_smoke, ['my.yaml'], 'harmless', [], {}),
