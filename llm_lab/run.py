@@ -290,8 +290,9 @@ def go(self:Job, start=None):
     if e.is_main_process:
         if self.saved.steps(): self.saved.tidy(run)            # a kill may have come before it
         self.metrics.cut(run.step, start and start.parent.parent)
-        for name, told in state.get('facts', {}).get('rows', {}).items():
-            if self.metrics.told()[name] != told:
+        rows = state.get('facts', {}).get('rows')              # an older checkpoint has none
+        for name, told in self.metrics.told().items():
+            if rows and rows.get(name) != told:
                 warnings.warn(f'{self.folder/name} is not what it was at step {run.step:,}: rows are missing, or changed')
         _describe(self, start)
         if self.on: print(_from_where(self, start), flush=True)
@@ -457,7 +458,7 @@ def told_of(folder)->dict: # {} where there is none
     starts, own = told.get('starts'), told.pop('sha256', None)
     if not (isinstance(starts, list) and all(isinstance(s, dict) for s in starts)) or own not in (None, _hash(told)):
         raise LabError(f'{folder/"run.json"} is not by this library, or was changed since: delete it, or copy it again')
-    return told
+    return told if own else dict(starts=starts)                # an older one has no hash: no more is believed
 
 def _describe(job, came_from):
     "Write config.yaml, run.json and the name of the newest run: what it takes to tell how the run was made"
@@ -516,23 +517,24 @@ def run_to_go_on(config, run=None)->tuple: # (folder, or None; what to say when 
     return None, f'there is no run of {source or name} to go on with: a new one begins'
 
 def find_model(path)->Path:
-    "Where a run, a checkpoint or a model is: a path, here or in `home()`; CONFIG for its newest run; CONFIG/RUN; RUN"
-    words = Path(path).parts
-    plain = all(map(is_name, words))
-    if plain and len(words) == 1 and (runs := runs_of(path)): return runs[0]
+    """Where a run, a checkpoint or a saved model is: a path, here or in `home()`; or a run by its name,
+
+    as CONFIG, its newest one, as CONFIG/RUN, or as RUN. Raises `LabError` where several have that name"""
+    words, top = Path(path).parts, home()/'experiments'
+    named = all(map(is_name, words)) and len(words) < 3
+    newest = lambda **kw: runs_of(words[0], **kw) if named and len(words) == 1 and (top/words[0]/'runs').is_dir() else []
+    if found := newest(): return found[0]
     for place in (Path(path), home()/path):
         if place.name == 'latest' and place.parent.name == 'runs' and place.is_file():
             return place.parent/pointed(place)
         if place.exists(): return place
-    if plain and len(words) < 3:
-        found = sorted(home().glob('/'.join(['experiments', *(['*'] if len(words) == 1 else words[:1]), 'runs'])))
-        found = [p/words[-1] for p in found if (p/words[-1]).is_dir()]
-        if len(found) > 1:
-            names = [f'{p.parent.parent.name}/{p.name}' for p in found]
-            raise LabError(f'{len(found)} runs are called {path}: write {" or ".join(names)}')
-        if found: return found[0]
-        if len(words) == 1 and (runs := runs_of(path, smoke=True)): return runs[0]
-    return Path(path)
+    if not named or not words: return Path(path)
+    among = [top/words[0]/'runs'] if len(words) == 2 else sorted(top.glob('*/runs'))
+    found = [runs/words[-1] for runs in among if (runs/words[-1]).is_dir()]
+    if len(found) > 1:
+        names = [f'{run.parent.parent.name}/{run.name}' for run in found]
+        raise LabError(f'{len(found)} runs are called {path}: write {" or ".join(names)}')
+    return (found or newest(smoke=True) or [Path(path)])[0]
 
 # %% ../nbs/15_run.ipynb #4534592f
 def _run_at(path)->tuple: # (folder of a run, a checkpoint of it or None)
@@ -557,7 +559,7 @@ def _newest(folder):
 
 def _beginning(folder, told, cfg):
     "From where a run begins that has no checkpoint: the one of which it is a branch, or None. Raises `LabError` if it had one"
-    starts = [s.get('step', 0) for s in told.get('starts', [])] or [0]
+    starts = [s['step'] for s in told.get('starts', []) if isinstance(s.get('step'), int)] or [0]
     due = min(starts[0]//n*n + n for n in (cfg.log.checkpoint_every, cfg.eval.every))
     rows = read_rows(folder/'metrics.jsonl')
     named = [n for n in ('latest', 'best', 'result.json') if (folder/n).exists()]
@@ -611,7 +613,7 @@ def going_on(
         start = _beginning(folder, told, old)
         state = read_state(start) if start else dict(facts={}, about={}, step=0)
     known = state.get('facts', {}).get('config') or told.get('config', {}).get('decided')
-    then = config_of(known, old.name) if known else old
+    then = config_of(known, old.name) if isinstance(known, dict) else old      # an older one keeps none
     try: gone_on(then, old)
     except LabError as e: raise LabError(f'{path} was edited: {e}') from None
     record, cfg = _as_edited(folder, told, old, config, overrides)
@@ -644,6 +646,8 @@ def train_config(
     if smoke and resume is not None: raise LabError('--smoke begins anew: leave --resume out')
     if run is not None: require_name(run, '--run')
     begins, on = '', None
+    if resume == '' and isinstance(config, (str, Path)) and _is_run(Path(config)):
+        resume, config = config, None                          # a run is named, and no config
     if resume == '':
         found, begins = run_to_go_on(config or 'smoke', run)
         on = found and going_on(found, overrides, config or 'smoke')

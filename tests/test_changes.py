@@ -143,13 +143,13 @@ class World:
         return last.name, bits, *(rows(folder/f'{name}.jsonl') for name in ('metrics', 'samples'))
 
 
-def stop_at(step):
-    "In a fork: the system asks the run to end after that step"
+def stop_at(step, number=signal.SIGTERM):
+    "In a fork: the system asks the run to end after that step, or kills it"
     real = run.Job.record
 
     def record(job, state):
         if state.step == step:
-            signal.raise_signal(signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return real(job, state)
 
     run.Job.record = record
@@ -652,3 +652,157 @@ def test_nothing_that_is_changed_is_passed_over_in_silence(kind, world, record_p
     assert wrong == []
     record_property('tally', dict(tally))
     print(f'{kind.__name__}: {dict(tally)}')
+
+
+# ---- where a run begins that goes on
+
+
+def killed(step):
+    return lambda: stop_at(step, signal.SIGKILL)
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_at_0_and_says_so(world):
+    world.again()
+    shutil.rmtree(world.run)
+    for more in ([TYPED, '--run', 'x'], ['--run', 'x', '--resume']):  # what was typed at first is not forgotten
+        assert world.life('train', 'my.yaml', *more, before=killed(2))[0] == -signal.SIGKILL
+    code, out, err = world.life('train', 'my.yaml', '--resume')
+    assert code == 0 and 'goes on from step 0 of experiments/my/runs/x\n' in out, (out, err)
+    assert world.left() == world.whole
+
+
+def test_a_branch_that_was_killed_before_its_first_checkpoint_begins_where_it_began(world):
+    world.again()
+    at = f'my/x/checkpoints/{world.step(6).name}'
+    words = 'goes on from step 6 of experiments/my/runs/x in a branch'
+    assert world.life('train', '--resume', f'experiments/my/runs/{at[3:]}', before=killed(STOP))[0] == -signal.SIGKILL
+    (branch,) = {*world.runs.iterdir()} - {world.runs/n for n in ('x', 'z', 'smoke', 'latest')}
+    assert not list((branch/'checkpoints').glob('*')) and (branch/'metrics.jsonl').is_file()
+    shutil.copytree(branch, world.here/'branch')
+    code, out, err = world.life('train', '--resume', branch.name)
+    assert code == 0 and words in out, (out, err)
+    assert world.left(branch) == world.whole
+    shutil.rmtree(branch)
+    shutil.move(world.here/'branch', branch)
+    shutil.rmtree(world.step(6))
+    code, out, err = world.life('train', '--resume', branch.name)
+    assert code == 1 and err.count('\n') == 1 and 'is a branch of' in err and world.step(6).name in err, err
+    assert rows(branch/'metrics.jsonl')  # its log is as it was
+
+
+def test_a_run_of_an_older_version_goes_on(world):
+    "Its checkpoints keep no config, its run.json no hash and no file"
+    world.again()
+    for place in (world.run/'checkpoints').iterdir():
+        state = json.loads((place/'state.json').read_text())
+        del state['facts']
+        (place/'state.json').write_text(json.dumps(state))
+        said = json.loads((place/'manifest.json').read_text())
+        seal(place, 'manifest.json', said['files'], sizes=said['sizes'])
+    told = json.loads((world.run/'run.json').read_text())
+    for key in ('config', 'sha256'):
+        del told[key]
+    (world.run/'run.json').write_text(json.dumps(told, indent=1) + '\n')
+    kept = world.here/'kept'
+    shutil.copytree(world.run, kept)
+    for argv in (['--resume', 'x'], ['my.yaml', '--resume']):
+        shutil.rmtree(world.run)
+        shutil.copytree(kept, world.run)
+        (world.runs/'latest').write_text('x\n')
+        code, out, err = world.life('train', *argv)
+        assert code == 0 and 'goes on from step 8 of experiments/my/runs/x\n' in out, (out, err)
+        assert world.left()[:3] == world.whole[:3]
+
+
+def test_what_was_edited_is_remembered(world):
+    "An edit counts once; what was typed counts until something else is said"
+    world.again()
+    rewritten(world.work/'my.yaml', 'train.steps', 14)
+    code, out, _ = world.life('train', 'my.yaml', '--resume')
+    assert code == 0 and 'with train.steps=14 (it was 12)' in out and world.left()[0] == 'step-000014'
+    code, out, _ = world.life('train', '--resume', 'x', 'train.steps=16')
+    assert code == 0 and world.left()[0] == 'step-000016'
+    code, out, _ = world.life('train', 'my.yaml', '--resume')  # the file says 14, as it did when it was last read
+    assert code == 0 and 'goes on from step 16 of experiments/my/runs/x, its last one' in out, out
+    rewritten(world.work/'my.yaml', 'train.weight_decay', 0.3)
+    code, _, err = world.life('train', 'my.yaml', '--resume')
+    assert code == 1 and 'train.weight_decay=0.3: it was 0.2' in err
+    rewritten(world.work/'my.yaml', 'train.weight_decay', 0.2)
+    rewritten(world.work/'my.yaml', 'train.steps', 18)
+    assert world.life('train', 'my.yaml', '--resume')[0] == 0 and world.left()[0] == 'step-000018'
+
+
+def test_a_model_that_has_diverged_is_not_saved(world):
+    "The run ends with one line, and the newest checkpoint is the one before"
+    world.again()
+
+    def poison():
+        real = run.Job.save
+
+        def save(job, state):
+            if state.step == 6:
+                with torch.no_grad():
+                    state.model.head.weight[0, 0] = torch.nan
+            real(job, state)
+
+        run.Job.save = save
+
+    code, out, err = world.life('train', 'my.yaml', '--run', 'wild', before=poison)
+    assert code == 1 and err.count('\n') == 1 and 'head.weight is no number after step 6' in err, err
+    assert max(p.name for p in (world.runs/'wild'/'checkpoints').iterdir()) == 'step-000004'
+    code, out, err = world.life('train', '--resume', 'wild')
+    assert code == 0 and 'goes on from step 4 of experiments/my/runs/wild\n' in out, (out, err)
+
+
+# ---- the name of a run is its address
+
+
+def test_every_command_knows_a_run_by_its_name(world):
+    world.again()
+    said = {}
+    for path in ('x', 'my/x', 'experiments/my/runs/x', world.run, '../home/experiments/my/runs/x'):
+        for argv in (['sample', path, '--tokens', '5'], ['eval', path], ['runs', path]):
+            code, out, err = world.life(*argv)
+            assert code == 0 and err == '', (argv, err)
+            said.setdefault(argv[0], set()).add(out.split('in ')[0])
+    assert all(len(outs) == 1 for outs in said.values()), said
+    code, out, err = world.life('runs', 'my/x', 'my/z')
+    assert code == 0 and {line.strip('* ').split()[0] for line in out.splitlines()[1:3]} == {'x', 'z'}, out
+    (world.runs/'begun').mkdir()
+    (world.runs/'begun'/'metrics.jsonl').touch()
+    for argv in (['runs'], ['runs', *sorted(world.runs.iterdir())]):
+        code, out, err = world.life(*argv)
+        table = out.split('\n\n')[0]
+        assert code == 0 and all(f' {name} ' in table for name in ('x', 'z', 'smoke')), (out, err)
+        assert err.count('\n') == 1 and 'begun has no metrics' in err, err
+    shutil.copytree(world.runs.parent, world.runs.parent.with_name('our'))
+    for argv in (['sample', 'x'], ['eval', 'x'], ['runs', 'x'], ['train', '--resume', 'x']):
+        code, out, err = world.life(*argv)
+        assert code == 1 and err == 'llm-lab: 2 runs are called x: write my/x or our/x\n', err
+    assert world.life('sample', 'our/x', '--tokens', '3')[0] == 0
+    code, out, err = world.life('sample', 'our/y')
+    assert code == 1 and err.count('\n') == 1 and 'our/y' in err
+
+
+def test_the_newest_run_of_a_config_is_the_one_that_was_started_last(world):
+    world.again()
+    assert [p.name for p in run_folders(world)] == ['z', 'x']
+    world.life('train', 'my.yaml', '--resume')
+    assert [p.name for p in run_folders(world)] == ['x', 'z']
+
+
+def run_folders(w):
+    old = os.environ.get('LLM_LAB_HOME')
+    os.environ['LLM_LAB_HOME'] = str(w.home)
+    try:
+        return run.runs_of('my')
+    finally:
+        os.environ.pop('LLM_LAB_HOME') if old is None else os.environ.update(LLM_LAB_HOME=old)
+
+
+def test_a_path_to_a_run_is_no_config(world):
+    "`train RUN --resume` goes on with it"
+    world.again()
+    code, out, err = world.life('train', '../home/experiments/my/runs/x', '--resume')
+    assert code == 0 and 'goes on from step 8 of experiments/my/runs/x\n' in out, (out, err)
+    assert world.left() == world.whole
