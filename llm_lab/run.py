@@ -539,9 +539,10 @@ def find_model(path)->Path:
 # %% ../nbs/15_run.ipynb #4534592f
 def _run_at(path)->tuple: # (folder of a run, a checkpoint of it or None)
     "The run at a path, or the one whose checkpoint is there. Raises `LabError` where it is none, or one that only tried"
-    path = Path(path)
-    start = path if (path/'manifest.json').exists() else None
-    folder = path.absolute().parent.parent if start else path.absolute()
+    place, plain = Path(path).absolute(), Path(os.path.abspath(path))
+    if plain.exists() and place.exists() and plain.samefile(place): place = plain                 # without a/../
+    start = place if (place/'manifest.json').exists() else None
+    folder = place.parent.parent if start else place
     if not _is_run(folder):
         raise LabError(f'{path} is neither a run nor a checkpoint of one: choose from `llm-lab runs`')
     if (folder/'.smoke').exists():
