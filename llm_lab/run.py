@@ -467,10 +467,10 @@ def _describe(job, came_from):
                  came_from=str(came_from.absolute()) if came_from else told.get('came_from', ''),
                  hashes=dict(corpus=texts['corpus'].sha256, train=texts['train'].sha256, val=texts['val'].sha256,
                              tokenizer=texts['train'].meta['tokenizer']['sha256']),
-                 config=job.origin | dict(decided=as_data(job.cfg)),
                  starts=[*told.get('starts', []), dict(
                      machine(), step=job.run.step, processes=job.engine.num_processes, llm_lab=__version__,
-                     commit=_git('rev-parse', 'HEAD'), changed=bool(_git('status', '--porcelain')))])
+                     commit=_git('rev-parse', 'HEAD'), changed=bool(_git('status', '--porcelain')))],
+                 config=job.origin | dict(decided=as_data(job.cfg)))
     config = job.folder/'config.yaml'
     known = replace(read_config(config), name=job.cfg.name) if config.exists() else None
     if known != job.cfg: write_config(job.cfg, config)         # else it may hold your comments

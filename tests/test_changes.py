@@ -130,7 +130,7 @@ class World:
             assert done[0] == code, done
         shutil.move(self.here, self.kept)
         self.again()
-        done = self.life('train', 'my.yaml', '--resume')
+        done = self.life('train', '--resume', 'x')
         assert done[0] == 0 and f'goes on from step {STOP} of experiments/my/runs/x\n' in done[1], done
         self.whole = self.left()
         return self
