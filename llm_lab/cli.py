@@ -43,7 +43,7 @@ def _setting(text):
 
 # %% ../nbs/28_cli.ipynb #ebac8df8
 def _place(path):
-    "Where it is: here, or in `home()`; for the name of a config, its newest run; for CONFIG/RUN or RUN, that run"
+    "Where it is: here, or in `home()`; the newest run of a config by its name; a run by CONFIG/RUN or RUN"
     from llm_lab.run import find_model
     return find_model(path)
 
@@ -91,7 +91,8 @@ def _tour_options(t):
 # %% ../nbs/28_cli.ipynb #312a6096
 def _sample_options(s):
     "Tell the parser `s` how a model can be asked to write"
-    s.add_argument('path', help='a saved model, such as artifacts/tour, or a run: CONFIG, CONFIG/RUN or RUN')
+    s.add_argument('path',
+                   help='a saved model, such as artifacts/tour, or a run: CONFIG, CONFIG/RUN or RUN')
     s.add_argument('--prompt', default='', help='the beginning of the text')
     s.add_argument('--tokens', type=_whole, default=300, help='how many to write (default 300)')
     s.add_argument('--temperature', type=_number(float, lambda x: 0 <= x < 1e4, 'give 0 (greedy) or more'),
@@ -141,7 +142,8 @@ def _train(a):
     elif named: stated(named[0])
     from llm_lab.run import train_config
     warnings.showwarning = lambda message, *rest: print(message, file=sys.stderr)
-    job = train_config(*named or [None], *settings, resume=resume and _place(resume), run=a.name, smoke=a.smoke, tune=True)
+    job = train_config(*named or [None], *settings, resume=resume and _place(resume), run=a.name,
+                       smoke=a.smoke, tune=True)
     if not job.engine.is_main_process: return 0
     if why := job.run.stopped:
         print(f'stopped {why} at step {job.run.step:,}; go on with: {command()} train --resume {job.folder}')
@@ -189,7 +191,7 @@ def _check_picture(path):
         raise LabError(f'--plot {path}: {Path(path).absolute().parent} is no folder; make it first')
 
 def _comparable(found)->list:
-    "The runs among these paths, each once; why another one is left out is told on stderr, if one remains"
+    "The runs among these paths, each once; why others are left out is told on stderr, if one remains"
     from llm_lab.evaluate import compare
     good, errors = [], []
     for run in dict.fromkeys(Path(p).resolve() for p in found):

@@ -306,10 +306,11 @@ def differences(old:RunConfig, new:RunConfig)->dict: # {'train.steps': (30, 60)}
 def gone_on(old:RunConfig, new:RunConfig)->RunConfig:
     "`new`, if a run of `old` can go on with it: only what does not reach back is another. Raises `LabError` if not"
     for path, (a, b) in differences(old, new).items():
-        moved = path == 'data.corpus' and not {a, b} & {*SLOTS['corpus']}      # its text is looked at later
+        # a text may have moved; whether it is the same one is seen later
+        moved = path == 'data.corpus' and not {a, b} & {*SLOTS['corpus']}
         if not moved and not path.startswith(('log.', 'eval.', 'train.steps', 'train.threads')):
-            raise LabError(f'{path}={short(b, 200)}: it was {short(a, 200)}, and a run that goes on keeps it; '
-                           'leave it out, or start a new run')
+            raise LabError(f'{path}={short(b, 200)}: it was {short(a, 200)}, and a run that goes on '
+                           'keeps it; leave it out, or start a new run')
     return new
 
 def smaller(cfg:RunConfig)->RunConfig:
@@ -324,14 +325,15 @@ def stated(config)->dict: # {'train.lr': 0.02}
     if not isinstance(config, dict): config = _source(str(config))[0]
     omega, said = need('omegaconf').OmegaConf, {}
     data = omega.to_container(omega.create(config))
-    if not isinstance(data, dict): raise LabError(f'{config} is a list: write sections, as in train: {{steps: 100}}')
+    if not isinstance(data, dict):
+        raise LabError(f'{config} is a list: write sections, as in train: {{steps: 100}}')
     for section, keys in data.items():
         if section not in SECTIONS or not isinstance(keys, dict): config_of({section: keys})     # it raises
         said |= {f'{section}.{k}': v for k, v in keys.items()}
     return said
 
 def origin(config)->tuple: # ('my', 'experiments/my.yaml')
-    "Name and place of a config: its file, from `home()` if it lies there; the name again where it has none"
+    "Name and place of a config: its file, from `home()` if it lies there; the name if it has none"
     if isinstance(config, dict): return 'run', ''
     name, path = _source(str(config))[1], _file_of(str(config))
     if path is None: return name, name
@@ -339,17 +341,17 @@ def origin(config)->tuple: # ('my', 'experiments/my.yaml')
     return name, (path.relative_to(top) if path.is_relative_to(top) else path).as_posix()
 
 def same_config(record:dict, config)->bool:
-    "Is `config` the one of which a run has kept `record`? A file that was moved still is; one that was copied is not"
+    "Is `config` the one of which a run has kept `record`? A moved file still is, and a copy is not"
     source = origin(config)[1]
     if record.get('source') == source: return True
     there = (home()/record.get('source', '')).is_file() or record.get('source') in CONFIGS
     return not there and record.get('stated') == stated(config)
 
 def edited(cfg:RunConfig, then:dict, now:dict, overrides=())->RunConfig:
-    "`cfg` with what its file says `now` and did not say `then` (see `stated`), and with `key=value` changes"
+    "`cfg` with what its file says `now` and did not say `then`, see `stated`, and with `key=value`"
     data = as_data(cfg)
     other = [p for p in (then | now) if then.get(p, ...) != now.get(p, ...)]
-    if other: other += [p for p, v in now.items() if '${' in str(v)]       # it may refer to what is another now
+    if other: other += [p for p, v in now.items() if '${' in str(v)]       # they may refer to it
     for path in other:
         section, _, key = path.partition('.')
         if path in now: data[section][key] = now[path]

@@ -132,7 +132,8 @@ def chosen(path)->Path:
     names = [n for n in ('best', 'latest') if (folder/n).is_file() and not (folder/'package.json').exists()]
     if not names: return folder
     place = folder/'checkpoints'/pointed(folder/names[0])
-    if not place.is_dir(): raise LabError(f'{folder/names[0]} names {short(place.name)}, and no checkpoint is called so: delete it')
+    if not place.is_dir():
+        raise LabError(f'{folder/names[0]} names {short(place.name)}, and no checkpoint is called so: delete it')
     return place
 
 # %% ../nbs/07_package.ipynb #2878ce7c

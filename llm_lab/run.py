@@ -52,8 +52,9 @@ def texts_of(
     d = cfg.data
     corpus = load_corpus(d.corpus, limit=d.limit)
     if sha256 and corpus.sha256 != sha256:
-        raise LabError(f'data.corpus={d.corpus} is not the text that this run has read, or was changed since: its '
-                       f'SHA-256 is {corpus.sha256[:12]}…, not {sha256[:12]}…; bring that text back, or start a new run')
+        raise LabError(f'data.corpus={d.corpus} is not the text that this run has read, or was changed '
+                       f'since: its SHA-256 is {corpus.sha256[:12]}…, not {sha256[:12]}…; bring that '
+                       'text back, or start a new run')
     tokenizer = d.vocab_size or 8192 if d.tokenizer == 'bpe' else CharTokenizer.train(''.join(map(corpus.text, corpus.splits)))
     folder = pack(corpus, tokenizer).folder
     train, val = (PackedTokens(folder, s) for s in ('train', 'val'))
@@ -293,7 +294,8 @@ def go(self:Job, start=None):
         rows = state.get('facts', {}).get('rows')              # an older checkpoint has none
         for name, told in self.metrics.told().items():
             if rows and rows.get(name) != told:
-                warnings.warn(f'{self.folder/name} is not what it was at step {run.step:,}: rows are missing, or changed')
+                warnings.warn(f'{self.folder/name} is not what it was at step {run.step:,}: '
+                              'rows are missing, or changed')
         _describe(self, start)
         if self.on: print(_from_where(self, start), flush=True)
         self.measure(); _track(self)
@@ -320,10 +322,11 @@ def _from_where(job, start)->str:
     step, last = job.run.step, job.cfg.train.steps
     place = start.parent.parent if start else job.folder
     shown = place.relative_to(home()) if place.is_relative_to(home()) else place
-    with_ = ', '.join(f'{path}={short(b)} (it was {short(a)})' for path, (a, b) in job.on.changes.items())
-    done = ', its last one: nothing is left to do; give more train.steps to go further'
-    return (f'goes on from step {step:,} of {shown}' + (' in a branch' if start else '') +
-            f', with {with_}'*bool(with_) + done*(step >= last))
+    said = f'goes on from step {step:,} of {shown}' + ' in a branch'*bool(start)
+    other = [f'{path}={short(b)} (it was {short(a)})' for path, (a, b) in job.on.changes.items()]
+    if other: said += ', with ' + ', '.join(other)
+    if step < last: return said
+    return said + ', its last one: nothing is left to do; give more train.steps to go further'
 
 # %% ../nbs/15_run.ipynb #0c882463
 def _json_in(folder, name)->dict:
@@ -337,7 +340,8 @@ def _json_in(folder, name)->dict:
 def finish(self:Job, most=None):
     "Judge the model on the whole validation split; write and return what result.json says"
     live, run, c, path = Live(), self.run, self.cfg, self.folder/'result.json'
-    if path.exists() and (known := _json_in(self.folder, 'result.json')).get('steps') == run.step: return known
+    known = _json_in(self.folder, 'result.json') if path.exists() else {}
+    if known.get('steps') == run.step: return known
     texts = self.texts
     try: score = evaluate(run.model, texts['tokenizer'], texts['corpus'], most=most, live=live)
     except Exception as e:
@@ -456,9 +460,11 @@ def told_of(folder)->dict: # {} where there is none
     try: told = _json_in(folder, 'run.json')
     except LabError: told = {}
     starts, own = told.get('starts'), told.pop('sha256', None)
-    if not (isinstance(starts, list) and all(isinstance(s, dict) for s in starts)) or own not in (None, _hash(told)):
-        raise LabError(f'{folder/"run.json"} is not by this library, or was changed since: delete it, or copy it again')
-    return told if own else dict(starts=starts)                # an older one has no hash: no more is believed
+    good = isinstance(starts, list) and all(isinstance(s, dict) for s in starts)
+    if not good or own not in (None, _hash(told)):
+        raise LabError(f'{folder/"run.json"} is not by this library, or was changed since: '
+                       'delete it, or copy it again')
+    return told if own else dict(starts=starts)                # an older one has no hash: believe no more
 
 def _describe(job, came_from):
     "Write config.yaml, run.json and the name of the newest run: what it takes to tell how the run was made"
@@ -468,8 +474,8 @@ def _describe(job, came_from):
                  hashes=dict(corpus=texts['corpus'].sha256, train=texts['train'].sha256, val=texts['val'].sha256,
                              tokenizer=texts['train'].meta['tokenizer']['sha256']),
                  starts=[*told.get('starts', []), dict(
-                     machine(), step=job.run.step, processes=job.engine.num_processes, llm_lab=__version__,
-                     commit=_git('rev-parse', 'HEAD'), changed=bool(_git('status', '--porcelain')))],
+                     machine(), step=job.run.step, processes=job.engine.num_processes,
+                     llm_lab=__version__, commit=_git('rev-parse', 'HEAD'), changed=bool(_git('status', '--porcelain')))],
                  config=job.origin | dict(decided=as_data(job.cfg)))
     config = job.folder/'config.yaml'
     known = replace(read_config(config), name=job.cfg.name) if config.exists() else None
@@ -495,35 +501,38 @@ def _track(job):
 # %% ../nbs/15_run.ipynb #d3f70e02
 def _is_run(folder):
     "Is this the folder of a run that has begun? An author's folder may hold a config.yaml, too"
-    return (folder/'run.json').exists() or (folder/'.lock').exists() and (folder/'config.yaml').exists()
+    there = lambda name: (folder/name).exists()
+    return there('run.json') or there('.lock') and there('config.yaml')
 
 def runs_of(name, smoke=False)->list: # folders, the one that was started last first
     "The runs of the configs of that name; with `smoke`, those that only tried"
     runs = _runs(name)
-    found = [p for p in (runs.iterdir() if runs.is_dir() else ()) if _is_run(p) and (p/'.smoke').exists() == smoke]
+    found = [p for p in (runs.iterdir() if runs.is_dir() else ())
+             if _is_run(p) and (p/'.smoke').exists() == smoke]
     last = pointed(runs/'latest').name if (runs/'latest').is_file() else ''
-    started = lambda p: max((p/n).stat().st_mtime for n in ('run.json', 'config.yaml') if (p/n).exists())
+    def started(p): return max((p/n).stat().st_mtime for n in ('run.json', 'config.yaml') if (p/n).exists())
     return sorted(found, key=lambda p: (p.name == last, started(p), p.name), reverse=True)
 
 def run_to_go_on(config, run=None)->tuple: # (folder, or None; what to say when there is none)
-    "The newest run of a config, or the one that is called `run`. Raises `LabError` where that is another config's"
+    "The newest run of a config, or the one called `run`. Raises `LabError` where that is another's"
     name, source = origin(config)
     for folder in runs_of(name):
         if run is not None and folder.name != run: continue
         record = told_of(folder).get('config', {})
-        if 'source' not in record or same_config(record, config): return folder, ''      # of an old run, nobody knows
+        if 'source' not in record or same_config(record, config): return folder, ''  # an old run does not say
         if run is not None:
-            raise LabError(f'{folder} was made from {record.get("source")}, not from {source}: choose another --run')
+            raise LabError(f'{folder} was made from {record["source"]}, not from {source}: '
+                           'choose another --run')
     return None, f'there is no run of {source or name} to go on with: a new one begins'
 
 def find_model(path)->Path:
-    """Where a run, a checkpoint or a saved model is: a path, here or in `home()`; or a run by its name,
+    """Where a run, a checkpoint or a saved model is: a path, here or in `home()`; or a run by its name.
 
-    as CONFIG, its newest one, as CONFIG/RUN, or as RUN. Raises `LabError` where several have that name"""
+    CONFIG is its newest run, CONFIG/RUN and RUN are that one. Raises `LabError` where several are called so"""
     words, top = Path(path).parts, home()/'experiments'
     named = all(map(is_name, words)) and len(words) < 3
-    newest = lambda **kw: runs_of(words[0], **kw) if named and len(words) == 1 and (top/words[0]/'runs').is_dir() else []
-    if found := newest(): return found[0]
+    is_config = named and len(words) == 1 and (top/words[0]/'runs').is_dir()
+    if is_config and (found := runs_of(words[0])): return found[0]
     for place in (Path(path), home()/path):
         if place.name == 'latest' and place.parent.name == 'runs' and place.is_file():
             return place.parent/pointed(place)
@@ -534,42 +543,45 @@ def find_model(path)->Path:
     if len(found) > 1:
         names = [f'{run.parent.parent.name}/{run.name}' for run in found]
         raise LabError(f'{len(found)} runs are called {path}: write {" or ".join(names)}')
-    return (found or newest(smoke=True) or [Path(path)])[0]
+    if not found and is_config: found = runs_of(words[0], smoke=True)
+    return found[0] if found else Path(path)
 
 # %% ../nbs/15_run.ipynb #4534592f
 def _run_at(path)->tuple: # (folder of a run, a checkpoint of it or None)
-    "The run at a path, or the one whose checkpoint is there. Raises `LabError` where it is none, or one that only tried"
-    place, plain = Path(path).absolute(), Path(os.path.abspath(path))
-    if plain.exists() and place.exists() and plain.samefile(place): place = plain                 # without a/../
+    "The run at a path, or whose checkpoint is there. Raises `LabError` where none is, or one that only tried"
+    place, plain = Path(path).absolute(), Path(os.path.abspath(path))          # without a/../
+    if plain.exists() and place.exists() and plain.samefile(place): place = plain
     start = place if (place/'manifest.json').exists() else None
     folder = place.parent.parent if start else place
     if not _is_run(folder):
         raise LabError(f'{path} is neither a run nor a checkpoint of one: choose from `llm-lab runs`')
     if (folder/'.smoke').exists():
-        raise LabError(f'{folder} only tried whether its config works (--smoke): begin a run of that config')
+        raise LabError(f'{folder} only tried whether its config works (--smoke): begin a run of it')
     return folder, start
 
 def _newest(folder):
-    "(the newest checkpoint in a run's folder, what its state.json says); (None, None) if there is none"
+    "(the newest checkpoint of a run, what its state.json says); (None, None) if there is none"
     while steps := steps_in(folder):
         place = folder/'checkpoints'/f'step-{steps[-1]:06d}'
         try: return place, read_state(place)
         except LabError:
-            if place.exists() or steps == steps_in(folder): raise              # else it went while we looked
+            if place.exists() or steps == steps_in(folder): raise  # else it went while we looked
     return None, None
 
 def _beginning(folder, told, cfg):
-    "From where a run begins that has no checkpoint: the one of which it is a branch, or None. Raises `LabError` if it had one"
+    "Where a run without checkpoints begins: that of which it is a branch, or None. Raises if it had one"
     starts = [s['step'] for s in told.get('starts', []) if isinstance(s.get('step'), int)] or [0]
     due = min(starts[0]//n*n + n for n in (cfg.log.checkpoint_every, cfg.eval.every))
     rows = read_rows(folder/'metrics.jsonl')
     named = [n for n in ('latest', 'best', 'result.json') if (folder/n).exists()]
-    if named or max(starts) > starts[0] or rows and rows[-1].get('step', 0) > min(due, cfg.train.steps):
-        raise LabError(f'{folder} has no checkpoint any more, so it cannot go on, and to begin anew would clear its '
-                       'log: copy a checkpoint back, or begin a new run')
+    reached = rows[-1].get('step', 0) if rows else 0
+    if named or max(starts) > starts[0] or reached > min(due, cfg.train.steps):
+        raise LabError(f'{folder} has no checkpoint any more, so it cannot go on, and to begin anew would '
+                       'clear its log: copy a checkpoint back, or begin a new run')
     if not (source := told.get('came_from')): return None
     if not (Path(source)/'manifest.json').is_file():
-        raise LabError(f'{folder} is a branch of {source}, which is gone: copy it back, or begin a new run')
+        raise LabError(f'{folder} is a branch of {source}, which is gone: '
+                       'copy it back, or begin a new run')
     return Path(source)
 
 # %% ../nbs/15_run.ipynb #d3f70e05
@@ -585,27 +597,29 @@ def _own_config(path):
 def _record(config): return dict(source=origin(config)[1], stated=stated(config))
 
 def _as_edited(folder, told, old, config, overrides):
-    "The config of a run, as its file says now, and what is typed. Raises `LabError` where it is another file"
+    "The config of a run as its file says now, and what is typed. Raises where that is another's"
     if config is None: return told.get('config', {}), read_config(as_data(old), overrides)
     record, now = told.get('config', {}), _record(config)
     if 'source' in record and not same_config(record, config):
         raise LabError(f'{folder} was made from {record.get("source")}, not from {now["source"]}: '
                        'leave that out, or name the other one')
-    then = record.get('stated', {})                            # of an old run, nobody knows: then all of it counts
+    then = record.get('stated', {})                            # an old run does not say: all of it counts
     return now, edited(old, then, now['stated'], overrides)
 
 def going_on(
     path,         # a run, or a checkpoint of one
     overrides=(),
     config=None   # its config, which may have been edited since
-)->GoingOn: # config, folder, the checkpoint that a branch begins from or None, SHA-256 of the text, …
+)->GoingOn: # config, folder, checkpoint that a branch begins from or None, SHA-256 of the text, …
     "What it takes to go on. Raises `LabError` that names what was changed and reaches back"
     folder, start = _run_at(path)
-    if start is None and os.environ.get('RANK', '0') == '0': held(folder).release()    # nobody writes there meanwhile
+    if start is None and os.environ.get('RANK', '0') == '0':
+        held(folder).release()                                 # raises while another one writes there
     told, path = told_of(folder), folder/'config.yaml'
-    old = _own_config(path) if os.path.lexists(path) or not told.get('config') else config_of(told['config']['decided'])
-    named = folder.parent.parent.name if folder.parent.name == 'runs' else str(told.get('name', folder.name))
-    old = replace(old, name=named)
+    decided = told.get('config', {}).get('decided')
+    old = config_of(decided) if decided and not os.path.lexists(path) else _own_config(path)
+    named = folder.parent.parent if folder.parent.name == 'runs' else folder   # where it lies is its name
+    old = replace(old, name=named.name)
     newest, state = _newest(folder)
     if start and newest and start.resolve() == newest.resolve(): start = None
     branch = start is not None
@@ -613,15 +627,16 @@ def going_on(
     elif newest is None:
         start = _beginning(folder, told, old)
         state = read_state(start) if start else dict(facts={}, about={}, step=0)
-    known = state.get('facts', {}).get('config') or told.get('config', {}).get('decided')
-    then = config_of(known, old.name) if isinstance(known, dict) else old      # an older one keeps none
+    known = state.get('facts', {}).get('config') or decided
+    then = config_of(known, old.name) if isinstance(known, dict) else old      # an old one keeps none
     try: gone_on(then, old)
     except LabError as e: raise LabError(f'{path} was edited: {e}') from None
     record, cfg = _as_edited(folder, told, old, config, overrides)
-    gone_on(then, cfg := replace(cfg, name=named))
+    gone_on(then, cfg := replace(cfg, name=old.name))
     if cfg.train.steps < state['step']:
-        raise LabError(f'train.steps={cfg.train.steps}: {start or newest} is at step {state["step"]:,}; give at least that')
-    changes = {k: v for k, v in differences(then, cfg).items() if v[0] is not None or k != 'train.threads'}
+        raise LabError(f'train.steps={cfg.train.steps}: {start or newest} is at step {state["step"]:,}; '
+                       'give at least that')
+    changes = differences(then, cfg)
     sha256 = state['about'].get('corpus_sha256') or told.get('hashes', {}).get('corpus')
     return GoingOn(cfg, _new_folder(cfg) if branch else folder, start, sha256, record, changes)
 
@@ -653,7 +668,8 @@ def train_config(
         found, begins = run_to_go_on(config or 'smoke', run)
         on = found and going_on(found, overrides, config or 'smoke')
     elif resume:
-        if run is not None: raise LabError(f'--run {run} names a run of its own: leave it out, or {resume}')
+        if run is not None:
+            raise LabError(f'--run {run} names a run of its own: leave it out, or {resume}')
         on = going_on(resume, overrides, config)
     cfg = on.cfg if on else read_config(config or 'smoke', overrides)
     if smoke: cfg = smaller(cfg)
