@@ -14,8 +14,8 @@ from pathlib import Path
 from fastcore.basics import patch
 from safetensors.torch import load as tensors_from, save as tensor_bytes
 from . import __version__
-from .lab import (LabError, machine, made_folder, remove, replaceable, require_ours, short, snapshot,
-                         streams, sync_to_disk, warn_once, written)
+from .lab import (LabError, machine, made_folder, remove, replaceable, require_ours, short,
+                         snapshot, streams, sync_to_disk, warn_once, written)
 from .package import chosen, fill, parsed, seal, verified, write_package
 from .evaluate import read_rows
 
@@ -76,7 +76,7 @@ class Checkpoints:
 def place(self:Checkpoints, step:int)->Path: return self.folder/'checkpoints'/f'step-{step:06d}'
 
 def steps_in(folder)->list:
-    "The steps of which the folder of a run has a checkpoint, in order; a copy with another name is none"
+    "The steps of which a run's folder has a checkpoint, in order; a copy with another name is none"
     place = Path(folder)/'checkpoints'
     names = os.listdir(place) if place.is_dir() else []
     return sorted(int(m[1]) for n in names if (m := re.fullmatch(r'step-(\d+)', n)))
@@ -87,10 +87,10 @@ def steps(self:Checkpoints)->list:
     return [s for s in steps_in(self.folder) if s not in self.left_out]
 
 # %% ../nbs/13_checkpoint.ipynb #37e98265
-# what in the environment lets the same program calculate other bits: precision, and which instructions are used
-SWAYS = ('ONEDNN_DEFAULT_FPMATH_MODE', 'DNNL_DEFAULT_FPMATH_MODE', 'ONEDNN_MAX_CPU_ISA', 'DNNL_MAX_CPU_ISA',
-         'ATEN_CPU_CAPABILITY', 'MKL_CBWR', 'MKL_ENABLE_INSTRUCTIONS', 'NVIDIA_TF32_OVERRIDE',
-         'TORCH_ALLOW_TF32_CUBLAS_OVERRIDE')
+# what in the environment makes other bits of the same program: precision, and the instructions used
+SWAYS = ('ONEDNN_DEFAULT_FPMATH_MODE', 'DNNL_DEFAULT_FPMATH_MODE', 'ONEDNN_MAX_CPU_ISA',
+         'DNNL_MAX_CPU_ISA', 'ATEN_CPU_CAPABILITY', 'MKL_CBWR', 'MKL_ENABLE_INSTRUCTIONS',
+         'NVIDIA_TF32_OVERRIDE', 'TORCH_ALLOW_TF32_CUBLAS_OVERRIDE')
 
 @cache
 def _hardware(kind):
@@ -100,13 +100,14 @@ def _hardware(kind):
 def _made(run, processes):
     "With what the bits of a run are made"
     kind = run.history.device.type
-    return dict(llm_lab=__version__, torch=torch.__version__, threads=torch.get_num_threads(), processes=processes,
-                device=kind, dtype=str(next(run.model.parameters()).dtype), hardware=_hardware(kind),
-                matmul=torch.get_float32_matmul_precision(), **{k: os.environ.get(k, 'not set') for k in SWAYS})
+    return dict(llm_lab=__version__, torch=torch.__version__, threads=torch.get_num_threads(),
+                processes=processes, device=kind, dtype=str(next(run.model.parameters()).dtype),
+                hardware=_hardware(kind), matmul=torch.get_float32_matmul_precision(),
+                **{k: os.environ.get(k, 'not set') for k in SWAYS})
 
 # %% ../nbs/13_checkpoint.ipynb #5623dd60
 def _diverged(model, tensors)->str: # '' if none has
-    "The first weight of a model that is not finite, or what its optimiser remembers that is no number"
+    "The first weight that is not finite, or what the optimiser remembers that is no number"
     for name, p in model.named_parameters():
         if not p.isfinite().all(): return name
     return next((k for k, v in tensors.items() if k != 'history' and v.isnan().any()), '')
@@ -120,10 +121,11 @@ def save(self:Checkpoints, run, random:list):
     for name in ('latest', 'best'): require_ours(self.folder/name, _names_a_step)
     tensors, groups = optimiser_state(run.model, run.opt)
     if odd := _diverged(run.model, tensors):
-        raise LabError(f'{self.folder} has diverged: {odd} is no number after step {run.step:,}, and that is not '
-                       'saved; begin a new run with a lower learning rate')
+        raise LabError(f'{self.folder} has diverged: {odd} is no number after step {run.step:,}, '
+                       'and that is not saved; begin a new run with a lower learning rate')
     state = dict(step=run.step, steps=run.steps, tokens=run.tokens, seconds=run.seconds, notes=run.notes, groups=groups,
-                 random=random, made=_made(run, len(random)), facts=self.facts(), parts={k: v.state_dict() for k, v in self.parts.items()})
+                 random=random, made=_made(run, len(random)), facts=self.facts(),
+                 parts={k: v.state_dict() for k, v in self.parts.items()})
     with written(self.place(run.step)) as new:
         about = {**self.about, 'step': run.step, 'tokens': run.tokens}
         write_package(new, run.model, self.tokenizer, about, f'{self.folder.name}, step {run.step:,}')
@@ -187,7 +189,8 @@ def load(self:Checkpoints, run,
                       for f, read in (('state.json', json.loads), ('optimizer.safetensors', tensors_from)))
     _check_state(state, path/'state.json')
     own = path.parent.resolve() == self.place(0).parent.resolve()
-    if own and re.fullmatch(r'step-\d+', path.name) and path.resolve() != self.place(state['step']).resolve():
+    named = own and re.fullmatch(r'step-\d+', path.name)
+    if named and path.resolve() != self.place(state['step']).resolve():
         raise LabError(f'{path} is the checkpoint of step {state["step"]:,}: give it its name back')
     if state['step'] > run.steps: raise LabError(f'{path} is beyond the {run.steps:,} steps that are planned: plan more')
     if unknown := state['parts'].keys() ^ self.parts.keys():
@@ -211,7 +214,7 @@ def _check_state(state, path):
     "Raises `LabError` unless a state.json says what `save` writes, in the kinds that are counted with"
     kinds = dict(step=int, steps=int, tokens=int, seconds=(int, float), notes=list, groups=list, random=list, made=dict, parts=dict)
     state = state if isinstance(state, dict) else {}
-    if not isinstance(state.get('facts', {}), dict): kinds['facts'] = dict     # an older one has none
+    if not isinstance(state.get('facts', {}), dict): kinds['facts'] = dict     # an old one has none
     odd = [k for k, kind in kinds.items() if not isinstance(state.get(k), kind) or isinstance(state[k], bool)]
     if not odd and not 0 <= min(state['step'], state['tokens'], state['seconds']) < 1 << 53: odd = ['step']
     if not odd and not all(isinstance(x, dict) for k in ('notes', 'groups', 'random') for x in state[k]): odd = ['notes']
@@ -232,7 +235,8 @@ def restore(self:Checkpoints, run, state:dict, tensors:dict):
 def read_state(path)->dict: # what it says, and `about`: what its package says of itself
     "The state.json of a checkpoint, without its tensors. Raises `LabError` where it is damaged"
     path, names = Path(path), ['state.json', 'package.json']
-    data, _ = verified(path, 'manifest.json', names, 'checkpoint', f'go on from another one in {path.parent}')
+    remedy = f'go on from another one in {path.parent}'
+    data, _ = verified(path, 'manifest.json', names, 'checkpoint', remedy)
     state, package = (parsed(data[n], path/n) for n in names)
     _check_state(state, path/'state.json')
     about = package.get('about') if isinstance(package, dict) else None
@@ -248,13 +252,15 @@ def restore_streams(self:Checkpoints, run, state):
     run.random = {k: v for k, v in random.items() if k in known}
     if odd := [k for k, v in run.random.items() if v.shape != known[k].shape]: raise ValueError(f'the stream of {odd[0]} is torn')
     now = _made(run, len(mine))
-    if other := [f'{k} was {v}, is {now[k]}' for k, v in state['made'].items() if v != now.get(k, v)]:
-        warnings.warn(f'from here on the bits may differ from those of one run without a stop: {"; ".join(other)}')
+    made = state['made'].items()
+    if other := [f'{k} was {v}, is {now[k]}' for k, v in made if v != now.get(k, v)]:
+        warnings.warn('from here on the bits may differ from those of one run without a stop: '
+                      + '; '.join(other))
 
 # %% ../nbs/13_checkpoint.ipynb #b9cf085f
 COLUMNS = ('step', 'tokens', 'seconds', 'loss', 'ppl', 'bits_per_byte', 'lr', 'grad_norm', 'tokens_per_s', 'mfu',
            'peak_memory', 'val', 'val_bits_per_byte')
-CLOCKS = ('seconds', 'tokens_per_s', 'mfu', 'peak_memory')     # all that two equal runs may differ in
+CLOCKS = ('seconds', 'tokens_per_s', 'mfu', 'peak_memory')  # all that two equal runs may differ in
 _FILES = ('metrics.jsonl', 'samples.jsonl', 'metrics.csv')
 
 def _is_number(text):
@@ -293,7 +299,7 @@ class Metrics:
     "The numbers of a run as they come: `metrics.jsonl`, those that all runs have as `metrics.csv`, texts in `samples.jsonl`"
     def __init__(self, folder):
         self.folder, self.known = Path(folder), set()
-        self.seen = {name: (0, hashlib.sha256()) for name in _FILES[:2]}       # rows so far, and their hash
+        self.seen = {name: (0, hashlib.sha256()) for name in _FILES[:2]}  # rows so far, and their hash
 
     def _line(self, row): return ','.join(str(row.get(k, '')) for k in COLUMNS)
 
@@ -322,11 +328,12 @@ class Metrics:
 
     def _count(self, name, row):
         n, digest = self.seen[name]
-        digest.update(json.dumps({k: v for k, v in row.items() if k not in CLOCKS}).encode() + b'\n')
+        timeless = {k: v for k, v in row.items() if k not in CLOCKS}
+        digest.update(json.dumps(timeless).encode() + b'\n')
         self.seen[name] = n + 1, digest
 
     def told(self)->dict: # {file: [rows, SHA-256 of all but what the clock says]}
-        "What was written so far: by this, a later reader finds rows that are missing or were changed"
+        "What was written so far; by this a later reader finds rows that are missing or changed"
         return {name: [n, digest.hexdigest()] for name, (n, digest) in self.seen.items()}
 
 # %% ../nbs/13_checkpoint.ipynb #52924c38
@@ -337,8 +344,8 @@ def cut(self:Metrics, step:int, source=None):
     head, table = ','.join(COLUMNS) + '\n', self.folder/_FILES[2]
     if not ((source or self.folder)/_FILES[0]).exists():       # a head at most, perhaps torn
         if table.is_file() and not head.encode().startswith(table.read_bytes()):
-            raise LabError(f'{table} has rows, and metrics.jsonl, from which it is made anew, is gone: '
-                           'copy that one back, or move metrics.csv away')
+            raise LabError(f'{table} has rows, and metrics.jsonl, from which it is made anew, is '
+                           'gone: copy that one back, or move metrics.csv away')
         table.unlink(missing_ok=True)
     for name in _FILES[:2]:
         if not ((source or self.folder)/name).exists(): continue

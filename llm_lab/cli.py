@@ -43,7 +43,7 @@ def _setting(text):
 
 # %% ../nbs/28_cli.ipynb #ebac8df8
 def _place(path):
-    "Where it is: here, or in `home()`; the newest run of a config by its name; a run by CONFIG/RUN or RUN"
+    "Where it is: here, or in `home()`; CONFIG is its newest run, CONFIG/RUN or RUN is that one"
     from llm_lab.run import find_model
     return find_model(path)
 
@@ -92,7 +92,7 @@ def _tour_options(t):
 def _sample_options(s):
     "Tell the parser `s` how a model can be asked to write"
     s.add_argument('path',
-                   help='a saved model, such as artifacts/tour, or a run: CONFIG, CONFIG/RUN or RUN')
+                   help='a saved model, such as artifacts/tour, or a run: CONFIG, CONFIG/RUN, RUN')
     s.add_argument('--prompt', default='', help='the beginning of the text')
     s.add_argument('--tokens', type=_whole, default=300, help='how many to write (default 300)')
     s.add_argument('--temperature', type=_number(float, lambda x: 0 <= x < 1e4, 'give 0 (greedy) or more'),
@@ -138,7 +138,7 @@ def _train(a):
     if len(named) > 1: raise LabError(f'{named[1]!r} is too much: give one config, and key=value')
     if not named and not resume:
         raise LabError('no config is named: give a .yaml file, golden or smoke, or --resume PATH')
-    if resume is None: read_config(named[0], settings)         # a slip is answered before PyTorch is there
+    if resume is None: read_config(named[0], settings)  # a slip is answered before PyTorch is there
     elif named: stated(named[0])
     from llm_lab.run import train_config
     warnings.showwarning = lambda message, *rest: print(message, file=sys.stderr)
@@ -191,7 +191,7 @@ def _check_picture(path):
         raise LabError(f'--plot {path}: {Path(path).absolute().parent} is no folder; make it first')
 
 def _comparable(found)->list:
-    "The runs among these paths, each once; why others are left out is told on stderr, if one remains"
+    "The runs among these paths, each once; why others are left out is told on stderr"
     from llm_lab.evaluate import compare
     good, errors = [], []
     for run in dict.fromkeys(Path(p).resolve() for p in found):

@@ -309,8 +309,8 @@ def gone_on(old:RunConfig, new:RunConfig)->RunConfig:
         # a text may have moved; whether it is the same one is seen later
         moved = path == 'data.corpus' and not {a, b} & {*SLOTS['corpus']}
         if not moved and not path.startswith(('log.', 'eval.', 'train.steps', 'train.threads')):
-            raise LabError(f'{path}={short(b, 200)}: it was {short(a, 200)}, and a run that goes on '
-                           'keeps it; leave it out, or start a new run')
+            raise LabError(f'{path}={short(b, 200)}: it was {short(a, 200)}, and a run that goes '
+                           'on keeps it; leave it out, or start a new run')
     return new
 
 def smaller(cfg:RunConfig)->RunConfig:
@@ -328,7 +328,7 @@ def stated(config)->dict: # {'train.lr': 0.02}
     if not isinstance(data, dict):
         raise LabError(f'{config} is a list: write sections, as in train: {{steps: 100}}')
     for section, keys in data.items():
-        if section not in SECTIONS or not isinstance(keys, dict): config_of({section: keys})     # it raises
+        if section not in SECTIONS or not isinstance(keys, dict): config_of({section: keys})  # raises
         said |= {f'{section}.{k}': v for k, v in keys.items()}
     return said
 

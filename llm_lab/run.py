@@ -21,8 +21,8 @@ from fastcore.basics import patch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from . import __version__
 from .lab import (LabError, Live, bytes_in, device, fastest_threads, flops, home, is_name,
-                         json_of, kept_streams, laid_out, locked, machine, made_folder, must_fit, need,
-                         peak_flops, pointed, replaceable, require_name, require_ours, rng, short,
+                         json_of, kept_streams, laid_out, locked, machine, made_folder, must_fit,
+                         need, peak_flops, pointed, replaceable, require_name, require_ours, rng, short,
                          usable_device, written)
 from .corpora import load_corpus
 from .chars import CharTokenizer
@@ -33,8 +33,8 @@ from .evaluate import evaluate, read_rows
 from .sample import sample
 from .optim import OPTIMISERS, PRECISIONS, SCHEDULES, Step, checkpointed
 from .checkpoint import Checkpoints, Metrics, read_state, steps_in, sweep_checkpoints
-from .config import (RunConfig, as_data, config_of, differences, edited, gone_on, same_config, model_data,
-                            origin, read_config, smaller, stated, write_config)
+from .config import (RunConfig, as_data, config_of, differences, edited, gone_on, same_config,
+                            model_data, origin, read_config, smaller, stated, write_config)
 
 # %% ../nbs/15_run.ipynb #559accf0
 class _Rows:
@@ -48,13 +48,13 @@ def texts_of(
     cfg:RunConfig,
     sha256:str=None # of the text that it has to be; any if none
 )->dict: # corpus, tokenizer, train and val (`PackedTokens`)
-    "The packed corpus of a config, packed now if it was not. Raises `LabError` where it is another text"
+    "The packed corpus of a config, packed now if it was not. Raises `LabError` on another text"
     d = cfg.data
     corpus = load_corpus(d.corpus, limit=d.limit)
     if sha256 and corpus.sha256 != sha256:
-        raise LabError(f'data.corpus={d.corpus} is not the text that this run has read, or was changed '
-                       f'since: its SHA-256 is {corpus.sha256[:12]}…, not {sha256[:12]}…; bring that '
-                       'text back, or start a new run')
+        raise LabError(f'data.corpus={d.corpus} is not the text that this run has read, or was '
+                       f'changed since: its SHA-256 is {corpus.sha256[:12]}…, not {sha256[:12]}…; '
+                       'bring that text back, or start a new run')
     tokenizer = d.vocab_size or 8192 if d.tokenizer == 'bpe' else CharTokenizer.train(''.join(map(corpus.text, corpus.splits)))
     folder = pack(corpus, tokenizer).folder
     train, val = (PackedTokens(folder, s) for s in ('train', 'val'))
@@ -172,7 +172,7 @@ class Job:
     ):
         self.folder, self.engine, self.done, self.on, self.origin = Path(folder), engine, -1, on, {}
         sha256 = on.sha256 if on else None
-        mine = texts_of(cfg, sha256) if engine.is_main_process else {}     # one packs, the others wait
+        mine = texts_of(cfg, sha256) if engine.is_main_process else {}  # one packs, the others wait
         engine.wait_for_everyone()
         self.texts = mine or texts_of(cfg, sha256)
         corpus, tokenizer, train, val = self.texts.values()
@@ -192,7 +192,7 @@ class Job:
         if starts is not None: starts = starts[starts < len(self.ids) - 1]
         self.starts = starts if starts is not None and len(starts) else None        # one long document: as one text
 
-    def facts(self):                                           # what every checkpoint keeps beside its state
+    def facts(self):                                           # what a checkpoint keeps beside its state
         return dict(config=as_data(self.cfg), rows=self.metrics.told())
 
     def tokens(self, step): return step*self.cfg.train.batch_size*self.cfg.data.block_len
@@ -464,7 +464,7 @@ def told_of(folder)->dict: # {} where there is none
     if not good or own not in (None, _hash(told)):
         raise LabError(f'{folder/"run.json"} is not by this library, or was changed since: '
                        'delete it, or copy it again')
-    return told if own else dict(starts=starts)                # an older one has no hash: believe no more
+    return told if own else dict(starts=starts)                # an old one has no hash: believe no more
 
 def _describe(job, came_from):
     "Write config.yaml, run.json and the name of the newest run: what it takes to tell how the run was made"
@@ -475,7 +475,8 @@ def _describe(job, came_from):
                              tokenizer=texts['train'].meta['tokenizer']['sha256']),
                  starts=[*told.get('starts', []), dict(
                      machine(), step=job.run.step, processes=job.engine.num_processes,
-                     llm_lab=__version__, commit=_git('rev-parse', 'HEAD'), changed=bool(_git('status', '--porcelain')))],
+                     llm_lab=__version__, commit=_git('rev-parse', 'HEAD'),
+                     changed=bool(_git('status', '--porcelain')))],
                  config=job.origin | dict(decided=as_data(job.cfg)))
     config = job.folder/'config.yaml'
     known = replace(read_config(config), name=job.cfg.name) if config.exists() else None
@@ -510,7 +511,9 @@ def runs_of(name, smoke=False)->list: # folders, the one that was started last f
     found = [p for p in (runs.iterdir() if runs.is_dir() else ())
              if _is_run(p) and (p/'.smoke').exists() == smoke]
     last = pointed(runs/'latest').name if (runs/'latest').is_file() else ''
-    def started(p): return max((p/n).stat().st_mtime for n in ('run.json', 'config.yaml') if (p/n).exists())
+    def started(p):
+        files = [p/name for name in ('run.json', 'config.yaml')]
+        return max(f.stat().st_mtime for f in files if f.exists())
     return sorted(found, key=lambda p: (p.name == last, started(p), p.name), reverse=True)
 
 def run_to_go_on(config, run=None)->tuple: # (folder, or None; what to say when there is none)
@@ -519,16 +522,17 @@ def run_to_go_on(config, run=None)->tuple: # (folder, or None; what to say when 
     for folder in runs_of(name):
         if run is not None and folder.name != run: continue
         record = told_of(folder).get('config', {})
-        if 'source' not in record or same_config(record, config): return folder, ''  # an old run does not say
+        if 'source' not in record or same_config(record, config):
+            return folder, ''                                  # an old run does not say
         if run is not None:
             raise LabError(f'{folder} was made from {record["source"]}, not from {source}: '
                            'choose another --run')
     return None, f'there is no run of {source or name} to go on with: a new one begins'
 
 def find_model(path)->Path:
-    """Where a run, a checkpoint or a saved model is: a path, here or in `home()`; or a run by its name.
+    """Where a run, a checkpoint or a saved model is: a path, here or in `home()`, or a run's name.
 
-    CONFIG is its newest run, CONFIG/RUN and RUN are that one. Raises `LabError` where several are called so"""
+    CONFIG is its newest run, CONFIG/RUN and RUN are that one. Raises `LabError` where several are."""
     words, top = Path(path).parts, home()/'experiments'
     named = all(map(is_name, words)) and len(words) < 3
     is_config = named and len(words) == 1 and (top/words[0]/'runs').is_dir()
@@ -548,7 +552,7 @@ def find_model(path)->Path:
 
 # %% ../nbs/15_run.ipynb #4534592f
 def _run_at(path)->tuple: # (folder of a run, a checkpoint of it or None)
-    "The run at a path, or whose checkpoint is there. Raises `LabError` where none is, or one that only tried"
+    "The run at a path, or whose checkpoint is there. Raises on none, and on one that only tried"
     place, plain = Path(path).absolute(), Path(os.path.abspath(path))          # without a/../
     if plain.exists() and place.exists() and plain.samefile(place): place = plain
     start = place if (place/'manifest.json').exists() else None
@@ -569,15 +573,15 @@ def _newest(folder):
     return None, None
 
 def _beginning(folder, told, cfg):
-    "Where a run without checkpoints begins: that of which it is a branch, or None. Raises if it had one"
+    "Where a run without checkpoints begins: from what it is a branch of, or None. Raises if it had one"
     starts = [s['step'] for s in told.get('starts', []) if isinstance(s.get('step'), int)] or [0]
     due = min(starts[0]//n*n + n for n in (cfg.log.checkpoint_every, cfg.eval.every))
     rows = read_rows(folder/'metrics.jsonl')
     named = [n for n in ('latest', 'best', 'result.json') if (folder/n).exists()]
     reached = rows[-1].get('step', 0) if rows else 0
     if named or max(starts) > starts[0] or reached > min(due, cfg.train.steps):
-        raise LabError(f'{folder} has no checkpoint any more, so it cannot go on, and to begin anew would '
-                       'clear its log: copy a checkpoint back, or begin a new run')
+        raise LabError(f'{folder} has no checkpoint any more, so it cannot go on, and to begin anew '
+                       'would clear its log: copy a checkpoint back, or begin a new run')
     if not (source := told.get('came_from')): return None
     if not (Path(source)/'manifest.json').is_file():
         raise LabError(f'{folder} is a branch of {source}, which is gone: '
@@ -603,7 +607,7 @@ def _as_edited(folder, told, old, config, overrides):
     if 'source' in record and not same_config(record, config):
         raise LabError(f'{folder} was made from {record.get("source")}, not from {now["source"]}: '
                        'leave that out, or name the other one')
-    then = record.get('stated', {})                            # an old run does not say: all of it counts
+    then = record.get('stated', {})                            # an old run does not say: all counts
     return now, edited(old, then, now['stated'], overrides)
 
 def going_on(
@@ -614,11 +618,11 @@ def going_on(
     "What it takes to go on. Raises `LabError` that names what was changed and reaches back"
     folder, start = _run_at(path)
     if start is None and os.environ.get('RANK', '0') == '0':
-        held(folder).release()                                 # raises while another one writes there
+        held(folder).release()                                 # raises while another writes there
     told, path = told_of(folder), folder/'config.yaml'
     decided = told.get('config', {}).get('decided')
     old = config_of(decided) if decided and not os.path.lexists(path) else _own_config(path)
-    named = folder.parent.parent if folder.parent.name == 'runs' else folder   # where it lies is its name
+    named = folder.parent.parent if folder.parent.name == 'runs' else folder  # its name is where it lies
     old = replace(old, name=named.name)
     newest, state = _newest(folder)
     if start and newest and start.resolve() == newest.resolve(): start = None
@@ -628,14 +632,14 @@ def going_on(
         start = _beginning(folder, told, old)
         state = read_state(start) if start else dict(facts={}, about={}, step=0)
     known = state.get('facts', {}).get('config') or decided
-    then = config_of(known, old.name) if isinstance(known, dict) else old      # an old one keeps none
+    then = config_of(known, old.name) if isinstance(known, dict) else old  # an old one keeps none
     try: gone_on(then, old)
     except LabError as e: raise LabError(f'{path} was edited: {e}') from None
     record, cfg = _as_edited(folder, told, old, config, overrides)
     gone_on(then, cfg := replace(cfg, name=old.name))
     if cfg.train.steps < state['step']:
-        raise LabError(f'train.steps={cfg.train.steps}: {start or newest} is at step {state["step"]:,}; '
-                       'give at least that')
+        raise LabError(f'train.steps={cfg.train.steps}: {start or newest} is at step '
+                       f'{state["step"]:,}; give at least that')
     changes = differences(then, cfg)
     sha256 = state['about'].get('corpus_sha256') or told.get('hashes', {}).get('corpus')
     return GoingOn(cfg, _new_folder(cfg) if branch else folder, start, sha256, record, changes)
