@@ -299,7 +299,7 @@ class Metrics:
     "The numbers of a run as they come: `metrics.jsonl`, those that all runs have as `metrics.csv`, texts in `samples.jsonl`"
     def __init__(self, folder):
         self.folder, self.known = Path(folder), set()
-        self.seen = {name: (0, hashlib.sha256()) for name in _FILES[:2]}  # rows so far, and their hash
+        self.seen = {name: (0, hashlib.sha256()) for name in _FILES[:2]}  # rows, and their hash
 
     def _line(self, row): return ','.join(str(row.get(k, '')) for k in COLUMNS)
 

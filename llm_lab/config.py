@@ -328,7 +328,8 @@ def stated(config)->dict: # {'train.lr': 0.02}
     if not isinstance(data, dict):
         raise LabError(f'{config} is a list: write sections, as in train: {{steps: 100}}')
     for section, keys in data.items():
-        if section not in SECTIONS or not isinstance(keys, dict): config_of({section: keys})  # raises
+        if section not in SECTIONS or not isinstance(keys, dict):
+            config_of({section: keys})                         # it raises
         said |= {f'{section}.{k}': v for k, v in keys.items()}
     return said
 

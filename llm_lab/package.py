@@ -133,8 +133,8 @@ def chosen(path)->Path:
     if not names: return folder
     place = folder/'checkpoints'/pointed(folder/names[0])
     if not place.is_dir():
-        raise LabError(f'{folder/names[0]} names {short(place.name)}, and no checkpoint is called so: '
-                       'delete it')
+        raise LabError(f'{folder/names[0]} names {short(place.name)}, and no checkpoint is called '
+                       'so: delete it')
     return place
 
 # %% ../nbs/07_package.ipynb #2878ce7c

@@ -22,8 +22,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from . import __version__
 from .lab import (LabError, Live, bytes_in, device, fastest_threads, flops, home, is_name,
                          json_of, kept_streams, laid_out, locked, machine, made_folder, must_fit,
-                         need, peak_flops, pointed, replaceable, require_name, require_ours, rng, short,
-                         usable_device, written)
+                         need, peak_flops, pointed, replaceable, require_name, require_ours, rng,
+                         short, usable_device, written)
 from .corpora import load_corpus
 from .chars import CharTokenizer
 from .pack import BatchStream, PackedTokens, pack
@@ -192,7 +192,7 @@ class Job:
         if starts is not None: starts = starts[starts < len(self.ids) - 1]
         self.starts = starts if starts is not None and len(starts) else None        # one long document: as one text
 
-    def facts(self):                                           # what a checkpoint keeps beside its state
+    def facts(self):  # what a checkpoint keeps beside its state
         return dict(config=as_data(self.cfg), rows=self.metrics.told())
 
     def tokens(self, step): return step*self.cfg.train.batch_size*self.cfg.data.block_len
@@ -464,7 +464,7 @@ def told_of(folder)->dict: # {} where there is none
     if not good or own not in (None, _hash(told)):
         raise LabError(f'{folder/"run.json"} is not by this library, or was changed since: '
                        'delete it, or copy it again')
-    return told if own else dict(starts=starts)                # an old one has no hash: believe no more
+    return told if own else dict(starts=starts)  # an old one has no hash: no more is believed
 
 def _describe(job, came_from):
     "Write config.yaml, run.json and the name of the newest run: what it takes to tell how the run was made"
@@ -532,7 +532,7 @@ def run_to_go_on(config, run=None)->tuple: # (folder, or None; what to say when 
 def find_model(path)->Path:
     """Where a run, a checkpoint or a saved model is: a path, here or in `home()`, or a run's name.
 
-    CONFIG is its newest run, CONFIG/RUN and RUN are that one. Raises `LabError` where several are."""
+    CONFIG is its newest run, CONFIG/RUN and RUN are that one. Raises `LabError` on several."""
     words, top = Path(path).parts, home()/'experiments'
     named = all(map(is_name, words)) and len(words) < 3
     is_config = named and len(words) == 1 and (top/words[0]/'runs').is_dir()
@@ -573,15 +573,15 @@ def _newest(folder):
     return None, None
 
 def _beginning(folder, told, cfg):
-    "Where a run without checkpoints begins: from what it is a branch of, or None. Raises if it had one"
+    "Where a run without checkpoints begins: at what it is a branch of, or None. Raises if it had one"
     starts = [s['step'] for s in told.get('starts', []) if isinstance(s.get('step'), int)] or [0]
     due = min(starts[0]//n*n + n for n in (cfg.log.checkpoint_every, cfg.eval.every))
     rows = read_rows(folder/'metrics.jsonl')
     named = [n for n in ('latest', 'best', 'result.json') if (folder/n).exists()]
     reached = rows[-1].get('step', 0) if rows else 0
     if named or max(starts) > starts[0] or reached > min(due, cfg.train.steps):
-        raise LabError(f'{folder} has no checkpoint any more, so it cannot go on, and to begin anew '
-                       'would clear its log: copy a checkpoint back, or begin a new run')
+        raise LabError(f'{folder} has no checkpoint any more, so it cannot go on, and to begin '
+                       'anew would clear its log: copy a checkpoint back, or begin a new run')
     if not (source := told.get('came_from')): return None
     if not (Path(source)/'manifest.json').is_file():
         raise LabError(f'{folder} is a branch of {source}, which is gone: '
@@ -622,7 +622,7 @@ def going_on(
     told, path = told_of(folder), folder/'config.yaml'
     decided = told.get('config', {}).get('decided')
     old = config_of(decided) if decided and not os.path.lexists(path) else _own_config(path)
-    named = folder.parent.parent if folder.parent.name == 'runs' else folder  # its name is where it lies
+    named = folder.parent.parent if folder.parent.name == 'runs' else folder
     old = replace(old, name=named.name)
     newest, state = _newest(folder)
     if start and newest and start.resolve() == newest.resolve(): start = None
