@@ -106,7 +106,9 @@ def bits(folder):
     place = folder/'checkpoints'/f'step-{max(steps_of(folder)):06d}'
     rows, csv = rows_of(folder), (folder/'metrics.csv').read_text().splitlines()
     assert [(line.split(',')[0], line.split(',')[3]) for line in csv[1:]] == [(str(r['step']), str(r.get('loss', ''))) for r in rows]
-    found = dict(files={p.name: sha(p) for p in place.glob('*.safetensors')}, state=timeless(json.loads((place/'state.json').read_text())),
+    state = json.loads((place/'state.json').read_text())
+    state['facts'].pop('config')                               # how many checkpoints stay is no bit of a run
+    found = dict(files={p.name: sha(p) for p in place.glob('*.safetensors')}, state=timeless(state),
                  rows=[*map(timeless, rows)], samples=(folder/'samples.jsonl').read_text(), step=place.name,
                  names=[(folder/k).read_text() for k in ('latest', 'best')])
     assert sorted(found['files']) == ['model.safetensors', 'optimizer.safetensors']

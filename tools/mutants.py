@@ -14,6 +14,7 @@ ONLOOKERS = 'test_checkpoint.py::test_evaluating_or_sampling_during_a_run_change
 FAULTS = 'test_checkpoint.py::test_no_checkpoint_is_lost_when_any_system_call_of_a_save_kills_or_fails'
 RUN = 'test_run.py::test_'
 KILLED = RUN + 'a_run_that_is_killed_at_every_place_ends_with_the_same_bits'
+CHANGES = 'test_changes.py::test_nothing_that_is_changed_is_passed_over_in_silence'
 DAMAGE = 'test_checkpoint.py::test_a_thousand_flipped_bits_and_a_thousand_cut_files_are_refused_by_name'
 
 MUTANTS = {  # name: (module, what stands there, what it becomes, the test that must turn red)
@@ -33,7 +34,14 @@ MUTANTS = {  # name: (module, what stands there, what it becomes, the test that 
     'nobody is asked': ('run', 'float(self.asked == r) for r in reasons', '0. for r in reasons',
                         RUN + 'when_one_of_two_is_asked_to_end_both_end_at_the_same_step'),
     'environment in a config': ('config', "any(re.search(r'(?s)\\$\\{.*:', text)", "any(re.search(r'nothing', text)",
-                                RUN + 'every_slip_is_answered_by_one_line_that_names_the_key')}
+                                RUN + 'every_slip_is_answered_by_one_line_that_names_the_key'),
+    'config not kept': ('run', "known = state.get('facts', {}).get('config') or decided", 'known = None', CHANGES),
+    'edits not seen': ('config', 'other = [p for p in (then | now) if then.get(p, ...) != now.get(p, ...)]', 'other = []', CHANGES),
+    'log cleared': ('run', 'if named or max(starts) > starts[0] or reached', 'if False and reached', CHANGES),
+    'any text': ('run', 'if sha256 and corpus.sha256 != sha256:', 'if False:', CHANGES),
+    'any config of the name': ('run', "if 'source' not in record or same_config(record, config)", 'if True', CHANGES),
+    'no numbers saved': ('checkpoint', 'if not p.isfinite().all(): return name', 'pass',
+                         'test_changes.py::test_a_model_that_has_diverged_is_not_saved')}
 
 
 def wrong(root=ROOT):
