@@ -12,12 +12,24 @@ from . import __version__
 from .lab import LabError, home, need, pointed, save_picture, usable_device
 from .config import CONFIGS, read_config
 from .tour import command, surviving_output, tour, verdict
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
 # %% ../nbs/28_cli.ipynb #ebb71d77
+def _say(line):
+    "One line for the user, on stderr; where that is closed, nobody wants it"
+    with suppress(OSError, ValueError): print(line, file=sys.stderr, flush=True)
+
 class _Parser(argparse.ArgumentParser):
     "A parser whose errors are one line"
-    def error(self, message): self.exit(2, f'{self.prog}: {message}; see {self.prog} --help\n')
+    def error(self, message):
+        _say(f'{self.prog}: {message}; see {self.prog} --help')
+        self.exit(2)
+
+    def _get_values(self, action, words):
+        if words != ['--'] or not action.option_strings: return super()._get_values(action, words)
+        value = self._get_value(action, '--')                  # `--tokens=--`: argparse drops it, and trips
+        self._check_value(action, value)
+        return value
 
 def _number(kind, ok, remedy):
     "A type for argparse: a number for which `ok` holds"
@@ -41,6 +53,14 @@ def _setting(text):
     if not eq: raise argparse.ArgumentTypeError(f'{text!r} will not do: write key=number, such as d_model=192')
     return key, value
 
+# %% ../nbs/28_cli.ipynb #b0c4d7e5
+def _which(path):
+    "(the checkpoint that a run's folder stands for, the last one); two empty texts if it is no run"
+    path = Path(path)
+    if (path/'package.json').exists(): return '', ''
+    best, last = (pointed(path/name).name if (path/name).is_file() else '' for name in ('best', 'latest'))
+    return best or last, last or best
+
 # %% ../nbs/28_cli.ipynb #ebac8df8
 def _place(path):
     "Where it is: here, or in `home()`; for the name of a config, its newest run"
@@ -60,7 +80,10 @@ def write_from(
     from llm_lab.cache import cached
     from llm_lab.package import open_model
     from llm_lab.sample import stream
-    model, tokenizer, _ = open_model(_place(path), usable_device())
+    place = _place(path)
+    model, tokenizer, _ = open_model(place, usable_device())
+    best, last = _which(place)
+    if best != last: _say(f'the best model of this run writes, {best}; {last} is the last')
     with warnings.catch_warnings(record=True, action='always') as notes:
         pieces = stream(cached(model), tokenizer, prompt, n, seed, stop, **choice)
     for note in notes: print(note.message, file=sys.stderr)    # the prompt is longer than the context
@@ -165,18 +188,22 @@ def _eval(a):
     from llm_lab.evaluate import evaluate, evaluate_file
     from llm_lab.lab import Live
     from llm_lab.package import open_model
-    model, tokenizer, about = open_model(_place(a.path), usable_device())
-    if a.text: score = evaluate_file(model, tokenizer, a.text)
+    place = _place(a.path)
+    model, tokenizer, about = open_model(place, usable_device())
+    if a.text: score = evaluate_file(model, tokenizer, a.text, a.stride, a.batch_size)
     else:
         corpus = load_corpus(a.corpus) if a.corpus else corpus_of(about)
         known = about.get('corpus'), about.get('corpus_sha256')  # a name alone tells little
-        if not a.corpus and known[0] == corpus.name and known[1] not in (None, corpus.sha256):
+        if known[0] == corpus.name and known[1] not in (None, corpus.sha256):
             print(f'{corpus.name} is not the text it was trained on, or has changed',
                   file=sys.stderr)
-        score = evaluate(model, tokenizer, corpus, a.split, stride=a.stride, live=(live := Live()))
+        score = evaluate(model, tokenizer, corpus, a.split, None, a.stride, a.batch_size, live=(live := Live()))
         live.close(f'{score.tokens:,} tokens of {corpus.name}, each asked once')
-    print(verdict(score, of=Path(a.text).name if a.text else a.split) + f'\nperplexity {score.perplexity:.3f}, '
-          f'{score.bits_per_byte:.3f} bits per byte')
+    best, last = _which(place)
+    if best: print(f'the best model of this run, {best}' + (best != last)*f'; result.json judges the last one, {last}')
+    ends = f' of the documents, {score.end_bits:.3f} bits for each end mark' if score.ends else ''
+    print(verdict(score, of=Path(a.text).name if a.text else a.split))
+    print(f'perplexity {score.perplexity:.3f} per token, {score.bits_per_byte:.3f} bits per byte{ends}')
 
 # %% ../nbs/28_cli.ipynb #77a3965a
 def _check_picture(path):
@@ -203,6 +230,8 @@ def _judge_options(e, r):
     e.add_argument('--split', default='val', help='of its corpus: val (default), test, train')
     e.add_argument('--text', metavar='FILE', help='a text file instead of the corpus')
     e.add_argument('--corpus', help='another corpus than that it was trained on')
+    e.add_argument('--batch-size', type=_whole,
+                   help='windows that are read together; as many as the memory takes if none')
     e.add_argument('--stride', type=_whole, help='new tokens in each window; the context if none')
     r.add_argument('paths', nargs='*', metavar='RUN', help='run folders; all runs if none')
     r.add_argument('--plot', metavar='FILE.png', help='draw their curves')
@@ -226,33 +255,67 @@ def _parser():
     return top
 
 # %% ../nbs/28_cli.ipynb #3cf50883
+def _check_device():
+    "Raises `LabError` where LLM_LAB_DEVICE names nothing that could be a device, whatever the command needs"
+    name = os.environ.get('LLM_LAB_DEVICE', '')
+    if name and not re.fullmatch(r'(cpu|cuda|mps|xpu|hpu|npu|mtia|xla|meta)(:\d{1,3})?', name):
+        raise LabError(f'the device {name!r} cannot be used: none is called so; set LLM_LAB_DEVICE=cpu, cuda, cuda:1 or mps')
+
 def _ran(args):
     "The exit code of a command; its error becomes a line"
-    try: code = args.run(args)
+    try:
+        _check_device()
+        code = args.run(args)
+        sys.stdout.flush()                                     # now, where its fault can be told
     except KeyboardInterrupt as e:
         print('\nstopped')
         return STOPPED.get(str(e), 130)
-    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); return 1
-    except LabError as e: print(f'llm-lab: {e}', file=sys.stderr); return 1
+    except BrokenPipeError: raise                              # the reader has gone: see `main`
+    except LabError as e:
+        _say(f'llm-lab: {e}')
+        return 1
     except (MemoryError, RuntimeError) as e:
         if not re.search('memory', f'{type(e).__name__} {e}', re.I): raise
-        print(f'llm-lab: the memory is too small: {str(e).splitlines()[0][:120]}; make model or batch smaller', file=sys.stderr)
+        why = (str(e).splitlines() or [type(e).__name__])[0][:120]
+        _say(f'llm-lab: the memory is too small: {why}; make model or batch smaller')
         return 1
     except OSError as e:
-        print(f'llm-lab: {e.filename or "a file"}: {e.strerror or e}; '
-              'free some space or check the rights, or set LLM_LAB_HOME to another folder', file=sys.stderr)
+        _say(f'llm-lab: {e.filename or "a file"}: {e.strerror or e}; '
+             'free some space or check the rights, or set LLM_LAB_HOME to another folder')
         return 1
     return code if isinstance(code, int) else 0
 
-def main(argv=None)->int:
-    "Run `llm-lab`; returns the exit code: 0, 1 for an error, 2 for bad usage, or one of `STOPPED`"
-    for out in (sys.stdout, sys.stderr):
-        if hasattr(out, 'reconfigure'): out.reconfigure(errors='replace')  # a console may be without €
+def _end_output():
+    "Is all said that was printed? What cannot be written ends in nothing: Python would trip over it at exit"
+    try: sys.stdout.flush()
+    except (OSError, ValueError):
+        with suppress(OSError, ValueError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, sys.stdout.fileno())
+            os.close(null)
+        return False
+    return True
+
+def _answered(argv):
+    "The exit code of what was typed"
     args, rest = _parser().parse_known_args(argv)
     if args.command == 'train' and all('=' in r and r[0] != '-' for r in rest): args.words += rest  # after an option
     elif rest: _parser().error(f'unrecognized arguments: {" ".join(rest)}')
-    must_end_well = args.command in ('tour', 'train')  # whoever reads it
+    must_end_well = args.command in ('tour', 'train', 'prepare')  # whoever reads it
     with surviving_output() if must_end_well else nullcontext(): return _ran(args)
+
+def main(argv=None)->int:
+    "Run `llm-lab`; returns the exit code: 0, 1 for an error, 2 for bad usage, or one of `STOPPED`"
+    for name in ('stdout', 'stderr'):
+        if getattr(sys, name) is None: setattr(sys, name, open(os.devnull, 'w', encoding='utf-8'))  # closed from the start
+        out = getattr(sys, name)
+        if hasattr(out, 'reconfigure'): out.reconfigure(errors='replace')  # a console may be without €
+    try: code = _answered(argv)
+    except SystemExit as e: code = e                           # --help and bad usage
+    except BrokenPipeError: code = 1
+    code = code if _end_output() or code not in (0, None) else 1
+    if isinstance(code, SystemExit): raise code
+    return code
 
 # %% ../nbs/28_cli.ipynb #c7a46148
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())  # python -m llm_lab.cli; not in a notebook

@@ -56,7 +56,8 @@ class TrainKeys:
     lr: float = _key(.01, 1e-9, 10)
     weight_decay: float = _key(.1, 0, 10)
     schedule: str = _key('cosine', of=('cosine', 'constant', 'wsd', 'step_decay'))
-    warmup: int = _key(100, 1)
+    warmup: int|None = _key(None, 0, 10**8)         # steps of climbing; 100, a tenth of short runs, if none
+    min_lr: float = _key(0., 0, 10)                 # where a rate that comes down ends
     clip: float = _key(1., 1e-6)
     precision: str = _key('float32', of=('float32', 'bf16', 'fp16'))
     compile: bool = False
@@ -69,6 +70,7 @@ class TrainKeys:
 class EvalKeys:
     every: int = _key(250, 1)                       # steps; a checkpoint is written then, too
     tokens: int = _key(20_000, 2)                   # of the validation split, from its beginning
+    at_once: int|None = _key(None, 1, 1 << 20)      # windows that are read together; as many as fit if none
     sample_every: int = _key(1000, 1)
     sample_tokens: int = _key(200, 1)
     prompt: str = ''
@@ -81,7 +83,7 @@ class LogKeys:
     tracker: str = _key('none', of=('none', 'tensorboard', 'wandb'))
 
 # %% ../nbs/14_config.ipynb #e90496e8
-_KINDS = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'a text',
+_KINDS = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'a text, in quotes',
           dict: 'a recipe such as {part: "llm_lab.gpt:MLP"}'}
 
 def _wanted(f):
@@ -127,6 +129,14 @@ class RunConfig:
                            'leave it out, or add data.tokenizer=bpe')
         if t.batch_size % t.accumulate:
             raise LabError(f'train.accumulate={t.accumulate} does not divide train.batch_size={t.batch_size}: give a divisor')
+        if t.warmup and t.warmup > t.steps:
+            raise LabError(f'train.warmup={t.warmup}: the run is over after train.steps={t.steps}; '
+                           'give fewer, or leave it out')
+        if t.min_lr > t.lr:
+            raise LabError(f'train.min_lr={t.min_lr}: it is above train.lr={t.lr}; give less')
+        if t.min_lr and t.schedule == 'constant':
+            raise LabError(f'train.min_lr={t.min_lr}: train.schedule=constant never comes down; '
+                           'leave one of them out')
         if not m.d_head and m.d_model % m.n_heads:
             raise LabError(f'model.n_heads={m.n_heads} does not divide model.d_model={m.d_model}: give a divisor')
         if m.n_kv_heads and m.n_heads % m.n_kv_heads:
@@ -188,15 +198,26 @@ def _bearable(path)->str:
     "The text of a YAML file. Raises `LabError` where a short text would stand for a long one, and fill the memory"
     if not path.is_file() or path.stat().st_size > 1 << 16:
         raise LabError(f'{path}: a config has at most {1 << 16:,} bytes; write keys and values, as in train: {{steps: 100}}')
-    text, yaml, deep = path.read_text(encoding='utf-8'), need('yaml'), 0
+    text, yaml, deep, before = path.read_text(encoding='utf-8'), need('yaml'), 0, None
     try:
         for n, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
             deep += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if getattr(event, 'anchor', None):                 # &a and *a, also within each other
                 raise LabError(f'{path}, line {event.start_mark.line + 1}: names such as &a are not read; write the value itself')
+            _require_whole(path, text, before, event)
+            before = event
             if deep > 40 or n > 20_000: raise LabError(f'{path}: lists stand too deep in each other, or are too many; write keys and values')
     except yaml.YAMLError: pass                                # whoever loads it says what is wrong
     return text
+
+_TEXTS = {p.rpartition('.')[2] for p, f in _PATHS.items() if f.type is str and not f.metadata.get('of')}
+
+def _require_whole(path, text, key, event):
+    "Raises `LabError` where a text without quotes ends at a # that is glued to what follows"
+    if getattr(key, 'value', None) not in _TEXTS or getattr(event, 'style', '') is not None: return
+    if re.match(r'[ \t]+#[^\s#]', text[event.end_mark.index:]):
+        raise LabError(f'{path}, line {event.end_mark.line + 1}: {key.value} would be {short(event.value)}, '
+                       'because # begins a comment; put the text in quotes, or a space after #')
 
 def _source(config):
     "(plain data, name) of a config: a .yaml file, a folder that holds config.yaml, or a name"
@@ -217,8 +238,10 @@ def _source(config):
     except LabError: raise
     except (yaml.YAMLError, errors.OmegaConfBaseException, ValueError, OSError, RecursionError) as e:
         at = getattr(e, 'problem_mark', None)
-        raise LabError(f'{path}{f", line {at.line + 1}" if at else ""}: {getattr(e, "problem", None) or "cannot be read"}; '
-                       'write keys and values, as in train: {steps: 100}') from None
+        problem = getattr(e, 'problem', None) or 'cannot be read'
+        quotes = 'put a text that holds a colon in quotes, or ' if problem.startswith('mapping values') else ''
+        raise LabError(f'{path}{f", line {at.line + 1}" if at else ""}: {problem}; '
+                       f'{quotes}write keys and values, as in train: {{steps: 100}}') from None
     return data, name
 
 # %% ../nbs/14_config.ipynb #7cb74764
@@ -247,6 +270,12 @@ def _check_references(data, name):
             if isinstance(found, (dict, list)) or isinstance(found, str) and '${' in found or '${' in path:
                 raise LabError(f'{name}: {short(text)} refers to what is no plain value: write the value itself')
 
+def _value(path, text):
+    "What stands after key=: the text itself where the key takes one, else what YAML reads in it"
+    if path.endswith('.part') or path in _PATHS and _PATHS[path].type is str: return text
+    omega = need('omegaconf').OmegaConf
+    return omega.to_container(omega.from_dotlist([f'v={text}']))['v']
+
 def read_config(config, overrides=())->RunConfig:
     "The config of that name, file or folder, with `key=value` changes"
     data, name = (config, 'run') if isinstance(config, dict) else _source(str(config))
@@ -257,7 +286,8 @@ def read_config(config, overrides=())->RunConfig:
         for item in overrides:
             where = f'{item:.60}'; key, eq, value = item.partition('=')
             if not eq or not key: raise LabError(f'{item!r} will not do: write key=value, such as train.steps=500')
-            path = _path(key); value = omega.to_container(omega.from_dotlist([f'v={value}']))['v']
+            path = _path(key)
+            value = _value(path, value)
             if path.endswith('.part'): path, value = path.rpartition('.')[0], dict(part=value)
             omega.update(data, path, value, merge=not isinstance(value, dict), force_add=True)
         where = name
@@ -299,5 +329,5 @@ def gone_on(old:RunConfig, new:RunConfig)->RunConfig:
 def smaller(cfg:RunConfig)->RunConfig:
     "The same, only to see whether it would work: 20 steps, little validation"
     few = max(2000, cfg.data.block_len + 1)
-    return replace(cfg, train=replace(cfg.train, steps=20), log=replace(cfg.log, every=5, checkpoint_every=10),
+    return replace(cfg, train=replace(cfg.train, steps=20, warmup=None), log=replace(cfg.log, every=5, checkpoint_every=10),
                    eval=replace(cfg.eval, every=10, tokens=few, sample_every=20, sample_tokens=20))

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from .lab import LabError, Live
 from .gpt import MiniGPT
-from .train import adamw, next_token_loss, train_step, update, warmup_cosine
+from .train import adamw, next_token_loss, train_step, update, warmup_cosine, warmup_steps
 
 # %% ../nbs/12_optim.ipynb #b929812f
 def orthogonalized(
@@ -100,20 +100,30 @@ def sgd(model, lr=.2, weight_decay=0., momentum=.9)->torch.optim.SGD:
 OPTIMISERS = dict(adamw=adamw, muon=muon, sgd=sgd)
 
 # %% ../nbs/12_optim.ipynb #9099b261
-def constant(step:int, steps:int, warmup=100)->float:
+def constant(
+    step:int, steps:int,
+    warmup:int=None # steps of climbing, obeyed as they are; if none, 100 or a tenth of all
+)->float:
     "Climb in a line, then stay"
-    return min(1., (step + 1)/min(warmup, max(1, steps//10)))
+    climb = warmup_steps(steps, warmup)
+    return min(1., (step + 1)/climb) if climb else 1.
 
 def warmup_stable_decay(
-    step:int, steps:int, warmup=100,
+    step:int, steps:int, warmup:int=None,
+    end=0.,  # the factor to come down to
     decay=.2 # the last part of the run, in which the rate comes down in a line
 )->float:
     "Climb, stay, come down in a line (Hu et al. 2024, §4)"
-    return min(constant(step, steps, warmup), (steps - step)/max(1, decay*steps))
+    down = (steps - step)/max(1, decay*steps)
+    return min(constant(step, steps, warmup), end + (1 - end)*down)
 
-def step_decay(step:int, steps:int, warmup=100, at=(.5, .75), by=.1)->float:
+def step_decay(
+    step:int, steps:int, warmup:int=None,
+    end=0.,  # the factor that it never falls below
+    at=(.5, .75), by=.1
+)->float:
     "Climb, stay, and fall to a part `by` at each of these parts of the run"
-    return constant(step, steps, warmup)*by**sum(step >= a*steps for a in at)
+    return constant(step, steps, warmup)*max(end, by**sum(step >= a*steps for a in at))
 
 SCHEDULES = dict(cosine=warmup_cosine, constant=constant, wsd=warmup_stable_decay, step_decay=step_decay)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['texts_of', 'batches_of', 'Alone', 'engine_of', 'gathered', 'model_config', 'set_threads', 'Job', 'peak_memory',
-           'held', 'going_on', 'train_config']
+           'schedule_of', 'held', 'going_on', 'train_config']
 
 # %% ../nbs/15_run.ipynb #aedce895
 import hashlib, itertools, json, math, os, re, shutil, subprocess, sys, time, warnings
@@ -21,13 +21,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from . import __version__
 from .lab import (LabError, Live, device, fastest_threads, flops, home, json_of, kept_streams,
                          laid_out, locked, machine, made_folder, must_fit, need, peak_flops, pointed,
-                         replaceable, require_name, require_ours, rng, usable_device, written)
+                         replaceable, require_name, require_ours, rng, short, usable_device, written)
 from .corpora import load_corpus
 from .chars import CharTokenizer
 from .pack import BatchStream, PackedTokens, pack
 from .gpt import MiniGPT, config_from, sketch
-from .train import Run, blocks, document_starts, fit, mean_loss, next_token_loss
-from .evaluate import evaluate
+from .train import Run, blocks, document_starts, fit, next_token_loss
+from .evaluate import evaluate, score_ids
 from .sample import sample
 from .optim import OPTIMISERS, PRECISIONS, SCHEDULES, Step, checkpointed
 from .checkpoint import Checkpoints, Metrics, sweep_checkpoints
@@ -104,15 +104,57 @@ def _without_lookups():
         reader.join(1)                                         # a child may hold the other end: we do not wait for it
 
 # %% ../nbs/15_run.ipynb #90d7836c
+_LAUNCHED = 'RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'
+
+def _check_launch():
+    "Raises `LabError` where the environment speaks of several processes, and only by halves"
+    said = {k: v for k in _LAUNCHED if (v := os.environ.get(k))}
+    for k in set(said) - {'MASTER_ADDR'}:
+        if not said[k].isdecimal():
+            raise LabError(f'{k}={short(said[k])} is no whole number: start with torchrun, or unset it')
+    many = int(said.get('WORLD_SIZE', 1)) > 1 or 'RANK' in said or 'LOCAL_RANK' in said
+    missing = [k for k in _LAUNCHED if k not in said]
+    if many and missing:
+        key = next(k for k in ('WORLD_SIZE', 'RANK', 'LOCAL_RANK') if k in said)
+        raise LabError(f'{key}={said[key]} is set, {missing[0]} is not: start with torchrun, '
+                       f'or unset {key}')
+    if many and int(said['RANK']) >= int(said['WORLD_SIZE']):
+        raise LabError(f'RANK={said["RANK"]}: it counts from 0, and WORLD_SIZE={said["WORLD_SIZE"]}')
+
+@contextmanager
+def _told_device():
+    "Meanwhile, accelerate takes the device that LLM_LAB_DEVICE names, where there is one process"
+    key, name = 'ACCELERATE_TORCH_DEVICE', os.environ.get('LLM_LAB_DEVICE')
+    old = os.environ.pop(key, None) if name else None
+    if name and os.environ.get('WORLD_SIZE', '1') == '1': os.environ[key] = name
+    try: yield
+    finally:
+        if name: os.environ.pop(key, None)
+        if old is not None: os.environ[key] = old
+
+def _require_device(engine):
+    "Raises `LabError` where an engine is not on the device that LLM_LAB_DEVICE names"
+    name = os.environ.get('LLM_LAB_DEVICE')
+    want, got = torch.device(name or engine.device), engine.device
+    several = engine.num_processes > 1 and want.index is not None
+    if want.type != got.type or several or want.index not in (None, got.index or 0):
+        why = 'each process has a device of its own' if several else f'this process runs on {got}'
+        raise LabError(f'LLM_LAB_DEVICE={name} cannot be obeyed, {why}: leave it out, or give {want.type}')
+
 def engine_of(tracker='none'):
     "An `accelerate.Accelerator`; `Alone` where that is not installed and one process is enough"
+    _check_launch()
     if tracker == 'none' and find_spec('accelerate') is None and os.environ.get('WORLD_SIZE', '1') == '1': return Alone()
     if tracker != 'none': need(tracker)                        # accelerate would leave it out without a word
     if tracker != 'none' and (env := home()/'.env').is_file(): need('dotenv', 'python-dotenv').load_dotenv(env)
     slow = need('accelerate').InitProcessGroupKwargs(timeout=timedelta(hours=6))       # one packs, the others wait
-    with _without_lookups() if os.environ.get('WORLD_SIZE', '1') != '1' else nullcontext():
-        return need('accelerate').Accelerator(cpu=device() == 'cpu', mixed_precision='no', kwargs_handlers=[slow],
-                                              log_with=None if tracker == 'none' else tracker, project_dir=home())
+    several = os.environ.get('WORLD_SIZE', '1') != '1'
+    with _told_device(), _without_lookups() if several else nullcontext():
+        engine = need('accelerate').Accelerator(
+            cpu=torch.device(device()).type == 'cpu', mixed_precision='no', kwargs_handlers=[slow],
+            log_with=None if tracker == 'none' else tracker, project_dir=home())
+    _require_device(engine)
+    return engine
 
 def gathered(engine, x)->list:
     "What each process has, in their order; plain data, about as long everywhere"
@@ -208,7 +250,14 @@ def measure(self:Job):
     self.peak = self.engine.num_processes*peak_flops(device, PRECISIONS[self.cfg.train.precision])
 
 # %% ../nbs/15_run.ipynb #c9f3f2c2
-def _per_byte(tokens): s = tokens.meta['splits'][tokens.split]; return s['tokens']/max(1, s['bytes'])/math.log(2)
+def _per_byte(tokens, corpus):
+    """Nats per token times this are bits per byte of the documents: about so, as an end mark is taken for a
+    token like any other"""
+    said, end = tokens.meta['splits'][tokens.split], tokens.meta['tokenizer']['end']
+    n, size = said['tokens'], said['bytes']
+    if corpus.independent: n -= said['documents']*len(end)
+    else: size += said['documents']*len(corpus.separator.encode())
+    return n/max(1, size)/math.log(2)
 
 @patch
 def record(self:Job, run)->dict:
@@ -217,7 +266,7 @@ def record(self:Job, run)->dict:
     loss, norm = run.history[:, max(0, n - c.log.every):n].mean(1).tolist()
     (before, start), self.then = self.then, (tokens, run.seconds)
     rate = (tokens - before)/max(run.seconds - start, 1e-9)
-    return dict(loss=loss, ppl=math.exp(min(loss, 700)), bits_per_byte=loss*_per_byte(self.texts['train']),
+    return dict(loss=loss, ppl=math.exp(min(loss, 700)), bits_per_byte=loss*_per_byte(self.texts['train'], self.texts['corpus']),
                 lr=run.opt.param_groups[0]['lr'], grad_norm=norm, tokens_per_s=rate, mfu=rate*self.work/self.peak,
                 peak_memory=peak_memory(self.engine.device))
 
@@ -226,12 +275,15 @@ def validate(self:Job, run)->dict:
     "The validation loss, which is noted for `best`; now and then a text that the model writes"
     c, n = self.cfg, run.step
     parts = run.model.metrics()                                # of training; the same names of other readings are replaced
-    val = mean_loss(run.model, self.ids, starts=self.starts); parts |= run.model.metrics()
-    run.notes.append(dict(step=n, val=val))
+    tokens, corpus = self.texts['val'], self.texts['corpus']
+    ends = document_starts(self.ids, tokens.meta['tokenizer']['end']) if self.starts is not None else None
+    score = score_ids(run.model, tokens.tokenizer, corpus, self.ids, ends, batch_size=c.eval.at_once)
+    parts |= run.model.metrics()
+    run.notes.append(dict(step=n, val=score.loss))
     if n % c.eval.sample_every == 0 or n == run.steps:
         text = sample(run.model, self.texts['tokenizer'], c.eval.prompt, c.eval.sample_tokens, c.train.seed)
         self.metrics.keep(dict(step=n, prompt=c.eval.prompt, text=text))
-    return dict(val=val, val_bits_per_byte=val*_per_byte(self.texts['val']), **parts)
+    return dict(val=score.loss, val_bits_per_byte=score.bits_per_byte, **parts)
 
 # %% ../nbs/15_run.ipynb #7b6456bb
 @patch
@@ -264,6 +316,11 @@ def tick(self:Job, run):
     if due(c.eval.every) or due(c.log.checkpoint_every): self.save(run)
 
 # %% ../nbs/15_run.ipynb #78a2eaa8
+def schedule_of(t):
+    "The schedule that the section `train` of a config describes: a function of (step, steps)"
+    end = dict(end=t.min_lr/t.lr) if t.min_lr else {}
+    return partial(SCHEDULES[t.schedule], warmup=t.warmup, **end)
+
 @patch
 def go(self:Job, start=None):
     "Train to the end, from the newest checkpoint if there is one, or from `start`; returns the `Run`"
@@ -285,7 +342,7 @@ def go(self:Job, start=None):
             return e.reduce(value, 'mean'), length
     every = math.gcd(c.log.every, c.eval.every, c.log.checkpoint_every)
     fit(run.model, self.stream, c.train.steps, clip=c.train.clip, seed=c.train.seed + 7919*e.process_index, run=run,
-        schedule=partial(SCHEDULES[c.train.schedule], warmup=c.train.warmup), step=step,
+        schedule=schedule_of(c.train), step=step,
         every={every: self.tick, (c.train.steps,): self.tick})
     if run.stopped: self.save(run)
     return run
@@ -297,14 +354,16 @@ def finish(self:Job, most=None):
     live, run, c, path = Live(), self.run, self.cfg, self.folder/'result.json'
     if path.exists() and (known := json.loads(path.read_text()))['steps'] == run.step: return known
     texts = self.texts
-    try: score = evaluate(run.model, texts['tokenizer'], texts['corpus'], most=most, live=live)
+    try: score = evaluate(run.model, texts['tokenizer'], texts['corpus'], most=most, batch_size=c.eval.at_once, live=live)
     except Exception as e:
         why = (str(e).splitlines() or [type(e).__name__])[0]
         raise LabError(f'{self.folder} is trained and kept, but its evaluation failed: {why}; '
                        f'mend that, then: llm-lab eval {self.folder}') from e
-    live.close(f'validated on {score.tokens:,} tokens')
+    best = int(pointed(self.folder/'best').name[5:]) if (self.folder/'best').is_file() else run.step
+    live.close(f'validated on {score.tokens:,} tokens' + (best != run.step)*(
+        f': the last model, of step {run.step:,}; `eval` and `sample` take the best, of step {best:,}'))
     result = dict(name=c.name, run=self.folder.name, params=run.model.n_params, steps=run.step,
-                  tokens=self.tokens(run.step), seconds=run.seconds, scores=dict(val=score.as_dict()))
+                  tokens=self.tokens(run.step), seconds=run.seconds, judged='the last model', best_step=best, scores=dict(val=score.as_dict()))
     with written(path) as f: f.write_text(json.dumps(result, indent=1) + '\n', encoding='utf-8')
     return result
 
