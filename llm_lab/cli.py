@@ -25,6 +25,9 @@ class _Parser(argparse.ArgumentParser):
         _say(f'{self.prog}: {message}; see {self.prog} --help')
         self.exit(2)
 
+    def _print_message(self, message, file=None):
+        if message: (file or sys.stderr).write(message)        # argparse hides that a disk is full
+
     def _get_values(self, action, words):
         if words != ['--'] or not action.option_strings: return super()._get_values(action, words)
         value = self._get_value(action, '--')                  # `--tokens=--`: argparse drops it, and trips
@@ -261,6 +264,12 @@ def _check_device():
     if name and not re.fullmatch(r'(cpu|cuda|mps|xpu|hpu|npu|mtia|xla|meta)(:\d{1,3})?', name):
         raise LabError(f'the device {name!r} cannot be used: none is called so; set LLM_LAB_DEVICE=cpu, cuda, cuda:1 or mps')
 
+def _refused(error):
+    "One line on what the system refuses, and the exit code"
+    _say(f'llm-lab: {error.filename or "a file"}: {error.strerror or error}; '
+         'free some space or check the rights, or set LLM_LAB_HOME to another folder')
+    return 1
+
 def _ran(args):
     "The exit code of a command; its error becomes a line"
     try:
@@ -280,9 +289,7 @@ def _ran(args):
         _say(f'llm-lab: the memory is too small: {why}; make model or batch smaller')
         return 1
     except OSError as e:
-        _say(f'llm-lab: {e.filename or "a file"}: {e.strerror or e}; '
-             'free some space or check the rights, or set LLM_LAB_HOME to another folder')
-        return 1
+        return _refused(e)
     return code if isinstance(code, int) else 0
 
 def _end_output():
@@ -313,6 +320,7 @@ def main(argv=None)->int:
     try: code = _answered(argv)
     except SystemExit as e: code = e                           # --help and bad usage
     except BrokenPipeError: code = 1
+    except OSError as e: code = _refused(e)
     code = code if _end_output() or code not in (0, None) else 1
     if isinstance(code, SystemExit): raise code
     return code

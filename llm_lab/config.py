@@ -194,20 +194,27 @@ CONFIGS = dict(
                log=dict(every=5, checkpoint_every=10)))
 
 # %% ../nbs/14_config.ipynb #e69ddc6f
-def _bearable(path)->str:
-    "The text of a YAML file. Raises `LabError` where a short text would stand for a long one, and fill the memory"
-    if not path.is_file() or path.stat().st_size > 1 << 16:
-        raise LabError(f'{path}: a config has at most {1 << 16:,} bytes; write keys and values, as in train: {{steps: 100}}')
-    text, yaml, deep, before = path.read_text(encoding='utf-8'), need('yaml'), 0, None
+def _events(text, where):
+    "What YAML sees in a text, piece by piece. Raises `LabError` where it stands for more than it shows"
+    yaml, deep = need('yaml'), 0
     try:
         for n, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
             deep += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if getattr(event, 'anchor', None):                 # &a and *a, also within each other
-                raise LabError(f'{path}, line {event.start_mark.line + 1}: names such as &a are not read; write the value itself')
-            _require_whole(path, text, before, event)
-            before = event
-            if deep > 40 or n > 20_000: raise LabError(f'{path}: lists stand too deep in each other, or are too many; write keys and values')
+                raise LabError(f'{where}, line {event.start_mark.line + 1}: names such as &a are not read; write the value itself')
+            if deep > 40 or n > 20_000:
+                raise LabError(f'{where}: lists stand too deep in each other, or are too many; write keys and values')
+            yield event
     except yaml.YAMLError: pass                                # whoever loads it says what is wrong
+
+def _bearable(path)->str:
+    "The text of a YAML file. Raises `LabError` where a short text would stand for a long one, and fill the memory"
+    if not path.is_file() or path.stat().st_size > 1 << 16:
+        raise LabError(f'{path}: a config has at most {1 << 16:,} bytes; write keys and values, as in train: {{steps: 100}}')
+    text, before = path.read_text(encoding='utf-8'), None
+    for event in _events(text, path):
+        _require_whole(path, text, before, event)
+        before = event
     return text
 
 _TEXTS = {p.rpartition('.')[2] for p, f in _PATHS.items() if f.type is str and not f.metadata.get('of')}
@@ -273,7 +280,9 @@ def _check_references(data, name):
 def _value(path, text):
     "What stands after key=: the text itself where the key takes one, else what YAML reads in it"
     if path.endswith('.part') or path in _PATHS and _PATHS[path].type is str: return text
-    omega = need('omegaconf').OmegaConf
+    omega, where = need('omegaconf').OmegaConf, _line(f'{path}={text:.40}')
+    if len(text) > 1 << 16: raise LabError(f'{where}…: a value has at most {1 << 16:,} letters; write a shorter one')
+    for _ in _events(text, where): pass
     return omega.to_container(omega.from_dotlist([f'v={text}']))['v']
 
 def read_config(config, overrides=())->RunConfig:
