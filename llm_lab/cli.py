@@ -318,12 +318,12 @@ def main(argv=None)->int:
         out = getattr(sys, name)
         if hasattr(out, 'reconfigure'): out.reconfigure(errors='replace')  # a console may be without €
     try: code = _answered(argv)
-    except SystemExit as e: code = e                           # --help and bad usage
+    except SystemExit as e:                                    # --help, and bad usage
+        if e.code or _end_output(): raise
+        code = 1
     except BrokenPipeError: code = 1
     except OSError as e: code = _refused(e)
-    code = code if _end_output() or code not in (0, None) else 1
-    if isinstance(code, SystemExit): raise code
-    return code
+    return code if _end_output() else code or 1
 
 # %% ../nbs/28_cli.ipynb #c7a46148
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())  # python -m llm_lab.cli; not in a notebook

@@ -246,7 +246,7 @@ def _source(config):
     except (yaml.YAMLError, errors.OmegaConfBaseException, ValueError, OSError, RecursionError) as e:
         at = getattr(e, 'problem_mark', None)
         problem = getattr(e, 'problem', None) or 'cannot be read'
-        quotes = 'put a text that holds a colon in quotes, or ' if problem.startswith('mapping values') else ''
+        quotes = 'put a text that holds a colon in quotes, or ' if re.match("mapping values|found unexpected ':'", problem) else ''
         raise LabError(f'{path}{f", line {at.line + 1}" if at else ""}: {problem}; '
                        f'{quotes}write keys and values, as in train: {{steps: 100}}') from None
     return data, name

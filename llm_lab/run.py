@@ -26,8 +26,8 @@ from .corpora import load_corpus
 from .chars import CharTokenizer
 from .pack import BatchStream, PackedTokens, pack
 from .gpt import MiniGPT, config_from, sketch
-from .train import Run, blocks, document_starts, fit, next_token_loss
-from .evaluate import evaluate, score_ids
+from .train import Run, block_losses, blocks, document_starts, fit, next_token_loss
+from .evaluate import evaluate, tally
 from .sample import sample
 from .optim import OPTIMISERS, PRECISIONS, SCHEDULES, Step, checkpointed
 from .checkpoint import Checkpoints, Metrics, sweep_checkpoints
@@ -277,7 +277,9 @@ def validate(self:Job, run)->dict:
     parts = run.model.metrics()                                # of training; the same names of other readings are replaced
     tokens, corpus = self.texts['val'], self.texts['corpus']
     ends = document_starts(self.ids, tokens.meta['tokenizer']['end']) if self.starts is not None else None
-    score = score_ids(run.model, tokens.tokenizer, corpus, self.ids, ends, batch_size=c.eval.at_once)
+    losses = block_losses(run.model, self.ids, batch_size=c.eval.at_once, starts=self.starts)
+    windows = blocks(len(self.ids), run.model.cfg.max_len, self.starts)
+    score = tally(losses, windows, self.ids, ends, tokens.tokenizer, corpus)
     parts |= run.model.metrics()
     run.notes.append(dict(step=n, val=score.loss))
     if n % c.eval.sample_every == 0 or n == run.steps:
