@@ -57,7 +57,8 @@ SIGNS = ' :#-[]{}&*!|>%@`"\'\\,?~=.$\t\n0159eExX_nulltrueyesоß漢🙂'
 def odd_texts(n):
     luck = random.Random(5)
     known = ('ROMEO:', 'my #1.txt', 'null', '~', 'true', 'no', '1984', '1e3', '0x10', '2024-01-01', '???', '- x', '[', '{a: b}',
-             '!!str 5', '&a', '*a', '"', "it's", ' a ', '', '=', 'a=b', '$HOME', '\\n', 'a\nb', '#', ': ', '<<', '|', '>', '1_000', '.inf', '12:30:45')
+             '!!str 5', '&a', '*a', '"', "it's", ' a ', '', '=', 'a=b', '$HOME',
+             '\\n', 'a\nb', '#', ': ', '<<', '|', '>', '1_000', '.inf', '12:30:45')
     return [*known, *(''.join(luck.choices(SIGNS, k=luck.randint(1, 12))) for _ in range(n))]
 
 
@@ -554,7 +555,7 @@ def test_less_memory_means_fewer_windows_and_none_is_a_line(monkeypatch):
         seen.append(windows_at_once(model, 256))
     assert seen[0] == 64 and seen[-1] == 1 and seen == sorted(seen, reverse=True) and len({*seen}) > 2
     monkeypatch.setattr('llm_lab.lab.memory_left', lambda: 1000.)
-    with pytest.raises(LabError, match='a window of 256 tokens, \d+ numbers for each, needs'): windows_at_once(model, 256)
+    with pytest.raises(LabError, match=r'a window of 256 tokens, \d+ numbers for each, needs'): windows_at_once(model, 256)
     chosen = token_losses(model, torch.randint(250, (9,)), torch.tensor([[0, 1, 9]]), batch_size=2)
     assert chosen[1:].isfinite().all()                         # who chooses is obeyed
 
@@ -562,7 +563,8 @@ def test_less_memory_means_fewer_windows_and_none_is_a_line(monkeypatch):
 # ---- which model, which text
 
 SMALL = ('data.block_len=16', 'model.d_model=16', 'model.n_layers=1', 'model.n_heads=2', 'train.batch_size=4',
-         'train.steps=20', 'train.lr=0.001', 'eval.every=10', 'eval.tokens=400', 'eval.sample_tokens=3', 'log.checkpoint_every=10', 'train.threads=1')
+         'train.steps=20', 'train.lr=0.001', 'eval.every=10', 'eval.tokens=400', 'eval.sample_tokens=3',
+         'log.checkpoint_every=10', 'train.threads=1')
 
 
 @pytest.fixture(scope='module')
