@@ -137,7 +137,8 @@ def tally(
 )->Score:
     "What the losses of a text add up to: in all, over documents, and what their end marks cost"
     starts = None if ends is None else ends[ends < len(ids) - 1]
-    is_end = _end_places(len(ids), ends, len(end_mark(corpus, tokenizer)))
+    width = 0 if ends is None else len(end_mark(corpus, tokenizer))
+    is_end = _end_places(len(ids), ends, width)
     parts = [(losses[a:b], is_end[a:b]) for a, b in _in_documents(windows, starts).tolist()]
     sums, counts = [x.sum() for x, _ in parts], [len(x) for x, _ in parts]
     bare, kept = [x[~end].sum() for x, end in parts], [int((~end).sum()) for _, end in parts]

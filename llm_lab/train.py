@@ -337,7 +337,9 @@ class Setup:
 # %% ../nbs/08_train.ipynb #a120d730
 def read_split(corpus, tokenizer, split)->tuple:
     "(the ids of a split, (n,); where each document begins, if they stand alone, else None: its mark's last token)"
-    mark, documents = end_mark(corpus, tokenizer), [*corpus.documents(split)]
+    documents = [*corpus.documents(split)]
+    # a text of one paragraph may be without the separator's characters
+    mark = end_mark(corpus, tokenizer) if corpus.independent or len(documents) > 1 else []
     each = tokenizer.encode_batch(documents) if hasattr(tokenizer, 'encode_batch') else map(tokenizer.encode, documents)
     parts = [[*ids, *mark] for ids in each]
     if not corpus.independent:                                 # the marks stand between, as in a packed folder

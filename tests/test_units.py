@@ -689,3 +689,10 @@ def test_a_key_of_a_config_may_be_left_out_of_an_older_file(tmp_path):
     "A file of before has no min_lr and no at_once"
     cfg = config_of(dict(train=dict(warmup=100)))
     assert (cfg.train.warmup, cfg.train.min_lr, cfg.eval.at_once) == (100, 0., None)
+
+
+def test_a_text_of_one_paragraph_needs_no_line_end():
+    corpus = Corpus('line', dict(train='to be or not to be', val='to be or not'))
+    tok = CharTokenizer.train(corpus.text('train'))
+    score = evaluate(model_for(tok), tok, corpus)
+    assert (score.tokens, score.chars, score.bytes, score.ends) == (11, 11, 11, 0)
