@@ -108,7 +108,7 @@ _LAUNCHED = 'RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'
 
 def _check_launch():
     "Raises `LabError` where the environment speaks of several processes, and only by halves"
-    said = {k: v for k in _LAUNCHED if (v := os.environ.get(k))}
+    said = {k: os.environ[k] for k in _LAUNCHED if k in os.environ}
     for k in set(said) - {'MASTER_ADDR'}:
         if not said[k].isdecimal():
             raise LabError(f'{k}={short(said[k])} is no whole number: start with torchrun, or unset it')
