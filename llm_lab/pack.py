@@ -188,8 +188,8 @@ class PackedTokens:
 # %% ../nbs/05_pack.ipynb #2b1a412d
 def end_mark(corpus, tok)->list[int]:
     "What ends a document: the end mark's id; where there is none, or in a running text, the separator's ids"
-    if corpus.independent and tok.eos_id is not None: return [tok.eos_id]
-    return _between(tok, corpus.separator)
+    if not corpus.independent: return _between(tok, corpus.separator)
+    return tok.encode(corpus.separator) if tok.eos_id is None else [tok.eos_id]
 
 def _between(tok, separator):
     "The ids of a separator as they stand between two letters: GPT-2 has 628 for two line ends alone, here 198 twice"
