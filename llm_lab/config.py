@@ -289,6 +289,7 @@ def read_config(config, overrides=())->RunConfig:
     "The config of that name, file or folder, with `key=value` changes"
     data, name = (config, 'run') if isinstance(config, dict) else _source(str(config))
     omega, errors, where = need('omegaconf').OmegaConf, need('omegaconf.errors'), name
+    given = set()
     try:
         data = omega.create(data)
         if not omega.is_dict(data): raise LabError(f'{config} is a list: write sections, as in train: {{steps: 100}}')
@@ -297,6 +298,9 @@ def read_config(config, overrides=())->RunConfig:
             if not eq or not key: raise LabError(f'{item!r} will not do: write key=value, such as train.steps=500')
             path = _path(key)
             value = _value(path, value)
+            given.add(path)
+            if path == 'data.tokenizer' and 'data.vocab_size' not in given:
+                omega.update(data, 'data.vocab_size', None, force_add=True)     # it was the other tokenizer's
             if path.endswith('.part'): path, value = path.rpartition('.')[0], dict(part=value)
             omega.update(data, path, value, merge=not isinstance(value, dict), force_add=True)
         where = name

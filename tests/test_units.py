@@ -102,6 +102,15 @@ def test_a_text_that_a_file_would_lose_is_told(tmp_path, text, words):
     assert all(w in str(e.value) for w in words) and '\n' not in str(e.value), e.value
 
 
+def test_another_tokenizer_forgets_the_size_and_only_a_size_that_was_not_typed():
+    data = dict(data=dict(tokenizer='bpe', vocab_size=300))
+    assert read_config(data, ['data.tokenizer=chars']).data.vocab_size is None
+    assert read_config(data).data.vocab_size == 300
+    for typed_size in (['vocab_size=400', 'tokenizer=chars'], ['tokenizer=chars', 'data.vocab_size=400']):
+        with pytest.raises(LabError, match='^data.vocab_size=400: characters decide it'): read_config(data, typed_size)
+    assert read_config(data, ['tokenizer=bpe', 'vocab_size=500']).data.vocab_size == 500
+
+
 def test_comments_and_quoted_signs_stay(tmp_path):
     (tmp_path/'c.yaml').write_text('data:\n  corpus: de.txt # the German one\n  block_len: 8 #short\neval:\n  prompt: "a #1: b"   #x\n')
     cfg = read_config(tmp_path/'c.yaml')
