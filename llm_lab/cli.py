@@ -61,7 +61,8 @@ def _which(path):
     "(the checkpoint that a run's folder stands for, the last one); two empty texts if it is no run"
     path = Path(path)
     if (path/'package.json').exists(): return '', ''
-    best, last = (pointed(path/name).name if (path/name).is_file() else '' for name in ('best', 'latest'))
+    named = lambda file: pointed(file).name if file.is_file() else ''
+    best, last = named(path/'best'), named(path/'latest')
     return best or last, last or best
 
 # %% ../nbs/28_cli.ipynb #ebac8df8
@@ -200,10 +201,13 @@ def _eval(a):
         if known[0] == corpus.name and known[1] not in (None, corpus.sha256):
             print(f'{corpus.name} is not the text it was trained on, or has changed',
                   file=sys.stderr)
-        score = evaluate(model, tokenizer, corpus, a.split, None, a.stride, a.batch_size, live=(live := Live()))
+        live = Live()
+        score = evaluate(model, tokenizer, corpus, a.split, None, a.stride, a.batch_size, live)
         live.close(f'{score.tokens:,} tokens of {corpus.name}, each asked once')
     best, last = _which(place)
-    if best: print(f'the best model of this run, {best}' + (best != last)*f'; result.json judges the last one, {last}')
+    if best:
+        more = '' if best == last else f'; result.json judges the last one, {last}'
+        print(f'the best model of this run, {best}{more}')
     ends = f' of the documents, {score.end_bits:.3f} bits for each end mark' if score.ends else ''
     print(verdict(score, of=Path(a.text).name if a.text else a.split))
     print(f'perplexity {score.perplexity:.3f} per token, {score.bits_per_byte:.3f} bits per byte{ends}')
@@ -259,10 +263,11 @@ def _parser():
 
 # %% ../nbs/28_cli.ipynb #3cf50883
 def _check_device():
-    "Raises `LabError` where LLM_LAB_DEVICE names nothing that could be a device, whatever the command needs"
+    "Raises `LabError` where LLM_LAB_DEVICE names nothing that could be a device"
     name = os.environ.get('LLM_LAB_DEVICE', '')
     if name and not re.fullmatch(r'(cpu|cuda|mps|xpu|hpu|npu|mtia|xla|meta)(:\d{1,3})?', name):
-        raise LabError(f'the device {name!r} cannot be used: none is called so; set LLM_LAB_DEVICE=cpu, cuda, cuda:1 or mps')
+        raise LabError(f'the device {name!r} cannot be used: none is called so; '
+                       'set LLM_LAB_DEVICE=cpu, cuda, cuda:1 or mps')
 
 def _refused(error):
     "One line on what the system refuses, and the exit code"
@@ -293,7 +298,7 @@ def _ran(args):
     return code if isinstance(code, int) else 0
 
 def _end_output():
-    "Is all said that was printed? What cannot be written ends in nothing: Python would trip over it at exit"
+    "Is all said that was printed? What cannot be is dropped: Python would trip over it at exit"
     try: sys.stdout.flush()
     except (OSError, ValueError):
         with suppress(OSError, ValueError):
@@ -314,7 +319,8 @@ def _answered(argv):
 def main(argv=None)->int:
     "Run `llm-lab`; returns the exit code: 0, 1 for an error, 2 for bad usage, or one of `STOPPED`"
     for name in ('stdout', 'stderr'):
-        if getattr(sys, name) is None: setattr(sys, name, open(os.devnull, 'w', encoding='utf-8'))  # closed from the start
+        if getattr(sys, name) is None:                         # closed from the start
+            setattr(sys, name, open(os.devnull, 'w', encoding='utf-8'))
         out = getattr(sys, name)
         if hasattr(out, 'reconfigure'): out.reconfigure(errors='replace')  # a console may be without €
     try: code = _answered(argv)

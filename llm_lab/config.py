@@ -201,9 +201,11 @@ def _events(text, where):
         for n, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
             deep += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if getattr(event, 'anchor', None):                 # &a and *a, also within each other
-                raise LabError(f'{where}, line {event.start_mark.line + 1}: names such as &a are not read; write the value itself')
+                raise LabError(f'{where}, line {event.start_mark.line + 1}: names such as &a are not read; '
+                               'write the value itself')
             if deep > 40 or n > 20_000:
-                raise LabError(f'{where}: lists stand too deep in each other, or are too many; write keys and values')
+                raise LabError(f'{where}: lists stand too deep in each other, or are too many; '
+                               'write keys and values')
             yield event
     except yaml.YAMLError: pass                                # whoever loads it says what is wrong
 
@@ -217,7 +219,8 @@ def _bearable(path)->str:
         before = event
     return text
 
-_TEXTS = {p.rpartition('.')[2] for p, f in _PATHS.items() if f.type is str and not f.metadata.get('of')}
+_TEXTS = {p.rpartition('.')[2] for p, f in _PATHS.items()
+          if f.type is str and not f.metadata.get('of')}
 
 def _require_whole(path, text, key, event):
     "Raises `LabError` where a text without quotes ends at a # that is glued to what follows"
@@ -246,7 +249,8 @@ def _source(config):
     except (yaml.YAMLError, errors.OmegaConfBaseException, ValueError, OSError, RecursionError) as e:
         at = getattr(e, 'problem_mark', None)
         problem = getattr(e, 'problem', None) or 'cannot be read'
-        quotes = 'put a text that holds a colon in quotes, or ' if re.match("mapping values|found unexpected ':'", problem) else ''
+        colon = re.match("mapping values|found unexpected ':'", problem)
+        quotes = 'put a text that holds a colon in quotes, or ' if colon else ''
         raise LabError(f'{path}{f", line {at.line + 1}" if at else ""}: {problem}; '
                        f'{quotes}write keys and values, as in train: {{steps: 100}}') from None
     return data, name
@@ -281,7 +285,8 @@ def _value(path, text):
     "What stands after key=: the text itself where the key takes one, else what YAML reads in it"
     if path.endswith('.part') or path in _PATHS and _PATHS[path].type is str: return text
     omega, where = need('omegaconf').OmegaConf, _line(f'{path}={text:.40}')
-    if len(text) > 1 << 16: raise LabError(f'{where}…: a value has at most {1 << 16:,} letters; write a shorter one')
+    if len(text) > 1 << 16:
+        raise LabError(f'{where}…: a value has at most {1 << 16:,} letters; write a shorter one')
     for _ in _events(text, where): pass
     return omega.to_container(omega.from_dotlist([f'v={text}']))['v']
 
@@ -342,5 +347,6 @@ def gone_on(old:RunConfig, new:RunConfig)->RunConfig:
 def smaller(cfg:RunConfig)->RunConfig:
     "The same, only to see whether it would work: 20 steps, little validation"
     few = max(2000, cfg.data.block_len + 1)
-    return replace(cfg, train=replace(cfg.train, steps=20, warmup=None), log=replace(cfg.log, every=5, checkpoint_every=10),
+    return replace(cfg, train=replace(cfg.train, steps=20, warmup=None),
+                   log=replace(cfg.log, every=5, checkpoint_every=10),
                    eval=replace(cfg.eval, every=10, tokens=few, sample_every=20, sample_tokens=20))

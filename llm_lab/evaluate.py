@@ -67,9 +67,11 @@ class Score:
     @property
     def bits(self): return self.nats/math.log(2)/self.chars    # per character
     @property
-    def bits_per_byte(self): return (self.nats - self.end_nats)/math.log(2)/max(1, self.bytes) # of the documents
+    def bits_per_byte(self):                                   # of the documents
+        return (self.nats - self.end_nats)/math.log(2)/max(1, self.bytes)
     @property
-    def end_bits(self): return self.end_nats/math.log(2)/self.ends if self.ends else None # of an end mark
+    def end_bits(self):                                        # of an end mark; None if there was none
+        return self.end_nats/math.log(2)/self.ends if self.ends else None
     @property
     def interval(self):                                        # bits per character, 95 %; None if nobody can tell
         return _around(self.bits, self.error, self.chars)
@@ -81,9 +83,11 @@ class Score:
     def above(self): return self.floor and self.bits/self.floor - 1  # distance from the floor, as a share of it
 
 # %% ../nbs/09_evaluate.ipynb #7895f58e
-UNITS = dict(loss='nats per token', perplexity='tokens', bits='bits per character', bits_per_byte='bits per byte of the documents',
-             end_bits='bits per end mark', interval='bits per character, 95 %',
-             interval_per_byte='bits per byte of the documents, 95 %', floor='bits per character', above='share of the floor')
+UNITS = dict(
+    loss='nats per token', perplexity='tokens', bits='bits per character',
+    bits_per_byte='bits per byte of the documents', end_bits='bits per end mark',
+    interval='bits per character, 95 %', interval_per_byte='bits per byte of the documents, 95 %',
+    floor='bits per character', above='share of the floor')
 
 @patch
 def as_dict(self:Score)->dict:
@@ -195,7 +199,8 @@ def evaluate_file(
 # %% ../nbs/09_evaluate.ipynb #439bb305
 def _object(text, where):
     try: return dict(json.loads(text))
-    except (ValueError, TypeError, RecursionError): raise LabError(f'{where} is no JSON object: mend or delete it') from None
+    except (ValueError, TypeError, RecursionError):
+        raise LabError(f'{where} is no JSON object: mend or delete it') from None
 
 def read_rows(path)->list: # dicts
     "The lines of a run's .jsonl file, each step once; a last line that a kill has torn is left out"
@@ -220,8 +225,8 @@ def _told(run):
                           steps=run.step, tokens=run.tokens, seconds=run.seconds)
     read = lambda f: f.read_text(encoding='utf-8', errors='replace') if f.exists() else '{}'
     about, result = (_object(read(f), f) for f in (Path(run)/'run.json', Path(run)/'result.json'))
-    return read_rows(Path(run)/'metrics.jsonl'), dict(
-        params=about.get('params'), tokenizer=_dict(about, 'hashes').get('tokenizer')) | result | dict(done=bool(result))
+    known = dict(params=about.get('params'), tokenizer=_dict(about, 'hashes').get('tokenizer'))
+    return read_rows(Path(run)/'metrics.jsonl'), known | result | dict(done=bool(result))
 
 def _dict(x, key):
     "What stands under a key, if that is keys and values, too"

@@ -134,8 +134,8 @@ def _told_device():
 
 def _require_device(engine):
     "Raises `LabError` where an engine is not on the device that LLM_LAB_DEVICE names"
-    name = os.environ.get('LLM_LAB_DEVICE')
-    want, got = torch.device(name or engine.device), engine.device
+    if not (name := os.environ.get('LLM_LAB_DEVICE')): return
+    want, got = torch.device(name), engine.device
     several = engine.num_processes > 1 and want.index is not None
     if want.type != got.type or several or want.index not in (None, got.index or 0):
         why = 'each process has a device of its own' if several else f'this process runs on {got}'
@@ -266,7 +266,8 @@ def record(self:Job, run)->dict:
     loss, norm = run.history[:, max(0, n - c.log.every):n].mean(1).tolist()
     (before, start), self.then = self.then, (tokens, run.seconds)
     rate = (tokens - before)/max(run.seconds - start, 1e-9)
-    return dict(loss=loss, ppl=math.exp(min(loss, 700)), bits_per_byte=loss*_per_byte(self.texts['train'], self.texts['corpus']),
+    per_byte = _per_byte(self.texts['train'], self.texts['corpus'])
+    return dict(loss=loss, ppl=math.exp(min(loss, 700)), bits_per_byte=loss*per_byte,
                 lr=run.opt.param_groups[0]['lr'], grad_norm=norm, tokens_per_s=rate, mfu=rate*self.work/self.peak,
                 peak_memory=peak_memory(self.engine.device))
 
@@ -276,7 +277,8 @@ def validate(self:Job, run)->dict:
     c, n = self.cfg, run.step
     parts = run.model.metrics()                                # of training; the same names of other readings are replaced
     tokens, corpus = self.texts['val'], self.texts['corpus']
-    ends = document_starts(self.ids, tokens.meta['tokenizer']['end']) if self.starts is not None else None
+    ends, mark = None, tokens.meta['tokenizer']['end']
+    if self.starts is not None: ends = document_starts(self.ids, mark)
     losses = block_losses(run.model, self.ids, batch_size=c.eval.at_once, starts=self.starts)
     windows = blocks(len(self.ids), run.model.cfg.max_len, self.starts)
     score = tally(losses, windows, self.ids, ends, tokens.tokenizer, corpus)
@@ -356,7 +358,8 @@ def finish(self:Job, most=None):
     live, run, c, path = Live(), self.run, self.cfg, self.folder/'result.json'
     if path.exists() and (known := json.loads(path.read_text()))['steps'] == run.step: return known
     texts = self.texts
-    try: score = evaluate(run.model, texts['tokenizer'], texts['corpus'], most=most, batch_size=c.eval.at_once, live=live)
+    try: score = evaluate(run.model, texts['tokenizer'], texts['corpus'], most=most,
+                         batch_size=c.eval.at_once, live=live)
     except Exception as e:
         why = (str(e).splitlines() or [type(e).__name__])[0]
         raise LabError(f'{self.folder} is trained and kept, but its evaluation failed: {why}; '
@@ -365,7 +368,8 @@ def finish(self:Job, most=None):
     live.close(f'validated on {score.tokens:,} tokens' + (best != run.step)*(
         f': the last model, of step {run.step:,}; `eval` and `sample` take the best, of step {best:,}'))
     result = dict(name=c.name, run=self.folder.name, params=run.model.n_params, steps=run.step,
-                  tokens=self.tokens(run.step), seconds=run.seconds, judged='the last model', best_step=best, scores=dict(val=score.as_dict()))
+                  tokens=self.tokens(run.step), seconds=run.seconds,
+                  judged='the last model', best_step=best, scores=dict(val=score.as_dict()))
     with written(path) as f: f.write_text(json.dumps(result, indent=1) + '\n', encoding='utf-8')
     return result
 

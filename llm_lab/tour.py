@@ -139,7 +139,7 @@ def _watcher(setup, part, steps):
             text = sample(run.model, setup.tokenizer, n=WRITES, seed=1, temperature=.8).strip('\n')
             far = f', {val/math.log(2)/floor - 1:.0%} above the floor' if floor else ''
             print(f'\n--- after {run.seconds:.0f} s and {run.step:,} steps, '
-                  f'validation loss {val:.2f} nats{far}:\n{text}\n', flush=True)
+                  f'validation loss {val:.2f} nats per character{far}:\n{text}\n', flush=True)
         return dict(val=val)
     def look(run):
         try: return looked(run)

@@ -73,7 +73,8 @@ def token_losses(
     model,
     ids:Tensor,       # a text, (n,)
     windows:Tensor,   # (begin, first, end), (W, 3)
-    batch_size:int=None, live=None # windows read together; `windows_at_once` if none. `live` shows how far we are
+    batch_size:int=None, # windows read together; `windows_at_once` if none
+    live=None            # shows how far we are
 )->Tensor: # float32 (n,), on the CPU; NaN where nothing was asked
     "−ln P of each token that a window asks for"
     training, device = model.training, next(model.parameters()).device
@@ -265,12 +266,13 @@ def fit(
     model,
     batch,           # a function of the step: rows of ids (B, T+1)
     steps:int, lr=4e-3, weight_decay=.1,
-    warmup:int=None, min_lr=0., # steps of climbing (100, or a tenth of all, if none), and where the rate comes down to
+    warmup:int=None, # steps of climbing; 100, or a tenth of all, if none
+    min_lr=0.,       # where the rate comes down to
     clip=1.,         # largest length of the whole gradient
     every:dict=None, # {n: f}: after each n steps, f(run); {(10, 50): f}: after these. A dict it returns is noted
     seed=0,          # of dropout
     opt=None,        # an optimiser with rates of its own; `adamw(model, lr, weight_decay)` if none
-    schedule=None,   # f(step, steps): the factor on the rates; `warmup_cosine` if none, which obeys the two words above
+    schedule=None,   # f(step, steps): the factor on the rates; by the two words above if none
     loss=next_token_loss, step=train_step, run=None # a `Run` of this model that goes on where it stands
 )->Run:
     "Train `model` with clipped gradients. Ctrl-C stops and keeps what was learned; raises where a loss is no number"
@@ -412,7 +414,8 @@ def loss_picture(
 ): # a matplotlib figure
     "Training loss, the noted validation losses, and the floor"
     if not run.losses: raise LabError('no step was made, so there is no curve: train first')
-    if floor and token != 'character': raise LabError('the floor is known per character: leave it out where tokens are longer')
+    if floor and token != 'character':
+        raise LabError('the floor is known per character: leave it out where tokens are longer')
     plt, unit = pyplot(), math.log(2) if floor else 1.
     x = [t/len(run.losses)*run.tokens/1e6 for t in range(1, len(run.losses) + 1)]
     fig, ax = plt.subplots()

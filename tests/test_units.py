@@ -240,7 +240,7 @@ def test_an_engine_on_another_device_is_refused(monkeypatch):
         try: _require_device(Has(device=torch.device(device), num_processes=n))
         except LabError as e: return str(e)
         return 'obeyed'
-    for name, device, n in ((None, 'cuda:3', 1), ('cpu', 'cpu', 1), ('cpu', 'cpu', 2), ('cuda', 'cuda:1', 2),
+    for name, device, n in ((None, 'cuda:3', 1), (None, 'cpu:0', 2), ('cpu', 'cpu', 1), ('cpu', 'cpu', 2), ('cuda', 'cuda:1', 2),
                             ('cuda:1', 'cuda:1', 1), ('cuda:0', 'cuda', 1)):
         assert judged(name, device, n) == 'obeyed', (name, device)
     for name, device, n in (('cpu', 'cuda', 1), ('cuda', 'cpu', 1), ('cuda:1', 'cuda:0', 1), ('cuda:1', 'cuda', 1),
