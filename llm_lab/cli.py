@@ -10,14 +10,29 @@ import argparse, os, re, sys, warnings
 from pathlib import Path
 from . import __version__
 from .lab import LabError, home, need, pointed, save_picture, usable_device
-from .config import CONFIGS, read_config
+from .config import CONFIGS, read_config, stated
 from .tour import command, surviving_output, tour, verdict
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
 # %% ../nbs/28_cli.ipynb #ebb71d77
+def _say(line):
+    "One line for the user, on stderr; where that is closed, nobody wants it"
+    with suppress(OSError, ValueError): print(line, file=sys.stderr, flush=True)
+
 class _Parser(argparse.ArgumentParser):
     "A parser whose errors are one line"
-    def error(self, message): self.exit(2, f'{self.prog}: {message}; see {self.prog} --help\n')
+    def error(self, message):
+        _say(f'{self.prog}: {message}; see {self.prog} --help')
+        self.exit(2)
+
+    def _print_message(self, message, file=None):
+        if message: (file or sys.stderr).write(message)        # argparse hides that a disk is full
+
+    def _get_values(self, action, words):
+        if words != ['--'] or not action.option_strings: return super()._get_values(action, words)
+        value = self._get_value(action, '--')                  # `--tokens=--`: argparse drops it, and trips
+        self._check_value(action, value)
+        return value
 
 def _number(kind, ok, remedy):
     "A type for argparse: a number for which `ok` holds"
@@ -41,28 +56,39 @@ def _setting(text):
     if not eq: raise argparse.ArgumentTypeError(f'{text!r} will not do: write key=number, such as d_model=192')
     return key, value
 
+# %% ../nbs/28_cli.ipynb #b0c4d7e5
+def _which(path):
+    "(the checkpoint that a run's folder stands for, the last one); two empty texts if it is no run"
+    path = Path(path)
+    if (path/'package.json').exists(): return '', ''
+    named = lambda file: pointed(file).name if file.is_file() else ''
+    best, last = named(path/'best'), named(path/'latest')
+    return best or last, last or best
+
 # %% ../nbs/28_cli.ipynb #ebac8df8
 def _place(path):
-    "Where it is: here, or in `home()`; for the name of a config, its newest run"
-    runs = home()/'experiments'/path/'runs'
-    newest = [runs/pointed(runs/'latest')] if (runs/'latest').is_file() else []
-    return next((p for p in (*newest, Path(path), home()/path) if p.exists()), path)
+    "Where it is: here, or in `home()`; CONFIG is its newest run, CONFIG/RUN or RUN is that one"
+    from llm_lab.run import find_model
+    return find_model(path)
 
 def write_from(
-    path,         # a saved model; looked for here, then in `home()`
+    path,         # a saved model or a run; looked for here, then in `home()`
     prompt='',
     n=300,
     seed=0,
     stop=(),      # a text to end at, or several
     **choice      # temperature, top_k, top_p, repetition_penalty
 ):
-    "Print `prompt` and what the model makes of it, as it comes; each token is read once (chapter 18)"
+    "Print `prompt` and what the model makes of it, as it comes; each token is read once if the model can keep a cache (chapter 18)"
     from llm_lab.cache import cached
     from llm_lab.package import open_model
     from llm_lab.sample import stream
-    model, tokenizer, _ = open_model(_place(path), usable_device())
+    place = _place(path)
+    model, tokenizer, _ = open_model(place, usable_device())
+    best, last = _which(place)
+    if best != last: _say(f'the best model of this run writes, {best}; {last} is the last')
     with warnings.catch_warnings(record=True, action='always') as notes:
-        pieces = stream(cached(model), tokenizer, prompt, n, seed, stop, **choice)
+        pieces = stream(cached(model, strict=False), tokenizer, prompt, n, seed, stop, **choice)
     for note in notes: print(note.message, file=sys.stderr)    # the prompt is longer than the context
     print(prompt, end='', flush=True)
     for piece in pieces: print(piece, end='', flush=True)
@@ -96,7 +122,8 @@ def _tour_options(t):
 # %% ../nbs/28_cli.ipynb #312a6096
 def _sample_options(s):
     "Tell the parser `s` how a model can be asked to write"
-    s.add_argument('path', help='a saved model, such as artifacts/tour')
+    s.add_argument('path',
+                   help='a saved model, such as artifacts/tour, or a run: CONFIG, CONFIG/RUN, RUN')
     s.add_argument('--prompt', default='', help='the beginning of the text')
     s.add_argument('--tokens', type=_whole, default=300, help='how many to write (default 300)')
     s.add_argument('--temperature', type=_number(float, lambda x: 0 <= x < 1e4, 'give 0 (greedy) or more'),
@@ -140,9 +167,12 @@ def _train(a):
     if len(named) > 1: raise LabError(f'{named[1]!r} is too much: give one config, and key=value')
     if not named and not resume:
         raise LabError('no config is named: give a .yaml file, golden or smoke, or --resume PATH')
-    if not resume: read_config(named[0], settings)             # a slip is answered before PyTorch is there
+    if resume is None: read_config(named[0], settings)  # a slip is answered before PyTorch is there
+    elif named: stated(named[0])
     from llm_lab.run import train_config
-    job = train_config(*named or [''], *settings, resume=resume and _place(resume), run=a.name, smoke=a.smoke, tune=True)
+    warnings.showwarning = lambda message, *rest: print(message, file=sys.stderr)
+    job = train_config(*named or [None], *settings, resume=resume and _place(resume), run=a.name,
+                       smoke=a.smoke, tune=True)
     if not job.engine.is_main_process: return 0
     if why := job.run.stopped:
         print(f'stopped {why} at step {job.run.step:,}; go on with: {command()} train --resume {job.folder}')
@@ -166,18 +196,25 @@ def _eval(a):
     from llm_lab.evaluate import evaluate, evaluate_file
     from llm_lab.lab import Live
     from llm_lab.package import open_model
-    model, tokenizer, about = open_model(_place(a.path), usable_device())
-    if a.text: score = evaluate_file(model, tokenizer, a.text, field=a.field)
+    place = _place(a.path)
+    model, tokenizer, about = open_model(place, usable_device())
+    if a.text: score = evaluate_file(model, tokenizer, a.text, a.stride, a.batch_size, field=a.field)
     else:
         corpus = load_corpus(a.corpus, field=a.field) if a.corpus else corpus_of(about)
         known = about.get('corpus'), about.get('corpus_sha256')  # a name alone tells little
-        if not a.corpus and known[0] == corpus.name and known[1] not in (None, corpus.sha256):
+        if known[0] == corpus.name and known[1] not in (None, corpus.sha256):
             print(f'{corpus.name} is not the text it was trained on, or has changed',
                   file=sys.stderr)
-        score = evaluate(model, tokenizer, corpus, a.split, stride=a.stride, live=(live := Live()))
+        live = Live()
+        score = evaluate(model, tokenizer, corpus, a.split, None, a.stride, a.batch_size, live)
         live.close(f'{score.tokens:,} tokens of {corpus.name}, each asked once')
-    print(verdict(score, of=Path(a.text).name if a.text else a.split) + f'\nperplexity {score.perplexity:.3f}, '
-          f'{score.bits_per_byte:.3f} bits per byte')
+    best, last = _which(place)
+    if best:
+        more = '' if best == last else f'; result.json judges the last one, {last}'
+        print(f'the best model of this run, {best}{more}')
+    ends = f' of the documents, {score.end_bits:.3f} bits for each end mark' if score.ends else ''
+    print(verdict(score, of=Path(a.text).name if a.text else a.split))
+    print(f'perplexity {score.perplexity:.3f} per token, {score.bits_per_byte:.3f} bits per byte{ends}')
 
 # %% ../nbs/28_cli.ipynb #77a3965a
 def _check_picture(path):
@@ -189,13 +226,26 @@ def _check_picture(path):
     if not Path(path).absolute().parent.is_dir():
         raise LabError(f'--plot {path}: {Path(path).absolute().parent} is no folder; make it first')
 
+def _comparable(found)->list:
+    "The runs among these paths, each once; why others are left out is told on stderr"
+    from llm_lab.evaluate import compare
+    good, errors = [], []
+    for run in dict.fromkeys(Path(p).resolve() for p in found):
+        try:
+            compare([run])
+            good.append(run)
+        except LabError as e: errors.append(e)
+    if not good: raise errors[0]
+    for e in errors: print(f'left out: {e}', file=sys.stderr)
+    return good
+
 def _runs(a):
     "Compare all runs, or those that are named"
     from llm_lab.evaluate import compare
     if a.plot: _check_picture(a.plot)
     found = [*map(_place, a.paths)] or sorted(p.parent for p in home().glob('experiments/*/runs/*/metrics.jsonl'))
     if not found: print(f'no run yet: {command()} train smoke'); return
-    print(table := compare(found))
+    print(table := compare(_comparable(found)))
     if a.plot: save_picture(table.picture(), a.plot)
 
 def _judge_options(e, r):
@@ -205,6 +255,8 @@ def _judge_options(e, r):
     e.add_argument('--text', metavar='FILE', help='a file of text or records instead of the corpus')
     e.add_argument('--corpus', help='another corpus than that it was trained on')
     e.add_argument('--field', default='text', help=_FIELD)
+    e.add_argument('--batch-size', type=_whole,
+                   help='windows that are read together; as many as the memory takes if none')
     e.add_argument('--stride', type=_whole, help='new tokens in each window; the context if none')
     r.add_argument('paths', nargs='*', metavar='RUN', help='run folders; all runs if none')
     r.add_argument('--plot', metavar='FILE.png', help='draw their curves')
@@ -228,36 +280,76 @@ def _parser():
     return top
 
 # %% ../nbs/28_cli.ipynb #3cf50883
+def _check_device():
+    "Raises `LabError` where LLM_LAB_DEVICE names nothing that could be a device"
+    name = os.environ.get('LLM_LAB_DEVICE', '')
+    if name and not re.fullmatch(r'(cpu|cuda|mps|xpu|hpu|npu|mtia|xla|meta)(:\d{1,3})?', name):
+        raise LabError(f'the device {name!r} cannot be used: none is called so; '
+                       'set LLM_LAB_DEVICE=cpu, cuda, cuda:1 or mps')
+
+def _refused(error):
+    "One line on what the system refuses, and the exit code"
+    _say(f'llm-lab: {error.filename or "a file"}: {error.strerror or error}; '
+         'free some space or check the rights, or set LLM_LAB_HOME to another folder')
+    return 1
+
 def _ran(args):
     "The exit code of a command; its error becomes a line, and so does a warning"
     try:
+        _check_device()
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *rest: print(message, file=sys.stderr)
             code = args.run(args)
+        sys.stdout.flush()                                     # now, where its fault can be told
     except KeyboardInterrupt as e:
         print('\nstopped')
         return STOPPED.get(str(e), 130)
-    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); return 1
-    except LabError as e: print(f'llm-lab: {e}', file=sys.stderr); return 1
+    except BrokenPipeError: raise                              # the reader has gone: see `main`
+    except LabError as e:
+        _say(f'llm-lab: {e}')
+        return 1
     except (MemoryError, RuntimeError) as e:
         if not re.search('memory', f'{type(e).__name__} {e}', re.I): raise
-        print(f'llm-lab: the memory is too small: {str(e).splitlines()[0][:120]}; make model or batch smaller', file=sys.stderr)
+        why = (str(e).splitlines() or [type(e).__name__])[0][:120]
+        _say(f'llm-lab: the memory is too small: {why}; make model or batch smaller')
         return 1
     except OSError as e:
-        print(f'llm-lab: {e.filename or "a file"}: {e.strerror or e}; '
-              'free some space or check the rights, or set LLM_LAB_HOME to another folder', file=sys.stderr)
-        return 1
+        return _refused(e)
     return code if isinstance(code, int) else 0
 
-def main(argv=None)->int:
-    "Run `llm-lab`; returns the exit code: 0, 1 for an error, 2 for bad usage, or one of `STOPPED`"
-    for out in (sys.stdout, sys.stderr):
-        if hasattr(out, 'reconfigure'): out.reconfigure(errors='replace')  # a console may be without €
+def _end_output():
+    "Is all said that was printed? What cannot be is dropped: Python would trip over it at exit"
+    try: sys.stdout.flush()
+    except (OSError, ValueError):
+        with suppress(OSError, ValueError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, sys.stdout.fileno())
+            os.close(null)
+        return False
+    return True
+
+def _answered(argv):
+    "The exit code of what was typed"
     args, rest = _parser().parse_known_args(argv)
     if args.command == 'train' and all('=' in r and r[0] != '-' for r in rest): args.words += rest  # after an option
     elif rest: _parser().error(f'unrecognized arguments: {" ".join(rest)}')
-    must_end_well = args.command in ('tour', 'train')  # whoever reads it
+    must_end_well = args.command in ('tour', 'train', 'prepare')  # whoever reads it
     with surviving_output() if must_end_well else nullcontext(): return _ran(args)
+
+def main(argv=None)->int:
+    "Run `llm-lab`; returns the exit code: 0, 1 for an error, 2 for bad usage, or one of `STOPPED`"
+    for name in ('stdout', 'stderr'):
+        if getattr(sys, name) is None:                         # closed from the start
+            setattr(sys, name, open(os.devnull, 'w', encoding='utf-8'))
+        out = getattr(sys, name)
+        if hasattr(out, 'reconfigure'): out.reconfigure(errors='replace')  # a console may be without €
+    try: code = _answered(argv)
+    except SystemExit as e:                                    # --help, and bad usage
+        if e.code or _end_output(): raise
+        code = 1
+    except BrokenPipeError: code = 1
+    except OSError as e: code = _refused(e)
+    return code if _end_output() else code or 1
 
 # %% ../nbs/28_cli.ipynb #c7a46148
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())  # python -m llm_lab.cli; not in a notebook

@@ -4,20 +4,24 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'BLOCKS', 'CONFIGS', 'DataKeys', 'ModelKeys', 'TrainKeys', 'EvalKeys', 'LogKeys', 'RunConfig',
-           'model_data', 'config_of', 'read_config', 'write_config', 'gone_on', 'smaller']
+           'model_data', 'config_of', 'read_config', 'as_data', 'write_config', 'differences', 'gone_on', 'smaller',
+           'stated', 'origin', 'same_config', 'edited']
 
 # %% ../nbs/14_config.ipynb #5fb9272d
 import difflib, io, math, re
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import get_args
-from .lab import (HOLDS, LabError, address, check_recipe, home, need, require_ours, short,
-                         written)
+from .lab import (HOLDS, SLOTS, LabError, address, check_recipe, home, need, require_ours,
+                         short, written)
+
+# %% ../nbs/14_config.ipynb #1f60c8d2
+from .lab import REGISTERED
 
 # %% ../nbs/14_config.ipynb #6a30dd62
-def _key(default, least=None, most=None, of=None):
-    "A key: its default, the least and the most it may be, or the words to choose from"
-    return field(default=default, metadata=dict(least=least, most=most, of=of))
+def _key(default, least=None, most=None, of=None, also=None):
+    "A key: its default, the least and the most, a word beside numbers; or the words to choose from"
+    return field(default=default, metadata=dict(least=least, most=most, of=of, also=also))
 
 @dataclass(frozen=True)
 class DataKeys:
@@ -30,6 +34,8 @@ class DataKeys:
     rows: str = _key('blocks', of=('blocks', 'documents'))   # where they begin: side by side, or at documents
 
 # %% ../nbs/14_config.ipynb #4f33eab3
+def _recipe(): return field(default_factory=dict)   # {}: as the block has it
+
 @dataclass(frozen=True)
 class ModelKeys:                                    # as `Config`; what the data decide is missing
     block: str = _key('gpt2', of=('gpt2', 'llama')) # recipes for what is not given below
@@ -40,12 +46,12 @@ class ModelKeys:                                    # as `Config`; what the data
     d_head: int|None = _key(None, 1, 1 << 14)
     dropout: float = _key(0., 0, .99)
     tie: bool = False
-    attn: dict|None = None                          # a recipe: {part: "llm_lab.gpt:Attention", …}
-    mlp: dict|None = None
-    norm: dict|None = None
-    pos: dict|None = None
-    head: dict|None = None
-    init: dict|None = None
+    attn: dict = _recipe()                          # a recipe: {part: "llm_lab.gpt:Attention", …}
+    mlp: dict = _recipe()
+    norm: dict = _recipe()
+    pos: dict|None = _recipe()                      # null: none
+    head: dict = _recipe()
+    init: dict = _recipe()
 
 # %% ../nbs/14_config.ipynb #fc636875
 @dataclass(frozen=True)
@@ -57,19 +63,21 @@ class TrainKeys:
     lr: float = _key(.01, 1e-9, 10)
     weight_decay: float = _key(.1, 0, 10)
     schedule: str = _key('cosine', of=('cosine', 'constant', 'wsd', 'step_decay'))
-    warmup: int = _key(100, 1)
+    warmup: int|None = _key(None, 0, 10**8)         # steps of climbing; 100, a tenth of short runs, if none
+    min_lr: float = _key(0., 0, 10)                 # where a rate that comes down ends
     clip: float = _key(1., 1e-6)
-    precision: str = _key('float32', of=('float32', 'bf16', 'fp16'))
+    precision: str = _key('float32', of=('auto', 'float32', 'bf16', 'fp16'))   # of products
     compile: bool = False
     recompute: bool = False                         # keep less for the way back (chapter 12)
     seed: int = _key(0, 0, 2**31)
-    threads: int|None = _key(None, 1, 1024)         # of the CPU; as many as there are if none
+    threads: int|None = _key(None, 1, 1024, also='auto')       # of the CPU; all if none
 
 # %% ../nbs/14_config.ipynb #51855475
 @dataclass(frozen=True)
 class EvalKeys:
     every: int = _key(250, 1)                       # steps; a checkpoint is written then, too
     tokens: int = _key(20_000, 2)                   # of the validation split, from its beginning
+    at_once: int|None = _key(None, 1, 1 << 20)      # windows that are read together; as many as fit if none
     sample_every: int = _key(1000, 1)
     sample_tokens: int = _key(200, 1)
     prompt: str = ''
@@ -82,7 +90,7 @@ class LogKeys:
     tracker: str = _key('none', of=('none', 'tensorboard', 'wandb'))
 
 # %% ../nbs/14_config.ipynb #e90496e8
-_KINDS = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'a text',
+_KINDS = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'a text, in quotes',
           dict: 'a recipe such as {part: "llm_lab.gpt:MLP"}'}
 
 def _wanted(f):
@@ -90,13 +98,15 @@ def _wanted(f):
     m, kinds = f.metadata, get_args(f.type) or (f.type,)
     least, most = m.get('least'), m.get('most')
     bounds = f' from {least:,} to {most:,}' if most else '' if least is None else f' of at least {least:,}'
-    none = ', or null' if type(None) in kinds else ''
+    none = f', or {m["also"]}' if m.get('also') else ''
+    if type(None) in kinds: none += ', or null'
     return f'choose from {", ".join(m["of"])}' if m.get('of') else f'give {_KINDS[kinds[0]]}{bounds}{none}'
 
 # %% ../nbs/14_config.ipynb #a3ff19ba
 def _checked(path, f, value):
     "The value of a key; raises `LabError` that names its path"
     m, kinds = f.metadata, get_args(f.type) or (f.type,)
+    if value is not None and value == m.get('also'): return value
     if float in kinds and type(value) is int and abs(value) < 1e300: value = float(value)
     good = type(value) in kinds and not (isinstance(value, float) and not math.isfinite(value))
     if good and isinstance(value, (int, float)) and m.get('least') is not None:
@@ -128,6 +138,14 @@ class RunConfig:
                            'leave it out, or add data.tokenizer=bpe')
         if t.batch_size % t.accumulate:
             raise LabError(f'train.accumulate={t.accumulate} does not divide train.batch_size={t.batch_size}: give a divisor')
+        if t.warmup and t.warmup > t.steps:
+            raise LabError(f'train.warmup={t.warmup}: the run is over after train.steps={t.steps}; '
+                           'give fewer, or leave it out')
+        if t.min_lr > t.lr:
+            raise LabError(f'train.min_lr={t.min_lr}: it is above train.lr={t.lr}; give less')
+        if t.min_lr and t.schedule == 'constant':
+            raise LabError(f'train.min_lr={t.min_lr}: train.schedule=constant never comes down; '
+                           'leave one of them out')
         if not m.d_head and m.d_model % m.n_heads:
             raise LabError(f'model.n_heads={m.n_heads} does not divide model.d_model={m.d_model}: give a divisor')
         if m.n_kv_heads and m.n_heads % m.n_kv_heads:
@@ -143,11 +161,19 @@ class RunConfig:
 BLOCKS = dict(gpt2={}, llama=dict(attn=dict(part='llm_lab.gpt:Attention', steps=[dict(part='llm_lab.llama:Rope')], bias=False),
     mlp=dict(part='llm_lab.llama:SwiGLU'), norm=dict(part='llm_lab.llama:RMSNorm'), pos=None))
 
+def _with_block(x, block):
+    "The recipe of an attention of this book, with what the block adds; of recipes in turn, each; another one as it is"
+    if not isinstance(x, dict) or not block: return x
+    if isinstance(x.get('of'), list): return x | dict(of=[_with_block(o, block) for o in x['of']])
+    word = address(x.get('part', block['part']), 'mixer', 'model.attn')
+    return x if word in REGISTERED else block | x
+
 def model_data(m:ModelKeys)->dict: # for `config_from` of chapter 6
     "Sizes and recipes as plain data"
-    given = {k: v for k, v in asdict(m).items() if v is not None and k not in ('block', 'n_kv_heads')}
+    none = lambda k, v: v == {} or v is None and k != 'pos'    # as the block has it
+    given = {k: v for k, v in asdict(m).items() if not none(k, v) and k not in ('block', 'n_kv_heads')}
     made = BLOCKS[m.block] | given
-    if 'attn' in made or m.n_kv_heads: made['attn'] = BLOCKS[m.block].get('attn', {}) | made.get('attn', {})
+    if 'attn' in made or m.n_kv_heads: made['attn'] = _with_block(made.get('attn', {}), BLOCKS[m.block].get('attn', {}))
     if m.n_kv_heads: made['attn'] |= dict(part=_GQA, n_kv_heads=m.n_kv_heads)
     return made
 
@@ -161,6 +187,12 @@ def _nearest_path(path, known=(*_PATHS, *SECTIONS)):
            [last[w] for w in difflib.get_close_matches(word, last, 1, .6)]
     return f'did you mean {near[0]}?' if near else f'choose from {", ".join(SECTIONS)} and their keys'
 
+def _given(keys)->dict:
+    "The keys of a model that are given; {} says that a recipe is as the block has it, and so did null in older files"
+    recipes = [f.name for f in fields(ModelKeys) if f.default_factory is dict]
+    older = keys.keys() >= {*recipes} and any(keys[k] is None for k in recipes if k != 'pos')     # written in full
+    return {k: v for k, v in keys.items() if k not in recipes or v != {} and not (older and v is None)}
+
 def config_of(data:dict, name='run')->RunConfig:
     "The config that plain data describe; raises `LabError` with the path of whatever is wrong"
     made = {}
@@ -170,6 +202,7 @@ def config_of(data:dict, name='run')->RunConfig:
             raise LabError(f'{s}={keys!r}: give keys and values, such as {s}: {{{fields(SECTIONS[s])[0].name}: …}}')
         for path in (f'{s}.{k}' for k in keys):
             if path not in _PATHS: raise LabError(f'{_line(path)}: there is no such key; {_nearest_path(path)}')
+        if s == 'model': keys = _given(keys)
         made[s] = SECTIONS[s](**{k: _checked(f'{s}.{k}', _PATHS[f'{s}.{k}'], v) for k, v in keys.items()})
     return RunConfig(name, **made)
 
@@ -185,31 +218,56 @@ CONFIGS = dict(
                log=dict(every=5, checkpoint_every=10)))
 
 # %% ../nbs/14_config.ipynb #e69ddc6f
-def _bearable(path)->str:
-    "The text of a YAML file. Raises `LabError` where a short text would stand for a long one, and fill the memory"
-    if not path.is_file() or path.stat().st_size > 1 << 16:
-        raise LabError(f'{path}: a config has at most {1 << 16:,} bytes; write keys and values, as in train: {{steps: 100}}')
-    text, yaml, deep = path.read_text(encoding='utf-8'), need('yaml'), 0
+def _events(text, where):
+    "What YAML sees in a text, piece by piece. Raises `LabError` where it stands for more than it shows"
+    yaml, deep = need('yaml'), 0
     try:
         for n, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
             deep += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if getattr(event, 'anchor', None):                 # &a and *a, also within each other
-                raise LabError(f'{path}, line {event.start_mark.line + 1}: names such as &a are not read; write the value itself')
-            if deep > 40 or n > 20_000: raise LabError(f'{path}: lists stand too deep in each other, or are too many; write keys and values')
+                raise LabError(f'{where}, line {event.start_mark.line + 1}: names such as &a are not read; '
+                               'write the value itself')
+            if deep > 40 or n > 20_000:
+                raise LabError(f'{where}: lists stand too deep in each other, or are too many; '
+                               'write keys and values')
+            yield event
     except yaml.YAMLError: pass                                # whoever loads it says what is wrong
+
+def _bearable(path)->str:
+    "The text of a YAML file. Raises `LabError` where a short text would stand for a long one, and fill the memory"
+    if not path.is_file() or path.stat().st_size > 1 << 16:
+        raise LabError(f'{path}: a config has at most {1 << 16:,} bytes; write keys and values, as in train: {{steps: 100}}')
+    text, before = path.read_text(encoding='utf-8'), None
+    for event in _events(text, path):
+        _require_whole(path, text, before, event)
+        before = event
     return text
+
+_TEXTS = {p.rpartition('.')[2] for p, f in _PATHS.items()
+          if f.type is str and not f.metadata.get('of')}
+
+def _require_whole(path, text, key, event):
+    "Raises `LabError` where a text without quotes ends at a # that is glued to what follows"
+    if getattr(key, 'value', None) not in _TEXTS or getattr(event, 'style', '') is not None: return
+    if re.match(r'[ \t]+#[^\s#]', text[event.end_mark.index:]):
+        raise LabError(f'{path}, line {event.end_mark.line + 1}: {key.value} would be {short(event.value)}, '
+                       'because # begins a comment; put the text in quotes, or a space after #')
+
+def _file_of(config):
+    "The .yaml file that a config is read from; None where there is none"
+    for place in (Path(config), home()/'experiments'/config, home()/config):
+        if place.suffix in ('.yaml', '.yml') and place.is_file(): return place
+        if (place/'config.yaml').is_file(): return place/'config.yaml'
 
 def _source(config):
     "(plain data, name) of a config: a .yaml file, a folder that holds config.yaml, or a name"
-    there = lambda p: p.suffix in ('.yaml', '.yml') and p.is_file() or (p/'config.yaml').is_file()
-    path = next(filter(there, (Path(config), home()/'experiments'/config, home()/config)), None)
+    path = _file_of(config)
     if path is None and config in CONFIGS: return CONFIGS[config], config
     if path is None:
         names = [*CONFIGS, *(p.parent.name for p in (home()/'experiments').glob('*/config.yaml'))]
         near = difflib.get_close_matches(config, names, 1, .5)
         raise LabError(f'no config is called {config!r}: ' + (f'did you mean {near[0]!r}?' if near else
                        f'give a .yaml file, or choose from {", ".join(names)}'))
-    path = path/'config.yaml' if path.is_dir() else path
     name = path.parent.absolute().name if path.stem == 'config' else path.stem
     omega, errors, yaml = need('omegaconf').OmegaConf, need('omegaconf.errors'), need('yaml')
     try:
@@ -218,8 +276,11 @@ def _source(config):
     except LabError: raise
     except (yaml.YAMLError, errors.OmegaConfBaseException, ValueError, OSError, RecursionError) as e:
         at = getattr(e, 'problem_mark', None)
-        raise LabError(f'{path}{f", line {at.line + 1}" if at else ""}: {getattr(e, "problem", None) or "cannot be read"}; '
-                       'write keys and values, as in train: {steps: 100}') from None
+        problem = getattr(e, 'problem', None) or 'cannot be read'
+        colon = re.match("mapping values|found unexpected ':'", problem)
+        quotes = 'put a text that holds a colon in quotes, or ' if colon else ''
+        raise LabError(f'{path}{f", line {at.line + 1}" if at else ""}: {problem}; '
+                       f'{quotes}write keys and values, as in train: {{steps: 100}}') from None
     return data, name
 
 # %% ../nbs/14_config.ipynb #7cb74764
@@ -248,17 +309,31 @@ def _check_references(data, name):
             if isinstance(found, (dict, list)) or isinstance(found, str) and '${' in found or '${' in path:
                 raise LabError(f'{name}: {short(text)} refers to what is no plain value: write the value itself')
 
+def _value(path, text):
+    "What stands after key=: the text itself where the key takes one, else what YAML reads in it"
+    if path.endswith('.part') or path in _PATHS and _PATHS[path].type is str: return text
+    omega, where = need('omegaconf').OmegaConf, _line(f'{path}={text:.40}')
+    if len(text) > 1 << 16:
+        raise LabError(f'{where}…: a value has at most {1 << 16:,} letters; write a shorter one')
+    for _ in _events(text, where): pass
+    return omega.to_container(omega.from_dotlist([f'v={text}']))['v']
+
 def read_config(config, overrides=())->RunConfig:
     "The config of that name, file or folder, with `key=value` changes"
     data, name = (config, 'run') if isinstance(config, dict) else _source(str(config))
     omega, errors, where = need('omegaconf').OmegaConf, need('omegaconf.errors'), name
+    given = set()
     try:
         data = omega.create(data)
         if not omega.is_dict(data): raise LabError(f'{config} is a list: write sections, as in train: {{steps: 100}}')
         for item in overrides:
             where = f'{item:.60}'; key, eq, value = item.partition('=')
             if not eq or not key: raise LabError(f'{item!r} will not do: write key=value, such as train.steps=500')
-            path = _path(key); value = omega.to_container(omega.from_dotlist([f'v={value}']))['v']
+            path = _path(key)
+            value = _value(path, value)
+            given.add(path)
+            if path == 'data.tokenizer' and 'data.vocab_size' not in given:
+                omega.update(data, 'data.vocab_size', None, force_add=True)     # it was the other tokenizer's
             if path.endswith('.part'): path, value = path.rpartition('.')[0], dict(part=value)
             omega.update(data, path, value, merge=not isinstance(value, dict), force_add=True)
         where = name
@@ -270,10 +345,20 @@ def read_config(config, overrides=())->RunConfig:
     except (errors.OmegaConfBaseException, need('yaml').YAMLError, ValueError, RecursionError) as e:
         raise LabError(f'{where}: {str(e).splitlines()[0]}: write keys and values, such as train.steps=500') from None
 
+# %% ../nbs/14_config.ipynb #2e0f4351
+def _as_chosen(old:RunConfig, new:RunConfig)->RunConfig:
+    "`new`, where `auto` stands for what a run of `old` has chosen"
+    names = [f.name for f in fields(TrainKeys) if getattr(new.train, f.name) == 'auto']
+    return replace(new, train=replace(new.train, **{n: getattr(old.train, n) for n in names}))
+
 # %% ../nbs/14_config.ipynb #d3b6425a
+def as_data(cfg:RunConfig)->dict: # {section: {key: value}}, as `config_of` takes it
+    "All that a config says, as plain data"
+    return {s: asdict(getattr(cfg, s)) for s in SECTIONS}
+
 def _as_yaml(cfg):
     omega = need('omegaconf').OmegaConf
-    return omega.to_yaml(omega.create({s: asdict(getattr(cfg, s)) for s in SECTIONS}))
+    return omega.to_yaml(omega.create(as_data(cfg)))
 
 def _by_us(data):
     "Is this a config as `write_config` lays it out? A hand leaves comments, or another order"
@@ -289,16 +374,66 @@ def write_config(cfg:RunConfig, path):
     require_ours(path, _by_us)
     with written(path) as f: f.write_text(_as_yaml(cfg), encoding='utf-8')
 
+def differences(old:RunConfig, new:RunConfig)->dict: # {'train.steps': (30, 60)}
+    "The keys in which two configs differ, each with both values"
+    said = {path: [getattr(getattr(c, path.partition('.')[0]), path.partition('.')[2])
+                   for c in (old, new)] for path in _PATHS}
+    return {path: (a, b) for path, (a, b) in said.items() if a != b}
+
 def gone_on(old:RunConfig, new:RunConfig)->RunConfig:
     "`new`, if a run of `old` can go on with it: only what does not reach back is another. Raises `LabError` if not"
-    for path in _PATHS:
-        a, b = (getattr(getattr(c, path.partition('.')[0]), path.partition('.')[2]) for c in (old, new))
-        if a != b and not path.startswith(('log.', 'eval.', 'train.steps', 'train.threads')):
-            raise LabError(f'{path}={b!r}: it was {a!r}, and a run that goes on keeps it; leave it out, or start a new run')
+    new = _as_chosen(old, new)
+    for path, (a, b) in differences(old, new).items():
+        # a text may have moved; whether it is the same one is seen later
+        moved = path == 'data.corpus' and not {a, b} & {*SLOTS['corpus']}
+        if not moved and not path.startswith(('log.', 'eval.', 'train.steps', 'train.threads')):
+            raise LabError(f'{path}={short(b, 200)}: it was {short(a, 200)}, and a run that goes '
+                           'on keeps it; leave it out, or start a new run')
     return new
 
 def smaller(cfg:RunConfig)->RunConfig:
     "The same, only to see whether it would work: 20 steps, little validation"
     few = max(2000, cfg.data.block_len + 1)
-    return replace(cfg, train=replace(cfg.train, steps=20), log=replace(cfg.log, every=5, checkpoint_every=10),
+    return replace(cfg, train=replace(cfg.train, steps=20, warmup=None),
+                   log=replace(cfg.log, every=5, checkpoint_every=10),
                    eval=replace(cfg.eval, every=10, tokens=few, sample_every=20, sample_tokens=20))
+
+# %% ../nbs/14_config.ipynb #a1e90d02
+def stated(config)->dict: # {'train.lr': 0.02}
+    "The keys that a config gives itself, as they stand there; what it leaves out is missing"
+    if not isinstance(config, dict): config = _source(str(config))[0]
+    omega, said = need('omegaconf').OmegaConf, {}
+    data = omega.to_container(omega.create(config))
+    if not isinstance(data, dict):
+        raise LabError(f'{config} is a list: write sections, as in train: {{steps: 100}}')
+    for section, keys in data.items():
+        if section not in SECTIONS or not isinstance(keys, dict):
+            config_of({section: keys})                         # it raises
+        said |= {f'{section}.{k}': v for k, v in keys.items()}
+    return said
+
+def origin(config)->tuple: # ('my', 'experiments/my.yaml')
+    "Name and place of a config: its file, from `home()` if it lies there; the name if it has none"
+    if isinstance(config, dict): return 'run', ''
+    name, path = _source(str(config))[1], _file_of(str(config))
+    if path is None: return name, name
+    path, top = path.resolve(), home().resolve()
+    return name, (path.relative_to(top) if path.is_relative_to(top) else path).as_posix()
+
+def same_config(record:dict, config)->bool:
+    "Is `config` the one of which a run has kept `record`? A moved file still is, and a copy is not"
+    source = origin(config)[1]
+    if record.get('source') == source: return True
+    there = (home()/record.get('source', '')).is_file() or record.get('source') in CONFIGS
+    return not there and record.get('stated') == stated(config)
+
+def edited(cfg:RunConfig, then:dict, now:dict, overrides=())->RunConfig:
+    "`cfg` with what its file says `now` and did not say `then`, see `stated`, and with `key=value`"
+    data = as_data(cfg)
+    other = [p for p in (then | now) if then.get(p, ...) != now.get(p, ...)]
+    if other: other += [p for p, v in now.items() if '${' in str(v)]       # they may refer to it
+    for path in other:
+        section, _, key = path.partition('.')
+        if path in now: data[section][key] = now[path]
+        else: data[section].pop(key, None)                     # its default again
+    return replace(read_config(data, overrides), name=cfg.name)

@@ -4,20 +4,25 @@
 
 # %% auto #0
 __all__ = ['attend', 'causal', 'words_of', 'visible', 'part', 'Attention', 'MLP', 'Learned', 'Block', 'gpt2_init', 'Config',
-           'MiniGPT', 'Aux', 'register', 'to_data', 'config_from', 'sketch', 'quick_linear']
+           'MiniGPT', 'Aux', 'is_own', 'caches_of', 'register', 'to_data', 'config_from', 'own_in', 'sketch', 'tried',
+           'typed', 'require_as_said', 'quick_linear']
 
 # %% ../nbs/06_gpt.ipynb #0ca89eb3
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from inspect import Parameter, signature
+import re
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import type_before_parametrizations
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 from fastcore.basics import patch
-from .lab import (HOLDS, REGISTERED, SLOTS, LabError, address, by_onednn, check_recipe, lookup,
-                         nearest, plain, quick_products, rng, short)
+from .lab import (HOLDS, PLACES, REGISTERED, SLOTS, LabError, address, by_onednn, check_recipe, kept_streams,
+                         lookup, nearest, plain, quick_products, rng, short, warn_once)
 
 # %% ../nbs/06_gpt.ipynb #080e1d3d
 def _slower_short(k):
@@ -77,19 +82,25 @@ class part(partial):
     "A recipe: a callable with some keywords filled in. Compares by value, prints as typed, knows its keywords"
     def __new__(cls, f, /, **kw):
         if isinstance(f, part): f, kw = f.func, {**f.keywords, **kw}
+        if isinstance(f, nn.Module) or not callable(f):
+            made = f'{type(f).__name__}(…) is made already' if callable(f) else f'{short(f)} cannot be called'
+            raise LabError(f'part({type(f).__name__ if callable(f) else short(f)}): {made}; '
+                           'give a class or a function, such as part(MLP)')
         known = signature(f).parameters
         for k in () if any(p.kind is Parameter.VAR_KEYWORD for p in known.values()) else kw.keys() - known.keys():
-            raise LabError(f'{f.__name__} takes no {k!r}: {nearest(k, known)}')
+            raise LabError(f'{_name_of(f)} takes no {k!r}: {nearest(k, known)}')
         return super().__new__(cls, f, **{k: _frozen(v) for k, v in kw.items()})
 
     def __eq__(self, other):
         return isinstance(other, part) and (self.func, self.keywords) == (other.func, other.keywords)
     def __hash__(self): return hash((self.func, tuple(sorted(self.keywords))))
     def __repr__(self):
-        name = ('nn.' if self.func.__module__.startswith('torch.nn') else '') + self.func.__name__
+        name = ('nn.' if self.func.__module__.startswith('torch.nn') else '') + _name_of(self.func)
         return f"part({', '.join([name, *(f'{k}={v!r}' for k, v in self.keywords.items())])})"
 
 # %% ../nbs/06_gpt.ipynb #d79f45c3
+def _name_of(f): return getattr(f, '__name__', type(f).__name__)
+
 def _frozen(v): return tuple(map(_frozen, v)) if isinstance(v, (list, tuple)) else v
 
 # %% ../nbs/06_gpt.ipynb #3aca470d
@@ -172,8 +183,8 @@ class Block(nn.Module):
     "Read, think, add: x + attention(norm(x)), then x + mlp(norm(x))"
     def __init__(self, cfg, layer=0):
         super().__init__()
-        self.norm1, self.attn = cfg.norm(cfg.d_model), cfg.attn(cfg, layer)
-        self.norm2, self.mlp = cfg.norm(cfg.d_model), cfg.mlp(cfg, layer)
+        self.norm1, self.attn = _built(cfg, 'norm', cfg.d_model), _built(cfg, 'attn', cfg, layer)
+        self.norm2, self.mlp = _built(cfg, 'norm', cfg.d_model), _built(cfg, 'mlp', cfg, layer)
         self.drop = nn.Dropout(cfg.dropout)
 
     def forward(self, x, i, **ctx): # (B, T, C), positions → (B, T, C)
@@ -224,21 +235,91 @@ class Config:
         if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
             raise LabError(f'dropout={short(self.dropout)}: give a share from 0 up to, not including, 1')
         if not isinstance(self.tie, bool): raise LabError(f'tie={short(self.tie)}: give True or False')
-        for f in fields(self): _check_parts(getattr(self, f.name), self, f.name)
+        for name, slot in HOLDS['config'].items():
+            if name != 'pos' or self.pos is not None: _check_recipe(getattr(self, name), self, name, slot)
 
     @property
     def head_dim(self): return self.d_head or self.d_model//self.n_heads
 
 # %% ../nbs/06_gpt.ipynb #a7e5d541
-def _check_parts(value, cfg, name):
-    "Run the `check` of every recipe in `value`, also of recipes inside recipes; a bare function is none"
-    if isinstance(value, part):
-        if hasattr(value.func, 'check'): value.func.check(cfg, **value.keywords)
-        for k, v in value.keywords.items(): _check_parts(v, cfg, k)
-    elif isinstance(value, tuple): [_check_parts(v, cfg, name) for v in value]
-    elif callable(value):
-        f = getattr(value, '__name__', 'f')                    # a plain functools.partial has no name
-        raise LabError(f'{name}={f} is no recipe: write {name}=part({f})')
+# how the model calls what stands in a slot: the arguments that it fills in itself
+_FILLS = dict(mixer='cfg layer', mlp='cfg layer', transform='cfg layer', pos='cfg', norm='d', head='d vocab_size', act='',
+              init='model generator', router='cfg layer n_experts top_k', scaling='freq', choice='logits top_k bias')
+_BY_NAME = ('generator', 'n_experts', 'top_k')                 # those of them that are given by name
+
+def _home(f): # the module that the table knows it by
+    module = getattr(f, '__module__', None) or ''
+    return 'torch.nn' if module.startswith('torch.nn.modules.') else module
+
+def _can_be(f)->list:
+    "The slots that the table declares `f` for; none for a part of the reader's own"
+    word = f'{_home(f)}:{_name_of(f)}'
+    return [slot for slot, words in SLOTS.items() if word in words.values()]
+
+def _no_recipe(value, name, slot):
+    "Raises `LabError`: what stands here is no recipe, and what to write instead"
+    module, known = isinstance(value, nn.Module), SLOTS.get(slot, {})
+    f = _name_of(value.func if isinstance(value, partial) else value) if callable(value) else ''
+    said, write = f or short(value), f'{name}=part({f or next(iter(known), "MLP")})'
+    if module: said = f'{f}(…)'
+    elif f == '<lambda>': write = f'a function with a name, def f(…), and {name}=part(f)'
+    elif isinstance(value, str): write = f'{name}=part({_nearest_part(value, known)})'
+    if name in ('steps', 'of'): write = write.replace('=', '=(', 1) + ',)'
+    raise LabError(f'{name}={said} is no recipe: write {write}')
+
+def _nearest_part(word, known):
+    "The name in a slot that is meant, whatever its case; the first one if none is near"
+    near = nearest(word, known)
+    return near[14:-2] if near.startswith('did you mean') else next(iter(known), 'MLP')
+
+def _check_slot(x, name, slot):
+    "Raises `LabError` unless `x` is a recipe of what may stand in a slot; whatever the reader made may stand anywhere"
+    if not isinstance(x, part): _no_recipe(x, name, slot)
+    can, place = _can_be(x.func), PLACES.get(slot, slot)
+    mixes = slot == 'norm' and not can and _home(x.func) == 'torch.nn'
+    if not slot or slot in can or not can and not mixes: return
+    why = f'can be {", ".join(PLACES.get(s, s) for s in can)}, not {place}' if can else 'would mix positions or texts'
+    raise LabError(f'{name}={x!r}: {_name_of(x.func)} {why}; choose from {", ".join(sorted(SLOTS[slot]))}')
+
+def _check_call(x, name, slot):
+    "Raises `LabError` unless the keywords of a recipe are just what the model does not fill in"
+    if slot not in _FILLS: return
+    fills = _FILLS[slot].split()
+    by_name = {k: None for k in fills if k in _BY_NAME and slot != 'choice'}
+    f = _name_of(x.func)
+    try: signature(x.func).bind(*[None]*(len(fills) - len(by_name)), **by_name, **x.keywords)
+    except TypeError as e:
+        missing, why = re.search("missing a required.* argument: '(.*)'", str(e)), str(e)
+        remedy = f'write part({f}, {missing[1]}=…)' if missing else f'it is called as {f}({", ".join(fills)})'
+        raise LabError(f'{name}={x!r}: {why}; {remedy}') from None
+
+def _check_recipe(x, cfg, name, slot=None):
+    "Raises `LabError` on what cannot stand in a slot; runs the `check` of a recipe, and of all recipes in it"
+    _check_slot(x, name, slot)
+    try: getattr(x.func, 'check', lambda cfg, **kw: None)(cfg, **x.keywords)
+    except LabError: raise
+    except (TypeError, AttributeError, ArithmeticError, LookupError) as e: wrong = e
+    else: wrong = None
+    can = _can_be(x.func)
+    inner = HOLDS.get(slot if slot in can else can[0], {}) if can else {}
+    for k, v in x.keywords.items():
+        if k in ('steps', 'of') and k in inner and not isinstance(v, tuple): _no_recipe(v, k, inner[k])
+        if v is None and k == 'scale': continue
+        for one in v if isinstance(v, tuple) else (v,):
+            if k in inner or isinstance(one, part) or callable(one): _check_recipe(one, cfg, k, inner.get(k))
+    if wrong: raise LabError(f'{name}={x!r}: {short(str(wrong), 100)}; look at its keywords') from wrong
+    _check_call(x, name, slot)
+
+def _built(cfg, name, *args)->nn.Module:
+    "What the recipe `name` of a configuration makes. Raises `LabError` where it is no module, or none can be made"
+    recipe = getattr(cfg, name)
+    try: made = recipe(*args)
+    except (LabError, RuntimeError, MemoryError): raise
+    except Exception as e:
+        raise LabError(f'{name}={short(recipe, 200)} cannot be made ({type(e).__name__}: {short(str(e), 200)}); '
+                       'look at its keywords') from e
+    if isinstance(made, nn.Module): return made
+    raise LabError(f'{name}={short(recipe, 200)} makes a {type(made).__name__}: give what makes a torch.nn.Module')
 
 # %% ../nbs/06_gpt.ipynb #5434f462
 class MiniGPT(nn.Module):
@@ -249,13 +330,18 @@ class MiniGPT(nn.Module):
         self.cfg = cfg
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed or 0)     # for parts that bring first weights of their own
-            self.tok, self.pos = nn.Embedding(cfg.vocab_size, cfg.d_model), cfg.pos and cfg.pos(cfg)
+            self.tok = nn.Embedding(cfg.vocab_size, cfg.d_model)
+            self.pos = cfg.pos and _built(cfg, 'pos', cfg)
             self.blocks = nn.ModuleList(Block(cfg, l) for l in range(cfg.n_layers))
             self.drop = nn.Dropout(cfg.dropout)
-            self.norm, self.head = cfg.norm(cfg.d_model), cfg.head(cfg.d_model, cfg.vocab_size)
+            self.norm = _built(cfg, 'norm', cfg.d_model)
+            self.head = _built(cfg, 'head', cfg.d_model, cfg.vocab_size)
+        if cfg.tie and not isinstance(getattr(self.head, 'weight', None), Tensor):
+            raise LabError(f'tie=True: head={cfg.head!r} has no weight to share; leave tie out')
         if cfg.tie: self.head.weight = self.tok.weight
         if seed is not None: cfg.init(self, generator=rng(seed, 'init'))
         self.words = {w for m in self.modules() for w in getattr(m, 'reads', ())}
+        self.ear = None                                        # an `Aux` for who passes none: chapter 8
 
     def features(self, ids, i=None, **ctx): # ids (B, T); positions (T,) or (B, T), 0, 1, 2, … if none
         if unread := ctx.keys() - self.words:
@@ -264,7 +350,11 @@ class MiniGPT(nn.Module):
         if i is None: i, ctx['rising'] = torch.arange(ids.shape[1], device=ids.device), True
         x = self.tok(ids)
         x = self.drop(self.pos(x, i) if self.pos else x)
+        unheard = 'aux' in self.words and 'aux' not in ctx and self.training
+        if unheard and self.ear is not None: ctx['aux'] = self.ear
         for block in self.blocks: x = self.through(block, x, i, **ctx)
+        if unheard and self.ear is None and x.requires_grad and not torch.compiler.is_compiling():
+            x.register_hook(_say_unheard)                      # called if it is learned from
         return self.norm(x)                                    # (B, T, C)
 
     @staticmethod
@@ -282,7 +372,7 @@ def n_params(self:MiniGPT)->int:
 @patch
 def metrics(self:MiniGPT)->dict:
     "What the parts have noted since they were last asked, `{name: number}`"
-    return {k: v for m in self.modules() if m is not self and callable(getattr(m, 'metrics', None)) for k, v in m.metrics().items()}
+    return {k: v for m in self.modules() if m is not self and callable(getattr(m, 'metrics', None)) for k, v in (m.metrics() or {}).items()}
 
 # %% ../nbs/06_gpt.ipynb #c233ec5b
 class Aux:
@@ -291,13 +381,75 @@ class Aux:
     def say(self, layer, **what): self.said[layer] = what
     def loss(self): return sum((x['loss'] for x in self.said.values() if 'loss' in x), torch.zeros(()))
 
+def _say_unheard(gradient):
+    warn_once('a model learns here without what its parts say to aux, such as the balance of experts: call '
+              'model(ids, aux=aux) with aux=Aux() and add aux.loss(), or use fit, train_step or Step, which do')
+
 # %% ../nbs/06_gpt.ipynb #2a7c0b75
+def is_own(x)->bool:
+    "Is a module, a class or a function not of this library, nor of PyTorch? Of a recipe: is anything in it?"
+    if isinstance(x, tuple): return any(map(is_own, x))
+    if isinstance(x, part): return is_own(x.func) or any(map(is_own, x.keywords.values()))
+    if x is None or isinstance(x, (bool, int, float, str)): return False
+    f = type(x) if isinstance(x, nn.Module) else x
+    return not (getattr(f, '__module__', None) or '').startswith(('llm_lab.', 'torch.'))
+
+@contextmanager
+def _resting(model):
+    "Within, the model is in evaluation mode, and nothing is noted for a gradient; then each part is as it was"
+    modes = {m: m.training for m in model.modules()}
+    try:
+        with torch.no_grad(): yield model.eval()
+    finally:
+        for m, mode in modes.items(): m.training = mode
+
+def _some_ids(model, n): # up to n tokens, the same ones each time, (1, n)
+    ids = torch.randint(model.cfg.vocab_size, (1, min(n, model.cfg.max_len)), generator=rng(0, 'some'))
+    return ids.to(next(model.parameters()).device)
+
+def _close(a, b)->bool: # up to what another order of sums may change
+    far, scale = (a - b).abs().max(), b.abs().max().clamp_min(1.)
+    return bool(far <= torch.finfo(b.dtype).eps**.5*scale)
+
+def caches_of(model, batch, length)->tuple:
+    "({key: cache} of all parts that keep something, '' or why the model as a whole keeps nothing)"
+    found = {m: c for m in model.modules() if m is not model and callable(getattr(m, 'cache', None))
+             and (c := m.cache(batch, length)) is not None}
+    kept, why = {}, ''
+    for m, c in found.items():
+        key = getattr(m, 'key', getattr(m, 'layer', None))
+        if key is None: why = why or f'{type(m).__name__} has no `layer`, nor a `key`, under which it would keep'
+        elif key in kept: why = why or f'{type(m).__name__} keeps under {key!r}, as another part does: give it a `key`'
+        else: kept[key] = c
+    keeps = lambda mixer: any(m in found for m in mixer.modules())
+    for l, block in enumerate(model.blocks):
+        mixer = getattr(block, 'attn', block)
+        bare = [m for m in mixer.modules() if isinstance(m, Attention) and not keeps(m) and m not in found]
+        if not keeps(mixer): bare.append(mixer)
+        if bare: why = why or f'{type(bare[0]).__name__} of layer {l} keeps nothing'
+    return kept, why
+
+@torch.no_grad()
+def _reads_on(model)->bool:
+    "Do a few tokens, read one by one with caches, say what they say when they are read at once?"
+    ids = _some_ids(model, 6)
+    with _resting(model), kept_streams(ids.device):
+        want, cache, got = model.features(ids), caches_of(model, 1, ids.shape[1])[0], []
+        cut = [0, *range(2, ids.shape[1] + 1)] if ids.shape[1] > 1 else [0, 1]
+        for a, b in zip(cut, cut[1:]):
+            got.append(model.features(ids[:, a:b], i=torch.arange(a, b, device=ids.device), cache=cache))
+    return _close(torch.cat(got, 1), want)
+
 @patch
 def cache(self:MiniGPT, batch:int, length:int):
-    "What each layer's steps want to remember while decoding, `{layer: …}`; None if nothing is kept"
-    steps = [m for m in self.modules() if m is not self and callable(getattr(m, 'cache', None))]
-    kept = {m.layer: c for m in steps if (c := m.cache(batch, length)) is not None}
-    return kept or None
+    """What the parts want to remember while decoding, `{key: …}`: a part's `key`, or else its `layer`.
+
+    None if a layer keeps nothing, or if the text would be read otherwise: then the model is used without."""
+    kept, why = caches_of(self, batch, length)
+    if why or not kept: return None
+    strange = self.words <= {'cache', 'aux'} and any(map(is_own, self.modules()))
+    try: return kept if not strange or _reads_on(self) else None
+    except Exception: return None                              # it cannot read on: it reads anew
 
 # %% ../nbs/06_gpt.ipynb #715d917d
 def register(f, name:str=None):
@@ -305,19 +457,16 @@ def register(f, name:str=None):
     REGISTERED[name or f.__name__] = f
     return f
 
-def _home(f): # the module that the table knows it by
-    module = getattr(f, '__module__', None) or ''
-    return 'torch.nn' if module.startswith('torch.nn.modules.') else module
-
 def _said_as(f, slot=None):
     "What a file calls `f` in a slot. Raises `LabError` where it has no word for it"
     if name := next((name for name, g in REGISTERED.items() if g is f), None): return name
-    name = getattr(f, '__name__', repr(f))
+    name = _name_of(f)
     for place in [SLOTS[slot]] if slot else SLOTS.values():
         for a in place.values():
             if a == f'{_home(f)}:{name}' and lookup(a) is f: return a
     as_what = f' as {slot}' if slot else ''
-    raise LabError(f'{name} of {_home(f)} has no name to save{as_what}: call register({name}) first, also before loading')
+    call = "register(f, 'a_name')" if name == '<lambda>' else f'register({name})'
+    raise LabError(f'{name} of {_home(f)} has no name to save{as_what}: call {call} first, also before loading')
 
 # %% ../nbs/06_gpt.ipynb #87140c91
 def _said(x, slot=None):
@@ -359,14 +508,16 @@ def _fits(value, parameter)->bool:
 
 def _made(x, path=''):
     "What plain data, which `check_recipe` has seen, describe"
-    if isinstance(x, list): return tuple(_made(v, path) for v in x)
+    if isinstance(x, list): return tuple(_made(v, f'{path}[{n}]') for n, v in enumerate(x))
     if not isinstance(x, dict): return x
     word = address(x['part'])
-    made = part(lookup(word), **{k: _made(v, f'{path}.{k}') for k, v in x.items() if k != 'part'})
+    kw = {k: () if v is None and k == 'steps' else _made(v, f'{path}.{k}') for k, v in x.items() if k != 'part'}
+    try: made = part(lookup(word), **kw)
+    except LabError as e: raise LabError(f'{path}: {e}') from None
     if word in REGISTERED: return made                         # its author knows what it takes
     known = signature(made.func).parameters
     for k, v in x.items():
-        if k in known and not isinstance(v, (dict, list)) and not _fits(v, known[k]):
+        if k in known and not isinstance(v, (dict, list)) and (v, k) != (None, 'steps') and not _fits(v, known[k]):
             like = known[k].annotation.__name__ if known[k].default in (None, Parameter.empty) else repr(known[k].default)
             raise LabError(f'{path}.{k}={short(v)}: {made.func.__name__} takes something like {like}')
     if word in SLOTS['act'].values(): _bends(made, path)
@@ -401,13 +552,180 @@ class _Undrawn(TorchFunctionMode):
         if getattr(f, '__module__', '') == 'torch.nn.init': return args[0] if args else kwargs['tensor']
         return f(*args, **kwargs or {})
 
+def own_in(cfg)->bool:
+    "Is a part in the configuration not of this library?"
+    return any(is_own(getattr(cfg, name)) for name in HOLDS['config'])
+
+def _sketched(cfg, seed=None)->MiniGPT:
+    "A model of shapes; where a part of the reader's own needs numbers to be made, it has them for a moment"
+    try:
+        with torch.device('meta'), _Undrawn(): return MiniGPT(cfg, seed)
+    except RuntimeError:
+        if not own_in(cfg): raise
+        return MiniGPT(cfg, seed).to('meta')
+
 def sketch(cfg:Config)->MiniGPT:
     "A model of shapes alone, on the device *meta*, whatever its size. Raises `LabError` where none can be made"
-    try:
-        with torch.device('meta'), _Undrawn(): return MiniGPT(cfg, seed=None)
+    try: return _sketched(cfg)
     except LabError: raise
     except (TypeError, ArithmeticError, AttributeError, ValueError, RuntimeError, KeyError) as e:
         raise LabError(f'no model can be made of this configuration ({type(e).__name__}: {short(str(e), 100)})') from e
+
+# %% ../nbs/06_gpt.ipynb #c51b7e90
+_READS = dict(attn='(x, i, **ctx)', mlp='(x, **ctx)', norm='(x)', pos='(x, i)', head='(x)')
+
+def _asked(cfg, name, layer, fake):
+    "Let what stands in a slot read a few tokens; returns the shape of the answer, and the one it should have"
+    C, V, T = cfg.d_model, cfg.vocab_size, min(cfg.max_len, 6)
+    made = _built(cfg, name, *dict(norm=(C,), pos=(cfg,), head=(C, V)).get(name, (cfg, layer)))
+    ctx = {'aux': Aux()} if any('aux' in getattr(m, 'reads', ()) for m in made.modules()) else {}
+    ctx = dict(rising=True, **ctx) if name in ('attn', 'mlp') else {}
+    x, i = torch.randn(2, T, C, generator=None if fake else rng(0, 'x')), torch.arange(T)
+    out = made(x, *[i]*(name in ('attn', 'pos')), **ctx)
+    return tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__, (2, T, V if name == 'head' else C)
+
+def _try_part(cfg, name, layer):
+    "Raises `LabError` unless a part reads (B, T, C) and answers as it should"
+    try:
+        with FakeTensorMode(): got, want = _asked(cfg, name, layer, True)
+    except Exception:                                          # perhaps only because there are no numbers
+        try:
+            with kept_streams(), torch.no_grad(): got, want = _asked(cfg, name, layer, False)
+        except LabError: raise
+        except Exception as e:
+            raise LabError(f'{name}={short(getattr(cfg, name), 200)} cannot read: {type(e).__name__}: {short(str(e), 200)}; '
+                           f'it is called with {_READS[name]}') from e
+    if got != want: raise LabError(f'{name}={short(getattr(cfg, name), 200)} makes {got} of {want[:2] + (cfg.d_model,)}: '
+                                   f'give a part that makes {want}')
+
+def tried(cfg:Config)->Config: # `cfg`
+    "Let every part read a few tokens. Raises `LabError` that names the recipe which cannot; no memory is taken for the model"
+    layers = range(min(cfg.n_layers, 64))
+    if cfg.pos: _try_part(cfg, 'pos', 0)
+    for name, each in dict(norm=(0,), attn=layers, mlp=layers, head=(0,)).items():
+        for layer in each if 'of' in getattr(cfg, name).keywords or is_own(getattr(cfg, name)) else (0,):
+            _try_part(cfg, name, layer)
+    sketch(cfg)
+    return cfg
+
+# %% ../nbs/06_gpt.ipynb #f4c8d215
+# plain values that change while a model is used, or that matter in training only: chapters 16, 20 and 22
+_PASSING = {'training', 'seen', 'noted', 'since', 'rows', 'p', 'dropout', 'balance', 'z', 'importance', 'bias_rate', 'capacity'}
+
+def _put_on(m)->str:
+    "The method that somebody has put on a module itself, or on a class of this library; '' if there is none"
+    for k, v in vars(m).items():
+        ours = isinstance(v, partial) and v.func.__module__ in (__name__, checkpoint.__module__)   # chapter 12, `quick_linear`
+        if callable(v) and not ours and callable(getattr(type(m), k, None)): return k
+    for kind in type(m).__mro__ if not is_own(m) else ():
+        ours = kind.__module__.startswith('llm_lab.')          # of PyTorch's, other libraries may add to a class
+        for k, f in vars(kind).items():
+            f = getattr(f, '__func__', f)
+            if hasattr(f, '__code__') and (ours or k == 'forward') and is_own(f): return k
+    return ''
+
+def _values(m): # the plain values of a module that decide what it calculates
+    plain = (bool, int, float, str, tuple, part, torch.Size)
+    return {k: v for k, v in vars(m).items() if k[0] != '_' and k not in _PASSING and isinstance(v, plain)}
+
+def _tables(m): # tensors of a module that are neither parameters nor buffers, such as the speeds of hands
+    return {k: v for k, v in vars(m).items() if isinstance(v, Tensor)}
+
+def _sharing(named): # {name: the first name of the same thing}
+    first = {}
+    return {n: first.setdefault(id(x), n) for n, x in named}
+
+def _other_module(name, a, b)->str:
+    "What sets one module apart from the one that the configuration makes; '' if nothing does"
+    mine, theirs = type_before_parametrizations(a), type_before_parametrizations(b)
+    more = {k for c in mine.__mro__[:-1] if c not in theirs.__mro__ for k, f in vars(c).items() if hasattr(theirs, k) and callable(f)}
+    if mine is not theirs and (not issubclass(mine, theirs) or more - {'__init__', '__repr__', 'extra_repr'}):
+        return f'{name} is a {mine.__name__}, it should be a {theirs.__name__}'
+    if k := _put_on(a): return f'{name}.{k} was replaced'
+    for k, v in _values(b).items() if not is_own(a) else ():
+        if k in vars(a) and vars(a)[k] != v: return f'{name}.{k} is {short(vars(a)[k])}, it should be {short(v)}'
+    for k, v in _tables(b).items() if not is_own(a) else ():
+        t = vars(a).get(k)
+        if not isinstance(t, Tensor) or t.shape != v.shape or 'meta' not in (v.device.type, t.device.type) and (t.cpu() != v).any():
+            return f'{name}.{k} was changed'
+    return ''
+
+def _other(a, b)->str:
+    "What sets a model apart from the one that its configuration makes; '' if nothing does"
+    mine, theirs = (dict(m.named_modules(remove_duplicate=False)) for m in (a, b))
+    for name, m in mine.items():
+        if name not in theirs: return f'{name} ({type(m).__name__}) was added'
+        if why := _other_module(name or 'the model', m, theirs[name]): return why
+    if gone := [name for name in theirs if name not in mine]: return f'{gone[0]} was taken out'
+    have, want = ({n: tuple(t.shape) for n, t in m.state_dict().items()} for m in (a, b))
+    for n in (*want, *have):
+        if have.get(n) != want.get(n):
+            return f'{n} has the shape {have[n]}, it should have {want[n]}' if n in have and n in want else \
+                   f'{n} was {"added" if n in have else "taken out"}'
+    for named in (lambda m: m.named_modules(remove_duplicate=False), lambda m: m.named_parameters(remove_duplicate=False)):
+        mine, theirs = _sharing(named(a)), _sharing(named(b))
+        if odd := [n for n in mine if mine[n] != theirs[n]]:
+            return f'{odd[0]} is {"" if mine[odd[0]] != odd[0] else "not "}shared with another place'
+    return ''
+
+_HOOKS = ('_forward_hooks', '_forward_pre_hooks')
+
+def _hooked(a, b)->list: # modules of `a` with hooks that those of `b` do not have
+    theirs = dict(b.named_modules())
+    count = lambda m: sum(len(getattr(m, k)) for k in _HOOKS)
+    return [(n, m) for n, m in a.named_modules() if count(m) > count(theirs[n])]
+
+@contextmanager
+def _unhooked(modules):
+    "Within, the modules run without their hooks"
+    kept = [(m, k, getattr(m, k)) for m in modules for k in _HOOKS]
+    for m, k, _ in kept: setattr(m, k, {})
+    try: yield
+    finally:
+        for m, k, hooks in kept: setattr(m, k, hooks)
+
+def _logits(model, ids):
+    with _resting(model), kept_streams(ids.device): return model(ids)
+
+def _other_logits(model, again=None, without=())->bool:
+    "Does the model say something else than `again`, or than itself without the hooks of some modules?"
+    ids = _some_ids(model, 16)
+    want = _logits(model, ids)
+    if not _close(_logits(model, ids), want): return False     # it never says the same: nothing can be compared
+    with _unhooked(without): return not _close(_logits(again or model, ids).to(want), want)
+
+def typed(model, state:dict): # `model`
+    "Give each tensor of a model the dtype that it has in a state; the router of a mixture may have more digits than the rest"
+    for name, t in model.state_dict(keep_vars=True).items():
+        if name in state and t.dtype != state[name].dtype: t.data = t.data.to(state[name].dtype)
+    return model
+
+def _opened_again(model)->MiniGPT:
+    "What would be opened: the configuration's model, with this one's weights"
+    again, state = MiniGPT(model.cfg).to(next(model.parameters()).device), model.state_dict()
+    typed(again, state).load_state_dict(state)
+    return again
+
+def require_as_said(model:MiniGPT)->MiniGPT: # `model`
+    "Raises `LabError` unless a model is what its configuration says, so that it comes back as the same function"
+    def refuse(what):
+        raise LabError(f'this model is not what its configuration says, and would come back as another: {what}; say it in the '
+                       'configuration by a recipe, take it off, or keep the weights alone: safetensors.torch.save_model(model, FILE)')
+    if not isinstance(model, MiniGPT):
+        raise LabError(f'a {type(model).__name__} is no MiniGPT: give the MiniGPT that it was made from')
+    try: said = _sketched(model.cfg, seed=0)                   # also what its init puts on it: chapter 16
+    except LabError: raise
+    except Exception: said = MiniGPT(model.cfg).to('meta')     # an init of one's own that needs numbers
+    if why := _other(model, said): refuse(why)
+    hooked, asked = _hooked(model, said), model.words <= {'cache', 'aux'}
+    try: changed = hooked and (not asked or _other_logits(model, without=[m for _, m in hooked]))
+    except Exception: changed = True
+    if changed: refuse(f'{hooked[0][0] or "the model"} has a hook that changes it')
+    if not asked or not own_in(model.cfg) or model.n_params > 30_000_000: return model
+    try: other = _other_logits(model, _opened_again(model))
+    except (RuntimeError, TypeError, AttributeError, LookupError) as e: refuse(short(str(e).splitlines()[0], 200))
+    if other: refuse('a part keeps numbers that are no parameters and no buffers, or were changed by hand')
+    return model
 
 # %% ../nbs/06_gpt.ipynb #229e067b
 _ops = torch.library.Library('llm_lab', 'FRAGMENT')            # as long as it lives, they are known
@@ -429,15 +747,16 @@ class _QuickLinear(torch.autograd.Function):
         return mm(g, w).view_as(x), mm(g.t(), x.flatten(0, -2)), g.sum(0) if ctx.bias else None
 
 # %% ../nbs/06_gpt.ipynb #a75ecf5f
+def _quick_forward(layer, x):
+    plain = torch.is_autocast_enabled('cpu') or x.dtype != torch.float32
+    return (F.linear if plain else _QuickLinear.apply)(x, layer.weight, layer.bias)
+
 @contextmanager
 def quick_linear(model):
     "Within, the plain linear layers of `model` multiply by oneDNN, where that is quicker (`quick_products`)"
-    def forward(layer, x):
-        short = torch.is_autocast_enabled('cpu') or x.dtype != torch.float32
-        return (F.linear if short else _QuickLinear.apply)(x, layer.weight, layer.bias)
     layers = [m for m in model.modules() if type(m) is nn.Linear and m.weight.dtype == torch.float32
               and m.weight.device.type == 'cpu' and 'forward' not in vars(m)] if quick_products() else []
-    for layer in layers: layer.forward = partial(forward, layer)
+    for layer in layers: layer.forward = partial(_quick_forward, layer)
     try: yield
     finally:
         for layer in layers: del layer.forward

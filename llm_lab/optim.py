@@ -9,19 +9,19 @@ __all__ = ['OPTIMISERS', 'SCHEDULES', 'PRECISIONS', 'orthogonalized', 'short_pre
 
 # %% ../nbs/12_optim.ipynb #d4314b07
 import math, warnings, weakref
+import torch
 from contextlib import nullcontext
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
-import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
-from .lab import LabError, Live, by_onednn, least_seconds, once, quick_products
-from .gpt import MiniGPT
-from .train import adamw, next_token_loss, train_step, update, warmup_cosine
+from .lab import LabError, Live, by_onednn, kept_streams, least_seconds, must_fit, once, quick_products, rng
+from .gpt import MiniGPT, own_in, sketch
+from .train import adamw, balanced, next_token_loss, train_step, update, warmup_cosine, warmup_steps
 
 # %% ../nbs/12_optim.ipynb #b929812f
 def orthogonalized(
@@ -121,20 +121,30 @@ def sgd(model, lr=.2, weight_decay=0., momentum=.9)->torch.optim.SGD:
 OPTIMISERS = dict(adamw=adamw, muon=muon, sgd=sgd)
 
 # %% ../nbs/12_optim.ipynb #9099b261
-def constant(step:int, steps:int, warmup=100)->float:
+def constant(
+    step:int, steps:int,
+    warmup:int=None # steps of climbing, obeyed as they are; if none, 100 or a tenth of all
+)->float:
     "Climb in a line, then stay"
-    return min(1., (step + 1)/min(warmup, max(1, steps//10)))
+    climb = warmup_steps(steps, warmup)
+    return min(1., (step + 1)/climb) if climb else 1.
 
 def warmup_stable_decay(
-    step:int, steps:int, warmup=100,
+    step:int, steps:int, warmup:int=None,
+    end=0.,  # the factor to come down to
     decay=.2 # the last part of the run, in which the rate comes down in a line
 )->float:
     "Climb, stay, come down in a line (Hu et al. 2024, §4)"
-    return min(constant(step, steps, warmup), (steps - step)/max(1, decay*steps))
+    down = (steps - step)/max(1, decay*steps)
+    return min(constant(step, steps, warmup), end + (1 - end)*down)
 
-def step_decay(step:int, steps:int, warmup=100, at=(.5, .75), by=.1)->float:
+def step_decay(
+    step:int, steps:int, warmup:int=None,
+    end=0.,  # the factor that it never falls below
+    at=(.5, .75), by=.1
+)->float:
     "Climb, stay, and fall to a part `by` at each of these parts of the run"
-    return constant(step, steps, warmup)*by**sum(step >= a*steps for a in at)
+    return constant(step, steps, warmup)*max(end, by**sum(step >= a*steps for a in at))
 
 SCHEDULES = dict(cosine=warmup_cosine, constant=constant, wsd=warmup_stable_decay, step_decay=step_decay)
 
@@ -158,11 +168,22 @@ def step_memory(
     opt=adamw, step=train_step,
     prepare=lambda model: model # what is done to the model first, such as `checkpointed`
 )->int: # bytes
-    "The most that all tensors of a training step take at once, optimiser state included; nothing is calculated"
-    with FakeTensorMode(), _Alive() as alive:
-        model = prepare(MiniGPT(cfg)); o = opt(model)
-        for _ in range(2): step(model, o, torch.zeros(batch_size, cfg.max_len + 1, dtype=torch.int64))
-    return alive.most
+    """The most that all tensors of a training step take at once, optimiser state included; nothing is calculated.
+
+    Where the shapes of a part of your own hang on numbers, steps of 1 and 2 rows are made, and a line is drawn through both."""
+    def most(n, mode):
+        with mode(), _Alive() as alive:
+            model = prepare(MiniGPT(cfg))
+            o, rows = opt(model), torch.zeros(n, cfg.max_len + 1, dtype=torch.int64)
+            if mode is nullcontext: rows.random_(cfg.vocab_size, generator=rng(0, 'rows'))
+            for _ in range(2): step(model, o, rows)
+        return alive.most
+    try: return most(batch_size, FakeTensorMode)
+    except RuntimeError:                                       # numbers were asked for, and there are none
+        if not own_in(cfg): raise
+    must_fit(32*sketch(cfg).n_params, 'a step, made to be measured,')
+    with kept_streams(): one, two = (most(n, nullcontext) for n in (1, 2))
+    return one + (two - one)*(batch_size - 1)
 
 # %% ../nbs/12_optim.ipynb #af9682cd
 def checkpointed(model, on=True):
@@ -243,7 +264,8 @@ class Step:
         self.scaler, self.fast = torch.amp.GradScaler('cpu', enabled=precision == 'fp16'), {}
 
     def __call__(self, model, opt, rows, clip=1., loss=next_token_loss): # → (loss, length of the gradient)
-        if self.compile: loss = self.fast.get(loss) or self.fast.setdefault(loss, compiled(loss))
+        if self.compile: loss = self.fast.get(loss) or self.fast.setdefault(loss, compiled(balanced(loss)))
+        else: loss = balanced(loss)
         total, dtype, parts = 0., PRECISIONS[self.precision], rows.chunk(self.accumulate)
         for n, part in enumerate(parts):
             quiet = model.no_sync if n < len(parts) - 1 and hasattr(model, 'no_sync') else nullcontext

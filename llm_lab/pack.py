@@ -220,7 +220,17 @@ class PackedTokens:
 def end_mark(corpus, tok)->list[int]:
     "What ends a document: the end mark's id; the separator's ids where there is none, or within a running text"
     if corpus.independent and tok.eos_id is not None: return [tok.eos_id]
-    return tok.encode(corpus.separator) if not corpus.splits or apart(corpus) else []
+    if corpus.splits and not apart(corpus): return []
+    return tok.encode(corpus.separator) if corpus.independent else _between(tok, corpus.separator)
+
+def _between(tok, separator):
+    "The ids of a separator as they stand between two letters: GPT-2 has 628 for two line ends alone, here 198 twice"
+    for letter in 'xa':
+        try: alone, both = tok.encode(letter), tok.encode(f'{letter}{separator}{letter}')
+        except LabError: continue                              # a tokenizer of other characters
+        n = len(alone)
+        if both[:n] == both[-n:] == alone: return both[n:-n]
+    return tok.encode(separator)
 
 def _ids(tokenizer, documents, end):
     "The ids of all documents, each followed by the ids `end`: int32, (n,)"
@@ -341,6 +351,8 @@ def _usable(folder, corpus, digests, tokenizer, verify):
         _agree(f'{s} of {meta["corpus"]["name"]} in {folder}', meta['splits'].get(s, {}).get('sha256'),
                f'{s} of {corpus.name}', digests.get(s), other)
     for k, v in tokenizer.items(): _agree(f'tokenizer {k} in {folder}', meta['tokenizer'][k], 'asked for', v, other)
+    _agree(f'the end mark in {folder}', meta['tokenizer']['end'], 'this library packs',
+           end_mark(corpus, load_tokenizer(folder/'tokenizer')), _AGAIN)
     for file in meta['files']: _opened(folder, file, meta, verify or not file.endswith('.bin')).close()
     return meta
 

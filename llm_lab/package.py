@@ -134,7 +134,12 @@ def chosen(path)->Path:
         raise LabError(f'{folder} {why}: give the folder of a saved model, as artifacts/tour')
     if not folder.is_dir(): raise LabError(f'no model at {folder}: give the folder of a saved model, as artifacts/tour')
     names = [n for n in ('best', 'latest') if (folder/n).is_file() and not (folder/'package.json').exists()]
-    return folder/'checkpoints'/pointed(folder/names[0]) if names else folder
+    if not names: return folder
+    place = folder/'checkpoints'/pointed(folder/names[0])
+    if not place.is_dir():
+        raise LabError(f'{folder/names[0]} names {short(place.name)}, and no checkpoint is called '
+                       'so: delete it')
+    return place
 
 # %% ../nbs/07_package.ipynb #2878ce7c
 def parsed(data:bytes, name, read=json.loads):

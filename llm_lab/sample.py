@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from fastcore.basics import patch
 from .lab import LabError, need, rng, widgets_live
+from .chars import begins
 
 # %% ../nbs/10_sample.ipynb #4be0a7c1
 from .gpt import MiniGPT
@@ -117,26 +118,40 @@ def generate(
 # %% ../nbs/10_sample.ipynb #73968950
 class Decoder:
     "Called with one id after the other, gives the text each one adds; '' while a character is not whole"
-    def __init__(self, tokenizer, before=()): self.decode, self.window = tokenizer.decode, list(before)[-4:]
+    def __init__(self, tokenizer, before=()):
+        self.decode, self.window = tokenizer.decode, list(before)[-4:]
+        self.known = self.decode(self.window) if getattr(tokenizer, 'runs', False) else None
 
     def whole(self):
         text = self.decode(self.window)
         return text[:-1] if text.endswith('\ufffd') else text
 
     def __call__(self, id):
+        if self.known is not None: return self.of_runs(id)
         known = len(self.whole())
         self.window.append(id)
         new = self.whole()[known:]
         self.window = self.window[-4:]
         return new
 
+    def of_runs(self, id):
+        "Where bytes in a row are read as one, and are all `�` until the last character is whole"
+        self.window.append(id)
+        if (text := self.decode(self.window)).endswith('\ufffd'): return ''
+        new, short = text[len(self.known):], self.window[-4:]
+        if '\ufffd' not in self.decode(short): self.window = short   # no run is cut
+        self.known = self.decode(self.window)
+        return new
+
 # %% ../nbs/10_sample.ipynb #6bc827f5
 def prompt_ids(model, tokenizer, prompt):
-    "Ids of the prompt, (1, T), after what begins a text: the begin mark, or a new line where there is one"
-    try: first = [tokenizer.bos_id] if tokenizer.bos_id is not None else tokenizer.encode('\n')
-    except LabError: first = []
-    ids = tokenizer.encode(prompt)
-    if ids[:len(first)] != first and len(first + ids) <= room(model): ids = first + ids
+    "Ids of the prompt, (1, T), after what begins a text where there is room for it"
+    if tokenizer is None:
+        raise LabError('this model has no tokenizer, so it cannot read or write a text: give one, '
+                       'or ids to `generate`; `from_hf(folder).about` says what is wrong with its own')
+    first, ids = begins(tokenizer), tokenizer.encode(prompt)
+    if not first + ids and tokenizer.bos_id is not None: first = [tokenizer.bos_id]
+    if len(first + ids) <= room(model): ids = first + ids
     return torch.tensor([ids or [0]], device=next(model.parameters()).device)
 
 def too_long(model, ids):

@@ -140,7 +140,7 @@ def _watcher(setup, part, steps):
             text = sample(run.model, setup.tokenizer, n=WRITES, seed=1, temperature=.8).strip('\n')
             far = f', {val/math.log(2)/floor - 1:.0%} above the floor' if floor else ''
             print(f'\n--- after {run.seconds:.0f} s and {run.step:,} steps, '
-                  f'validation loss {val:.2f} nats{far}:\n{text}\n', flush=True)
+                  f'validation loss {val:.2f} nats per character{far}:\n{text}\n', flush=True)
         return dict(val=val)
     def look(run):
         try: return looked(run)
@@ -317,10 +317,13 @@ def _validate(setup):
 def verdict(score, parts=None, of='validation'):
     "The result in sentences"
     if score is None: return f'the {of} loss is not known'
-    low, high = score.interval
-    sure = f' (95 % interval {low:.3f} to {high:.3f})' if math.isfinite(high) else ''
-    line = (f'{of} loss {score.loss:.3f} nats per character = {score.bits:.3f} bits{sure}, '
-            'every character asked once')
+    sure = '95 % interval {:.3f} to {:.3f}'.format(*score.interval) if score.interval else \
+           'no 95 % interval: one piece of text tells none'
+    # where a token is more than a character, the loss is per token, and only the bits are per character
+    letters = score.tokens == score.chars
+    token, bits = ('character', 'bits') if letters else ('token', 'bits per character')
+    line = (f'{of} loss {score.loss:.3f} nats per {token} = {score.bits:.3f} {bits} ({sure}), '
+            f'every {token} asked once')
     if score.floor:
         line += (f'\nthe floor of this language is {score.floor:.3f} bits: '
                  f'the model is {score.above:.0%} above perfect')
@@ -333,8 +336,9 @@ def verdict(score, parts=None, of='validation'):
 # %% ../nbs/27_tour.ipynb #2895a242
 def _result(setup, run, score, parts):
     "What result.json holds"
-    known = {} if score is None else dict(val_loss=score.loss, bits=score.bits, interval=list(score.interval))
-    if score and not math.isfinite(score.error): known['interval'] = None  # one text tells none
+    units = dict(val_loss='nats per character', bits='bits per character', interval='bits per character, 95 %')
+    known = {} if score is None else dict(
+        val_loss=score.loss, bits=score.bits, interval=score.interval and list(score.interval), units=units)
     if score and score.floor: known.update(floor=score.floor, above_floor=score.above)
     return dict(corpus=setup.corpus.name, params=setup.model.n_params, steps=run.step, tokens=run.tokens,
                 seconds=round(run.seconds, 2), tokens_per_s=round(run.tokens/max(run.seconds, 1e-9)),
