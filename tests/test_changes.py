@@ -161,8 +161,10 @@ def world(tmp_path_factory):
     desk = tmp_path_factory.mktemp('changes')
     if os.access(memory, os.W_OK):
         (desk := memory/f'llm-lab-changes-{os.getpid()}').mkdir()
-    yield World(desk.resolve()).make()
-    shutil.rmtree(desk, ignore_errors=True)
+    try:
+        yield World(desk.resolve()).make()
+    finally:
+        shutil.rmtree(desk, ignore_errors=True)
 
 
 # ---- what a change is, and what has to come of it
