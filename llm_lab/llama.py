@@ -252,7 +252,8 @@ class Spectral(nn.Module):
         return torch.stack([(w@u).norm() for w, u in zip(weight.split(self.sizes), self.u)])
 
     def forward(self, weight):
-        with torch.autocast(weight.device.type, enabled=False): # σ and u keep all their digits
+        kind = 'cpu' if weight.is_meta else weight.device.type  # shapes alone have no such setting
+        with torch.autocast(kind, enabled=False):              # σ and u keep all their digits
             if self.training:                                  # once for each change, also if a block runs twice
                 now = None if torch.compiler.is_compiling() else weight._version
                 if now is None or now != self.seen: self.turn(weight); self.seen = now

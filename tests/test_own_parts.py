@@ -409,6 +409,7 @@ def test_what_changes_no_function_is_saved(tmp_path):
         for _ in range(2): train_step(m, opt, ids_of(4, T))
         m.metrics()
     ways = [(llama(**SIZE), checkpointed), (llama(**SIZE), watched), (llama(**SIZE, init=part(spectral_init)), trained),
+            (llama(**SIZE, tie=True, init=part(spectral_init)), trained),
             (llama(**SIZE, mlp=part(MoE, n_experts=3, shared=1, router=part(Router, bias_rate=.1))), trained),
             (llama(**SIZE, tie=True), trained),
             (Config(**SIZE, dropout=.5), trained), (llama(**SIZE), lambda m: m.requires_grad_(False)),
@@ -577,6 +578,9 @@ def test_what_is_planned_is_measured_where_it_cannot_be_foretold():
     assert 4*weights < memory[0] < memory[1] < memory[2] and memory[2] - memory[1] == 6*(memory[1] - memory[0])
     whole = step_memory(llama(**size, mlp=part(SwiGLU, d_ff=16)), 8)
     assert .5*whole < memory[2] < 3*whole                       # about as much as a plain one of that width
+    shapes = sketch(llama(**size, attn=part(Picky), tie=True))
+    assert shapes.head.weight is shapes.tok.weight
+    require_as_said(MiniGPT(llama(**size, attn=part(Picky), tie=True), seed=4))
     assert run_module._work(loop, 16) > 0 and sketch(llama(**size, attn=part(Picky))).tok.weight.device.type == 'meta'
     with pytest.raises(ZeroDivisionError): step_memory(llama(**size, mlp=part(Wrong)), 2)
 
