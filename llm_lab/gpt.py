@@ -562,7 +562,9 @@ def _sketched(cfg, seed=None)->MiniGPT:
         with torch.device('meta'), _Undrawn(): return MiniGPT(cfg, seed)
     except RuntimeError:
         if not own_in(cfg): raise
-        return MiniGPT(cfg, seed).to('meta')
+        model = MiniGPT(cfg, seed).to('meta')
+        if cfg.tie: model.head.weight = model.tok.weight       # a move parts them
+        return model
 
 def sketch(cfg:Config)->MiniGPT:
     "A model of shapes alone, on the device *meta*, whatever its size. Raises `LabError` where none can be made"
@@ -715,7 +717,7 @@ def require_as_said(model:MiniGPT)->MiniGPT: # `model`
         raise LabError(f'a {type(model).__name__} is no MiniGPT: give the MiniGPT that it was made from')
     try: said = _sketched(model.cfg, seed=0)                   # also what its init puts on it: chapter 16
     except LabError: raise
-    except Exception: said = MiniGPT(model.cfg).to('meta')     # an init of one's own that needs numbers
+    except Exception: said = MiniGPT(model.cfg)                # an init that needs numbers
     if why := _other(model, said): refuse(why)
     hooked, asked = _hooked(model, said), model.words <= {'cache', 'aux'}
     try: changed = hooked and (not asked or _other_logits(model, without=[m for _, m in hooked]))

@@ -351,9 +351,9 @@ def _usable(folder, corpus, digests, tokenizer, verify):
         _agree(f'{s} of {meta["corpus"]["name"]} in {folder}', meta['splits'].get(s, {}).get('sha256'),
                f'{s} of {corpus.name}', digests.get(s), other)
     for k, v in tokenizer.items(): _agree(f'tokenizer {k} in {folder}', meta['tokenizer'][k], 'asked for', v, other)
+    for file in meta['files']: _opened(folder, file, meta, verify or not file.endswith('.bin')).close()
     _agree(f'the end mark in {folder}', meta['tokenizer']['end'], 'this library packs',
            end_mark(corpus, load_tokenizer(folder/'tokenizer')), _AGAIN)
-    for file in meta['files']: _opened(folder, file, meta, verify or not file.endswith('.bin')).close()
     return meta
 
 # %% ../nbs/05_pack.ipynb #914e5e58

@@ -201,13 +201,11 @@ def test_what_a_user_adds_or_changes_stays(change, write, tmp_path):
         list_files(tmp_path/'m', 'README.md')
     assert (tmp_path/'m'/name).is_file()
     do(tmp_path/'m')
-    before = {p: p.lstat() for p in (tmp_path/'m').iterdir()}
+    before = files(tmp_path/'m')
     with pytest.raises(LabError) as e:
         write(tmp_path/'m')
     assert words in str(e.value) and '\n' not in str(e.value)
-    assert before == {p: p.lstat() for p in (tmp_path/'m').iterdir()} and not list(
-        tmp_path.glob('.*')
-    )
+    assert before == files(tmp_path/'m') and not list(tmp_path.glob('.*'))
 
 
 def test_what_is_missing_or_left_by_a_finder_is_no_obstacle(tmp_path):

@@ -1292,6 +1292,8 @@ def test_a_safe_pattern_is_fast_and_an_unsafe_one_comes_to_an_end():
     class Late:
         groups = 0
 
+        def fullmatch(self, text): return None
+
         def finditer(self, text, timeout):
             assert timeout > 0
             raise TimeoutError

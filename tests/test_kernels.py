@@ -10,6 +10,7 @@ import torch
 from cases import cases, some
 
 from llm_lab.cache import cached, reach, window
+from llm_lab.corpora import Corpus
 from llm_lab.gpt import Config, MiniGPT, attend, causal, config_from, part, to_data, visible
 from llm_lab.gqa import GQA, kv_heads
 from llm_lab.kernels import Plan, SparseAttention, attended, block_mask, cover, dense, flexed, folded, planned, way
@@ -215,11 +216,12 @@ def test_gauges_are_of_the_texts_that_are_asked_about():
 def test_a_run_reads_its_gauges_in_validation_only(tmp_path):
     from llm_lab.run import Job
     class Here:                                                # what `validate` asks of a job
-        cfg = type('', (), dict(eval=type('', (), dict(sample_every=1, prompt='a', sample_tokens=30)), train=type('', (), dict(seed=0))))
+        cfg = type('', (), dict(eval=type('', (), dict(sample_every=1, prompt='a', sample_tokens=30, at_once=None)), train=type('', (), dict(seed=0))))
         ids, starts, texts = torch.randint(29, (500,), generator=rng(0, 'val')), None, dict(tokenizer=TOK, val=None)
         metrics = type('', (), dict(keep=staticmethod(lambda row: None)))
     run = type('', (), dict(step=1, steps=2, notes=[], model=shaken(models(far(16))).eval()))
-    Here.texts['val'] = type('', (), dict(meta=dict(splits=dict(val=dict(tokens=1, bytes=1))), split='val'))
+    Here.texts['val'] = type('', (), dict(meta=dict(tokenizer=dict(end=[0])), tokenizer=TOK))
+    Here.texts['corpus'] = Corpus('some', dict(val=['a']))
     said = [Job.validate(Here, run) for _ in range(2)]
     assert said[0] == said[1] and 'attn0_far' in said[0]
 

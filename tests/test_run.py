@@ -587,6 +587,7 @@ def fits(f, value):
     if kind == 'bool': return isinstance(value, bool)
     if kind == 'str': return isinstance(value, str)
     if kind == 'dict':
+        if value == {}: return True                             # as the block has it
         part = value.get('part') if isinstance(value, dict) else None
         return isinstance(part, str) and re.fullmatch(r'((llm_lab[.]\w+|torch[.]nn):)?\w+', part) is not None
     number = isinstance(value, int) if kind == 'int' else isinstance(value, (int, float))
