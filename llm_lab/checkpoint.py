@@ -14,7 +14,7 @@ from pathlib import Path
 from fastcore.basics import patch
 from safetensors.torch import load as tensors_from, save as tensor_bytes
 from . import __version__
-from .lab import (LabError, machine, made_folder, remove, replaceable, require_ours, short,
+from .lab import (LabError, machine, made_folder, quick_products, remove, replaceable, require_ours, short,
                          snapshot, streams, sync_to_disk, warn_once, written)
 from .package import chosen, fill, parsed, seal, verified, write_package
 from .evaluate import read_rows
@@ -103,6 +103,7 @@ def _made(run, processes):
     return dict(llm_lab=__version__, torch=torch.__version__, threads=torch.get_num_threads(),
                 processes=processes, device=kind, dtype=str(next(run.model.parameters()).dtype),
                 hardware=_hardware(kind), matmul=torch.get_float32_matmul_precision(),
+                products='oneDNN' if kind == 'cpu' and quick_products() else 'PyTorch',
                 **{k: os.environ.get(k, 'not set') for k in SWAYS})
 
 # %% ../nbs/13_checkpoint.ipynb #5623dd60

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
-from .lab import LabError, Live, by_onednn, kept_streams, least_seconds, must_fit, once, quick_products, rng
+from .lab import LabError, Live, kept_streams, must_fit, once, rng
 from .gpt import MiniGPT, own_in, sketch
 from .train import adamw, balanced, next_token_loss, train_step, update, warmup_cosine, warmup_steps
 
@@ -41,20 +41,20 @@ def orthogonalized(
 # %% ../nbs/12_optim.ipynb #7d20b9db
 @once
 def short_precision(device='cpu')->str: # a name of `PRECISIONS`
-    "The short numbers that a device has hardware for, else float32. A processor is measured"
+    "The short numbers that a device has hardware for, else float32"
     device = torch.device(device)
     if device.type == 'cuda':
         if torch.cuda.is_bf16_supported(including_emulation=False): return 'bf16'
         return 'fp16' if torch.cuda.get_device_capability(device) >= (7, 0) else 'float32'
+    if device.type == 'cpu':                                   # by its instructions: the same each time
+        known = (f'_is_{name}_supported' for name in ('avx512_bf16', 'amx_tile'))
+        return 'bf16' if any(getattr(torch.cpu, f, bool)() for f in known) else 'float32'
     a = torch.ones(256, 512, device=device)
     try:
         with warnings.catch_warnings(action='ignore'), torch.autocast(device.type, torch.bfloat16):
             b = a @ a.T
     except (RuntimeError, TypeError): return 'float32'         # it does not know them
-    if device.type != 'cpu': return 'bf16' if b.dtype == torch.bfloat16 else 'float32'
-    short, product = a.bfloat16(), by_onednn(torch.mm) if quick_products() else torch.mm
-    took = least_seconds(dict(short=lambda: short @ short.T, long=lambda: product(a, a.T)))
-    return 'bf16' if took['short'] < took['long']/1.4 else 'float32'
+    return 'bf16' if b.dtype == torch.bfloat16 else 'float32'
 
 # %% ../nbs/12_optim.ipynb #497ed0bb
 class Muon(torch.optim.Optimizer):

@@ -722,7 +722,11 @@ def _own_config(path):
     "The config.yaml of a run. Raises `LabError` that names it where it cannot be read"
     remedy = 'mend it, or delete it: then it is made anew'
     if not path.is_file(): raise LabError(f'{path} is no file any more: {remedy}')
-    try: return read_config(path)
+    try:
+        said = stated(path)
+        # before there was `min_lr`, a warm-up of 100 meant what none means now
+        older = 'train.min_lr' not in said and said.get('train.warmup') == 100
+        return read_config(path, ['train.warmup=null'] if older else [])
     except LabError as e: raise LabError(f'{path} cannot be read, {e}: {remedy}') from None
 
 def _record(config): return dict(source=origin(config)[1], stated=stated(config))

@@ -71,9 +71,12 @@ def test_the_library_for_products_is_chosen_by_what_was_measured(monkeypatch, us
 
 
 @pytest.mark.usefixtures('fresh')
-@pytest.mark.parametrize('short, long, chosen', [(1., 2., 'bf16'), (1., 7., 'bf16'), (1., 1.1, 'float32'), (5., 1., 'float32')])
-def test_short_numbers_are_those_of_the_hardware(monkeypatch, short, long, chosen):
-    monkeypatch.setattr(optim, 'least_seconds', took(short, long))
+@pytest.mark.parametrize('bf16, amx, chosen', [(True, False, 'bf16'), (False, True, 'bf16'), (False, False, 'float32')])
+def test_short_numbers_are_those_of_the_hardware(monkeypatch, bf16, amx, chosen):
+    "By the instructions that there are: a clock would not say the same in every process"
+    monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: bf16)
+    monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda: amx)
+    monkeypatch.setattr(lab, 'least_seconds', lambda *args, **kw: pytest.fail('measured'))
     assert short_precision() == chosen
 
 
@@ -92,7 +95,6 @@ def test_what_is_measured_is_real_whatever_mode_the_caller_is_in(monkeypatch):
         seen.extend(type(work()) for work in ways.values())
         return dict.fromkeys(ways, 1.)
     monkeypatch.setattr(lab, 'least_seconds', look)
-    monkeypatch.setattr(optim, 'least_seconds', look)
     plain = exact_by_onednn()
     exact_by_onednn.cache_clear()
     with FakeTensorMode(), FlopCounterMode(display=False) as counter, torch.autocast('cpu', torch.bfloat16):

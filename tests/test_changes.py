@@ -7,6 +7,7 @@ the text replaced, the environment another. Then a fork of this process runs `ll
 import hashlib
 import json
 import os
+import re
 import random
 import shutil
 import signal
@@ -714,6 +715,18 @@ def test_a_run_of_an_older_version_goes_on(world):
         code, out, err = world.life('train', *argv)
         assert code == 0 and 'goes on from step 8 of experiments/my/runs/x\n' in out, (out, err)
         assert world.left()[:3] == world.whole[:3]
+
+
+@pytest.mark.parametrize('steps', [60, 600, 6000])
+def test_a_warm_up_of_an_older_version_is_as_long_as_it_was(steps, tmp_path):
+    "Its config.yaml says 100, of which runs of fewer than 1,000 steps took a tenth: that is what none means now"
+    from llm_lab.run import _own_config
+    cfg, path = read_config('smoke', [f'train.steps={steps}', 'train.warmup=null']), tmp_path/'config.yaml'
+    write_config(cfg, path)
+    text, n = re.subn(r'  min_lr: .*\n', '', path.read_text())
+    text, m = re.subn('warmup: null', 'warmup: 100', text)
+    path.write_text(text)
+    assert (n, m) == (1, 1) and _own_config(path).train == cfg.train
 
 
 def test_what_was_edited_is_remembered(world):

@@ -216,7 +216,8 @@ def test_gauges_are_of_the_texts_that_are_asked_about():
 def test_a_run_reads_its_gauges_in_validation_only(tmp_path):
     from llm_lab.run import Job
     class Here:                                                # what `validate` asks of a job
-        cfg = type('', (), dict(eval=type('', (), dict(sample_every=1, prompt='a', sample_tokens=30, at_once=None)), train=type('', (), dict(seed=0))))
+        asks = dict(sample_every=1, prompt='a', sample_tokens=30, at_once=None)
+        cfg = type('', (), dict(eval=type('', (), asks), train=type('', (), dict(seed=0))))
         ids, starts, texts = torch.randint(29, (500,), generator=rng(0, 'val')), None, dict(tokenizer=TOK, val=None)
         metrics = type('', (), dict(keep=staticmethod(lambda row: None)))
     run = type('', (), dict(step=1, steps=2, notes=[], model=shaken(models(far(16))).eval()))
