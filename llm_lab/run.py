@@ -785,6 +785,22 @@ def _alone_now(error, engine, folder):
     raise LabError(f'process {engine.process_index} lost the others: see what they said, and {then}') from None
 
 # %% ../nbs/15_run.ipynb #f3dff5f5
+def _asked_for(config, overrides, resume, run, smoke)->tuple: # (config, `GoingOn` or None, what to say)
+    "What `train_config` was asked for: a new run, or one to go on with"
+    begins, on = '', None
+    if resume == '' and isinstance(config, (str, Path)) and _is_run(Path(config)):
+        resume, config = config, None                          # a run is named, and no config
+    if resume == '':
+        found, begins = run_to_go_on(config or 'smoke', run)
+        on = found and going_on(found, overrides, config or 'smoke')
+    elif resume:
+        if run is not None:
+            raise LabError(f'--run {run} names a run of its own: leave it out, or {resume}')
+        on = going_on(resume, overrides, config)
+    if on: return on.cfg, on, begins
+    cfg = read_config(config or 'smoke', overrides)
+    return kept_corpus(smaller(cfg) if smoke else cfg), None, begins
+
 def train_config(
     config=None, # a .yaml file, a folder that holds one, or a name; `smoke` if none
     *overrides,
@@ -798,19 +814,7 @@ def train_config(
     Ctrl-C, SIGTERM and SIGHUP save and end it: `job.run.stopped` says which."""
     if smoke and resume is not None: raise LabError('--smoke begins anew: leave --resume out')
     if run is not None: require_name(run, '--run')
-    begins, on = '', None
-    if resume == '' and isinstance(config, (str, Path)) and _is_run(Path(config)):
-        resume, config = config, None                          # a run is named, and no config
-    if resume == '':
-        found, begins = run_to_go_on(config or 'smoke', run)
-        on = found and going_on(found, overrides, config or 'smoke')
-    elif resume:
-        if run is not None:
-            raise LabError(f'--run {run} names a run of its own: leave it out, or {resume}')
-        on = going_on(resume, overrides, config)
-    cfg = on.cfg if on else read_config(config or 'smoke', overrides)
-    if smoke: cfg = smaller(cfg)
-    if not on: cfg = kept_corpus(cfg)
+    cfg, on, begins = _asked_for(config, overrides, resume, run, smoke)
     folder = on.folder if on else _smoke_folder(cfg) if smoke else _new_folder(cfg, run)
     usable_device()                                            # raises where it cannot be used
     engine = engine_of(cfg.log.tracker)
