@@ -9,7 +9,7 @@ __all__ = ['STOPPED', 'write_from', 'main']
 import argparse, os, re, sys, warnings
 from pathlib import Path
 from . import __version__
-from .lab import LabError, home, need, pointed, save_picture, usable_device
+from .lab import LabError, bytes_in, home, json_of, need, pointed, save_picture, usable_device
 from .config import CONFIGS, read_config, stated
 from .tour import command, surviving_output, tour, verdict
 from contextlib import nullcontext, suppress
@@ -174,7 +174,8 @@ def _train(a):
     job = train_config(*named or [None], *settings, resume=resume and _place(resume), run=a.name,
                        smoke=a.smoke, tune=True)
     if not job.engine.is_main_process: return 0
-    if why := job.run.stopped:
+    why = '' if job.early else job.run.stopped
+    if why:
         print(f'stopped {why} at step {job.run.step:,}; go on with: {command()} train --resume {job.folder}')
     else: print(f'kept in {job.folder}')
     return STOPPED.get(why, 0)
@@ -190,6 +191,12 @@ def _train_options(t):
     t.set_defaults(run=_train)
 
 # %% ../nbs/28_cli.ipynb #58421a4a
+def _judges_last(run)->bool:
+    "Is it the last model that result.json tells about? It is the best one where `eval.patience` was set"
+    try: told = json_of(bytes_in(run, 'result.json'), run/'result.json')
+    except LabError: return False                              # it is not there, or tells nothing
+    return isinstance(told, dict) and told.get('judged') == 'the last model'
+
 def _eval(a):
     "Judge a saved model on a whole split, or on a text of your own"
     from llm_lab.corpora import corpus_of, load_corpus
@@ -210,7 +217,7 @@ def _eval(a):
         live.close(f'{score.tokens:,} tokens of {corpus.name}, each asked once')
     best, last = _which(place)
     if best:
-        more = '' if best == last else f'; result.json judges the last one, {last}'
+        more = f'; result.json judges the last one, {last}' if best != last and _judges_last(place) else ''
         print(f'the best model of this run, {best}{more}')
     ends = f' of the documents, {score.end_bits:.3f} bits for each end mark' if score.ends else ''
     print(verdict(score, of=Path(a.text).name if a.text else a.split))

@@ -77,6 +77,7 @@ class TrainKeys:
 class EvalKeys:
     every: int = _key(250, 1)                       # steps; a checkpoint is written then, too
     tokens: int = _key(20_000, 2)                   # of the validation split, from its beginning
+    patience: int|None = _key(None, 1, 10**6)       # looks without a better one, then the run ends early
     at_once: int|None = _key(None, 1, 1 << 20)      # windows that are read together; as many as fit if none
     sample_every: int = _key(1000, 1)
     sample_tokens: int = _key(200, 1)
@@ -208,7 +209,8 @@ def config_of(data:dict, name='run')->RunConfig:
 
 # %% ../nbs/14_config.ipynb #ac7a88f2
 CONFIGS = dict(
-    golden=dict(data=dict(corpus='tiny_shakespeare', block_len=64), train=dict(steps=2000, batch_size=12, lr=.004)),
+    golden=dict(data=dict(corpus='tiny_shakespeare', block_len=64), train=dict(steps=2000, batch_size=12, lr=.004),
+                eval=dict(patience=3)),
     tinystories_baseline=dict(
         data=dict(corpus='tinystories', tokenizer='bpe', vocab_size=8192, block_len=512),
         model=dict(d_model=256, n_layers=6, n_heads=8), train=dict(steps=20_000, batch_size=32, lr=.004, warmup=500),

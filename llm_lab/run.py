@@ -28,6 +28,7 @@ from .corpora import CORPORA, at_home, found_path, kept_path, letters_of, load_c
 from .chars import CharTokenizer
 from .pack import BatchStream, PackedTokens, pack
 from .gpt import MiniGPT, config_from, own_in, quick_linear, sketch, tried
+from .package import open_model
 from .train import Run, block_losses, blocks, document_starts, fit, next_token_loss
 from .evaluate import evaluate, read_rows, tally
 from .sample import sample
@@ -258,6 +259,7 @@ class Job:
         on=None     # what `going_on` has found, if it is no new run
     ):
         self.folder, self.engine, self.done, self.on, self.origin = Path(folder), engine, -1, on, {}
+        self.early = False                                     # has it ended because nothing got better?
         sha256 = on.sha256 if on else None
         _tried(cfg)                                            # a slip in a recipe costs no packing
         mine = texts_of(cfg, sha256) if engine.is_main_process else {}  # one packs, the others wait
@@ -379,6 +381,21 @@ def agree(self:Job, run):
     asked = self.engine.reduce(asked, 'sum').tolist()
     if any(asked): run.stopped = reasons[asked.index(max(asked))]
 
+def _no_better(notes, patience)->str:
+    "Why a run ends early: its last `patience` validations were no better than one before; '' if it goes on"
+    vals = [(n['val'], n['step']) for n in notes if 'val' in n]
+    if not patience or not vals: return ''
+    best = min(range(len(vals)), key=vals.__getitem__)
+    if len(vals) - 1 - best < patience: return ''
+    return f'early: eval.patience={patience} validations were no better than that of step {vals[best][1]:,}'
+
+@patch
+def end_early(self:Job, run):
+    "Ends the run where `eval.patience` says so; the first process has the losses, the others ask it"
+    if not self.cfg.eval.patience: return
+    why = gathered(self.engine, _no_better(run.notes, self.cfg.eval.patience))[0]
+    if why: run.stopped, self.early = why, True
+
 @patch
 def save(self:Job, run):
     run.tokens, self.stream.step = self.tokens(run.step), run.step                  # of all processes
@@ -398,6 +415,7 @@ def tick(self:Job, run):
             with kept_streams(self.engine.device): row.update(self.validate(run))
         if row: self.metrics.write(dict(step=n, tokens=self.tokens(n), seconds=run.seconds) | row); self.engine.log(row, n)
     if due(c.eval.every) or due(c.log.checkpoint_every): self.save(run)
+    if due(c.eval.every): self.end_early(run)
 
 # %% ../nbs/15_run.ipynb #78a2eaa8
 def schedule_of(t):
@@ -431,6 +449,7 @@ def go(self:Job, start=None):
         def step(_, opt, rows, clip, loss):                    # the model that talks to the others
             value, length = self.step(model, opt, rows, clip, loss)
             return e.reduce(value, 'mean'), length
+    self.end_early(run)                                        # a run that has ended stays so
     every = math.gcd(c.log.every, c.eval.every, c.log.checkpoint_every)
     fit(run.model, self.stream, c.train.steps, clip=c.train.clip, seed=c.train.seed + 7919*e.process_index, run=run,
         schedule=schedule_of(c.train), step=step,
@@ -458,25 +477,36 @@ def _json_in(folder, name)->dict:
     if not isinstance(told, dict): raise LabError(f'{folder/name} is damaged: {remedy}')
     return told
 
+def _to_judge(job)->tuple: # (model, which one that is, the step of the best)
+    "The last model of a run; the best one where `eval.patience` asks for it"
+    last, best = job.run.step, job.folder/'best'
+    best = int(pointed(best).name[5:]) if best.is_file() else last
+    if not job.cfg.eval.patience: return job.run.model, 'the last model', best
+    if best == last: return job.run.model, 'the best model', best
+    return open_model(job.saved.place(best), job.engine.device)[0], 'the best model', best
+
 @patch
 def finish(self:Job, most=None):
     "Judge the model on the whole validation split; write and return what result.json says"
     live, run, c, path = Live(), self.run, self.cfg, self.folder/'result.json'
     known = _json_in(self.folder, 'result.json') if path.exists() else {}
     if known.get('steps') == run.step: return known
-    texts = self.texts
-    try: score = evaluate(run.model, texts['tokenizer'], texts['corpus'], most=most,
+    texts, (model, judged, best) = self.texts, _to_judge(self)
+    try: score = evaluate(model, texts['tokenizer'], texts['corpus'], most=most,
                          batch_size=c.eval.at_once, live=live)
     except Exception as e:
         why = (str(e).splitlines() or [type(e).__name__])[0]
         raise LabError(f'{self.folder} is trained and kept, but its evaluation failed: {why}; '
                        f'mend that, then: llm-lab eval {self.folder}') from e
-    best = int(pointed(self.folder/'best').name[5:]) if (self.folder/'best').is_file() else run.step
-    live.close(f'validated on {score.tokens:,} tokens' + (best != run.step)*(
-        f': the last model, of step {run.step:,}; `eval` and `sample` take the best, of step {best:,}'))
+    more = ''
+    if best != run.step and c.eval.patience: more = f': {judged}, of step {best:,}'
+    elif best != run.step:
+        more = (f': {judged}, of step {run.step:,}; `eval` and `sample` take the best, '
+                f'of step {best:,}')
+    live.close(f'validated on {score.tokens:,} tokens{more}')
     result = dict(name=c.name, run=self.folder.name, params=run.model.n_params, steps=run.step,
                   tokens=self.tokens(run.step), seconds=run.seconds,
-                  judged='the last model', best_step=best, scores=dict(val=score.as_dict()))
+                  judged=judged, best_step=best, scores=dict(val=score.as_dict()))
     with written(path) as f: f.write_text(json.dumps(result, indent=1) + '\n', encoding='utf-8')
     return result
 
@@ -831,7 +861,7 @@ def train_config(
         job.foresee()
         if lock: print(*filter(None, [begins, job]), sep='\n', flush=True)
         job.go(on and on.start)
-        if lock and not job.run.stopped: job.result = job.finish(cfg.eval.tokens if smoke else None)
+        if lock and (job.early or not job.run.stopped): job.result = job.finish(cfg.eval.tokens if smoke else None)
         _end(engine, cfg.log.tracker)
     except RuntimeError as e: _alone_now(e, engine, folder)
     finally:

@@ -414,6 +414,55 @@ def test_torchrun_starts_two(home, text, nursery, whole_by_two):
     assert_same(folder_of(home, folder_of(home, 'latest').read_text().strip()), whole_by_two[0])
 
 
+# ---- a run that gets no better ends early
+
+EARLY = dict(train__steps=400, train__lr=.1, train__schedule='constant', model__dropout=0., eval__every=4, eval__patience=2, log__keep=1)
+
+
+def assert_ended_early(folder):
+    "By a slow reading of its rows: it ended at the first step at which two looks were no better; its best is what counts"
+    vals = [(r['val'], r['step']) for r in rows_of(folder) if 'val' in r]
+    due = [n for n in range(3, len(vals) + 1) if min(vals[:n - 2]) <= min(vals[n - 2:n])]
+    assert due[0] == len(vals) and rows_of(folder)[-1]['step'] == vals[-1][1] < 400
+    best = min(vals)[1]
+    assert (folder/'best').read_text() == f'step-{best:06d}\n' and best == vals[-3][1]
+    result = json.loads((folder/'result.json').read_text())
+    assert (result['judged'], result['best_step'], result['steps']) == ('the best model', best, vals[-1][1])
+    return best, vals[-1][1]
+
+
+def test_a_run_that_gets_no_better_ends_and_its_best_model_counts(nursery, home, text):
+    (alone := home/'alone').mkdir()
+    one = nursery.live(alone, 'train', *settings(text, **EARLY), '--run', 'x')
+    assert one['code'] == 0 and one['err'] == '', one
+    best, last = assert_ended_early(folder_of(alone))
+    assert f'stopped early: eval.patience=2 validations were no better than that of step {best:,}' in one['out']
+    assert f'the best model, of step {best:,}' in one['out'] and one['out'].endswith(f'kept in {folder_of(alone)}\n')
+
+    said = python(alone, '-m', 'llm_lab.cli', 'eval', folder_of(alone))
+    loss = json.loads((folder_of(alone)/'result.json').read_text())['scores']['val']['loss']
+    assert said.returncode == 0 and 'judges the last' not in said.stdout and f'loss {loss:.3f}' in said.stdout, said.stdout
+
+    before = bits(folder_of(alone))
+    again = nursery.live(alone, 'train', '--resume', folder_of(alone))
+    assert again['code'] == 0 and again['read'] == [] and 'stopped early: eval.patience=2' in again['out'], again
+    assert_same(folder_of(alone), before)
+    on = nursery.live(alone, 'train', '--resume', folder_of(alone), 'eval.patience=null', f'train.steps={last + 4}')
+    assert on['code'] == 0 and len(on['read']) == 4 and 'eval.patience=None (it was 2)' in on['out'], on
+
+    fates = dict(place='stepping', k=best + 2, signal=signal.SIGTERM)      # between the best look and the last one
+    assert nursery.live(home, 'train', *settings(text, **EARLY), '--run', 'x', fate=fates)['code'] == 143
+    assert nursery.live(home, 'train', '--resume', folder_of(home))['code'] == 0
+    assert_same(folder_of(home), before)
+
+
+def test_two_processes_end_early_together(nursery, home, text):
+    lives = ended(nursery, two(nursery, home, *settings(text, **EARLY), '--run', 'x'))
+    assert [o['code'] for o in lives] == [0, 0], lives
+    _, last = assert_ended_early(folder_of(home))
+    assert [len(o['read']) for o in lives] == [last, last]
+
+
 # ---- those who look on
 
 def test_evaluating_and_sampling_during_a_run_change_no_weight(nursery, desk, text):
