@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SWAYS', 'COLUMNS', 'CLOCKS', 'optimiser_state', 'restore_optimiser', 'Checkpoints', 'steps_in', 'sweep_checkpoints',
-           'read_state', 'Metrics']
+           'val_losses', 'read_state', 'Metrics']
 
 # %% ../nbs/13_checkpoint.ipynb #603fd352
 import base64, hashlib, json, math, os, re, warnings
@@ -148,9 +148,16 @@ def sweep_checkpoints(folder):
         for rest in place.iterdir() if place.is_dir() else ():
             if re.fullmatch(rf'\.+({names}){_mark}', rest.name): remove(rest)
 
+def val_losses(notes)->dict: # {step: loss}; what is not finite is infinite
+    "The validation losses noted that can be compared: those on as many tokens (`of`) as the newest one"
+    noted = [n for n in notes if 'val' in n]
+    of = noted[-1].get('of') if noted else None
+    return {n['step']: n['val'] if math.isfinite(n['val']) else math.inf
+            for n in noted if n.get('of', of) == of}
+
 def _best(steps, notes):
     "Of these steps, the one with the lowest validation loss noted; None if none was"
-    vals = {n['step']: n['val'] for n in notes if math.isfinite(n.get('val', math.nan))}
+    vals = {s: val for s, val in val_losses(notes).items() if val < math.inf}
     return min((s for s in steps if s in vals), key=vals.get, default=None)
 
 @patch

@@ -70,7 +70,7 @@ class TrainKeys:
     compile: bool = False
     recompute: bool = False                         # keep less for the way back (chapter 12)
     seed: int = _key(0, 0, 2**31)
-    threads: int|None = _key(None, 1, 1024, also='auto')       # of the CPU; all if none
+    threads: int|None = _key(None, 1, 1024, also='auto')       # of the CPU; if none, as many as the process has
 
 # %% ../nbs/14_config.ipynb #51855475
 @dataclass(frozen=True)

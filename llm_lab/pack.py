@@ -283,7 +283,7 @@ def _workers(folder, end, processes):
         for w in team: w.communicate()
 
 # %% ../nbs/05_pack.ipynb #4ebcab75
-PIECE, ALONE = 1 << 19, 4      # characters sent at a time; up to so many pieces are packed without workers
+PIECE, ALONE = 1 << 19, 4      # characters sent at a time; fewer pieces are packed without workers
 
 def _encode(pieces, folder, end, processes):
     "The ids of each piece (a list of documents), in order; at most `2*processes` are on their way"

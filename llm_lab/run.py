@@ -33,7 +33,7 @@ from .train import Run, block_losses, blocks, document_starts, fit, next_token_l
 from .evaluate import evaluate, read_rows, tally
 from .sample import sample
 from .optim import OPTIMISERS, PRECISIONS, SCHEDULES, Step, checkpointed, short_precision
-from .checkpoint import Checkpoints, Metrics, read_state, steps_in, sweep_checkpoints
+from .checkpoint import Checkpoints, Metrics, read_state, steps_in, sweep_checkpoints, val_losses
 from .config import (RunConfig, as_data, config_of, differences, edited, gone_on, model_data, origin,
                             read_config, same_config, smaller, stated, write_config)
 from collections import namedtuple
@@ -365,7 +365,7 @@ def validate(self:Job, run)->dict:
     windows = blocks(len(self.ids), run.model.cfg.max_len, self.starts)
     score = tally(losses, windows, self.ids, ends, tokens.tokenizer, corpus)
     parts |= run.model.metrics()
-    run.notes.append(dict(step=n, val=score.loss))
+    run.notes.append(dict(step=n, val=score.loss, of=len(self.ids)))
     if n % c.eval.sample_every == 0 or n == run.steps:
         text = sample(run.model, self.texts['tokenizer'], c.eval.prompt, c.eval.sample_tokens, c.train.seed)
         self.metrics.keep(dict(step=n, prompt=c.eval.prompt, text=text))
@@ -383,11 +383,11 @@ def agree(self:Job, run):
 
 def _no_better(notes, patience)->str:
     "Why a run ends early: its last `patience` validations were no better than one before; '' if it goes on"
-    vals = [(n['val'], n['step']) for n in notes if 'val' in n]
+    vals = val_losses(notes)
     if not patience or not vals: return ''
-    best = min(range(len(vals)), key=vals.__getitem__)
-    if len(vals) - 1 - best < patience: return ''
-    return f'early: eval.patience={patience} validations were no better than that of step {vals[best][1]:,}'
+    best = min(vals, key=vals.get)                             # the first, if several are equal
+    if sum(step > best for step in vals) < patience: return ''
+    return f'early: eval.patience={patience} validations were no better than that of step {best:,}'
 
 @patch
 def end_early(self:Job, run):
@@ -428,6 +428,7 @@ def go(self:Job, start=None):
     "Train to the end, from the newest checkpoint if there is one, or from `start`; returns the `Run`"
     c, e, run = self.cfg, self.engine, self.run
     state = self.saved.load(run, start) if start or self.saved.steps() else {}
+    self.end_early(run)                                        # a run that has ended stays so
     if e.is_main_process:
         if self.saved.steps(): self.saved.tidy(run)            # a kill may have come before it
         self.metrics.cut(run.step, start and start.parent.parent)
@@ -449,7 +450,6 @@ def go(self:Job, start=None):
         def step(_, opt, rows, clip, loss):                    # the model that talks to the others
             value, length = self.step(model, opt, rows, clip, loss)
             return e.reduce(value, 'mean'), length
-    self.end_early(run)                                        # a run that has ended stays so
     every = math.gcd(c.log.every, c.eval.every, c.log.checkpoint_every)
     fit(run.model, self.stream, c.train.steps, clip=c.train.clip, seed=c.train.seed + 7919*e.process_index, run=run,
         schedule=schedule_of(c.train), step=step,
@@ -466,6 +466,7 @@ def _from_where(job, start)->str:
     said = f'goes on from step {step:,} of {shown}' + ' in a branch'*bool(start)
     other = [f'{path}={short(b)} (it was {short(a)})' for path, (a, b) in job.on.changes.items()]
     if other: said += ', with ' + ', '.join(other)
+    if job.early: return f'{said}: it has ended {job.run.stopped}; give a longer one, or null, to go further'
     if step < last: return said
     return said + ', its last one: nothing is left to do; give more train.steps to go further'
 
@@ -477,21 +478,21 @@ def _json_in(folder, name)->dict:
     if not isinstance(told, dict): raise LabError(f'{folder/name} is damaged: {remedy}')
     return told
 
-def _to_judge(job)->tuple: # (model, which one that is, the step of the best)
+def _to_judge(job)->tuple: # (model, the step of the best)
     "The last model of a run; the best one where `eval.patience` asks for it"
     last, best = job.run.step, job.folder/'best'
     best = int(pointed(best).name[5:]) if best.is_file() else last
-    if not job.cfg.eval.patience: return job.run.model, 'the last model', best
-    if best == last: return job.run.model, 'the best model', best
-    return open_model(job.saved.place(best), job.engine.device)[0], 'the best model', best
+    if not job.cfg.eval.patience or best == last: return job.run.model, best
+    return open_model(job.saved.place(best), job.engine.device)[0], best
 
 @patch
 def finish(self:Job, most=None):
     "Judge the model on the whole validation split; write and return what result.json says"
     live, run, c, path = Live(), self.run, self.cfg, self.folder/'result.json'
     known = _json_in(self.folder, 'result.json') if path.exists() else {}
-    if known.get('steps') == run.step: return known
-    texts, (model, judged, best) = self.texts, _to_judge(self)
+    judged = 'the best model' if c.eval.patience else 'the last model'
+    if (known.get('steps'), known.get('judged', judged)) == (run.step, judged): return known
+    texts, (model, best) = self.texts, _to_judge(self)
     try: score = evaluate(model, texts['tokenizer'], texts['corpus'], most=most,
                          batch_size=c.eval.at_once, live=live)
     except Exception as e:

@@ -195,7 +195,7 @@ class Run:
     def line(self, loss):
         "The state of things in one line"
         rate, left = self.tokens/max(self.seconds, 1e-9), self.seconds/max(self.step, 1)*(self.steps - self.step)
-        known = {k: v for n in self.notes for k, v in n.items() if k != 'step'}
+        known = {k: v for n in self.notes for k, v in n.items() if k not in ('step', 'of')}
         extra = ''.join(f' | {k} {v:.3f}' if isinstance(v, float) else f' | {k} {str(v)[:20]}' for k, v in known.items())
         return (f'step {self.step:,} of {self.steps:,} | loss {loss:.3f}{self.unit and f" {self.unit}"}{extra} | {rate:,.0f} tokens/s | '
                 f'{int(left//60)}:{int(left % 60):02d} left')
