@@ -24,12 +24,14 @@ dev:      ## set up .venv with all that the other targets need
 
 lint:     ## ruff, clean notebooks, the laws of the book, a fresh README
 	@$(START) run ruff check
+	@$(START) run ruff format --check
 	@$(START) run python tools/clean.py --check
 	@$(START) run python tools/readme.py --check
 	@$(START) run python -m pytest -q tests/test_layers.py
 
-format:   ## ruff's own corrections in tests and tools; clean notebooks
-	@$(START) run ruff check --fix tests tools
+format:   ## lay out the code in notebooks, tests and tools, 100 columns; clean notebooks
+	@$(START) run ruff check --fix -q
+	@$(START) run ruff format
 	@$(START) run python tools/clean.py
 
 smoke:    ## a tour of twelve seconds in a folder that is thrown away

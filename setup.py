@@ -1,4 +1,5 @@
 "The package as setuptools wants it; every value comes from settings.ini."
+
 import shlex
 from configparser import ConfigParser
 from pathlib import Path
@@ -7,12 +8,13 @@ from setuptools import setup
 
 root = Path(__file__).resolve().parent
 config = ConfigParser(delimiters=['='])
-config.read(root/'settings.ini', encoding='utf-8')
+config.read(root / 'settings.ini', encoding='utf-8')
 cfg = config['DEFAULT']
-readme = root/'README.md'
+readme = root / 'README.md'
 
 
-def needs(group=''): return shlex.split(cfg.get(f'{group}requirements', ''))
+def needs(group=''):
+    return shlex.split(cfg.get(f'{group}requirements', ''))
 
 
 extras = {o: needs(f'{o}_') for o in ('lab', 'train', 'data', 'verify')}
@@ -31,6 +33,7 @@ setup(
     license='Apache-2.0',
     keywords=cfg['keywords'],
     packages=[cfg['lib_path']],
+    package_data={cfg['lib_path']: ['static/*']},  # programs and style sheets of the widgets
     python_requires=f">={cfg['min_python']}",
     install_requires=needs(),
     extras_require=extras,

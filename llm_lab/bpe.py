@@ -6,7 +6,13 @@
 __all__ = ['GPT2', 'to_letters', 'from_letters', 'BPETokenizer', 'ForeignTokenizer']
 
 # %% ../nbs/04_bpe.ipynb #226edce9
-import base64, hashlib, heapq, json, math, time, warnings
+import base64
+import hashlib
+import heapq
+import json
+import math
+import time
+import warnings
 from array import array
 from collections import Counter, defaultdict
 from itertools import chain
@@ -16,362 +22,605 @@ from unicodedata import category, normalize, ucd_3_2_0
 import regex
 from fastcore.basics import patch
 from .lab import LabError, Live, short
-from .chars import (begin_of, load_tokenizer, read_parts, template, write_data,
-                           write_tokenizer)
+from llm_lab.chars import (
+    begin_of,
+    load_tokenizer,
+    read_parts,
+    template,
+    write_data,
+    write_tokenizer,
+)
 
 # %% ../nbs/04_bpe.ipynb #56d54dfe
-GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"   # (Radford et al. 2019)
+# (Radford et al. 2019)
+GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 # %% ../nbs/04_bpe.ipynb #400e5e18
-_BYTES = sorted(range(256), key=lambda b: not (32 < b < 127 or 160 < b != 173))  # 188 stay; others: 256 and on
+_BYTES = sorted(
+    range(256), key=lambda b: not (32 < b < 127 or 160 < b != 173)
+)  # 188 stay; others: 256 and on
 _LETTER = {b: chr(b if n < 188 else 256 + n - 188) for n, b in enumerate(_BYTES)}
-_BYTE, _MERGED = {letter: b for b, letter in _LETTER.items()}, 324  # 324 is the letter of the first merge
+# 324 is the letter of the first merge
+_BYTE = {letter: b for b, letter in _LETTER.items()}
+_MERGED = 324
 
-def to_letters(data)->str:
+
+def to_letters(data) -> str:
     "Bytes (or text, as UTF-8) in GPT-2's printable letters, one for each byte"
     data = data.encode('utf-8', 'surrogateescape') if isinstance(data, str) else data
     return data.decode('latin-1').translate(_LETTER)
 
-def from_letters(text:str)->bytes:
+
+def from_letters(text: str) -> bytes:
     "What `to_letters` was given"
     return bytes([_BYTE[c] for c in text])
 
 # %% ../nbs/04_bpe.ipynb #d57413e1
 def _merge(pair, new, words, freq, pairs, where, least=1):
-    "Write `new` for `pair` in every word, keep `pairs` and `where` true; returns the pairs that are new"
+    """Write `new` for `pair` in every word, keep `pairs` and `where` true; returns the pairs that
+    are new"""
     (a, b), touched = pair, set()
     del pairs[pair]
-    for i in set(where.pop(pair)):                             # an array may name a word twice, and takes less room
+    for i in set(where.pop(pair)):  # an array may name a word twice, and takes less room
         parts, f = words[i].split(pair), freq[i]
         words[i] = new.join(parts)
         for k in range(1, len(parts)):
             left, right = parts[k - 1][-1:], parts[k][:1]
             turned = [(left + a, left + new)] if left else [(b + a, new + new)] if k > 1 else []
-            if right: turned.append((b + right, new + right))
+            if right:
+                turned.append((b + right, new + right))
             for old, p in turned:
-                pairs[p] += f; where[p].append(i); touched.update((old, p))
-                if old in pairs: pairs[old] -= f
-    for p in touched:                                          # counts only fall: what is too rare can be forgotten
-        if pairs.get(p, least) < least: del pairs[p], where[p]
+                pairs[p] += f
+                where[p].append(i)
+                touched.update((old, p))
+                if old in pairs:
+                    pairs[old] -= f
+    for p in touched:  # counts only fall: what is too rare can be forgotten
+        if pairs.get(p, least) < least:
+            del pairs[p], where[p]
     return {p for p in touched if new in p and p in pairs}
 
 # %% ../nbs/04_bpe.ipynb #117585ca
 def _key(ties, words, where, size):
     "What sorts pairs that are equally common: the least goes first"
+
     def first(pair):
         i = min(i for i in where[pair] if pair in words[i])
-        return i, sum(len(size[c]) for c in words[i][:words[i].find(pair)])  # bytes before it: these never change
-    keys = dict(tokenizers=str, greater=lambda p: [[255 - x for x in size[c]] + [256] for c in p], first=first)
-    if ties not in keys: raise LabError(f'ties={ties!r}: choose from {", ".join(keys)}')
+        return i, sum(
+            len(size[c]) for c in words[i][: words[i].find(pair)]
+        )  # bytes before it: these never change
+
+    keys = dict(
+        tokenizers=str,
+        greater=lambda p: [[255 - x for x in size[c]] + [256] for c in p],
+        first=first,
+    )
+    if ties not in keys:
+        raise LabError(f'ties={ties!r}: choose from {", ".join(keys)}')
     return keys[ties]
 
 # %% ../nbs/04_bpe.ipynb #f7a1ccb6
-def _learn(counts, n:int, least:int, ties='tokenizers')->list: # [(bytes, bytes), …]
-    "The first `n` merges of these {chunk: how often}; fewer if no pair is left that occurs `least` times"
-    words, freq = [to_letters(c) for c in counts], list(counts.values())
-    del counts                                                 # they may be large, and are not needed any more
-    tokens = {c: bytes([b]) for c, b in _BYTE.items()}         # letter → bytes
-    pairs, where, merges = defaultdict(int), defaultdict(lambda: array('I')), []
+def _learn(counts, n: int, least: int, ties='tokenizers') -> list:  # [(bytes, bytes), …]
+    """The first `n` merges of these {chunk: how often}; fewer if no pair is left that occurs
+    `least` times"""
+    words = [to_letters(c) for c in counts]
+    freq = list(counts.values())
+    del counts  # they may be large, and are not needed any more
+    tokens = {c: bytes([b]) for c, b in _BYTE.items()}  # letter → bytes
+    pairs = defaultdict(int)
+    where = defaultdict(lambda: array('I'))
+    merges = []
     for i, w in enumerate(words):
-        for p in map(add, w, w[1:]): pairs[p] += freq[i]; where[p].append(i)
+        for p in map(add, w, w[1:]):
+            pairs[p] += freq[i]
+            where[p].append(i)
     key = _key(ties, words, where, tokens)
-    heap = [(-c, key(p), p) for p, c in pairs.items()]; heapq.heapify(heap)
+    heap = [(-c, key(p), p) for p, c in pairs.items()]
+    heapq.heapify(heap)
     while heap and len(merges) < n:
         c, k, p = heapq.heappop(heap)
-        if pairs.get(p, 0) < least: continue
+        if pairs.get(p, 0) < least:
+            continue
         now = -pairs[p], key(p) if ties == 'first' else k, p
-        if now[:2] != (c, k): heapq.heappush(heap, now); continue
+        if now[:2] != (c, k):
+            heapq.heappush(heap, now)
+            continue
         new = chr(_MERGED + len(merges))
-        merges.append((tokens[p[0]], tokens[p[1]])); tokens[new] = b''.join(merges[-1])
-        for q in _merge(p, new, words, freq, pairs, where, least): heapq.heappush(heap, (-pairs[q], key(q), q))
+        merges.append((tokens[p[0]], tokens[p[1]]))
+        tokens[new] = b''.join(merges[-1])
+        for q in _merge(p, new, words, freq, pairs, where, least):
+            heapq.heappush(heap, (-pairs[q], key(q), q))
     return merges
 
 # %% ../nbs/04_bpe.ipynb #c07ea964
-def _marks(special): # {text: id} → (id of what begins a text, of what ends it)
+def _marks(special):  # {text: id} → (id of what begins a text, of what ends it)
     first = lambda *names: next((special[s] for s in names if s in special), None)
-    return (first('<|begin_of_text|>', '<s>', '<|endoftext|>'),
-            first('<|endoftext|>', '<|end_of_text|>', '</s>'))
+    return (
+        first('<|begin_of_text|>', '<s>', '<|endoftext|>'),
+        first('<|endoftext|>', '<|end_of_text|>', '</s>'),
+    )
+
 
 class BPETokenizer:
-    "Byte-level BPE (Sennrich et al. 2016, Radford et al. 2019): any text, no unknown characters, exact both ways"
+    """Byte-level BPE (Sennrich et al. 2016, Radford et al.
+
+    2019): any text, no unknown characters, exact both ways"""
+
     kind = 'bpe'
-    def __init__(self, vocab:dict[int, bytes], merges:list[tuple[bytes, bytes]], special_tokens=(),
-                 patterns=(GPT2,), # regular expressions that cut text into chunks, one after the other
-                 whole=False,      # is a chunk that is a token taken as it is (`ignore_merges`)?
-                 form=None, meta=None # Unicode normal form that text is brought into; what it was trained on
+
+    def __init__(
+        self,
+        vocab: dict[int, bytes],
+        merges: list[tuple[bytes, bytes]],
+        special_tokens=(),
+        patterns=(GPT2,),  # regular expressions that cut text into chunks, one after the other
+        whole=False,  # is a chunk that is a token taken as it is (`ignore_merges`)?
+        form=None,
+        meta=None,  # Unicode normal form that text is brought into; what it was trained on
     ):
-        self.vocab, self.merges = dict(vocab), [(bytes(a), bytes(b)) for a, b in merges]
-        self.patterns, self.whole, self.form, self.meta = tuple(patterns), whole, form, dict(meta or {})
-        self.ids = {t: n for n, t in self.vocab.items()}       # bytes → id, without the special ones
+        self.vocab = dict(vocab)
+        self.merges = [(bytes(a), bytes(b)) for a, b in merges]
+        self.patterns = tuple(patterns)
+        self.whole = whole
+        self.form = form
+        self.meta = dict(meta or {})
+        self.ids = {t: n for n, t in self.vocab.items()}  # bytes → id, without the special ones
         self.letters = {bytes([b]): c for b, c in _LETTER.items()}
-        self.pairs, self.ranks = [], {}                        # rank → (pair, its letter); pair → rank
-        for rank, (a, b) in enumerate(self.merges): self._add(rank, a, b)
+        self.pairs, self.ranks = [], {}  # rank → (pair, its letter); pair → rank
+        for rank, (a, b) in enumerate(self.merges):
+            self._add(rank, a, b)
         if missing := [t for t in self.letters if t not in self.ids]:
-            raise LabError(f'the vocabulary lacks {len(missing)} tokens, among them {missing[0]!r}: '
-                           'give all 256 bytes and what each merge makes')
-        self.special_tokens = {s: self._special(s) for s in dict.fromkeys(special_tokens)}  # text → id
+            raise LabError(
+                f'the vocabulary lacks {len(missing)} tokens, among them {missing[0]!r}: '
+                'give all 256 bytes and what each merge makes'
+            )
+        self.special_tokens = {
+            s: self._special(s) for s in dict.fromkeys(special_tokens)
+        }  # text → id
         self.vocab_size = max(self.vocab) + 1
-        self.tokens = [self.vocab.get(n) for n in range(self.vocab_size)]    # id → bytes
+        self.tokens = [self.vocab.get(n) for n in range(self.vocab_size)]  # id → bytes
         self.letter_ids = {c: self.ids[t] for t, c in self.letters.items()}
         self.bos_id, self.eos_id = _marks(self.special_tokens)
-        self.begin = None                                      # ids before a prompt, from a file
-        self._find, self._chunks, self._rust = [_finder(p) for p in self.patterns], _Chunks(self), None
+        self.begin = None  # ids before a prompt, from a file
+        self._find, self._chunks, self._rust = (
+            [_finder(p) for p in self.patterns],
+            _Chunks(self),
+            None,
+        )
 
 # %% ../nbs/04_bpe.ipynb #20e61351
 @patch
-def _add(self:BPETokenizer, rank, a, b):
+def _add(self: BPETokenizer, rank, a, b):
     "Take in one merge"
     if a not in self.letters or b not in self.letters:
-        raise LabError(f'merge {rank} joins {a!r} and {b!r}, but nothing before makes both: keep the order')
+        raise LabError(
+            f'merge {rank} joins {a!r} and {b!r}, but nothing before makes both: keep the order'
+        )
     pair = self.letters[a] + self.letters[b]
     new = self.letters.setdefault(a + b, chr(_MERGED + rank))
-    self.pairs.append((pair, new)); self.ranks.setdefault(pair, rank)
+    self.pairs.append((pair, new))
+    self.ranks.setdefault(pair, rank)
+
 
 @patch
-def _special(self:BPETokenizer, token):
+def _special(self: BPETokenizer, token):
     "The id of a special token: its own, or the next one that is free"
-    data = token.encode(); read = from_letters(token) if set(token) <= _BYTE.keys() else data  # as a file is read
-    if not token or {data, read} & self.letters.keys(): raise LabError(f'the special token {token!r} could be typed: choose another')
+    data = token.encode()
+    read = from_letters(token) if set(token) <= _BYTE.keys() else data  # as a file is read
+    if not token or {data, read} & self.letters.keys():
+        raise LabError(f'the special token {token!r} could be typed: choose another')
     id = self.ids.pop(data, None)
-    if id is None: id = max(self.vocab) + 1                    # to look for it takes time: not for those that are known
+    if id is None:
+        id = max(self.vocab) + 1  # to look for it takes time: not for those that are known
     self.vocab[id] = data
     return id
 
 # %% ../nbs/04_bpe.ipynb #46f20e78
 @patch
-def __repr__(self:BPETokenizer): return f'BPETokenizer({self.vocab_size:,} ids, special {[*self.special_tokens]})'
+def __repr__(self: BPETokenizer):
+    return f'BPETokenizer({self.vocab_size:,} ids, special {[*self.special_tokens]})'
+
 
 @patch
-def __reduce__(self:BPETokenizer):
-    return type(self), (self.vocab, self.merges, [*self.special_tokens], self.patterns, self.whole, self.form,
-                        self.meta), dict(begin=self.begin)
+def __reduce__(self: BPETokenizer):
+    return (
+        type(self),
+        (
+            self.vocab,
+            self.merges,
+            [*self.special_tokens],
+            self.patterns,
+            self.whole,
+            self.form,
+            self.meta,
+        ),
+        dict(begin=self.begin),
+    )
 
 # %% ../nbs/04_bpe.ipynb #ffb7eeb9
 @patch
-def _merged(self:BPETokenizer, word):
+def _merged(self: BPETokenizer, word):
     "A word in letters, after all merges"
-    while len(word) < 40:                                      # a short word: to look at all its pairs is fastest
+    while len(word) < 40:  # a short word: to look at all its pairs is fastest
         best = len(self.pairs)
         for p in map(add, word, word[1:]):
-            if p in self.ranks and self.ranks[p] < best: best = self.ranks[p]
-        if best == len(self.pairs): return word
+            if p in self.ranks and self.ranks[p] < best:
+                best = self.ranks[p]
+        if best == len(self.pairs):
+            return word
         word = word.replace(*self.pairs[best])
-    todo = list({self.ranks[p] for p in map(add, word, word[1:]) if p in self.ranks}); heapq.heapify(todo)
+    todo = list({self.ranks[p] for p in map(add, word, word[1:]) if p in self.ranks})
+    heapq.heapify(todo)
     while todo:
         pair, new = self.pairs[heapq.heappop(todo)]
         parts = word.split(pair)
-        if len(parts) == 1: continue
+        if len(parts) == 1:
+            continue
         word = new.join(parts)
         born = {p[-1:] + new for p in parts[:-1]} | {new + p[:1] for p in parts[1:]} | {new + new}
-        for p in born & self.ranks.keys(): heapq.heappush(todo, self.ranks[p])
+        for p in born & self.ranks.keys():
+            heapq.heappush(todo, self.ranks[p])
     return word
 
 # %% ../nbs/04_bpe.ipynb #993ac5c7
 class _Chunks(dict):
     "chunk → its ids; worked out when first asked for, kept while there is room"
-    room, longest = 100_000, 100                               # chunks; characters of one that is kept
-    def __init__(self, tokenizer): self.tokenizer = tokenizer
+
+    room, longest = 100_000, 100  # chunks; characters of one that is kept
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
     def __missing__(self, chunk):
         t, word = self.tokenizer, to_letters(chunk)
-        if t.whole and (data := from_letters(word)) in t.ids: ids = (t.ids[data],)
-        else: ids = tuple(map(t.letter_ids.__getitem__, t._merged(word)))
+        if t.whole and (data := from_letters(word)) in t.ids:
+            ids = (t.ids[data],)
+        else:
+            ids = tuple(map(t.letter_ids.__getitem__, t._merged(word)))
         if len(chunk) <= self.longest:
-            if len(self) >= self.room: self.clear()
+            if len(self) >= self.room:
+                self.clear()
             self[chunk] = ids
         return ids
 
 # %% ../nbs/04_bpe.ipynb #c5926c07
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
-_KNOWN = {GPT2, r'\p{N}', r'\p{N}+', r'\p{N}{1,3}', _SHORT + _WORDS % '{1,3}', _SHORT + _WORDS % ''}   # GPT-4, Llama 3, Qwen 2
+_KNOWN = {
+    GPT2,
+    r'\p{N}',
+    r'\p{N}+',
+    r'\p{N}{1,3}',
+    _SHORT + _WORDS % '{1,3}',
+    _SHORT + _WORDS % '',
+}  # GPT-4, Llama 3, Qwen 2
+
 
 def _bearable(pattern):
     "Raises `LabError` on a pattern that could fill the memory"
-    times = [int(n) for pair in regex.findall(r'\{(\d*)(?:,(\d*))?\}', pattern) for n in pair if n.isdecimal() and len(n) < 9]
-    if regex.search(r'\(\?(?:R|&|P>|[+-]?\d)|\{[^}]*[<=]', pattern):                # of itself, or of what is only similar
-        raise LabError(f'the pattern {short(pattern)} asks for itself, or for similar texts: use a tokenizer with a simpler one')
-    if len(pattern) > 4096 or regex.search(r'\{[^}]*\d{9}', pattern) or math.prod(n or 1 for n in times) > 1000:
-        raise LabError(f'the pattern {short(pattern)} is too long or repeats too much: use a tokenizer with a simpler one')
+    times = [
+        int(n)
+        for pair in regex.findall(r'\{(\d*)(?:,(\d*))?\}', pattern)
+        for n in pair
+        if n.isdecimal() and len(n) < 9
+    ]
+    if regex.search(
+        r'\(\?(?:R|&|P>|[+-]?\d)|\{[^}]*[<=]', pattern
+    ):  # of itself, or of what is only similar
+        raise LabError(
+            f'the pattern {short(pattern)} asks for itself, or for similar texts: use a '
+            'tokenizer with a simpler one'
+        )
+    if (
+        len(pattern) > 4096
+        or regex.search(r'\{[^}]*\d{9}', pattern)
+        or math.prod(n or 1 for n in times) > 1000
+    ):
+        raise LabError(
+            f'the pattern {short(pattern)} is too long or repeats too much: use a tokenizer '
+            'with a simpler one'
+        )
+
 
 def _finder(pattern):
     "A function: text → what the pattern finds in it, and what lies between"
     _bearable(pattern)
     try:
-        # by itself: no bracket of ours is its own; and it finds something: what it finds without a letter is lost
-        if regex.compile(pattern).fullmatch(''): raise LabError(f'the pattern {short(pattern)} finds nothing, too: '
-                                                                'let it ask for a letter at least')
-        compiled = regex.compile(pattern if pattern == GPT2 else f'(?:{pattern})|(?:(?!{pattern})[\\s\\S])+')
-    except (regex.error, RecursionError) as e: raise LabError(f'the pattern {short(pattern)} cannot be read: {e}') from None
-    if pattern in _KNOWN: return compiled.findall if not compiled.groups else lambda text: [m[0] for m in compiled.finditer(text)]
+        # by itself: no bracket of ours is its own; and it finds something: what it finds without a
+        # letter is lost
+        if regex.compile(pattern).fullmatch(''):
+            raise LabError(
+                f'the pattern {short(pattern)} finds nothing, too: let it ask for a letter at least'
+            )
+        compiled = regex.compile(
+            pattern if pattern == GPT2 else f'(?:{pattern})|(?:(?!{pattern})[\\s\\S])+'
+        )
+    except (regex.error, RecursionError) as e:
+        raise LabError(f'the pattern {short(pattern)} cannot be read: {e}') from None
+    if pattern in _KNOWN:
+        return (
+            compiled.findall
+            if not compiled.groups
+            else lambda text: [m[0] for m in compiled.finditer(text)]
+        )
+
     def find(text):
-        try: return [m[0] for m in compiled.finditer(text, timeout=10 + len(text)/10_000)]
+        try:
+            return [m[0] for m in compiled.finditer(text, timeout=10 + len(text) / 10_000)]
         except TimeoutError:
-            raise LabError(f'the pattern {short(pattern)} does not come to an end on a text of {len(text):,} characters: '
-                           'use another tokenizer') from None
+            raise LabError(
+                f'the pattern {short(pattern)} does not come to an end on a text of '
+                f'{len(text):,} characters: '
+                'use another tokenizer'
+            ) from None
+
     return find
 
+
 @patch
-def _ordinary(self:BPETokenizer, text)->list[int]:
+def _ordinary(self: BPETokenizer, text) -> list[int]:
     "Ids of a text in which nothing is special"
-    if self.form: text = normalize(self.form, text)
+    if self.form:
+        text = normalize(self.form, text)
     chunks = [text]
-    for find in self._find: chunks = chain.from_iterable(map(find, chunks))
+    for find in self._find:
+        chunks = chain.from_iterable(map(find, chunks))
     return list(chain.from_iterable(map(self._chunks.__getitem__, chunks)))
 
 # %% ../nbs/04_bpe.ipynb #0020f31e
 def _any_of(strs):
     "What finds these texts, the longest first; None if there are none"
-    return regex.compile(f"({'|'.join(map(regex.escape, sorted(strs, key=len, reverse=True)))})") if strs else None
+    return (
+        regex.compile(f"({'|'.join(map(regex.escape, sorted(strs, key=len, reverse=True)))})")
+        if strs
+        else None
+    )
+
 
 @patch
-def _allowed(self:BPETokenizer, names):
+def _allowed(self: BPETokenizer, names):
     "What finds the special tokens of these names; None if there are none"
-    names = [*self.special_tokens] if names == 'all' else [names] if isinstance(names, str) else list(names)
+    names = (
+        [*self.special_tokens]
+        if names == 'all'
+        else [names]
+        if isinstance(names, str)
+        else list(names)
+    )
     if unknown := [s for s in names if s not in self.special_tokens]:
-        raise LabError(f'{unknown[0]!r} is no special token here: choose from {[*self.special_tokens]}')
+        raise LabError(
+            f'{unknown[0]!r} is no special token here: choose from {[*self.special_tokens]}'
+        )
     return _any_of(names)
 
+
 @patch
-def encode(self:BPETokenizer, text, allowed_special=())->list[int]:
-    "Ids of a text (str or bytes); special tokens only if allowed, by name or 'all'. `LabError` on half a character"
-    if isinstance(text, bytes): text = text.decode('utf-8', 'surrogateescape')
+def encode(self: BPETokenizer, text, allowed_special=()) -> list[int]:
+    """Ids of a text (str or bytes); special tokens only if allowed, by name or 'all'.
+
+    `LabError` on half a character"""
+    if isinstance(text, bytes):
+        text = text.decode('utf-8', 'surrogateescape')
     special = self._allowed(allowed_special)
     try:
-        if not special: return self._ordinary(text)
-        return list(chain.from_iterable([self.special_tokens[p]] if n % 2 else self._ordinary(p)
-                                        for n, p in enumerate(special.split(text))))   # ordinary, special, …
+        if not special:
+            return self._ordinary(text)
+        return list(
+            chain.from_iterable(
+                [self.special_tokens[p]] if n % 2 else self._ordinary(p)
+                for n, p in enumerate(special.split(text))
+            )
+        )  # ordinary, special, …
     except UnicodeEncodeError as e:
-        raise LabError(f'the text holds half a character, {e.object[e.start]!r}: mend it at its source') from None
+        raise LabError(
+            f'the text holds half a character, {e.object[e.start]!r}: mend it at its source'
+        ) from None
 
 # %% ../nbs/04_bpe.ipynb #5e63ccc0
 @patch
-def decode_bytes(self:BPETokenizer, ids)->bytes:
+def decode_bytes(self: BPETokenizer, ids) -> bytes:
     "The exact bytes of some ids. Raises `LabError` on an id outside the vocabulary"
     ids = ids.tolist() if hasattr(ids, 'tolist') else list(ids)
     try:
-        if ids and min(ids) < 0: raise IndexError
+        if ids and min(ids) < 0:
+            raise IndexError
         return b''.join(map(self.tokens.__getitem__, ids))
     except (IndexError, TypeError):
-        raise LabError(f'ids run from {min(ids)} to {max(ids)}, this vocabulary has 0 to {self.vocab_size - 1}: '
-                       'use the tokenizer they come from') from None
+        raise LabError(
+            f'ids run from {min(ids)} to {max(ids)}, this vocabulary has 0 to '
+            f'{self.vocab_size - 1}: '
+            'use the tokenizer they come from'
+        ) from None
+
 
 @patch
-def decode(self:BPETokenizer, ids, errors='replace')->str:
-    "The text of some ids; bytes that are no text become `�`, or what `errors` says ('strict', 'surrogateescape')"
+def decode(self: BPETokenizer, ids, errors='replace') -> str:
+    """The text of some ids; bytes that are no text become `�`, or what `errors` says ('strict',
+    'surrogateescape')"""
     return self.decode_bytes(ids).decode('utf-8', errors)
 
 # %% ../nbs/04_bpe.ipynb #a7af73be
 @patch
-def _tiktoken(self:BPETokenizer):
-    "tiktoken's tokenizer, and our id for each of its ids; () where it is not installed or would not do the same"
-    try: import tiktoken
-    except ModuleNotFoundError: return ()
+def _tiktoken(self: BPETokenizer):
+    """tiktoken's tokenizer, and our id for each of its ids;
+
+    () where it is not installed or would not do the same"""
+    try:
+        import tiktoken
+    except ModuleNotFoundError:
+        return ()
     made = [a + b for a, b in self.merges]
     same = len(set(made)) == len(made) and all(len(self._merged(to_letters(t))) == 1 for t in made)
-    if not same or self.patterns != (GPT2,) or self.whole or self.form: return ()
+    if not same or self.patterns != (GPT2,) or self.whole or self.form:
+        return ()
     ranks = {t: n for n, t in enumerate([bytes([b]) for b in range(256)] + made)}
     rust = tiktoken.Encoding('bpe', pat_str=GPT2, mergeable_ranks=ranks, special_tokens={})
     return rust, [self.ids[t] for t in ranks]
 
+
 def _settled(text):
-    "Are its characters of 2002 (Unicode 3.2), or signs? And is it short? tiktoken dies of a million spaces"
-    return len(text) < 99_999 and all(category(c)[0] in 'MPS' for c in set(text) if ucd_3_2_0.category(c) in 'CnCs')
+    """Are its characters of 2002 (Unicode 3.2), or signs?
+
+    And is it short? tiktoken dies of a million spaces"""
+    return len(text) < 99_999 and all(
+        category(c)[0] in 'MPS' for c in set(text) if ucd_3_2_0.category(c) in 'CnCs'
+    )
+
 
 @patch
-def encode_batch(self:BPETokenizer, texts, allowed_special=())->list[list[int]]:
+def encode_batch(self: BPETokenizer, texts, allowed_special=()) -> list[list[int]]:
     "The ids of each text, by the fastest way that gives the same ids"
-    if self._rust is None: self._rust = self._tiktoken()
-    if not self._rust or allowed_special: return [self.encode(t, allowed_special) for t in texts]
+    if self._rust is None:
+        self._rust = self._tiktoken()
+    if not self._rust or allowed_special:
+        return [self.encode(t, allowed_special) for t in texts]
     rust, ids = self._rust
-    return [list(map(ids.__getitem__, rust.encode_ordinary(t)))
-            if isinstance(t, str) and (t.isascii() and len(t) < 999 or _settled(t)) else self.encode(t) for t in texts]
+    return [
+        list(map(ids.__getitem__, rust.encode_ordinary(t)))
+        if isinstance(t, str) and (t.isascii() and len(t) < 999 or _settled(t))
+        else self.encode(t)
+        for t in texts
+    ]
 
 # %% ../nbs/04_bpe.ipynb #347bb4c5
-_SAFE = {True: regex.compile(r'(?r)(?<=\S)(?=\s)'),            # for GPT-2's pattern; (?r) searches from the end
-         False: regex.compile(r'(?r)(?<=[\p{L}\p{N}])(?=\s)')} # others may take a line's end along with a sign
+_SAFE = {
+    True: regex.compile(r'(?r)(?<=\S)(?=\s)'),  # for GPT-2's pattern; (?r) searches from the end
+    False: regex.compile(r'(?r)(?<=[\p{L}\p{N}])(?=\s)'),
+}  # others may take a line's end along with a sign
+
 
 def _pieces(parts, safe, special=None, longest=0, size=1 << 18):
     "The text that comes in `parts`, in pieces that cut no chunk and no special token"
     held, wait = '', size
     for part in parts:
         held += part
-        if len(held) < wait: continue
+        if len(held) < wait:
+            continue
         at = found.start() if (found := safe.search(held, 0, max(0, len(held) - longest))) else 0
         for m in special.finditer(held) if special and at else ():
-            if m.start() < at < m.end(): at = m.start()
-        if at: yield held[:at]; held = held[at:]
-        wait = max(size, 2*len(held))                          # no safe place: look again when there is more
-    if held: yield held
+            if m.start() < at < m.end():
+                at = m.start()
+        if at:
+            yield held[:at]
+            held = held[at:]
+        wait = max(size, 2 * len(held))  # no safe place: look again when there is more
+    if held:
+        yield held
 
 # %% ../nbs/04_bpe.ipynb #7fbd6981
 @patch
-def encode_iterable(self:BPETokenizer, parts, allowed_special=()): # yields ids
-    "Ids of the whole text that comes in parts (lines, blocks), one by one; only a piece of it is in memory"
-    special, longest = self._allowed(allowed_special), max(map(len, self.special_tokens), default=0)
+def encode_iterable(self: BPETokenizer, parts, allowed_special=()):  # yields ids
+    """Ids of the whole text that comes in parts (lines, blocks), one by one; only a piece of it is
+    in memory"""
+    special = self._allowed(allowed_special)
+    longest = max(map(len, self.special_tokens), default=0)
     for piece in _pieces(parts, _SAFE[self.patterns == (GPT2,)], special, longest):
         yield from self.encode(piece, allowed_special)
 
+
 def _count(sources, special, longest, meta, find=_finder(GPT2)):
     "{chunk: how often}, by the only pass over the text; `meta` gets a hash of what was read"
-    counts, seen, n, size, live, started = Counter(), hashlib.sha256(), 0, 0, Live(), time.monotonic()
+    counts = Counter()
+    seen = hashlib.sha256()
+    n = 0
+    size = 0
+    live = Live()
+    started = time.monotonic()
     for source in [sources] if isinstance(sources, (str, Path)) else sources:
         for piece in _pieces(read_parts(source), _SAFE[True], special, longest):
-            seen.update(data := piece.encode('utf-8', 'surrogateescape')); size += len(data)
-            for part in special.split(piece)[::2] if special else [piece]: counts.update(find(part))
-            if time.monotonic() - started > 2: live(f'counted {size/1e6:,.0f} MB, {len(counts):,} different chunks')
-        seen.update(b'\xff'); n += 1                           # a byte that no text has
+            seen.update(data := piece.encode('utf-8', 'surrogateescape'))
+            size += len(data)
+            for part in special.split(piece)[::2] if special else [piece]:
+                counts.update(find(part))
+            if time.monotonic() - started > 2:
+                live(f'counted {size / 1e6:,.0f} MB, {len(counts):,} different chunks')
+        seen.update(b'\xff')
+        n += 1  # a byte that no text has
     meta.update(sha256=seen.hexdigest(), documents=n, bytes=size)
     return counts
 
 # %% ../nbs/04_bpe.ipynb #5d61daca
 @patch(cls_method=True)
 def train(
-    cls:BPETokenizer,
-    sources,            # texts (`str`) and files (`Path`), or one of them
-    vocab_size:int,     # 256 bytes, merges and special tokens
+    cls: BPETokenizer,
+    sources,  # texts (`str`) and files (`Path`), or one of them
+    vocab_size: int,  # 256 bytes, merges and special tokens
     special_tokens=(),  # they come last; texts are cut where they stand
-    min_frequency=2, ties='tokenizers' # rarer pairs stay; between equals: 'tokenizers', 'greater' or 'first'
-)->BPETokenizer:
-    "Learn merges from texts. What was read stands in `meta`: SHA-256 over the documents, each followed by byte 255"
+    min_frequency=2,
+    ties='tokenizers',  # rarer pairs stay; between equals: 'tokenizers', 'greater' or 'first'
+) -> BPETokenizer:
+    """Learn merges from texts. What was read stands in `meta`:
+
+    SHA-256 over the documents, each followed by byte 255"""
     if (n := vocab_size - 256 - len(special_tokens)) < 0:
-        raise LabError(f'vocab_size={vocab_size} is too small: bytes and special tokens take {vocab_size - n}')
-    meta, longest = dict(min_frequency=min_frequency, ties=ties), max(map(len, special_tokens), default=0)
-    merges = _learn(_count(sources, _any_of(special_tokens), longest, meta), n, max(1, min_frequency), ties)
+        raise LabError(
+            f'vocab_size={vocab_size} is too small: bytes and special tokens take {vocab_size - n}'
+        )
+    meta = dict(min_frequency=min_frequency, ties=ties)
+    longest = max(map(len, special_tokens), default=0)
+    merges = _learn(
+        _count(sources, _any_of(special_tokens), longest, meta), n, max(1, min_frequency), ties
+    )
     if len(merges) < n:
-        warnings.warn(f'the text has only {len(merges):,} pairs to merge, not {n:,}: the vocabulary is smaller')
+        warnings.warn(
+            f'the text has only {len(merges):,} pairs to merge, not {n:,}: the vocabulary is '
+            'smaller'
+        )
     tokens = [bytes([b]) for b in _BYTES] + [a + b for a, b in merges]
     return cls(dict(enumerate(tokens)), merges, special_tokens, meta=meta)
 
 # %% ../nbs/04_bpe.ipynb #c2f4a7b1
-_ONE = r"\\[pP]\{[A-Z][a-z]?\}|\\[sSrnt]|\\[^\w\s]"            # a class, white space, a sign
+_ONE = r"\\[pP]\{[A-Z][a-z]?\}|\\[sSrnt]|\\[^\w\s]"  # a class, white space, a sign
 _CLASS = rf"\[\^?(?:{_ONE}|[^\\\[\]&]|&(?!&))+\]"
 _PLAIN = rf"(?:{_ONE}|{_CLASS}|\(\?[:=!]|\((?!\?)|[)|]|[^\\\[\](){{}}|?*+.^$])"
 _TIMES = r"(?:[?*+]\??|\{\d+(?:,\d*)?\})(?![?*+{])"
 _PATTERN = regex.compile(f"(?:{_PLAIN}(?:{_TIMES})?)*")
 
-def _alike(pattern)->bool:
+
+def _alike(pattern) -> bool:
     "Does a pattern mean the same in `regex` and in the library that reads the world's files?"
-    if not _PATTERN.fullmatch(pattern.replace(_SHORT[:-1], '')): return False
-    bare = regex.sub(r'\(\?[=!][^()]*\)', '', pattern)          # without a look at what follows
-    try: return '(?=' not in bare and '(?!' not in bare and not regex.fullmatch(bare, '')
-    except regex.error: return False
+    if not _PATTERN.fullmatch(pattern.replace(_SHORT[:-1], '')):
+        return False
+    bare = regex.sub(r'\(\?[=!][^()]*\)', '', pattern)  # without a look at what follows
+    try:
+        return '(?=' not in bare and '(?!' not in bare and not regex.fullmatch(bare, '')
+    except regex.error:
+        return False
 
 # %% ../nbs/04_bpe.ipynb #f373e91e
 @patch
-def save(self:BPETokenizer, folder):
-    "Write `tokenizer.json` for Hugging Face `tokenizers`, and `meta.json`: what the tokenizer was trained on"
+def save(self: BPETokenizer, folder):
+    """Write `tokenizer.json` for Hugging Face `tokenizers`, and `meta.json`: what the tokenizer was
+    trained on"""
     for p in self.patterns:
         if not _alike(p):
-            raise LabError(f'the pattern {short(p)} is not read alike by all libraries: '
-                           'keep to letters, classes, groups and repetitions')
-    gpt2, vocab = self.patterns == (GPT2,), {to_letters(t): n for t, n in self.ids.items()} | self.special_tokens
+            raise LabError(
+                f'the pattern {short(p)} is not read alike by all libraries: '
+                'keep to letters, classes, groups and repetitions'
+            )
+    gpt2 = self.patterns == (GPT2,)
+    vocab = {to_letters(t): n for t, n in self.ids.items()} | self.special_tokens
     level = dict(type='ByteLevel', add_prefix_space=False, trim_offsets=True, use_regex=gpt2)
-    cuts = [dict(type='Split', pattern=dict(Regex=p), behavior='Isolated', invert=False) for p in self.patterns]
-    model = dict(type='BPE', ignore_merges=self.whole, vocab=dict(sorted(vocab.items(), key=lambda p: p[1])),
-                 merges=[list(map(to_letters, m)) for m in self.merges])
-    write_tokenizer(folder, model, level if gpt2 else dict(type='Sequence', pretokenizers=[*cuts, level]), level,
-                    self.form and dict(type=self.form), self.special_tokens,
-                    dict(self.meta, kind=self.kind), self.begin)
+    cuts = [
+        dict(type='Split', pattern=dict(Regex=p), behavior='Isolated', invert=False)
+        for p in self.patterns
+    ]
+    model = dict(
+        type='BPE',
+        ignore_merges=self.whole,
+        vocab=dict(sorted(vocab.items(), key=lambda p: p[1])),
+        merges=[list(map(to_letters, m)) for m in self.merges],
+    )
+    write_tokenizer(
+        folder,
+        model,
+        level if gpt2 else dict(type='Sequence', pretokenizers=[*cuts, level]),
+        level,
+        self.form and dict(type=self.form),
+        self.special_tokens,
+        dict(self.meta, kind=self.kind),
+        self.begin,
+    )
 
 # %% ../nbs/04_bpe.ipynb #644701de
 def _patterns(steps):
@@ -379,45 +628,60 @@ def _patterns(steps):
     for n, s in enumerate(steps, 1):
         kind, cut = s['type'], s.get('pattern') or {}
         if kind == 'ByteLevel' and n == len(steps) and not s.get('add_prefix_space'):
-            if s.get('use_regex', True): yield GPT2
-        elif kind == 'Digits': yield r'\p{N}' if s.get('individual_digits') else r'\p{N}+'
+            if s.get('use_regex', True):
+                yield GPT2
+        elif kind == 'Digits':
+            yield r'\p{N}' if s.get('individual_digits') else r'\p{N}+'
         elif kind == 'Split' and s['behavior'] == 'Isolated' and not s.get('invert'):
             yield cut['Regex'] if 'Regex' in cut else regex.escape(cut['String'])
-        else: raise LabError(f'the pre-tokenizer {short(s, 200)} does more than to cut')
+        else:
+            raise LabError(f'the pre-tokenizer {short(s, 200)} does more than to cut')
 
-def _steps(x, name): # of a normalizer, a pre-tokenizer, a decoder
+
+def _steps(x, name):  # of a normalizer, a pre-tokenizer, a decoder
     "The steps of one: its own, or itself, or none"
     return [] if x is None else x[name] if x.get('type') == 'Sequence' else [x]
 
 # %% ../nbs/04_bpe.ipynb #08d3958b
 _FORMS = 'NFC', 'NFD', 'NFKC', 'NFKD'
 
-def _in_turn(vocab, added)->bool:
+
+def _in_turn(vocab, added) -> bool:
     "Has each added token its word's id, or the next free one? So its library counts"
     free = len(vocab)
     for t in added:
-        if t['id'] != vocab.get(t['content'], free): return False
+        if t['id'] != vocab.get(t['content'], free):
+            return False
         free = max(free, t['id'] + 1)
     return len({t['content'] for t in added}) == len(added)
 
-def _mark(t, forms)->bool:
+
+def _mark(t, forms) -> bool:
     "Is an added token one that only a program can write, and nothing beside it is touched?"
     letters = set(t['content']) <= _BYTE.keys() and not t['content'].isascii()  # decoded as bytes
     touches = forms and t.get('normalized') or any(map(t.get, ('lstrip', 'rstrip', 'single_word')))
     return bool(t.get('special')) and not letters and not touches
 
-def _followed(data)->bool:
+
+def _followed(data) -> bool:
     "Is there nothing in a parsed tokenizer.json that `BPETokenizer` does not do exactly so?"
     model, added = data['model'], data.get('added_tokens') or []
     forms = _steps(data.get('normalizer'), 'normalizers')
     pairs = {(*m.split(' '),) if isinstance(m, str) else (*m,) for m in model['merges']}
     decoders = [d.get('type') for d in _steps(data.get('decoder'), 'decoders')]
     odd = 'dropout', 'continuing_subword_prefix', 'end_of_word_suffix'
-    return (all(_mark(t, forms) for t in added) and _in_turn(model['vocab'], added)
-            and not any(model.get(k) for k in odd) and len(pairs) == len(model['merges'])
-            and decoders == ['ByteLevel']
-            and len(forms) < 2 and all(f['type'] in _FORMS for f in forms)
-            and data.get('truncation') is None and data.get('padding') is None)
+    return (
+        all(_mark(t, forms) for t in added)
+        and _in_turn(model['vocab'], added)
+        and not any(model.get(k) for k in odd)
+        and len(pairs) == len(model['merges'])
+        and decoders == ['ByteLevel']
+        and len(forms) < 2
+        and all(f['type'] in _FORMS for f in forms)
+        and data.get('truncation') is None
+        and data.get('padding') is None
+    )
+
 
 def _check_ids(ids):
     "Raises `LabError` on ids that no model has: a place for each will be made"
@@ -425,14 +689,19 @@ def _check_ids(ids):
         if type(n) is not int or not 0 <= n < 1 << 22:
             raise LabError(f'the id {short(n)} is no whole number below {1 << 22:,}: save it again')
 
+
 @patch(cls_method=True)
-def from_json(cls:BPETokenizer, data:dict):
+def from_json(cls: BPETokenizer, data: dict):
     "The `BPETokenizer` that a parsed tokenizer.json describes; None if another class must read it"
-    model, steps = data.get('model') or {}, _steps(data.get('pre_tokenizer'), 'pretokenizers')
-    if model.get('type', 'BPE') != 'BPE' or not 0 < len(steps) < 20: return None
+    model = data.get('model') or {}
+    steps = _steps(data.get('pre_tokenizer'), 'pretokenizers')
+    if model.get('type', 'BPE') != 'BPE' or not 0 < len(steps) < 20:
+        return None
     try:
-        if steps[-1]['type'] != 'ByteLevel' or not _followed(data): return None
-        if not all(map(_alike, patterns := [*_patterns(steps)])): return None
+        if steps[-1]['type'] != 'ByteLevel' or not _followed(data):
+            return None
+        if not all(map(_alike, patterns := [*_patterns(steps)])):
+            return None
         special = {t['content']: t['id'] for t in data.get('added_tokens') or []}
         _check_ids([*model['vocab'].values(), *special.values()])
         vocab = {n: from_letters(t) for t, n in model['vocab'].items() if t not in special}
@@ -441,47 +710,69 @@ def from_json(cls:BPETokenizer, data:dict):
         merges = [map(from_letters, m) for m in parts]
         form = next((f['type'] for f in _steps(data.get('normalizer'), 'normalizers')), None)
         tok = cls(vocab, merges, special, patterns, bool(model.get('ignore_merges')), form)
-    except (LabError, AttributeError, LookupError, TypeError, ValueError): return None
+    except (LabError, AttributeError, LookupError, TypeError, ValueError):
+        return None
     tok.begin = begin_of(data)
     return tok
 
 # %% ../nbs/04_bpe.ipynb #b4d6f8a2
-_SMALL = (*_FORMS, 'Sequence', 'Lowercase', 'Nmt', 'Strip', 'StripAccents', 'BertNormalizer',
-          'ByteLevel')
+_SMALL = (
+    *_FORMS,
+    'Sequence',
+    'Lowercase',
+    'Nmt',
+    'Strip',
+    'StripAccents',
+    'BertNormalizer',
+    'ByteLevel',
+)
+
 
 def _grown(steps, most=1000):
     "Raises `LabError` where the steps of a normalizer may make more than `most` letters of one"
     made = 1
     for s in steps:
-        if (kind := s['type']) == 'Precompiled':               # a trie, and texts between zeros
+        if (kind := s['type']) == 'Precompiled':  # a trie, and texts between zeros
             rules = base64.b64decode(s['precompiled_charsmap'])
-            rules = rules[4 + int.from_bytes(rules[:4], 'little'):]
+            rules = rules[4 + int.from_bytes(rules[:4], 'little') :]
             made *= max(map(len, rules.split(b'\0')))
-        elif kind == 'Replace': made *= max(1, len(s['content']))
-        elif kind == 'Prepend': made *= 1 + len(s['prepend'])
+        elif kind == 'Replace':
+            made *= max(1, len(s['content']))
+        elif kind == 'Prepend':
+            made *= 1 + len(s['prepend'])
         elif kind not in _SMALL:
             raise LabError(f'the normalizer {short(kind)} is not known: use another tokenizer')
     if made > most:
         raise LabError(f'the normalizers may make {made:,} letters of one: use another tokenizer')
 
+
 def _inside(x):
     "Every dict in a parsed file, the outer ones first"
-    if isinstance(x, dict): yield x
+    if isinstance(x, dict):
+        yield x
     parts = x.values() if isinstance(x, dict) else x if isinstance(x, list) else ()
-    for y in parts: yield from _inside(y)
+    for y in parts:
+        yield from _inside(y)
 
-def _fills(padding)->bool:
+
+def _fills(padding) -> bool:
     "Does it add to a text that stands alone?"
     return padding['strategy'] != 'BatchLongest' or padding.get('pad_to_multiple_of') is not None
+
 
 def _check_foreign(data):
     "Raises `LabError` on what is done at random, or to a text's length, or may never end"
     model, padding = data['model'], data.get('padding')
-    found = dict(dropout=model.get('dropout'), truncation=data.get('truncation'),
-                 padding=padding if padding and _fills(padding) else None)
+    found = dict(
+        dropout=model.get('dropout'),
+        truncation=data.get('truncation'),
+        padding=padding if padding and _fills(padding) else None,
+    )
     for name, value in found.items():
-        if value: raise LabError(f'{name}={short(value, 200)} cannot be followed exactly: '
-                                 'set it to null in the file')
+        if value:
+            raise LabError(
+                f'{name}={short(value, 200)} cannot be followed exactly: set it to null in the file'
+            )
     if (n := model.get('max_input_chars_per_word') or 0) > 1000:
         raise LabError(f'max_input_chars_per_word={n:,} is more than any has: give 1,000 at most')
     rules = [*_inside({k: v for k, v in data.items() if k not in ('model', 'added_tokens')})]
@@ -489,25 +780,34 @@ def _check_foreign(data):
         raise LabError(f'{len(rules):,} steps are more than any tokenizer has: use another one')
     for d in rules:
         cut = d.get('pattern')
-        if isinstance(cut, dict) and isinstance(cut.get('Regex'), str): _bearable(cut['Regex'])
+        if isinstance(cut, dict) and isinstance(cut.get('Regex'), str):
+            _bearable(cut['Regex'])
     _grown([d for d in _inside(data.get('normalizer')) if 'type' in d])
 
 # %% ../nbs/04_bpe.ipynb #d9e1b3c5
 def _answer(what, f, *args, **kw):
     "What the library answers; what it dies of, a panic in Rust too, is a `LabError` of one line"
-    try: return f(*args, **kw)
-    except (KeyboardInterrupt, SystemExit, MemoryError): raise
-    except BaseException as e: raise LabError(f'{what} ({short(str(e), 150)})') from None
+    try:
+        return f(*args, **kw)
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as e:
+        raise LabError(f'{what} ({short(str(e), 150)})') from None
+
 
 class ForeignTokenizer:
     "A tokenizer of any kind, read by Hugging Face's `tokenizers`, in the protocol of this book"
+
     kind = 'foreign'
-    def __init__(self, data:dict): # a parsed tokenizer.json
+
+    def __init__(self, data: dict):  # a parsed tokenizer.json
         _check_foreign(data)
         self.data, self.begin, self.readers = data, begin_of(data), {}
-        model, self.added = data['model'], data.get('added_tokens') or []
+        model = data['model']
+        self.added = data.get('added_tokens') or []
         vocab = model['vocab']
-        if isinstance(vocab, list): vocab = {t: n for n, (t, _) in enumerate(vocab)}
+        if isinstance(vocab, list):
+            vocab = {t: n for n, (t, _) in enumerate(vocab)}
         _check_ids([*vocab.values(), *(t['id'] for t in self.added)])
         if len({*vocab.values()}) < len(vocab):
             raise LabError('two tokens have one id: save it again')
@@ -515,95 +815,116 @@ class ForeignTokenizer:
         reader = self.reader()
         for t in self.added:
             if (n := reader.token_to_id(t['content'])) != t['id']:
-                raise LabError(f'the added token {short(t["content"])} has id {t["id"]} in the '
-                               f'file and {n} by its order: save it again')
+                raise LabError(
+                    f'the added token {short(t["content"])} has id {t["id"]} in the '
+                    f'file and {n} by its order: save it again'
+                )
         self.model = type(reader.model).__name__
         self.names = {n: t for t, n in reader.get_vocab().items()}
         self.vocab_size = max(self.names, default=-1) + 1
         self.bos_id, self.eos_id = _marks(self.special_tokens)
-        self.runs = 'ByteFallback' in str(data.get('decoder')) # are bytes in a row read as one?
-        unk, unk_id = model.get('unk_token'), model.get('unk_id')    # may stand for what was typed
+        self.runs = 'ByteFallback' in str(data.get('decoder'))  # are bytes in a row read as one?
+        unk, unk_id = model.get('unk_token'), model.get('unk_id')  # may stand for what was typed
         self.marks = {n: s for s, n in self.special_tokens.items() if s != unk and n != unk_id}
 
     def __repr__(self):
-        return (f'ForeignTokenizer({self.model}, {self.vocab_size:,} ids, '
-                f'special {[*self.special_tokens]})')
+        return (
+            f'ForeignTokenizer({self.model}, {self.vocab_size:,} ids, '
+            f'special {[*self.special_tokens]})'
+        )
 
-    def __reduce__(self): return type(self), (self.data,), dict(begin=self.begin)
+    def __reduce__(self):
+        return type(self), (self.data,), dict(begin=self.begin)
 
     @classmethod
-    def from_json(cls, data:dict):
+    def from_json(cls, data: dict):
         "The `ForeignTokenizer` that a parsed tokenizer.json describes; None if it describes none"
         return cls(data) if isinstance(data.get('model'), dict) else None
 
 # %% ../nbs/04_bpe.ipynb #e7a9c1d3
 @patch
-def reader(self:ForeignTokenizer, allowed=frozenset()):
+def reader(self: ForeignTokenizer, allowed=frozenset()):
     "The library's tokenizer that finds, of the special tokens, only those `allowed`"
     if allowed not in self.readers:
         from tokenizers import Tokenizer
+
         hidden = self.special_tokens.keys() - allowed
         added = [t | dict(special=t['content'] in hidden) for t in self.added]
         said = json.dumps(self.data | dict(added_tokens=added, padding=None, post_processor=None))
         reader = _answer('the library of such files cannot read it', Tokenizer.from_str, said)
-        reader.encode_special_tokens = True                    # as ordinary text
+        reader.encode_special_tokens = True  # as ordinary text
         self.readers[allowed] = reader
     return self.readers[allowed]
 
+
 @patch
-def encode(self:ForeignTokenizer, text, allowed_special=())->list[int]:
+def encode(self: ForeignTokenizer, text, allowed_special=()) -> list[int]:
     """Ids of a text (str or bytes); special tokens only if allowed, by name or 'all'.
 
     Raises `LabError` where one is typed that the vocabulary has as a word."""
-    if isinstance(text, bytes): text = text.decode('utf-8', 'surrogateescape')
+    if isinstance(text, bytes):
+        text = text.decode('utf-8', 'surrogateescape')
     names = [allowed_special] if isinstance(allowed_special, str) else allowed_special
     allowed = frozenset(self.special_tokens if allowed_special == 'all' else names)
     if unknown := [s for s in allowed if s not in self.special_tokens]:
-        raise LabError(f'{unknown[0]!r} is no special token here: '
-                       f'choose from {[*self.special_tokens]}')
-    try: text.encode()
+        raise LabError(
+            f'{unknown[0]!r} is no special token here: choose from {[*self.special_tokens]}'
+        )
+    try:
+        text.encode()
     except UnicodeEncodeError as e:
-        raise LabError(f'the text holds half a character, {text[e.start]!r}: '
-                       'mend it at its source') from None
+        raise LabError(
+            f'the text holds half a character, {text[e.start]!r}: mend it at its source'
+        ) from None
     encode = self.reader(allowed).encode
     said = _answer('the tokenizer cannot write this text', encode, text, add_special_tokens=False)
     ids = said.ids
     if typed := [self.marks[n] for n in ids if n in self.marks and self.marks[n] not in allowed]:
-        raise LabError(f'the text holds {typed[0]!r}, which this tokenizer takes for a special '
-                       'token: leave it out, or allow it')
+        raise LabError(
+            f'the text holds {typed[0]!r}, which this tokenizer takes for a special '
+            'token: leave it out, or allow it'
+        )
     return ids
 
+
 @patch
-def encode_batch(self:ForeignTokenizer, texts, allowed_special=())->list[list[int]]:
+def encode_batch(self: ForeignTokenizer, texts, allowed_special=()) -> list[list[int]]:
     "The ids of each text"
     return [self.encode(t, allowed_special) for t in texts]
 
+
 @patch
-def encode_iterable(self:ForeignTokenizer, parts, allowed_special=()): # yields ids
+def encode_iterable(self: ForeignTokenizer, parts, allowed_special=()):  # yields ids
     "Ids of the whole text that comes in parts; it is put together first: not every kind can be cut"
     yield from self.encode(''.join(parts), allowed_special)
 
+
 @patch
-def decode(self:ForeignTokenizer, ids)->str:
+def decode(self: ForeignTokenizer, ids) -> str:
     "The text of some ids. Raises `LabError` on an id outside the vocabulary"
     ids = ids.tolist() if hasattr(ids, 'tolist') else list(ids)
     if wrong := [n for n in ids if n not in self.names]:
-        raise LabError(f'the id {wrong[0]!r} is not in this vocabulary of {len(self.names):,}: '
-                       'use the tokenizer it comes from')
+        raise LabError(
+            f'the id {wrong[0]!r} is not in this vocabulary of {len(self.names):,}: '
+            'use the tokenizer it comes from'
+        )
     decode = self.reader().decode
     return _answer('the tokenizer cannot read these ids', decode, ids, skip_special_tokens=False)
 
+
 @patch
-def save(self:ForeignTokenizer, folder):
+def save(self: ForeignTokenizer, folder):
     "Write its `tokenizer.json`; what stands before a prompt is added where it says nothing of it"
     post = self.data.get('post_processor')
-    if post is None and self.begin is not None: post = template(self.begin, self.names)
+    if post is None and self.begin is not None:
+        post = template(self.begin, self.names)
     write_data(folder, self.data | dict(post_processor=post))
 
 # %% ../nbs/04_bpe.ipynb #9a5c9803
 @patch(cls_method=True)
-def load(cls:BPETokenizer, path):
+def load(cls: BPETokenizer, path):
     "The BPE tokenizer in a folder or a `tokenizer.json`; a `ForeignTokenizer` if it must be"
     tok = load_tokenizer(path)
-    if tok.kind == cls.kind or getattr(tok, 'model', None) == 'BPE': return tok
+    if tok.kind == cls.kind or getattr(tok, 'model', None) == 'BPE':
+        return tok
     raise LabError(f'{path} holds {getattr(tok, "model", tok.kind)}, not BPE: use load_tokenizer')

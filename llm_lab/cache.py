@@ -6,7 +6,8 @@
 __all__ = ['KVCache', 'Cached', 'reach', 'cached', 'Completion', 'picked', 'complete', 'kept_bytes', 'window', 'RollingCache']
 
 # %% ../nbs/18_cache.ipynb #d4294605
-import copy, warnings
+import copy
+import warnings
 from dataclasses import dataclass, field, replace
 from inspect import signature
 import torch
@@ -17,202 +18,310 @@ from .sample import Decoder, Reader, check_choice, drawn, ends, prompt_ids, too_
 
 # %% ../nbs/18_cache.ipynb #66087a66
 class KVCache:
-    "Keys, values and positions of one layer, in `length` places that are made when the first tokens come"
-    endless = False                                            # a text longer than `length` is refused
-    def __init__(self, length:int): self.length, self.n, self.k = length, 0, None
+    """Keys, values and positions of one layer, in `length` places that are made when the first
+    tokens come"""
+
+    endless = False  # a text longer than `length` is refused
+
+    def __init__(self, length: int):
+        self.length, self.n, self.k = length, 0, None
 
     def make(self, k, v, j):
         if self.n:
-            if k.shape[:2] == self.k.shape[:2]: return
-            raise LabError(f'the cache holds {len(self.k)} texts, {len(k)} are given: ask model.cache for a new one')
+            if k.shape[:2] == self.k.shape[:2]:
+                return
+            raise LabError(
+                f'the cache holds {len(self.k)} texts, {len(k)} are given: ask model.cache '
+                'for a new one'
+            )
         self.k, self.v = (t.new_zeros(*t.shape[:2], self.length, t.shape[3]) for t in (k, v))
         self.j = j.new_full((*j.shape[:-1], self.length), -1)
 
-    def add(self, k, v, j): # (B, G, T, D) twice, positions (T,) or (B, T) → all that is known, (B, G, S, D), …
+    def add(
+        self, k, v, j
+    ):  # (B, G, T, D) twice, positions (T,) or (B, T) → all that is known, (B, G, S, D), …
         new, first = slice(self.n, self.n + k.shape[2]), self.n == 0
         if new.stop > self.length:
-            raise LabError(f'the cache has {self.length} places, {new.stop} are needed: make it, or the reader, longer')
+            raise LabError(
+                f'the cache has {self.length} places, {new.stop} are needed: make it, or the '
+                'reader, longer'
+            )
         self.make(k, v, j)
         self.k[:, :, new], self.v[:, :, new], self.j[..., new] = k, v, j
         self.n = new.stop
-        if first: return k, v, j                               # nothing was there before: as without a cache
-        return self.k[:, :, :self.n], self.v[:, :, :self.n], self.j[..., :self.n]
+        if first:
+            return k, v, j  # nothing was there before: as without a cache
+        return self.k[:, :, : self.n], self.v[:, :, : self.n], self.j[..., : self.n]
 
-    def pick(self, rows): # go on with these texts, by number
+    def pick(self, rows):  # go on with these texts, by number
         self.k, self.v = self.k[rows], self.v[rows]
-        if self.j.dim() == 2: self.j = self.j[rows]
+        if self.j.dim() == 2:
+            self.j = self.j[rows]
 
 # %% ../nbs/18_cache.ipynb #3339ff5b
 class Cached(nn.Module):
-    "A step, best the last: keys and values join those in the word `cache`, and all of them come back"
+    """A step, best the last: keys and values join those in the word `cache`, and all of them come
+    back"""
+
     reads = ('cache',)
-    def __init__(self, cfg, layer=0, size:int=None): # keep the last `size`, or all if none
+
+    def __init__(self, cfg, layer=0, size: int = None):  # keep the last `size`, or all if none
         super().__init__()
         self.layer, self.size = layer, size
 
-    def cache(self, batch, length): return KVCache(length) if self.size is None else RollingCache(self.size)
+    def cache(self, batch, length):
+        return KVCache(length) if self.size is None else RollingCache(self.size)
 
     def forward(self, q, k, v, i, j, cache=None, rising=False, **ctx):
-        if cache is None: return q, k, v, i, j
+        if cache is None:
+            return q, k, v, i, j
         if rising and (n := cache[self.layer].n):
-            raise LabError(f'the cache holds {n} tokens already: say where the next ones stand, model(ids, i=…, cache=…)')
+            raise LabError(
+                f'the cache holds {n} tokens already: say where the next ones stand, '
+                'model(ids, i=…, cache=…)'
+            )
         k, v, j = cache[self.layer].add(k, v, j)
         return q, k, v, i, j
 
 # %% ../nbs/18_cache.ipynb #45133943
-def reach(pattern:part): # an int, or None for all
+def reach(pattern: part):  # an int, or None for all
     "How many of the last keys a pattern reads, itself included"
     f = getattr(pattern.func, 'reach', None)
     return f and f(**pattern.keywords)
 
+
 def _keeping(x):
     "A recipe, each attention in it with `Cached` as the last step"
-    if isinstance(x, tuple): return tuple(map(_keeping, x))
-    if not isinstance(x, part): return x
+    if isinstance(x, tuple):
+        return tuple(map(_keeping, x))
+    if not isinstance(x, part):
+        return x
     kw = {k: _keeping(v) for k, v in x.keywords.items()}
     if isinstance(x.func, type) and issubclass(x.func, Attention) and not hasattr(x.func, 'cache'):
         size = reach(kw.get('pattern', part(causal)))
         last = part(Cached) if size is None else part(Cached, size=size)
         kw['steps'] = *(s for s in kw.get('steps', ()) if s.func is not Cached), last
         if 'steps' not in (known := signature(x.func).parameters) and 'kw' not in known:
-            raise LabError(f'{x.func.__name__} takes no steps: give it a `cache(batch, length)` of its own, or use the model as it is')
+            raise LabError(
+                f'{x.func.__name__} takes no steps: give it a `cache(batch, length)` of its '
+                'own, or use the model as it is'
+            )
     return part(x, **kw)
 
 # %% ../nbs/18_cache.ipynb #2f01cba7
 def cached(
-    model:MiniGPT,
-    strict=True    # False: the model itself where a layer would keep nothing
-)->MiniGPT: # shares its weights; the model itself if it keeps already
+    model: MiniGPT,
+    strict=True,  # False: the model itself where a layer would keep nothing
+) -> MiniGPT:  # shares its weights; the model itself if it keeps already
     """The model with a cache: `stream`, `complete` and the playground then read each token once.
 
     Raises `LabError` where a mixer of the reader's own keeps nothing, for then no layer may."""
-    if not isinstance(model, MiniGPT): raise LabError(f'a {type(model).__name__} is given: a MiniGPT is needed')
-    try: return _with_caches(model)
+    if not isinstance(model, MiniGPT):
+        raise LabError(f'a {type(model).__name__} is given: a MiniGPT is needed')
+    try:
+        return _with_caches(model)
     except LabError:
-        if strict: raise
+        if strict:
+            raise
         return model
 
+
 def _with_caches(model):
-    "A copy of the model, `Cached` last in each of its attentions; the model itself if it is so already"
+    """A copy of the model, `Cached` last in each of its attentions; the model itself if it is so
+    already"""
     cfg = replace(model.cfg, attn=_keeping(model.cfg.attn))
-    if cfg == model.cfg and model.cache(1, 1): return model
+    if cfg == model.cfg and model.cache(1, 1):
+        return model
     if cfg == model.cfg and not any(isinstance(m, Cached) for m in model.modules()):
-        raise LabError(f'no attention is found in attn={cfg.attn}: give its recipe, part(Attention, …), as a keyword')
+        raise LabError(
+            f'no attention is found in attn={cfg.attn}: give its recipe, part(Attention, …), '
+            'as a keyword'
+        )
     new = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
     new.cfg, new.words = cfg, new.words | {'cache'}
     for attn in (m for m in new.modules() if isinstance(m, Attention) and not hasattr(m, 'cache')):
         before = (step for step in attn.steps if not isinstance(step, Cached))
         attn.steps = nn.ModuleList([*before, Cached(cfg, attn.layer, reach(attn.pattern))])
-    if new.cache(1, 1): return new
+    if new.cache(1, 1):
+        return new
     why = caches_of(new, 1, 1)[1] or 'a part reads tokens one by one otherwise than at once'
     raise LabError(f'this model can have no cache: {why}; use it as it is')
 
 # %% ../nbs/18_cache.ipynb #5e09433f
 @dataclass
 class Completion:
-    "What a model wrote. It ended by 'stop' (ids and logprobs hold that text, `text` does not), 'eos' (none does) or 'length'"
-    text:str = ''
-    ids:list = field(default_factory=list)
-    logprobs:list = field(default_factory=list) # of each id, as the model says; nats
-    ended:str = 'length'
+    """What a model wrote. It ended by 'stop' (ids and logprobs hold that text, `text` does not),
+    'eos' (none does) or 'length'"""
 
-    def take(self, id, logprob, decoder, stops, eos_id): # goes it on?
-        if id == eos_id: self.ended = 'eos'; return False
-        self.ids.append(id); self.logprobs.append(logprob); self.text += decoder(id)
+    text: str = ''
+    ids: list = field(default_factory=list)
+    logprobs: list = field(default_factory=list)  # of each id, as the model says; nats
+    ended: str = 'length'
+
+    def take(self, id, logprob, decoder, stops, eos_id):  # goes it on?
+        if id == eos_id:
+            self.ended = 'eos'
+            return False
+        self.ids.append(id)
+        self.logprobs.append(logprob)
+        self.text += decoder(id)
         if found := [self.text.index(s) for s in stops if s in self.text]:
-            self.text, self.ended = self.text[:min(found)], 'stop'
+            self.text, self.ended = self.text[: min(found)], 'stop'
         return not found
 
 # %% ../nbs/18_cache.ipynb #9b56114a
-def _together(prompts): # [(T,), …] → (B, T), (B,)
-    "Prompts that end in one column; an empty place is filled with the prompt's own first token, and counted"
+def _together(prompts):  # [(T,), …] → (B, T), (B,)
+    """Prompts that end in one column; an empty place is filled with the prompt's own first token,
+    and counted"""
     pad = torch.tensor([max(map(len, prompts)) - len(p) for p in prompts], device=prompts[0].device)
-    return torch.stack([torch.cat([p[:1].expand(n), p]) for p, n in zip(prompts, pad.tolist())]), pad if pad.any() else None
+    return torch.stack(
+        [torch.cat([p[:1].expand(n), p]) for p, n in zip(prompts, pad.tolist())]
+    ), pad if pad.any() else None
+
 
 def picked(reader, rows):
     "Let a reader go on with these of its texts, by number: fewer of them, or one several times"
-    reader.ids, reader.pad = reader.ids[rows], None if reader.pad is None else reader.pad[rows]
+    reader.ids = reader.ids[rows]
+    reader.pad = None if reader.pad is None else reader.pad[rows]
     kept = [*(reader.cache or {}).values()]
-    if not all(hasattr(c, 'pick') for c in kept): reader.cache = None               # not of ours: the texts are read anew
+    if not all(hasattr(c, 'pick') for c in kept):
+        reader.cache = None  # not of ours: the texts are read anew
     else:
-        for c in kept: c.pick(rows)
+        for c in kept:
+            c.pick(rows)
 
 # %% ../nbs/18_cache.ipynb #16e32524
 def complete(
-    model, tokenizer,
-    prompts,    # a text, or several
-    n=100,      # how many tokens to write for each, at most
+    model,
+    tokenizer,
+    prompts,  # a text, or several
+    n=100,  # how many tokens to write for each, at most
     samples=1,  # texts for each prompt
-    seed=0,     # of the first; the next ones have seed + 1, seed + 2, …
-    stop=(),    # a text to end at, or several; it is not given
-    **choice    # temperature, top_k, top_p, repetition_penalty
-)->list: # for each prompt, a list of `Completion`s
-    "Continue several texts at once, each as `sample` does; a model with a cache reads every prompt once"
+    seed=0,  # of the first; the next ones have seed + 1, seed + 2, …
+    stop=(),  # a text to end at, or several; it is not given
+    **choice,  # temperature, top_k, top_p, repetition_penalty
+) -> list:  # for each prompt, a list of `Completion`s
+    """Continue several texts at once, each as `sample` does; a model with a cache reads every
+    prompt once"""
     check_choice(**choice)
     for name, x, least in (('n', n, 0), ('samples', samples, 1)):
-        if type(x) is not int or x < least: raise LabError(f'{name}={x!r}: give a whole number of at least {least}')
-    prompts, stops = [prompts] if isinstance(prompts, str) else list(prompts), ends(stop)
-    if not prompts or not n: return [[Completion() for _ in range(samples)] for _ in prompts]
+        if type(x) is not int or x < least:
+            raise LabError(f'{name}={x!r}: give a whole number of at least {least}')
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    stops = ends(stop)
+    if not prompts or not n:
+        return [[Completion() for _ in range(samples)] for _ in prompts]
     found = [prompt_ids(model, tokenizer, p) for p in prompts]
-    if note := next(filter(None, (too_long(model, p) for p in found)), ''): warnings.warn(note, stacklevel=2)
+    if note := next(filter(None, (too_long(model, p) for p in found)), ''):
+        warnings.warn(note, stacklevel=2)
     ids, pad = _together([p[0] for p in found])
-    reader, rows = Reader(model, ids.shape[1] + n, pad), [b for b in range(len(ids)) for _ in range(samples)]
-    logits = reader(ids)[rows]; picked(reader, rows)
-    going = [(Completion(), Decoder(tokenizer, ids[b].tolist()), rng(seed + s, 'sample')) for b in range(len(ids)) for s in range(samples)]
-    done, steps = [c for c, *_ in going], range(n, 0, -1)
-    for left in progress(steps, f'{len(done)} texts') if n*len(done) > 5000 else steps:
+    reader = Reader(model, ids.shape[1] + n, pad)
+    rows = [b for b in range(len(ids)) for _ in range(samples)]
+    logits = reader(ids)[rows]
+    picked(reader, rows)
+    going = [
+        (Completion(), Decoder(tokenizer, ids[b].tolist()), rng(seed + s, 'sample'))
+        for b in range(len(ids))
+        for s in range(samples)
+    ]
+    done = [c for c, *_ in going]
+    steps = range(n, 0, -1)
+    for left in progress(steps, f'{len(done)} texts') if n * len(done) > 5000 else steps:
         new = drawn(logits, reader.ids, *(g for *_, g in going), **choice)
         said = zip(new[:, 0].tolist(), logits.float().log_softmax(-1).gather(1, new)[:, 0].tolist())
-        on = [r for r, ((c, d, _), one) in enumerate(zip(going, said)) if c.take(*one, d, stops, tokenizer.eos_id)]
-        if left == 1 or not on: break
-        if len(on) < len(going): picked(reader, on); going = [going[r] for r in on]
+        on = [
+            r
+            for r, ((c, d, _), one) in enumerate(zip(going, said))
+            if c.take(*one, d, stops, tokenizer.eos_id)
+        ]
+        if left == 1 or not on:
+            break
+        if len(on) < len(going):
+            picked(reader, on)
+            going = [going[r] for r in on]
         logits = reader(new[on].to(reader.ids.device))
-    return [done[b*samples:(b + 1)*samples] for b in range(len(prompts))]
+    return [done[b * samples : (b + 1) * samples] for b in range(len(prompts))]
 
 # %% ../nbs/18_cache.ipynb #1bf72a7c
-def kept_bytes(cache:dict)->int:
-    "Bytes of the keys and values that stand in a model's cache; places that are still empty do not count"
-    return sum(2*c.k[:, :, :min(c.n, c.length)].nbytes for c in cache.values() if isinstance(c, KVCache) and c.n)
+def kept_bytes(cache: dict) -> int:
+    """Bytes of the keys and values that stand in a model's cache; places that are still empty do
+    not count"""
+    return sum(
+        2 * c.k[:, :, : min(c.n, c.length)].nbytes
+        for c in cache.values()
+        if isinstance(c, KVCache) and c.n
+    )
 
 # %% ../nbs/18_cache.ipynb #5cba9f6d
 def window(
-    i,        # query positions, (T, 1)
-    j,        # key positions, (S,)
-    size:int, # keys each query may see, itself included
-)->Tensor:    # bool (T, S): may query i read key j?
+    i,  # query positions, (T, 1)
+    j,  # key positions, (S,)
+    size: int,  # keys each query may see, itself included
+) -> Tensor:  # bool (T, S): may query i read key j?
     "The last `size` keys, and never the future (Beltagy et al. 2020, §3.1)"
     return (j <= i) & (i - j < size)
 
-def _wide(size): # what `reach` asks for
-    if type(size) is not int or size < 1: raise LabError(f'size={size!r}: give a whole number of at least 1')
+
+def _wide(size):  # what `reach` asks for
+    if type(size) is not int or size < 1:
+        raise LabError(f'size={size!r}: give a whole number of at least 1')
     return size
-window.reach, window.check = _wide, lambda cfg, size=None, **kw: _wide(size)
+
+
+window.reach = _wide
+window.check = lambda cfg, size=None, **kw: _wide(size)
 
 # %% ../nbs/18_cache.ipynb #c2492704
 class RollingCache(KVCache):
-    "The last `length` keys and values; positions stay absolute, and the text may be as long as it likes"
+    """The last `length` keys and values; positions stay absolute, and the text may be as long as it
+    likes"""
+
     endless = True
-    def add(self, k, v, j): # as `KVCache`
+
+    def add(self, k, v, j):  # as `KVCache`
         T, S, first = k.shape[2], self.length, self.n == 0
         self.make(k, v, j)
-        known = (k, v, j) if first else tuple(
-            torch.cat(both, d) for *both, d in ((self.k, k, 2), (self.v, v, 2), (self.j, j, -1))) if T > 1 else ()
+        known = (
+            (k, v, j)
+            if first
+            else tuple(
+                torch.cat(both, d) for *both, d in ((self.k, k, 2), (self.v, v, 2), (self.j, j, -1))
+            )
+            if T > 1
+            else ()
+        )
         at = torch.arange(max(self.n, self.n + T - S), self.n + T, device=j.device) % S
-        self.k[:, :, at], self.v[:, :, at], self.j[..., at] = k[:, :, -S:], v[:, :, -S:], j[..., -S:]
+        self.k[:, :, at], self.v[:, :, at], self.j[..., at] = (
+            k[:, :, -S:],
+            v[:, :, -S:],
+            j[..., -S:],
+        )
         self.n += T
         return known or (self.k, self.v, self.j)
 
 # %% ../nbs/18_cache.ipynb #4b4bb620
 def _attentions(x):
     "Every recipe of an attention in `x`"
-    for y in x if isinstance(x, tuple) else x.keywords.values() if isinstance(x, part) else (): yield from _attentions(y)
-    if isinstance(x, part) and isinstance(x.func, type) and issubclass(x.func, Attention): yield x
+    for y in x if isinstance(x, tuple) else x.keywords.values() if isinstance(x, part) else ():
+        yield from _attentions(y)
+    if isinstance(x, part) and isinstance(x.func, type) and issubclass(x.func, Attention):
+        yield x
+
 
 def _keeps_enough(cfg, size=None):
-    if size is None: return
+    if size is None:
+        return
     for a in _attentions(cfg.attn):
         need = reach(pattern := a.keywords.get('pattern', part(causal)))
-        mine = any(isinstance(s, part) and s.func is Cached and s.keywords.get('size') == size for s in a.keywords.get('steps', ()))
+        mine = any(
+            isinstance(s, part) and s.func is Cached and s.keywords.get('size') == size
+            for s in a.keywords.get('steps', ())
+        )
         if mine and (need is None or _wide(size) < need):
-            raise LabError(f'size={size} is too small a cache for {pattern}, which reads {need or "all"} keys: use cached(model)')
+            raise LabError(
+                f'size={size} is too small a cache for {pattern}, which reads '
+                f'{need or "all"} keys: use cached(model)'
+            )
+
+
 Cached.check = staticmethod(_keeps_enough)

@@ -7,32 +7,52 @@ __all__ = ['TOKENIZERS', 'CharTokenizer', 'write_data', 'write_tokenizer', 'temp
            'load_tokenizer', 'read_parts', 'chips_html']
 
 # %% ../nbs/03_chars.ipynb #666f7895
-import html, json
+import html
+import json
 import numpy as np
 from pathlib import Path
 from fastcore.basics import patch
-from .lab import SLOTS, LabError, bytes_in, json_of, laid_out, lookup, require_ours, short, written
+from llm_lab.lab import (
+    SLOTS,
+    LabError,
+    bytes_in,
+    json_of,
+    laid_out,
+    lookup,
+    require_ours,
+    short,
+    written,
+)
 
 # %% ../nbs/03_chars.ipynb #9d8ed0ac
 class CharTokenizer:
     "Each character of `chars` is a token; its id is its place. No special tokens"
+
     kind = 'chars'
     bos_id = eos_id = begin = None
-    def __init__(self, chars:str):
+
+    def __init__(self, chars: str):
         self.chars = ''.join(chars)
         if len(set(self.chars)) < len(self.chars) or not self.chars:
-            raise LabError(f'a vocabulary needs distinct characters, at least one; got {self.chars[:20]!r}')
+            raise LabError(
+                f'a vocabulary needs distinct characters, at least one; got {self.chars[:20]!r}'
+            )
         points = _points(self.chars)
-        self.table = np.full(points.max() + 2, -1, dtype=np.int64)  # code point → id; the last place is never met
+        self.table = np.full(
+            points.max() + 2, -1, dtype=np.int64
+        )  # code point → id; the last place is never met
         self.table[points] = np.arange(len(points))
 
     @classmethod
-    def train(cls, text:str): return cls(''.join(sorted(set(text))))
+    def train(cls, text: str):
+        return cls(''.join(sorted(set(text))))
 
     @property
-    def vocab_size(self): return len(self.chars)
+    def vocab_size(self):
+        return len(self.chars)
 
-    def __repr__(self): return f'CharTokenizer({self.vocab_size} characters: {self.chars!r})'
+    def __repr__(self):
+        return f'CharTokenizer({self.vocab_size} characters: {self.chars!r})'
 
 # %% ../nbs/03_chars.ipynb #75aa5569
 def _points(text):
@@ -41,103 +61,153 @@ def _points(text):
 
 # %% ../nbs/03_chars.ipynb #4462694c
 @patch
-def encode(self:CharTokenizer, text:str)->list[int]:
+def encode(self: CharTokenizer, text: str) -> list[int]:
     "Ids of a text. Raises `LabError` on a character outside the vocabulary"
     points = _points(text)
     ids = self.table[np.minimum(points, len(self.table) - 1)]
     if (ids < 0).any():
         at = int((ids < 0).argmax())
-        raise LabError(f'the character {text[at]!r} at place {at} is not among '
-                       f'the {self.vocab_size} of this vocabulary: leave it out')
+        raise LabError(
+            f'the character {text[at]!r} at place {at} is not among '
+            f'the {self.vocab_size} of this vocabulary: leave it out'
+        )
     return ids.tolist()
 
+
 @patch
-def decode(self:CharTokenizer, ids)->str:
+def decode(self: CharTokenizer, ids) -> str:
     "The text of some ids. Raises `LabError` on an id outside the vocabulary"
     ids = list(ids)
     if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
-        raise LabError(f'ids run from {min(ids)} to {max(ids)}, this vocabulary has 0 to {self.vocab_size - 1}: '
-                       'use the tokenizer they come from')
+        raise LabError(
+            f'ids run from {min(ids)} to {max(ids)}, this vocabulary has 0 to '
+            f'{self.vocab_size - 1}: '
+            'use the tokenizer they come from'
+        )
     return ''.join([self.chars[i] for i in ids])
 
 # %% ../nbs/03_chars.ipynb #3665cbc8
-_PARTS = ('version', 'truncation', 'padding', 'added_tokens', 'normalizer', 'pre_tokenizer',
-          'post_processor', 'decoder', 'model')                # of a tokenizer.json, in their order
+_PARTS = (
+    'version',
+    'truncation',
+    'padding',
+    'added_tokens',
+    'normalizer',
+    'pre_tokenizer',
+    'post_processor',
+    'decoder',
+    'model',
+)  # of a tokenizer.json, in their order
 
-def write_data(folder, data:dict, meta=None):
+
+def write_data(folder, data: dict, meta=None):
     """Write `data` as `tokenizer.json`, and perhaps `meta.json`.
 
     Raises `LabError` where a file of that name lies which was not written here: many projects have
     a `meta.json`, and a tokenizer from elsewhere may hold what ours cannot say."""
     data = {k: data.get(k) for k in _PARTS} | dict(version=data.get('version') or '1.0')
     files = {'meta.json': meta, 'tokenizer.json': data} if meta else {'tokenizer.json': data}
-    for name in files:                                         # both, before one of them is touched
+    for name in files:  # both, before one of them is touched
         keys = ['kind'] if name == 'meta.json' else _PARTS
-        require_ours(Path(folder)/name, lambda old: laid_out(old, *keys, ensure_ascii=False))
+        require_ours(Path(folder) / name, lambda old: laid_out(old, *keys, ensure_ascii=False))
     for name, content in files.items():
-        with written(Path(folder)/name) as f:
+        with written(Path(folder) / name) as f:
             f.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding='utf-8')
 
+
 def write_tokenizer(
-    folder, model:dict, pre_tokenizer, decoder, normalizer=None, special_tokens=None, meta=None,
-    begin=None # ids that stand before a prompt, where the tokenizer says which
+    folder,
+    model: dict,
+    pre_tokenizer,
+    decoder,
+    normalizer=None,
+    special_tokens=None,
+    meta=None,
+    begin=None,  # ids that stand before a prompt, where the tokenizer says which
 ):
     "Write a `tokenizer.json` of these parts, and perhaps a `meta.json`, as `write_data` does"
     flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
     added = [dict(id=n, content=s, **flags) for s, n in (special_tokens or {}).items()]
     names = {n: s for s, n in (model['vocab'] | (special_tokens or {})).items()}
     post = None if begin is None else template(begin, names)
-    write_data(folder, dict(added_tokens=added, normalizer=normalizer, pre_tokenizer=pre_tokenizer,
-                            post_processor=post, decoder=decoder, model=model), meta)
+    write_data(
+        folder,
+        dict(
+            added_tokens=added,
+            normalizer=normalizer,
+            pre_tokenizer=pre_tokenizer,
+            post_processor=post,
+            decoder=decoder,
+            model=model,
+        ),
+        meta,
+    )
 
 # %% ../nbs/03_chars.ipynb #7b02d9e6
-def template(begin, names)->dict:
+def template(begin, names) -> dict:
     "The post-processor that puts the ids `begin` before a text; `names` is {id: token}"
     marks = [dict(SpecialToken=dict(id=names[n], type_id=0)) for n in begin]
     a, b = (dict(Sequence=dict(id=x, type_id=t)) for t, x in enumerate('AB'))
     told = {names[n]: dict(id=names[n], ids=[n], tokens=[names[n]]) for n in begin}
-    return dict(type='TemplateProcessing', single=[*marks, a], pair=[*marks, a, b],
-                special_tokens=told)
+    return dict(
+        type='TemplateProcessing', single=[*marks, a], pair=[*marks, a, b], special_tokens=told
+    )
 
-def begin_of(data:dict): # [id, …], or None where the file does not say
+
+def begin_of(data: dict):  # [id, …], or None where the file does not say
     "The ids that a parsed tokenizer.json puts before a text; raises `LabError` where it does more"
     post = data.get('post_processor')
-    if post is None: return None
+    if post is None:
+        return None
     begin, several = [], post.get('type') == 'Sequence'
     steps = post['processors'] if several else [post]
     for s in steps:
-        if (kind := s.get('type')) == 'ByteLevel': continue    # it moves offsets, and no ids
+        if (kind := s.get('type')) == 'ByteLevel':
+            continue  # it moves offsets, and no ids
         single = s['single'] if kind == 'TemplateProcessing' else []
         if not single or 'Sequence' not in single[-1]:
-            raise LabError(f'the post-processor {short(kind)} puts marks behind a text, '
-                           'or is not known: set it to null')
+            raise LabError(
+                f'the post-processor {short(kind)} puts marks behind a text, '
+                'or is not known: set it to null'
+            )
         if any('SpecialToken' not in p for p in single[:-1]) or single[-1]['Sequence']['id'] != 'A':
-            raise LabError(f'the post-processor {short(single, 200)} does not keep to one text: '
-                           'set it to null')
+            raise LabError(
+                f'the post-processor {short(single, 200)} does not keep to one text: set it to null'
+            )
         marks = [s['special_tokens'][p['SpecialToken']['id']]['ids'] for p in single[:-1]]
-        begin = sum(marks, []) + begin                         # the later step stands outside
+        begin = sum(marks, []) + begin  # the later step stands outside
     if not all(type(i) is int and i >= 0 for i in begin):
-        raise LabError(f'the post-processor puts {short(begin)} before a text, which are no ids: '
-                       'set it to null')
+        raise LabError(
+            f'the post-processor puts {short(begin)} before a text, which are no ids: '
+            'set it to null'
+        )
     return begin
 
-def begins(tokenizer)->list:
+
+def begins(tokenizer) -> list:
     "The ids that stand before a prompt: as its file says, or its begin mark, or its new line"
-    if (begin := getattr(tokenizer, 'begin', None)) is not None: return list(begin)
-    if tokenizer.bos_id is not None: return [tokenizer.bos_id]
-    try: return tokenizer.encode('\n')
-    except LabError: return []
+    if (begin := getattr(tokenizer, 'begin', None)) is not None:
+        return list(begin)
+    if tokenizer.bos_id is not None:
+        return [tokenizer.bos_id]
+    try:
+        return tokenizer.encode('\n')
+    except LabError:
+        return []
 
 # %% ../nbs/03_chars.ipynb #25f6dcd6
-_EACH = dict(                                                  # each by itself, nothing between
-    pre_tokenizer=dict(type='Split', pattern=dict(Regex=r'[\s\S]'), behavior='Isolated',
-                       invert=False),
-    decoder=dict(type='Fuse'))
+_EACH = dict(  # each by itself, nothing between
+    pre_tokenizer=dict(
+        type='Split', pattern=dict(Regex=r'[\s\S]'), behavior='Isolated', invert=False
+    ),
+    decoder=dict(type='Fuse'),
+)
+
 
 @patch
 def save(
-    self:CharTokenizer,
-    folder # where `tokenizer.json` goes
+    self: CharTokenizer,
+    folder,  # where `tokenizer.json` goes
 ):
     "Write `tokenizer.json` in the format of Hugging Face `tokenizers`"
     vocab = {c: n for n, c in enumerate(self.chars)}
@@ -146,14 +216,19 @@ def save(
 
 # %% ../nbs/03_chars.ipynb #44ce9cdc
 @patch(cls_method=True)
-def from_json(cls:CharTokenizer, data:dict):
-    "The `CharTokenizer` that `data`, a parsed tokenizer.json, describes; None if it describes another kind"
+def from_json(cls: CharTokenizer, data: dict):
+    """The `CharTokenizer` that `data`, a parsed tokenizer.json, describes;
+
+    None if it describes another kind"""
     model = data.get('model') or {}
     vocab = model.get('vocab') or {}
-    if model.get('type') != 'WordLevel' or any(len(c) != 1 for c in vocab): return None
+    if model.get('type') != 'WordLevel' or any(len(c) != 1 for c in vocab):
+        return None
     more = ('normalizer', 'added_tokens', 'truncation', 'padding')
-    if any(map(data.get, more)) or model.get('unk_token') in vocab: return None
-    if any(data.get(k) != v for k, v in _EACH.items()): return None
+    if any(map(data.get, more)) or model.get('unk_token') in vocab:
+        return None
+    if any(data.get(k) != v for k, v in _EACH.items()):
+        return None
     if any(type(n) is not int for n in vocab.values()) or {*vocab.values()} != {*range(len(vocab))}:
         raise ValueError('the ids are not 0, 1, 2, …')
     tok = cls(''.join(sorted(vocab, key=vocab.get)))
@@ -161,72 +236,118 @@ def from_json(cls:CharTokenizer, data:dict):
     return tok
 
 # %% ../nbs/03_chars.ipynb #09006629
-TOKENIZERS = [*SLOTS['tokenizer'].values()]                    # also those of later chapters
+TOKENIZERS = [*SLOTS['tokenizer'].values()]  # also those of later chapters
+
 
 def tokenizer_from(
-    data,        # a parsed tokenizer.json
-    name='this file'
+    data,  # a parsed tokenizer.json
+    name='this file',
 ):
     "The tokenizer that `data` describes, of whatever kind it is"
     for address in TOKENIZERS if isinstance(data, dict) else ():
-        try: tok = lookup(address, 'tokenizer').from_json(data)
-        except LabError as e: raise LabError(f'{name}: {e}') from None
-        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError,
-                ValueError) as e:
-            raise LabError(f'{name} is no whole tokenizer ({type(e).__name__}: {short(str(e), 100)}): save it again') from None
-        if tok is None: continue
+        try:
+            tok = lookup(address, 'tokenizer').from_json(data)
+        except LabError as e:
+            raise LabError(f'{name}: {e}') from None
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            RecursionError,
+            TypeError,
+            ValueError,
+        ) as e:
+            raise LabError(
+                f'{name} is no whole tokenizer ({type(e).__name__}: {short(str(e), 100)}): '
+                'save it again'
+            ) from None
+        if tok is None:
+            continue
         if wrong := [n for n in getattr(tok, 'begin', None) or () if n >= tok.vocab_size]:
-            raise LabError(f'{name} puts the id {wrong[0]:,} before a text, and has '
-                           f'{tok.vocab_size:,}: save it again')
+            raise LabError(
+                f'{name} puts the id {wrong[0]:,} before a text, and has '
+                f'{tok.vocab_size:,}: save it again'
+            )
         return tok
-    raise LabError(f'{name} holds no tokenizer that this library knows: save one with its own `save`')
+    raise LabError(
+        f'{name} holds no tokenizer that this library knows: save one with its own `save`'
+    )
 
 # %% ../nbs/03_chars.ipynb #dd7380e7
 def _json(path):
-    try: return json_of(bytes_in(path.parent, path.name), path, 'save the tokenizer again')
+    try:
+        return json_of(bytes_in(path.parent, path.name), path, 'save the tokenizer again')
     except OSError as e:
-        raise LabError(f'cannot read {path}: {e.strerror}; give a folder with a saved tokenizer') from None
+        raise LabError(
+            f'cannot read {path}: {e.strerror}; give a folder with a saved tokenizer'
+        ) from None
+
 
 def load_tokenizer(
-    path # a folder that holds a `tokenizer.json`, or that file
+    path,  # a folder that holds a `tokenizer.json`, or that file
 ):
     "The tokenizer saved there, of whatever kind, with its `meta` if it has one"
-    path = Path(path) if Path(path).suffix == '.json' else Path(path)/'tokenizer.json'
-    tok, meta = tokenizer_from(_json(path), path), path.with_name('meta.json')
-    if hasattr(tok, 'meta') and meta.is_file(): tok.meta = _json(meta)
+    path = Path(path) if Path(path).suffix == '.json' else Path(path) / 'tokenizer.json'
+    tok = tokenizer_from(_json(path), path)
+    meta = path.with_name('meta.json')
+    if hasattr(tok, 'meta') and meta.is_file():
+        tok.meta = _json(meta)
     return tok
 
 # %% ../nbs/03_chars.ipynb #841acc7b
-def read_parts(source, size=1 << 20): # yields str
-    "The text of a `str`, or of the UTF-8 file at a `Path` with plain line ends, in parts of `size` characters"
-    if isinstance(source, str): yield source; return
+def read_parts(source, size=1 << 20):  # yields str
+    """The text of a `str`, or of the UTF-8 file at a `Path` with plain line ends, in parts of
+    `size` characters"""
+    if isinstance(source, str):
+        yield source
+        return
     if not isinstance(source, Path):
-        raise LabError(f'a source is a text (str) or a file (Path), not {type(source).__name__}: wrap it in one')
+        raise LabError(
+            f'a source is a text (str) or a file (Path), not {type(source).__name__}: wrap '
+            'it in one'
+        )
     try:
         with open(source, encoding='utf-8-sig') as f:
-            while part := f.read(size): yield part
-    except OSError as e: raise LabError(f'cannot read {source}: {e.strerror or e}; check the path') from None
+            while part := f.read(size):
+                yield part
+    except OSError as e:
+        raise LabError(f'cannot read {source}: {e.strerror or e}; check the path') from None
     except UnicodeDecodeError as e:
-        raise LabError(f'{source} is not UTF-8: it holds the byte 0x{e.object[e.start]:02x}; '
-                       'save it as UTF-8 first') from None
+        raise LabError(
+            f'{source} is not UTF-8: it holds the byte 0x{e.object[e.start]:02x}; '
+            'save it as UTF-8 first'
+        ) from None
 
 # %% ../nbs/03_chars.ipynb #0c1468d4
-_COLOURS = '#cfe8ff', '#ffe2b8', '#d5f2c8', '#f6d5ee', '#e3dcff'   # dark text is legible on each
+_COLOURS = '#cfe8ff', '#ffe2b8', '#d5f2c8', '#f6d5ee', '#e3dcff'  # dark text is legible on each
 _CHIP = 'color:#111;border-radius:3px;padding:1px 2px;margin:1px;display:inline-block'
 
+
 def chips_html(
-    tokenizer, # any that speaks the protocol
-    text:str,
-    most=400   # tokens shown
-)->str:
-    "The text as coloured chips, one for each token, with id and bytes as `title`; inline styles only"
+    tokenizer,  # any that speaks the protocol
+    text: str,
+    most=400,  # tokens shown
+) -> str:
+    """The text as coloured chips, one for each token, with id and bytes as `title`; inline styles
+    only"""
     ids = tokenizer.encode(text)
+
     def chip(n, id):
-        shown, raw = tokenizer.decode([id]), getattr(tokenizer, 'decode_bytes', lambda ids: None)([id])
-        if raw is not None and '\ufffd' in shown: shown = ''.join(f'⟨{b:02x}⟩' for b in raw)
+        shown = tokenizer.decode([id])
+        raw = getattr(tokenizer, 'decode_bytes', lambda ids: None)([id])
+        if raw is not None and '\ufffd' in shown:
+            shown = ''.join(f'⟨{b:02x}⟩' for b in raw)
         shown = html.escape(shown.replace(' ', '␣').replace('\t', '⇥').replace('\n', '↵'))
         title = html.escape(f'id {id}: {raw or tokenizer.decode([id])!r}')
         return f'<span style="background:{_COLOURS[n % 5]};{_CHIP}" title="{title}">{shown}</span>'
+
     more = f' … {len(ids) - most:,} more' if len(ids) > most else ''
-    chips = (chip(n, id) + '<br>'*('\n' in tokenizer.decode([id])) for n, id in enumerate(ids[:most]))
-    return '<div style="font-family:monospace;line-height:1.7;max-width:46em">' + ''.join(chips) + more + '</div>'
+    chips = (
+        chip(n, id) + '<br>' * ('\n' in tokenizer.decode([id])) for n, id in enumerate(ids[:most])
+    )
+    return (
+        '<div style="font-family:monospace;line-height:1.7;max-width:46em">'
+        + ''.join(chips)
+        + more
+        + '</div>'
+    )

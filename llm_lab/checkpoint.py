@@ -7,314 +7,530 @@ __all__ = ['SWAYS', 'COLUMNS', 'CLOCKS', 'optimiser_state', 'restore_optimiser',
            'val_losses', 'read_state', 'Metrics']
 
 # %% ../nbs/13_checkpoint.ipynb #603fd352
-import base64, hashlib, json, math, os, re, warnings
+import base64
+import hashlib
+import json
+import math
+import os
+import re
+import warnings
 import torch
 from functools import cache
 from pathlib import Path
 from fastcore.basics import patch
 from safetensors.torch import load as tensors_from, save as tensor_bytes
 from . import __version__
-from .lab import (LabError, machine, made_folder, quick_products, remove, replaceable, require_ours, short,
-                         snapshot, streams, sync_to_disk, warn_once, written)
+from llm_lab.lab import (
+    LabError,
+    machine,
+    made_folder,
+    quick_products,
+    remove,
+    replaceable,
+    require_ours,
+    short,
+    snapshot,
+    streams,
+    sync_to_disk,
+    warn_once,
+    written,
+)
 from .package import chosen, fill, parsed, seal, verified, write_package
 from .evaluate import read_rows
 
 # %% ../nbs/13_checkpoint.ipynb #634eaaa0
-def optimiser_state(model, opt)->tuple: # ({'blocks.0.attn.qkv.weight/momentum': tensor, …}, groups as plain data)
+def optimiser_state(
+    model, opt
+) -> tuple:  # ({'blocks.0.attn.qkv.weight/momentum': tensor, …}, groups as plain data)
     "What an optimiser remembers, and its settings; raises `LabError` on a memory that is no tensor"
     names = {id(p): name for name, p in model.named_parameters()}
-    tensors = {f'{names[id(p)]}/{k}': v for p, kept in opt.state.items() for k, v in kept.items() if v is not None}
+    tensors = {
+        f'{names[id(p)]}/{k}': v
+        for p, kept in opt.state.items()
+        for k, v in kept.items()
+        if v is not None
+    }
     for k, v in tensors.items():
         if not isinstance(v, torch.Tensor):
-            raise LabError(f'{k} of the optimiser is {v!r}: only tensors can be kept; use another optimiser')
+            raise LabError(
+                f'{k} of the optimiser is {v!r}: only tensors can be kept; use another optimiser'
+            )
     plain = lambda v: v is None or isinstance(v, (bool, int, float, str, tuple, list))
-    groups = [{**{k: v for k, v in g.items() if k != 'params' and plain(v)}, 'params': [names[id(p)] for p in g['params']]}
-              for g in opt.param_groups]
+    groups = [
+        {
+            **{k: v for k, v in g.items() if k != 'params' and plain(v)},
+            'params': [names[id(p)] for p in g['params']],
+        }
+        for g in opt.param_groups
+    ]
     return tensors, groups
 
 # %% ../nbs/13_checkpoint.ipynb #c595e636
-def restore_optimiser(model, opt, tensors:dict, groups:list):
+def restore_optimiser(model, opt, tensors: dict, groups: list):
     "Let `opt` remember what another one did; raises `LabError` when it moves other parameters"
     names = {id(p): name for name, p in model.named_parameters()}
     mine = [[names[id(p)] for p in g['params']] for g in opt.param_groups]
     if mine != [g['params'] for g in groups]:
-        raise LabError('the optimiser that was saved moves its parameters in other groups: make the one that was used then')
-    number, state, now = {name: n for n, name in enumerate(sum(mine, []))}, {}, opt.state_dict()['param_groups']
+        raise LabError(
+            'the optimiser that was saved moves its parameters in other groups: make the one '
+            'that was used then'
+        )
+    number = {name: n for n, name in enumerate(sum(mine, []))}
+    state = {}
+    now = opt.state_dict()['param_groups']
     for key, v in tensors.items():
-        name, _, k = key.rpartition('/'); state.setdefault(number[name], {})[k] = v
+        name, _, k = key.rpartition('/')
+        state.setdefault(number[name], {})[k] = v
     for g, said in zip(now, groups):
-        g.update({k: tuple(v) if isinstance(v, list) else v for k, v in said.items() if k != 'params'})
+        g.update(
+            {k: tuple(v) if isinstance(v, list) else v for k, v in said.items() if k != 'params'}
+        )
     opt.load_state_dict(dict(state=state, param_groups=now))
 
 # %% ../nbs/13_checkpoint.ipynb #37a2b970
-def _text(states): return {k: base64.b64encode(v.cpu().numpy().tobytes()).decode() for k, v in states.items()}
+def _text(states):
+    return {k: base64.b64encode(v.cpu().numpy().tobytes()).decode() for k, v in states.items()}
+
+
 def _states(texts):
-    return {k: torch.frombuffer(bytearray(base64.b64decode(v)), dtype=torch.uint8) for k, v in texts.items()}
+    return {
+        k: torch.frombuffer(bytearray(base64.b64decode(v)), dtype=torch.uint8)
+        for k, v in texts.items()
+    }
+
 
 class Checkpoints:
     "The checkpoints of a run in `folder/checkpoints`: the newest `keep` and the best stay"
-    def __init__(self,
-        folder, tokenizer, keep=3,
-        about=None,             # where the model comes from, for its card
-        rank=0,                 # number of this process; the first one writes
-        gather=lambda x: [x],   # what all processes have, in their order
-        facts=dict,             # a function without arguments: plain data that state.json keeps
-        **parts                 # name=object with `state_dict` and `load_state_dict`, such as data=batches
-    ):
-        if not isinstance(keep, int) or keep < 1: raise LabError(f'keep={keep!r}: give a whole number of at least 1')
-        self.folder, self.tokenizer, self.keep, self.about = Path(folder), tokenizer, keep, about or {}
-        self.rank, self.gather, self.parts, self.mine = rank, gather, parts, set()
-        self.facts, self.left_out = facts, set()               # steps whose numbers are none
-        self.wrote = {}                                        # step: `snapshot` of its files
 
-    def __call__(self, run):                                   # every process calls it, the first one writes
+    def __init__(
+        self,
+        folder,
+        tokenizer,
+        keep=3,
+        about=None,  # where the model comes from, for its card
+        rank=0,  # number of this process; the first one writes
+        gather=lambda x: [x],  # what all processes have, in their order
+        facts=dict,  # a function without arguments: plain data that state.json keeps
+        **parts,  # name=object with `state_dict` and `load_state_dict`, such as data=batches
+    ):
+        if not isinstance(keep, int) or keep < 1:
+            raise LabError(f'keep={keep!r}: give a whole number of at least 1')
+        self.folder = Path(folder)
+        self.tokenizer = tokenizer
+        self.keep = keep
+        self.about = about or {}
+        self.rank = rank
+        self.gather = gather
+        self.parts = parts
+        self.mine = set()
+        self.facts, self.left_out = facts, set()  # steps whose numbers are none
+        self.wrote = {}  # step: `snapshot` of its files
+
+    def __call__(self, run):  # every process calls it, the first one writes
         random = self.gather(_text(run.random or streams(run.history.device)))
-        if self.rank == 0: self.save(run, random); self.tidy(run)
+        if self.rank == 0:
+            self.save(run, random)
+            self.tidy(run)
 
 # %% ../nbs/13_checkpoint.ipynb #c30797f1
 @patch
-def place(self:Checkpoints, step:int)->Path: return self.folder/'checkpoints'/f'step-{step:06d}'
+def place(self: Checkpoints, step: int) -> Path:
+    return self.folder / 'checkpoints' / f'step-{step:06d}'
 
-def steps_in(folder)->list:
+
+def steps_in(folder) -> list:
     "The steps of which a run's folder has a checkpoint, in order; a copy with another name is none"
-    place = Path(folder)/'checkpoints'
+    place = Path(folder) / 'checkpoints'
     names = os.listdir(place) if place.is_dir() else []
     return sorted(int(m[1]) for n in names if (m := re.fullmatch(r'step-(\d+)', n)))
 
+
 @patch
-def steps(self:Checkpoints)->list:
+def steps(self: Checkpoints) -> list:
     "The steps of which there is a checkpoint, in order, but for those that `load` has left out"
     return [s for s in steps_in(self.folder) if s not in self.left_out]
 
 # %% ../nbs/13_checkpoint.ipynb #37e98265
 # what in the environment makes other bits of the same program: precision, and the instructions used
-SWAYS = ('ONEDNN_DEFAULT_FPMATH_MODE', 'DNNL_DEFAULT_FPMATH_MODE', 'ONEDNN_MAX_CPU_ISA',
-         'DNNL_MAX_CPU_ISA', 'ATEN_CPU_CAPABILITY', 'MKL_CBWR', 'MKL_ENABLE_INSTRUCTIONS',
-         'NVIDIA_TF32_OVERRIDE', 'TORCH_ALLOW_TF32_CUBLAS_OVERRIDE')
+SWAYS = (
+    'ONEDNN_DEFAULT_FPMATH_MODE',
+    'DNNL_DEFAULT_FPMATH_MODE',
+    'ONEDNN_MAX_CPU_ISA',
+    'DNNL_MAX_CPU_ISA',
+    'ATEN_CPU_CAPABILITY',
+    'MKL_CBWR',
+    'MKL_ENABLE_INSTRUCTIONS',
+    'NVIDIA_TF32_OVERRIDE',
+    'TORCH_ALLOW_TF32_CUBLAS_OVERRIDE',
+)
+
 
 @cache
 def _hardware(kind):
     "Which processor or accelerator calculates"
     return torch.cuda.get_device_name() if kind == 'cuda' else machine()['cpu']
 
+
 def _made(run, processes):
     "With what the bits of a run are made"
     kind = run.history.device.type
-    return dict(llm_lab=__version__, torch=torch.__version__, threads=torch.get_num_threads(),
-                processes=processes, device=kind, dtype=str(next(run.model.parameters()).dtype),
-                hardware=_hardware(kind), matmul=torch.get_float32_matmul_precision(),
-                products='oneDNN' if kind == 'cpu' and quick_products() else 'PyTorch',
-                **{k: os.environ.get(k, 'not set') for k in SWAYS})
+    return dict(
+        llm_lab=__version__,
+        torch=torch.__version__,
+        threads=torch.get_num_threads(),
+        processes=processes,
+        device=kind,
+        dtype=str(next(run.model.parameters()).dtype),
+        hardware=_hardware(kind),
+        matmul=torch.get_float32_matmul_precision(),
+        products='oneDNN' if kind == 'cpu' and quick_products() else 'PyTorch',
+        **{k: os.environ.get(k, 'not set') for k in SWAYS},
+    )
 
 # %% ../nbs/13_checkpoint.ipynb #5623dd60
-def _diverged(model, tensors)->str: # '' if none has
+def _diverged(model, tensors) -> str:  # '' if none has
     "The first weight that is not finite, or what the optimiser remembers that is no number"
     for name, p in model.named_parameters():
-        if not p.isfinite().all(): return name
+        if not p.isfinite().all():
+            return name
     return next((k for k, v in tensors.items() if k != 'history' and v.isnan().any()), '')
 
+
 @patch
-def save(self:Checkpoints, run, random:list):
-    "Write the checkpoint of this step, all of it or nothing; `random` holds the streams of each process"
+def save(self: Checkpoints, run, random: list):
+    """Write the checkpoint of this step, all of it or nothing;
+
+    `random` holds the streams of each process"""
     if (last := max(self.steps(), default=-1)) >= run.step or last not in {-1, *self.mine}:
-        if last == run.step and last in self.mine: return      # it is there
-        raise LabError(f'{self.place(last)} was not written on the way to step {run.step}: load it, or name another folder')
-    for name in ('latest', 'best'): require_ours(self.folder/name, _names_a_step)
+        if last == run.step and last in self.mine:
+            return  # it is there
+        raise LabError(
+            f'{self.place(last)} was not written on the way to step {run.step}: load it, or '
+            'name another folder'
+        )
+    for name in ('latest', 'best'):
+        require_ours(self.folder / name, _names_a_step)
     tensors, groups = optimiser_state(run.model, run.opt)
     if odd := _diverged(run.model, tensors):
-        raise LabError(f'{self.folder} has diverged: {odd} is no number after step {run.step:,}, '
-                       'and that is not saved; begin a new run with a lower learning rate')
-    state = dict(step=run.step, steps=run.steps, tokens=run.tokens, seconds=run.seconds, notes=run.notes, groups=groups,
-                 random=random, made=_made(run, len(random)), facts=self.facts(),
-                 parts={k: v.state_dict() for k, v in self.parts.items()})
+        raise LabError(
+            f'{self.folder} has diverged: {odd} is no number after step {run.step:,}, '
+            'and that is not saved; begin a new run with a lower learning rate'
+        )
+    state = dict(
+        step=run.step,
+        steps=run.steps,
+        tokens=run.tokens,
+        seconds=run.seconds,
+        notes=run.notes,
+        groups=groups,
+        random=random,
+        made=_made(run, len(random)),
+        facts=self.facts(),
+        parts={k: v.state_dict() for k, v in self.parts.items()},
+    )
     with written(self.place(run.step)) as new:
         about = {**self.about, 'step': run.step, 'tokens': run.tokens}
-        write_package(new, run.model, self.tokenizer, about, f'{self.folder.name}, step {run.step:,}')
-        tensors['history'] = run.history[:, :run.step].contiguous()
-        (new/'optimizer.safetensors').write_bytes(tensor_bytes(tensors))
-        (new/'state.json').write_text(json.dumps(state), encoding='utf-8')
+        write_package(
+            new, run.model, self.tokenizer, about, f'{self.folder.name}, step {run.step:,}'
+        )
+        tensors['history'] = run.history[:, : run.step].contiguous()
+        (new / 'optimizer.safetensors').write_bytes(tensor_bytes(tensors))
+        (new / 'state.json').write_text(json.dumps(state), encoding='utf-8')
         files = sorted(f.name for f in new.iterdir())
-        seal(new, 'manifest.json', files, sizes={f: (new/f).stat().st_size for f in files})
-        self.mine.add(run.step)                                # also if an error comes after the rename
+        seal(new, 'manifest.json', files, sizes={f: (new / f).stat().st_size for f in files})
+        self.mine.add(run.step)  # also if an error comes after the rename
         self.wrote[run.step] = snapshot(new)
 
 # %% ../nbs/13_checkpoint.ipynb #be8e222e
-_names_a_step = re.compile(rb'step-\d+\n').fullmatch           # what `latest` and `best` hold
+_names_a_step = re.compile(rb'step-\d+\n').fullmatch  # what `latest` and `best` hold
 _mark = r'(\.gone|(\.\d+\.(new|old))+)'
+
 
 def sweep_checkpoints(folder):
     "Remove what killed writers, and a killed `tidy`, have left in a run where nobody writes now"
-    for place, names in ((Path(folder), 'latest|best'), (Path(folder)/'checkpoints', r'step-\d+')):
+    for place, names in (
+        (Path(folder), 'latest|best'),
+        (Path(folder) / 'checkpoints', r'step-\d+'),
+    ):
         for rest in place.iterdir() if place.is_dir() else ():
-            if re.fullmatch(rf'\.+({names}){_mark}', rest.name): remove(rest)
+            if re.fullmatch(rf'\.+({names}){_mark}', rest.name):
+                remove(rest)
 
-def val_losses(notes)->dict: # {step: loss}; what is not finite is infinite
-    "The validation losses noted that can be compared: those on as many tokens (`of`) as the newest one"
+
+def val_losses(notes) -> dict:  # {step: loss}; what is not finite is infinite
+    """The validation losses noted that can be compared: those on as many tokens (`of`) as the
+    newest one"""
     noted = [n for n in notes if 'val' in n]
     of = noted[-1].get('of') if noted else None
-    return {n['step']: n['val'] if math.isfinite(n['val']) else math.inf
-            for n in noted if n.get('of', of) == of}
+    return {
+        n['step']: n['val'] if math.isfinite(n['val']) else math.inf
+        for n in noted
+        if n.get('of', of) == of
+    }
+
 
 def _best(steps, notes):
     "Of these steps, the one with the lowest validation loss noted; None if none was"
     vals = {s: val for s, val in val_losses(notes).items() if val < math.inf}
     return min((s for s in steps if s in vals), key=vals.get, default=None)
 
+
 @patch
-def drop(self:Checkpoints, step):
+def drop(self: Checkpoints, step):
     "Take the checkpoint of a step off the list; it stays if anything in it is not ours"
     place = self.place(step)
     try:
-        if self.wrote.get(step) != snapshot(place): replaceable(place)
-    except LabError as e: return warn_once(f'{e}. It stays')
+        if self.wrote.get(step) != snapshot(place):
+            replaceable(place)
+    except LabError as e:
+        return warn_once(f'{e}. It stays')
     os.replace(place, place.with_name(f'.step-{step:06d}.gone'))
 
+
 @patch
-def tidy(self:Checkpoints, run):
+def tidy(self: Checkpoints, run):
     "Name the latest and the best checkpoint; remove the others, and what killed writers have left"
-    steps = self.steps(); best = _best(steps, run.notes)
+    steps = self.steps()
+    best = _best(steps, run.notes)
     for name, step in dict(latest=max(steps), best=best).items():
-        line, path = f'step-{step or 0:06d}\n', self.folder/name
+        line, path = f'step-{step or 0:06d}\n', self.folder / name
         require_ours(path, _names_a_step)
         if step is not None and not (path.is_file() and path.read_text() == line):
-            with written(path) as new: new.write_text(line)
-    for step in steps[:-self.keep]:
-        if step != best: self.drop(step)
+            with written(path) as new:
+                new.write_text(line)
+    for step in steps[: -self.keep]:
+        if step != best:
+            self.drop(step)
     sweep_checkpoints(self.folder)
 
 # %% ../nbs/13_checkpoint.ipynb #9a861791
 @patch
-def load(self:Checkpoints, run,
-    path=None # a checkpoint; the newest of this run if none
-)->dict: # what its state.json says
-    "Bring model, optimiser, history, streams and parts to where they were. Raises `LabError` when one bit is not as it was"
+def load(
+    self: Checkpoints,
+    run,
+    path=None,  # a checkpoint; the newest of this run if none
+) -> dict:  # what its state.json says
+    """Bring model, optimiser, history, streams and parts to where they were.
+
+    Raises `LabError` when one bit is not as it was"""
     if path is None and not self.steps():
         some = ' whose weights are numbers' if self.left_out else ''
         raise LabError(f'{self.folder} holds no checkpoint{some}: nothing to go on from')
-    given, path = path, self.place(max(self.steps())) if path is None else chosen(path)
-    data, _ = verified(path, 'manifest.json', None, 'checkpoint', f'go on from another one in {path.parent}')
-    state, tensors = (parsed(data.get(f, b''), path/f, read)
-                      for f, read in (('state.json', json.loads), ('optimizer.safetensors', tensors_from)))
-    _check_state(state, path/'state.json')
+    given = path
+    path = self.place(max(self.steps())) if path is None else chosen(path)
+    data, _ = verified(
+        path, 'manifest.json', None, 'checkpoint', f'go on from another one in {path.parent}'
+    )
+    state, tensors = (
+        parsed(data.get(f, b''), path / f, read)
+        for f, read in (('state.json', json.loads), ('optimizer.safetensors', tensors_from))
+    )
+    _check_state(state, path / 'state.json')
     own = path.parent.resolve() == self.place(0).parent.resolve()
     named = own and re.fullmatch(r'step-\d+', path.name)
     if named and path.resolve() != self.place(state['step']).resolve():
         raise LabError(f'{path} is the checkpoint of step {state["step"]:,}: give it its name back')
-    if state['step'] > run.steps: raise LabError(f'{path} is beyond the {run.steps:,} steps that are planned: plan more')
+    if state['step'] > run.steps:
+        raise LabError(f'{path} is beyond the {run.steps:,} steps that are planned: plan more')
     if unknown := state['parts'].keys() ^ self.parts.keys():
-        raise LabError(f'{path} was saved with parts {[*state["parts"]]}: {sorted(unknown)[0]!r} is missing on one side')
-    fill(run.model, data.get('model.safetensors', b''), path/'model.safetensors')
+        raise LabError(
+            f'{path} was saved with parts {[*state["parts"]]}: {sorted(unknown)[0]!r} is '
+            'missing on one side'
+        )
+    fill(run.model, data.get('model.safetensors', b''), path / 'model.safetensors')
     if odd := _diverged(run.model, tensors):
         why = f'{path}: {odd} holds what is no number'
-        if given is not None: raise LabError(f'{why}: go on from another one in {path.parent}')
+        if given is not None:
+            raise LabError(f'{why}: go on from another one in {path.parent}')
         warnings.warn(f'{why}: it is left out')
         self.left_out.add(state['step'])
         return self.load(run)
-    try: self.restore(run, state, tensors)
-    except LabError: raise
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:     # sealed, and yet not ours
-        raise LabError(f'{path} is no checkpoint of this run ({type(e).__name__}: {short(str(e), 100)}): go on from another one') from e
+    try:
+        self.restore(run, state, tensors)
+    except LabError:
+        raise
+    except (
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as e:  # sealed, and yet not ours
+        raise LabError(
+            f'{path} is no checkpoint of this run ({type(e).__name__}: '
+            f'{short(str(e), 100)}): go on from another one'
+        ) from e
     self.mine = {s for s in self.steps() if s <= run.step and own}
     return state
 
 # %% ../nbs/13_checkpoint.ipynb #d0e1d25c
 def _check_state(state, path):
-    "Raises `LabError` unless a state.json says what `save` writes, in the kinds that are counted with"
-    kinds = dict(step=int, steps=int, tokens=int, seconds=(int, float), notes=list, groups=list, random=list, made=dict, parts=dict)
+    """Raises `LabError` unless a state.json says what `save` writes, in the kinds that are counted
+    with"""
+    kinds = dict(
+        step=int,
+        steps=int,
+        tokens=int,
+        seconds=(int, float),
+        notes=list,
+        groups=list,
+        random=list,
+        made=dict,
+        parts=dict,
+    )
     state = state if isinstance(state, dict) else {}
-    if not isinstance(state.get('facts', {}), dict): kinds['facts'] = dict     # an old one has none
-    odd = [k for k, kind in kinds.items() if not isinstance(state.get(k), kind) or isinstance(state[k], bool)]
-    if not odd and not 0 <= min(state['step'], state['tokens'], state['seconds']) < 1 << 53: odd = ['step']
-    if not odd and not all(isinstance(x, dict) for k in ('notes', 'groups', 'random') for x in state[k]): odd = ['notes']
-    if odd: raise LabError(f'{path}: {odd[0]} is not what a checkpoint says there: go on from another one')
+    if not isinstance(state.get('facts', {}), dict):
+        kinds['facts'] = dict  # an old one has none
+    odd = [
+        k
+        for k, kind in kinds.items()
+        if not isinstance(state.get(k), kind) or isinstance(state[k], bool)
+    ]
+    if not odd and not 0 <= min(state['step'], state['tokens'], state['seconds']) < 1 << 53:
+        odd = ['step']
+    if not odd and not all(
+        isinstance(x, dict) for k in ('notes', 'groups', 'random') for x in state[k]
+    ):
+        odd = ['notes']
+    if odd:
+        raise LabError(
+            f'{path}: {odd[0]} is not what a checkpoint says there: go on from another one'
+        )
+
 
 @patch
-def restore(self:Checkpoints, run, state:dict, tensors:dict):
-    "Optimiser, history, parts and streams as they were; `tensors` are those of optimizer.safetensors"
+def restore(self: Checkpoints, run, state: dict, tensors: dict):
+    """Optimiser, history, parts and streams as they were;
+
+    `tensors` are those of optimizer.safetensors"""
     history = tensors.pop('history')
-    if history.shape != (2, state['step']): raise ValueError(f'history of shape {tuple(history.shape)}')
+    if history.shape != (2, state['step']):
+        raise ValueError(f'history of shape {tuple(history.shape)}')
     restore_optimiser(run.model, run.opt, tensors, state['groups'])
-    for k, v in self.parts.items(): v.load_state_dict(state['parts'][k])
-    run.history[:, :state['step']] = history
-    for k in ('step', 'tokens', 'seconds', 'notes'): setattr(run, k, state[k])
+    for k, v in self.parts.items():
+        v.load_state_dict(state['parts'][k])
+    run.history[:, : state['step']] = history
+    for k in ('step', 'tokens', 'seconds', 'notes'):
+        setattr(run, k, state[k])
     self.restore_streams(run, state)
 
 # %% ../nbs/13_checkpoint.ipynb #b2c80e01
-def read_state(path)->dict: # what it says, and `about`: what its package says of itself
+def read_state(path) -> dict:  # what it says, and `about`: what its package says of itself
     "The state.json of a checkpoint, without its tensors. Raises `LabError` where it is damaged"
     path, names = Path(path), ['state.json', 'package.json']
     remedy = f'go on from another one in {path.parent}'
     data, _ = verified(path, 'manifest.json', names, 'checkpoint', remedy)
-    state, package = (parsed(data[n], path/n) for n in names)
-    _check_state(state, path/'state.json')
+    state, package = (parsed(data[n], path / n) for n in names)
+    _check_state(state, path / 'state.json')
     about = package.get('about') if isinstance(package, dict) else None
     return state | dict(about=about if isinstance(about, dict) else {})
 
 # %% ../nbs/13_checkpoint.ipynb #c741f4b5
 @patch
-def restore_streams(self:Checkpoints, run, state):
+def restore_streams(self: Checkpoints, run, state):
     "Let dropout go on with the stream of this process; warns where the bits cannot be the same"
     mine = self.gather(None)
     random = _states(state['random'][self.rank]) if len(mine) == len(state['random']) else {}
     known = streams(run.history.device)
     run.random = {k: v for k, v in random.items() if k in known}
-    if odd := [k for k, v in run.random.items() if v.shape != known[k].shape]: raise ValueError(f'the stream of {odd[0]} is torn')
+    if odd := [k for k, v in run.random.items() if v.shape != known[k].shape]:
+        raise ValueError(f'the stream of {odd[0]} is torn')
     now = _made(run, len(mine))
     made = state['made'].items()
     if other := [f'{k} was {v}, is {now[k]}' for k, v in made if v != now.get(k, v)]:
-        warnings.warn('from here on the bits may differ from those of one run without a stop: '
-                      + '; '.join(other))
+        warnings.warn(
+            'from here on the bits may differ from those of one run without a stop: '
+            + '; '.join(other)
+        )
 
 # %% ../nbs/13_checkpoint.ipynb #b9cf085f
-COLUMNS = ('step', 'tokens', 'seconds', 'loss', 'ppl', 'bits_per_byte', 'lr', 'grad_norm', 'tokens_per_s', 'mfu',
-           'peak_memory', 'val', 'val_bits_per_byte')
+COLUMNS = (
+    'step',
+    'tokens',
+    'seconds',
+    'loss',
+    'ppl',
+    'bits_per_byte',
+    'lr',
+    'grad_norm',
+    'tokens_per_s',
+    'mfu',
+    'peak_memory',
+    'val',
+    'val_bits_per_byte',
+)
 CLOCKS = ('seconds', 'tokens_per_s', 'mfu', 'peak_memory')  # all that two equal runs may differ in
 _FILES = ('metrics.jsonl', 'samples.jsonl', 'metrics.csv')
 
+
 def _is_number(text):
-    try: return text == '' or float(text) is not None
-    except ValueError: return False
+    try:
+        return text == '' or float(text) is not None
+    except ValueError:
+        return False
+
 
 def _is_row(line):
     "Is this a line of a .jsonl file as `Metrics` writes it?"
-    try: row = json.loads(line)
-    except (ValueError, RecursionError): return False
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
     return isinstance(row, dict) and 'step' in row and json.dumps(row) == line
+
 
 def _is_torn(line):
     "Is this the beginning of a row, and no more?"
-    try: return json.loads(line) is ...
-    except (ValueError, RecursionError): return line[:2] in ('{', '{"')
+    try:
+        return json.loads(line) is ...
+    except (ValueError, RecursionError):
+        return line[:2] in ('{', '{"')
+
 
 def _is_table(lines, torn):
     "Are these the lines of a metrics.csv, and the beginning of another one?"
     head = ','.join(COLUMNS)
-    if not lines: return head.startswith(torn)
+    if not lines:
+        return head.startswith(torn)
     rows = [line.split(',') for line in lines[1:]]
     whole = all(len(row) == len(COLUMNS) and all(map(_is_number, row)) for row in rows)
     return lines[0] == head and whole and bool(re.fullmatch('[-+.,0-9einfa]*', torn))
 
+
 def _by_metrics(name):
-    "A test for the bytes of a file of that name: is all of it by `Metrics`? A kill may tear its end"
+    """A test for the bytes of a file of that name: is all of it by `Metrics`?
+
+    A kill may tear its end"""
+
     def ours(data):
         *lines, last = data.decode(errors='replace').split('\n')
-        torn = last.strip('\0')                                # a power cut may leave zeros
-        if name == 'metrics.csv': return _is_table(lines, torn)
+        torn = last.strip('\0')  # a power cut may leave zeros
+        if name == 'metrics.csv':
+            return _is_table(lines, torn)
         return all(map(_is_row, lines)) and (not torn or _is_row(torn) or _is_torn(torn))
+
     return ours
 
+
 class Metrics:
-    "The numbers of a run as they come: `metrics.jsonl`, those that all runs have as `metrics.csv`, texts in `samples.jsonl`"
+    """The numbers of a run as they come:
+
+    `metrics.jsonl`, those that all runs have as `metrics.csv`, texts in `samples.jsonl`"""
+
     def __init__(self, folder):
         self.folder, self.known = Path(folder), set()
         self.seen = {name: (0, hashlib.sha256()) for name in _FILES[:2]}  # rows, and their hash
 
-    def _line(self, row): return ','.join(str(row.get(k, '')) for k in COLUMNS)
+    def _line(self, row):
+        return ','.join(str(row.get(k, '')) for k in COLUMNS)
 
     def _require(self, name):
         "Raises `LabError` if there is such a file of somebody else"
-        if name in self.known: return
-        path, lock = self.folder/name, self.folder/'.lock'     # a run that was killed may leave it empty
+        if name in self.known:
+            return
+        # a run that was killed may leave it empty
+        path = self.folder / name
+        lock = self.folder / '.lock'
         begun = lock.exists() and path.exists() and lock.stat().st_mtime <= path.stat().st_mtime
         require_ours(path, lambda data: (begun or data) and _by_metrics(name)(data))
         self.known.add(name)
@@ -322,15 +538,19 @@ class Metrics:
     def _add(self, name, line):
         made_folder(self.folder)
         self._require(name)
-        with open(self.folder/name, 'a', encoding='utf-8') as f: f.write(line + '\n')
+        with open(self.folder / name, 'a', encoding='utf-8') as f:
+            f.write(line + '\n')
 
-    def write(self, row:dict):
-        for name in _FILES[::2]: self._require(name)           # both, before one is touched
-        if not (self.folder/'metrics.csv').exists(): self._add('metrics.csv', ','.join(COLUMNS))
-        self._add('metrics.jsonl', json.dumps(row)); self._add('metrics.csv', self._line(row))
+    def write(self, row: dict):
+        for name in _FILES[::2]:
+            self._require(name)  # both, before one is touched
+        if not (self.folder / 'metrics.csv').exists():
+            self._add('metrics.csv', ','.join(COLUMNS))
+        self._add('metrics.jsonl', json.dumps(row))
+        self._add('metrics.csv', self._line(row))
         self._count('metrics.jsonl', row)
 
-    def keep(self, text:dict):
+    def keep(self, text: dict):
         self._add('samples.jsonl', json.dumps(text))
         self._count('samples.jsonl', text)
 
@@ -340,32 +560,44 @@ class Metrics:
         digest.update(json.dumps(timeless).encode() + b'\n')
         self.seen[name] = n + 1, digest
 
-    def told(self)->dict: # {file: [rows, SHA-256 of all but what the clock says]}
+    def told(self) -> dict:  # {file: [rows, SHA-256 of all but what the clock says]}
         "What was written so far; by this a later reader finds rows that are missing or changed"
         return {name: [n, digest.hexdigest()] for name, (n, digest) in self.seen.items()}
 
 # %% ../nbs/13_checkpoint.ipynb #52924c38
 @patch
-def cut(self:Metrics, step:int, source=None):
-    "Forget what came after `step`, and a line that a kill has torn; `source` is another run to begin with"
-    for name in _FILES: self._require(name)
-    head, table = ','.join(COLUMNS) + '\n', self.folder/_FILES[2]
-    if not ((source or self.folder)/_FILES[0]).exists():       # a head at most, perhaps torn
+def cut(self: Metrics, step: int, source=None):
+    """Forget what came after `step`, and a line that a kill has torn;
+
+    `source` is another run to begin with"""
+    for name in _FILES:
+        self._require(name)
+    head = ','.join(COLUMNS) + '\n'
+    table = self.folder / _FILES[2]
+    if not ((source or self.folder) / _FILES[0]).exists():  # a head at most, perhaps torn
         if table.is_file() and not head.encode().startswith(table.read_bytes()):
-            raise LabError(f'{table} has rows, and metrics.jsonl, from which it is made anew, is '
-                           'gone: copy that one back, or move metrics.csv away')
+            raise LabError(
+                f'{table} has rows, and metrics.jsonl, from which it is made anew, is '
+                'gone: copy that one back, or move metrics.csv away'
+            )
         table.unlink(missing_ok=True)
     for name in _FILES[:2]:
-        if not ((source or self.folder)/name).exists(): continue
-        rows = [r for r in read_rows((source or self.folder)/name) if r['step'] <= step]
+        if not ((source or self.folder) / name).exists():
+            continue
+        rows = [r for r in read_rows((source or self.folder) / name) if r['step'] <= step]
         lines = {name: map(json.dumps, rows)}
         self.seen[name] = 0, hashlib.sha256()
-        for row in rows: self._count(name, row)
-        if name == 'metrics.jsonl': lines['metrics.csv'] = [','.join(COLUMNS), *map(self._line, rows)]
+        for row in rows:
+            self._count(name, row)
+        if name == 'metrics.jsonl':
+            lines['metrics.csv'] = [','.join(COLUMNS), *map(self._line, rows)]
         for file, text in lines.items():
-            with written(self.folder/file) as new: new.write_text(''.join(f'{line}\n' for line in text), encoding='utf-8')
+            with written(self.folder / file) as new:
+                new.write_text(''.join(f'{line}\n' for line in text), encoding='utf-8')
+
 
 @patch
-def sync(self:Metrics):
+def sync(self: Metrics):
     "Wait until all of it is on the disk"
-    for path in (p for n in _FILES if (p := self.folder/n).exists()): sync_to_disk(path)
+    for path in (p for n in _FILES if (p := self.folder / n).exists()):
+        sync_to_disk(path)

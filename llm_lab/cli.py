@@ -6,10 +6,23 @@
 __all__ = ['STOPPED', 'write_from', 'main']
 
 # %% ../nbs/28_cli.ipynb #4d7c8a1c
-import argparse, os, re, sys, warnings
+import argparse
+import os
+import re
+import sys
+import warnings
 from pathlib import Path
 from . import __version__
-from .lab import LabError, bytes_in, home, json_of, need, pointed, save_picture, usable_device
+from llm_lab.lab import (
+    LabError,
+    bytes_in,
+    home,
+    json_of,
+    need,
+    pointed,
+    save_picture,
+    usable_device,
+)
 from .config import CONFIGS, read_config, stated
 from .tour import command, surviving_output, tour, verdict
 from contextlib import nullcontext, suppress
@@ -17,31 +30,43 @@ from contextlib import nullcontext, suppress
 # %% ../nbs/28_cli.ipynb #ebb71d77
 def _say(line):
     "One line for the user, on stderr; where that is closed, nobody wants it"
-    with suppress(OSError, ValueError): print(line, file=sys.stderr, flush=True)
+    with suppress(OSError, ValueError):
+        print(line, file=sys.stderr, flush=True)
+
 
 class _Parser(argparse.ArgumentParser):
     "A parser whose errors are one line"
+
     def error(self, message):
         _say(f'{self.prog}: {message}; see {self.prog} --help')
         self.exit(2)
 
     def _print_message(self, message, file=None):
-        if message: (file or sys.stderr).write(message)        # argparse hides that a disk is full
+        if message:
+            (file or sys.stderr).write(message)  # argparse hides that a disk is full
 
     def _get_values(self, action, words):
-        if words != ['--'] or not action.option_strings: return super()._get_values(action, words)
-        value = self._get_value(action, '--')                  # `--tokens=--`: argparse drops it, and trips
+        if words != ['--'] or not action.option_strings:
+            return super()._get_values(action, words)
+        value = self._get_value(action, '--')  # `--tokens=--`: argparse drops it, and trips
         self._check_value(action, value)
         return value
 
+
 def _number(kind, ok, remedy):
     "A type for argparse: a number for which `ok` holds"
+
     def parse(text):
-        try: value = kind(text)
-        except ValueError: value = None
-        if value is None or not ok(value): raise argparse.ArgumentTypeError(f'{text!r} will not do: {remedy}')
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not ok(value):
+            raise argparse.ArgumentTypeError(f'{text!r} will not do: {remedy}')
         return value
+
     return parse
+
 
 _whole = _number(int, lambda n: n > 0, 'give a whole number above 0')
 
@@ -50,48 +75,66 @@ def _setting(text):
     "`key=value` as (key, number or truth value)"
     key, eq, value = text.partition('=')
     words = dict(true=True, false=False)
-    try: value = (words[value.lower()] if value.lower() in words else
-                  int(value) if value.lstrip('-').isdigit() else float(value))
-    except ValueError: eq = ''
-    if not eq: raise argparse.ArgumentTypeError(f'{text!r} will not do: write key=number, such as d_model=192')
+    try:
+        value = (
+            words[value.lower()]
+            if value.lower() in words
+            else int(value)
+            if value.lstrip('-').isdigit()
+            else float(value)
+        )
+    except ValueError:
+        eq = ''
+    if not eq:
+        raise argparse.ArgumentTypeError(
+            f'{text!r} will not do: write key=number, such as d_model=192'
+        )
     return key, value
 
 # %% ../nbs/28_cli.ipynb #b0c4d7e5
 def _which(path):
     "(the checkpoint that a run's folder stands for, the last one); two empty texts if it is no run"
     path = Path(path)
-    if (path/'package.json').exists(): return '', ''
+    if (path / 'package.json').exists():
+        return '', ''
     named = lambda file: pointed(file).name if file.is_file() else ''
-    best, last = named(path/'best'), named(path/'latest')
+    best, last = named(path / 'best'), named(path / 'latest')
     return best or last, last or best
 
 # %% ../nbs/28_cli.ipynb #ebac8df8
 def _place(path):
     "Where it is: here, or in `home()`; CONFIG is its newest run, CONFIG/RUN or RUN is that one"
     from llm_lab.run import find_model
+
     return find_model(path)
 
+
 def write_from(
-    path,         # a saved model or a run; looked for here, then in `home()`
+    path,  # a saved model or a run; looked for here, then in `home()`
     prompt='',
     n=300,
     seed=0,
-    stop=(),      # a text to end at, or several
-    **choice      # temperature, top_k, top_p, repetition_penalty
+    stop=(),  # a text to end at, or several
+    **choice,  # temperature, top_k, top_p, repetition_penalty
 ):
-    "Print `prompt` and what the model makes of it, as it comes; each token is read once if the model can keep a cache (chapter 18)"
+    """Print `prompt` and what the model makes of it, as it comes; each token is read once if the
+    model can keep a cache (chapter 18)"""
     from llm_lab.cache import cached
     from llm_lab.package import open_model
     from llm_lab.sample import stream
+
     place = _place(path)
     model, tokenizer, _ = open_model(place, usable_device())
     best, last = _which(place)
-    if best != last: _say(f'the best model of this run writes, {best}; {last} is the last')
+    if best != last:
+        _say(f'the best model of this run writes, {best}; {last} is the last')
     with warnings.catch_warnings(record=True, action='always') as notes:
         pieces = stream(cached(model, strict=False), tokenizer, prompt, n, seed, stop, **choice)
-    for note in notes: print(note.message, file=sys.stderr)    # the prompt is longer than the context
+    for note in notes:
+        print(note.message, file=sys.stderr)  # the prompt is longer than the context
     print(prompt, end='', flush=True)
-    for piece in pieces: print(piece, end='', flush=True)
+    for piece in pieces:
+        print(piece, end='', flush=True)
     print()
 
 # %% ../nbs/28_cli.ipynb #0d19f3b3
@@ -101,60 +144,108 @@ STOPPED = {'by hand': 130, 'by SIGTERM': 143, 'by SIGHUP': 129}
 _OWN = 'a file or folder of your own: .txt, .md, .jsonl, .csv, .parquet, or saved by `datasets`'
 _FIELD = 'of records, the field that holds the text (default text)'
 
+
 def _tour(a):
     "Take the tour. Ctrl-C is the offered way to end it, so that is no failure; a shutdown is one"
     why = tour(a.corpus, a.minutes, a.settings, a.name, a.field)['stopped']
     return 0 if why == 'by hand' else STOPPED.get(why, 0)
 
+
 def _tour_options(t):
     "Tell the parser `t` what the tour can be asked"
-    t.add_argument('--corpus', default='tiny_tales',
-                   help=f'tiny_tales (default), tiny_shakespeare, or {_OWN}')
+    t.add_argument(
+        '--corpus', default='tiny_tales', help=f'tiny_tales (default), tiny_shakespeare, or {_OWN}'
+    )
     t.add_argument('--field', default='text', help=_FIELD)
     minutes = _number(float, lambda x: 0 < x < 1e4, 'give a number above 0, below 10,000')
-    t.add_argument('--minutes', type=minutes, default=3., help='how long it may take (default 3)')
-    t.add_argument('--name', help='of its folder in artifacts/ '
-                                  '(default: the first of tour, tour-2, … that is free)')
-    t.add_argument('settings', nargs='*', type=_setting, metavar='key=value',
-                   help='change the model or the training: d_model=192 n_layers=6 lr=2e-3 seed=1')
+    t.add_argument('--minutes', type=minutes, default=3.0, help='how long it may take (default 3)')
+    t.add_argument(
+        '--name',
+        help='of its folder in artifacts/ (default: the first of tour, tour-2, … that is free)',
+    )
+    t.add_argument(
+        'settings',
+        nargs='*',
+        type=_setting,
+        metavar='key=value',
+        help='change the model or the training: d_model=192 n_layers=6 lr=2e-3 seed=1',
+    )
     t.set_defaults(run=_tour)
 
 # %% ../nbs/28_cli.ipynb #312a6096
 def _sample_options(s):
     "Tell the parser `s` how a model can be asked to write"
-    s.add_argument('path',
-                   help='a saved model, such as artifacts/tour, or a run: CONFIG, CONFIG/RUN, RUN')
+    s.add_argument(
+        'path', help='a saved model, such as artifacts/tour, or a run: CONFIG, CONFIG/RUN, RUN'
+    )
     s.add_argument('--prompt', default='', help='the beginning of the text')
     s.add_argument('--tokens', type=_whole, default=300, help='how many to write (default 300)')
-    s.add_argument('--temperature', type=_number(float, lambda x: 0 <= x < 1e4, 'give 0 (greedy) or more'),
-                   default=.8, help='0 is greedy, 1 as the model says (default 0.8)')
+    s.add_argument(
+        '--temperature',
+        type=_number(float, lambda x: 0 <= x < 1e4, 'give 0 (greedy) or more'),
+        default=0.8,
+        help='0 is greedy, 1 as the model says (default 0.8)',
+    )
     s.add_argument('--top-k', type=_whole, help='keep the k likeliest')
-    s.add_argument('--top-p', type=_number(float, lambda p: 0 < p <= 1, 'give a share above 0 and up to 1'),
-                   help='keep the smallest set with this probability')
-    s.add_argument('--repetition-penalty', type=_number(float, lambda x: .01 <= x <= 100, 'give a number from 0.01 to 100'), default=1.,
-                   help='above 1, what was written already becomes less likely (default 1)')
-    s.add_argument('--stop', action='append', default=[], metavar='TEXT', type=lambda s: s.replace(r'\n', '\n'),
-                   help=r'end at this text; may be given several times; \n is a new line')
+    s.add_argument(
+        '--top-p',
+        type=_number(float, lambda p: 0 < p <= 1, 'give a share above 0 and up to 1'),
+        help='keep the smallest set with this probability',
+    )
+    s.add_argument(
+        '--repetition-penalty',
+        type=_number(float, lambda x: 0.01 <= x <= 100, 'give a number from 0.01 to 100'),
+        default=1.0,
+        help='above 1, what was written already becomes less likely (default 1)',
+    )
+    s.add_argument(
+        '--stop',
+        action='append',
+        default=[],
+        metavar='TEXT',
+        type=lambda s: s.replace(r'\n', '\n'),
+        help=r'end at this text; may be given several times; \n is a new line',
+    )
     s.add_argument('--seed', type=_number(int, lambda n: True, 'give a whole number'), default=0)
-    s.set_defaults(run=lambda a: write_from(a.path, a.prompt, a.tokens, a.seed, a.stop, **{
-        k: getattr(a, k) for k in ('temperature', 'top_k', 'top_p', 'repetition_penalty')}))
+    s.set_defaults(
+        run=lambda a: write_from(
+            a.path,
+            a.prompt,
+            a.tokens,
+            a.seed,
+            a.stop,
+            **{k: getattr(a, k) for k in ('temperature', 'top_k', 'top_p', 'repetition_penalty')},
+        )
+    )
 
 # %% ../nbs/28_cli.ipynb #d5591cfa
 def _prepare(a):
     "Pack the corpus that the command line names, and print what came of it"
     from llm_lab.corpora import load_corpus
     from llm_lab.pack import pack
+
     corpus = load_corpus(a.corpus, limit=a.limit, field=a.field)
     print(pack(corpus, a.vocab_size, None, a.force, a.verify))
+
 
 def _prepare_options(p):
     "Tell the parser `p` what can be packed"
     p.add_argument('corpus', help=f'a name such as tiny_tales, or {_OWN}')
     p.add_argument('--field', default='text', help=_FIELD)
-    p.add_argument('--vocab-size', type=_number(int, lambda n: n > 256, 'give a whole number above 256'),
-                   default=8192, help='how many tokens to learn (default 8192)')
-    p.add_argument('--force', action='store_true', help='build it again, over a damaged packed folder or another')
-    p.add_argument('--verify', action='store_true', help='read every byte of a folder that is there')
+    p.add_argument(
+        '--vocab-size',
+        type=_number(int, lambda n: n > 256, 'give a whole number above 256'),
+        default=8192,
+        help='how many tokens to learn (default 8192)',
+    )
+    p.add_argument(
+        '--force',
+        action='store_true',
+        help='build it again, over a damaged packed folder or another',
+    )
+    p.add_argument(
+        '--verify', action='store_true', help='read every byte of a folder that is there'
+    )
     p.add_argument('--limit', type=_whole, help='take so many documents only')
     p.set_defaults(run=_prepare)
 
@@ -162,40 +253,82 @@ def _prepare_options(p):
 def _train(a):
     "Do what a config says"
     words, resume = a.words, a.resume
-    if resume and '=' in resume and not Path(resume).exists(): words, resume = [*words, resume], ''
+    if resume and '=' in resume and not Path(resume).exists():
+        words, resume = [*words, resume], ''
     named, settings = ([w for w in words if ('=' in w) == yes] for yes in (False, True))
-    if len(named) > 1: raise LabError(f'{named[1]!r} is too much: give one config, and key=value')
+    if len(named) > 1:
+        raise LabError(f'{named[1]!r} is too much: give one config, and key=value')
     if not named and not resume:
         raise LabError('no config is named: give a .yaml file, golden or smoke, or --resume PATH')
-    if resume is None: read_config(named[0], settings)  # a slip is answered before PyTorch is there
-    elif named: stated(named[0])
+    if resume is None:
+        read_config(named[0], settings)  # a slip is answered before PyTorch is there
+    elif named:
+        stated(named[0])
     from llm_lab.run import train_config
+
     warnings.showwarning = lambda message, *rest: print(message, file=sys.stderr)
-    job = train_config(*named or [None], *settings, resume=resume and _place(resume), run=a.name,
-                       smoke=a.smoke, tune=True)
-    if not job.engine.is_main_process: return 0
+    job = train_config(
+        *named or [None],
+        *settings,
+        resume=resume and _place(resume),
+        run=a.name,
+        smoke=a.smoke,
+        tune=True,
+    )
+    if not job.engine.is_main_process:
+        return 0
     why = '' if job.early else job.run.stopped
     if why:
-        print(f'stopped {why} at step {job.run.step:,}; go on with: {command()} train --resume {job.folder}')
-    else: print(f'kept in {job.folder}')
+        print(
+            f'stopped {why} at step {job.run.step:,}; go on with: {command()} train --resume '
+            f'{job.folder}'
+        )
+    else:
+        print(f'kept in {job.folder}')
     return STOPPED.get(why, 0)
+
 
 def _train_options(t):
     "Tell the parser `t` what a run can be asked"
-    t.add_argument('words', nargs='*', metavar='CONFIG key=value',
-                   help=f'a .yaml file, a folder of experiments/, or one of {", ".join(CONFIGS)}; then what should differ')
-    t.add_argument('--resume', nargs='?', const='', metavar='PATH',
-                   help='go on with the newest run of CONFIG, or with the run or checkpoint at PATH')
-    t.add_argument('--run', '--name', dest='name', metavar='ID', help='name of the run; date, time and hash if none')
-    t.add_argument('--smoke', action='store_true', help='only 20 steps, to see whether it would work')
+    t.add_argument(
+        'words',
+        nargs='*',
+        metavar='CONFIG key=value',
+        help=(
+            f'a .yaml file, a folder of experiments/, or one of {", ".join(CONFIGS)}; then '
+            'what should differ'
+        ),
+    )
+    t.add_argument(
+        '--resume',
+        nargs='?',
+        const='',
+        metavar='PATH',
+        help='go on with the newest run of CONFIG, or with the run or checkpoint at PATH',
+    )
+    t.add_argument(
+        '--run',
+        '--name',
+        dest='name',
+        metavar='ID',
+        help='name of the run; date, time and hash if none',
+    )
+    t.add_argument(
+        '--smoke', action='store_true', help='only 20 steps, to see whether it would work'
+    )
     t.set_defaults(run=_train)
 
 # %% ../nbs/28_cli.ipynb #58421a4a
-def _judges_last(run)->bool:
-    "Is it the last model that result.json tells about? It is the best one where `eval.patience` was set"
-    try: told = json_of(bytes_in(run, 'result.json'), run/'result.json')
-    except LabError: return False                              # it is not there, or tells nothing
+def _judges_last(run) -> bool:
+    """Is it the last model that result.json tells about?
+
+    It is the best one where `eval.patience` was set"""
+    try:
+        told = json_of(bytes_in(run, 'result.json'), run / 'result.json')
+    except LabError:
+        return False  # it is not there, or tells nothing
     return isinstance(told, dict) and told.get('judged') == 'the last model'
+
 
 def _eval(a):
     "Judge a saved model on a whole split, or on a text of your own"
@@ -203,25 +336,35 @@ def _eval(a):
     from llm_lab.evaluate import evaluate, evaluate_file
     from llm_lab.lab import Live
     from llm_lab.package import open_model
+
     place = _place(a.path)
     model, tokenizer, about = open_model(place, usable_device())
-    if a.text: score = evaluate_file(model, tokenizer, a.text, a.stride, a.batch_size, field=a.field)
+    if a.text:
+        score = evaluate_file(model, tokenizer, a.text, a.stride, a.batch_size, field=a.field)
     else:
         corpus = load_corpus(a.corpus, field=a.field) if a.corpus else corpus_of(about)
         known = about.get('corpus'), about.get('corpus_sha256')  # a name alone tells little
         if known[0] == corpus.name and known[1] not in (None, corpus.sha256):
-            print(f'{corpus.name} is not the text it was trained on, or has changed',
-                  file=sys.stderr)
+            print(
+                f'{corpus.name} is not the text it was trained on, or has changed', file=sys.stderr
+            )
         live = Live()
         score = evaluate(model, tokenizer, corpus, a.split, None, a.stride, a.batch_size, live)
         live.close(f'{score.tokens:,} tokens of {corpus.name}, each asked once')
     best, last = _which(place)
     if best:
-        more = f'; result.json judges the last one, {last}' if best != last and _judges_last(place) else ''
+        more = (
+            f'; result.json judges the last one, {last}'
+            if best != last and _judges_last(place)
+            else ''
+        )
         print(f'the best model of this run, {best}{more}')
     ends = f' of the documents, {score.end_bits:.3f} bits for each end mark' if score.ends else ''
     print(verdict(score, of=Path(a.text).name if a.text else a.split))
-    print(f'perplexity {score.perplexity:.3f} per token, {score.bits_per_byte:.3f} bits per byte{ends}')
+    print(
+        f'perplexity {score.perplexity:.3f} per token, {score.bits_per_byte:.3f} bits per '
+        f'byte{ends}'
+    )
 
 # %% ../nbs/28_cli.ipynb #77a3965a
 def _check_picture(path):
@@ -233,27 +376,41 @@ def _check_picture(path):
     if not Path(path).absolute().parent.is_dir():
         raise LabError(f'--plot {path}: {Path(path).absolute().parent} is no folder; make it first')
 
-def _comparable(found)->list:
+
+def _comparable(found) -> list:
     "The runs among these paths, each once; why others are left out is told on stderr"
     from llm_lab.evaluate import compare
+
     good, errors = [], []
     for run in dict.fromkeys(Path(p).resolve() for p in found):
         try:
             compare([run])
             good.append(run)
-        except LabError as e: errors.append(e)
-    if not good: raise errors[0]
-    for e in errors: print(f'left out: {e}', file=sys.stderr)
+        except LabError as e:
+            errors.append(e)
+    if not good:
+        raise errors[0]
+    for e in errors:
+        print(f'left out: {e}', file=sys.stderr)
     return good
+
 
 def _runs(a):
     "Compare all runs, or those that are named"
     from llm_lab.evaluate import compare
-    if a.plot: _check_picture(a.plot)
-    found = [*map(_place, a.paths)] or sorted(p.parent for p in home().glob('experiments/*/runs/*/metrics.jsonl'))
-    if not found: print(f'no run yet: {command()} train smoke'); return
+
+    if a.plot:
+        _check_picture(a.plot)
+    found = [*map(_place, a.paths)] or sorted(
+        p.parent for p in home().glob('experiments/*/runs/*/metrics.jsonl')
+    )
+    if not found:
+        print(f'no run yet: {command()} train smoke')
+        return
     print(table := compare(_comparable(found)))
-    if a.plot: save_picture(table.picture(), a.plot)
+    if a.plot:
+        save_picture(table.picture(), a.plot)
+
 
 def _judge_options(e, r):
     "Tell the parsers of `eval` and `runs` what they can be asked"
@@ -262,28 +419,51 @@ def _judge_options(e, r):
     e.add_argument('--text', metavar='FILE', help='a file of text or records instead of the corpus')
     e.add_argument('--corpus', help='another corpus than that it was trained on')
     e.add_argument('--field', default='text', help=_FIELD)
-    e.add_argument('--batch-size', type=_whole,
-                   help='windows that are read together; as many as the memory takes if none')
+    e.add_argument(
+        '--batch-size',
+        type=_whole,
+        help='windows that are read together; as many as the memory takes if none',
+    )
     e.add_argument('--stride', type=_whole, help='new tokens in each window; the context if none')
     r.add_argument('paths', nargs='*', metavar='RUN', help='run folders; all runs if none')
     r.add_argument('--plot', metavar='FILE.png', help='draw their curves')
-    e.set_defaults(run=_eval); r.set_defaults(run=_runs)
+    e.set_defaults(run=_eval)
+    r.set_defaults(run=_runs)
 
 # %% ../nbs/28_cli.ipynb #7d7e769e
 def _parser():
     "What can be typed after `llm-lab`"
     top = _Parser('llm-lab', description='Train small language models, and look inside them.')
     top.add_argument('--version', action='version', version=f'llm-lab {__version__}')
-    commands = top.add_subparsers(dest='command', required=True, metavar='tour | sample | prepare | train | eval | runs')
-    _tour_options(commands.add_parser(
-        'tour', help='train a small GPT while you watch', description=tour.__doc__))
-    _sample_options(commands.add_parser(
-        'sample', help='let a saved model write', description=write_from.__doc__))
-    _prepare_options(commands.add_parser(
-        'prepare', help='turn a corpus into files of tokens', description='Train a tokenizer and pack a corpus.'))
-    _train_options(commands.add_parser('train', help='do what a config says', description='From a config to a trained model.'))
-    _judge_options(commands.add_parser('eval', help='judge a saved model', description=_eval.__doc__),
-                   commands.add_parser('runs', help='compare runs', description=_runs.__doc__))
+    commands = top.add_subparsers(
+        dest='command', required=True, metavar='tour | sample | prepare | train | eval | runs'
+    )
+    _tour_options(
+        commands.add_parser(
+            'tour', help='train a small GPT while you watch', description=tour.__doc__
+        )
+    )
+    _sample_options(
+        commands.add_parser(
+            'sample', help='let a saved model write', description=write_from.__doc__
+        )
+    )
+    _prepare_options(
+        commands.add_parser(
+            'prepare',
+            help='turn a corpus into files of tokens',
+            description='Train a tokenizer and pack a corpus.',
+        )
+    )
+    _train_options(
+        commands.add_parser(
+            'train', help='do what a config says', description='From a config to a trained model.'
+        )
+    )
+    _judge_options(
+        commands.add_parser('eval', help='judge a saved model', description=_eval.__doc__),
+        commands.add_parser('runs', help='compare runs', description=_runs.__doc__),
+    )
     return top
 
 # %% ../nbs/28_cli.ipynb #3cf50883
@@ -291,14 +471,20 @@ def _check_device():
     "Raises `LabError` where LLM_LAB_DEVICE names nothing that could be a device"
     name = os.environ.get('LLM_LAB_DEVICE', '')
     if name and not re.fullmatch(r'(cpu|cuda|mps|xpu|hpu|npu|mtia|xla|meta)(:\d{1,3})?', name):
-        raise LabError(f'the device {name!r} cannot be used: none is called so; '
-                       'set LLM_LAB_DEVICE=cpu, cuda, cuda:1 or mps')
+        raise LabError(
+            f'the device {name!r} cannot be used: none is called so; '
+            'set LLM_LAB_DEVICE=cpu, cuda, cuda:1 or mps'
+        )
+
 
 def _refused(error):
     "One line on what the system refuses, and the exit code"
-    _say(f'llm-lab: {error.filename or "a file"}: {error.strerror or error}; '
-         'free some space or check the rights, or set LLM_LAB_HOME to another folder')
+    _say(
+        f'llm-lab: {error.filename or "a file"}: {error.strerror or error}; '
+        'free some space or check the rights, or set LLM_LAB_HOME to another folder'
+    )
     return 1
+
 
 def _ran(args):
     "The exit code of a command; its error becomes a line, and so does a warning"
@@ -307,16 +493,18 @@ def _ran(args):
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *rest: print(message, file=sys.stderr)
             code = args.run(args)
-        sys.stdout.flush()                                     # now, where its fault can be told
+        sys.stdout.flush()  # now, where its fault can be told
     except KeyboardInterrupt as e:
         print('\nstopped')
         return STOPPED.get(str(e), 130)
-    except BrokenPipeError: raise                              # the reader has gone: see `main`
+    except BrokenPipeError:
+        raise  # the reader has gone: see `main`
     except LabError as e:
         _say(f'llm-lab: {e}')
         return 1
     except (MemoryError, RuntimeError) as e:
-        if not re.search('memory', f'{type(e).__name__} {e}', re.I): raise
+        if not re.search('memory', f'{type(e).__name__} {e}', re.I):
+            raise
         why = (str(e).splitlines() or [type(e).__name__])[0][:120]
         _say(f'llm-lab: the memory is too small: {why}; make model or batch smaller')
         return 1
@@ -324,9 +512,11 @@ def _ran(args):
         return _refused(e)
     return code if isinstance(code, int) else 0
 
+
 def _end_output():
     "Is all said that was printed? What cannot be is dropped: Python would trip over it at exit"
-    try: sys.stdout.flush()
+    try:
+        sys.stdout.flush()
     except (OSError, ValueError):
         with suppress(OSError, ValueError):
             null = os.open(os.devnull, os.O_WRONLY)
@@ -335,28 +525,39 @@ def _end_output():
         return False
     return True
 
+
 def _answered(argv):
     "The exit code of what was typed"
     args, rest = _parser().parse_known_args(argv)
-    if args.command == 'train' and all('=' in r and r[0] != '-' for r in rest): args.words += rest  # after an option
-    elif rest: _parser().error(f'unrecognized arguments: {" ".join(rest)}')
+    if args.command == 'train' and all('=' in r and r[0] != '-' for r in rest):
+        args.words += rest  # after an option
+    elif rest:
+        _parser().error(f'unrecognized arguments: {" ".join(rest)}')
     must_end_well = args.command in ('tour', 'train', 'prepare')  # whoever reads it
-    with surviving_output() if must_end_well else nullcontext(): return _ran(args)
+    with surviving_output() if must_end_well else nullcontext():
+        return _ran(args)
 
-def main(argv=None)->int:
+
+def main(argv=None) -> int:
     "Run `llm-lab`; returns the exit code: 0, 1 for an error, 2 for bad usage, or one of `STOPPED`"
     for name in ('stdout', 'stderr'):
-        if getattr(sys, name) is None:                         # closed from the start
+        if getattr(sys, name) is None:  # closed from the start
             setattr(sys, name, open(os.devnull, 'w', encoding='utf-8'))
         out = getattr(sys, name)
-        if hasattr(out, 'reconfigure'): out.reconfigure(errors='replace')  # a console may be without €
-    try: code = _answered(argv)
-    except SystemExit as e:                                    # --help, and bad usage
-        if e.code or _end_output(): raise
+        if hasattr(out, 'reconfigure'):
+            out.reconfigure(errors='replace')  # a console may be without €
+    try:
+        code = _answered(argv)
+    except SystemExit as e:  # --help, and bad usage
+        if e.code or _end_output():
+            raise
         code = 1
-    except BrokenPipeError: code = 1
-    except OSError as e: code = _refused(e)
+    except BrokenPipeError:
+        code = 1
+    except OSError as e:
+        code = _refused(e)
     return code if _end_output() else code or 1
 
 # %% ../nbs/28_cli.ipynb #c7a46148
-if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())  # python -m llm_lab.cli; not in a notebook
+if __name__ == '__main__' and '__file__' in globals():
+    sys.exit(main())  # python -m llm_lab.cli; not in a notebook

@@ -8,12 +8,25 @@ __all__ = ['SECTIONS', 'BLOCKS', 'CONFIGS', 'DataKeys', 'ModelKeys', 'TrainKeys'
            'stated', 'origin', 'same_config', 'edited']
 
 # %% ../nbs/14_config.ipynb #5fb9272d
-import difflib, io, math, re
+import difflib
+import io
+import math
+import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import get_args
-from .lab import (HOLDS, SLOTS, LabError, address, check_recipe, home, need, require_ours,
-                         short, written)
+from llm_lab.lab import (
+    HOLDS,
+    SLOTS,
+    LabError,
+    address,
+    check_recipe,
+    home,
+    need,
+    require_ours,
+    short,
+    written,
+)
 
 # %% ../nbs/14_config.ipynb #1f60c8d2
 from .lab import REGISTERED
@@ -23,33 +36,38 @@ def _key(default, least=None, most=None, of=None, also=None):
     "A key: its default, the least and the most, a word beside numbers; or the words to choose from"
     return field(default=default, metadata=dict(least=least, most=most, of=of, also=also))
 
+
 @dataclass(frozen=True)
 class DataKeys:
-    corpus: str = 'tiny_tales'                      # a name, or a file or folder of texts or records
-    field: str = 'text'                             # of records: which one holds the text
-    limit: int|None = _key(None, 1)                 # so many training documents; all if none
+    corpus: str = 'tiny_tales'  # a name, or a file or folder of texts or records
+    field: str = 'text'  # of records: which one holds the text
+    limit: int | None = _key(None, 1)  # so many training documents; all if none
     tokenizer: str = _key('chars', of=('chars', 'bpe'))
-    vocab_size: int|None = _key(None, 257, 1 << 22)       # of bpe; 8192 if none
-    block_len: int = _key(128, 1, 1 << 24)               # context, in tokens
-    rows: str = _key('blocks', of=('blocks', 'documents'))   # where they begin: side by side, or at documents
+    vocab_size: int | None = _key(None, 257, 1 << 22)  # of bpe; 8192 if none
+    block_len: int = _key(128, 1, 1 << 24)  # context, in tokens
+    rows: str = _key(
+        'blocks', of=('blocks', 'documents')
+    )  # where they begin: side by side, or at documents
 
 # %% ../nbs/14_config.ipynb #4f33eab3
-def _recipe(): return field(default_factory=dict)   # {}: as the block has it
+def _recipe():
+    return field(default_factory=dict)  # {}: as the block has it
+
 
 @dataclass(frozen=True)
-class ModelKeys:                                    # as `Config`; what the data decide is missing
-    block: str = _key('gpt2', of=('gpt2', 'llama')) # recipes for what is not given below
+class ModelKeys:  # as `Config`; what the data decide is missing
+    block: str = _key('gpt2', of=('gpt2', 'llama'))  # recipes for what is not given below
     d_model: int = _key(128, 1, 1 << 17)
     n_layers: int = _key(4, 1, 1 << 10)
     n_heads: int = _key(4, 1, 1 << 14)
-    n_kv_heads: int|None = _key(None, 1, 1 << 14)   # heads of keys and values; n_heads if none
-    d_head: int|None = _key(None, 1, 1 << 14)
-    dropout: float = _key(0., 0, .99)
+    n_kv_heads: int | None = _key(None, 1, 1 << 14)  # heads of keys and values; n_heads if none
+    d_head: int | None = _key(None, 1, 1 << 14)
+    dropout: float = _key(0.0, 0, 0.99)
     tie: bool = False
-    attn: dict = _recipe()                          # a recipe: {part: "llm_lab.gpt:Attention", …}
+    attn: dict = _recipe()  # a recipe: {part: "llm_lab.gpt:Attention", …}
     mlp: dict = _recipe()
     norm: dict = _recipe()
-    pos: dict|None = _recipe()                      # null: none
+    pos: dict | None = _recipe()  # null: none
     head: dict = _recipe()
     init: dict = _recipe()
 
@@ -57,64 +75,97 @@ class ModelKeys:                                    # as `Config`; what the data
 @dataclass(frozen=True)
 class TrainKeys:
     steps: int = _key(1000, 1, 10**8)
-    batch_size: int = _key(16, 1, 1 << 20)              # rows of a step, of all processes together
-    accumulate: int = _key(1, 1, 1 << 20)               # parts of a batch that go through the model one after the other
+    batch_size: int = _key(16, 1, 1 << 20)  # rows of a step, of all processes together
+    accumulate: int = _key(
+        1, 1, 1 << 20
+    )  # parts of a batch that go through the model one after the other
     optimiser: str = _key('muon', of=('adamw', 'muon', 'sgd'))
-    lr: float = _key(.01, 1e-9, 10)
-    weight_decay: float = _key(.1, 0, 10)
+    lr: float = _key(0.01, 1e-9, 10)
+    weight_decay: float = _key(0.1, 0, 10)
     schedule: str = _key('cosine', of=('cosine', 'constant', 'wsd', 'step_decay'))
-    warmup: int|None = _key(None, 0, 10**8)         # steps of climbing; 100, a tenth of short runs, if none
-    min_lr: float = _key(0., 0, 10)                 # where a rate that comes down ends
-    clip: float = _key(1., 1e-6)
-    precision: str = _key('float32', of=('auto', 'float32', 'bf16', 'fp16'))   # of products
+    warmup: int | None = _key(
+        None, 0, 10**8
+    )  # steps of climbing; 100, a tenth of short runs, if none
+    min_lr: float = _key(0.0, 0, 10)  # where a rate that comes down ends
+    clip: float = _key(1.0, 1e-6)
+    precision: str = _key('float32', of=('auto', 'float32', 'bf16', 'fp16'))  # of products
     compile: bool = False
-    recompute: bool = False                         # keep less for the way back (chapter 12)
+    recompute: bool = False  # keep less for the way back (chapter 12)
     seed: int = _key(0, 0, 2**31)
-    threads: int|None = _key(None, 1, 1024, also='auto')       # of the CPU; if none, as many as the process has
+    threads: int | None = _key(
+        None, 1, 1024, also='auto'
+    )  # of the CPU; if none, as many as the process has
 
 # %% ../nbs/14_config.ipynb #51855475
 @dataclass(frozen=True)
 class EvalKeys:
-    every: int = _key(250, 1)                       # steps; a checkpoint is written then, too
-    tokens: int = _key(20_000, 2)                   # of the validation split, from its beginning
-    patience: int|None = _key(None, 1, 10**6)       # looks without a better one, then the run ends early
-    at_once: int|None = _key(None, 1, 1 << 20)      # windows that are read together; as many as fit if none
+    every: int = _key(250, 1)  # steps; a checkpoint is written then, too
+    tokens: int = _key(20_000, 2)  # of the validation split, from its beginning
+    patience: int | None = _key(
+        None, 1, 10**6
+    )  # looks without a better one, then the run ends early
+    at_once: int | None = _key(
+        None, 1, 1 << 20
+    )  # windows that are read together; as many as fit if none
     sample_every: int = _key(1000, 1)
     sample_tokens: int = _key(200, 1)
     prompt: str = ''
+
 
 @dataclass(frozen=True)
 class LogKeys:
     every: int = _key(10, 1)
     checkpoint_every: int = _key(100, 1)
-    keep: int = _key(3, 1)                          # so many newest checkpoints, and the best
+    keep: int = _key(3, 1)  # so many newest checkpoints, and the best
     tracker: str = _key('none', of=('none', 'tensorboard', 'wandb'))
 
 # %% ../nbs/14_config.ipynb #e90496e8
-_KINDS = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'a text, in quotes',
-          dict: 'a recipe such as {part: "llm_lab.gpt:MLP"}'}
+_KINDS = {
+    int: 'a whole number',
+    float: 'a number',
+    bool: 'true or false',
+    str: 'a text, in quotes',
+    dict: 'a recipe such as {part: "llm_lab.gpt:MLP"}',
+}
+
 
 def _wanted(f):
     "What a key takes, in words"
     m, kinds = f.metadata, get_args(f.type) or (f.type,)
     least, most = m.get('least'), m.get('most')
-    bounds = f' from {least:,} to {most:,}' if most else '' if least is None else f' of at least {least:,}'
+    bounds = (
+        f' from {least:,} to {most:,}'
+        if most
+        else ''
+        if least is None
+        else f' of at least {least:,}'
+    )
     none = f', or {m["also"]}' if m.get('also') else ''
-    if type(None) in kinds: none += ', or null'
-    return f'choose from {", ".join(m["of"])}' if m.get('of') else f'give {_KINDS[kinds[0]]}{bounds}{none}'
+    if type(None) in kinds:
+        none += ', or null'
+    return (
+        f'choose from {", ".join(m["of"])}'
+        if m.get('of')
+        else f'give {_KINDS[kinds[0]]}{bounds}{none}'
+    )
 
 # %% ../nbs/14_config.ipynb #a3ff19ba
 def _checked(path, f, value):
     "The value of a key; raises `LabError` that names its path"
     m, kinds = f.metadata, get_args(f.type) or (f.type,)
-    if value is not None and value == m.get('also'): return value
-    if float in kinds and type(value) is int and abs(value) < 1e300: value = float(value)
+    if value is not None and value == m.get('also'):
+        return value
+    if float in kinds and type(value) is int and abs(value) < 1e300:
+        value = float(value)
     good = type(value) in kinds and not (isinstance(value, float) and not math.isfinite(value))
     if good and isinstance(value, (int, float)) and m.get('least') is not None:
         good = m['least'] <= value <= (m['most'] or math.inf)
-    if good and m.get('of'): good = value in m['of']
-    if not good: raise LabError(f'{path}={short(value, 200)}: {_wanted(f)}')
-    if isinstance(value, dict): check_recipe(value, HOLDS['config'][f.name], path)
+    if good and m.get('of'):
+        good = value in m['of']
+    if not good:
+        raise LabError(f'{path}={short(value, 200)}: {_wanted(f)}')
+    if isinstance(value, dict):
+        check_recipe(value, HOLDS['config'][f.name], path)
     return value
 
 # %% ../nbs/14_config.ipynb #07083c84
@@ -122,9 +173,11 @@ _GQA = 'llm_lab.gqa:GQA'
 SECTIONS = dict(data=DataKeys, model=ModelKeys, train=TrainKeys, eval=EvalKeys, log=LogKeys)
 _PATHS = {f'{s}.{f.name}': f for s, kind in SECTIONS.items() for f in fields(kind)}
 
+
 @dataclass(frozen=True)
 class RunConfig:
     "All that decides a run. Raises `LabError` on what does not go together"
+
     name: str
     data: DataKeys = DataKeys()
     model: ModelKeys = ModelKeys()
@@ -135,307 +188,498 @@ class RunConfig:
     def __post_init__(self):
         d, m, t = self.data, self.model, self.train
         if d.tokenizer == 'chars' and d.vocab_size:
-            raise LabError(f'data.vocab_size={d.vocab_size}: characters decide it themselves; '
-                           'leave it out, or add data.tokenizer=bpe')
+            raise LabError(
+                f'data.vocab_size={d.vocab_size}: characters decide it themselves; '
+                'leave it out, or add data.tokenizer=bpe'
+            )
         if t.batch_size % t.accumulate:
-            raise LabError(f'train.accumulate={t.accumulate} does not divide train.batch_size={t.batch_size}: give a divisor')
+            raise LabError(
+                f'train.accumulate={t.accumulate} does not divide '
+                f'train.batch_size={t.batch_size}: give a divisor'
+            )
         if t.warmup and t.warmup > t.steps:
-            raise LabError(f'train.warmup={t.warmup}: the run is over after train.steps={t.steps}; '
-                           'give fewer, or leave it out')
+            raise LabError(
+                f'train.warmup={t.warmup}: the run is over after train.steps={t.steps}; '
+                'give fewer, or leave it out'
+            )
         if t.min_lr > t.lr:
             raise LabError(f'train.min_lr={t.min_lr}: it is above train.lr={t.lr}; give less')
         if t.min_lr and t.schedule == 'constant':
-            raise LabError(f'train.min_lr={t.min_lr}: train.schedule=constant never comes down; '
-                           'leave one of them out')
+            raise LabError(
+                f'train.min_lr={t.min_lr}: train.schedule=constant never comes down; '
+                'leave one of them out'
+            )
         if not m.d_head and m.d_model % m.n_heads:
-            raise LabError(f'model.n_heads={m.n_heads} does not divide model.d_model={m.d_model}: give a divisor')
+            raise LabError(
+                f'model.n_heads={m.n_heads} does not divide model.d_model={m.d_model}: give '
+                'a divisor'
+            )
         if m.n_kv_heads and m.n_heads % m.n_kv_heads:
-            raise LabError(f'model.n_kv_heads={m.n_kv_heads} does not divide model.n_heads={m.n_heads}: give a divisor')
-        if m.n_kv_heads and address((m.attn or {}).get('part', _GQA), 'mixer', 'model.attn') not in (_GQA, 'GQA'):
-            raise LabError(f'model.n_kv_heads={m.n_kv_heads}: model.attn is another part; leave one of them out')
+            raise LabError(
+                f'model.n_kv_heads={m.n_kv_heads} does not divide model.n_heads={m.n_heads}: '
+                'give a divisor'
+            )
+        if m.n_kv_heads and address(
+            (m.attn or {}).get('part', _GQA), 'mixer', 'model.attn'
+        ) not in (_GQA, 'GQA'):
+            raise LabError(
+                f'model.n_kv_heads={m.n_kv_heads}: model.attn is another part; leave one of '
+                'them out'
+            )
         if m.n_kv_heads and m.attn and m.attn.get('n_kv_heads', m.n_kv_heads) != m.n_kv_heads:
-            raise LabError(f'model.n_kv_heads={m.n_kv_heads}: model.attn says {m.attn["n_kv_heads"]}; leave one of them out')
+            raise LabError(
+                f'model.n_kv_heads={m.n_kv_heads}: model.attn says {m.attn["n_kv_heads"]}; '
+                'leave one of them out'
+            )
         if self.eval.tokens <= d.block_len:
-            raise LabError(f'eval.tokens={self.eval.tokens}: give more than data.block_len={d.block_len}')
+            raise LabError(
+                f'eval.tokens={self.eval.tokens}: give more than data.block_len={d.block_len}'
+            )
 
 # %% ../nbs/14_config.ipynb #6011d29c
-BLOCKS = dict(gpt2={}, llama=dict(attn=dict(part='llm_lab.gpt:Attention', steps=[dict(part='llm_lab.llama:Rope')], bias=False),
-    mlp=dict(part='llm_lab.llama:SwiGLU'), norm=dict(part='llm_lab.llama:RMSNorm'), pos=None))
+BLOCKS = dict(
+    gpt2={},
+    llama=dict(
+        attn=dict(
+            part='llm_lab.gpt:Attention', steps=[dict(part='llm_lab.llama:Rope')], bias=False
+        ),
+        mlp=dict(part='llm_lab.llama:SwiGLU'),
+        norm=dict(part='llm_lab.llama:RMSNorm'),
+        pos=None,
+    ),
+)
+
 
 def _with_block(x, block):
-    "The recipe of an attention of this book, with what the block adds; of recipes in turn, each; another one as it is"
-    if not isinstance(x, dict) or not block: return x
-    if isinstance(x.get('of'), list): return x | dict(of=[_with_block(o, block) for o in x['of']])
+    """The recipe of an attention of this book, with what the block adds; of recipes in turn, each;
+    another one as it is"""
+    if not isinstance(x, dict) or not block:
+        return x
+    if isinstance(x.get('of'), list):
+        return x | dict(of=[_with_block(o, block) for o in x['of']])
     word = address(x.get('part', block['part']), 'mixer', 'model.attn')
     return x if word in REGISTERED else block | x
 
-def model_data(m:ModelKeys)->dict: # for `config_from` of chapter 6
+
+def model_data(m: ModelKeys) -> dict:  # for `config_from` of chapter 6
     "Sizes and recipes as plain data"
-    none = lambda k, v: v == {} or v is None and k != 'pos'    # as the block has it
-    given = {k: v for k, v in asdict(m).items() if not none(k, v) and k not in ('block', 'n_kv_heads')}
+    none = lambda k, v: v == {} or v is None and k != 'pos'  # as the block has it
+    given = {
+        k: v for k, v in asdict(m).items() if not none(k, v) and k not in ('block', 'n_kv_heads')
+    }
     made = BLOCKS[m.block] | given
-    if 'attn' in made or m.n_kv_heads: made['attn'] = _with_block(made.get('attn', {}), BLOCKS[m.block].get('attn', {}))
-    if m.n_kv_heads: made['attn'] |= dict(part=_GQA, n_kv_heads=m.n_kv_heads)
+    if 'attn' in made or m.n_kv_heads:
+        made['attn'] = _with_block(made.get('attn', {}), BLOCKS[m.block].get('attn', {}))
+    if m.n_kv_heads:
+        made['attn'] |= dict(part=_GQA, n_kv_heads=m.n_kv_heads)
     return made
 
 # %% ../nbs/14_config.ipynb #7564f8c4
-def _line(x): return ' '.join(str(x).split())
+def _line(x):
+    return ' '.join(str(x).split())
+
 
 def _nearest_path(path, known=(*_PATHS, *SECTIONS)):
-    "A remedy for a path that does not exist: the same word elsewhere, the nearest path, the nearest word"
-    last, word = {p.rpartition('.')[2]: p for p in known}, path.rpartition('.')[2]
-    near = [last[word]] if word in last else difflib.get_close_matches(path, known, 1, .75) or \
-           [last[w] for w in difflib.get_close_matches(word, last, 1, .6)]
-    return f'did you mean {near[0]}?' if near else f'choose from {", ".join(SECTIONS)} and their keys'
+    """A remedy for a path that does not exist: the same word elsewhere, the nearest path, the
+    nearest word"""
+    last = {p.rpartition('.')[2]: p for p in known}
+    word = path.rpartition('.')[2]
+    near = (
+        [last[word]]
+        if word in last
+        else difflib.get_close_matches(path, known, 1, 0.75)
+        or [last[w] for w in difflib.get_close_matches(word, last, 1, 0.6)]
+    )
+    return (
+        f'did you mean {near[0]}?' if near else f'choose from {", ".join(SECTIONS)} and their keys'
+    )
 
-def _given(keys)->dict:
-    "The keys of a model that are given; {} says that a recipe is as the block has it, and so did null in older files"
+
+def _given(keys) -> dict:
+    """The keys of a model that are given; {} says that a recipe is as the block has it, and so did
+    null in older files"""
     recipes = [f.name for f in fields(ModelKeys) if f.default_factory is dict]
-    older = keys.keys() >= {*recipes} and any(keys[k] is None for k in recipes if k != 'pos')     # written in full
-    return {k: v for k, v in keys.items() if k not in recipes or v != {} and not (older and v is None)}
+    older = keys.keys() >= {*recipes} and any(
+        keys[k] is None for k in recipes if k != 'pos'
+    )  # written in full
+    return {
+        k: v for k, v in keys.items() if k not in recipes or v != {} and not (older and v is None)
+    }
 
-def config_of(data:dict, name='run')->RunConfig:
+
+def config_of(data: dict, name='run') -> RunConfig:
     "The config that plain data describe; raises `LabError` with the path of whatever is wrong"
     made = {}
     for s, keys in data.items():
-        if s not in SECTIONS: raise LabError(f'{_line(s)}: there is no such section; {_nearest_path(str(s))}')
+        if s not in SECTIONS:
+            raise LabError(f'{_line(s)}: there is no such section; {_nearest_path(str(s))}')
         if not isinstance(keys, dict):
-            raise LabError(f'{s}={keys!r}: give keys and values, such as {s}: {{{fields(SECTIONS[s])[0].name}: …}}')
+            raise LabError(
+                f'{s}={keys!r}: give keys and values, such as {s}: '
+                f'{{{fields(SECTIONS[s])[0].name}: …}}'
+            )
         for path in (f'{s}.{k}' for k in keys):
-            if path not in _PATHS: raise LabError(f'{_line(path)}: there is no such key; {_nearest_path(path)}')
-        if s == 'model': keys = _given(keys)
-        made[s] = SECTIONS[s](**{k: _checked(f'{s}.{k}', _PATHS[f'{s}.{k}'], v) for k, v in keys.items()})
+            if path not in _PATHS:
+                raise LabError(f'{_line(path)}: there is no such key; {_nearest_path(path)}')
+        if s == 'model':
+            keys = _given(keys)
+        made[s] = SECTIONS[s](
+            **{k: _checked(f'{s}.{k}', _PATHS[f'{s}.{k}'], v) for k, v in keys.items()}
+        )
     return RunConfig(name, **made)
 
 # %% ../nbs/14_config.ipynb #ac7a88f2
 CONFIGS = dict(
-    golden=dict(data=dict(corpus='tiny_shakespeare', block_len=64), train=dict(steps=2000, batch_size=12, lr=.004),
-                eval=dict(patience=3)),
+    golden=dict(
+        data=dict(corpus='tiny_shakespeare', block_len=64),
+        train=dict(steps=2000, batch_size=12, lr=0.004),
+        eval=dict(patience=3),
+    ),
     tinystories_baseline=dict(
         data=dict(corpus='tinystories', tokenizer='bpe', vocab_size=8192, block_len=512),
-        model=dict(d_model=256, n_layers=6, n_heads=8), train=dict(steps=20_000, batch_size=32, lr=.004, warmup=500),
-        eval=dict(every=1000, tokens=200_000, sample_every=2000, prompt='Once upon a time'), log=dict(checkpoint_every=500)),
-    smoke=dict(data=dict(block_len=64), model=dict(d_model=32, n_layers=1),
-               train=dict(steps=60, batch_size=8), eval=dict(every=20, tokens=2000, sample_every=60, sample_tokens=50),
-               log=dict(every=5, checkpoint_every=10)))
+        model=dict(d_model=256, n_layers=6, n_heads=8),
+        train=dict(steps=20_000, batch_size=32, lr=0.004, warmup=500),
+        eval=dict(every=1000, tokens=200_000, sample_every=2000, prompt='Once upon a time'),
+        log=dict(checkpoint_every=500),
+    ),
+    smoke=dict(
+        data=dict(block_len=64),
+        model=dict(d_model=32, n_layers=1),
+        train=dict(steps=60, batch_size=8),
+        eval=dict(every=20, tokens=2000, sample_every=60, sample_tokens=50),
+        log=dict(every=5, checkpoint_every=10),
+    ),
+)
 
 # %% ../nbs/14_config.ipynb #e69ddc6f
 def _events(text, where):
-    "What YAML sees in a text, piece by piece. Raises `LabError` where it stands for more than it shows"
+    """What YAML sees in a text, piece by piece.
+
+    Raises `LabError` where it stands for more than it shows"""
     yaml, deep = need('yaml'), 0
     try:
         for n, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
-            deep += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if getattr(event, 'anchor', None):                 # &a and *a, also within each other
-                raise LabError(f'{where}, line {event.start_mark.line + 1}: names such as &a are not read; '
-                               'write the value itself')
+            deep += isinstance(event, yaml.CollectionStartEvent) - isinstance(
+                event, yaml.CollectionEndEvent
+            )
+            if getattr(event, 'anchor', None):  # &a and *a, also within each other
+                raise LabError(
+                    f'{where}, line {event.start_mark.line + 1}: names such as &a are not read; '
+                    'write the value itself'
+                )
             if deep > 40 or n > 20_000:
-                raise LabError(f'{where}: lists stand too deep in each other, or are too many; '
-                               'write keys and values')
+                raise LabError(
+                    f'{where}: lists stand too deep in each other, or are too many; '
+                    'write keys and values'
+                )
             yield event
-    except yaml.YAMLError: pass                                # whoever loads it says what is wrong
+    except yaml.YAMLError:
+        pass  # whoever loads it says what is wrong
 
-def _bearable(path)->str:
-    "The text of a YAML file. Raises `LabError` where a short text would stand for a long one, and fill the memory"
+
+def _bearable(path) -> str:
+    """The text of a YAML file. Raises `LabError` where a short text would stand for a long one, and
+    fill the memory"""
     if not path.is_file() or path.stat().st_size > 1 << 16:
-        raise LabError(f'{path}: a config has at most {1 << 16:,} bytes; write keys and values, as in train: {{steps: 100}}')
+        raise LabError(
+            f'{path}: a config has at most {1 << 16:,} bytes; write keys and values, as in '
+            f'train: {{steps: 100}}'
+        )
     text, before = path.read_text(encoding='utf-8'), None
     for event in _events(text, path):
         _require_whole(path, text, before, event)
         before = event
     return text
 
-_TEXTS = {p.rpartition('.')[2] for p, f in _PATHS.items()
-          if f.type is str and not f.metadata.get('of')}
+
+_TEXTS = {
+    p.rpartition('.')[2] for p, f in _PATHS.items() if f.type is str and not f.metadata.get('of')
+}
+
 
 def _require_whole(path, text, key, event):
     "Raises `LabError` where a text without quotes ends at a # that is glued to what follows"
-    if getattr(key, 'value', None) not in _TEXTS or getattr(event, 'style', '') is not None: return
-    if re.match(r'[ \t]+#[^\s#]', text[event.end_mark.index:]):
-        raise LabError(f'{path}, line {event.end_mark.line + 1}: {key.value} would be {short(event.value)}, '
-                       'because # begins a comment; put the text in quotes, or a space after #')
+    if getattr(key, 'value', None) not in _TEXTS or getattr(event, 'style', '') is not None:
+        return
+    if re.match(r'[ \t]+#[^\s#]', text[event.end_mark.index :]):
+        raise LabError(
+            f'{path}, line {event.end_mark.line + 1}: {key.value} would be {short(event.value)}, '
+            'because # begins a comment; put the text in quotes, or a space after #'
+        )
+
 
 def _file_of(config):
     "The .yaml file that a config is read from; None where there is none"
-    for place in (Path(config), home()/'experiments'/config, home()/config):
-        if place.suffix in ('.yaml', '.yml') and place.is_file(): return place
-        if (place/'config.yaml').is_file(): return place/'config.yaml'
+    for place in (Path(config), home() / 'experiments' / config, home() / config):
+        if place.suffix in ('.yaml', '.yml') and place.is_file():
+            return place
+        if (place / 'config.yaml').is_file():
+            return place / 'config.yaml'
+
 
 def _source(config):
     "(plain data, name) of a config: a .yaml file, a folder that holds config.yaml, or a name"
     path = _file_of(config)
-    if path is None and config in CONFIGS: return CONFIGS[config], config
+    if path is None and config in CONFIGS:
+        return CONFIGS[config], config
     if path is None:
-        names = [*CONFIGS, *(p.parent.name for p in (home()/'experiments').glob('*/config.yaml'))]
-        near = difflib.get_close_matches(config, names, 1, .5)
-        raise LabError(f'no config is called {config!r}: ' + (f'did you mean {near[0]!r}?' if near else
-                       f'give a .yaml file, or choose from {", ".join(names)}'))
+        names = [*CONFIGS, *(p.parent.name for p in (home() / 'experiments').glob('*/config.yaml'))]
+        near = difflib.get_close_matches(config, names, 1, 0.5)
+        raise LabError(
+            f'no config is called {config!r}: '
+            + (
+                f'did you mean {near[0]!r}?'
+                if near
+                else f'give a .yaml file, or choose from {", ".join(names)}'
+            )
+        )
     name = path.parent.absolute().name if path.stem == 'config' else path.stem
-    omega, errors, yaml = need('omegaconf').OmegaConf, need('omegaconf.errors'), need('yaml')
+    omega = need('omegaconf').OmegaConf
+    errors = need('omegaconf.errors')
+    yaml = need('yaml')
     try:
         text = _bearable(path)
         data = omega.load(io.StringIO(text))
-    except LabError: raise
-    except (yaml.YAMLError, errors.OmegaConfBaseException, ValueError, OSError, RecursionError) as e:
+    except LabError:
+        raise
+    except (
+        yaml.YAMLError,
+        errors.OmegaConfBaseException,
+        ValueError,
+        OSError,
+        RecursionError,
+    ) as e:
         at = getattr(e, 'problem_mark', None)
         problem = getattr(e, 'problem', None) or 'cannot be read'
         colon = re.match("mapping values|found unexpected ':'", problem)
         quotes = 'put a text that holds a colon in quotes, or ' if colon else ''
-        raise LabError(f'{path}{f", line {at.line + 1}" if at else ""}: {problem}; '
-                       f'{quotes}write keys and values, as in train: {{steps: 100}}') from None
+        raise LabError(
+            f'{path}{f", line {at.line + 1}" if at else ""}: {problem}; '
+            f'{quotes}write keys and values, as in train: {{steps: 100}}'
+        ) from None
     return data, name
 
 # %% ../nbs/14_config.ipynb #7cb74764
 def _path(key):
     "The whole path of a key that may be given without its section"
     head = '.'.join(key.split('.')[:2])
-    if head in _PATHS or head in SECTIONS: return key
+    if head in _PATHS or head in SECTIONS:
+        return key
     found = [p for p in _PATHS if p.endswith('.' + key)]
-    if len(found) > 1: raise LabError(f'{key} is in several sections: write {" or ".join(found)}')
-    if not found: raise LabError(f'{_line(key)}: there is no such key; {_nearest_path(key)}')
+    if len(found) > 1:
+        raise LabError(f'{key} is in several sections: write {" or ".join(found)}')
+    if not found:
+        raise LabError(f'{_line(key)}: there is no such key; {_nearest_path(key)}')
     return found[0]
 
 # %% ../nbs/14_config.ipynb #c13d14e7
 def _texts(x):
     "All texts in plain data"
-    if isinstance(x, str): return [x]
-    return [t for v in (x.values() if isinstance(x, dict) else x if isinstance(x, list) else ()) for t in _texts(v)]
+    if isinstance(x, str):
+        return [x]
+    return [
+        t
+        for v in (x.values() if isinstance(x, dict) else x if isinstance(x, list) else ())
+        for t in _texts(v)
+    ]
+
 
 def _check_references(data, name):
-    "Raises `LabError` unless each ${section.key} points at a plain value: references to references grow without end"
+    """Raises `LabError` unless each ${section.key} points at a plain value: references to
+    references grow without end"""
     for text in _texts(data):
-        if len(text) > 10_000 or text.count('${') > 20: raise LabError(f'{name}: {short(text)} is too long: write the value itself')
+        if len(text) > 10_000 or text.count('${') > 20:
+            raise LabError(f'{name}: {short(text)} is too long: write the value itself')
         for path in re.findall(r'\$\{([^}]*)', text):
             found = data
-            for key in path.strip().split('.'): found = found.get(key) if isinstance(found, dict) else None
-            if isinstance(found, (dict, list)) or isinstance(found, str) and '${' in found or '${' in path:
-                raise LabError(f'{name}: {short(text)} refers to what is no plain value: write the value itself')
+            for key in path.strip().split('.'):
+                found = found.get(key) if isinstance(found, dict) else None
+            if (
+                isinstance(found, (dict, list))
+                or isinstance(found, str)
+                and '${' in found
+                or '${' in path
+            ):
+                raise LabError(
+                    f'{name}: {short(text)} refers to what is no plain value: write the '
+                    'value itself'
+                )
+
 
 def _value(path, text):
     "What stands after key=: the text itself where the key takes one, else what YAML reads in it"
-    if path.endswith('.part') or path in _PATHS and _PATHS[path].type is str: return text
-    omega, where = need('omegaconf').OmegaConf, _line(f'{path}={text:.40}')
+    if path.endswith('.part') or path in _PATHS and _PATHS[path].type is str:
+        return text
+    omega = need('omegaconf').OmegaConf
+    where = _line(f'{path}={text:.40}')
     if len(text) > 1 << 16:
         raise LabError(f'{where}…: a value has at most {1 << 16:,} letters; write a shorter one')
-    for _ in _events(text, where): pass
+    for _ in _events(text, where):
+        pass
     return omega.to_container(omega.from_dotlist([f'v={text}']))['v']
 
-def read_config(config, overrides=())->RunConfig:
+
+def read_config(config, overrides=()) -> RunConfig:
     "The config of that name, file or folder, with `key=value` changes"
     data, name = (config, 'run') if isinstance(config, dict) else _source(str(config))
-    omega, errors, where = need('omegaconf').OmegaConf, need('omegaconf.errors'), name
+    omega = need('omegaconf').OmegaConf
+    errors = need('omegaconf.errors')
+    where = name
     given = set()
     try:
         data = omega.create(data)
-        if not omega.is_dict(data): raise LabError(f'{config} is a list: write sections, as in train: {{steps: 100}}')
+        if not omega.is_dict(data):
+            raise LabError(f'{config} is a list: write sections, as in train: {{steps: 100}}')
         for item in overrides:
-            where = f'{item:.60}'; key, eq, value = item.partition('=')
-            if not eq or not key: raise LabError(f'{item!r} will not do: write key=value, such as train.steps=500')
+            where = f'{item:.60}'
+            key, eq, value = item.partition('=')
+            if not eq or not key:
+                raise LabError(f'{item!r} will not do: write key=value, such as train.steps=500')
             path = _path(key)
             value = _value(path, value)
             given.add(path)
             if path == 'data.tokenizer' and 'data.vocab_size' not in given:
-                omega.update(data, 'data.vocab_size', None, force_add=True)     # it was the other tokenizer's
-            if path.endswith('.part'): path, value = path.rpartition('.')[0], dict(part=value)
+                omega.update(
+                    data, 'data.vocab_size', None, force_add=True
+                )  # it was the other tokenizer's
+            if path.endswith('.part'):
+                path, value = path.rpartition('.')[0], dict(part=value)
             omega.update(data, path, value, merge=not isinstance(value, dict), force_add=True)
         where = name
         if any(re.search(r'(?s)\$\{.*:', text) for text in _texts(omega.to_container(data))):
-            raise LabError(f'{name} asks for the environment or another function by ${{…:…}}: write the value itself')
+            raise LabError(
+                f'{name} asks for the environment or another function by ${{…:…}}: write the '
+                'value itself'
+            )
         _check_references(omega.to_container(data), name)
         return config_of(omega.to_container(data, resolve=True), name)
-    except LabError: raise
+    except LabError:
+        raise
     except (errors.OmegaConfBaseException, need('yaml').YAMLError, ValueError, RecursionError) as e:
-        raise LabError(f'{where}: {str(e).splitlines()[0]}: write keys and values, such as train.steps=500') from None
+        raise LabError(
+            f'{where}: {str(e).splitlines()[0]}: write keys and values, such as train.steps=500'
+        ) from None
 
 # %% ../nbs/14_config.ipynb #2e0f4351
-def _as_chosen(old:RunConfig, new:RunConfig)->RunConfig:
+def _as_chosen(old: RunConfig, new: RunConfig) -> RunConfig:
     "`new`, where `auto` stands for what a run of `old` has chosen"
     names = [f.name for f in fields(TrainKeys) if getattr(new.train, f.name) == 'auto']
     return replace(new, train=replace(new.train, **{n: getattr(old.train, n) for n in names}))
 
 # %% ../nbs/14_config.ipynb #d3b6425a
-def as_data(cfg:RunConfig)->dict: # {section: {key: value}}, as `config_of` takes it
+def as_data(cfg: RunConfig) -> dict:  # {section: {key: value}}, as `config_of` takes it
     "All that a config says, as plain data"
     return {s: asdict(getattr(cfg, s)) for s in SECTIONS}
+
 
 def _as_yaml(cfg):
     omega = need('omegaconf').OmegaConf
     return omega.to_yaml(omega.create(as_data(cfg)))
 
+
 def _by_us(data):
     "Is this a config as `write_config` lays it out? A hand leaves comments, or another order"
-    if not data.startswith(f'{next(iter(SECTIONS))}:\n'.encode()): return False
-    omega, wrong = need('omegaconf').OmegaConf, need('omegaconf.errors').OmegaConfBaseException
+    if not data.startswith(f'{next(iter(SECTIONS))}:\n'.encode()):
+        return False
+    omega = need('omegaconf').OmegaConf
+    wrong = need('omegaconf.errors').OmegaConfBaseException
     try:
         said = omega.to_container(omega.create(data.decode()))
         return _as_yaml(config_of(said)).encode() == data
-    except (wrong, need('yaml').YAMLError, AttributeError, RecursionError, ValueError): return False
+    except (wrong, need('yaml').YAMLError, AttributeError, RecursionError, ValueError):
+        return False
 
-def write_config(cfg:RunConfig, path):
+
+def write_config(cfg: RunConfig, path):
     "Write all that the config says as YAML; raises `LabError` over a file that it has not written"
     require_ours(path, _by_us)
-    with written(path) as f: f.write_text(_as_yaml(cfg), encoding='utf-8')
+    with written(path) as f:
+        f.write_text(_as_yaml(cfg), encoding='utf-8')
 
-def differences(old:RunConfig, new:RunConfig)->dict: # {'train.steps': (30, 60)}
+
+def differences(old: RunConfig, new: RunConfig) -> dict:  # {'train.steps': (30, 60)}
     "The keys in which two configs differ, each with both values"
-    said = {path: [getattr(getattr(c, path.partition('.')[0]), path.partition('.')[2])
-                   for c in (old, new)] for path in _PATHS}
+    said = {
+        path: [
+            getattr(getattr(c, path.partition('.')[0]), path.partition('.')[2]) for c in (old, new)
+        ]
+        for path in _PATHS
+    }
     return {path: (a, b) for path, (a, b) in said.items() if a != b}
 
-def gone_on(old:RunConfig, new:RunConfig)->RunConfig:
-    "`new`, if a run of `old` can go on with it: only what does not reach back is another. Raises `LabError` if not"
+
+def gone_on(old: RunConfig, new: RunConfig) -> RunConfig:
+    """`new`, if a run of `old` can go on with it: only what does not reach back is another.
+
+    Raises `LabError` if not"""
     new = _as_chosen(old, new)
     for path, (a, b) in differences(old, new).items():
         # a text may have moved; whether it is the same one is seen later
         moved = path == 'data.corpus' and not {a, b} & {*SLOTS['corpus']}
         if not moved and not path.startswith(('log.', 'eval.', 'train.steps', 'train.threads')):
-            raise LabError(f'{path}={short(b, 200)}: it was {short(a, 200)}, and a run that goes '
-                           'on keeps it; leave it out, or start a new run')
+            raise LabError(
+                f'{path}={short(b, 200)}: it was {short(a, 200)}, and a run that goes '
+                'on keeps it; leave it out, or start a new run'
+            )
     return new
 
-def smaller(cfg:RunConfig)->RunConfig:
+
+def smaller(cfg: RunConfig) -> RunConfig:
     "The same, only to see whether it would work: 20 steps, little validation"
     few = max(2000, cfg.data.block_len + 1)
-    return replace(cfg, train=replace(cfg.train, steps=20, warmup=None),
-                   log=replace(cfg.log, every=5, checkpoint_every=10),
-                   eval=replace(cfg.eval, every=10, tokens=few, sample_every=20, sample_tokens=20))
+    return replace(
+        cfg,
+        train=replace(cfg.train, steps=20, warmup=None),
+        log=replace(cfg.log, every=5, checkpoint_every=10),
+        eval=replace(cfg.eval, every=10, tokens=few, sample_every=20, sample_tokens=20),
+    )
 
 # %% ../nbs/14_config.ipynb #a1e90d02
-def stated(config)->dict: # {'train.lr': 0.02}
+def stated(config) -> dict:  # {'train.lr': 0.02}
     "The keys that a config gives itself, as they stand there; what it leaves out is missing"
-    if not isinstance(config, dict): config = _source(str(config))[0]
+    if not isinstance(config, dict):
+        config = _source(str(config))[0]
     omega, said = need('omegaconf').OmegaConf, {}
     data = omega.to_container(omega.create(config))
     if not isinstance(data, dict):
         raise LabError(f'{config} is a list: write sections, as in train: {{steps: 100}}')
     for section, keys in data.items():
         if section not in SECTIONS or not isinstance(keys, dict):
-            config_of({section: keys})                         # it raises
+            config_of({section: keys})  # it raises
         said |= {f'{section}.{k}': v for k, v in keys.items()}
     return said
 
-def origin(config)->tuple: # ('my', 'experiments/my.yaml')
+
+def origin(config) -> tuple:  # ('my', 'experiments/my.yaml')
     "Name and place of a config: its file, from `home()` if it lies there; the name if it has none"
-    if isinstance(config, dict): return 'run', ''
+    if isinstance(config, dict):
+        return 'run', ''
     name, path = _source(str(config))[1], _file_of(str(config))
-    if path is None: return name, name
+    if path is None:
+        return name, name
     path, top = path.resolve(), home().resolve()
     return name, (path.relative_to(top) if path.is_relative_to(top) else path).as_posix()
 
-def same_config(record:dict, config)->bool:
+
+def same_config(record: dict, config) -> bool:
     "Is `config` the one of which a run has kept `record`? A moved file still is, and a copy is not"
     source = origin(config)[1]
-    if record.get('source') == source: return True
-    there = (home()/record.get('source', '')).is_file() or record.get('source') in CONFIGS
+    if record.get('source') == source:
+        return True
+    there = (home() / record.get('source', '')).is_file() or record.get('source') in CONFIGS
     return not there and record.get('stated') == stated(config)
 
-def edited(cfg:RunConfig, then:dict, now:dict, overrides=())->RunConfig:
+
+def edited(cfg: RunConfig, then: dict, now: dict, overrides=()) -> RunConfig:
     "`cfg` with what its file says `now` and did not say `then`, see `stated`, and with `key=value`"
     data = as_data(cfg)
     other = [p for p in (then | now) if then.get(p, ...) != now.get(p, ...)]
-    if other: other += [p for p, v in now.items() if '${' in str(v)]       # they may refer to it
+    if other:
+        other += [p for p, v in now.items() if '${' in str(v)]  # they may refer to it
     for path in other:
         section, _, key = path.partition('.')
-        if path in now: data[section][key] = now[path]
-        else: data[section].pop(key, None)                     # its default again
+        if path in now:
+            data[section][key] = now[path]
+        else:
+            data[section].pop(key, None)  # its default again
     return replace(read_config(data, overrides), name=cfg.name)

@@ -8,167 +8,264 @@ __all__ = ['MARK', 'KINDS', 'tinystories', 'dolly', 'pg19', 'CORPORA', 'Afresh',
            'HubData', 'tiny_shakespeare', 'found_path', 'kept_path', 'at_home', 'load_corpus', 'corpus_of']
 
 # %% ../nbs/01_corpora.ipynb #f6166ced
-import bisect, csv, difflib, fnmatch, hashlib, heapq, inspect, io, itertools, json, os, re, shutil, time
+import bisect
+import csv
+import difflib
+import fnmatch
+import hashlib
+import heapq
+import inspect
+import io
+import itertools
+import json
+import os
+import re
+import shutil
+import time
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from textwrap import shorten
 from tqdm import tqdm
-from .lab import (SLOTS, LabError, Live, home, json_of, lookup, made_folder, need, require_inside,
-                         require_name, require_ours, short, written)
+from llm_lab.lab import (
+    SLOTS,
+    LabError,
+    Live,
+    home,
+    json_of,
+    lookup,
+    made_folder,
+    need,
+    require_inside,
+    require_name,
+    require_ours,
+    short,
+    written,
+)
 
 # %% ../nbs/01_corpora.ipynb #48f6a61d
 class Afresh:
     "An iterable that is read again for each `for`: `read(*args)` gives a new iterator"
-    def __init__(self, read:Callable, *args): self.read, self.args = read, args
-    def __iter__(self): return iter(self.read(*self.args))
 
-def digest(documents:Iterable[str])->str:
-    "SHA-256 over the documents in their order, each as UTF-8 and one byte 0xff; holds one document at a time"
+    def __init__(self, read: Callable, *args):
+        self.read, self.args = read, args
+
+    def __iter__(self):
+        return iter(self.read(*self.args))
+
+
+def digest(documents: Iterable[str]) -> str:
+    """SHA-256 over the documents in their order, each as UTF-8 and one byte 0xff; holds one
+    document at a time"""
     h = hashlib.sha256()
-    for d in documents: h.update(d.encode()); h.update(b'\xff')
+    for d in documents:
+        h.update(d.encode())
+        h.update(b'\xff')
     return h.hexdigest()
 
+
 def _size(held):
-    if not hasattr(held, '__len__'): return 'on demand'
+    if not hasattr(held, '__len__'):
+        return 'on demand'
     return f'{len(held):,} {"characters" if isinstance(held, str) else "documents"}'
 
 # %% ../nbs/01_corpora.ipynb #55bc4638
 @dataclass(frozen=True)
 class Corpus:
-    "Texts with a known origin. `splits` maps 'train', 'val' and perhaps 'test' to a string or an `Afresh`"
-    name:str
-    splits:dict               # a split is its text, or an iterable of documents, the same ones each time
-    separator:str = '\n\n'    # stands between two documents
-    licence:str = 'unknown'
-    source:str = ''
-    sha256:str = ''           # of its bytes, where it was fetched; else of its text
-    floor:float|None = None   # true entropy in bits per character, where it is known
-    independent:bool = False  # does each document stand alone, so that the one before says nothing about it?
-    citation:str = ''         # whom to name when you use it
-    field:str = ''            # of the records that it was read from: which one holds the text
+    """Texts with a known origin.
 
-    def documents(self, split:str)->Iterable[str]:
+    `splits` maps 'train', 'val' and perhaps 'test' to a string or an `Afresh`"""
+
+    name: str
+    splits: dict  # a split is its text, or an iterable of documents, the same ones each time
+    separator: str = '\n\n'  # stands between two documents
+    licence: str = 'unknown'
+    source: str = ''
+    sha256: str = ''  # of its bytes, where it was fetched; else of its text
+    floor: float | None = None  # true entropy in bits per character, where it is known
+    independent: bool = (
+        False  # does each document stand alone, so that the one before says nothing about it?
+    )
+    citation: str = ''  # whom to name when you use it
+    field: str = ''  # of the records that it was read from: which one holds the text
+
+    def documents(self, split: str) -> Iterable[str]:
         "The split's separate texts: a list, or an iterable that begins anew for each `for`"
         if split not in self.splits:
-            raise LabError(f'corpus {self.name!r} has no split {split!r}: choose from {", ".join(self.splits)}')
+            raise LabError(
+                f'corpus {self.name!r} has no split {split!r}: choose from {", ".join(self.splits)}'
+            )
         held = self.splits[split]
         return held.split(self.separator) if isinstance(held, str) else held
 
-    def text(self, split:str)->str:
+    def text(self, split: str) -> str:
         "The whole split as one string"
         held = self.splits.get(split)
         return held if isinstance(held, str) else self.separator.join(self.documents(split))
 
-    def digest(self, split:str)->str: return digest(self.documents(split))
+    def digest(self, split: str) -> str:
+        return digest(self.documents(split))
 
     def __repr__(self):
         sizes = ', '.join(f'{k} {_size(v)}' for k, v in self.splits.items())
-        return (f'Corpus({self.name!r}: {sizes}; licence: {self.licence}' +
-                (f'; cite: {self.citation}' if self.citation else '') + ')')
+        return (
+            f'Corpus({self.name!r}: {sizes}; licence: {self.licence}'
+            + (f'; cite: {self.citation}' if self.citation else '')
+            + ')'
+        )
 
 # %% ../nbs/01_corpora.ipynb #cdb0bb63
-def apart(corpus)->bool:
-    "Does the separator stand in a corpus? Not in a text that is one document, such as a single line"
+def apart(corpus) -> bool:
+    """Does the separator stand in a corpus?
+
+    Not in a text that is one document, such as a single line"""
     several = lambda split: len([*itertools.islice(corpus.documents(split), 2)]) > 1
     return corpus.independent or any(map(several, corpus.splits))
 
-def letters_of(corpus)->str:
+
+def letters_of(corpus) -> str:
     "The characters of a corpus, each once, sorted; those of its separator if it stands in it"
     held = {*(corpus.separator if apart(corpus) else '')}
     for split in corpus.splits:
-        for d in corpus.documents(split): held.update(d)
+        for d in corpus.documents(split):
+            held.update(d)
     return ''.join(sorted(held))
 
 # %% ../nbs/01_corpora.ipynb #9fdf04ec
-def read_text(path)->str:
-    "The text of a UTF-8 file, with plain line ends; raises `LabError` when it is missing, empty or not UTF-8"
-    if Path(path).exists() and not Path(path).is_file():      # a folder, or a pipe that never ends
+def read_text(path) -> str:
+    """The text of a UTF-8 file, with plain line ends; raises `LabError` when it is missing, empty
+    or not UTF-8"""
+    if Path(path).exists() and not Path(path).is_file():  # a folder, or a pipe that never ends
         raise LabError(f'cannot read {path}: it is no plain file; check the path')
-    try: data = Path(path).read_bytes()
-    except OSError as e: raise LabError(f'cannot read {path}: {e.strerror or e}; check the path') from None
-    try: text = data.decode('utf-8-sig')
+    try:
+        data = Path(path).read_bytes()
+    except OSError as e:
+        raise LabError(f'cannot read {path}: {e.strerror or e}; check the path') from None
+    try:
+        text = data.decode('utf-8-sig')
     except UnicodeDecodeError as e:
-        raise LabError(f'{path} is not UTF-8: byte {e.start} is 0x{data[e.start]:02x}; '
-                       'save it as UTF-8 first') from None
-    if not text.strip(): raise LabError(f'{path} holds no text: choose a file with something to read')
+        raise LabError(
+            f'{path} is not UTF-8: byte {e.start} is 0x{data[e.start]:02x}; save it as UTF-8 first'
+        ) from None
+    if not text.strip():
+        raise LabError(f'{path} holds no text: choose a file with something to read')
     return text.replace('\r\n', '\n').replace('\r', '\n')
 
 # %% ../nbs/01_corpora.ipynb #e8591f0d
 MARK = '<|endoftext|>'
 
-def stories(text:str)->list[str]:
+
+def stories(text: str) -> list[str]:
     "The texts between the marks, without space around them; empty ones are dropped"
     return [s for t in text.replace('\r\n', '\n').split(MARK) if (s := t.strip())]
 
-def cut(text:str, share=.9)->dict: # {'train': …, 'val': …}
+
+def cut(text: str, share=0.9) -> dict:  # {'train': …, 'val': …}
     "The first `share` of the characters for training, the rest for validation"
-    n = int(share*len(text))
+    n = int(share * len(text))
     return dict(train=text[:n], val=text[n:])
 
-def cut_whole(documents:list[str], share=.9)->tuple[list[str], list[str]]:
+
+def cut_whole(documents: list[str], share=0.9) -> tuple[list[str], list[str]]:
     "As many whole documents as fit into `share` of the characters (at least one), and the rest"
     ends = list(itertools.accumulate(map(len, documents)))
-    n = max(1, bisect.bisect_right(ends, share*ends[-1]))
+    n = max(1, bisect.bisect_right(ends, share * ends[-1]))
     return documents[:n], documents[n:]
 
 # %% ../nbs/01_corpora.ipynb #f4601eb5
-KINDS = {'.txt': 'txt', '.md': 'md', '.markdown': 'md', '.jsonl': 'jsonl', '.ndjson': 'jsonl',
-         '.json': 'json', '.csv': 'csv', '.tsv': 'csv', '.parquet': 'parquet'}
-_SPLITS = dict(train='train', training='train', val='val', valid='val', validation='val', dev='val',
-               test='test', testing='test')
-_NAMED = re.compile(rf'(?i)(.*?[/._-]|)({"|".join(_SPLITS)})'                       # wiki.train
-                    r'(?:[._-]?\d+)?(?:-of-\d+)?(?:-[0-9a-f]{16})?(?:\.\w+|/.*)')   # -00000-of-00002.parquet
+KINDS = {
+    '.txt': 'txt',
+    '.md': 'md',
+    '.markdown': 'md',
+    '.jsonl': 'jsonl',
+    '.ndjson': 'jsonl',
+    '.json': 'json',
+    '.csv': 'csv',
+    '.tsv': 'csv',
+    '.parquet': 'parquet',
+}
+_SPLITS = dict(
+    train='train',
+    training='train',
+    val='val',
+    valid='val',
+    validation='val',
+    dev='val',
+    test='test',
+    testing='test',
+)
+_NAMED = re.compile(
+    rf'(?i)(.*?[/._-]|)({"|".join(_SPLITS)})'  # wiki.train
+    r'(?:[._-]?\d+)?(?:-of-\d+)?(?:-[0-9a-f]{16})?(?:\.\w+|/.*)'
+)  # -00000-of-00002.parquet
 
-def _visible(folder)->list:
+
+def _visible(folder) -> list:
     "The files below a folder in the order of their names, none that is hidden"
+
     def refuse(e):
-        raise LabError(f'cannot read {e.filename}: {e.strerror or e}; '
-                       'check its rights, or name another folder')
+        raise LabError(
+            f'cannot read {e.filename}: {e.strerror or e}; check its rights, or name another folder'
+        )
+
     found = []
     for here, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith('.')]
         found += [Path(here, name) for name in names if not name.startswith('.')]
     return sorted(found, key=lambda p: p.relative_to(folder).as_posix())
 
-def _divided(folder, files)->dict:
+
+def _divided(folder, files) -> dict:
     "{split: files} where their names tell, {} where they do not; `LabError` where they do not fit"
-    sets = {}                              # of one text: what stands before the word is the same
+    sets = {}  # of one text: what stands before the word is the same
     for f in files:
         if m := _NAMED.fullmatch(f.relative_to(folder).as_posix()):
             sets.setdefault(m[1], {}).setdefault(_SPLITS[m[2].lower()], []).append(f)
     whole = [parts for parts in sets.values() if 'train' in parts and len(parts) > 1]
-    if len(whole) == 1: return whole[0]
+    if len(whole) == 1:
+        return whole[0]
     named = [f for parts in sets.values() for held in parts.values() for f in held]
     splits = {split for parts in sets.values() for split in parts}
-    torn = 'train' in splits and len(splits) > 1               # of several texts
+    torn = 'train' in splits and len(splits) > 1  # of several texts
     headless = splits and 'train' not in splits and len(named) == len(files)
     if torn or headless:
         few = ', '.join(f.relative_to(folder).as_posix() for f in named[:3])
-        raise LabError(f'{folder}: {few} are named like splits, but not like those of one text '
-                       'with a train part: name one file or one folder, or rename them')
+        raise LabError(
+            f'{folder}: {few} are named like splits, but not like those of one text '
+            'with a train part: name one file or one folder, or rename them'
+        )
     return {}
 
-def _chosen(folder)->tuple: # (kind of the files, {split: files}); '' where there are no splits
+
+def _chosen(folder) -> tuple:  # (kind of the files, {split: files}); '' where there are no splits
     "The files of a folder that are its text; what is left out is told in a warning"
     files = {}
     for f in _visible(folder):
-        if kind := KINDS.get(f.suffix.lower()): files.setdefault(kind, []).append(f)
+        if kind := KINDS.get(f.suffix.lower()):
+            files.setdefault(kind, []).append(f)
     divided = {kind: parts for kind, fs in files.items() if (parts := _divided(folder, fs))}
     ranks = [*divided], ['txt'], ['jsonl', 'csv', 'parquet'], ['md']
     kinds = next((there for rank in ranks if (there := [k for k in rank if k in files])), [])
     if not kinds:
-        raise LabError(f'{folder} holds no .txt file, and no .md, .jsonl, .csv or .parquet: '
-                       'name another folder, or a file')
+        raise LabError(
+            f'{folder} holds no .txt file, and no .md, .jsonl, .csv or .parquet: '
+            'name another folder, or a file'
+        )
     if len(kinds) > 1:
-        raise LabError(f'{folder} holds .{" and .".join(kinds)} files: '
-                       'name one of them, or a folder with one kind')
-    kind, = kinds
+        raise LabError(
+            f'{folder} holds .{" and .".join(kinds)} files: '
+            'name one of them, or a folder with one kind'
+        )
+    (kind,) = kinds
     parts = divided.get(kind) or {'': files[kind]}
     taken = {f for held in parts.values() for f in held}
-    left = [f.relative_to(folder).as_posix() for k, fs in files.items() for f in fs
-            if f not in taken and (k != 'md' or kind == 'txt')]        # a README.md is no news
+    left = [
+        f.relative_to(folder).as_posix()
+        for k, fs in files.items()
+        for f in fs
+        if f not in taken and (k != 'md' or kind == 'txt')
+    ]  # a README.md is no news
     if left:
         few = ', '.join(left[:3]) + (f' and {len(left) - 3:,} more' if left[3:] else '')
         warnings.warn(f'{folder}: the text is {len(taken):,} .{kind} files; left out: {few}')
@@ -177,80 +274,110 @@ def _chosen(folder)->tuple: # (kind of the files, {split: files}); '' where ther
 # %% ../nbs/01_corpora.ipynb #1668f7d7
 def _no_field(where, field, there):
     there = ', '.join(f'{name!s:.30}' for name in list(there)[:12] if name is not None)
-    return LabError(f'{where} has no field {field!r}: it has {there or "none"}; '
-                    'name one with data.field=… or --field')
+    return LabError(
+        f'{where} has no field {field!r}: it has {there or "none"}; '
+        'name one with data.field=… or --field'
+    )
+
 
 def _json_rows(path, field):
     text = read_text(path)
+
     def parsed(piece, where):
-        try: return json.loads(piece)
+        try:
+            return json.loads(piece)
         except (ValueError, RecursionError) as e:
             why = shorten(str(e), 80)
             raise LabError(f'{where} is no JSON ({why}): write one record a line') from None
+
     if path.suffix.lower() == '.json' and text.lstrip().startswith('['):
         yield from ((f'{path}, record {n}', row) for n, row in enumerate(parsed(text, path), 1))
         return
     for n, line in enumerate(text.split('\n'), 1):
-        if line.strip(): yield f'{path}, line {n}', parsed(line, f'{path}, line {n},')
+        if line.strip():
+            yield f'{path}, line {n}', parsed(line, f'{path}, line {n},')
+
 
 def _csv_rows(path, field):
     text = read_text(path).lstrip('\n')
     head = text.partition('\n')[0]
     mark = next((m for m in ',;\t' if field in next(csv.reader([head], delimiter=m))), ',')
-    limit = csv.field_size_limit(len(text))                    # a document may be long
-    try: rows = [*csv.DictReader(io.StringIO(text), delimiter=mark)]
-    except csv.Error as e: raise LabError(f'cannot read {path}: {e}; save it again') from None
-    finally: csv.field_size_limit(limit)
-    if not rows and field not in head: raise _no_field(path, field, [head])
+    limit = csv.field_size_limit(len(text))  # a document may be long
+    try:
+        rows = [*csv.DictReader(io.StringIO(text), delimiter=mark)]
+    except csv.Error as e:
+        raise LabError(f'cannot read {path}: {e}; save it again') from None
+    finally:
+        csv.field_size_limit(limit)
+    if not rows and field not in head:
+        raise _no_field(path, field, [head])
     yield from ((f'{path}, record {n}', row) for n, row in enumerate(rows, 1))
 
+
 def _parquet_rows(path, field):
-    parquet, wrong = need('pyarrow.parquet', 'pyarrow'), need('pyarrow').ArrowException
+    parquet = need('pyarrow.parquet', 'pyarrow')
+    wrong = need('pyarrow').ArrowException
     try:
         with parquet.ParquetFile(path) as table:
             there = table.schema_arrow.names
-            if field not in there: raise _no_field(path, field, there)
+            if field not in there:
+                raise _no_field(path, field, there)
             for batch in table.iter_batches(columns=[field]):
                 yield from ((str(path), {field: v}) for v in batch.column(0).to_pylist())
     except (wrong, OSError) as e:
         raise LabError(f'cannot read {path}: {shorten(str(e), 120)}; copy it again') from None
 
+
 _ROWS = dict(jsonl=_json_rows, json=_json_rows, csv=_csv_rows, parquet=_parquet_rows)
 
-def _saved(folder)->bool:
+
+def _saved(folder) -> bool:
     "Is this a folder that `save_to_disk` of the library `datasets` has made?"
-    has = lambda name: (folder/name).is_file()
+    has = lambda name: (folder / name).is_file()
     return has('dataset_dict.json') or has('state.json') and has('dataset_info.json')
 
-def _saved_rows(folder, field)->dict: # {split: [(where, record), …]}
+
+def _saved_rows(folder, field) -> dict:  # {split: [(where, record), …]}
     "The records of such a folder"
     datasets = need('datasets')
-    try: held = datasets.load_from_disk(str(folder))
+    try:
+        held = datasets.load_from_disk(str(folder))
     except Exception as e:
         why = shorten(str(e) or type(e).__name__, 120)
         raise LabError(f'cannot read {folder}: {why}; save it again') from None
-    parts, rows = held if isinstance(held, dict) else {'': held}, {}
+    parts = held if isinstance(held, dict) else {'': held}
+    rows = {}
     for name, part in parts.items():
         where = f'{folder}, {name}' if name else str(folder)
-        if field not in part.column_names: raise _no_field(where, field, part.column_names)
+        if field not in part.column_names:
+            raise _no_field(where, field, part.column_names)
         split = _SPLITS.get(name.lower(), '' if len(parts) == 1 else None)
-        if split is None: warnings.warn(f'{folder}: the split {short(name)} is left out')
-        else: rows.setdefault(split, []).extend((where, r) for r in part.select_columns([field]))
+        if split is None:
+            warnings.warn(f'{folder}: the split {short(name)} is left out')
+        else:
+            rows.setdefault(split, []).extend((where, r) for r in part.select_columns([field]))
     if not rows.keys() & {'', 'train'}:
         there = ', '.join(map(short, parts))
         raise LabError(f'{folder} has the splits {there}: one must be called train')
     return rows
 
-def _texts_of(rows, field)->list:
-    "What records hold in a field; null is no text. `LabError` where the field is not there, or no text"
+
+def _texts_of(rows, field) -> list:
+    """What records hold in a field; null is no text.
+
+    `LabError` where the field is not there, or no text"""
     texts = []
     for where, row in rows:
         if not isinstance(row, dict):
             raise LabError(f'{where}: {short(row)} is no record: write {{"{field}": "…"}}')
-        if field not in row: raise _no_field(where, field, row)
+        if field not in row:
+            raise _no_field(where, field, row)
         if not isinstance(text := row[field], str | None):
-            raise LabError(f'{where}: {field} is {short(text)}, which is no text: name another field')
-        try: (text or '').encode()
+            raise LabError(
+                f'{where}: {field} is {short(text)}, which is no text: name another field'
+            )
+        try:
+            (text or '').encode()
         except UnicodeEncodeError:
             raise LabError(f'{where}: {field} holds half a character: write it as UTF-8') from None
         texts.append((text or '').replace('\r\n', '\n').replace('\r', '\n'))
@@ -259,41 +386,52 @@ def _texts_of(rows, field)->list:
 # %% ../nbs/01_corpora.ipynb #f6bf56cd
 _GUTENBERG = re.compile(r'^\*\*\* ?(START|END) OF TH(?:E|IS) PROJECT GUTENBERG', re.M)
 
+
 def _legal_share(text, before=''):
-    "The share of a text (which goes on from `before`) that is header or licence of Project Gutenberg"
-    seen, found = [m[1] for m in _GUTENBERG.finditer(before)], [*_GUTENBERG.finditer(text)]
+    """The share of a text (which goes on from `before`) that is header or licence of Project
+    Gutenberg"""
+    seen = [m[1] for m in _GUTENBERG.finditer(before)]
+    found = [*_GUTENBERG.finditer(text)]
     legal = seen[-1:] == ['END'] or not seen and bool(found) and found[0][1] == 'START'
     share, at = 0, 0
     for m in found:
-        share += legal*(m.start() - at)
+        share += legal * (m.start() - at)
         legal, at = m[1] == 'END', m.start()
-    return (share + legal*(len(text) - at))/max(1, len(text))
+    return (share + legal * (len(text) - at)) / max(1, len(text))
+
 
 def _hint(path, splits, cut):
     "Warn where more than half of the validation text is no text of its author"
     share = _legal_share(splits['val'], splits['train'] if cut else '')
-    if share > .5:
-        warnings.warn(f'{path}: {share:.0%} of its validation text is header or licence of '
-                      'Project Gutenberg: delete both from the file')
+    if share > 0.5:
+        warnings.warn(
+            f'{path}: {share:.0%} of its validation text is header or licence of '
+            'Project Gutenberg: delete both from the file'
+        )
 
 # %% ../nbs/01_corpora.ipynb #7babf47d
-def _read(path, field)->tuple: # ({split: texts}, are they records?)
+def _read(path, field) -> tuple:  # ({split: texts}, are they records?)
     "The texts at a path: the splits that are there, or '' for all"
     if path.is_dir() and _saved(path):
         return {s: _texts_of(rows, field) for s, rows in _saved_rows(path, field).items()}, True
-    kind, parts = KINDS.get(path.suffix.lower(), 'txt'), {'': [path]}
-    if path.is_dir(): kind, parts = _chosen(path)
+    kind = KINDS.get(path.suffix.lower(), 'txt')
+    parts = {'': [path]}
+    if path.is_dir():
+        kind, parts = _chosen(path)
     if kind in _ROWS:
         held = lambda f: _texts_of(_ROWS[kind](f, field), field)
         return {s: [t for f in files for t in held(f)] for s, files in parts.items()}, True
     if field != 'text':
-        raise LabError(f'{path} is plain text and has no field {field!r}: '
-                       'leave data.field (--field) out')
+        raise LabError(
+            f'{path} is plain text and has no field {field!r}: leave data.field (--field) out'
+        )
     bare = lambda text, files: text.strip('\n') if len(files) > 1 else text
     return {s: [bare(read_text(f), files) for f in files] for s, files in parts.items()}, False
 
-def from_path(path, field='text')->Corpus:
-    "A corpus from a file or folder of texts; or of records, each a document with its text in `field`"
+
+def from_path(path, field='text') -> Corpus:
+    """A corpus from a file or folder of texts; or of records, each a document with its text in
+    `field`"""
     path = Path(path)
     texts, records = _read(path, field)
     docs = {s: [d for t in ts for d in stories(t)] for s, ts in texts.items()}
@@ -301,77 +439,124 @@ def from_path(path, field='text')->Corpus:
         raise LabError(f'{path}: there is no text in its field {field!r}: name another')
     line = re.compile(rf'^[ \t]*{re.escape(MARK)}[ \t]*$', re.M)
     marked = sum(map(len, docs.values())) > 1 and (
-        records or any(line.search(t) for ts in texts.values() for t in ts))
-    separator, held = f'\n{MARK}\n' if marked else Corpus.separator, docs if marked or records else texts
+        records or any(line.search(t) for ts in texts.values() for t in ts)
+    )
+    separator = f'\n{MARK}\n' if marked else Corpus.separator
+    held = docs if marked or records else texts
     joined = {s: separator.join(held[s]) for s in ('', 'train', 'val', 'test') if s in held}
     splits = {s: t for s, t in joined.items() if s}
     if not splits.get('val'):
         all_of = '' if '' in held else 'train'
-        if marked and len(held[all_of]) > 1: halves = map(separator.join, cut_whole(held[all_of]))
-        else: halves = cut(joined[all_of]).values()            # one document is cut by place
-        splits = {**dict(zip(('train', 'val'), halves)), **{s: splits[s] for s in splits if s == 'test'}}
+        if marked and len(held[all_of]) > 1:
+            halves = map(separator.join, cut_whole(held[all_of]))
+        else:
+            halves = cut(joined[all_of]).values()  # one document is cut by place
+        splits = {
+            **dict(zip(('train', 'val'), halves)),
+            **{s: splits[s] for s in splits if s == 'test'},
+        }
     _hint(path, splits, cut='val' not in held)
     known = joined.get('', json.dumps({s: digest(held[s]) for s in joined}))
     name = path.stem if path.is_file() else path.resolve().name
-    return Corpus(name, splits, separator, 'your own', str(path), hashlib.sha256(known.encode()).hexdigest(),
-                  independent=marked, field=field if records else '')
+    return Corpus(
+        name,
+        splits,
+        separator,
+        'your own',
+        str(path),
+        hashlib.sha256(known.encode()).hexdigest(),
+        independent=marked,
+        field=field if records else '',
+    )
 
 # %% ../nbs/01_corpora.ipynb #e3835448
-def records_in(path, field='text'): # a list of documents, or None
+def records_in(path, field='text'):  # a list of documents, or None
     "The documents of a file of records; None where it is running text"
     kind = KINDS.get(Path(path).suffix.lower())
-    if kind not in _ROWS or not Path(path).is_file(): return None
+    if kind not in _ROWS or not Path(path).is_file():
+        return None
     return [d for text in _texts_of(_ROWS[kind](Path(path), field), field) for d in stories(text)]
 
 # %% ../nbs/01_corpora.ipynb #dfc73008
 class _Capped:
     "A file that takes `limit` bytes and no more"
-    def __init__(self, file, limit): self.file, self.left, self.limit = file, limit, limit
+
+    def __init__(self, file, limit):
+        self.file, self.left, self.limit = file, limit, limit
+
     def write(self, chunk):
         self.left -= len(chunk)
-        if self.left < 0: raise OSError(f'the server sends more than the {self.limit:,} bytes expected')
+        if self.left < 0:
+            raise OSError(f'the server sends more than the {self.limit:,} bytes expected')
         return self.file.write(chunk)
-    def flush(self): self.file.flush()
+
+    def flush(self):
+        self.file.flush()
+
 
 def _download(url, path, limit):
     "What pooch calls to bring the bytes of `url` to `path`"
-    with open(path, 'wb') as f: need('pooch').HTTPDownloader(timeout=20)(url, _Capped(f, limit), None)
+    with open(path, 'wb') as f:
+        need('pooch').HTTPDownloader(timeout=20)(url, _Capped(f, limit), None)
+
 
 def _hash_ok(path, sha256):
     "The bytes of `path` when their hash is right; raises `LabError` when it is not"
     data = path.read_bytes()
     if (got := hashlib.sha256(data).hexdigest()) != sha256:
-        raise LabError(f'{path} has SHA-256 {got[:12]}…, expected {sha256[:12]}…: '
-                       'delete it to have it fetched again')
+        raise LabError(
+            f'{path} has SHA-256 {got[:12]}…, expected {sha256[:12]}…: '
+            'delete it to have it fetched again'
+        )
     return data
 
 # %% ../nbs/01_corpora.ipynb #dd4d7abe
-def fetch(name:str, url:str, sha256:str, size:int)->bytes:
-    "The `size` bytes of a public file, checked: from `$LLM_LAB_DATA`, `home()/data`, or `url` (then kept there)"
+def fetch(name: str, url: str, sha256: str, size: int) -> bytes:
+    """The `size` bytes of a public file, checked: from `$LLM_LAB_DATA`, `home()/data`, or `url`
+    (then kept there)"""
     require_name(name, 'the file')
-    for folder in filter(None, (os.environ.get('LLM_LAB_DATA'), home()/'data')):
-        if (path := Path(folder)/name).is_file(): return _hash_ok(path, sha256)
-    made_folder(home()/'data')
-    pooch = need('pooch'); pooch.get_logger().setLevel('ERROR')
-    store = pooch.create(home()/'data', '', registry={name: f'sha256:{sha256}'}, urls={name: url},
-                         retry_if_failed=3)
-    try: path = store.fetch(name, downloader=lambda url, path, pup: _download(url, path, size))
+    for folder in filter(None, (os.environ.get('LLM_LAB_DATA'), home() / 'data')):
+        if (path := Path(folder) / name).is_file():
+            return _hash_ok(path, sha256)
+    made_folder(home() / 'data')
+    pooch = need('pooch')
+    pooch.get_logger().setLevel('ERROR')
+    store = pooch.create(
+        home() / 'data',
+        '',
+        registry={name: f'sha256:{sha256}'},
+        urls={name: url},
+        retry_if_failed=3,
+    )
+    try:
+        path = store.fetch(name, downloader=lambda url, path, pup: _download(url, path, size))
     except Exception as e:
-        why = 'the bytes that came have the wrong hash' if 'hash' in str(e) else shorten(str(e), 120)
-        raise LabError(f'cannot download {name}: {why}; '
-                       f'try again, or put a copy into {home()/"data"} or $LLM_LAB_DATA') from None
+        why = (
+            'the bytes that came have the wrong hash' if 'hash' in str(e) else shorten(str(e), 120)
+        )
+        raise LabError(
+            f'cannot download {name}: {why}; '
+            f'try again, or put a copy into {home() / "data"} or $LLM_LAB_DATA'
+        ) from None
     return _hash_ok(Path(path), sha256)
 
 # %% ../nbs/01_corpora.ipynb #5232ebd2
-def place(text:str, seed=0, purpose='side')->float:
-    "A number in [0, 1) that depends on text, seed and purpose only, and is spread evenly over texts"
-    return int.from_bytes(hashlib.sha256(f'{purpose}/{seed}/{text}'.encode()).digest()[:6], 'big')/2**48
+def place(text: str, seed=0, purpose='side') -> float:
+    """A number in [0, 1) that depends on text, seed and purpose only, and is spread evenly over
+    texts"""
+    return (
+        int.from_bytes(hashlib.sha256(f'{purpose}/{seed}/{text}'.encode()).digest()[:6], 'big')
+        / 2**48
+    )
 
-def side(text:str, cuts:dict)->str: # a key of `cuts`, or 'train'
-    "The split a text belongs to when each split of `cuts` gets its share of all texts, and training the rest"
+
+def side(text: str, cuts: dict) -> str:  # a key of `cuts`, or 'train'
+    """The split a text belongs to when each split of `cuts` gets its share of all texts, and
+    training the rest"""
     x = place(text)
     for split, share in cuts.items():
-        if x < share: return split
+        if x < share:
+            return split
         x -= share
     return 'train'
 
@@ -380,136 +565,228 @@ def _counted(documents, label):
     "The documents; whoever waits longer than two seconds is told how many were read"
     begin, live = time.monotonic(), Live()
     for n, d in enumerate(documents, 1):
-        if n % 1000 == 0 and time.monotonic() - begin > 2: live(f'{label}: {n:,} documents read')
+        if n % 1000 == 0 and time.monotonic() - begin > 2:
+            live(f'{label}: {n:,} documents read')
         yield d
-    if time.monotonic() - begin > 2: live.close(f'{label}: {n:,} documents read')
+    if time.monotonic() - begin > 2:
+        live.close(f'{label}: {n:,} documents read')
 
-def subsample(corpus:Corpus, limit:int, seed=0)->Corpus:
-    "The corpus with `limit` training documents, drawn by seed; a larger draw holds every smaller one"
+
+def subsample(corpus: Corpus, limit: int, seed=0) -> Corpus:
+    """The corpus with `limit` training documents, drawn by seed; a larger draw holds every smaller
+    one"""
     if not corpus.independent:
-        raise LabError(f'{corpus.name} is one running text and cannot be drawn from: leave limit out')
-    if not isinstance(limit, int) or limit < 1: raise LabError(f'limit={limit!r} should be a whole number above 0')
+        raise LabError(
+            f'{corpus.name} is one running text and cannot be drawn from: leave limit out'
+        )
+    if not isinstance(limit, int) or limit < 1:
+        raise LabError(f'limit={limit!r} should be a whole number above 0')
     train = _counted(corpus.documents('train'), corpus.name)
     least = heapq.nsmallest(limit, ((place(d, seed, 'draw'), n, d) for n, d in enumerate(train)))
     if len(least) < limit:
-        raise LabError(f'{corpus.name} has {len(least):,} training documents, limit={limit:,}: ask for fewer')
-    docs = [d for _, d in sorted(o[1:] for o in least)]                  # in their old order
+        raise LabError(
+            f'{corpus.name} has {len(least):,} training documents, limit={limit:,}: ask for fewer'
+        )
+    docs = [d for _, d in sorted(o[1:] for o in least)]  # in their old order
     train = corpus.separator.join(docs) if isinstance(corpus.splits['train'], str) else docs
-    return replace(corpus, name=f'{corpus.name}-{limit}-seed{seed}', splits={**corpus.splits, 'train': train},
-                   source=f'{corpus.source}, {limit:,} training documents drawn with seed {seed}',
-                   sha256=hashlib.sha256(f'{corpus.sha256}/{limit}/{seed}'.encode()).hexdigest())
+    return replace(
+        corpus,
+        name=f'{corpus.name}-{limit}-seed{seed}',
+        splits={**corpus.splits, 'train': train},
+        source=f'{corpus.source}, {limit:,} training documents drawn with seed {seed}',
+        sha256=hashlib.sha256(f'{corpus.sha256}/{limit}/{seed}'.encode()).hexdigest(),
+    )
 
 # %% ../nbs/01_corpora.ipynb #fd942735
 def _ask(name, do):
     "What `do()` gets from the hub, tried three times; a fault that stays becomes one line"
     e = need('huggingface_hub.errors')
     gone = e.RepositoryNotFoundError, e.RevisionNotFoundError, e.RemoteEntryNotFoundError
-    copy = f'try again, or put a copy into {home()/"data"/name} or $LLM_LAB_DATA/{name}'
+    copy = f'try again, or put a copy into {home() / "data" / name} or $LLM_LAB_DATA/{name}'
     for wait in (1, 3, 0):
-        try: return do()
-        except e.GatedRepoError: why = 'accept the terms on its page there, then run `hf auth login`'; break
-        except gone: why = 'it has no such data set, revision or file: it was moved, or made private'; break
+        try:
+            return do()
+        except e.GatedRepoError:
+            why = 'accept the terms on its page there, then run `hf auth login`'
+            break
+        except gone:
+            why = 'it has no such data set, revision or file: it was moved, or made private'
+            break
         except Exception as x:
-            if tired := isinstance(x, e.LocalEntryNotFoundError): x = x.__cause__ or x   # they tried often enough
-            said = 'its answer is no JSON' if isinstance(x, json.JSONDecodeError) else str(x) or type(x).__name__
+            if tired := isinstance(x, e.LocalEntryNotFoundError):
+                x = x.__cause__ or x  # they tried often enough
+            said = (
+                'its answer is no JSON'
+                if isinstance(x, json.JSONDecodeError)
+                else str(x) or type(x).__name__
+            )
             why = f'{shorten(said, 140)}; {copy}'
-            if tired: break
+            if tired:
+                break
         time.sleep(wait)
     raise LabError(f'cannot get {name} from the hub: {why}') from None
 
 # %% ../nbs/01_corpora.ipynb #a386009a
 def _sound(kept, path):
     "What a hub.json says. Raises `LabError` where it is no list of files inside a folder"
+
     def good(f):
-        if not isinstance(f, dict) or type(f.get('size')) is not int or not isinstance(f.get('path'), str): return False
+        if (
+            not isinstance(f, dict)
+            or type(f.get('size')) is not int
+            or not isinstance(f.get('path'), str)
+        ):
+            return False
         require_inside(f['path'], f'{path}:')
         return isinstance(f.get('sha256', f.get('blob')), str)
-    if isinstance(kept, dict) and isinstance(kept.get('files'), list) and isinstance(kept.get('commit'), str) \
-            and all(map(good, kept['files'])): return kept
+
+    if (
+        isinstance(kept, dict)
+        and isinstance(kept.get('files'), list)
+        and isinstance(kept.get('commit'), str)
+        and all(map(good, kept['files']))
+    ):
+        return kept
     raise LabError(f'{path} is damaged: delete it to have the hub asked again')
+
 
 def _folders(name):
     require_name(name, 'the data set')
-    return [Path(f)/name for f in (os.environ.get('LLM_LAB_DATA'), home()/'data') if f]
+    return [Path(f) / name for f in (os.environ.get('LLM_LAB_DATA'), home() / 'data') if f]
+
 
 def _about_hub(data):
     "Is this the text of a hub.json?"
-    try: return json.loads(data).keys() >= {'repo', 'revision', 'commit', 'files'}
-    except (ValueError, AttributeError): return False
+    try:
+        return json.loads(data).keys() >= {'repo', 'revision', 'commit', 'files'}
+    except (ValueError, AttributeError):
+        return False
 
-def _listing(data)->dict: # repo, revision, commit; files: path, size, and sha256 or blob (git's hash) of each
+
+def _listing(
+    data,
+) -> dict:  # repo, revision, commit; files: path, size, and sha256 or blob (git's hash) of each
     "The files that make the data set, as kept in hub.json; else asked of the hub, once, and kept"
-    for path in (f/'hub.json' for f in _folders(data.name)):
-        if not path.is_file(): continue
-        try: told = json_of(path.read_bytes(), path)
-        except LabError: raise LabError(f'{path} is damaged: delete it to have the hub asked again') from None
+    for path in (f / 'hub.json' for f in _folders(data.name)):
+        if not path.is_file():
+            continue
+        try:
+            told = json_of(path.read_bytes(), path)
+        except LabError:
+            raise LabError(f'{path} is damaged: delete it to have the hub asked again') from None
         kept = _sound(told, path)
-        if (kept.get('repo'), kept.get('revision')) == (data.repo, data.revision): return kept
+        if (kept.get('repo'), kept.get('revision')) == (data.repo, data.revision):
+            return kept
     api = need('huggingface_hub').HfApi()
-    info = _ask(data.name, lambda: api.dataset_info(data.repo, revision=data.revision, timeout=20,
-                                                    files_metadata=True))
-    files = [dict(path=f.rfilename, size=f.size) | (dict(sha256=f.lfs.sha256) if f.lfs else dict(blob=f.blob_id))
-             for f in sorted(info.siblings, key=lambda f: f.rfilename)
-             if any(fnmatch.fnmatch(f.rfilename, p) for p in data.files.values()) and '..' not in f.rfilename]
-    for f in files: require_inside(f['path'], data.repo)
+    info = _ask(
+        data.name,
+        lambda: api.dataset_info(
+            data.repo, revision=data.revision, timeout=20, files_metadata=True
+        ),
+    )
+    files = [
+        dict(path=f.rfilename, size=f.size)
+        | (dict(sha256=f.lfs.sha256) if f.lfs else dict(blob=f.blob_id))
+        for f in sorted(info.siblings, key=lambda f: f.rfilename)
+        if any(fnmatch.fnmatch(f.rfilename, p) for p in data.files.values())
+        and '..' not in f.rfilename
+    ]
+    for f in files:
+        require_inside(f['path'], data.repo)
     for p in data.files.values():
         if not any(fnmatch.fnmatch(f['path'], p) for f in files):
-            raise LabError(f'{data.repo} holds no {p} at commit {info.sha[:12]}: name an older revision')
+            raise LabError(
+                f'{data.repo} holds no {p} at commit {info.sha[:12]}: name an older revision'
+            )
     kept = dict(repo=data.repo, revision=data.revision, commit=info.sha, files=files)
-    require_ours(path := home()/'data'/data.name/'hub.json', _about_hub)
-    with written(path) as f: f.write_text(json.dumps(kept, indent=1))
+    require_ours(path := home() / 'data' / data.name / 'hub.json', _about_hub)
+    with written(path) as f:
+        f.write_text(json.dumps(kept, indent=1))
     return kept
 
 # %% ../nbs/01_corpora.ipynb #406ec80b
-def _wrong(path, file)->str: # '' if nothing is
+def _wrong(path, file) -> str:  # '' if nothing is
     "What is wrong with a copy of a listed file"
-    if (n := path.stat().st_size) != file['size']: return f'has {n:,} bytes, expected {file["size"]:,}'
+    if (n := path.stat().st_size) != file['size']:
+        return f'has {n:,} bytes, expected {file["size"]:,}'
     new = hashlib.sha256 if 'sha256' in file else lambda: hashlib.sha1(b'blob %d\0' % n)
-    with open(path, 'rb') as f: got = hashlib.file_digest(f, new).hexdigest()
+    with open(path, 'rb') as f:
+        got = hashlib.file_digest(f, new).hexdigest()
     want = file.get('sha256') or file['blob']
     return '' if got == want else f'has hash {got[:12]}…, not {want[:12]}…'
 
 # %% ../nbs/01_corpora.ipynb #b19f7b18
 class _Bar(tqdm):
     "The progress bar huggingface_hub is given: our one live line"
+
     def __init__(self, *args, **kw):
         self.live = Live()
         super().__init__(*args, **{**kw, 'disable': False, 'file': io.StringIO()})
-    def display(self, *args, **kw): self.live(f'{self.desc}: {self.n/1e6:,.0f} of {(self.total or 0)/1e6:,.0f} MB')
+
+    def display(self, *args, **kw):
+        self.live(f'{self.desc}: {self.n / 1e6:,.0f} of {(self.total or 0) / 1e6:,.0f} MB')
+
 
 def _require_part(part):
-    "Raises `LabError` unless the folder in which files arrive, which is removed, is the hub's or empty"
-    theirs = (part/'.cache'/'huggingface').is_dir() or not (part.is_dir() and any(part.iterdir()))
+    """Raises `LabError` unless the folder in which files arrive, which is removed, is the hub's or
+    empty"""
+    theirs = (part / '.cache' / 'huggingface').is_dir() or not (
+        part.is_dir() and any(part.iterdir())
+    )
     if part.is_symlink() or part.is_file() or not theirs:
         raise LabError(f'{part} was not made by a download: move it away')
 
+
 def _get(data, listing, file, path):
     "Bring one listed file of the data set to `path`"
-    hub, part = need('huggingface_hub'), home()/'data'/data.name/'.part'
+    hub = need('huggingface_hub')
+    part = home() / 'data' / data.name / '.part'
+
     def once():
-        got = Path(hub.hf_hub_download(data.repo, file['path'], repo_type='dataset', revision=listing['commit'],
-                                       local_dir=part, tqdm_class=_Bar))
+        got = Path(
+            hub.hf_hub_download(
+                data.repo,
+                file['path'],
+                repo_type='dataset',
+                revision=listing['commit'],
+                local_dir=part,
+                tqdm_class=_Bar,
+            )
+        )
         if why := _wrong(got, file):
-            shutil.rmtree(part); raise OSError(f'{file["path"]} came and {why}')
-        path.parent.mkdir(parents=True, exist_ok=True); os.replace(got, path)
+            shutil.rmtree(part)
+            raise OSError(f'{file["path"]} came and {why}')
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(got, path)
+
     _ask(data.name, once)
 
 # %% ../nbs/01_corpora.ipynb #57cc9592
-def _local(data, listing, files)->list[str]:
+def _local(data, listing, files) -> list[str]:
     "The paths of some listed files, checked; copies that are there, or fetched"
-    here = made_folder(home()/'data'/data.name)
-    at = {f['path']: next((p for d in _folders(data.name) if (p := d/f['path']).is_file()), None) for f in files}
+    here = made_folder(home() / 'data' / data.name)
+    at = {
+        f['path']: next((p for d in _folders(data.name) if (p := d / f['path']).is_file()), None)
+        for f in files
+    }
     for f in files:
         if (p := at[f['path']]) and (why := _wrong(p, f)):
             raise LabError(f'{p} {why}: delete it to have it fetched again')
     missing = [f for f in files if not at[f['path']]]
-    size, free = sum(f['size'] for f in missing), shutil.disk_usage(here).free
-    if size > free: raise LabError(f'{data.name} needs {size/1e9:,.1f} GB, {free/1e9:,.1f} GB are free in {here}: '
-                                   'make room, or use stream=True')
-    if missing: _require_part(here/'.part')
-    for f in missing: _get(data, listing, f, here/f['path'])
-    if missing: shutil.rmtree(here/'.part', ignore_errors=True)
-    return [str(at[f['path']] or here/f['path']) for f in files]
+    size = sum(f['size'] for f in missing)
+    free = shutil.disk_usage(here).free
+    if size > free:
+        raise LabError(
+            f'{data.name} needs {size / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are free in {here}: '
+            'make room, or use stream=True'
+        )
+    if missing:
+        _require_part(here / '.part')
+    for f in missing:
+        _get(data, listing, f, here / f['path'])
+    if missing:
+        shutil.rmtree(here / '.part', ignore_errors=True)
+    return [str(at[f['path']] or here / f['path']) for f in files]
 
 # %% ../nbs/01_corpora.ipynb #6b5a137d
 def _opened(data, stream):
@@ -521,131 +798,200 @@ def _opened(data, stream):
         at[split] = [f"{there}/{f['path']}" for f in of] if stream else _local(data, listing, of)
     return listing, at
 
+
 def _rows(data, paths, at_once=100):
     "The records of some files, as dicts, in the files' order"
-    datasets, few = need('datasets'), dict(batch_size=at_once) if data.kind == 'parquet' else {}   # books are long
+    # books are long
+    datasets = need('datasets')
+    few = dict(batch_size=at_once) if data.kind == 'parquet' else {}
     try:
-        table = datasets.load_dataset(data.kind, data_files=paths, split='train', streaming=True, **few)
-        for b in table.iter(at_once): yield from (dict(zip(b, row)) for row in zip(*b.values()))
+        table = datasets.load_dataset(
+            data.kind, data_files=paths, split='train', streaming=True, **few
+        )
+        for b in table.iter(at_once):
+            yield from (dict(zip(b, row)) for row in zip(*b.values()))
     except Exception as e:
-        need('huggingface_hub').HfFileSystem.clear_instance_cache()         # it remembers what has failed
-        raise LabError(f'cannot read {data.name}: {shorten(str(e) or type(e).__name__, 140)}; try again, '
-                       'or without stream') from None
+        need('huggingface_hub').HfFileSystem.clear_instance_cache()  # it remembers what has failed
+        raise LabError(
+            f'cannot read {data.name}: {shorten(str(e) or type(e).__name__, 140)}; try again, '
+            'or without stream'
+        ) from None
 
 # %% ../nbs/01_corpora.ipynb #ab507a6e
 @dataclass(frozen=True)
 class HubData:
     "A data set on the Hugging Face hub. Called, it becomes a `Corpus`"
-    name:str
-    repo:str
-    files:dict           # split: pattern of the files the publisher gives it
-    cuts:dict            # split: its share of the publisher's training records; it is cut from them
-    licence:str
-    citation:str
-    text:Callable = lambda record: record['text'] or ''
-    kind:str = 'parquet' # what `datasets` calls the files' format
-    revision:str = 'main'
+
+    name: str
+    repo: str
+    files: dict  # split: pattern of the files the publisher gives it
+    cuts: dict  # split: its share of the publisher's training records; it is cut from them
+    licence: str
+    citation: str
+    text: Callable = lambda record: record['text'] or ''
+    kind: str = 'parquet'  # what `datasets` calls the files' format
+    revision: str = 'main'
 
     def _picked(self, split, at):
         given = split != 'train' and split in at
         for r in _rows(self, at[split if given else 'train']):
-            if given or side(self.text(r), self.cuts) == split: yield r
+            if given or side(self.text(r), self.cuts) == split:
+                yield r
 
-    def records(self, split:str, stream=False)->Iterable[dict]:
+    def records(self, split: str, stream=False) -> Iterable[dict]:
         "The publisher's records of a split, as dicts"
         return Afresh(self._picked, split, _opened(self, stream)[1])
 
-    def __call__(self, stream=False)->Corpus:
+    def __call__(self, stream=False) -> Corpus:
         "The corpus; its files fetched, checked and read from disk, or streamed"
         listing, at = _opened(self, stream)
-        def documents(split): return (s for r in self._picked(split, at) for s in stories(self.text(r)))
+
+        def documents(split):
+            return (s for r in self._picked(split, at) for s in stories(self.text(r)))
+
         sha256 = hashlib.sha256(json.dumps([listing['files'], self.cuts]).encode()).hexdigest()
-        return Corpus(self.name, {s: Afresh(documents, s) for s in ('train', 'val', 'test')}, f'\n{MARK}\n',
-                      self.licence, f"hf://datasets/{self.repo}@{listing['commit']}", sha256, independent=True,
-                      citation=self.citation)
+        return Corpus(
+            self.name,
+            {s: Afresh(documents, s) for s in ('train', 'val', 'test')},
+            f'\n{MARK}\n',
+            self.licence,
+            f"hf://datasets/{self.repo}@{listing['commit']}",
+            sha256,
+            independent=True,
+            citation=self.citation,
+        )
 
 # %% ../nbs/01_corpora.ipynb #7ff690ed
-tinystories = HubData('tinystories', 'roneneldan/TinyStories', cuts=dict(test=.01),
-    files=dict(train='data/train-*.parquet', val='data/validation-*.parquet'), licence='CDLA-Sharing-1.0',
-    citation='R. Eldan and Y. Li, TinyStories (2023), arXiv:2305.07759')
+tinystories = HubData(
+    'tinystories',
+    'roneneldan/TinyStories',
+    cuts=dict(test=0.01),
+    files=dict(train='data/train-*.parquet', val='data/validation-*.parquet'),
+    licence='CDLA-Sharing-1.0',
+    citation='R. Eldan and Y. Li, TinyStories (2023), arXiv:2305.07759',
+)
 
-dolly = HubData('dolly', 'databricks/databricks-dolly-15k', cuts=dict(val=.05, test=.05), kind='json',
-    files=dict(train='databricks-dolly-15k.jsonl'), licence='CC BY-SA 3.0',
-    text=lambda r: '\n\n'.join(t for k in ('instruction', 'context', 'response') if (t := r[k].strip())),
-    citation="M. Conover et al., Free Dolly: Introducing the World's First Truly Open Instruction-Tuned LLM (2023)")
+dolly = HubData(
+    'dolly',
+    'databricks/databricks-dolly-15k',
+    cuts=dict(val=0.05, test=0.05),
+    kind='json',
+    files=dict(train='databricks-dolly-15k.jsonl'),
+    licence='CC BY-SA 3.0',
+    text=lambda r: '\n\n'.join(
+        t for k in ('instruction', 'context', 'response') if (t := r[k].strip())
+    ),
+    citation=(
+        "M. Conover et al., Free Dolly: Introducing the World's First Truly Open "
+        "Instruction-Tuned LLM (2023)"
+    ),
+)
 
-pg19 = HubData('pg19', 'emozilla/pg19', cuts={}, licence='Apache-2.0',
-    files=dict(train='data/train-*.parquet', val='data/validation-*.parquet', test='data/test-*.parquet'),
-    citation='J. Rae et al., Compressive Transformers (2019), arXiv:1911.05507')
+pg19 = HubData(
+    'pg19',
+    'emozilla/pg19',
+    cuts={},
+    licence='Apache-2.0',
+    files=dict(
+        train='data/train-*.parquet', val='data/validation-*.parquet', test='data/test-*.parquet'
+    ),
+    citation='J. Rae et al., Compressive Transformers (2019), arXiv:1911.05507',
+)
 
 # %% ../nbs/01_corpora.ipynb #fab1837d
-def tiny_shakespeare()->Corpus:
+def tiny_shakespeare() -> Corpus:
     "1,115,394 characters of Shakespeare's plays (Karpathy 2015), cut 90/10 like everybody's"
-    url = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
+    url = (
+        'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
+    )
     sha256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
     text = fetch('tiny_shakespeare.txt', url, sha256, 1_115_394).decode()
     return Corpus('tiny_shakespeare', cut(text), licence='public domain', source=url, sha256=sha256)
 
-CORPORA = dict(SLOTS['corpus'])                                # {name: address}, from the table of chapter 0
+
+CORPORA = dict(SLOTS['corpus'])  # {name: address}, from the table of chapter 0
 
 # %% ../nbs/01_corpora.ipynb #af0d7b24
 def found_path(name):
     "Where a path leads, from here or from `home()`; None if nowhere"
-    if name in ('', '.'): return None
+    if name in ('', '.'):
+        return None
     return next((p for p in (name, os.path.join(home(), name)) if os.path.exists(p)), None)
 
-def kept_path(name:str)->str:
-    "A name as it is; a path as one that holds from anywhere: relative to `home()` or absolute"
-    if name in CORPORA or not (path := found_path(name)): return name
-    path, top = Path(os.path.abspath(path)), Path(os.path.abspath(home()))
-    kept = path.relative_to(top).as_posix() if top in path.parents else str(path)
-    return f'./{kept}' if kept in CORPORA else kept            # a path never reads like a name
 
-def at_home(name:str)->str:
+def kept_path(name: str) -> str:
+    "A name as it is; a path as one that holds from anywhere: relative to `home()` or absolute"
+    if name in CORPORA or not (path := found_path(name)):
+        return name
+    path = Path(os.path.abspath(path))
+    top = Path(os.path.abspath(home()))
+    kept = path.relative_to(top).as_posix() if top in path.parents else str(path)
+    return f'./{kept}' if kept in CORPORA else kept  # a path never reads like a name
+
+
+def at_home(name: str) -> str:
     "What `kept_path` has kept, as a path from here"
     there = os.path.join(home(), name)
     return there if name not in CORPORA and os.path.exists(there) else name
 
 # %% ../nbs/01_corpora.ipynb #54ce7527
 def load_corpus(
-    name_or_path,   # a name in `CORPORA`, or a path to texts or records, from here or from `home()`
-    limit:int=None, # this many training documents, drawn by `seed`; all if none
-    seed=0,         # of that draw; the cut between the splits does not depend on it
-    stream=False,   # read over the network, keep nothing: for corpora of the hub
-    field='text'    # of records: the one that holds the text
-)->Corpus:
+    name_or_path,  # a name in `CORPORA`, or a path to texts or records, from here or from `home()`
+    limit: int = None,  # this many training documents, drawn by `seed`; all if none
+    seed=0,  # of that draw; the cut between the splits does not depend on it
+    stream=False,  # read over the network, keep nothing: for corpora of the hub
+    field='text',  # of records: the one that holds the text
+) -> Corpus:
     "The corpus of that name or path, never another one; raises `LabError` when there is none"
     name, make = str(name_or_path), from_path
-    if isinstance(name_or_path, str) and name in CORPORA:      # a Path is always a path
+    if isinstance(name_or_path, str) and name in CORPORA:  # a Path is always a path
         make = lookup(CORPORA[name], 'corpus')
     elif not (path := found_path(name)):
-        close = difflib.get_close_matches(name, CORPORA, 1, .5)
-        raise LabError(f'no corpus and no file is called {name!r}: ' + (f'did you mean {close[0]!r}?' if close else
-                       f'choose from {", ".join(CORPORA)}, or give a path'))
+        close = difflib.get_close_matches(name, CORPORA, 1, 0.5)
+        raise LabError(
+            f'no corpus and no file is called {name!r}: '
+            + (
+                f'did you mean {close[0]!r}?'
+                if close
+                else f'choose from {", ".join(CORPORA)}, or give a path'
+            )
+        )
     if stream and 'stream' not in inspect.signature(make).parameters:
-        raise LabError(f'{name} does not come from the hub and cannot be streamed: leave stream out')
+        raise LabError(
+            f'{name} does not come from the hub and cannot be streamed: leave stream out'
+        )
     if make is not from_path and field != 'text':
         raise LabError(f'{name} is a corpus with fields of its own: leave data.field (--field) out')
     corpus = make(path, field) if make is from_path else make(stream=True) if stream else make()
     return corpus if limit is None else subsample(corpus, limit, seed)
 
 # %% ../nbs/01_corpora.ipynb #7ecf326e
-def corpus_of(about:dict)->Corpus:
-    "The corpus that a saved model names. A text at a path must be the one that it was trained on, by its SHA-256"
-    name, want = about.get('data') or about.get('corpus') or '', about.get('corpus_sha256')
+def corpus_of(about: dict) -> Corpus:
+    """The corpus that a saved model names.
+
+    A text at a path must be the one that it was trained on, by its SHA-256"""
+    name = about.get('data') or about.get('corpus') or ''
+    want = about.get('corpus_sha256')
     field = about.get('field') or 'text'
     for said, what in ((name, 'corpus'), (field, 'field')):
         if not isinstance(said, str):
             raise LabError(f'the model names {short(said)} as its {what}: say which corpus to use')
-    if name in CORPORA: return load_corpus(name)
+    if name in CORPORA:
+        return load_corpus(name)
     places = [p for p in dict.fromkeys((at_home(name), name)) if found_path(p)]
     if not places and os.path.basename(name):
-        raise LabError(f'{short(name)}, on which this model was trained, is gone: put it back, '
-                       'or say which corpus or text to use')
+        raise LabError(
+            f'{short(name)}, on which this model was trained, is gone: put it back, '
+            'or say which corpus or text to use'
+        )
     for place in places or [name]:
         corpus = load_corpus(place, field=field)
-        drawn = re.search(r'-(\d{1,9})-seed(\d{1,9})$', str(about.get('corpus')))   # see `subsample`
+        drawn = re.search(r'-(\d{1,9})-seed(\d{1,9})$', str(about.get('corpus')))  # see `subsample`
         part = drawn and f'{corpus.sha256}/{drawn[1]}/{drawn[2]}'
         known = [corpus.sha256, part and hashlib.sha256(part.encode()).hexdigest()]
-        if want in known and want: return corpus
-    raise LabError(f'{short(name)} is not the text that this model was trained on: say which corpus or text to use')
+        if want in known and want:
+            return corpus
+    raise LabError(
+        f'{short(name)} is not the text that this model was trained on: say which corpus or '
+        'text to use'
+    )

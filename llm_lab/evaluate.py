@@ -7,7 +7,8 @@ __all__ = ['UNITS', 'sliding', 'Score', 'ratio_error', 'tally', 'evaluate', 'eva
            'excess', 'distinct', 'repetition', 'prompt_suite']
 
 # %% ../nbs/09_evaluate.ipynb #25402c2a
-import json, math
+import json
+import math
 import torch
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,149 +25,220 @@ from .pack import end_mark
 
 # %% ../nbs/09_evaluate.ipynb #ca0420bb
 def sliding(
-    n:int,       # length of the text, in tokens
-    T:int,       # context, in tokens
-    stride:int,  # new tokens in each window, 1 to T
-    starts=None  # where documents begin, ascending; the text as one if none
-)->Tensor: # (begin, first, end) of each window, (W, 3)
-    "Windows that move by `stride`: each token after the first start is asked once, with as much past as T holds"
-    if not 1 <= stride <= T: raise LabError(f'stride={stride}: give a whole number from 1 to the context, {T}')
-    whole = blocks(n, stride, starts)                          # who is asked, as if the context were one stride
+    n: int,  # length of the text, in tokens
+    T: int,  # context, in tokens
+    stride: int,  # new tokens in each window, 1 to T
+    starts=None,  # where documents begin, ascending; the text as one if none
+) -> Tensor:  # (begin, first, end) of each window, (W, 3)
+    """Windows that move by `stride`: each token after the first start is asked once, with as much
+    past as T holds"""
+    if not 1 <= stride <= T:
+        raise LabError(f'stride={stride}: give a whole number from 1 to the context, {T}')
+    whole = blocks(n, stride, starts)  # who is asked, as if the context were one stride
     opens = torch.as_tensor([0] if starts is None else starts)
-    opens = opens[torch.searchsorted(opens, whole[:, 0].contiguous(), right=True) - 1]  # each document's begin
+    opens = opens[
+        torch.searchsorted(opens, whole[:, 0].contiguous(), right=True) - 1
+    ]  # each document's begin
     return torch.stack([torch.maximum(opens, whole[:, 2] - 1 - T), whole[:, 1], whole[:, 2]], 1)
 
 # %% ../nbs/09_evaluate.ipynb #5819dc98
 def _around(bits, error, n):
-    "The 95 % interval of bits per unit, from the error of the nats of n units; None where that is ∞"
-    half = 1.96*error/math.log(2)/max(1, n)
+    """The 95 % interval of bits per unit, from the error of the nats of n units;
+
+    None where that is ∞"""
+    half = 1.96 * error / math.log(2) / max(1, n)
     return (bits - half, bits + half) if math.isfinite(half) else None
+
 
 @dataclass(frozen=True)
 class Score:
-    "A loss on a text and how sure it is. Raises `LabError` when it is below the floor by more than chance allows"
-    nats:float              # −ln P of all that was asked, summed
-    tokens:int              # asked
-    chars:int               # of all that was asked, what stands between the documents too
-    bytes:int               # of the documents, UTF-8; what stands between them is left out
-    error:float             # standard error of `nats`, over documents; ∞ where there are too few
-    floor:float|None = None # true entropy in bits per character, where it is known
-    ends:int = 0            # end marks of documents that were asked, too
-    end_nats:float = 0.     # what they cost, a part of `nats`
-    bare_error:float|None = None # standard error of the rest, `nats − end_nats`; `error` if none
+    """A loss on a text and how sure it is.
+
+    Raises `LabError` when it is below the floor by more than chance allows"""
+
+    nats: float  # −ln P of all that was asked, summed
+    tokens: int  # asked
+    chars: int  # of all that was asked, what stands between the documents too
+    bytes: int  # of the documents, UTF-8; what stands between them is left out
+    error: float  # standard error of `nats`, over documents; ∞ where there are too few
+    floor: float | None = None  # true entropy in bits per character, where it is known
+    ends: int = 0  # end marks of documents that were asked, too
+    end_nats: float = 0.0  # what they cost, a part of `nats`
+    bare_error: float | None = (
+        None  # standard error of the rest, `nats − end_nats`; `error` if none
+    )
 
     def __post_init__(self):
-        if self.floor and (below := self.floor*math.log(2)*self.chars - self.nats) > 3*self.error:
-            raise LabError(f'{self.bits:.3f} bits per character are {below/self.error:.0f} standard errors below '
-                           f'the floor, {self.floor:.3f}: the model sees its answers; look for a leak')
+        if (
+            self.floor
+            and (below := self.floor * math.log(2) * self.chars - self.nats) > 3 * self.error
+        ):
+            raise LabError(
+                f'{self.bits:.3f} bits per character are {below / self.error:.0f} standard '
+                'errors below '
+                f'the floor, {self.floor:.3f}: the model sees its answers; look for a leak'
+            )
 
     @property
-    def loss(self): return self.nats/self.tokens               # nats per token
+    def loss(self):
+        return self.nats / self.tokens  # nats per token
+
     @property
-    def perplexity(self): return math.exp(min(self.loss, 700)) # (Jelinek et al. 1977)
+    def perplexity(self):
+        return math.exp(min(self.loss, 700))  # (Jelinek et al. 1977)
+
     @property
-    def bits(self): return self.nats/math.log(2)/self.chars    # per character
+    def bits(self):
+        return self.nats / math.log(2) / self.chars  # per character
+
     @property
-    def bits_per_byte(self):                                   # of the documents
-        return (self.nats - self.end_nats)/math.log(2)/max(1, self.bytes)
+    def bits_per_byte(self):  # of the documents
+        return (self.nats - self.end_nats) / math.log(2) / max(1, self.bytes)
+
     @property
-    def end_bits(self):                                        # of an end mark; None if there was none
-        return self.end_nats/math.log(2)/self.ends if self.ends else None
+    def end_bits(self):  # of an end mark; None if there was none
+        return self.end_nats / math.log(2) / self.ends if self.ends else None
+
     @property
-    def interval(self):                                        # bits per character, 95 %; None if nobody can tell
+    def interval(self):  # bits per character, 95 %; None if nobody can tell
         return _around(self.bits, self.error, self.chars)
+
     @property
-    def interval_per_byte(self):                               # bits per byte of the documents, 95 %, or None
+    def interval_per_byte(self):  # bits per byte of the documents, 95 %, or None
         error = self.error if self.bare_error is None else self.bare_error
         return _around(self.bits_per_byte, error, self.bytes)
+
     @property
-    def above(self): return self.floor and self.bits/self.floor - 1  # distance from the floor, as a share of it
+    def above(self):
+        return (
+            self.floor and self.bits / self.floor - 1
+        )  # distance from the floor, as a share of it
 
 # %% ../nbs/09_evaluate.ipynb #7895f58e
 UNITS = dict(
-    loss='nats per token', perplexity='tokens', bits='bits per character',
-    bits_per_byte='bits per byte of the documents', end_bits='bits per end mark',
-    interval='bits per character, 95 %', interval_per_byte='bits per byte of the documents, 95 %',
-    floor='bits per character', above='share of the floor')
+    loss='nats per token',
+    perplexity='tokens',
+    bits='bits per character',
+    bits_per_byte='bits per byte of the documents',
+    end_bits='bits per end mark',
+    interval='bits per character, 95 %',
+    interval_per_byte='bits per byte of the documents, 95 %',
+    floor='bits per character',
+    above='share of the floor',
+)
+
 
 @patch
-def as_dict(self:Score)->dict:
-    "Its numbers, plain, as a run keeps them in `result.json`, and their units; what nobody can tell is None"
+def as_dict(self: Score) -> dict:
+    """Its numbers, plain, as a run keeps them in `result.json`, and their units; what nobody can
+    tell is None"""
     keys = (*UNITS, 'tokens', 'chars', 'bytes', 'ends')
     said = {k: list(v) if isinstance(v := getattr(self, k), tuple) else v for k in keys}
     return dict(said, units=UNITS)
 
 # %% ../nbs/09_evaluate.ipynb #8cf2338e
 def ratio_error(
-    sums,   # what each document costs in all, (D,)
-    counts  # how many tokens each has, (D,)
-)->float:
-    "Standard error of the total of `sums`, if other documents had been drawn and scaled to as many tokens"
+    sums,  # what each document costs in all, (D,)
+    counts,  # how many tokens each has, (D,)
+) -> float:
+    """Standard error of the total of `sums`, if other documents had been drawn and scaled to as
+    many tokens"""
     sums, counts = (torch.as_tensor(x, dtype=torch.float64) for x in (sums, counts))
-    if (D := len(sums)) < 2: return math.inf                   # from one document, nobody can tell
-    residuals = sums - sums.sum()/counts.sum()*counts
-    return (residuals.square().sum()*D/(D - 1)).sqrt().item()
+    if (D := len(sums)) < 2:
+        return math.inf  # from one document, nobody can tell
+    residuals = sums - sums.sum() / counts.sum() * counts
+    return (residuals.square().sum() * D / (D - 1)).sqrt().item()
 
 # %% ../nbs/09_evaluate.ipynb #119caf83
 def _in_documents(windows, starts):
     "(first, end) of the tokens that hang together: a document's, or a window's"
-    if starts is None: return windows[:, 1:]
+    if starts is None:
+        return windows[:, 1:]
     return torch.stack([starts + 1, torch.cat([starts[1:] + 1, windows[-1:, 2]])], 1)
 
+
 def _end_places(n, ends, width):
-    "Which of n tokens belong to an end mark: the `width` tokens up to each place of `ends`; bool, (n,)"
+    """Which of n tokens belong to an end mark: the `width` tokens up to each place of `ends`; bool,
+    (n,)"""
     inside = torch.zeros(n, dtype=torch.bool)
     if ends is not None:
         places = (ends[:, None] - torch.arange(width)).flatten()
         inside[places[(places >= 0) & (places < n)]] = True
     return inside
 
+
 def _sizes(ids, is_end, tokenizer, separator):
-    "(characters, bytes of the documents) of some ids; a mark that is one token stands for the separator"
+    """(characters, bytes of the documents) of some ids; a mark that is one token stands for the
+    separator"""
     chars, size = 0, 0
     cuts = (is_end[1:] != is_end[:-1]).nonzero()[:, 0] + 1
     for piece, ends in zip(ids.tensor_split(cuts), is_end.tensor_split(cuts)):
-        if ends.any() and piece[0] == tokenizer.eos_id: chars += len(piece)*len(separator); continue
+        if ends.any() and piece[0] == tokenizer.eos_id:
+            chars += len(piece) * len(separator)
+            continue
         text = tokenizer.decode(piece.tolist())
         chars += len(text)
-        if not ends.any(): size += len(text.encode())
+        if not ends.any():
+            size += len(text.encode())
     return chars, size
 
+
 def tally(
-    losses:Tensor,    # −ln P of each token that was asked, (n,)
-    windows:Tensor,   # that asked for them, (W, 3)
-    ids:Tensor,       # the text, (n,)
-    ends,             # the last place of each end mark in it, ascending; None: one running text
-    tokenizer, corpus
-)->Score:
+    losses: Tensor,  # −ln P of each token that was asked, (n,)
+    windows: Tensor,  # that asked for them, (W, 3)
+    ids: Tensor,  # the text, (n,)
+    ends,  # the last place of each end mark in it, ascending; None: one running text
+    tokenizer,
+    corpus,
+) -> Score:
     "What the losses of a text add up to: in all, over documents, and what their end marks cost"
     starts = None if ends is None else ends[ends < len(ids) - 1]
     width = 0 if ends is None else len(end_mark(corpus, tokenizer))
     is_end = _end_places(len(ids), ends, width)
     parts = [(losses[a:b], is_end[a:b]) for a, b in _in_documents(windows, starts).tolist()]
-    sums, counts = [x.sum() for x, _ in parts], [len(x) for x, _ in parts]
-    bare, kept = [x[~end].sum() for x, end in parts], [int((~end).sum()) for _, end in parts]
+    sums = [x.sum() for x, _ in parts]
+    counts = [len(x) for x, _ in parts]
+    bare = [x[~end].sum() for x, end in parts]
+    kept = [int((~end).sum()) for _, end in parts]
     first = int(windows[0, 1])
     chars, size = _sizes(ids[first:], is_end[first:], tokenizer, corpus.separator)
     marks = 0 if ends is None else int((ends >= first).sum())
-    return Score(float(sum(sums)), sum(counts), chars, size, ratio_error(sums, counts), corpus.floor,
-                 marks, float(sum(sums) - sum(bare)), ratio_error(bare, kept))
+    return Score(
+        float(sum(sums)),
+        sum(counts),
+        chars,
+        size,
+        ratio_error(sums, counts),
+        corpus.floor,
+        marks,
+        float(sum(sums) - sum(bare)),
+        ratio_error(bare, kept),
+    )
+
 
 def evaluate(
-    model, tokenizer, corpus,
+    model,
+    tokenizer,
+    corpus,
     split='val',
-    most:int=None,       # tokens from the beginning of the split; all if none
-    stride:int=None,     # new tokens in each window; the context if none: blocks
-    batch_size:int=None, # windows read together; as many as fit if none
-    live=None
-)->Score:
-    "Loss of a model on a split: every token asked once, document by document where they stand alone"
+    most: int = None,  # tokens from the beginning of the split; all if none
+    stride: int = None,  # new tokens in each window; the context if none: blocks
+    batch_size: int = None,  # windows read together; as many as fit if none
+    live=None,
+) -> Score:
+    """Loss of a model on a split: every token asked once, document by document where they stand
+    alone"""
     ids, starts = read_split(corpus, tokenizer, split)
     ends = None if starts is None else torch.cat([starts, torch.tensor([len(ids) - 1])])
     ids, T = ids[:most], model.cfg.max_len
-    if starts is not None: starts, ends = starts[starts < len(ids) - 1], ends[ends < len(ids)]
+    if starts is not None:
+        starts = starts[starts < len(ids) - 1]
+        ends = ends[ends < len(ids)]
     if not (len(ids) > 1 if starts is None else len(starts)):
-        raise LabError(f'{corpus.name}: its {split} text of {len(ids)} tokens has no next token: give a longer one')
+        raise LabError(
+            f'{corpus.name}: its {split} text of {len(ids)} tokens has no next token: give a '
+            'longer one'
+        )
     windows = sliding(len(ids), T, stride, starts) if stride else blocks(len(ids), T, starts)
     losses = token_losses(model, ids, windows, batch_size, live).double()
     return tally(losses, windows, ids, ends, tokenizer, corpus)
@@ -175,233 +247,353 @@ def evaluate(
 def _unknown(tokenizer, text):
     "The first character of a text that the tokenizer cannot write; '' if it can write them all"
     for c in dict.fromkeys(text):
-        try: tokenizer.encode(c)
-        except LabError: return c
+        try:
+            tokenizer.encode(c)
+        except LabError:
+            return c
     return ''
 
+
 def evaluate_file(
-    model, tokenizer,
-    path,            # a UTF-8 text; lines `<|endoftext|>` make it a collection of documents, and so do records
-    stride:int=None, # new tokens in each window; the context if none: blocks
-    batch_size:int=None, live=None, # windows read together; as many as fit if none
-    field='text'     # of records: the one that holds the text
-)->Score:
-    "Loss of a model on a whole text file. Raises `LabError` on a character that the tokenizer does not know"
+    model,
+    tokenizer,
+    path,  # a UTF-8 text; lines `<|endoftext|>` make it a collection of documents, as do records
+    stride: int = None,  # new tokens in each window; the context if none: blocks
+    batch_size: int = None,  # windows read together; as many as fit if none
+    live=None,
+    field='text',  # of records: the one that holds the text
+) -> Score:
+    """Loss of a model on a whole text file.
+
+    Raises `LabError` on a character that the tokenizer does not know"""
     records = records_in(path, field)
     text = read_text(path) if records is None else f'\n{MARK}\n'.join(records)
     marked = records is not None or any(line.strip() == MARK for line in text.split('\n'))
     end = f'\n{MARK}\n' if marked and not _unknown(tokenizer, MARK) else Corpus.separator
     held = stories(text) if marked else text
     if c := _unknown(tokenizer, end.join([*held, '']) if marked else text):
-        line = text[:text.index(c)].count('\n') + 1
-        raise LabError(f'{path}, line {line}: the model does not know the character {c!r}: leave it out')
+        line = text[: text.index(c)].count('\n') + 1
+        raise LabError(
+            f'{path}, line {line}: the model does not know the character {c!r}: leave it out'
+        )
     corpus = Corpus(str(path), dict(whole=held), end, independent=marked)
     return evaluate(model, tokenizer, corpus, 'whole', None, stride, batch_size, live)
 
 # %% ../nbs/09_evaluate.ipynb #439bb305
 def _object(text, where):
-    try: return dict(json.loads(text))
+    try:
+        return dict(json.loads(text))
     except (ValueError, TypeError, RecursionError):
         raise LabError(f'{where} is no JSON object: mend or delete it') from None
 
-def read_rows(path)->list: # dicts
+
+def read_rows(path) -> list:  # dicts
     "The lines of a run's .jsonl file, each step once; a last line that a kill has torn is left out"
-    if not path.exists(): return []
-    rows, lines = [], path.read_text(encoding='utf-8', errors='replace').rstrip().split('\n')
+    if not path.exists():
+        return []
+    rows = []
+    lines = path.read_text(encoding='utf-8', errors='replace').rstrip().split('\n')
     for n, line in enumerate(lines, 1):
-        try: row = _object(line, f'{path}, line {n},')
+        try:
+            row = _object(line, f'{path}, line {n},')
         except LabError:
-            if n == len(lines): break
+            if n == len(lines):
+                break
             raise
-        while rows and row.get('step', math.inf) <= rows[-1].get('step', -1): rows.pop()
+        while rows and row.get('step', math.inf) <= rows[-1].get('step', -1):
+            rows.pop()
         rows.append(row)
     return rows
 
 # %% ../nbs/09_evaluate.ipynb #7961c0a7
 def _told(run):
-    "(the rows of its metrics, what is said of it as a whole) of a run folder, or of a `Run` in memory"
+    """(the rows of its metrics, what is said of it as a whole) of a run folder, or of a `Run` in
+    memory"""
     if isinstance(run, Run):
-        rows = [dict(step=n, tokens=n/run.step*run.tokens, loss=v) for n, v in enumerate(run.losses, 1)]
-        for note in run.notes: rows[note['step'] - 1] = note | rows[note['step'] - 1]
-        return rows, dict(params=sum(p.numel() for p in run.model.parameters()), done=run.step >= run.steps,
-                          steps=run.step, tokens=run.tokens, seconds=run.seconds)
+        rows = [
+            dict(step=n, tokens=n / run.step * run.tokens, loss=v)
+            for n, v in enumerate(run.losses, 1)
+        ]
+        for note in run.notes:
+            rows[note['step'] - 1] = note | rows[note['step'] - 1]
+        return rows, dict(
+            params=sum(p.numel() for p in run.model.parameters()),
+            done=run.step >= run.steps,
+            steps=run.step,
+            tokens=run.tokens,
+            seconds=run.seconds,
+        )
     read = lambda f: f.read_text(encoding='utf-8', errors='replace') if f.exists() else '{}'
-    about, result = (_object(read(f), f) for f in (Path(run)/'run.json', Path(run)/'result.json'))
+    about, result = (
+        _object(read(f), f) for f in (Path(run) / 'run.json', Path(run) / 'result.json')
+    )
     known = dict(params=about.get('params'), tokenizer=_dict(about, 'hashes').get('tokenizer'))
-    return read_rows(Path(run)/'metrics.jsonl'), known | result | dict(done=bool(result))
+    return read_rows(Path(run) / 'metrics.jsonl'), known | result | dict(done=bool(result))
+
 
 def _dict(x, key):
     "What stands under a key, if that is keys and values, too"
     return x[key] if isinstance(x.get(key), dict) else {}
 
+
 def _line(name, run):
     "All that a comparison knows of a run; None for what nobody knows"
     rows, said = _told(run)
-    if not rows: raise LabError(f'{name if isinstance(run, Run) else run} has no metrics: give the folder of a run '
-                                'that has made some steps')
+    if not rows:
+        raise LabError(
+            f'{name if isinstance(run, Run) else run} has no metrics: give the folder of a run '
+            'that has made some steps'
+        )
     score = _dict(_dict(said, 'scores'), 'val')
     noted = next((r for r in reversed(rows) if math.isfinite(r.get('val') or math.nan)), {})
     losses = score or dict(loss=noted.get('val'), bits_per_byte=noted.get('val_bits_per_byte'))
     known = dict(steps=rows[-1].get('step')) | rows[-1] | said
-    return dict(name=name, **{k: known.get(k) for k in ('params', 'steps', 'tokens', 'seconds')},
-                time=None if (s := known.get('seconds')) is None else str(timedelta(seconds=round(s))),
-                **{k: losses.get(k) for k in (*UNITS, 'chars', 'bytes', 'ends')}, tokenizer=known.get('tokenizer'),
-                rows=rows, final=bool(score), state='finished' if said['done'] else f'step {known["steps"] or 0:,}')
+    return dict(
+        name=name,
+        **{k: known.get(k) for k in ('params', 'steps', 'tokens', 'seconds')},
+        time=None if (s := known.get('seconds')) is None else str(timedelta(seconds=round(s))),
+        **{k: losses.get(k) for k in (*UNITS, 'chars', 'bytes', 'ends')},
+        tokenizer=known.get('tokenizer'),
+        rows=rows,
+        final=bool(score),
+        state='finished' if said['done'] else f'step {known["steps"] or 0:,}',
+    )
 
 # %% ../nbs/09_evaluate.ipynb #15cb7c7d
 _UNITS = dict(bits_per_byte='bits per byte', loss='nats per token')
 
-def _apart(values, share): # do two of those that are known differ by more than this share?
+
+def _apart(values, share):  # do two of those that are known differ by more than this share?
     known = [v for v in values if v]
-    return bool(known) and max(known) > (1 + share)*min(known)
+    return bool(known) and max(known) > (1 + share) * min(known)
+
 
 def _finding(lines, unit):
     "Who is lowest, and by how much"
-    first, second = ([l for l in lines if l[unit] is not None] + [None]*2)[:2]
-    if not first: return 'no run has a validation loss yet'
+    first, second = ([l for l in lines if l[unit] is not None] + [None] * 2)[:2]
+    if not first:
+        return 'no run has a validation loss yet'
     said = f'{first[unit]:.3f} {_UNITS[unit]}'
-    if not second: return f'{first["name"]} has {said}'
+    if not second:
+        return f'{first["name"]} has {said}'
     sure = 'interval_per_byte' if unit == 'bits_per_byte' else 'interval'
     one, two = first[sure], second[sure]
     if one and two and one[0] <= two[1] and two[0] <= one[1]:
         return f'{first["name"]} and {second["name"]} are not told apart: their intervals overlap'
-    so_far = ' so far'*any(l['state'] != 'finished' for l in lines)
-    return f'{first["name"]} is lowest{so_far}: {said}, {1 - first[unit]/second[unit]:.1%} below {second["name"]}'
+    so_far = ' so far' * any(l['state'] != 'finished' for l in lines)
+    return (
+        f'{first["name"]} is lowest{so_far}: {said}, {1 - first[unit] / second[unit]:.1%} '
+        f'below {second["name"]}'
+    )
+
 
 def _other_tokenizers(known):
-    "Were these lines made with different tokenizers? By their hashes, else by the text that a token holds"
+    """Were these lines made with different tokenizers?
+
+    By their hashes, else by the text that a token holds"""
     hashes = {l['tokenizer'] for l in known}
-    if None not in hashes: return len(hashes) > 1
-    return _apart([l['loss']/l['bits_per_byte'] for l in known if l['bits_per_byte']], .05)
+    if None not in hashes:
+        return len(hashes) > 1
+    return _apart([l['loss'] / l['bits_per_byte'] for l in known if l['bits_per_byte']], 0.05)
+
 
 def _remarks(lines, unit):
     "The finding, and what must be known to believe it"
     known = [l for l in lines if l['loss'] is not None]
-    told = {'the tokenizers differ: losses per token cannot be compared, bits per byte can':
-                _other_tokenizers(known),
-            'older results count end marks as text in their bits per byte: evaluate them again':
-                any(l['final'] and l['ends'] is None for l in known),
-            'bits per byte are not known of all; losses per token need the same tokenizer':
-                unit == 'loss' and len(known) > 1,
-            'the validation texts differ in length: is it the same text?': _apart([l['bytes'] for l in known], .01),
-            '~ was noted on the way; it is no final score': not all(l['final'] for l in known)}
+    differ = _other_tokenizers(known)
+    older = any(l['final'] and l['ends'] is None for l in known)
+    by_loss = unit == 'loss' and len(known) > 1
+    lengths = _apart([l['bytes'] for l in known], 0.01)
+    on_the_way = not all(l['final'] for l in known)
+    told = {
+        'the tokenizers differ: losses per token cannot be compared, bits per byte can': differ,
+        'older results count end marks as text in their bits per byte: evaluate them again': older,
+        'bits per byte are not known of all; losses per token need the same tokenizer': by_loss,
+        'the validation texts differ in length: is it the same text?': lengths,
+        '~ was noted on the way; it is no final score': on_the_way,
+    }
     return [_finding(lines, unit), *(text for text, true in told.items() if true)]
 
 # %% ../nbs/09_evaluate.ipynb #8d150dea
 _COLUMNS = dict(
-    name=('run', '{}'), params=('parameters', '{:,}'), steps=('steps', '{:,}'), tokens=('tokens', '{:,.0f}'),
-    time=('time', '{}'), loss=('nats/token', '{:.3f}'), bits_per_byte=('bits/byte', '{:.3f}'),
-    interval_per_byte=('95 %, bits/byte', '{0[0]:.3f} to {0[1]:.3f}'), state=('state', '{}'))
+    name=('run', '{}'),
+    params=('parameters', '{:,}'),
+    steps=('steps', '{:,}'),
+    tokens=('tokens', '{:,.0f}'),
+    time=('time', '{}'),
+    loss=('nats/token', '{:.3f}'),
+    bits_per_byte=('bits/byte', '{:.3f}'),
+    interval_per_byte=('95 %, bits/byte', '{0[0]:.3f} to {0[1]:.3f}'),
+    state=('state', '{}'),
+)
+
 
 @dataclass(frozen=True)
 class Comparison:
-    "Runs side by side, the best first, marked `*`. Prints as a table, also in a notebook; `picture()` draws them"
-    lines:list   # a dict for each run: name, params, steps, tokens, seconds, loss, bits_per_byte, interval, …
-    unit:str     # what they are sorted by: 'bits_per_byte', or 'loss'
-    remarks:list # sentences: the finding, then what must be known to believe it
+    """Runs side by side, the best first, marked `*`. Prints as a table, also in a notebook;
+
+    `picture()` draws them"""
+
+    # a dict for each run: name, params, steps, tokens, seconds, loss, bits_per_byte, interval, …
+    lines: list
+    unit: str  # what they are sorted by: 'bits_per_byte', or 'loss'
+    remarks: list  # sentences: the finding, then what must be known to believe it
 
     def _table(self):
-        best = self.lines[0] if len(self.lines) > 1 and self.lines[0][self.unit] is not None else None
-        mark = lambda l, k: '~'*(k in _UNITS and not l['final'])
-        cells = lambda l: ['–' if l[k] is None else mark(l, k) + f.format(l[k]) for k, (_, f) in _COLUMNS.items()]
-        return [['', *(head for head, _ in _COLUMNS.values())], *(['*'*(l is best), *cells(l)] for l in self.lines)]
+        best = (
+            self.lines[0] if len(self.lines) > 1 and self.lines[0][self.unit] is not None else None
+        )
+        mark = lambda l, k: '~' * (k in _UNITS and not l['final'])
+        cells = lambda l: [
+            '–' if l[k] is None else mark(l, k) + f.format(l[k]) for k, (_, f) in _COLUMNS.items()
+        ]
+        return [
+            ['', *(head for head, _ in _COLUMNS.values())],
+            *(['*' * (l is best), *cells(l)] for l in self.lines),
+        ]
 
     def __repr__(self):
-        table = self._table(); widths = [max(map(len, column)) for column in zip(*table)]
+        table = self._table()
+        widths = [max(map(len, column)) for column in zip(*table)]
         lay = lambda n, text: text.ljust(widths[n]) if n < 2 else text.rjust(widths[n])
-        return '\n'.join(['  '.join(map(lay, range(10), row)) for row in table] + ['', *self.remarks])
+        return '\n'.join(
+            ['  '.join(map(lay, range(10), row)) for row in table] + ['', *self.remarks]
+        )
 
     def _repr_html_(self):
         cell = lambda n, text, bold: (
             f'<td style="padding:2px 7px;border:none;text-align:{"right" if n > 1 else "left"};'
-            f'font-weight:{"bold" if bold else "normal"}">{escape(text)}</td>')
-        rows = (''.join(cell(n, text, row[0] != '') for n, text in enumerate(row)) for row in self._table())
+            f'font-weight:{"bold" if bold else "normal"}">{escape(text)}</td>'
+        )
+        cells = lambda row: ''.join(cell(n, text, row[0] != '') for n, text in enumerate(row))
+        rows = ''.join(f'<tr>{cells(row)}</tr>' for row in self._table())
         said = ''.join(f'<div style="margin:4px 8px">{escape(r)}</div>' for r in self.remarks)
-        return f'<table style="border-collapse:collapse">{"".join(f"<tr>{r}</tr>" for r in rows)}</table>{said}'
+        return f'<table style="border-collapse:collapse">{rows}</table>{said}'
 
 # %% ../nbs/09_evaluate.ipynb #6069d5f0
 def _named(runs):
-    if isinstance(runs, dict): return runs
+    if isinstance(runs, dict):
+        return runs
     paths = [Path(r).resolve() for r in runs]
+
     def name(p, n=1):
         end = lambda q: '/'.join(q.parts[-n:])
         return name(p, n + 1) if any(q != p and end(q) == end(p) for q in paths) else end(p)
+
     return {name(p): p for p in paths}
 
+
 def compare(
-    runs # folders of runs; or {name: folder}, or {name: `Run`}
-)->Comparison:
-    "Runs side by side, sorted by bits per byte, or by loss where not all have that. Raises `LabError` on no run"
-    if not runs: raise LabError('there is no run to compare: give the folder of at least one')
+    runs,  # folders of runs; or {name: folder}, or {name: `Run`}
+) -> Comparison:
+    """Runs side by side, sorted by bits per byte, or by loss where not all have that.
+
+    Raises `LabError` on no run"""
+    if not runs:
+        raise LabError('there is no run to compare: give the folder of at least one')
     lines = [_line(*named) for named in _named(runs).items()]
     sizes = [l['bits_per_byte'] for l in lines if l['loss'] is not None]
     unit = 'bits_per_byte' if sizes and None not in sizes else 'loss'
-    lines.sort(key=lambda l: (l[unit] is None, l[unit] or 0.))
+    lines.sort(key=lambda l: (l[unit] is None, l[unit] or 0.0))
     return Comparison(lines, unit, _remarks(lines, unit))
 
 # %% ../nbs/09_evaluate.ipynb #53de025a
 @patch
-def _floor(self:Comparison, line):
+def _floor(self: Comparison, line):
     "The floor of a line in the unit that decides; None if it is not known"
     floor, loss, bits, chars, size = (line[k] for k in ('floor', 'loss', 'bits', 'chars', 'bytes'))
-    if self.unit == 'loss': return floor and bits and floor*loss/bits
-    return floor and chars and size and floor*chars/size       # end marks cost nothing at the floor
+    if self.unit == 'loss':
+        return floor and bits and floor * loss / bits
+    return floor and chars and size and floor * chars / size  # end marks cost nothing at the floor
+
 
 @patch
-def picture(self:Comparison): # a matplotlib figure
-    "What was noted, over the tokens seen (training, smoothed, where nothing was); a ring is a final score"
+def picture(self: Comparison):  # a matplotlib figure
+    """What was noted, over the tokens seen (training, smoothed, where nothing was); a ring is a
+    final score"""
     fig, ax = pyplot().subplots(figsize=(4.6, 3))
-    noted, trained = ('val', 'loss') if self.unit == 'loss' else ('val_bits_per_byte', 'bits_per_byte')
+    noted, trained = (
+        ('val', 'loss') if self.unit == 'loss' else ('val_bits_per_byte', 'bits_per_byte')
+    )
     for n, l in enumerate(self.lines):
-        curve = lambda k: [(r['tokens'], r[k]) for r in l['rows'] if None not in (r.get('tokens'), r.get(k))]
-        known = curve(noted); x, y = zip(*(known or curve(trained) or [(math.nan, math.nan)]))
-        ax.plot(x, y if known else smoothed(y), color=f'C{n % 10}', lw=1.2, ms=4, marker='os^Dv*PX'[n % 8],
-                ls=('-', '--', '-.', ':')[n % 4], markevery=len(x)//10 or 1,
-                label=(l['name'] + ', training'*(not known)).replace('$', r'\$'))
-        if l['final']: ax.plot(l['tokens'], l[self.unit], 'o', ms=10, mfc='none', color=f'C{n % 10}')
+        curve = lambda k: [
+            (r['tokens'], r[k]) for r in l['rows'] if None not in (r.get('tokens'), r.get(k))
+        ]
+        known = curve(noted)
+        x, y = zip(*(known or curve(trained) or [(math.nan, math.nan)]))
+        ax.plot(
+            x,
+            y if known else smoothed(y),
+            color=f'C{n % 10}',
+            lw=1.2,
+            ms=4,
+            marker='os^Dv*PX'[n % 8],
+            ls=('-', '--', '-.', ':')[n % 4],
+            markevery=len(x) // 10 or 1,
+            label=(l['name'] + ', training' * (not known)).replace('$', r'\$'),
+        )
+        if l['final']:
+            ax.plot(l['tokens'], l[self.unit], 'o', ms=10, mfc='none', color=f'C{n % 10}')
     goal = [self._floor(l) for l in self.lines]
-    if all(goal) and not _apart(goal, .001): ax.axhline(goal[0], color='k', ls=':', lw=1, label='floor')
+    if all(goal) and not _apart(goal, 0.001):
+        ax.axhline(goal[0], color='k', ls=':', lw=1, label='floor')
     ax.xaxis.set_major_formatter(need('matplotlib.ticker').EngFormatter(sep=''))
-    ax.set(xlabel='tokens seen', ylabel=f'validation loss ({_UNITS[self.unit]})',
-           title=fill(self.remarks[0], 60).replace('$', r'\$'))
-    ax.legend(); return fig
+    ax.set(
+        xlabel='tokens seen',
+        ylabel=f'validation loss ({_UNITS[self.unit]})',
+        title=fill(self.remarks[0], 60).replace('$', r'\$'),
+    )
+    ax.legend()
+    return fig
 
 # %% ../nbs/09_evaluate.ipynb #ca46f771
 def excess(
-    model, tokenizer,
-    tales,   # a corpus of `llm_lab.tales`
-    n=100,   # how many tales of the validation split
-    **knobs  # the knobs of the tales, if they are not the usual ones
-)->dict: # {'choice': …, 'literal': …, 'recall ≤32': …, …}
-    "What a model pays above the floor, in bits per character of the whole text, by what it did not know"
+    model,
+    tokenizer,
+    tales,  # a corpus of `llm_lab.tales`
+    n=100,  # how many tales of the validation split
+    **knobs,  # the knobs of the tales, if they are not the usual ones
+) -> dict:  # {'choice': …, 'literal': …, 'recall ≤32': …, …}
+    """What a model pays above the floor, in bits per character of the whole text, by what it did
+    not know"""
     ids, starts = read_split(tales, tokenizer, 'val')
-    starts = torch.cat([starts, torch.tensor([len(ids) - 1])])[:n + 1]
-    losses = token_losses(model, ids, blocks(int(starts[-1]) + 1, model.cfg.max_len, starts[:-1]))/math.log(2)
-    each = [losses[a + 1:b + 1].numpy() for a, b in zip(starts, starts[1:])]
+    starts = torch.cat([starts, torch.tensor([len(ids) - 1])])[: n + 1]
+    losses = token_losses(
+        model, ids, blocks(int(starts[-1]) + 1, model.cfg.max_len, starts[:-1])
+    ) / math.log(2)
+    each = [losses[a + 1 : b + 1].numpy() for a, b in zip(starts, starts[1:])]
     return split(tales.documents('val')[:n], each, Knobs(**knobs))
 
 # %% ../nbs/09_evaluate.ipynb #011aa59b
 def _ngrams(text, n):
     words = text.split()
-    return [tuple(words[k:k + n]) for k in range(len(words) - n + 1)]
+    return [tuple(words[k : k + n]) for k in range(len(words) - n + 1)]
 
-def distinct(texts, n=2)->float:
-    "Distinct n-grams of words as a share of all n-grams of all texts (Li et al. 2016); 0 if there are none"
+
+def distinct(texts, n=2) -> float:
+    """Distinct n-grams of words as a share of all n-grams of all texts (Li et al. 2016);
+
+    0 if there are none"""
     grams = [g for t in texts for g in _ngrams(t, n)]
-    return len(set(grams))/len(grams) if grams else 0.
+    return len(set(grams)) / len(grams) if grams else 0.0
 
-def repetition(text, n=4)->float:
+
+def repetition(text, n=4) -> float:
     "Share of a text's n-grams of words that it has said before (Welleck et al. 2020, seq-rep-n)"
     grams = _ngrams(text, n)
-    return 1 - len(set(grams))/len(grams) if grams else 0.
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 # %% ../nbs/09_evaluate.ipynb #0a4d3569
 def prompt_suite(
     write,  # a function: prompt → continuation
-    prompts
-)->dict: # rows [(prompt, continuation)], distinct-1, distinct-2, repetition-4
+    prompts,
+) -> dict:  # rows [(prompt, continuation)], distinct-1, distinct-2, repetition-4
     "Let `write` continue each prompt, and measure how varied and how repetitive it is"
     rows = [(p, write(p)) for p in prompts]
     texts = [text for _, text in rows]
-    return dict(rows=rows, distinct_1=distinct(texts, 1), distinct_2=distinct(texts, 2),
-                repetition_4=sum(map(repetition, texts))/max(1, len(texts)))
+    return dict(
+        rows=rows,
+        distinct_1=distinct(texts, 1),
+        distinct_2=distinct(texts, 2),
+        repetition_4=sum(map(repetition, texts)) / max(1, len(texts)),
+    )

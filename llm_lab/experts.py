@@ -20,79 +20,123 @@ from .moe import Grouped, Router, routes
 _CHIP = 'display:inline-block;color:#000;padding:1px 2px;margin:0 1px;border-radius:3px'
 _HUES = ('#8dd3c7', '#fdb462', '#bebada', '#fb8072', '#80b1d3', '#b3de69', '#fccde5', '#d9d9d9')
 
+
 def routes_html(
-    model:MiniGPT, tokenizer, text:str,
-    layers=None # which; all that have experts if none
-)->str:
-    "The text once for each layer, each token in the colour of its first expert, whose number stands below; the weights as `title`"
+    model: MiniGPT,
+    tokenizer,
+    text: str,
+    layers=None,  # which; all that have experts if none
+) -> str:
+    """The text once for each layer, each token in the colour of its first expert, whose number
+    stands below; the weights as `title`"""
     ids = torch.tensor(tokenizer.encode(text), device=next(model.parameters()).device)
     out = []
     for layer, said in routes(model, ids).items():
-        if layers is not None and layer not in layers: continue
+        if layers is not None and layer not in layers:
+            continue
         best = said['weights'].argsort(1, descending=True)
-        chips = ''.join(_chip(tokenizer.decode([i]), e, w) for i, e, w in zip(ids.tolist(), said['chosen'].gather(1, best).tolist(),
-                                                                              said['weights'].gather(1, best).tolist()))
-        out.append(f'<div style="margin:.5em 0">layer {layer}: <span style="font-family:monospace">{chips}</span></div>')
+        chips = ''.join(
+            _chip(tokenizer.decode([i]), e, w)
+            for i, e, w in zip(
+                ids.tolist(),
+                said['chosen'].gather(1, best).tolist(),
+                said['weights'].gather(1, best).tolist(),
+            )
+        )
+        out.append(
+            f'<div style="margin:.5em 0">layer {layer}: <span '
+            f'style="font-family:monospace">{chips}</span></div>'
+        )
     return '<div style="line-height:2;max-width:60em">' + ''.join(out) + '</div>'
 
+
 def _chip(shown, experts, weights):
-    title = html.escape(', '.join(f'expert {e}: {w:.0%}' for e, w in zip(experts, weights)), quote=True)
+    title = html.escape(
+        ', '.join(f'expert {e}: {w:.0%}' for e, w in zip(experts, weights)), quote=True
+    )
     shown = html.escape(shown.replace(' ', '␣').replace('\n', '↵'))
-    return (f'<span title="{title}" style="background:{_HUES[experts[0] % len(_HUES)]};{_CHIP}">'
-            f'{shown}<sub style="font-size:60%">{experts[0]}</sub></span>' + '<br>'*('↵' in shown))
+    return (
+        f'<span title="{title}" style="background:{_HUES[experts[0] % len(_HUES)]};{_CHIP}">'
+        f'{shown}<sub style="font-size:60%">{experts[0]}</sub></span>' + '<br>' * ('↵' in shown)
+    )
 
 # %% ../nbs/23_experts.ipynb #bd462c7f
-def together(chosen:Tensor, n_experts:int)->Tensor: # (N, k), k of at least 2 → (E, E), on the CPU
-    "How often two experts read the same token, as a multiple of what their loads alone would give; on the diagonal, 0"
+def together(
+    chosen: Tensor, n_experts: int
+) -> Tensor:  # (N, k), k of at least 2 → (E, E), on the CPU
+    """How often two experts read the same token, as a multiple of what their loads alone would
+    give; on the diagonal, 0"""
     on = F.one_hot(chosen.cpu(), n_experts).amax(1).double()
     pairs, load = (on.T @ on).fill_diagonal_(0), on.sum(0)
-    chance = (load[:, None]*load).fill_diagonal_(0)            # nobody meets himself: as many pairs, shared out by loads
-    return pairs/(chance*pairs.sum()/chance.sum()).clamp_min(1e-12)
+    chance = (load[:, None] * load).fill_diagonal_(
+        0
+    )  # nobody meets himself: as many pairs, shared out by loads
+    return pairs / (chance * pairs.sum() / chance.sum()).clamp_min(1e-12)
 
 # %% ../nbs/23_experts.ipynb #915c040d
 @contextmanager
 def left_out(
-    model:MiniGPT,
-    layer:int,
-    *experts:int # who may not be chosen
+    model: MiniGPT,
+    layer: int,
+    *experts: int,  # who may not be chosen
 ):
     "Within, these experts of a layer are left out, and their tokens go to the next best"
     found = [m for m in model.modules() if isinstance(m, Router) and m.layer == layer]
     if not found:
         layers = sorted(m.layer for m in model.modules() if isinstance(m, Router))
-        raise LabError(f'layer={layer}: no experts there; ' +
-                       (f'choose from {layers}' if layers else 'there is no Router, and a router of your own leaves nobody out'))
+        raise LabError(
+            f'layer={layer}: no experts there; '
+            + (
+                f'choose from {layers}'
+                if layers
+                else 'there is no Router, and a router of your own leaves nobody out'
+            )
+        )
     r, E = found[0], len(found[0].weight)
     off = tuple({*r.off, *experts})
     if not set(off) <= set(range(E)) or E - len(off) < r.top_k:
         raise LabError(f'experts={experts}: choose from 0 to {E - 1}, and leave {r.top_k} of them')
     old, r.off = r.off, off
-    try: yield model
-    finally: r.off = old
+    try:
+        yield model
+    finally:
+        r.off = old
 
 # %% ../nbs/23_experts.ipynb #4b8dd608
 def upcycled(
-    model:MiniGPT,
-    mlp:part # a recipe with experts like the model's MLPs: part(MoE, expert=model.cfg.mlp, …), in every layer or by `cycle`
-)->MiniGPT:  # raises `LabError` where the experts are not like them
-    "The model with experts that all begin as its MLPs (Komatsuzaki et al. 2022): the same function, if weights sum to one"
+    model: MiniGPT,
+    mlp: part,  # experts like the model's MLPs: part(MoE, expert=model.cfg.mlp, …), or in a `cycle`
+) -> MiniGPT:  # raises `LabError` where the experts are not like them
+    """The model with experts that all begin as its MLPs (Komatsuzaki et al. 2022):
+    the same function, if weights sum to one"""
     require_as_said(model)
-    if any(isinstance(m, Grouped) for m in model.modules()): raise LabError('this model has experts already: give a dense one')
-    new, state = MiniGPT(replace(model.cfg, mlp=mlp)).to(model.tok.weight), model.state_dict()
+    if any(isinstance(m, Grouped) for m in model.modules()):
+        raise LabError('this model has experts already: give a dense one')
+    new = MiniGPT(replace(model.cfg, mlp=mlp)).to(model.tok.weight)
+    state = model.state_dict()
     with torch.no_grad():
         for name, w in new.state_dict().items():
-            if '.router.' in name: continue                    # it is new
+            if '.router.' in name:
+                continue  # it is new
             old = state.get(name.replace('.mlp.experts.', '.mlp.'))
             if old is not None and '.experts.' in name:
-                n = w.numel()//old.numel()
+                n = w.numel() // old.numel()
                 old = old.repeat(n) if old.dim() == 1 else old.repeat(n, 1, 1)
             if old is None or old.shape != w.shape:
-                raise LabError(f'{name} does not fit an MLP of the model: give expert={model.cfg.mlp!r}, and no shared ones')
+                raise LabError(
+                    f'{name} does not fit an MLP of the model: give '
+                    f'expert={model.cfg.mlp!r}, and no shared ones'
+                )
             w.copy_(old)
     return new.train(model.training)
 
 # %% ../nbs/23_experts.ipynb #9953fff0
-def active_params(model:MiniGPT)->int:
+def active_params(model: MiniGPT) -> int:
     "How many numbers a token is multiplied by or looks up: all but those of the experts that rest"
-    resting = sum((1 - m.share)*p.numel() for m in model.modules() if isinstance(m, Grouped) for p in m.parameters())
+    resting = sum(
+        (1 - m.share) * p.numel()
+        for m in model.modules()
+        if isinstance(m, Grouped)
+        for p in m.parameters()
+    )
     return round(model.n_params - resting)

@@ -23,317 +23,668 @@ from .moe import MoE, Router, softmax_top_k
 
 # %% ../nbs/24_families.ipynb #516ef5dc
 _LLAMA = {
-    'tok': ['model.embed_tokens'], 'norm': ['model.norm'], 'head': ['lm_head'],
+    'tok': ['model.embed_tokens'],
+    'norm': ['model.norm'],
+    'head': ['lm_head'],
     'blocks.N.norm1': ['model.layers.N.input_layernorm'],
     'blocks.N.attn.qkv': [f'model.layers.N.self_attn.{o}_proj' for o in 'qkv'],
     'blocks.N.attn.out': ['model.layers.N.self_attn.o_proj'],
     'blocks.N.norm2': ['model.layers.N.post_attention_layernorm'],
     'blocks.N.mlp.up': ['model.layers.N.mlp.gate_proj', 'model.layers.N.mlp.up_proj'],
-    'blocks.N.mlp.out': ['model.layers.N.mlp.down_proj']}
+    'blocks.N.mlp.out': ['model.layers.N.mlp.down_proj'],
+}
 _GPT2 = {
-    'tok': ['transformer.wte'], 'pos.table': ['transformer.wpe'], 'norm': ['transformer.ln_f'], 'head': ['lm_head'],
-    'blocks.N.norm1': ['transformer.h.N.ln_1'], 'blocks.N.norm2': ['transformer.h.N.ln_2'],
-    'blocks.N.attn.qkv': ['transformer.h.N.attn.c_attn^T'], 'blocks.N.attn.out': ['transformer.h.N.attn.c_proj^T'],
-    'blocks.N.mlp.up': ['transformer.h.N.mlp.c_fc^T'], 'blocks.N.mlp.out': ['transformer.h.N.mlp.c_proj^T']}
-_QWEN3 = _LLAMA | {f'blocks.N.attn.steps.0.{o}': [f'model.layers.N.self_attn.{o}_norm'] for o in 'qk'}
+    'tok': ['transformer.wte'],
+    'pos.table': ['transformer.wpe'],
+    'norm': ['transformer.ln_f'],
+    'head': ['lm_head'],
+    'blocks.N.norm1': ['transformer.h.N.ln_1'],
+    'blocks.N.norm2': ['transformer.h.N.ln_2'],
+    'blocks.N.attn.qkv': ['transformer.h.N.attn.c_attn^T'],
+    'blocks.N.attn.out': ['transformer.h.N.attn.c_proj^T'],
+    'blocks.N.mlp.up': ['transformer.h.N.mlp.c_fc^T'],
+    'blocks.N.mlp.out': ['transformer.h.N.mlp.c_proj^T'],
+}
+_QWEN3 = _LLAMA | {
+    f'blocks.N.attn.steps.0.{o}': [f'model.layers.N.self_attn.{o}_norm'] for o in 'qk'
+}
+
+
 def _experts(router, gate, value, out):
-    return {'blocks.N.mlp.router': [f'model.layers.N.{router}'], 'blocks.N.mlp.experts.out': [f'model.layers.N.{out}'],
-            'blocks.N.mlp.experts.up': [f'model.layers.N.{gate}', f'model.layers.N.{value}']}
-NAMES = dict(gpt2=_GPT2, llama=_LLAMA, mistral=_LLAMA, qwen3=_QWEN3, # {family: {our module: their modules}}
-    mixtral={k: v for k, v in _LLAMA.items() if '.mlp.' not in k} | _experts(
-        'block_sparse_moe.gate', *(f'block_sparse_moe.experts.E.{w}' for w in ('w1', 'w3', 'w2'))),
-    qwen3_moe=_QWEN3 | _experts('mlp.gate', *(f'mlp.experts.E.{o}_proj' for o in ('gate', 'up', 'down'))),
-    phi3=_LLAMA | {'blocks.N.attn.qkv': ['model.layers.N.self_attn.qkv_proj'],
-                   'blocks.N.mlp.up': ['model.layers.N.mlp.gate_up_proj']})
+    return {
+        'blocks.N.mlp.router': [f'model.layers.N.{router}'],
+        'blocks.N.mlp.experts.out': [f'model.layers.N.{out}'],
+        'blocks.N.mlp.experts.up': [f'model.layers.N.{gate}', f'model.layers.N.{value}'],
+    }
+
+
+NAMES = dict(
+    gpt2=_GPT2,
+    llama=_LLAMA,
+    mistral=_LLAMA,
+    qwen3=_QWEN3,  # {family: {our module: their modules}}
+    mixtral={k: v for k, v in _LLAMA.items() if '.mlp.' not in k}
+    | _experts(
+        'block_sparse_moe.gate', *(f'block_sparse_moe.experts.E.{w}' for w in ('w1', 'w3', 'w2'))
+    ),
+    qwen3_moe=_QWEN3
+    | _experts('mlp.gate', *(f'mlp.experts.E.{o}_proj' for o in ('gate', 'up', 'down'))),
+    phi3=_LLAMA
+    | {
+        'blocks.N.attn.qkv': ['model.layers.N.self_attn.qkv_proj'],
+        'blocks.N.mlp.up': ['model.layers.N.mlp.gate_up_proj'],
+    },
+)
 
 # %% ../nbs/24_families.ipynb #b80fdeeb
 def views(
-    model:MiniGPT,
-    family:str,      # a key of `NAMES`
-    state:dict=None  # other tensors under the model's names, its gradients perhaps
-)->dict: # {their name: tensor}
-    "The model's tensors under the names and in the shapes of a family's file; a shared table once. No copies"
+    model: MiniGPT,
+    family: str,  # a key of `NAMES`
+    state: dict = None,  # other tensors under the model's names, its gradients perhaps
+) -> dict:  # {their name: tensor}
+    """The model's tensors under the names and in the shapes of a family's file; a shared table
+    once. No copies"""
     out = {}
     for name, w in (state or model.state_dict()).items():
-        if model.cfg.tie and name == 'head.weight': continue
+        if model.cfg.tie and name == 'head.weight':
+            continue
         block, layer, module, kind = re.fullmatch(r'(blocks\.(\d+)\.)?(.+)\.(\w+)', name).groups('')
-        theirs = NAMES[family].get('blocks.N.'*bool(block) + module)
+        theirs = NAMES[family].get('blocks.N.' * bool(block) + module)
         if theirs is None or ('.E.' in theirs[0] and w.dim() < 3):
-            remedy = 'free it with llm_lab.llama.freed' if 'parametr' in name else 'save it with save_package'
+            remedy = (
+                'free it with llm_lab.llama.freed'
+                if 'parametr' in name
+                else 'save it with save_package'
+            )
             raise LabError(f'{name} has no name in a {family} file: {remedy}')
-        at = max(0, w.dim() - 2)                               # where its rows are; experts stand before them
-        rows = model.get_submodule((block + module).rpartition('.')[0]).sizes if len(theirs) > 1 else w.shape[at]
+        at = max(0, w.dim() - 2)  # where its rows are; experts stand before them
+        rows = (
+            model.get_submodule((block + module).rpartition('.')[0]).sizes
+            if len(theirs) > 1
+            else w.shape[at]
+        )
         for t, p in zip(theirs, w.split(rows, at), strict=True):
-            turned, t = t.endswith('^T') and p.dim() == 2, t.removesuffix('^T').replace('.N.', f'.{layer}.')
-            for e, o in enumerate(p if '.E.' in t else [p]): out[f'{t}.{kind}'.replace('.E.', f'.{e}.')] = o.T if turned else o
+            turned = t.endswith('^T') and p.dim() == 2
+            t = t.removesuffix('^T').replace('.N.', f'.{layer}.')
+            for e, o in enumerate(p if '.E.' in t else [p]):
+                out[f'{t}.{kind}'.replace('.E.', f'.{e}.')] = o.T if turned else o
     return out
 
 # %% ../nbs/24_families.ipynb #b6150b90
-_SAME = dict(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=None,
-             head_dim=None, hidden_act='silu', rms_norm_eps=1e-6, attention_dropout=0., tie_word_embeddings=False)
-DEFAULTS = dict(                                               # {family: {key of config.json: value if it is missing}}
-    gpt2=dict(vocab_size=50_257, n_positions=1024, n_embd=768, n_layer=12, n_head=12, n_inner=None,
-              activation_function='gelu_new', layer_norm_epsilon=1e-5, resid_pdrop=.1, embd_pdrop=.1, attn_pdrop=.1,
-              tie_word_embeddings=True),
-    llama=_SAME | dict(vocab_size=32_000, max_position_embeddings=2048, intermediate_size=11_008,
-                       attention_bias=False, mlp_bias=False),
-    mistral=_SAME | dict(vocab_size=32_000, max_position_embeddings=131_072, intermediate_size=14_336,
-                         num_key_value_heads=8, sliding_window=4096),
-    qwen3=_SAME | dict(vocab_size=151_936, max_position_embeddings=32_768, intermediate_size=22_016,
-                       num_key_value_heads=32, head_dim=128, attention_bias=False, use_sliding_window=False,
-                       sliding_window=4096),
-    mixtral=_SAME | dict(vocab_size=32_000, max_position_embeddings=131_072, intermediate_size=14_336,
-                         num_key_value_heads=8, rms_norm_eps=1e-5, sliding_window=None, num_local_experts=8,
-                         num_experts_per_tok=2, router_aux_loss_coef=.001, router_jitter_noise=0.),
-    qwen3_moe=_SAME | dict(vocab_size=151_936, max_position_embeddings=32_768, intermediate_size=6144,
-                           hidden_size=2048, num_hidden_layers=24, num_key_value_heads=4, attention_bias=False,
-                           use_sliding_window=False, sliding_window=4096, num_experts=128, num_experts_per_tok=8,
-                           moe_intermediate_size=768, norm_topk_prob=False, decoder_sparse_step=1,
-                           mlp_only_layers=None, router_aux_loss_coef=.001),
-    phi3=_SAME | dict(vocab_size=32_064, max_position_embeddings=4096, intermediate_size=8192, hidden_size=3072,
-                      rms_norm_eps=1e-5, resid_pdrop=0., embd_pdrop=0., sliding_window=None))
+_SAME = dict(
+    hidden_size=4096,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=None,
+    head_dim=None,
+    hidden_act='silu',
+    rms_norm_eps=1e-6,
+    attention_dropout=0.0,
+    tie_word_embeddings=False,
+)
+DEFAULTS = dict(  # {family: {key of config.json: value if it is missing}}
+    gpt2=dict(
+        vocab_size=50_257,
+        n_positions=1024,
+        n_embd=768,
+        n_layer=12,
+        n_head=12,
+        n_inner=None,
+        activation_function='gelu_new',
+        layer_norm_epsilon=1e-5,
+        resid_pdrop=0.1,
+        embd_pdrop=0.1,
+        attn_pdrop=0.1,
+        tie_word_embeddings=True,
+    ),
+    llama=_SAME
+    | dict(
+        vocab_size=32_000,
+        max_position_embeddings=2048,
+        intermediate_size=11_008,
+        attention_bias=False,
+        mlp_bias=False,
+    ),
+    mistral=_SAME
+    | dict(
+        vocab_size=32_000,
+        max_position_embeddings=131_072,
+        intermediate_size=14_336,
+        num_key_value_heads=8,
+        sliding_window=4096,
+    ),
+    qwen3=_SAME
+    | dict(
+        vocab_size=151_936,
+        max_position_embeddings=32_768,
+        intermediate_size=22_016,
+        num_key_value_heads=32,
+        head_dim=128,
+        attention_bias=False,
+        use_sliding_window=False,
+        sliding_window=4096,
+    ),
+    mixtral=_SAME
+    | dict(
+        vocab_size=32_000,
+        max_position_embeddings=131_072,
+        intermediate_size=14_336,
+        num_key_value_heads=8,
+        rms_norm_eps=1e-5,
+        sliding_window=None,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        router_aux_loss_coef=0.001,
+        router_jitter_noise=0.0,
+    ),
+    qwen3_moe=_SAME
+    | dict(
+        vocab_size=151_936,
+        max_position_embeddings=32_768,
+        intermediate_size=6144,
+        hidden_size=2048,
+        num_hidden_layers=24,
+        num_key_value_heads=4,
+        attention_bias=False,
+        use_sliding_window=False,
+        sliding_window=4096,
+        num_experts=128,
+        num_experts_per_tok=8,
+        moe_intermediate_size=768,
+        norm_topk_prob=False,
+        decoder_sparse_step=1,
+        mlp_only_layers=None,
+        router_aux_loss_coef=0.001,
+    ),
+    phi3=_SAME
+    | dict(
+        vocab_size=32_064,
+        max_position_embeddings=4096,
+        intermediate_size=8192,
+        hidden_size=3072,
+        rms_norm_eps=1e-5,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        sliding_window=None,
+    ),
+)
 
 # %% ../nbs/24_families.ipynb #db48c604
-WORDS = dict(vocab_size='vocab_size', max_len='max_position_embeddings', d_model='hidden_size', d_ff='intermediate_size',
-             n_layers='num_hidden_layers', n_heads='num_attention_heads', act='hidden_act', eps='rms_norm_eps')
-GPT2_WORDS = dict(vocab_size='vocab_size', max_len='n_positions', d_model='n_embd', d_ff='n_inner', n_layers='n_layer',
-                  n_heads='n_head', act='activation_function', eps='layer_norm_epsilon')
-ACTS = dict(gelu_new=part(nn.GELU, approximate='tanh'), gelu_pytorch_tanh=part(nn.GELU, approximate='tanh'),
-            gelu=part(nn.GELU), silu=part(nn.SiLU), swish=part(nn.SiLU), relu=part(nn.ReLU), relu2=part(ReLU2))
-SCALES = dict(linear=(linear_scaling, dict(factor='factor')),  # {rope_type: (function, {our keyword: their key})}
-              llama3=(llama3_scaling, dict(factor='factor', low='low_freq_factor', high='high_freq_factor',
-                                           original='original_max_position_embeddings')))
-_MUST = dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False,
-             quantization_config=None, attn_logit_softcapping=None, final_logit_softcapping=None)
+WORDS = dict(
+    vocab_size='vocab_size',
+    max_len='max_position_embeddings',
+    d_model='hidden_size',
+    d_ff='intermediate_size',
+    n_layers='num_hidden_layers',
+    n_heads='num_attention_heads',
+    act='hidden_act',
+    eps='rms_norm_eps',
+)
+GPT2_WORDS = dict(
+    vocab_size='vocab_size',
+    max_len='n_positions',
+    d_model='n_embd',
+    d_ff='n_inner',
+    n_layers='n_layer',
+    n_heads='n_head',
+    act='activation_function',
+    eps='layer_norm_epsilon',
+)
+ACTS = dict(
+    gelu_new=part(nn.GELU, approximate='tanh'),
+    gelu_pytorch_tanh=part(nn.GELU, approximate='tanh'),
+    gelu=part(nn.GELU),
+    silu=part(nn.SiLU),
+    swish=part(nn.SiLU),
+    relu=part(nn.ReLU),
+    relu2=part(ReLU2),
+)
+SCALES = dict(
+    linear=(
+        linear_scaling,
+        dict(factor='factor'),
+    ),  # {rope_type: (function, {our keyword: their key})}
+    llama3=(
+        llama3_scaling,
+        dict(
+            factor='factor',
+            low='low_freq_factor',
+            high='high_freq_factor',
+            original='original_max_position_embeddings',
+        ),
+    ),
+)
+_MUST = dict(
+    scale_attn_weights=True,
+    scale_attn_by_inverse_layer_idx=False,
+    add_cross_attention=False,
+    quantization_config=None,
+    attn_logit_softcapping=None,
+    final_logit_softcapping=None,
+)
 
 # no model has as many; for each of them something is made before anything is known of the weights
-_MOST = dict.fromkeys(('num_hidden_layers', 'n_layer'), 1025) | dict.fromkeys(('num_experts', 'num_local_experts'), 65_537)
+_MOST = dict.fromkeys(('num_hidden_layers', 'n_layer'), 1025) | dict.fromkeys(
+    ('num_experts', 'num_local_experts'), 65_537
+)
 
-def _words(family): return GPT2_WORDS if family == 'gpt2' else WORDS
-def _refuse(key, value, remedy): raise LabError(f'config.json: {key}={short(value, 300)}: {remedy}')
+
+def _words(family):
+    return GPT2_WORDS if family == 'gpt2' else WORDS
+
+
+def _refuse(key, value, remedy):
+    raise LabError(f'config.json: {key}={short(value, 300)}: {remedy}')
+
 
 def _number(v, key, kind=(int, float)):
-    x, most = v.get(key), _MOST.get(key, 2**27) if kind is int else 1e18
-    if isinstance(x, kind) and not isinstance(x, bool) and 0 < x < most: return x
-    _refuse(key, x, f'a {"whole " if kind is int else ""}number above 0 belongs there, below {most:,.0f}; copy the file again')
+    x = v.get(key)
+    most = _MOST.get(key, 2**27) if kind is int else 1e18
+    if isinstance(x, kind) and not isinstance(x, bool) and 0 < x < most:
+        return x
+    _refuse(
+        key,
+        x,
+        (
+            f'a {"whole " if kind is int else ""}number above 0 belongs there, below '
+            f'{most:,.0f}; copy the file again'
+        ),
+    )
 
 # %% ../nbs/24_families.ipynb #eb5cfa72
 def _rope(v, family):
     "The recipe of positions, from new files and old ones"
     said = v.get('rope_scaling') or v.get('rope_parameters') or {}
     if not isinstance(said, dict) or any(isinstance(x, dict) for x in said.values()):
-        _refuse('rope_parameters', said, 'one set of numbers for all layers is needed; use another model')
-    kind, known = said.get('rope_type', said.get('type')) or 'default', ['default'] + [*SCALES]*(family != 'phi3')
-    if kind not in known: _refuse('rope_type', kind, f'{family} is read with {", ".join(known)}; use another model')
-    old = 'original_max_position_embeddings'                   # where it stands outside, that counts
-    w = {'rope_theta': 1e6 if family == 'mixtral' else 1e4, 'partial_rotary_factor': None, old: v['max_position_embeddings'], **v, **said}
-    if v.get(old): w[old] = v[old]
-    share = 1. if w['partial_rotary_factor'] is None else _number(w, 'partial_rotary_factor')
+        _refuse(
+            'rope_parameters',
+            said,
+            'one set of numbers for all layers is needed; use another model',
+        )
+    kind = said.get('rope_type', said.get('type')) or 'default'
+    known = ['default'] + [*SCALES] * (family != 'phi3')
+    if kind not in known:
+        _refuse('rope_type', kind, f'{family} is read with {", ".join(known)}; use another model')
+    old = 'original_max_position_embeddings'  # where it stands outside, that counts
+    w = {
+        'rope_theta': 1e6 if family == 'mixtral' else 1e4,
+        'partial_rotary_factor': None,
+        old: v['max_position_embeddings'],
+        **v,
+        **said,
+    }
+    if v.get(old):
+        w[old] = v[old]
+    share = 1.0 if w['partial_rotary_factor'] is None else _number(w, 'partial_rotary_factor')
     if share != 1 and family != 'phi3':
         _refuse('partial_rotary_factor', share, f'{family} turns all channels; set it to 1')
     f, keys = SCALES.get(kind, (None, {}))
-    return part(Rope, base=_number(w, 'rope_theta'), partial=share,
-                scale=f and part(f, **{k: _number(w, theirs) for k, theirs in keys.items()}))
+    return part(
+        Rope,
+        base=_number(w, 'rope_theta'),
+        partial=share,
+        scale=f and part(f, **{k: _number(w, theirs) for k, theirs in keys.items()}),
+    )
 
 # %% ../nbs/24_families.ipynb #983d1720
 def _context(family, most, max_len):
-    if max_len is None or (family != 'gpt2' and 0 < max_len <= most): return max_len or most
-    remedy = 'they are a table, leave max_len out' if family == 'gpt2' else 'give a number up to that'
+    if max_len is None or (family != 'gpt2' and 0 < max_len <= most):
+        return max_len or most
+    remedy = (
+        'they are a table, leave max_len out' if family == 'gpt2' else 'give a number up to that'
+    )
     raise LabError(f'max_len={max_len!r}: this file has {most} positions: {remedy}')
+
 
 def _pattern(v, family, most):
     "Which keys a query reads, in texts of up to `most` tokens"
-    v = {k: v.get(k) for k in DEFAULTS[family]}                # other words say nothing to this family
-    if v.get('sliding_window') is None or not v.get('use_sliding_window', True): return part(causal)
+    v = {k: v.get(k) for k in DEFAULTS[family]}  # other words say nothing to this family
+    if v.get('sliding_window') is None or not v.get('use_sliding_window', True):
+        return part(causal)
     size = _number(v, 'sliding_window', int)
-    if family != 'qwen3' or size >= most: return part(window, size=size)
-    _refuse('sliding_window', size, f'not in all layers, and below the context of {most}; give max_len={size}')
+    if family != 'qwen3' or size >= most:
+        return part(window, size=size)
+    _refuse(
+        'sliding_window',
+        size,
+        f'not in all layers, and below the context of {most}; give max_len={size}',
+    )
 
 # %% ../nbs/24_families.ipynb #e466e0d4
-def _reader(attn, cfg): # a recipe → one of the same function, for texts of up to max_len tokens
-    if attn.func not in (Attention, GQA, SparseAttention): return attn
+def _reader(attn, cfg):  # a recipe → one of the same function, for texts of up to max_len tokens
+    if attn.func not in (Attention, GQA, SparseAttention):
+        return attn
     kw = {k: v for k, v in attn.keywords.items() if k != 'n_kv_heads' or v != cfg.n_heads}
     p = kw.get('pattern', part(causal))
-    if 'sink' in kw or (p.func is window and p.keywords['size'] < cfg.max_len): return part(SparseAttention, **kw)
-    if p.func is window or p == part(causal): kw.pop('pattern', None)
+    if 'sink' in kw or (p.func is window and p.keywords['size'] < cfg.max_len):
+        return part(SparseAttention, **kw)
+    if p.func is window or p == part(causal):
+        kw.pop('pattern', None)
     return part(GQA if 'n_kv_heads' in kw else Attention, **kw)
 
 # %% ../nbs/24_families.ipynb #e3952ca2
-def _at(mlp, layer): # the recipe of this layer
-    if mlp.func is not cycle: return mlp
+def _at(mlp, layer):  # the recipe of this layer
+    if mlp.func is not cycle:
+        return mlp
     kw = {k: v for k, v in mlp.keywords.items() if k != 'of'}
     return _at(part((of := mlp.keywords['of'])[layer % len(of)], **kw), layer)
 
-def _layers(cfg): return [_at(cfg.mlp, l) for l in range(cfg.n_layers if cfg.mlp.func is cycle else 1)]
 
-def _in_turn(each): # recipes, one for each layer → one recipe
+def _layers(cfg):
+    return [_at(cfg.mlp, l) for l in range(cfg.n_layers if cfg.mlp.func is cycle else 1)]
+
+
+def _in_turn(each):  # recipes, one for each layer → one recipe
     n = next(n for n in range(1, len(each) + 1) if each == [each[l % n] for l in range(len(each))])
     return each[0] if n == 1 else part(cycle, of=each[:n])
 
 # %% ../nbs/24_families.ipynb #804a1b35
-def _filled(p): return {k: o.default for k, o in signature(p.func).parameters.items()} | p.keywords
+def _filled(p):
+    return {k: o.default for k, o in signature(p.func).parameters.items()} | p.keywords
+
 
 def _d_ff(cfg, mlp):
-    if is_own(mlp): return None                                # no file has a word for it
-    with torch.device('meta'): return getattr(getattr(mlp(cfg), 'out', None), 'in_features', None)
+    if is_own(mlp):
+        return None  # no file has a word for it
+    with torch.device('meta'):
+        return getattr(getattr(mlp(cfg), 'out', None), 'in_features', None)
 
-def _narrow(cfg, mlp): # without a width that goes without saying
-    if mlp.func is MoE: return normal(part(mlp, expert=_narrow(cfg, _filled(mlp)['expert'])))
+
+def _narrow(cfg, mlp):  # without a width that goes without saying
+    if mlp.func is MoE:
+        return normal(part(mlp, expert=_narrow(cfg, _filled(mlp)['expert'])))
     plain = part(mlp.func, **{k: v for k, v in mlp.keywords.items() if k != 'd_ff'})
     return plain if 'd_ff' in mlp.keywords and _d_ff(cfg, plain) == _d_ff(cfg, mlp) else mlp
 
 # %% ../nbs/24_families.ipynb #65a90091
-def normal(x): # a Config or a recipe → the same kind
-    "The same without what goes without saying: keywords at their defaults, windows of all tokens, first weights"
-    if isinstance(x, tuple): return tuple(map(normal, x))
+def normal(x):  # a Config or a recipe → the same kind
+    """The same without what goes without saying: keywords at their defaults, windows of all tokens,
+    first weights"""
+    if isinstance(x, tuple):
+        return tuple(map(normal, x))
     if isinstance(x, part):
-        default, kw = _filled(part(x.func)), {k: normal(v) for k, v in x.keywords.items()}
-        if x.func is Router and not kw.get('bias_rate') and kw.get('choose') == part(softmax_top_k): del kw['choose']
-        return part(x.func, **{k: v for k, v in kw.items() if k not in default or v != normal(default[k])})
-    if not isinstance(x, Config): return x
+        default = _filled(part(x.func))
+        kw = {k: normal(v) for k, v in x.keywords.items()}
+        if x.func is Router and not kw.get('bias_rate') and kw.get('choose') == part(softmax_top_k):
+            del kw['choose']
+        return part(
+            x.func, **{k: v for k, v in kw.items() if k not in default or v != normal(default[k])}
+        )
+    if not isinstance(x, Config):
+        return x
     new = {f.name: normal(getattr(x, f.name)) for f in fields(x)} | dict(init=Config().init)
-    new['attn'], new['mlp'] = _reader(new['attn'], x), _in_turn([_narrow(x, normal(p)) for p in _layers(x)])
-    if x.d_head and x.d_head*x.n_heads == x.d_model: new['d_head'] = None
+    new['attn'], new['mlp'] = (
+        _reader(new['attn'], x),
+        _in_turn([_narrow(x, normal(p)) for p in _layers(x)]),
+    )
+    if x.d_head and x.d_head * x.n_heads == x.d_model:
+        new['d_head'] = None
     return Config(**new)
 
 # %% ../nbs/24_families.ipynb #29b777ca
 def config_from_hf(
-    data:dict,        # what config.json says
-    max_len:int=None  # a shorter context than the file's
-)->Config: # in normal form
-    "The configuration of a model of one of the families in `NAMES`. Raises `LabError` on what it cannot say exactly"
+    data: dict,  # what config.json says
+    max_len: int = None,  # a shorter context than the file's
+) -> Config:  # in normal form
+    """The configuration of a model of one of the families in `NAMES`.
+
+    Raises `LabError` on what it cannot say exactly"""
     family = data.get('model_type') if isinstance(data, dict) else None
-    if family not in [*NAMES]: _refuse('model_type', family, f'this library reads {", ".join(NAMES)}')
-    v, own, words = DEFAULTS[family] | _agreed(data), DEFAULTS[family], _words(family)
+    if family not in [*NAMES]:
+        _refuse('model_type', family, f'this library reads {", ".join(NAMES)}')
+    v = DEFAULTS[family] | _agreed(data)
+    own = DEFAULTS[family]
+    words = _words(family)
     for k, want in _MUST.items():
-        if v.get(k, want) not in (want, None): _refuse(k, v[k], f'only {want!r} can be read; use another model')
+        if v.get(k, want) not in (want, None):
+            _refuse(k, v[k], f'only {want!r} can be read; use another model')
     for k in own:
-        if isinstance(own[k], bool) and not isinstance(v[k], bool): _refuse(k, v[k], 'true or false belongs there')
+        if isinstance(own[k], bool) and not isinstance(v[k], bool):
+            _refuse(k, v[k], 'true or false belongs there')
     drop, *more = [v[k] for k in own if k.endswith(('_pdrop', '_dropout'))]
-    if not isinstance(drop, (int, float)) or any(d != drop for d in more) or (drop and family != 'gpt2'):
+    if (
+        not isinstance(drop, (int, float))
+        or any(d != drop for d in more)
+        or (drop and family != 'gpt2')
+    ):
         _refuse('dropout', [drop, *more], 'it matters in training only; write 0 for all of them')
-    if (act := v[words['act']]) not in [*ACTS]: _refuse(words['act'], act, f'only {", ".join(ACTS)} can be read')
-    said = {k: _number(v, words[k], int) for k in ('vocab_size', 'max_len', 'd_model', 'n_layers', 'n_heads')}
-    said |= dict(max_len=_context(family, said['max_len'], max_len), tie=v['tie_word_embeddings'], dropout=drop)
+    if (act := v[words['act']]) not in [*ACTS]:
+        _refuse(words['act'], act, f'only {", ".join(ACTS)} can be read')
+    said = {
+        k: _number(v, words[k], int)
+        for k in ('vocab_size', 'max_len', 'd_model', 'n_layers', 'n_heads')
+    }
+    said |= dict(
+        max_len=_context(family, said['max_len'], max_len),
+        tie=v['tie_word_embeddings'],
+        dropout=drop,
+    )
     eps, act = _number(v, words['eps']), ACTS[act]
-    if family != 'gpt2': return normal(Config(**said, **_modern(v, family, act, eps, said['max_len'])))
+    if family != 'gpt2':
+        return normal(Config(**said, **_modern(v, family, act, eps, said['max_len'])))
     d_ff = None if v['n_inner'] is None else _number(v, 'n_inner', int)
-    return normal(Config(**said, mlp=part(MLP, d_ff=d_ff, act=act), norm=part(nn.LayerNorm, eps=eps)))
+    return normal(
+        Config(**said, mlp=part(MLP, d_ff=d_ff, act=act), norm=part(nn.LayerNorm, eps=eps))
+    )
 
 # %% ../nbs/24_families.ipynb #965c5697
-def least_tensors(cfg:Config)->int:
-    "How many tensors a file of this model has at least: each expert has its own. Counted without making a model"
+def least_tensors(cfg: Config) -> int:
+    """How many tensors a file of this model has at least: each expert has its own.
+
+    Counted without making a model"""
     experts = [_filled(p)['n_experts'] if p.func is MoE else 1 for p in _layers(cfg)]
-    return sum(experts)*(cfg.n_layers//len(experts))
+    return sum(experts) * (cfg.n_layers // len(experts))
 
 # %% ../nbs/24_families.ipynb #1b0cca00
 def _modern(v, family, act, eps, most):
     C, H = v['hidden_size'], v['num_attention_heads']
-    if family == 'llama' and C % H: _refuse('hidden_size', C, f'it must be a multiple of num_attention_heads={H}')
-    d_head, n_kv = (_number(v, k, int) if v.get(k) is not None else other
-                    for k, other in (('head_dim', C//H), ('num_key_value_heads', H)))
-    attn_bias, mlp_bias = (v[k] if k in DEFAULTS[family] else False for k in ('attention_bias', 'mlp_bias'))
+    if family == 'llama' and C % H:
+        _refuse('hidden_size', C, f'it must be a multiple of num_attention_heads={H}')
+    d_head, n_kv = (
+        _number(v, k, int) if v.get(k) is not None else other
+        for k, other in (('head_dim', C // H), ('num_key_value_heads', H))
+    )
+    attn_bias, mlp_bias = (
+        v[k] if k in DEFAULTS[family] else False for k in ('attention_bias', 'mlp_bias')
+    )
     steps = ([part(QKNorm, eps=eps)] if family.startswith('qwen3') else []) + [_rope(v, family)]
-    attn = part(SparseAttention, n_kv_heads=n_kv, steps=steps, bias=attn_bias, pattern=_pattern(v, family, most))
-    return dict(attn=attn, norm=part(RMSNorm, eps=eps), pos=None,
-                mlp=_mlp(v, family, part(SwiGLU, act=act, bias=mlp_bias)), d_head=d_head)
+    attn = part(
+        SparseAttention,
+        n_kv_heads=n_kv,
+        steps=steps,
+        bias=attn_bias,
+        pattern=_pattern(v, family, most),
+    )
+    return dict(
+        attn=attn,
+        norm=part(RMSNorm, eps=eps),
+        pos=None,
+        mlp=_mlp(v, family, part(SwiGLU, act=act, bias=mlp_bias)),
+        d_head=d_head,
+    )
 
 # %% ../nbs/24_families.ipynb #76f86283
-def _agreed(data): # two words, one number
+def _agreed(data):  # two words, one number
     two = 'num_experts', 'num_local_experts'
     said = [data[k] for k in two if k in data]
-    if said[1:] and said[0] != said[1]: _refuse('num_experts', said, 'the two words contradict each other; copy the file again')
+    if said[1:] and said[0] != said[1]:
+        _refuse('num_experts', said, 'the two words contradict each other; copy the file again')
     return data | dict.fromkeys(two, said[0]) if said else data
+
 
 def _mlp(v, family, gated):
     "The recipe of the MLPs: plain ones, experts, or both in turn"
     plain = part(gated, d_ff=_number(v, 'intermediate_size', int))
-    if 'num_experts_per_tok' not in DEFAULTS[family]: return plain
-    n, width = ('num_local_experts', 'intermediate_size') if family == 'mixtral' else ('num_experts', 'moe_intermediate_size')
+    if 'num_experts_per_tok' not in DEFAULTS[family]:
+        return plain
+    n, width = (
+        ('num_local_experts', 'intermediate_size')
+        if family == 'mixtral'
+        else ('num_experts', 'moe_intermediate_size')
+    )
     choose = part(softmax_top_k, renormalise=family == 'mixtral' or v['norm_topk_prob'])
-    moe = part(MoE, n_experts=_number(v, n, int), top_k=_number(v, 'num_experts_per_tok', int),
-               expert=part(gated, d_ff=_number(v, width, int)),
-               router=part(Router, choose=choose, balance=v['router_aux_loss_coef'], z=0.))
+    moe = part(
+        MoE,
+        n_experts=_number(v, n, int),
+        top_k=_number(v, 'num_experts_per_tok', int),
+        expert=part(gated, d_ff=_number(v, width, int)),
+        router=part(Router, choose=choose, balance=v['router_aux_loss_coef'], z=0.0),
+    )
     if family == 'mixtral':
-        if noise := v['router_jitter_noise']: _refuse('router_jitter_noise', noise, 'it matters in training only; write 0')
+        if noise := v['router_jitter_noise']:
+            _refuse('router_jitter_noise', noise, 'it matters in training only; write 0')
         return moe
-    step, only = _number(v, 'decoder_sparse_step', int), v['mlp_only_layers']
-    if not isinstance(only, (list, type(None))): _refuse('mlp_only_layers', only, 'a list of layers belongs there')
-    return _in_turn([plain if l in (only or ()) or (l + 1) % step else moe for l in range(v['num_hidden_layers'])])
+    step = _number(v, 'decoder_sparse_step', int)
+    only = v['mlp_only_layers']
+    if not isinstance(only, (list, type(None))):
+        _refuse('mlp_only_layers', only, 'a list of layers belongs there')
+    return _in_turn(
+        [
+            plain if l in (only or ()) or (l + 1) % step else moe
+            for l in range(v['num_hidden_layers'])
+        ]
+    )
 
 # %% ../nbs/24_families.ipynb #e44b9a49
 def _draft(cfg, family):
     "What a file of this family can say of `cfg`, right or not"
     experts, plain = _experts_said(cfg)
-    attn, mlp, words, d_ff = _filled(cfg.attn), _filled(plain), _words(family), _d_ff(cfg, plain)
-    size = p.keywords['size'] if (p := cfg.attn.keywords.get('pattern')) and p.func is window else None
+    attn = _filled(cfg.attn)
+    mlp = _filled(plain)
+    words = _words(family)
+    d_ff = _d_ff(cfg, plain)
+    size = (
+        p.keywords['size'] if (p := cfg.attn.keywords.get('pattern')) and p.func is window else None
+    )
     act = next((k for k, a in ACTS.items() if normal(a) == normal(mlp.get('act'))), 'silu')
-    said = {theirs: getattr(cfg, k, None) for k, theirs in words.items()} | {
-        words['act']: act, words['d_ff']: d_ff or 1, words['eps']: _filled(cfg.norm).get('eps', 1.)} | dict(
-        tie_word_embeddings=cfg.tie, head_dim=cfg.head_dim, sliding_window=size, **experts,
-        use_sliding_window=family == 'qwen3_moe' and size is not None,
-        num_key_value_heads=attn.get('n_kv_heads') or cfg.n_heads, attention_bias=attn.get('bias'),
-        mlp_bias=mlp.get('bias'), attention_dropout=0.,
-        **dict.fromkeys(('resid_pdrop', 'embd_pdrop', 'attn_pdrop'), cfg.dropout if family == 'gpt2' else 0.))
-    name, marks = 'GPT2LMHeadModel' if family == 'gpt2' else f'{family.title().replace("_", "")}ForCausalLM', ('bos', 'eos', 'pad')
-    out = dict(model_type=family, architectures=[name], **{k: said[k] for k in DEFAULTS[family]},
-               **{f'{k}_token_id': None for k in marks})       # their defaults may lie beyond our table
+    said = (
+        {theirs: getattr(cfg, k, None) for k, theirs in words.items()}
+        | {
+            words['act']: act,
+            words['d_ff']: d_ff or 1,
+            words['eps']: _filled(cfg.norm).get('eps', 1.0),
+        }
+        | dict(
+            tie_word_embeddings=cfg.tie,
+            head_dim=cfg.head_dim,
+            sliding_window=size,
+            **experts,
+            use_sliding_window=family == 'qwen3_moe' and size is not None,
+            num_key_value_heads=attn.get('n_kv_heads') or cfg.n_heads,
+            attention_bias=attn.get('bias'),
+            mlp_bias=mlp.get('bias'),
+            attention_dropout=0.0,
+            **dict.fromkeys(
+                ('resid_pdrop', 'embd_pdrop', 'attn_pdrop'),
+                cfg.dropout if family == 'gpt2' else 0.0,
+            ),
+        )
+    )
+    name = (
+        'GPT2LMHeadModel' if family == 'gpt2' else f'{family.title().replace("_", "")}ForCausalLM'
+    )
+    marks = ('bos', 'eos', 'pad')
+    out = dict(
+        model_type=family,
+        architectures=[name],
+        **{k: said[k] for k in DEFAULTS[family]},
+        **{f'{k}_token_id': None for k in marks},
+    )  # their defaults may lie beyond our table
     return out if family == 'gpt2' else out | _rope_said(attn.get('steps', ()), family)
 
 # %% ../nbs/24_families.ipynb #721d5d64
 def _experts_said(cfg):
-    L, each = cfg.n_layers, [_at(cfg.mlp, l) for l in range(cfg.n_layers)]
+    L = cfg.n_layers
+    each = [_at(cfg.mlp, l) for l in range(cfg.n_layers)]
     moe = _filled(next((p for p in each if p.func is MoE), part(MoE)))
-    router, plain = _filled(moe['router']), [l for l, p in enumerate(each) if p.func is not MoE]
+    router = _filled(moe['router'])
+    plain = [l for l, p in enumerate(each) if p.func is not MoE]
     step = next((n for n in range(1, L + 1) if plain == [l for l in range(L) if (l + 1) % n]), 1)
     said = dict.fromkeys(('num_experts', 'num_local_experts'), moe['n_experts']) | dict(
-        num_experts_per_tok=moe['top_k'], moe_intermediate_size=_d_ff(cfg, moe['expert']) or 1,
+        num_experts_per_tok=moe['top_k'],
+        moe_intermediate_size=_d_ff(cfg, moe['expert']) or 1,
         norm_topk_prob=_filled(router.get('choose', part(softmax_top_k))).get('renormalise', True),
-        router_aux_loss_coef=router.get('balance', 0.),
-        router_jitter_noise=0., decoder_sparse_step=step, mlp_only_layers=[l for l in plain if (l + 1) % step == 0])
+        router_aux_loss_coef=router.get('balance', 0.0),
+        router_jitter_noise=0.0,
+        decoder_sparse_step=step,
+        mlp_only_layers=[l for l in plain if (l + 1) % step == 0],
+    )
     return said, each[plain[0]] if plain else moe['expert']
 
 # %% ../nbs/24_families.ipynb #686b950c
 def _rope_said(steps, family):
     rope = next((_filled(s) for s in steps if s.func is Rope), _filled(part(Rope)))
-    said, scale = dict(rope_theta=float(rope['base']), rope_type='default'), rope['scale']
+    said = dict(rope_theta=float(rope['base']), rope_type='default')
+    scale = rope['scale']
     for kind, (f, keys) in SCALES.items():
-        if scale and scale.func is f: said |= {'rope_type': kind, **{t: _filled(scale)[k] for k, t in keys.items()}}
-    if family == 'phi3': said['partial_rotary_factor'] = rope['partial']
+        if scale and scale.func is f:
+            said |= {'rope_type': kind, **{t: _filled(scale)[k] for k, t in keys.items()}}
+    if family == 'phi3':
+        said['partial_rotary_factor'] = rope['partial']
     old = {k: said[k] for k in said if k in ('rope_theta', 'partial_rotary_factor')}
-    return dict(rope_parameters=said, rope_scaling=said if said['rope_type'] != 'default' else None, **old)
+    return dict(
+        rope_parameters=said, rope_scaling=said if said['rope_type'] != 'default' else None, **old
+    )
 
 # %% ../nbs/24_families.ipynb #42d96b40
 def _unlike(a, b, path):
     "Yield (path, value in a) for every place where two recipes differ"
     if isinstance(a, part) and isinstance(b, part) and a.func is b.func:
         x, y = _filled(a), _filled(b)
-        for k in x: yield from _unlike(x[k], y.get(k), f'{path}.{k}')
+        for k in x:
+            yield from _unlike(x[k], y.get(k), f'{path}.{k}')
     elif isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b):
-        for n, (x, y) in enumerate(zip(a, b)): yield from _unlike(x, y, f'{path}[{n}]')
-    elif normal(a) != normal(b): yield path, a
+        for n, (x, y) in enumerate(zip(a, b)):
+            yield from _unlike(x, y, f'{path}[{n}]')
+    elif normal(a) != normal(b):
+        yield path, a
 
 # %% ../nbs/24_families.ipynb #5cd90d4e
-_REMEDIES = {'dropout': 'it matters in training only; set model.cfg = replace(model.cfg, dropout=0.)',
-             'interleaved': 'convert the model with half_split(model)',
-             'router.z': 'it matters in training only; set it to 0 in model.cfg',
-             **dict.fromkeys(('capacity', 'importance'), 'it matters in training only; leave it out of model.cfg'),
-             '': 'change it, or save with save_package'}
+_REMEDIES = {
+    'dropout': 'it matters in training only; set model.cfg = replace(model.cfg, dropout=0.)',
+    'interleaved': 'convert the model with half_split(model)',
+    'router.z': 'it matters in training only; set it to 0 in model.cfg',
+    **dict.fromkeys(
+        ('capacity', 'importance'), 'it matters in training only; leave it out of model.cfg'
+    ),
+    '': 'change it, or save with save_package',
+}
+
 
 def hf_config(
-    cfg:Config,
-    family:str=None # a key of `NAMES`; the first that fits if none
-)->dict:
-    "What config.json says about a model. Raises `LabError` that names what no file of the family can say"
-    if family not in (None, *NAMES): raise LabError(f'family={family!r}: choose from {", ".join(NAMES)}')
+    cfg: Config,
+    family: str = None,  # a key of `NAMES`; the first that fits if none
+) -> dict:
+    """What config.json says about a model.
+
+    Raises `LabError` that names what no file of the family can say"""
+    if family not in (None, *NAMES):
+        raise LabError(f'family={family!r}: choose from {", ".join(NAMES)}')
     tries, plain = [], normal(cfg)
     for name in [family] if family else NAMES:
-        try: back = config_from_hf(said := _draft(plain, name))
-        except LabError as e: tries.append((99, 0, 0, str(e))); continue
-        lost = [o for f in fields(cfg) for o in _unlike(getattr(plain, f.name), getattr(back, f.name), f.name)]
-        if not lost: return said
+        try:
+            back = config_from_hf(said := _draft(plain, name))
+        except LabError as e:
+            tries.append((99, 0, 0, str(e)))
+            continue
+        lost = [
+            o
+            for f in fields(cfg)
+            for o in _unlike(getattr(plain, f.name), getattr(back, f.name), f.name)
+        ]
+        if not lost:
+            return said
         path, value = lost[0]
         remedy = next(r for k, r in _REMEDIES.items() if path.endswith(k))
-        whole = sum('.' not in o for o, _ in lost)             # another recipe is further off than a number in one
-        tries.append((whole, len(lost), -path.count('.'), f'{path}={value!r} has no word in a {name} file: {remedy}'))
+        whole = sum(
+            '.' not in o for o, _ in lost
+        )  # another recipe is further off than a number in one
+        tries.append(
+            (
+                whole,
+                len(lost),
+                -path.count('.'),
+                f'{path}={value!r} has no word in a {name} file: {remedy}',
+            )
+        )
     raise LabError(min(tries)[3])

@@ -6,7 +6,9 @@
 __all__ = ['bandwidth', 'tokens_per_second', 'Wide', 'Fast', 'fast', 'fetched', 'speed', 'Int8']
 
 # %% ../nbs/19_fast.ipynb #725c29d8
-import copy, statistics, time
+import copy
+import statistics
+import time
 from functools import cache
 import torch
 from torch import nn
@@ -21,109 +23,194 @@ from .cache import Cached, cached, window
 
 # %% ../nbs/19_fast.ipynb #9ccbe84d
 @cache
-def bandwidth(size=2**26)->float: # how many numbers to read, float32
-    "Bytes per second that this machine's processor reads from memory, with all threads of PyTorch: the best of seven"
+def bandwidth(size=2**26) -> float:  # how many numbers to read, float32
+    """Bytes per second that this machine's processor reads from memory, with all threads of
+    PyTorch: the best of seven"""
     x, took = torch.ones(size), []
     for _ in range(7):
-        start = time.perf_counter(); x.sum(); took.append(time.perf_counter() - start)
-    return x.nbytes/min(took)
+        start = time.perf_counter()
+        x.sum()
+        took.append(time.perf_counter() - start)
+    return x.nbytes / min(took)
 
 # %% ../nbs/19_fast.ipynb #f31b2c99
 def tokens_per_second(
     model,
-    prompt=16, # tokens before
-    n=64,      # tokens to write
-    rounds=3   # the median of these, after one to warm up
-)->float:
+    prompt=16,  # tokens before
+    n=64,  # tokens to write
+    rounds=3,  # the median of these, after one to warm up
+) -> float:
     "How fast a model writes, one text, the likeliest token each time"
     if min(prompt, n, rounds) < 1 or prompt + n > room(model):
-        raise LabError(f'{prompt=}, {n=}, {rounds=}: give at least 1 of each, and no more tokens than the model sees ({room(model)})')
-    ids = torch.randint(model.cfg.vocab_size, (1, prompt), generator=rng(0, 'prompt')).to(next(model.parameters()).device)
+        raise LabError(
+            f'{prompt=}, {n=}, {rounds=}: give at least 1 of each, and no more tokens than '
+            f'the model sees ({room(model)})'
+        )
+    ids = torch.randint(model.cfg.vocab_size, (1, prompt), generator=rng(0, 'prompt')).to(
+        next(model.parameters()).device
+    )
+
     def one():
         reader = Reader(model, prompt + n)
         new = reader(ids).argmax(-1, keepdim=True)
         start = time.perf_counter()
-        for _ in range(n): new = reader(new.to(ids.device)).argmax(-1, keepdim=True)
-        return n/(time.perf_counter() - start)
+        for _ in range(n):
+            new = reader(new.to(ids.device)).argmax(-1, keepdim=True)
+        return n / (time.perf_counter() - start)
+
     return statistics.median([one() for _ in range(rounds + 1)][1:])
 
 # %% ../nbs/19_fast.ipynb #27a01ec7
 class Wide(nn.Module):
     "A linear layer for few rows at a time: its matrix stands as (inputs, outputs)"
-    def __init__(self, layer:nn.Linear):
+
+    def __init__(self, layer: nn.Linear):
         super().__init__()
         self.out_features, self.in_features = layer.weight.shape
-        self.onednn = quick_products() and layer.weight.dtype == torch.float32 and layer.weight.numel() >= 200_000
+        self.onednn = (
+            quick_products()
+            and layer.weight.dtype == torch.float32
+            and layer.weight.numel() >= 200_000
+        )
         more = 16 if self.onednn and self.out_features % 512 == 0 else 0
         self.register_buffer('weight', F.pad(layer.weight.detach().T, (0, more)).contiguous())
         self.register_buffer('bias', None if layer.bias is None else layer.bias.detach())
 
-    def forward(self, x): # (…, inputs) → (…, outputs)
-        y = (torch.ops.llm_lab.mm if self.onednn else torch.mm)(x.flatten(0, -2), self.weight)[:, :self.out_features]
+    def forward(self, x):  # (…, inputs) → (…, outputs)
+        y = (torch.ops.llm_lab.mm if self.onednn else torch.mm)(x.flatten(0, -2), self.weight)[
+            :, : self.out_features
+        ]
         return (y if self.bias is None else y + self.bias).reshape(*x.shape[:-1], self.out_features)
 
 # %% ../nbs/19_fast.ipynb #f72195cb
 def _simple(block):
     "Is the short road right for this block?"
     attn = getattr(block, 'attn', None)
-    if not isinstance(attn, Attention) or any(hasattr(m, 'cache') for m in block.mlp.modules()): return False
+    if not isinstance(attn, Attention) or any(hasattr(m, 'cache') for m in block.mlp.modules()):
+        return False
     steps = [type(s) for s in attn.steps]
-    if any(m._forward_hooks or m._forward_pre_hooks or 'forward' in vars(m) for m in (block, attn, *attn.steps)): return False
-    same = (type(block).forward, type(attn).forward, type(attn).project) == (Block.forward, Attention.forward, Attention.project)
+    if any(
+        m._forward_hooks or m._forward_pre_hooks or 'forward' in vars(m)
+        for m in (block, attn, *attn.steps)
+    ):
+        return False
+    same = (type(block).forward, type(attn).forward, type(attn).project) == (
+        Block.forward,
+        Attention.forward,
+        Attention.project,
+    )
     same = same and getattr(attn, 'by_mask', type(attn).join is Attention.join)
-    return (same and {*steps} <= {Rope, QKNorm, Cached} and steps.count(Cached) == 1 and steps[-1] is Cached
-            and (attn.plain if attn.steps[-1].size is None else attn.pattern == part(window, size=attn.steps[-1].size)))
+    return (
+        same
+        and {*steps} <= {Rope, QKNorm, Cached}
+        and steps.count(Cached) == 1
+        and steps[-1] is Cached
+        and (
+            attn.plain
+            if attn.steps[-1].size is None
+            else attn.pattern == part(window, size=attn.steps[-1].size)
+        )
+    )
 
-def _alike(a, b): return (a.turned, a.interleaved) == (b.turned, b.interleaved) and torch.equal(a.freq, b.freq)
+
+def _alike(a, b):
+    return (a.turned, a.interleaved) == (b.turned, b.interleaved) and torch.equal(a.freq, b.freq)
+
 
 def _place(c, i):
     "Where a cache keeps the next token; its position is noted"
     if c.n == c.length and not c.endless:
         raise LabError(f'the cache has {c.length} places, all are taken: ask model.cache for more')
     at = c.n % c.length
-    c.j[at:at + 1], c.n = i, c.n + 1
+    c.j[at : at + 1], c.n = i, c.n + 1
     return torch.tensor([at], device=i.device)
 
 # %% ../nbs/19_fast.ipynb #a18dc667
 def _plain_map(parent, m):
-    "Is this a linear layer that is only called? A part of the reader's own may do other things with its weights"
-    if not isinstance(m, nn.Linear) or type(m).forward is not nn.Linear.forward or is_own(parent): return False
-    return not (m._forward_hooks or m._forward_pre_hooks or 'forward' in vars(m)) and not isinstance(parent, nn.Sequential)
+    """Is this a linear layer that is only called?
 
-def _n_steps(model): return [len(m.steps) for m in model.modules() if isinstance(m, Attention)]
+    A part of the reader's own may do other things with its weights"""
+    if not isinstance(m, nn.Linear) or type(m).forward is not nn.Linear.forward or is_own(parent):
+        return False
+    return not (
+        m._forward_hooks or m._forward_pre_hooks or 'forward' in vars(m)
+    ) and not isinstance(parent, nn.Sequential)
+
+
+def _n_steps(model):
+    return [len(m.steps) for m in model.modules() if isinstance(m, Attention)]
+
 
 class Fast(nn.Module):
-    "The fast form of a model, for writing only, made of its weights as they are now; made anew when they change"
-    def __init__(self, model, layer): # `layer` makes the new form of a linear layer
+    """The fast form of a model, for writing only, made of its weights as they are now; made anew
+    when they change"""
+
+    def __init__(self, model, layer):  # `layer` makes the new form of a linear layer
         super().__init__()
-        self.model = m = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())}).eval()
-        self.cfg, self.training, head, ropes = model.cfg, False, m.head, []
+        self.model = m = copy.deepcopy(
+            model, {id(t): t for t in (*model.parameters(), *model.buffers())}
+        ).eval()
+        self.cfg = model.cfg
+        self.training = False
+        head = m.head
+        ropes = []
         for parent in list(m.modules()):
             for name, old in list(parent.named_children()):
-                if _plain_map(parent, old): setattr(parent, name, layer(old, old is head))
-        for steps in (b.steps for b in m.modules() if isinstance(b, Attention)):     # hands that turn alike are one
+                if _plain_map(parent, old):
+                    setattr(parent, name, layer(old, old is head))
+        for steps in (
+            b.steps for b in m.modules() if isinstance(b, Attention)
+        ):  # hands that turn alike are one
             for n, s in enumerate(steps):
-                if isinstance(s, Rope): steps[n] = next((r for r in ropes if _alike(r, s)), s); ropes.append(steps[n])
-        self.blocks, self.norm, self.step = m.blocks, m.norm, self.token
-        self.simple, self.n_steps = type(m) is MiniGPT and all(map(_simple, m.blocks)), _n_steps(m)
+                if isinstance(s, Rope):
+                    steps[n] = next((r for r in ropes if _alike(r, s)), s)
+                    ropes.append(steps[n])
+        self.blocks = m.blocks
+        self.norm = m.norm
+        self.step = self.token
+        self.simple = type(m) is MiniGPT and all(map(_simple, m.blocks))
+        self.n_steps = _n_steps(m)
 
-    def cache(self, batch, length): return self.model.cache(batch, length)
-    def head(self, x): return self.model.head(x)
-    def forward(self, ids, i=None, **words): return self.head(self.features(ids, i, **words))
+    def cache(self, batch, length):
+        return self.model.cache(batch, length)
+
+    def head(self, x):
+        return self.model.head(x)
+
+    def forward(self, ids, i=None, **words):
+        return self.head(self.features(ids, i, **words))
 
 # %% ../nbs/19_fast.ipynb #87353421
 @patch
-def features(self:Fast, ids, i=None, **words): # as `MiniGPT.features`
+def features(self: Fast, ids, i=None, **words):  # as `MiniGPT.features`
     at_hand = self.simple and words.keys() == {'cache'} and words['cache']
     kept = [words['cache'][l] for l in range(self.cfg.n_layers)] if at_hand else []
-    watched = _n_steps(self.model) != self.n_steps             # chapter 11 has put a step there
-    if not self.simple or watched or ids.shape[1] > 1 or i is None or i.dim() > 1 or not kept or not kept[0].n:
+    watched = _n_steps(self.model) != self.n_steps  # chapter 11 has put a step there
+    if (
+        not self.simple
+        or watched
+        or ids.shape[1] > 1
+        or i is None
+        or i.dim() > 1
+        or not kept
+        or not kept[0].n
+    ):
         return self.model.features(ids, i, **words)
     at = [_place(c, i) for c in kept]
-    return self.step(ids.contiguous(), i, at, [min(c.n, c.length) for c in kept], [c.k for c in kept], [c.v for c in kept])
+    return self.step(
+        ids.contiguous(),
+        i,
+        at,
+        [min(c.n, c.length) for c in kept],
+        [c.k for c in kept],
+        [c.v for c in kept],
+    )
+
 
 @patch
-def token(self:Fast, ids, i, at, ends, ks, vs): # (B, 1), (1,), and for each layer a place, an end, keys, values → (B, 1, C)
+def token(
+    self: Fast, ids, i, at, ends, ks, vs
+):  # (B, 1), (1,), and for each layer a place, an end, keys, values → (B, 1, C)
     m, hands = self.model, {}
     x = m.pos(m.tok(ids), i) if m.pos else m.tok(ids)
     for block, *kept in zip(m.blocks, at, ends, ks, vs):
@@ -133,74 +220,109 @@ def token(self:Fast, ids, i, at, ends, ks, vs): # (B, 1), (1,), and for each lay
 
 # %% ../nbs/19_fast.ipynb #a58c72d9
 @patch
-def read(self:Fast, attn, x, i, hands, at, end, ks, vs):
+def read(self: Fast, attn, x, i, hands, at, end, ks, vs):
     "Attention of one new token; its key and value go to the place `at`"
     heads = attn.n_heads, ks.shape[1]
     qk, v = attn.qkv(x).view(len(x), -1, 1, attn.head_dim).split([sum(heads), heads[1]], 1)
     for s in attn.steps:
         if type(s) is Rope:
-            if id(s) not in hands: hands[id(s)] = s.hands(i, x)
+            if id(s) not in hands:
+                hands[id(s)] = s.hands(i, x)
             qk = s.turn(qk, *hands[id(s)])
-        elif type(s) is QKNorm: qk = torch.cat(s(*qk.split(heads, 1), v, i, i)[:2], 1)
+        elif type(s) is QKNorm:
+            qk = torch.cat(s(*qk.split(heads, 1), v, i, i)[:2], 1)
     q, k = qk.split(heads, 1)
-    ks.index_copy_(2, at, k); vs.index_copy_(2, at, v)
-    out = F.scaled_dot_product_attention(q.view(len(x), heads[1], -1, attn.head_dim), ks[:, :, :end], vs[:, :, :end])
+    ks.index_copy_(2, at, k)
+    vs.index_copy_(2, at, v)
+    out = F.scaled_dot_product_attention(
+        q.view(len(x), heads[1], -1, attn.head_dim), ks[:, :, :end], vs[:, :, :end]
+    )
     return attn.out(out.view(len(x), 1, -1))
 
 # %% ../nbs/19_fast.ipynb #78690ccc
 def _layer(weights):
     "How a linear layer is made fast; on another device than the CPU it stays as it is"
+
     def make(old, head):
-        if old.weight.device.type != 'cpu': return old
+        if old.weight.device.type != 'cpu':
+            return old
         return Wide(old) if head or weights == 'float32' else Int8(old)
+
     return make
 
+
 def fast(
-    model,             # a MiniGPT; it is not changed
-    weights='float32', # 'int8': eight bits for each weight of the blocks, and a scale for each row
-    compile=False      # compile the step of a token; the first tokens then take half a minute
-)->Fast:
-    "The model in its fastest form, with a cache where every layer can keep one: the same letters, sooner"
-    if isinstance(model, Fast): raise LabError('the model is fast already: give the MiniGPT that it was made from')
-    if not isinstance(model, MiniGPT): raise LabError(f'a {type(model).__name__} is given: a MiniGPT is needed')
+    model,  # a MiniGPT; it is not changed
+    weights='float32',  # 'int8': eight bits for each weight of the blocks, and a scale for each row
+    compile=False,  # compile the step of a token; the first tokens then take half a minute
+) -> Fast:
+    """The model in its fastest form, with a cache where every layer can keep one: the same letters,
+    sooner"""
+    if isinstance(model, Fast):
+        raise LabError('the model is fast already: give the MiniGPT that it was made from')
+    if not isinstance(model, MiniGPT):
+        raise LabError(f'a {type(model).__name__} is given: a MiniGPT is needed')
     if type(model).forward is not MiniGPT.forward:
-        raise LabError(f'{type(model).__name__} has a forward of its own, which the fast form would not use: use the model as it is')
-    if weights not in ('float32', 'int8'): raise LabError(f'weights={weights!r}: choose from float32, int8')
+        raise LabError(
+            f'{type(model).__name__} has a forward of its own, which the fast form would not '
+            'use: use the model as it is'
+        )
+    if weights not in ('float32', 'int8'):
+        raise LabError(f'weights={weights!r}: choose from float32, int8')
     if weights == 'int8' and next(model.parameters()).device.type != 'cpu':
         raise LabError("weights='int8' needs a model on the CPU: call model.cpu() first")
     keep_memory()
     new = Fast(cached(model, strict=False), _layer(weights))
-    if compile: new.step = compiled(new.token, options={'cpp.threads': 1})
+    if compile:
+        new.step = compiled(new.token, options={'cpp.threads': 1})
     return new
 
 # %% ../nbs/19_fast.ipynb #3e3eea8d
-def fetched(model)->int:
-    "Bytes of the weights that each token must read: blocks, last norm, head; of a part that says `share`, so much of its weights"
+def fetched(model) -> int:
+    """Bytes of the weights that each token must read: blocks, last norm, head; of a part that says
+    `share`, so much of its weights"""
     m = getattr(model, 'model', model)
-    tensors = {id(t): t for part in (m.blocks, m.norm, m.head) for t in (*part.parameters(), *part.buffers())}
+    tensors = {
+        id(t): t
+        for part in (m.blocks, m.norm, m.head)
+        for t in (*part.parameters(), *part.buffers())
+    }
     share = {id(t): o.share for o in m.modules() if hasattr(o, 'share') for t in o.parameters()}
-    return round(sum(t.nbytes*share.get(id(t), 1) for t in tensors.values()))
+    return round(sum(t.nbytes * share.get(id(t), 1) for t in tensors.values()))
 
-def speed(model, **kw)->dict: # kw as `tokens_per_second`
+
+def speed(model, **kw) -> dict:  # kw as `tokens_per_second`
     "Prints tokens a second beside what this machine's memory allows; both, and the bytes, by name"
     rate, size = tokens_per_second(model, **kw), fetched(model)
-    limit = bandwidth()/size
-    print(f'{rate:.0f} tokens a second; {size/1e6:.0f} MB a token at {bandwidth()/1e9:.0f} GB/s allow {limit:.0f}: {rate/limit:.0%}')
+    limit = bandwidth() / size
+    print(
+        f'{rate:.0f} tokens a second; {size / 1e6:.0f} MB a token at {bandwidth() / 1e9:.0f} '
+        f'GB/s allow {limit:.0f}: {rate / limit:.0%}'
+    )
     return dict(tokens_per_s=rate, bytes=size, limit=limit)
 
 # %% ../nbs/19_fast.ipynb #4d7e413c
 class Int8(nn.Module):
-    "A linear layer with weights of eight bits: whole numbers from −127 to 127, and a scale for each output"
-    def __init__(self, layer:nn.Linear):
+    """A linear layer with weights of eight bits: whole numbers from −127 to 127, and a scale for
+    each output"""
+
+    def __init__(self, layer: nn.Linear):
         super().__init__()
         w = layer.weight.detach().float()
-        scale = (w.abs().amax(1).clamp_min(1e-30)/127).bfloat16().float()
+        scale = (w.abs().amax(1).clamp_min(1e-30) / 127).bfloat16().float()
         self.more = -w.shape[1] % 16
-        self.register_buffer('weight', F.pad((w/scale[:, None]).round().clamp(-127, 127).to(torch.int8), (0, self.more)))
+        self.register_buffer(
+            'weight',
+            F.pad((w / scale[:, None]).round().clamp(-127, 127).to(torch.int8), (0, self.more)),
+        )
         self.register_buffer('scale', scale.bfloat16())
         self.register_buffer('bias', None if layer.bias is None else layer.bias.detach())
 
-    def forward(self, x): # (…, inputs) → (…, outputs)
-        rows = F.pad(x.flatten(0, -2).bfloat16(), (0, self.more)) if self.more else x.flatten(0, -2).bfloat16()
+    def forward(self, x):  # (…, inputs) → (…, outputs)
+        rows = (
+            F.pad(x.flatten(0, -2).bfloat16(), (0, self.more))
+            if self.more
+            else x.flatten(0, -2).bfloat16()
+        )
         y = torch._weight_int8pack_mm(rows, self.weight, self.scale.bfloat16()).to(x.dtype)
         return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)

@@ -21,8 +21,24 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from fastcore.basics import patch
-from .lab import (HOLDS, PLACES, REGISTERED, SLOTS, LabError, address, by_onednn, check_recipe, kept_streams,
-                         lookup, nearest, plain, quick_products, rng, short, warn_once)
+from llm_lab.lab import (
+    HOLDS,
+    PLACES,
+    REGISTERED,
+    SLOTS,
+    LabError,
+    address,
+    by_onednn,
+    check_recipe,
+    kept_streams,
+    lookup,
+    nearest,
+    plain,
+    quick_products,
+    rng,
+    short,
+    warn_once,
+)
 
 # %% ../nbs/06_gpt.ipynb #080e1d3d
 def _slower_short(k):
@@ -30,113 +46,180 @@ def _slower_short(k):
     asked = k.device.type == 'cpu' and torch.is_autocast_enabled('cpu')
     return asked and k.dtype != torch.float64 and k.shape[2] < 512
 
-def _long(x): return x if x is None or x.dtype == torch.bool else x.float()
+
+def _long(x):
+    return x if x is None or x.dtype == torch.bool else x.float()
+
 
 def attend(
-    q:Tensor,         # (B, H, T, D)
-    k:Tensor,         # (B, G, S, D); with fewer heads than q, each serves H/G of its heads, in order
-    v:Tensor,         # (B, G, S, D)
-    seen:Tensor=None, # bool, broadcasts to (B, H, T, S): may the query read the key? None: the past, S = T
-    dropout:float=0.
-)->Tensor: # (B, H, T, D)
+    q: Tensor,  # (B, H, T, D)
+    k: Tensor,  # (B, G, S, D); with fewer heads than q, each serves H/G of its heads, in order
+    v: Tensor,  # (B, G, S, D)
+    seen: Tensor = None,  # bool, broadcasts to (B, H, T, S): may q read k? None: the past, S = T
+    dropout: float = 0.0,
+) -> Tensor:  # (B, H, T, D)
     "Sum up values by the softmax of q·k/√D (Vaswani et al. 2017, eq. 1)"
-    if seen is not None and seen.dim() == 3: seen = seen[None] # the quick kernels take masks of two or four dimensions
+    if seen is not None and seen.dim() == 3:
+        seen = seen[None]  # the quick kernels take masks of two or four dimensions
     if _slower_short(k):
         with torch.autocast('cpu', enabled=False):
             return attend(*map(_long, (q, k, v, seen)), dropout)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None, dropout_p=dropout,
-                                          enable_gqa=k.shape[1] < q.shape[1])
+    return F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=seen,
+        is_causal=seen is None,
+        dropout_p=dropout,
+        enable_gqa=k.shape[1] < q.shape[1],
+    )
 
 # %% ../nbs/06_gpt.ipynb #d5eefba9
 def causal(
-    i, # query positions, (T, 1)
-    j  # key positions, (S,)
-):     # bool (T, S)
+    i,  # query positions, (T, 1)
+    j,  # key positions, (S,)
+):  # bool (T, S)
     "Everything so far, itself included, and never the future"
     return j <= i
 
 # %% ../nbs/06_gpt.ipynb #34f6f280
-def words_of(f)->list:
-    "Names of the arguments that a pattern must be given beyond the positions i and j, also those of patterns inside it"
-    required = lambda p: p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+def words_of(f) -> list:
+    """Names of the arguments that a pattern must be given beyond the positions i and j, also those
+    of patterns inside it"""
+    required = lambda p: (
+        p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    )
     mine = [n for n, p in signature(f).parameters.items() if n not in ('i', 'j') and required(p)]
-    inner = [p for v in getattr(f, 'keywords', {}).values() for p in (v if isinstance(v, tuple) else (v,)) if isinstance(p, partial)]
+    inner = [
+        p
+        for v in getattr(f, 'keywords', {}).values()
+        for p in (v if isinstance(v, tuple) else (v,))
+        if isinstance(p, partial)
+    ]
     return [*dict.fromkeys([*mine, *(w for p in inner for w in words_of(p))])]
 
+
 def visible(
-    pattern,     # a pattern or a recipe of one
-    i:Tensor,    # query positions, (T,) or (B, T)
-    j:Tensor,    # key positions, (S,) or (B, S); −1 is never visible
-    n_heads:int=1,
-    layer:int=0,
-    **ctx        # words the pattern may ask for
-)->Tensor: # bool, broadcasts to (B, H, T, S)
+    pattern,  # a pattern or a recipe of one
+    i: Tensor,  # query positions, (T,) or (B, T)
+    j: Tensor,  # key positions, (S,) or (B, S); −1 is never visible
+    n_heads: int = 1,
+    layer: int = 0,
+    **ctx,  # words the pattern may ask for
+) -> Tensor:  # bool, broadcasts to (B, H, T, S)
     "The dense picture of a pattern: which query may read which key?"
-    i, j = (p[:, None] if p.dim() == 2 else p for p in (i, j))                      # (B, 1, T): room for heads
+    i, j = (p[:, None] if p.dim() == 2 else p for p in (i, j))  # (B, 1, T): room for heads
     known = dict(h=torch.arange(n_heads, device=i.device).view(-1, 1, 1), layer=layer, **ctx)
-    return (pattern(i[..., :, None], j[..., None, :], **{w: known[w] for w in words_of(pattern)})
-            & (j >= 0)[..., None, :])
+    return (
+        pattern(i[..., :, None], j[..., None, :], **{w: known[w] for w in words_of(pattern)})
+        & (j >= 0)[..., None, :]
+    )
 
 # %% ../nbs/06_gpt.ipynb #a63597be
 class part(partial):
-    "A recipe: a callable with some keywords filled in. Compares by value, prints as typed, knows its keywords"
+    """A recipe: a callable with some keywords filled in.
+
+    Compares by value, prints as typed, knows its keywords"""
+
     def __new__(cls, f, /, **kw):
-        if isinstance(f, part): f, kw = f.func, {**f.keywords, **kw}
+        if isinstance(f, part):
+            f, kw = f.func, {**f.keywords, **kw}
         if isinstance(f, nn.Module) or not callable(f):
-            made = f'{type(f).__name__}(…) is made already' if callable(f) else f'{short(f)} cannot be called'
-            raise LabError(f'part({type(f).__name__ if callable(f) else short(f)}): {made}; '
-                           'give a class or a function, such as part(MLP)')
+            made = (
+                f'{type(f).__name__}(…) is made already'
+                if callable(f)
+                else f'{short(f)} cannot be called'
+            )
+            raise LabError(
+                f'part({type(f).__name__ if callable(f) else short(f)}): {made}; '
+                'give a class or a function, such as part(MLP)'
+            )
         known = signature(f).parameters
-        for k in () if any(p.kind is Parameter.VAR_KEYWORD for p in known.values()) else kw.keys() - known.keys():
+        for k in (
+            ()
+            if any(p.kind is Parameter.VAR_KEYWORD for p in known.values())
+            else kw.keys() - known.keys()
+        ):
             raise LabError(f'{_name_of(f)} takes no {k!r}: {nearest(k, known)}')
         return super().__new__(cls, f, **{k: _frozen(v) for k, v in kw.items()})
 
     def __eq__(self, other):
-        return isinstance(other, part) and (self.func, self.keywords) == (other.func, other.keywords)
-    def __hash__(self): return hash((self.func, tuple(sorted(self.keywords))))
+        return isinstance(other, part) and (self.func, self.keywords) == (
+            other.func,
+            other.keywords,
+        )
+
+    def __hash__(self):
+        return hash((self.func, tuple(sorted(self.keywords))))
+
     def __repr__(self):
         name = ('nn.' if self.func.__module__.startswith('torch.nn') else '') + _name_of(self.func)
         return f"part({', '.join([name, *(f'{k}={v!r}' for k, v in self.keywords.items())])})"
 
 # %% ../nbs/06_gpt.ipynb #d79f45c3
-def _name_of(f): return getattr(f, '__name__', type(f).__name__)
+def _name_of(f):
+    return getattr(f, '__name__', type(f).__name__)
 
-def _frozen(v): return tuple(map(_frozen, v)) if isinstance(v, (list, tuple)) else v
+
+def _frozen(v):
+    return tuple(map(_frozen, v)) if isinstance(v, (list, tuple)) else v
 
 # %% ../nbs/06_gpt.ipynb #3aca470d
 class Attention(nn.Module):
-    "Causal multi-head self-attention (Vaswani et al. 2017, §3.2.2), q, k, v in one product as in GPT-2"
-    def __init__(self, cfg, layer=0,
-        steps=(),             # recipes of what happens to q, k, v before they meet, in order
-        pattern=part(causal), # who may look at whom
-        bias=True):
+    """Causal multi-head self-attention (Vaswani et al.
+
+    2017, §3.2.2), q, k, v in one product as in GPT-2"""
+
+    def __init__(
+        self,
+        cfg,
+        layer=0,
+        steps=(),  # recipes of what happens to q, k, v before they meet, in order
+        pattern=part(causal),  # who may look at whom
+        bias=True,
+    ):
         super().__init__()
-        self.n_heads, self.head_dim, self.layer, self.pattern = cfg.n_heads, cfg.head_dim, layer, pattern
+        self.n_heads = cfg.n_heads
+        self.head_dim = cfg.head_dim
+        self.layer = layer
+        self.pattern = pattern
         self.dropout = cfg.dropout
         self.plain = pattern == part(causal)
-        width = cfg.n_heads*cfg.head_dim                       # of all heads together
-        self.sizes = (width, width, width)                     # q, k, v: the rows of the one map, in order
-        self.qkv, self.out = nn.Linear(cfg.d_model, sum(self.sizes), bias), nn.Linear(width, cfg.d_model, bias)
+        width = cfg.n_heads * cfg.head_dim  # of all heads together
+        self.sizes = (width, width, width)  # q, k, v: the rows of the one map, in order
+        self.qkv = nn.Linear(cfg.d_model, sum(self.sizes), bias)
+        self.out = nn.Linear(width, cfg.d_model, bias)
         self.steps = nn.ModuleList(step(cfg, layer) for step in steps)
         self.reads = [w for w in words_of(pattern) if w not in ('h', 'layer')]
 
-    def seen(self, i, j, **ctx): # who reads whom, with the words the pattern asks for
+    def seen(self, i, j, **ctx):  # who reads whom, with the words the pattern asks for
         for w in self.reads:
-            if w not in ctx: raise LabError(f'{self.pattern} needs the word {w!r}: call model(ids, {w}=…)')
-        return visible(self.pattern, i, j, self.n_heads, self.layer, **{w: ctx[w] for w in self.reads})
+            if w not in ctx:
+                raise LabError(f'{self.pattern} needs the word {w!r}: call model(ids, {w}=…)')
+        return visible(
+            self.pattern, i, j, self.n_heads, self.layer, **{w: ctx[w] for w in self.reads}
+        )
 
-    def project(self, x): # (B, T, C) → three of (B, H, T, D)
-        return (t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in self.qkv(x).split(self.sizes, dim=-1))
+    def project(self, x):  # (B, T, C) → three of (B, H, T, D)
+        return (
+            t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for t in self.qkv(x).split(self.sizes, dim=-1)
+        )
 
-    def join(self, q, k, v, i, j, rising=False, **ctx): # (B, H, T, D); rising: positions are 0, 1, 2, … on both sides
+    def join(
+        self, q, k, v, i, j, rising=False, **ctx
+    ):  # (B, H, T, D); rising: positions are 0, 1, 2, … on both sides
         seen = None if self.plain and rising else self.seen(i, j, **ctx)
-        return attend(q, k, v, seen, self.dropout if self.training else 0.)
+        return attend(q, k, v, seen, self.dropout if self.training else 0.0)
 
-    def forward(self, x, i, rising=False, **ctx): # (B, T, C), positions (T,) or (B, T) → (B, T, C)
+    def forward(self, x, i, rising=False, **ctx):  # (B, T, C), positions (T,) or (B, T) → (B, T, C)
         q, k, v = self.project(x)
         j = i
-        for step in self.steps: q, k, v, i, j = step(q, k, v, i, j, rising=rising, **ctx)
-        return self.out(self.join(q, k, v, i, j, rising and j is i, **ctx).transpose(1, 2).flatten(2))
+        for step in self.steps:
+            q, k, v, i, j = step(q, k, v, i, j, rising=rising, **ctx)
+        return self.out(
+            self.join(q, k, v, i, j, rising and j is i, **ctx).transpose(1, 2).flatten(2)
+        )
 
 # %% ../nbs/06_gpt.ipynb #b20a4289
 def _heads_fit(cfg, **kw):
@@ -144,192 +227,304 @@ def _heads_fit(cfg, **kw):
     if not cfg.d_head and cfg.d_model % cfg.n_heads:
         fits = [n for n in range(1, min(cfg.d_model, 9999) + 1) if cfg.d_model % n == 0]
         near = sorted(sorted(fits, key=lambda n: abs(n - cfg.n_heads))[:2])
-        raise LabError(f'n_heads={cfg.n_heads} does not divide d_model={cfg.d_model}: '
-                       f'use {" or ".join(map(str, near))} heads, or give d_head')
+        raise LabError(
+            f'n_heads={cfg.n_heads} does not divide d_model={cfg.d_model}: '
+            f'use {" or ".join(map(str, near))} heads, or give d_head'
+        )
+
+
 Attention.check = staticmethod(_heads_fit)
 
 # %% ../nbs/06_gpt.ipynb #e43345e0
 class MLP(nn.Module):
     "Two maps with a bend between, applied to each position alone"
-    def __init__(self, cfg, layer=0, d_ff:int=None, act=part(nn.GELU, approximate='tanh'), bias=True):
-        super().__init__()
-        d_ff = d_ff or 4*cfg.d_model
-        self.up, self.act, self.out = nn.Linear(cfg.d_model, d_ff, bias), act(), nn.Linear(d_ff, cfg.d_model, bias)
 
-    def forward(self, x, **ctx): return self.out(self.act(self.up(x))) # (B, T, C) → (B, T, C)
+    def __init__(
+        self, cfg, layer=0, d_ff: int = None, act=part(nn.GELU, approximate='tanh'), bias=True
+    ):
+        super().__init__()
+        d_ff = d_ff or 4 * cfg.d_model
+        self.up = nn.Linear(cfg.d_model, d_ff, bias)
+        self.act = act()
+        self.out = nn.Linear(d_ff, cfg.d_model, bias)
+
+    def forward(self, x, **ctx):
+        return self.out(self.act(self.up(x)))  # (B, T, C) → (B, T, C)
+
 
 def _width_given(cfg, d_ff=None, **kw):
     if d_ff is not None and (type(d_ff) is not int or d_ff < 1):
         raise LabError(f'd_ff={d_ff!r}: give a whole number of at least 1, or leave it out')
+
+
 MLP.check = staticmethod(_width_given)
 
 # %% ../nbs/06_gpt.ipynb #c8d29bc6
 class Learned(nn.Module):
     "A learned vector for each position, added to the token's (Gehring et al. 2017; GPT-2)"
+
     def __init__(self, cfg):
         super().__init__()
         self.table = nn.Embedding(cfg.max_len, cfg.d_model)
 
-    def forward(self, x, i): # (B, T, C), positions (T,) or (B, T) → (B, T, C)
+    def forward(self, x, i):  # (B, T, C), positions (T,) or (B, T) → (B, T, C)
         if i.shape[-1] > (most := self.table.num_embeddings):
-            raise LabError(f'the text has {i.shape[-1]} tokens, max_len is {most}: '
-                           'cut the text, or make the model with a larger max_len')
-        try: return x + self.table(i.clamp_min(0))             # an empty place, −1, is read by nobody
+            raise LabError(
+                f'the text has {i.shape[-1]} tokens, max_len is {most}: '
+                'cut the text, or make the model with a larger max_len'
+            )
+        try:
+            return x + self.table(i.clamp_min(0))  # an empty place, −1, is read by nobody
         except IndexError:
-            raise LabError(f'a position is beyond max_len={most}: make the model with a larger max_len') from None
+            raise LabError(
+                f'a position is beyond max_len={most}: make the model with a larger max_len'
+            ) from None
 
 # %% ../nbs/06_gpt.ipynb #88a60d7c
 class Block(nn.Module):
     "Read, think, add: x + attention(norm(x)), then x + mlp(norm(x))"
+
     def __init__(self, cfg, layer=0):
         super().__init__()
-        self.norm1, self.attn = _built(cfg, 'norm', cfg.d_model), _built(cfg, 'attn', cfg, layer)
-        self.norm2, self.mlp = _built(cfg, 'norm', cfg.d_model), _built(cfg, 'mlp', cfg, layer)
+        self.norm1 = _built(cfg, 'norm', cfg.d_model)
+        self.attn = _built(cfg, 'attn', cfg, layer)
+        self.norm2 = _built(cfg, 'norm', cfg.d_model)
+        self.mlp = _built(cfg, 'mlp', cfg, layer)
         self.drop = nn.Dropout(cfg.dropout)
 
-    def forward(self, x, i, **ctx): # (B, T, C), positions → (B, T, C)
+    def forward(self, x, i, **ctx):  # (B, T, C), positions → (B, T, C)
         x = x + self.drop(self.attn(self.norm1(x), i, **ctx))
         return x + self.drop(self.mlp(self.norm2(x), **ctx))
 
 # %% ../nbs/06_gpt.ipynb #ea6e3715
 def gpt2_init(
-    model:nn.Module,
-    generator:torch.Generator,
-    std:float=None # 0.02 at width 768, as GPT-2, and in proportion to 1/√d_model elsewhere
+    model: nn.Module,
+    generator: torch.Generator,
+    std: float = None,  # 0.02 at width 768, as GPT-2, and in proportion to 1/√d_model elsewhere
 ):
-    "Matrices: N(0, std²); those that write into the stream: N(0, std²/2L); biases: 0 (Radford et al. 2019, §2.3)"
-    std = std or .02*(768/model.cfg.d_model)**.5
+    """Matrices: N(0, std²); those that write into the stream: N(0, std²/2L); biases:
+
+    0 (Radford et al. 2019, §2.3)"""
+    std = std or 0.02 * (768 / model.cfg.d_model) ** 0.5
     for name, p in model.named_parameters():
         if p.dim() >= 2:
-            nn.init.normal_(p, 0., std/(2*model.cfg.n_layers)**.5 if name.endswith('out.weight') else std,
-                            generator=generator)
-        elif name.endswith('bias'): nn.init.zeros_(p)
+            nn.init.normal_(
+                p,
+                0.0,
+                std / (2 * model.cfg.n_layers) ** 0.5 if name.endswith('out.weight') else std,
+                generator=generator,
+            )
+        elif name.endswith('bias'):
+            nn.init.zeros_(p)
 
 # %% ../nbs/06_gpt.ipynb #3c961724
-# larger ones are slips, or somebody's wish to fill your memory: GPT-3 has 96 layers of 12,288 channels
-_MOST = dict(vocab_size=1 << 27, max_len=1 << 31, d_model=1 << 20, n_layers=1024, n_heads=1 << 16, head_dim=1 << 16)
+# larger ones are slips, or somebody's wish to fill your memory: GPT-3 has 96 layers of 12,288
+# channels
+_MOST = dict(
+    vocab_size=1 << 27,
+    max_len=1 << 31,
+    d_model=1 << 20,
+    n_layers=1024,
+    n_heads=1 << 16,
+    head_dim=1 << 16,
+)
+
 
 @dataclass(frozen=True)
 class Config:
     "What a model is made of. Raises `LabError` when sizes and recipes do not go together"
-    vocab_size:int = 65
-    max_len:int = 256       # longest text, in tokens
-    d_model:int = 128
-    n_layers:int = 4
-    n_heads:int = 4
-    d_head:int|None = None  # channels of a head; d_model/n_heads if none
-    dropout:float = 0.
-    tie:bool = False        # does the head share the token table? (Press and Wolf 2017)
-    attn:part = part(Attention)
-    mlp:part = part(MLP)
-    norm:part = part(nn.LayerNorm)
-    pos:part|None = part(Learned)
-    head:part = part(nn.Linear, bias=False)
-    init:part = part(gpt2_init)
+
+    vocab_size: int = 65
+    max_len: int = 256  # longest text, in tokens
+    d_model: int = 128
+    n_layers: int = 4
+    n_heads: int = 4
+    d_head: int | None = None  # channels of a head; d_model/n_heads if none
+    dropout: float = 0.0
+    tie: bool = False  # does the head share the token table? (Press and Wolf 2017)
+    attn: part = part(Attention)
+    mlp: part = part(MLP)
+    norm: part = part(nn.LayerNorm)
+    pos: part | None = part(Learned)
+    head: part = part(nn.Linear, bias=False)
+    init: part = part(gpt2_init)
 
     def __post_init__(self):
         for name, most in _MOST.items():
             if not isinstance(n := getattr(self, name), int) or isinstance(n, bool) or n < 1:
                 raise LabError(f'{name}={short(n)}: give a whole number of at least 1')
-            if n > most: raise LabError(f'{name}={short(n)}: give {most:,} at most')
+            if n > most:
+                raise LabError(f'{name}={short(n)}: give {most:,} at most')
         if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
-            raise LabError(f'dropout={short(self.dropout)}: give a share from 0 up to, not including, 1')
-        if not isinstance(self.tie, bool): raise LabError(f'tie={short(self.tie)}: give True or False')
+            raise LabError(
+                f'dropout={short(self.dropout)}: give a share from 0 up to, not including, 1'
+            )
+        if not isinstance(self.tie, bool):
+            raise LabError(f'tie={short(self.tie)}: give True or False')
         for name, slot in HOLDS['config'].items():
-            if name != 'pos' or self.pos is not None: _check_recipe(getattr(self, name), self, name, slot)
+            if name != 'pos' or self.pos is not None:
+                _check_recipe(getattr(self, name), self, name, slot)
 
     @property
-    def head_dim(self): return self.d_head or self.d_model//self.n_heads
+    def head_dim(self):
+        return self.d_head or self.d_model // self.n_heads
 
 # %% ../nbs/06_gpt.ipynb #a7e5d541
 # how the model calls what stands in a slot: the arguments that it fills in itself
-_FILLS = dict(mixer='cfg layer', mlp='cfg layer', transform='cfg layer', pos='cfg', norm='d', head='d vocab_size', act='',
-              init='model generator', router='cfg layer n_experts top_k', scaling='freq', choice='logits top_k bias')
-_BY_NAME = ('generator', 'n_experts', 'top_k')                 # those of them that are given by name
+_FILLS = dict(
+    mixer='cfg layer',
+    mlp='cfg layer',
+    transform='cfg layer',
+    pos='cfg',
+    norm='d',
+    head='d vocab_size',
+    act='',
+    init='model generator',
+    router='cfg layer n_experts top_k',
+    scaling='freq',
+    choice='logits top_k bias',
+)
+_BY_NAME = ('generator', 'n_experts', 'top_k')  # those of them that are given by name
 
-def _home(f): # the module that the table knows it by
+
+def _home(f):  # the module that the table knows it by
     module = getattr(f, '__module__', None) or ''
     return 'torch.nn' if module.startswith('torch.nn.modules.') else module
 
-def _can_be(f)->list:
+
+def _can_be(f) -> list:
     "The slots that the table declares `f` for; none for a part of the reader's own"
     word = f'{_home(f)}:{_name_of(f)}'
     return [slot for slot, words in SLOTS.items() if word in words.values()]
 
+
 def _no_recipe(value, name, slot):
     "Raises `LabError`: what stands here is no recipe, and what to write instead"
-    module, known = isinstance(value, nn.Module), SLOTS.get(slot, {})
+    module = isinstance(value, nn.Module)
+    known = SLOTS.get(slot, {})
     f = _name_of(value.func if isinstance(value, partial) else value) if callable(value) else ''
-    said, write = f or short(value), f'{name}=part({f or next(iter(known), "MLP")})'
-    if module: said = f'{f}(…)'
-    elif f == '<lambda>': write = f'a function with a name, def f(…), and {name}=part(f)'
-    elif isinstance(value, str): write = f'{name}=part({_nearest_part(value, known)})'
-    if name in ('steps', 'of'): write = write.replace('=', '=(', 1) + ',)'
+    said = f or short(value)
+    write = f'{name}=part({f or next(iter(known), "MLP")})'
+    if module:
+        said = f'{f}(…)'
+    elif f == '<lambda>':
+        write = f'a function with a name, def f(…), and {name}=part(f)'
+    elif isinstance(value, str):
+        write = f'{name}=part({_nearest_part(value, known)})'
+    if name in ('steps', 'of'):
+        write = write.replace('=', '=(', 1) + ',)'
     raise LabError(f'{name}={said} is no recipe: write {write}')
+
 
 def _nearest_part(word, known):
     "The name in a slot that is meant, whatever its case; the first one if none is near"
     near = nearest(word, known)
     return near[14:-2] if near.startswith('did you mean') else next(iter(known), 'MLP')
 
+
 def _check_slot(x, name, slot):
-    "Raises `LabError` unless `x` is a recipe of what may stand in a slot; whatever the reader made may stand anywhere"
-    if not isinstance(x, part): _no_recipe(x, name, slot)
+    """Raises `LabError` unless `x` is a recipe of what may stand in a slot; whatever the reader
+    made may stand anywhere"""
+    if not isinstance(x, part):
+        _no_recipe(x, name, slot)
     can, place = _can_be(x.func), PLACES.get(slot, slot)
     mixes = slot == 'norm' and not can and _home(x.func) == 'torch.nn'
-    if not slot or slot in can or not can and not mixes: return
-    why = f'can be {", ".join(PLACES.get(s, s) for s in can)}, not {place}' if can else 'would mix positions or texts'
-    raise LabError(f'{name}={x!r}: {_name_of(x.func)} {why}; choose from {", ".join(sorted(SLOTS[slot]))}')
+    if not slot or slot in can or not can and not mixes:
+        return
+    why = (
+        f'can be {", ".join(PLACES.get(s, s) for s in can)}, not {place}'
+        if can
+        else 'would mix positions or texts'
+    )
+    raise LabError(
+        f'{name}={x!r}: {_name_of(x.func)} {why}; choose from {", ".join(sorted(SLOTS[slot]))}'
+    )
+
 
 def _check_call(x, name, slot):
     "Raises `LabError` unless the keywords of a recipe are just what the model does not fill in"
-    if slot not in _FILLS: return
+    if slot not in _FILLS:
+        return
     fills = _FILLS[slot].split()
     by_name = {k: None for k in fills if k in _BY_NAME and slot != 'choice'}
     f = _name_of(x.func)
-    try: signature(x.func).bind(*[None]*(len(fills) - len(by_name)), **by_name, **x.keywords)
+    try:
+        signature(x.func).bind(*[None] * (len(fills) - len(by_name)), **by_name, **x.keywords)
     except TypeError as e:
-        missing, why = re.search("missing a required.* argument: '(.*)'", str(e)), str(e)
-        remedy = f'write part({f}, {missing[1]}=…)' if missing else f'it is called as {f}({", ".join(fills)})'
+        missing = re.search("missing a required.* argument: '(.*)'", str(e))
+        why = str(e)
+        remedy = (
+            f'write part({f}, {missing[1]}=…)'
+            if missing
+            else f'it is called as {f}({", ".join(fills)})'
+        )
         raise LabError(f'{name}={x!r}: {why}; {remedy}') from None
 
+
 def _check_recipe(x, cfg, name, slot=None):
-    "Raises `LabError` on what cannot stand in a slot; runs the `check` of a recipe, and of all recipes in it"
+    """Raises `LabError` on what cannot stand in a slot; runs the `check` of a recipe, and of all
+    recipes in it"""
     _check_slot(x, name, slot)
-    try: getattr(x.func, 'check', lambda cfg, **kw: None)(cfg, **x.keywords)
-    except LabError: raise
-    except (TypeError, AttributeError, ArithmeticError, LookupError) as e: wrong = e
-    else: wrong = None
+    try:
+        getattr(x.func, 'check', lambda cfg, **kw: None)(cfg, **x.keywords)
+    except LabError:
+        raise
+    except (TypeError, AttributeError, ArithmeticError, LookupError) as e:
+        wrong = e
+    else:
+        wrong = None
     can = _can_be(x.func)
     inner = HOLDS.get(slot if slot in can else can[0], {}) if can else {}
     for k, v in x.keywords.items():
-        if k in ('steps', 'of') and k in inner and not isinstance(v, tuple): _no_recipe(v, k, inner[k])
-        if v is None and k == 'scale': continue
+        if k in ('steps', 'of') and k in inner and not isinstance(v, tuple):
+            _no_recipe(v, k, inner[k])
+        if v is None and k == 'scale':
+            continue
         for one in v if isinstance(v, tuple) else (v,):
-            if k in inner or isinstance(one, part) or callable(one): _check_recipe(one, cfg, k, inner.get(k))
-    if wrong: raise LabError(f'{name}={x!r}: {short(str(wrong), 100)}; look at its keywords') from wrong
+            if k in inner or isinstance(one, part) or callable(one):
+                _check_recipe(one, cfg, k, inner.get(k))
+    if wrong:
+        raise LabError(f'{name}={x!r}: {short(str(wrong), 100)}; look at its keywords') from wrong
     _check_call(x, name, slot)
 
-def _built(cfg, name, *args)->nn.Module:
-    "What the recipe `name` of a configuration makes. Raises `LabError` where it is no module, or none can be made"
+
+def _built(cfg, name, *args) -> nn.Module:
+    """What the recipe `name` of a configuration makes.
+
+    Raises `LabError` where it is no module, or none can be made"""
     recipe = getattr(cfg, name)
-    try: made = recipe(*args)
-    except (LabError, RuntimeError, MemoryError): raise
+    try:
+        made = recipe(*args)
+    except (LabError, RuntimeError, MemoryError):
+        raise
     except Exception as e:
-        raise LabError(f'{name}={short(recipe, 200)} cannot be made ({type(e).__name__}: {short(str(e), 200)}); '
-                       'look at its keywords') from e
-    if isinstance(made, nn.Module): return made
-    raise LabError(f'{name}={short(recipe, 200)} makes a {type(made).__name__}: give what makes a torch.nn.Module')
+        raise LabError(
+            f'{name}={short(recipe, 200)} cannot be made ({type(e).__name__}: '
+            f'{short(str(e), 200)}); '
+            'look at its keywords'
+        ) from e
+    if isinstance(made, nn.Module):
+        return made
+    raise LabError(
+        f'{name}={short(recipe, 200)} makes a {type(made).__name__}: give what makes a '
+        'torch.nn.Module'
+    )
 
 # %% ../nbs/06_gpt.ipynb #5434f462
 class MiniGPT(nn.Module):
-    "Token ids (B, T) int64 → logits (B, T, V): GPT-2's architecture (Radford et al. 2019), every part a recipe"
-    def __init__(self, cfg:Config=Config(),
-        seed=0): # of the first weights; None: they are not drawn, because others come in their place
+    """Token ids (B, T) int64 → logits (B, T, V): GPT-2's architecture (Radford et al.
+
+    2019), every part a recipe"""
+
+    def __init__(
+        self, cfg: Config = Config(), seed=0
+    ):  # of the first weights; None: they are not drawn, because others come in their place
         super().__init__()
         self.cfg = cfg
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed or 0)     # for parts that bring first weights of their own
+            torch.default_generator.manual_seed(
+                seed or 0
+            )  # for parts that bring first weights of their own
             self.tok = nn.Embedding(cfg.vocab_size, cfg.d_model)
             self.pos = cfg.pos and _built(cfg, 'pos', cfg)
             self.blocks = nn.ModuleList(Block(cfg, l) for l in range(cfg.n_layers))
@@ -338,135 +533,211 @@ class MiniGPT(nn.Module):
             self.head = _built(cfg, 'head', cfg.d_model, cfg.vocab_size)
         if cfg.tie and not isinstance(getattr(self.head, 'weight', None), Tensor):
             raise LabError(f'tie=True: head={cfg.head!r} has no weight to share; leave tie out')
-        if cfg.tie: self.head.weight = self.tok.weight
-        if seed is not None: cfg.init(self, generator=rng(seed, 'init'))
+        if cfg.tie:
+            self.head.weight = self.tok.weight
+        if seed is not None:
+            cfg.init(self, generator=rng(seed, 'init'))
         self.words = {w for m in self.modules() for w in getattr(m, 'reads', ())}
-        self.ear = None                                        # an `Aux` for who passes none: chapter 8
+        self.ear = None  # an `Aux` for who passes none: chapter 8
 
-    def features(self, ids, i=None, **ctx): # ids (B, T); positions (T,) or (B, T), 0, 1, 2, … if none
+    def features(
+        self, ids, i=None, **ctx
+    ):  # ids (B, T); positions (T,) or (B, T), 0, 1, 2, … if none
         if unread := ctx.keys() - self.words:
-            raise LabError(f'no part of this model reads {sorted(unread)[0]!r}; '
-                           f'it reads {sorted(self.words) or "nothing"}')
-        if i is None: i, ctx['rising'] = torch.arange(ids.shape[1], device=ids.device), True
+            raise LabError(
+                f'no part of this model reads {sorted(unread)[0]!r}; '
+                f'it reads {sorted(self.words) or "nothing"}'
+            )
+        if i is None:
+            i, ctx['rising'] = torch.arange(ids.shape[1], device=ids.device), True
         x = self.tok(ids)
         x = self.drop(self.pos(x, i) if self.pos else x)
         unheard = 'aux' in self.words and 'aux' not in ctx and self.training
-        if unheard and self.ear is not None: ctx['aux'] = self.ear
-        for block in self.blocks: x = self.through(block, x, i, **ctx)
+        if unheard and self.ear is not None:
+            ctx['aux'] = self.ear
+        for block in self.blocks:
+            x = self.through(block, x, i, **ctx)
         if unheard and self.ear is None and x.requires_grad and not torch.compiler.is_compiling():
-            x.register_hook(_say_unheard)                      # called if it is learned from
-        return self.norm(x)                                    # (B, T, C)
+            x.register_hook(_say_unheard)  # called if it is learned from
+        return self.norm(x)  # (B, T, C)
 
     @staticmethod
-    def through(block, x, i, **ctx): return block(x, i, **ctx) # may be replaced: chapter 12 keeps less for the way back
+    def through(block, x, i, **ctx):
+        return block(x, i, **ctx)  # may be replaced: chapter 12 keeps less for the way back
 
-    def forward(self, ids, i=None, **ctx): return self.head(self.features(ids, i, **ctx))
+    def forward(self, ids, i=None, **ctx):
+        return self.head(self.features(ids, i, **ctx))
 
 # %% ../nbs/06_gpt.ipynb #3a18ffb9
 @patch(as_prop=True)
-def n_params(self:MiniGPT)->int:
+def n_params(self: MiniGPT) -> int:
     "How many numbers training may change; a shared table counts once"
     return sum(p.numel() for p in self.parameters())
 
 # %% ../nbs/06_gpt.ipynb #90f4f3c6
 @patch
-def metrics(self:MiniGPT)->dict:
+def metrics(self: MiniGPT) -> dict:
     "What the parts have noted since they were last asked, `{name: number}`"
-    return {k: v for m in self.modules() if m is not self and callable(getattr(m, 'metrics', None)) for k, v in (m.metrics() or {}).items()}
+    return {
+        k: v
+        for m in self.modules()
+        if m is not self and callable(getattr(m, 'metrics', None))
+        for k, v in (m.metrics() or {}).items()
+    }
 
 # %% ../nbs/06_gpt.ipynb #c233ec5b
 class Aux:
     "What parts say beside their output, by layer: `model(ids, aux=Aux())`"
-    def __init__(self): self.said = {}
-    def say(self, layer, **what): self.said[layer] = what
-    def loss(self): return sum((x['loss'] for x in self.said.values() if 'loss' in x), torch.zeros(()))
+
+    def __init__(self):
+        self.said = {}
+
+    def say(self, layer, **what):
+        self.said[layer] = what
+
+    def loss(self):
+        return sum((x['loss'] for x in self.said.values() if 'loss' in x), torch.zeros(()))
+
 
 def _say_unheard(gradient):
-    warn_once('a model learns here without what its parts say to aux, such as the balance of experts: call '
-              'model(ids, aux=aux) with aux=Aux() and add aux.loss(), or use fit, train_step or Step, which do')
+    warn_once(
+        'a model learns here without what its parts say to aux, such as the balance of '
+        'experts: call '
+        'model(ids, aux=aux) with aux=Aux() and add aux.loss(), or use fit, train_step or '
+        'Step, which do'
+    )
 
 # %% ../nbs/06_gpt.ipynb #2a7c0b75
-def is_own(x)->bool:
-    "Is a module, a class or a function not of this library, nor of PyTorch? Of a recipe: is anything in it?"
-    if isinstance(x, tuple): return any(map(is_own, x))
-    if isinstance(x, part): return is_own(x.func) or any(map(is_own, x.keywords.values()))
-    if x is None or isinstance(x, (bool, int, float, str)): return False
+def is_own(x) -> bool:
+    """Is a module, a class or a function not of this library, nor of PyTorch?
+
+    Of a recipe: is anything in it?"""
+    if isinstance(x, tuple):
+        return any(map(is_own, x))
+    if isinstance(x, part):
+        return is_own(x.func) or any(map(is_own, x.keywords.values()))
+    if x is None or isinstance(x, (bool, int, float, str)):
+        return False
     f = type(x) if isinstance(x, nn.Module) else x
     return not (getattr(f, '__module__', None) or '').startswith(('llm_lab.', 'torch.'))
 
+
 @contextmanager
 def _resting(model):
-    "Within, the model is in evaluation mode, and nothing is noted for a gradient; then each part is as it was"
+    """Within, the model is in evaluation mode, and nothing is noted for a gradient; then each part
+    is as it was"""
     modes = {m: m.training for m in model.modules()}
     try:
-        with torch.no_grad(): yield model.eval()
+        with torch.no_grad():
+            yield model.eval()
     finally:
-        for m, mode in modes.items(): m.training = mode
+        for m, mode in modes.items():
+            m.training = mode
 
-def _some_ids(model, n): # up to n tokens, the same ones each time, (1, n)
-    ids = torch.randint(model.cfg.vocab_size, (1, min(n, model.cfg.max_len)), generator=rng(0, 'some'))
+
+def _some_ids(model, n):  # up to n tokens, the same ones each time, (1, n)
+    ids = torch.randint(
+        model.cfg.vocab_size, (1, min(n, model.cfg.max_len)), generator=rng(0, 'some')
+    )
     return ids.to(next(model.parameters()).device)
 
-def _close(a, b)->bool: # up to what another order of sums may change
-    far, scale = (a - b).abs().max(), b.abs().max().clamp_min(1.)
-    return bool(far <= torch.finfo(b.dtype).eps**.5*scale)
 
-def caches_of(model, batch, length)->tuple:
+def _close(a, b) -> bool:  # up to what another order of sums may change
+    far, scale = (a - b).abs().max(), b.abs().max().clamp_min(1.0)
+    return bool(far <= torch.finfo(b.dtype).eps ** 0.5 * scale)
+
+
+def caches_of(model, batch, length) -> tuple:
     "({key: cache} of all parts that keep something, '' or why the model as a whole keeps nothing)"
-    found = {m: c for m in model.modules() if m is not model and callable(getattr(m, 'cache', None))
-             and (c := m.cache(batch, length)) is not None}
+    found = {
+        m: c
+        for m in model.modules()
+        if m is not model
+        and callable(getattr(m, 'cache', None))
+        and (c := m.cache(batch, length)) is not None
+    }
     kept, why = {}, ''
     for m, c in found.items():
         key = getattr(m, 'key', getattr(m, 'layer', None))
-        if key is None: why = why or f'{type(m).__name__} has no `layer`, nor a `key`, under which it would keep'
-        elif key in kept: why = why or f'{type(m).__name__} keeps under {key!r}, as another part does: give it a `key`'
-        else: kept[key] = c
+        if key is None:
+            why = (
+                why or f'{type(m).__name__} has no `layer`, nor a `key`, under which it would keep'
+            )
+        elif key in kept:
+            why = (
+                why
+                or f'{type(m).__name__} keeps under {key!r}, as another part does: give it a `key`'
+            )
+        else:
+            kept[key] = c
     keeps = lambda mixer: any(m in found for m in mixer.modules())
     for l, block in enumerate(model.blocks):
         mixer = getattr(block, 'attn', block)
-        bare = [m for m in mixer.modules() if isinstance(m, Attention) and not keeps(m) and m not in found]
-        if not keeps(mixer): bare.append(mixer)
-        if bare: why = why or f'{type(bare[0]).__name__} of layer {l} keeps nothing'
+        bare = [
+            m
+            for m in mixer.modules()
+            if isinstance(m, Attention) and not keeps(m) and m not in found
+        ]
+        if not keeps(mixer):
+            bare.append(mixer)
+        if bare:
+            why = why or f'{type(bare[0]).__name__} of layer {l} keeps nothing'
     return kept, why
 
+
 @torch.no_grad()
-def _reads_on(model)->bool:
+def _reads_on(model) -> bool:
     "Do a few tokens, read one by one with caches, say what they say when they are read at once?"
     ids = _some_ids(model, 6)
     with _resting(model), kept_streams(ids.device):
-        want, cache, got = model.features(ids), caches_of(model, 1, ids.shape[1])[0], []
+        want = model.features(ids)
+        cache = caches_of(model, 1, ids.shape[1])[0]
+        got = []
         cut = [0, *range(2, ids.shape[1] + 1)] if ids.shape[1] > 1 else [0, 1]
         for a, b in zip(cut, cut[1:]):
-            got.append(model.features(ids[:, a:b], i=torch.arange(a, b, device=ids.device), cache=cache))
+            got.append(
+                model.features(ids[:, a:b], i=torch.arange(a, b, device=ids.device), cache=cache)
+            )
     return _close(torch.cat(got, 1), want)
 
-@patch
-def cache(self:MiniGPT, batch:int, length:int):
-    """What the parts want to remember while decoding, `{key: …}`: a part's `key`, or else its `layer`.
 
-    None if a layer keeps nothing, or if the text would be read otherwise: then the model is used without."""
+@patch
+def cache(self: MiniGPT, batch: int, length: int):
+    """What the parts want to remember while decoding, `{key: …}`: a part's `key`, or else its
+    `layer`.
+
+    None if a layer keeps nothing, or if the text would be read otherwise: then the model is used
+    without."""
     kept, why = caches_of(self, batch, length)
-    if why or not kept: return None
+    if why or not kept:
+        return None
     strange = self.words <= {'cache', 'aux'} and any(map(is_own, self.modules()))
-    try: return kept if not strange or _reads_on(self) else None
-    except Exception: return None                              # it cannot read on: it reads anew
+    try:
+        return kept if not strange or _reads_on(self) else None
+    except Exception:
+        return None  # it cannot read on: it reads anew
 
 # %% ../nbs/06_gpt.ipynb #715d917d
-def register(f, name:str=None):
+def register(f, name: str = None):
     "Let saved configurations name `f`, in any place; returns `f`"
     REGISTERED[name or f.__name__] = f
     return f
 
+
 def _said_as(f, slot=None):
     "What a file calls `f` in a slot. Raises `LabError` where it has no word for it"
-    if name := next((name for name, g in REGISTERED.items() if g is f), None): return name
+    if name := next((name for name, g in REGISTERED.items() if g is f), None):
+        return name
     name = _name_of(f)
     for place in [SLOTS[slot]] if slot else SLOTS.values():
         for a in place.values():
-            if a == f'{_home(f)}:{name}' and lookup(a) is f: return a
+            if a == f'{_home(f)}:{name}' and lookup(a) is f:
+                return a
     as_what = f' as {slot}' if slot else ''
     call = "register(f, 'a_name')" if name == '<lambda>' else f'register({name})'
-    raise LabError(f'{name} of {_home(f)} has no name to save{as_what}: call {call} first, also before loading')
+    raise LabError(
+        f'{name} of {_home(f)} has no name to save{as_what}: call {call} first, also before loading'
+    )
 
 # %% ../nbs/06_gpt.ipynb #87140c91
 def _said(x, slot=None):
@@ -476,276 +747,477 @@ def _said(x, slot=None):
         slot = slot or next((s for s in SLOTS if word in SLOTS[s].values()), None)
         inner = {} if word in REGISTERED else HOLDS.get(slot, {})
         return {'part': word, **{k: _said(v, inner.get(k)) for k, v in x.keywords.items()}}
-    if isinstance(x, (tuple, list)): return [_said(v, slot) for v in x]
-    if x is None or isinstance(x, (bool, int, float, str)): return x
-    raise LabError(f'{x!r} cannot be saved in a configuration: use numbers, strings, lists and recipes')
+    if isinstance(x, (tuple, list)):
+        return [_said(v, slot) for v in x]
+    if x is None or isinstance(x, (bool, int, float, str)):
+        return x
+    raise LabError(
+        f'{x!r} cannot be saved in a configuration: use numbers, strings, lists and recipes'
+    )
+
 
 def _bearable(data, n_layers, head_dim):
-    "Raises `LabError` where recipes are forbidden ones, or would make more parts than anybody waits for"
+    """Raises `LabError` where recipes are forbidden ones, or would make more parts than anybody
+    waits for"""
     of = lambda k, slot: 0 if data[k] is None and k == 'pos' else check_recipe(data[k], slot, k)
     parts = {k: of(k, slot) for k, slot in HOLDS['config'].items() if k in data}
-    n = n_layers*(parts.get('attn', 1) + parts.get('mlp', 1)) + sum(parts.values())
-    if n > 10_000 or n*head_dim > 1 << 26:
-        raise LabError(f'n_layers={n_layers:,}: these recipes make {n:,} parts of width {head_dim:,}; give fewer layers or steps')
+    n = n_layers * (parts.get('attn', 1) + parts.get('mlp', 1)) + sum(parts.values())
+    if n > 10_000 or n * head_dim > 1 << 26:
+        raise LabError(
+            f'n_layers={n_layers:,}: these recipes make {n:,} parts of width {head_dim:,}; '
+            'give fewer layers or steps'
+        )
 
 # %% ../nbs/06_gpt.ipynb #6459d3c5
 def to_data(x):
-    "Configurations and recipes as plain data: dicts, lists, numbers, strings. Raises `LabError` on what could not be read again"
-    if not isinstance(x, Config): return _said(x)
+    """Configurations and recipes as plain data: dicts, lists, numbers, strings.
+
+    Raises `LabError` on what could not be read again"""
+    if not isinstance(x, Config):
+        return _said(x)
     data = {f.name: _said(getattr(x, f.name), HOLDS['config'].get(f.name)) for f in fields(x)}
     config_from(data)
     return data
 
 # %% ../nbs/06_gpt.ipynb #a3ba89f3
-def _fits(value, parameter)->bool:
+def _fits(value, parameter) -> bool:
     "Could a plain value stand where this parameter's default stands?"
     default, kind = parameter.default, parameter.annotation
-    if default is not None and default is not parameter.empty: kind = type(default)
-    if value is None: return default is None
-    if kind is bool or isinstance(value, bool): return kind is bool and isinstance(value, bool)
-    if kind is str or isinstance(value, str): return kind is str and isinstance(value, str)
-    return isinstance(value, (int, float)) and (parameter.annotation is not int or isinstance(value, int))
+    if default is not None and default is not parameter.empty:
+        kind = type(default)
+    if value is None:
+        return default is None
+    if kind is bool or isinstance(value, bool):
+        return kind is bool and isinstance(value, bool)
+    if kind is str or isinstance(value, str):
+        return kind is str and isinstance(value, str)
+    return isinstance(value, (int, float)) and (
+        parameter.annotation is not int or isinstance(value, int)
+    )
+
 
 def _made(x, path=''):
     "What plain data, which `check_recipe` has seen, describe"
-    if isinstance(x, list): return tuple(_made(v, f'{path}[{n}]') for n, v in enumerate(x))
-    if not isinstance(x, dict): return x
+    if isinstance(x, list):
+        return tuple(_made(v, f'{path}[{n}]') for n, v in enumerate(x))
+    if not isinstance(x, dict):
+        return x
     word = address(x['part'])
-    kw = {k: () if v is None and k == 'steps' else _made(v, f'{path}.{k}') for k, v in x.items() if k != 'part'}
-    try: made = part(lookup(word), **kw)
-    except LabError as e: raise LabError(f'{path}: {e}') from None
-    if word in REGISTERED: return made                         # its author knows what it takes
+    kw = {
+        k: () if v is None and k == 'steps' else _made(v, f'{path}.{k}')
+        for k, v in x.items()
+        if k != 'part'
+    }
+    try:
+        made = part(lookup(word), **kw)
+    except LabError as e:
+        raise LabError(f'{path}: {e}') from None
+    if word in REGISTERED:
+        return made  # its author knows what it takes
     known = signature(made.func).parameters
     for k, v in x.items():
-        if k in known and not isinstance(v, (dict, list)) and (v, k) != (None, 'steps') and not _fits(v, known[k]):
-            like = known[k].annotation.__name__ if known[k].default in (None, Parameter.empty) else repr(known[k].default)
-            raise LabError(f'{path}.{k}={short(v)}: {made.func.__name__} takes something like {like}')
-    if word in SLOTS['act'].values(): _bends(made, path)
+        if (
+            k in known
+            and not isinstance(v, (dict, list))
+            and (v, k) != (None, 'steps')
+            and not _fits(v, known[k])
+        ):
+            like = (
+                known[k].annotation.__name__
+                if known[k].default in (None, Parameter.empty)
+                else repr(known[k].default)
+            )
+            raise LabError(
+                f'{path}.{k}={short(v)}: {made.func.__name__} takes something like {like}'
+            )
+    if word in SLOTS['act'].values():
+        _bends(made, path)
     return made
+
 
 def _bends(act, path):
     "Raises `LabError` where an activation does not work with its keywords"
-    try: act()(torch.zeros(2))
+    try:
+        act()(torch.zeros(2))
     except (TypeError, RuntimeError, ValueError) as e:
         raise LabError(f'{path}={act}: {short(str(e), 100)}; leave its keywords out') from None
 
 # %% ../nbs/06_gpt.ipynb #f65eb1b5
-def config_from(data:dict)->Config:
-    "The configuration that `to_data` described. Raises `LabError` on unknown names, and on what no file may ask for"
-    if not isinstance(data, dict): raise LabError(f'a configuration says {short(data)}: give sizes and recipes by name')
+def config_from(data: dict) -> Config:
+    """The configuration that `to_data` described.
+
+    Raises `LabError` on unknown names, and on what no file may ask for"""
+    if not isinstance(data, dict):
+        raise LabError(f'a configuration says {short(data)}: give sizes and recipes by name')
     names = [f.name for f in fields(Config)]
     for k, v in data.items():
-        if k not in names: raise LabError(f'a model has no setting {short(k)}: {nearest(k, names)}')
-        if k not in HOLDS['config']: plain(v, k)
-    sizes = Config(**{k: v for k, v in data.items() if k not in HOLDS['config']}, attn=part(_nothing))
+        if k not in names:
+            raise LabError(f'a model has no setting {short(k)}: {nearest(k, names)}')
+        if k not in HOLDS['config']:
+            plain(v, k)
+    sizes = Config(
+        **{k: v for k, v in data.items() if k not in HOLDS['config']}, attn=part(_nothing)
+    )
     _bearable(data, sizes.n_layers, sizes.head_dim)
-    try: return Config(**{k: _made(v, k) for k, v in data.items()})
+    try:
+        return Config(**{k: _made(v, k) for k, v in data.items()})
     except (TypeError, ArithmeticError, AttributeError, KeyError) as e:
-        raise LabError(f'these recipes do not go together ({type(e).__name__}: {short(str(e), 100)}): look at their keywords') from e
+        raise LabError(
+            f'these recipes do not go together ({type(e).__name__}: {short(str(e), 100)}): '
+            'look at their keywords'
+        ) from e
 
-def _nothing(cfg, layer=0): "Stands for an attention while only the sizes are looked at"
+
+def _nothing(cfg, layer=0):
+    "Stands for an attention while only the sizes are looked at"
 
 # %% ../nbs/06_gpt.ipynb #1ad6788e
 class _Undrawn(TorchFunctionMode):
-    "Within, `torch.nn.init` draws nothing: shapes have no values, and pretending to draw them takes most of the time"
+    """Within, `torch.nn.init` draws nothing: shapes have no values, and pretending to draw them
+    takes most of the time"""
+
     def __torch_function__(self, f, types, args=(), kwargs=None):
-        if getattr(f, '__module__', '') == 'torch.nn.init': return args[0] if args else kwargs['tensor']
+        if getattr(f, '__module__', '') == 'torch.nn.init':
+            return args[0] if args else kwargs['tensor']
         return f(*args, **kwargs or {})
 
-def own_in(cfg)->bool:
+
+def own_in(cfg) -> bool:
     "Is a part in the configuration not of this library?"
     return any(is_own(getattr(cfg, name)) for name in HOLDS['config'])
 
-def _sketched(cfg, seed=None)->MiniGPT:
-    "A model of shapes; where a part of the reader's own needs numbers to be made, it has them for a moment"
+
+def _sketched(cfg, seed=None) -> MiniGPT:
+    """A model of shapes; where a part of the reader's own needs numbers to be made, it has them for
+    a moment"""
     try:
-        with torch.device('meta'), _Undrawn(): return MiniGPT(cfg, seed)
+        with torch.device('meta'), _Undrawn():
+            return MiniGPT(cfg, seed)
     except RuntimeError:
-        if not own_in(cfg): raise
+        if not own_in(cfg):
+            raise
         model = MiniGPT(cfg, seed).to('meta')
-        if cfg.tie: model.head.weight = model.tok.weight       # a move parts them
+        if cfg.tie:
+            model.head.weight = model.tok.weight  # a move parts them
         return model
 
-def sketch(cfg:Config)->MiniGPT:
-    "A model of shapes alone, on the device *meta*, whatever its size. Raises `LabError` where none can be made"
-    try: return _sketched(cfg)
-    except LabError: raise
+
+def sketch(cfg: Config) -> MiniGPT:
+    """A model of shapes alone, on the device *meta*, whatever its size.
+
+    Raises `LabError` where none can be made"""
+    try:
+        return _sketched(cfg)
+    except LabError:
+        raise
     except (TypeError, ArithmeticError, AttributeError, ValueError, RuntimeError, KeyError) as e:
-        raise LabError(f'no model can be made of this configuration ({type(e).__name__}: {short(str(e), 100)})') from e
+        raise LabError(
+            f'no model can be made of this configuration ({type(e).__name__}: {short(str(e), 100)})'
+        ) from e
 
 # %% ../nbs/06_gpt.ipynb #c51b7e90
 _READS = dict(attn='(x, i, **ctx)', mlp='(x, **ctx)', norm='(x)', pos='(x, i)', head='(x)')
 
+
 def _asked(cfg, name, layer, fake):
-    "Let what stands in a slot read a few tokens; returns the shape of the answer, and the one it should have"
+    """Let what stands in a slot read a few tokens; returns the shape of the answer, and the one it
+    should have"""
     C, V, T = cfg.d_model, cfg.vocab_size, min(cfg.max_len, 6)
     made = _built(cfg, name, *dict(norm=(C,), pos=(cfg,), head=(C, V)).get(name, (cfg, layer)))
     ctx = {'aux': Aux()} if any('aux' in getattr(m, 'reads', ()) for m in made.modules()) else {}
     ctx = dict(rising=True, **ctx) if name in ('attn', 'mlp') else {}
-    x, i = torch.randn(2, T, C, generator=None if fake else rng(0, 'x')), torch.arange(T)
-    out = made(x, *[i]*(name in ('attn', 'pos')), **ctx)
-    return tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__, (2, T, V if name == 'head' else C)
+    x = torch.randn(2, T, C, generator=None if fake else rng(0, 'x'))
+    i = torch.arange(T)
+    out = made(x, *[i] * (name in ('attn', 'pos')), **ctx)
+    return tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__, (
+        2,
+        T,
+        V if name == 'head' else C,
+    )
+
 
 def _try_part(cfg, name, layer):
     "Raises `LabError` unless a part reads (B, T, C) and answers as it should"
     try:
-        with FakeTensorMode(): got, want = _asked(cfg, name, layer, True)
-    except Exception:                                          # perhaps only because there are no numbers
+        with FakeTensorMode():
+            got, want = _asked(cfg, name, layer, True)
+    except Exception:  # perhaps only because there are no numbers
         try:
-            with kept_streams(), torch.no_grad(): got, want = _asked(cfg, name, layer, False)
-        except LabError: raise
+            with kept_streams(), torch.no_grad():
+                got, want = _asked(cfg, name, layer, False)
+        except LabError:
+            raise
         except Exception as e:
-            raise LabError(f'{name}={short(getattr(cfg, name), 200)} cannot read: {type(e).__name__}: {short(str(e), 200)}; '
-                           f'it is called with {_READS[name]}') from e
-    if got != want: raise LabError(f'{name}={short(getattr(cfg, name), 200)} makes {got} of {want[:2] + (cfg.d_model,)}: '
-                                   f'give a part that makes {want}')
+            raise LabError(
+                f'{name}={short(getattr(cfg, name), 200)} cannot read: {type(e).__name__}: '
+                f'{short(str(e), 200)}; '
+                f'it is called with {_READS[name]}'
+            ) from e
+    if got != want:
+        raise LabError(
+            f'{name}={short(getattr(cfg, name), 200)} makes {got} of {want[:2] + (cfg.d_model,)}: '
+            f'give a part that makes {want}'
+        )
 
-def tried(cfg:Config)->Config: # `cfg`
-    "Let every part read a few tokens. Raises `LabError` that names the recipe which cannot; no memory is taken for the model"
+
+def tried(cfg: Config) -> Config:  # `cfg`
+    """Let every part read a few tokens.
+
+    Raises `LabError` that names the recipe which cannot; no memory is taken for the model"""
     layers = range(min(cfg.n_layers, 64))
-    if cfg.pos: _try_part(cfg, 'pos', 0)
+    if cfg.pos:
+        _try_part(cfg, 'pos', 0)
     for name, each in dict(norm=(0,), attn=layers, mlp=layers, head=(0,)).items():
-        for layer in each if 'of' in getattr(cfg, name).keywords or is_own(getattr(cfg, name)) else (0,):
+        for layer in (
+            each if 'of' in getattr(cfg, name).keywords or is_own(getattr(cfg, name)) else (0,)
+        ):
             _try_part(cfg, name, layer)
     sketch(cfg)
     return cfg
 
 # %% ../nbs/06_gpt.ipynb #f4c8d215
-# plain values that change while a model is used, or that matter in training only: chapters 16, 20 and 22
-_PASSING = {'training', 'seen', 'noted', 'since', 'rows', 'p', 'dropout', 'balance', 'z', 'importance', 'bias_rate', 'capacity'}
+# plain values that change while a model is used, or that matter in training only: chapters 16, 20
+# and 22
+_PASSING = {
+    'training',
+    'seen',
+    'noted',
+    'since',
+    'rows',
+    'p',
+    'dropout',
+    'balance',
+    'z',
+    'importance',
+    'bias_rate',
+    'capacity',
+}
 
-def _put_on(m)->str:
-    "The method that somebody has put on a module itself, or on a class of this library; '' if there is none"
+
+def _put_on(m) -> str:
+    """The method that somebody has put on a module itself, or on a class of this library; '' if
+    there is none"""
     for k, v in vars(m).items():
-        ours = isinstance(v, partial) and v.func.__module__ in (__name__, checkpoint.__module__)   # chapter 12, `quick_linear`
-        if callable(v) and not ours and callable(getattr(type(m), k, None)): return k
+        ours = isinstance(v, partial) and v.func.__module__ in (
+            __name__,
+            checkpoint.__module__,
+        )  # chapter 12, `quick_linear`
+        if callable(v) and not ours and callable(getattr(type(m), k, None)):
+            return k
     for kind in type(m).__mro__ if not is_own(m) else ():
-        ours = kind.__module__.startswith('llm_lab.')          # of PyTorch's, other libraries may add to a class
+        ours = kind.__module__.startswith(
+            'llm_lab.'
+        )  # of PyTorch's, other libraries may add to a class
         for k, f in vars(kind).items():
             f = getattr(f, '__func__', f)
-            if hasattr(f, '__code__') and (ours or k == 'forward') and is_own(f): return k
+            if hasattr(f, '__code__') and (ours or k == 'forward') and is_own(f):
+                return k
     return ''
 
-def _values(m): # the plain values of a module that decide what it calculates
-    plain = (bool, int, float, str, tuple, part, torch.Size)
-    return {k: v for k, v in vars(m).items() if k[0] != '_' and k not in _PASSING and isinstance(v, plain)}
 
-def _tables(m): # tensors of a module that are neither parameters nor buffers, such as the speeds of hands
+def _values(m):  # the plain values of a module that decide what it calculates
+    plain = (bool, int, float, str, tuple, part, torch.Size)
+    return {
+        k: v
+        for k, v in vars(m).items()
+        if k[0] != '_' and k not in _PASSING and isinstance(v, plain)
+    }
+
+
+def _tables(
+    m,
+):  # tensors of a module that are neither parameters nor buffers, such as the speeds of hands
     return {k: v for k, v in vars(m).items() if isinstance(v, Tensor)}
 
-def _sharing(named): # {name: the first name of the same thing}
+
+def _sharing(named):  # {name: the first name of the same thing}
     first = {}
     return {n: first.setdefault(id(x), n) for n, x in named}
 
-def _other_module(name, a, b)->str:
+
+def _other_module(name, a, b) -> str:
     "What sets one module apart from the one that the configuration makes; '' if nothing does"
-    mine, theirs = type_before_parametrizations(a), type_before_parametrizations(b)
-    more = {k for c in mine.__mro__[:-1] if c not in theirs.__mro__ for k, f in vars(c).items() if hasattr(theirs, k) and callable(f)}
-    if mine is not theirs and (not issubclass(mine, theirs) or more - {'__init__', '__repr__', 'extra_repr'}):
+    mine = type_before_parametrizations(a)
+    theirs = type_before_parametrizations(b)
+    more = {
+        k
+        for c in mine.__mro__[:-1]
+        if c not in theirs.__mro__
+        for k, f in vars(c).items()
+        if hasattr(theirs, k) and callable(f)
+    }
+    if mine is not theirs and (
+        not issubclass(mine, theirs) or more - {'__init__', '__repr__', 'extra_repr'}
+    ):
         return f'{name} is a {mine.__name__}, it should be a {theirs.__name__}'
-    if k := _put_on(a): return f'{name}.{k} was replaced'
+    if k := _put_on(a):
+        return f'{name}.{k} was replaced'
     for k, v in _values(b).items() if not is_own(a) else ():
-        if k in vars(a) and vars(a)[k] != v: return f'{name}.{k} is {short(vars(a)[k])}, it should be {short(v)}'
+        if k in vars(a) and vars(a)[k] != v:
+            return f'{name}.{k} is {short(vars(a)[k])}, it should be {short(v)}'
     for k, v in _tables(b).items() if not is_own(a) else ():
         t = vars(a).get(k)
-        if not isinstance(t, Tensor) or t.shape != v.shape or 'meta' not in (v.device.type, t.device.type) and (t.cpu() != v).any():
+        if (
+            not isinstance(t, Tensor)
+            or t.shape != v.shape
+            or 'meta' not in (v.device.type, t.device.type)
+            and (t.cpu() != v).any()
+        ):
             return f'{name}.{k} was changed'
     return ''
 
-def _other(a, b)->str:
+
+def _other(a, b) -> str:
     "What sets a model apart from the one that its configuration makes; '' if nothing does"
     mine, theirs = (dict(m.named_modules(remove_duplicate=False)) for m in (a, b))
     for name, m in mine.items():
-        if name not in theirs: return f'{name} ({type(m).__name__}) was added'
-        if why := _other_module(name or 'the model', m, theirs[name]): return why
-    if gone := [name for name in theirs if name not in mine]: return f'{gone[0]} was taken out'
+        if name not in theirs:
+            return f'{name} ({type(m).__name__}) was added'
+        if why := _other_module(name or 'the model', m, theirs[name]):
+            return why
+    if gone := [name for name in theirs if name not in mine]:
+        return f'{gone[0]} was taken out'
     have, want = ({n: tuple(t.shape) for n, t in m.state_dict().items()} for m in (a, b))
     for n in (*want, *have):
         if have.get(n) != want.get(n):
-            return f'{n} has the shape {have[n]}, it should have {want[n]}' if n in have and n in want else \
-                   f'{n} was {"added" if n in have else "taken out"}'
-    for named in (lambda m: m.named_modules(remove_duplicate=False), lambda m: m.named_parameters(remove_duplicate=False)):
+            return (
+                f'{n} has the shape {have[n]}, it should have {want[n]}'
+                if n in have and n in want
+                else f'{n} was {"added" if n in have else "taken out"}'
+            )
+    for named in (
+        lambda m: m.named_modules(remove_duplicate=False),
+        lambda m: m.named_parameters(remove_duplicate=False),
+    ):
         mine, theirs = _sharing(named(a)), _sharing(named(b))
         if odd := [n for n in mine if mine[n] != theirs[n]]:
-            return f'{odd[0]} is {"" if mine[odd[0]] != odd[0] else "not "}shared with another place'
+            return (
+                f'{odd[0]} is {"" if mine[odd[0]] != odd[0] else "not "}shared with another place'
+            )
     return ''
+
 
 _HOOKS = ('_forward_hooks', '_forward_pre_hooks')
 
-def _hooked(a, b)->list: # modules of `a` with hooks that those of `b` do not have
+
+def _hooked(a, b) -> list:  # modules of `a` with hooks that those of `b` do not have
     theirs = dict(b.named_modules())
     count = lambda m: sum(len(getattr(m, k)) for k in _HOOKS)
     return [(n, m) for n, m in a.named_modules() if count(m) > count(theirs[n])]
+
 
 @contextmanager
 def _unhooked(modules):
     "Within, the modules run without their hooks"
     kept = [(m, k, getattr(m, k)) for m in modules for k in _HOOKS]
-    for m, k, _ in kept: setattr(m, k, {})
-    try: yield
+    for m, k, _ in kept:
+        setattr(m, k, {})
+    try:
+        yield
     finally:
-        for m, k, hooks in kept: setattr(m, k, hooks)
+        for m, k, hooks in kept:
+            setattr(m, k, hooks)
+
 
 def _logits(model, ids):
-    with _resting(model), kept_streams(ids.device): return model(ids)
+    with _resting(model), kept_streams(ids.device):
+        return model(ids)
 
-def _other_logits(model, again=None, without=())->bool:
-    "Does the model say something else than `again`, or than itself without the hooks of some modules?"
+
+def _other_logits(model, again=None, without=()) -> bool:
+    """Does the model say something else than `again`, or than itself without the hooks of some
+    modules?"""
     ids = _some_ids(model, 16)
     want = _logits(model, ids)
-    if not _close(_logits(model, ids), want): return False     # it never says the same: nothing can be compared
-    with _unhooked(without): return not _close(_logits(again or model, ids).to(want), want)
+    if not _close(_logits(model, ids), want):
+        return False  # it never says the same: nothing can be compared
+    with _unhooked(without):
+        return not _close(_logits(again or model, ids).to(want), want)
 
-def typed(model, state:dict): # `model`
-    "Give each tensor of a model the dtype that it has in a state; the router of a mixture may have more digits than the rest"
+
+def typed(model, state: dict):  # `model`
+    """Give each tensor of a model the dtype that it has in a state; the router of a mixture may
+    have more digits than the rest"""
     for name, t in model.state_dict(keep_vars=True).items():
-        if name in state and t.dtype != state[name].dtype: t.data = t.data.to(state[name].dtype)
+        if name in state and t.dtype != state[name].dtype:
+            t.data = t.data.to(state[name].dtype)
     return model
 
-def _opened_again(model)->MiniGPT:
+
+def _opened_again(model) -> MiniGPT:
     "What would be opened: the configuration's model, with this one's weights"
-    again, state = MiniGPT(model.cfg).to(next(model.parameters()).device), model.state_dict()
+    again = MiniGPT(model.cfg).to(next(model.parameters()).device)
+    state = model.state_dict()
     typed(again, state).load_state_dict(state)
     return again
 
-def require_as_said(model:MiniGPT)->MiniGPT: # `model`
-    "Raises `LabError` unless a model is what its configuration says, so that it comes back as the same function"
+
+def require_as_said(model: MiniGPT) -> MiniGPT:  # `model`
+    """Raises `LabError` unless a model is what its configuration says, so that it comes back as the
+    same function"""
+
     def refuse(what):
-        raise LabError(f'this model is not what its configuration says, and would come back as another: {what}; say it in the '
-                       'configuration by a recipe, take it off, or keep the weights alone: safetensors.torch.save_model(model, FILE)')
+        raise LabError(
+            'this model is not what its configuration says, and would come back as another: '
+            f'{what}; say it in the '
+            'configuration by a recipe, take it off, or keep the weights alone: '
+            'safetensors.torch.save_model(model, FILE)'
+        )
+
     if not isinstance(model, MiniGPT):
-        raise LabError(f'a {type(model).__name__} is no MiniGPT: give the MiniGPT that it was made from')
-    try: said = _sketched(model.cfg, seed=0)                   # also what its init puts on it: chapter 16
-    except LabError: raise
-    except Exception: said = MiniGPT(model.cfg)                # an init that needs numbers
-    if why := _other(model, said): refuse(why)
-    hooked, asked = _hooked(model, said), model.words <= {'cache', 'aux'}
-    try: changed = hooked and (not asked or _other_logits(model, without=[m for _, m in hooked]))
-    except Exception: changed = True
-    if changed: refuse(f'{hooked[0][0] or "the model"} has a hook that changes it')
-    if not asked or not own_in(model.cfg) or model.n_params > 30_000_000: return model
-    try: other = _other_logits(model, _opened_again(model))
-    except (RuntimeError, TypeError, AttributeError, LookupError) as e: refuse(short(str(e).splitlines()[0], 200))
-    if other: refuse('a part keeps numbers that are no parameters and no buffers, or were changed by hand')
+        raise LabError(
+            f'a {type(model).__name__} is no MiniGPT: give the MiniGPT that it was made from'
+        )
+    try:
+        said = _sketched(model.cfg, seed=0)  # also what its init puts on it: chapter 16
+    except LabError:
+        raise
+    except Exception:
+        said = MiniGPT(model.cfg)  # an init that needs numbers
+    if why := _other(model, said):
+        refuse(why)
+    hooked = _hooked(model, said)
+    asked = model.words <= {'cache', 'aux'}
+    try:
+        changed = hooked and (not asked or _other_logits(model, without=[m for _, m in hooked]))
+    except Exception:
+        changed = True
+    if changed:
+        refuse(f'{hooked[0][0] or "the model"} has a hook that changes it')
+    if not asked or not own_in(model.cfg) or model.n_params > 30_000_000:
+        return model
+    try:
+        other = _other_logits(model, _opened_again(model))
+    except (RuntimeError, TypeError, AttributeError, LookupError) as e:
+        refuse(short(str(e).splitlines()[0], 200))
+    if other:
+        refuse(
+            'a part keeps numbers that are no parameters and no buffers, or were changed by hand'
+        )
     return model
 
 # %% ../nbs/06_gpt.ipynb #229e067b
-_ops = torch.library.Library('llm_lab', 'FRAGMENT')            # as long as it lives, they are known
+_ops = torch.library.Library('llm_lab', 'FRAGMENT')  # as long as it lives, they are known
 if not hasattr(torch.ops.llm_lab, 'linear'):
-    _ops.define('linear(Tensor x, Tensor w, Tensor? b) -> Tensor'); _ops.define('mm(Tensor a, Tensor b) -> Tensor')
-    _ops.impl('linear', by_onednn(F.linear), 'CPU'); _ops.impl('mm', by_onednn(torch.mm), 'CPU')
+    _ops.define('linear(Tensor x, Tensor w, Tensor? b) -> Tensor')
+    _ops.define('mm(Tensor a, Tensor b) -> Tensor')
+    _ops.impl('linear', by_onednn(F.linear), 'CPU')
+    _ops.impl('mm', by_onednn(torch.mm), 'CPU')
     _ops.impl('linear', lambda x, w, b: x.new_empty(*x.shape[:-1], len(w)), 'Meta')
     _ops.impl('mm', lambda a, b: a.new_empty(len(a), b.shape[1]), 'Meta')
+
 
 class _QuickLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, b):
-        ctx.save_for_backward(x, w); ctx.bias = b is not None
+        ctx.save_for_backward(x, w)
+        ctx.bias = b is not None
         return torch.ops.llm_lab.linear(x, w, b)
 
     @staticmethod
     def backward(ctx, g):
-        x, w = ctx.saved_tensors; g, mm = g.flatten(0, -2), torch.ops.llm_lab.mm
+        x, w = ctx.saved_tensors
+        g, mm = g.flatten(0, -2), torch.ops.llm_lab.mm
         return mm(g, w).view_as(x), mm(g.t(), x.flatten(0, -2)), g.sum(0) if ctx.bias else None
 
 # %% ../nbs/06_gpt.ipynb #a75ecf5f
@@ -753,12 +1225,27 @@ def _quick_forward(layer, x):
     plain = torch.is_autocast_enabled('cpu') or x.dtype != torch.float32
     return (F.linear if plain else _QuickLinear.apply)(x, layer.weight, layer.bias)
 
+
 @contextmanager
 def quick_linear(model):
-    "Within, the plain linear layers of `model` multiply by oneDNN, where that is quicker (`quick_products`)"
-    layers = [m for m in model.modules() if type(m) is nn.Linear and m.weight.dtype == torch.float32
-              and m.weight.device.type == 'cpu' and 'forward' not in vars(m)] if quick_products() else []
-    for layer in layers: layer.forward = partial(_quick_forward, layer)
-    try: yield
+    """Within, the plain linear layers of `model` multiply by oneDNN, where that is quicker
+    (`quick_products`)"""
+    layers = (
+        [
+            m
+            for m in model.modules()
+            if type(m) is nn.Linear
+            and m.weight.dtype == torch.float32
+            and m.weight.device.type == 'cpu'
+            and 'forward' not in vars(m)
+        ]
+        if quick_products()
+        else []
+    )
+    for layer in layers:
+        layer.forward = partial(_quick_forward, layer)
+    try:
+        yield
     finally:
-        for layer in layers: del layer.forward
+        for layer in layers:
+            del layer.forward

@@ -15,12 +15,22 @@ from .gpt import Attention, Config, MiniGPT, causal, part, require_as_said
 
 # %% ../nbs/17_gqa.ipynb #7ca49e48
 class GQA(Attention):
-    "Grouped-query attention: H/G query heads share a key and value head (Ainslie et al. 2023, §2.2)"
-    def __init__(self, cfg, layer=0, *,
-        n_kv_heads:int,       # n_heads: multi-head attention; 1: multi-query attention (Shazeer 2019)
-        steps=(), pattern=part(causal), bias=True):
+    """Grouped-query attention: H/G query heads share a key and value head (Ainslie et al.
+
+    2023, §2.2)"""
+
+    def __init__(
+        self,
+        cfg,
+        layer=0,
+        *,
+        n_kv_heads: int,  # n_heads: multi-head attention; 1: multi-query attention (Shazeer 2019)
+        steps=(),
+        pattern=part(causal),
+        bias=True,
+    ):
         super().__init__(cfg, layer, steps, pattern, bias)
-        self.sizes = (cfg.n_heads*cfg.head_dim, *(n_kv_heads*cfg.head_dim,)*2)      # q, k, v
+        self.sizes = (cfg.n_heads * cfg.head_dim, *(n_kv_heads * cfg.head_dim,) * 2)  # q, k, v
         self.qkv = nn.Linear(cfg.d_model, sum(self.sizes), bias)
 
 # %% ../nbs/17_gqa.ipynb #f99085e9
@@ -29,38 +39,60 @@ def _groups_fit(cfg, n_kv_heads=None, **kw):
     Attention.check(cfg)
     if type(n_kv_heads) is not int or n_kv_heads < 1 or cfg.n_heads % n_kv_heads:
         fits = [n for n in range(1, min(cfg.n_heads, 9999) + 1) if cfg.n_heads % n == 0]
-        raise LabError(f'n_kv_heads={n_kv_heads!r} does not divide n_heads={cfg.n_heads}: '
-                       f'choose from {", ".join(map(str, fits))}')
+        raise LabError(
+            f'n_kv_heads={n_kv_heads!r} does not divide n_heads={cfg.n_heads}: '
+            f'choose from {", ".join(map(str, fits))}'
+        )
+
+
 GQA.check = staticmethod(_groups_fit)
 
 # %% ../nbs/17_gqa.ipynb #5fff4b89
-def kv_heads(cfg:Config)->int:
-    "Key and value heads in each layer; raises `LabError` for an attention that is neither `Attention` nor `GQA`"
-    if cfg.attn.func is Attention: return cfg.n_heads
-    if isinstance(cfg.attn.func, type) and issubclass(cfg.attn.func, GQA): return cfg.attn.keywords.get('n_kv_heads') or cfg.n_heads
-    raise LabError(f'attn={cfg.attn}: what it keeps is not known; use part(Attention) or part(GQA, n_kv_heads=…)')
+def kv_heads(cfg: Config) -> int:
+    """Key and value heads in each layer; raises `LabError` for an attention that is neither
+    `Attention` nor `GQA`"""
+    if cfg.attn.func is Attention:
+        return cfg.n_heads
+    if isinstance(cfg.attn.func, type) and issubclass(cfg.attn.func, GQA):
+        return cfg.attn.keywords.get('n_kv_heads') or cfg.n_heads
+    raise LabError(
+        f'attn={cfg.attn}: what it keeps is not known; use part(Attention) or part(GQA, '
+        'n_kv_heads=…)'
+    )
 
 # %% ../nbs/17_gqa.ipynb #afa532a4
 def kv_bytes(
-    cfg:Config,
-    length:int=1, # tokens of each text
-    batch:int=1,  # texts
-    dtype=torch.float32
-)->int:
-    "Bytes of the keys and values of all layers, none forgotten: 2 · layers · kv heads · head_dim numbers a token"
-    return 2*cfg.n_layers*kv_heads(cfg)*cfg.head_dim*dtype.itemsize*length*batch
+    cfg: Config,
+    length: int = 1,  # tokens of each text
+    batch: int = 1,  # texts
+    dtype=torch.float32,
+) -> int:
+    """Bytes of the keys and values of all layers, none forgotten:
+
+    2 · layers · kv heads · head_dim numbers a token"""
+    return 2 * cfg.n_layers * kv_heads(cfg) * cfg.head_dim * dtype.itemsize * length * batch
 
 # %% ../nbs/17_gqa.ipynb #f5c148d5
 def _reheaded(model, attn, change):
-    "`model` with the recipe `attn`; `change` makes its key and value heads, (heads, D, …), from those there are"
-    new, state = MiniGPT(replace(model.cfg, attn=attn)).to(next(model.parameters())), model.state_dict()
-    odd = [f'blocks.{l}.attn.qkv' for l, b in enumerate(model.blocks) if type(b.attn.qkv) is not nn.Linear]
+    """`model` with the recipe `attn`;
+
+    `change` makes its key and value heads, (heads, D, …), from those there are"""
+    new = MiniGPT(replace(model.cfg, attn=attn)).to(next(model.parameters()))
+    state = model.state_dict()
+    odd = [
+        f'blocks.{l}.attn.qkv'
+        for l, b in enumerate(model.blocks)
+        if type(b.attn.qkv) is not nn.Linear
+    ]
     if odd := sorted(odd + [*(state.keys() ^ new.state_dict().keys())]):
-        raise LabError(f'{odd[0]} is not the plain map that the configuration tells of: '
-                       'take off first what was put on the model')
+        raise LabError(
+            f'{odd[0]} is not the plain map that the configuration tells of: '
+            'take off first what was put on the model'
+        )
     changed = lambda rows: change(rows.unflatten(0, (-1, model.cfg.head_dim))).flatten(0, 1)
     for name in state:
-        if '.attn.qkv.' not in name: continue                  # weights (rows, C) and biases (rows,)
+        if '.attn.qkv.' not in name:
+            continue  # weights (rows, C) and biases (rows,)
         q, k, v = state[name].split(model.blocks[0].attn.sizes)
         state[name] = torch.cat([q, changed(k), changed(v)])
     new.load_state_dict(state)
@@ -68,17 +100,24 @@ def _reheaded(model, attn, change):
 
 # %% ../nbs/17_gqa.ipynb #762efee7
 def grouped(
-    model:MiniGPT,                  # with `Attention` or `GQA`; it is not changed
-    n_kv_heads:int,                 # must divide the number of key and value heads there are
-    pool=partial(torch.mean, dim=1) # the heads of each group, (n_kv_heads, heads, D, …) → one, (n_kv_heads, D, …)
-)->MiniGPT:
-    "A copy with fewer key and value heads, each the mean of a group (Ainslie et al. 2023, §2.1), to be trained on"
+    model: MiniGPT,  # with `Attention` or `GQA`; it is not changed
+    n_kv_heads: int,  # must divide the number of key and value heads there are
+    pool=partial(
+        torch.mean, dim=1
+    ),  # the heads of each group, (n_kv_heads, heads, D, …) → one, (n_kv_heads, D, …)
+) -> MiniGPT:
+    """A copy with fewer key and value heads, each the mean of a group (Ainslie et al.
+
+    2023, §2.1), to be trained on"""
     require_as_said(model)
     old = kv_heads(model.cfg)
     fits = [n for n in range(1, old + 1) if old % n == 0]
     if not isinstance(n_kv_heads, int) or n_kv_heads not in fits:
-        raise LabError(f'n_kv_heads={n_kv_heads!r} does not divide the {old} key and value heads of the model: '
-                       f'choose from {", ".join(map(str, fits))}')
+        raise LabError(
+            f'n_kv_heads={n_kv_heads!r} does not divide the {old} key and value heads of the '
+            'model: '
+            f'choose from {", ".join(map(str, fits))}'
+        )
     kind = GQA if model.cfg.attn.func is Attention else model.cfg.attn.func
     attn = part(kind, **{**model.cfg.attn.keywords, 'n_kv_heads': n_kv_heads})
     return _reheaded(model, attn, lambda heads: pool(heads.unflatten(0, (n_kv_heads, -1))))

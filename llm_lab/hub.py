@@ -6,15 +6,27 @@
 __all__ = ['to_hf', 'from_hf']
 
 # %% ../nbs/25_hub.ipynb #0c1b0e54
-import json, re, warnings
+import json
+import re
+import warnings
 import torch
 from contextlib import ExitStack
 from functools import reduce
 from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from .lab import (LabError, bytes_in, check_size, file_in, is_name, json_of, must_fit, replaceable,
-                         short, written)
+from llm_lab.lab import (
+    LabError,
+    bytes_in,
+    check_size,
+    file_in,
+    is_name,
+    json_of,
+    must_fit,
+    replaceable,
+    short,
+    written,
+)
 from .chars import CharTokenizer, begins, load_tokenizer
 from .gpt import MiniGPT, require_as_said, sketch
 from .package import Opened
@@ -24,55 +36,77 @@ from unicodedata import category
 from .bpe import BPETokenizer, to_letters
 
 # %% ../nbs/25_hub.ipynb #f0a2c4e6
-_PADS = ('<pad>', '<|pad|>', '[PAD]', '<|finetune_right_pad_id|>',
-         '<|endoftext|>', '<|end_of_text|>', '</s>', '<s>')
+_PADS = (
+    '<pad>',
+    '<|pad|>',
+    '[PAD]',
+    '<|finetune_right_pad_id|>',
+    '<|endoftext|>',
+    '<|end_of_text|>',
+    '</s>',
+    '<s>',
+)
 _COMMON = 'Ll Zs Cc Lo Po Lu Pd Nd Lt Lm Mn Mc Pe Ps Pf Pi Pc Nl No Sc Sk Sm So Cf'.split()
 
-def _pad(tokenizer): # (token, its id), or (token, None) where a typed text may hold it
+
+def _pad(tokenizer):  # (token, its id), or (token, None) where a typed text may hold it
     "What fills a batch: a special token; the byte that no text holds; of characters, an odd one"
     special = getattr(tokenizer, 'special_tokens', {})
-    if found := next((s for s in _PADS if s in special), None): return found, special[found]
-    if isinstance(tokenizer, BPETokenizer): return to_letters(b'\xff'), tokenizer.ids[b'\xff']
-    if not isinstance(tokenizer, CharTokenizer): return None, None
+    if found := next((s for s in _PADS if s in special), None):
+        return found, special[found]
+    if isinstance(tokenizer, BPETokenizer):
+        return to_letters(b'\xff'), tokenizer.ids[b'\xff']
+    if not isinstance(tokenizer, CharTokenizer):
+        return None, None
     rank = lambda c: _COMMON.index(category(c)) if category(c) in _COMMON else 99
     return max(tokenizer.chars, key=rank), None
 
-def _add_tokenizer(new, tokenizer, cfg)->dict: # {key of config.json: id}
+
+def _add_tokenizer(new, tokenizer, cfg) -> dict:  # {key of config.json: id}
     """Write a tokenizer into the folder `new`, and what transformers must know to do as we do.
 
     Raises `LabError` where the tokenizer has ids that the model has not."""
     if tokenizer.vocab_size > cfg.vocab_size:
-        raise LabError(f'the tokenizer has {tokenizer.vocab_size:,} ids, the model '
-                       f'{cfg.vocab_size:,}: give the one of this model')
+        raise LabError(
+            f'the tokenizer has {tokenizer.vocab_size:,} ids, the model '
+            f'{cfg.vocab_size:,}: give the one of this model'
+        )
     told = copy(tokenizer)
-    told.begin = begins(tokenizer)                             # what our prompts begin with
+    told.begin = begins(tokenizer)  # what our prompts begin with
     told.save(new)
-    how = dict(tokenizer_class='PreTrainedTokenizerFast', clean_up_tokenization_spaces=False,
-               split_special_tokens=True, model_max_length=cfg.max_len, padding_side='left')
+    how = dict(
+        tokenizer_class='PreTrainedTokenizerFast',
+        clean_up_tokenization_spaces=False,
+        split_special_tokens=True,
+        model_max_length=cfg.max_len,
+        padding_side='left',
+    )
     names = {n: s for s, n in getattr(tokenizer, 'special_tokens', {}).items()}
     marks = {k: getattr(tokenizer, f'{k}_id', None) for k in ('bos', 'eos')}
     for k, n in marks.items():
-        if n is not None: how[f'{k}_token'] = names.get(n) or tokenizer.decode([n])
+        if n is not None:
+            how[f'{k}_token'] = names.get(n) or tokenizer.decode([n])
     how['pad_token'], pad = _pad(tokenizer)
     ids = {f'{k}_token_id': n for k, n in marks.items()}
     files = dict(tokenizer_config=how, generation_config=ids | dict(pad_token_id=pad))
     for name, said in files.items():
-        (new/f'{name}.json').write_text(json.dumps(said, indent=1), encoding='utf-8')
+        (new / f'{name}.json').write_text(json.dumps(said, indent=1), encoding='utf-8')
     return ids
 
 # %% ../nbs/25_hub.ipynb #e79e0209
 def to_hf(
-    folder,         # made, or replaced as a whole if all in it was written by `to_hf`
-    model:MiniGPT,
-    tokenizer=None, # of the model; it goes along, with its marks and with what a prompt begins with
-    family:str=None # a key of `NAMES`; the first that fits if none
-)->Path: # `folder`
+    folder,  # made, or replaced as a whole if all in it was written by `to_hf`
+    model: MiniGPT,
+    tokenizer=None,  # of the model; it goes along, with its marks and what a prompt begins with
+    family: str = None,  # a key of `NAMES`; the first that fits if none
+) -> Path:  # `folder`
     """Write a folder that transformers can open, with a list of its files beside them.
 
-    Raises `LabError` where it would not be exactly this model, or the folder holds anything else."""
+    Raises `LabError` where it would not be exactly this model, or the folder holds anything
+    else."""
     folder = Path(folder)
-    require_as_said(model)                                     # else its file would be another model's
-    replaceable(folder)                                        # before the tensors are made ready
+    require_as_said(model)  # else its file would be another model's
+    replaceable(folder)  # before the tensors are made ready
     said = hf_config(model.cfg, family)
     state = {n: w.contiguous() for n, w in views(model, said['model_type']).items()}
     said['dtype'] = str(model.tok.weight.dtype).removeprefix('torch.')
@@ -80,143 +114,208 @@ def to_hf(
         new.mkdir()
         if tokenizer is not None:
             said |= _add_tokenizer(new, tokenizer, model.cfg)
-        (new/'config.json').write_text(json.dumps(said, indent=1), encoding='utf-8')
-        save_file(state, new/'model.safetensors', metadata={'format': 'pt'})
+        (new / 'config.json').write_text(json.dumps(said, indent=1), encoding='utf-8')
+        save_file(state, new / 'model.safetensors', metadata={'format': 'pt'})
     return folder
 
 # %% ../nbs/25_hub.ipynb #c7264acc
-_BUFFERS = re.compile(r'(^|\.)(attn\.(masked_)?bias|rotary_emb\.inv_freq)$')       # of old files; not learned
+_BUFFERS = re.compile(
+    r'(^|\.)(attn\.(masked_)?bias|rotary_emb\.inv_freq)$'
+)  # of old files; not learned
 _KINDS = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)
 
+
 def _json(path, most=1 << 26, read=json.loads):
-    try: return json_of(bytes_in(path.parent, path.name, most), path, read=read)
-    except OSError: raise LabError(f'{path.parent} has no {path.name}: give a folder of Hugging Face') from None
+    try:
+        return json_of(bytes_in(path.parent, path.name, most), path, read=read)
+    except OSError:
+        raise LabError(f'{path.parent} has no {path.name}: give a folder of Hugging Face') from None
 
 # %% ../nbs/25_hub.ipynb #754794d1
-def _index(path)->dict:
+def _index(path) -> dict:
     "What an index says; raises `LabError` where it says one thing twice"
     twice = []
+
     def once(pairs):
         said = dict(pairs)
-        if len(said) < len(pairs): twice.extend(pairs)
+        if len(said) < len(pairs):
+            twice.extend(pairs)
         return said
+
     told = _json(path, read=lambda data: json.loads(data, object_pairs_hook=once))
     if twice:
         name = next(k for n, (k, _) in enumerate(twice) if k in dict(twice[:n]))
         raise LabError(f'{path} says {short(name)} twice: copy it again')
     return told
 
-def _placed(told, index)->dict: # {name of a tensor: name of its file}
+
+def _placed(told, index) -> dict:  # {name of a tensor: name of its file}
     "What an index says; raises `LabError` where it names no files beside it"
     place = told.get('weight_map') if isinstance(told, dict) else None
     if not isinstance(place, dict) or not place:
         raise LabError(f'{index} tells no weight_map: copy it again')
     for f in place.values():
-        if isinstance(f, str) and is_name(f) and f.endswith('.safetensors'): continue
+        if isinstance(f, str) and is_name(f) and f.endswith('.safetensors'):
+            continue
         where = isinstance(f, str) and any(c in f for c in '/\\')
-        said = f'points out of its folder, to {short(f)}: do not trust it' if where else \
-               f'names {short(f)}, which is no .safetensors file: copy it again'
+        said = (
+            f'points out of its folder, to {short(f)}: do not trust it'
+            if where
+            else f'names {short(f)}, which is no .safetensors file: copy it again'
+        )
         raise LabError(f'{index} {said}')
     if (n := len({*place.values()})) > 1000:
         raise LabError(f'{index} names {n:,} files, more than any model has: copy it again')
     return place
 
-def _headed(folder, name)->Path:
+
+def _headed(folder, name) -> Path:
     "The path of a safetensors file, its head small enough to be read"
     path = file_in(folder, name)
-    with open(path, 'rb') as f: head = f.read(min(int.from_bytes(f.read(8), 'little'), 1 << 25))
-    check_size(head, path)                                     # the library reads it
+    with open(path, 'rb') as f:
+        head = f.read(min(int.from_bytes(f.read(8), 'little'), 1 << 25))
+    check_size(head, path)  # the library reads it
     return path
 
+
 def _open(folder, stack):
-    "{name of a tensor: the open file that holds it}; raises `LabError` where there is nothing safe to read"
-    single, index = folder/'model.safetensors', folder/'model.safetensors.index.json'
+    """{name of a tensor: the open file that holds it}; raises `LabError` where there is nothing
+    safe to read"""
+    single = folder / 'model.safetensors'
+    index = folder / 'model.safetensors.index.json'
     if not single.is_file() and not index.is_file():
-        old = sorted(p.name for p in folder.glob('*') if p.suffix in ('.bin', '.pt', '.pth', '.ckpt'))
-        why = f'{old[0]} may be a pickle, which can run any code; not opened' if old else 'no model.safetensors'
+        old = sorted(
+            p.name for p in folder.glob('*') if p.suffix in ('.bin', '.pt', '.pth', '.ckpt')
+        )
+        why = (
+            f'{old[0]} may be a pickle, which can run any code; not opened'
+            if old
+            else 'no model.safetensors'
+        )
         raise LabError(f'{folder}: {why}: give a folder that holds model.safetensors')
-    place, files = {} if single.is_file() else _placed(_index(index), index), {}
+    place = {} if single.is_file() else _placed(_index(index), index)
+    files = {}
     for f in sorted({*place.values()}) or [single.name]:
-        try: files[f] = stack.enter_context(safe_open(_headed(folder, f), 'pt'))
+        try:
+            files[f] = stack.enter_context(safe_open(_headed(folder, f), 'pt'))
         except (OSError, SafetensorError) as e:
-            raise LabError(f'{folder/f} cannot be read ({type(e).__name__}): copy it again') from None
-    if not place: return dict.fromkeys(files[single.name].keys(), files[single.name])
+            raise LabError(
+                f'{folder / f} cannot be read ({type(e).__name__}): copy it again'
+            ) from None
+    if not place:
+        return dict.fromkeys(files[single.name].keys(), files[single.name])
     for f, file in files.items():
         if odd := next((n for n in file.keys() if place.get(n) != f), None):
             said = f'places in {place[odd]}' if odd in place else 'does not name'
-            raise LabError(f'{folder/f} holds {short(odd)}, which the index {said}: copy it again')
+            raise LabError(
+                f'{folder / f} holds {short(odd)}, which the index {said}: copy it again'
+            )
     held = {n for file in files.values() for n in file.keys()}
     for n in place.keys() - held:
-        raise LabError(f'{folder/place[n]} lacks {short(n)} of the index: copy it again')
+        raise LabError(f'{folder / place[n]} lacks {short(n)} of the index: copy it again')
     return {n: files[f] for n, f in place.items()}
 
 # %% ../nbs/25_hub.ipynb #e0170bac
 def _matched(want, found, tie, where):
     "{their name: name in the file}: all that the model needs, and nothing left over"
-    def wrong(what, remedy='copy it again, or use another model'): raise LabError(f'{where}{what}: {remedy}')
+
+    def wrong(what, remedy='copy it again, or use another model'):
+        raise LabError(f'{where}{what}: {remedy}')
+
     names = {n: n if n in found else re.sub(r'^(transformer|model)\.', '', n) for n in want}
     if missing := [n for n, o in names.items() if o not in found]:
         wrong(f' lacks {missing[0]} ({len(missing)} of {len(want)} tensors are missing)')
     left = sorted(n for n in found.keys() - set(names.values()) if not _BUFFERS.search(n))
     if tie and 'lm_head.weight' in left:
         table = names[next(n for n in names if n.endswith(('.embed_tokens.weight', '.wte.weight')))]
-        if torch.equal(*(found[n].get_tensor(n) for n in ('lm_head.weight', table))): left.remove('lm_head.weight')
-        else: wrong(': lm_head.weight is not the table of tokens', 'set tie_word_embeddings to false')
-    if left: wrong(f' holds {short(left[0])[1:-1]}, for which this model has no place ({len(left)} such)')
+        if torch.equal(*(found[n].get_tensor(n) for n in ('lm_head.weight', table))):
+            left.remove('lm_head.weight')
+        else:
+            wrong(': lm_head.weight is not the table of tokens', 'set tie_word_embeddings to false')
+    if left:
+        wrong(
+            f' holds {short(left[0])[1:-1]}, for which this model has no place ({len(left)} such)'
+        )
     for n, o in names.items():
-        shape, kind = tuple((got := found[o].get_slice(o)).get_shape()), got.get_dtype()
-        if shape != tuple(want[n].shape): wrong(f': {o} is {shape}, config.json asks for {tuple(want[n].shape)}')
-        if kind not in _KINDS: wrong(f': {o} holds {kind}, perhaps quantized', f'take one in {", ".join(_KINDS)}')
+        shape = tuple((got := found[o].get_slice(o)).get_shape())
+        kind = got.get_dtype()
+        if shape != tuple(want[n].shape):
+            wrong(f': {o} is {shape}, config.json asks for {tuple(want[n].shape)}')
+        if kind not in _KINDS:
+            wrong(f': {o} holds {kind}, perhaps quantized', f'take one in {", ".join(_KINDS)}')
     return names
 
 # %% ../nbs/25_hub.ipynb #d7f9b1c3
 _OTHERS = 'tokenizer.model', 'vocab.json', 'merges.txt', 'vocab.txt', 'spiece.model', 'tekken.json'
 
+
 def _tokenizer_of(folder, cfg):
     "The tokenizer in a folder, or None; raises `LabError` where it cannot be followed"
-    if not (folder/'tokenizer.json').is_file():
-        if old := next((f for f in _OTHERS if (folder/f).is_file()), None):
-            raise LabError(f'{folder/old} alone is not read: add the tokenizer.json that transformers '
-                           'makes of it')
+    if not (folder / 'tokenizer.json').is_file():
+        if old := next((f for f in _OTHERS if (folder / f).is_file()), None):
+            raise LabError(
+                f'{folder / old} alone is not read: add the tokenizer.json that transformers '
+                'makes of it'
+            )
         return None
     tokenizer = load_tokenizer(folder)
     if tokenizer.vocab_size > cfg.vocab_size:
-        raise LabError(f'{folder}: tokenizer.json has {tokenizer.vocab_size:,} ids, the model '
-                       f"{cfg.vocab_size:,}: it is another one's")
-    ours = (folder/'llm_lab_files.json').is_file()             # before `to_hf` wrote how to begin
-    if tokenizer.begin is None and not ours: tokenizer.begin = []      # nothing is said, or done
+        raise LabError(
+            f'{folder}: tokenizer.json has {tokenizer.vocab_size:,} ids, the model '
+            f"{cfg.vocab_size:,}: it is another one's"
+        )
+    ours = (folder / 'llm_lab_files.json').is_file()  # before `to_hf` wrote how to begin
+    if tokenizer.begin is None and not ours:
+        tokenizer.begin = []  # nothing is said, or done
     return tokenizer
 
 # %% ../nbs/25_hub.ipynb #da5f4475
 def _asked(said, max_len):
-    "The configuration that a stranger's config.json asks for; whatever is wrong with it is one line"
-    try: return config_from_hf(said, max_len)
-    except LabError: raise
+    """The configuration that a stranger's config.json asks for; whatever is wrong with it is one
+    line"""
+    try:
+        return config_from_hf(said, max_len)
+    except LabError:
+        raise
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
-        raise LabError(f'config.json does not describe a model ({type(e).__name__}: {short(str(e), 100)}): copy it again') from e
+        raise LabError(
+            f'config.json does not describe a model ({type(e).__name__}: '
+            f'{short(str(e), 100)}): copy it again'
+        ) from e
+
 
 def from_hf(
-    folder,            # config.json and model.safetensors, or several files with an index; perhaps tokenizer.json
-    max_len:int=None,  # a shorter context than the file's
-    device='cpu'
-)->Opened: # (model, tokenizer, about); a tokenizer that cannot be followed is None, with a warning
-    "Open a model of one of the families of chapter 24: in eval mode, the numbers of the file, in its dtype"
-    said = _json((folder := Path(folder))/'config.json', 1 << 22)
+    folder,  # config.json and model.safetensors, or files with an index; perhaps tokenizer.json
+    max_len: int = None,  # a shorter context than the file's
+    device='cpu',
+) -> Opened:  # (model, tokenizer, about); a tokenizer it cannot follow is None, with a warning
+    """Open a model of one of the families of chapter 24: in eval mode, the numbers of the file, in
+    its dtype"""
+    said = _json((folder := Path(folder)) / 'config.json', 1 << 22)
     cfg, family = _asked(said, max_len), said['model_type']
     with ExitStack() as stack, torch.no_grad():
         found = _open(folder, stack)
         if (n := least_tensors(cfg)) > len(found):
-            raise LabError(f'{folder}: config.json asks for {n:,} tensors or more, the files hold {len(found):,}: copy it again')
-        model = sketch(cfg)                                    # shapes only, until the dtype is known
+            raise LabError(
+                f'{folder}: config.json asks for {n:,} tensors or more, the files hold '
+                f'{len(found):,}: copy it again'
+            )
+        model = sketch(cfg)  # shapes only, until the dtype is known
         names = _matched(views(model, family), found, cfg.tie, folder)
         kinds = {_KINDS[found[o].get_slice(o).get_dtype()] for o in names.values()}
-        model.to(reduce(torch.promote_types, kinds))           # of several, one that holds them all
-        must_fit(sum(p.numel()*p.element_size() for p in model.parameters()), f'{folder}: a model of {model.n_params:,} numbers')
+        model.to(reduce(torch.promote_types, kinds))  # of several, one that holds them all
+        must_fit(
+            sum(p.numel() * p.element_size() for p in model.parameters()),
+            f'{folder}: a model of {model.n_params:,} numbers',
+        )
         model.to_empty(device='cpu')
-        if cfg.tie: model.head.weight = model.tok.weight
-        for n, place in views(model, family).items(): place.copy_(found[names[n]].get_tensor(names[n]))
+        if cfg.tie:
+            model.head.weight = model.tok.weight
+        for n, place in views(model, family).items():
+            place.copy_(found[names[n]].get_tensor(names[n]))
     about = dict(family=family, dtype=str(model.tok.weight.dtype).removeprefix('torch.'))
-    try: tokenizer = _tokenizer_of(folder, cfg)
+    try:
+        tokenizer = _tokenizer_of(folder, cfg)
     except LabError as e:
         tokenizer, about['tokenizer'] = None, str(e)
         warnings.warn(f'the model comes without its tokenizer: {e}', stacklevel=2)

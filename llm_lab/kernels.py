@@ -21,167 +21,292 @@ from .sparse import both, cover, either
 
 # %% ../nbs/21_kernels.ipynb #10aafbf5
 class Plan:
-    "A pattern at `T` tokens: folds of `block` queries, each with the keys around it, and for each query a list of far links"
-    def __init__(self, pattern, T, n_heads=1, layer=0, block=None, **ctx): # ctx: the words that the pattern reads
-        self.pattern, self.T, self.n_heads, self.layer, self.ctx = pattern, T, n_heads, layer, ctx
-        if (covered := cover(pattern)) is None: raise LabError(f'{pattern} may read all of the past: there is nothing to skip')
-        self.near, self.linked = min(covered[0], T), covered[1]
-        self.left = -(-(self.near - 1)//16)*16                 # keys before a fold, in whole steps of the kernel
-        self.block = block or min(128, max(32, self.near//32*16), -(-T//16)*16)
-        self.n, self.heads = -(-T//self.block), torch.arange(n_heads).view(-1, 1, 1)
-        self.n_links = sum(p.func.links(torch.arange(T, device='meta'), 0, 0, **p.keywords).shape[-1] for p in self.linked)
-        self.touched = self.left + self.block + self.n_links   # keys that a query is multiplied with
-        self.bias, self.idx, self.known, self.blocks = None, None, {}, {}    # made when they are needed
+    """A pattern at `T` tokens: folds of `block` queries, each with the keys around it, and for each
+    query a list of far links"""
 
-    def mask(self): # bool, broadcasts to (texts, H, T, T): all pairs, for `dense`
-        return visible(self.pattern, *[torch.arange(self.T)]*2, self.n_heads, self.layer, **self.ctx)
-    def flops(self, head_dim): return 4*head_dim*int(self.keys().expand(-1, self.n_heads, -1).sum())  # of the pairs that are read
+    def __init__(
+        self, pattern, T, n_heads=1, layer=0, block=None, **ctx
+    ):  # ctx: the words that the pattern reads
+        self.pattern = pattern
+        self.T = T
+        self.n_heads = n_heads
+        self.layer = layer
+        self.ctx = ctx
+        if (covered := cover(pattern)) is None:
+            raise LabError(f'{pattern} may read all of the past: there is nothing to skip')
+        self.near, self.linked = min(covered[0], T), covered[1]
+        self.left = (
+            -(-(self.near - 1) // 16) * 16
+        )  # keys before a fold, in whole steps of the kernel
+        self.block = block or min(128, max(32, self.near // 32 * 16), -(-T // 16) * 16)
+        self.n = -(-T // self.block)
+        self.heads = torch.arange(n_heads).view(-1, 1, 1)
+        self.n_links = sum(
+            p.func.links(torch.arange(T, device='meta'), 0, 0, **p.keywords).shape[-1]
+            for p in self.linked
+        )
+        self.touched = self.left + self.block + self.n_links  # keys that a query is multiplied with
+        # made when they are needed
+        self.bias = None
+        self.idx = None
+        self.known = {}
+        self.blocks = {}
+
+    def mask(self):  # bool, broadcasts to (texts, H, T, T): all pairs, for `dense`
+        return visible(
+            self.pattern, *[torch.arange(self.T)] * 2, self.n_heads, self.layer, **self.ctx
+        )
+
+    def flops(self, head_dim):
+        return (
+            4 * head_dim * int(self.keys().expand(-1, self.n_heads, -1).sum())
+        )  # of the pairs that are read
 
     def allowed(self, i, j):
-        "The pattern itself, pair by pair: (N, 1) and (N, S) or (H, N, S) → (texts, heads, N, S), 1 of each where all are alike"
-        batched, found, at = [w for w, x in self.ctx.items() if x.dim() == 2], [], [p.clamp(0, self.T - 1) for p in (i, j)]
+        """The pattern itself, pair by pair:
+
+        (N, 1) and (N, S) or (H, N, S) → (texts, heads, N, S), 1 of each where all are alike"""
+        batched = [w for w, x in self.ctx.items() if x.dim() == 2]
+        found = []
+        at = [p.clamp(0, self.T - 1) for p in (i, j)]
         for b in range(len(self.ctx[batched[0]]) if batched else 1):
-            words = {w: x[b] if w in batched else x for w, x in self.ctx.items()} | dict(h=self.heads, layer=self.layer)
-            found.append(self.pattern(*at, **{w: words[w] for w in words_of(self.pattern)}).view(-1, *j.shape[-2:]))
+            words = {w: x[b] if w in batched else x for w, x in self.ctx.items()} | dict(
+                h=self.heads, layer=self.layer
+            )
+            found.append(
+                self.pattern(*at, **{w: words[w] for w in words_of(self.pattern)}).view(
+                    -1, *j.shape[-2:]
+                )
+            )
         return torch.stack(found) & (j >= 0)
 
 # %% ../nbs/21_kernels.ipynb #64b83393
-def _bias(seen): return torch.zeros(seen.shape).masked_fill_(~seen, -math.inf)
+def _bias(seen):
+    return torch.zeros(seen.shape).masked_fill_(~seen, -math.inf)
+
 
 @patch
-def make(self:Plan, like=None)->Plan: # like: a mask to share, if it is the same
-    "Ask the pattern: who is seen in each fold, and which links are allowed, far and not there twice"
+def make(self: Plan, like=None) -> Plan:  # like: a mask to share, if it is the same
+    """Ask the pattern: who is seen in each fold, and which links are allowed, far and not there
+    twice"""
     T, n, c = self.T, self.n, self.block
-    def near(i): # (m, 1) → (…, m, left + c): the keys that the fold of a query meets
-        j = i//c*c + torch.arange(-self.left, c)
+
+    def near(i):  # (m, 1) → (…, m, left + c): the keys that the fold of a query meets
+        j = i // c * c + torch.arange(-self.left, c)
         seen = self.allowed(i, j) & (j <= i) & (i - j < self.near) & (i < T)
-        return seen | (i == j) & (i >= T)                      # places that only fill the last fold
-    i = torch.arange(n*c)[:, None]
+        return seen | (i == j) & (i >= T)  # places that only fill the last fold
+
+    i = torch.arange(n * c)[:, None]
     seen = torch.cat([near(some) for some in i.split(1024)], 2)
-    if (seen == seen[:, :1]).all(): seen = seen[:, :1]
+    if (seen == seen[:, :1]).all():
+        seen = seen[:, :1]
     self.blank = blank if (blank := ~seen.any(-1)[..., :T]).any() else None
     bias = _bias(seen).unflatten(2, (n, c))
     if self.linked:
         i = i[:T]
-        idx = torch.cat([p.func.links(i[:, 0], self.heads, self.layer, **p.keywords).expand(self.n_heads, T, -1)
-                         for p in self.linked], -1).sort(-1).values.clamp_min(-1)
+        idx = (
+            torch.cat(
+                [
+                    p.func.links(i[:, 0], self.heads, self.layer, **p.keywords).expand(
+                        self.n_heads, T, -1
+                    )
+                    for p in self.linked
+                ],
+                -1,
+            )
+            .sort(-1)
+            .values.clamp_min(-1)
+        )
         ok = self.allowed(i, idx) & (i - idx >= self.near)
         ok[..., 1:] &= idx[..., 1:] != idx[..., :-1]
         self.idx, self.far = torch.where(ok, idx, i), _bias(ok)
-    self.bias = like if like is not None and like.equal(bias) else bias     # last: it says that the plan is made
+    self.bias = (
+        like if like is not None and like.equal(bias) else bias
+    )  # last: it says that the plan is made
     return self
 
 # %% ../nbs/21_kernels.ipynb #2d8ebec1
 @patch
-def keys(self:Plan)->Tensor: # (texts, heads, T)
+def keys(self: Plan) -> Tensor:  # (texts, heads, T)
     "How many keys each query reads: counted from what the kernel is given"
-    near = ((self if self.bias is not None else self.make()).bias == 0).sum(-1).flatten(2)[..., :self.T]
+    near = (
+        ((self if self.bias is not None else self.make()).bias == 0)
+        .sum(-1)
+        .flatten(2)[..., : self.T]
+    )
     return near if self.idx is None else near + (self.far == 0).sum(-1)
 
 # %% ../nbs/21_kernels.ipynb #fd9cc7f8
 @patch
-def picture(self:Plan, head=0): # a matplotlib figure, for some hundred tokens
+def picture(self: Plan, head=0):  # a matplotlib figure, for some hundred tokens
     "Black: pairs that are read. Grey: pairs that are multiplied, then hidden"
     plt, i = pyplot(), torch.arange(self.T)
     seen = self.mask().expand(1, self.n_heads, -1, -1)[0, head].float()
-    met = ((i >= (begin := i[:, None]//self.block*self.block) - self.left) & (i < begin + self.block)).float()
+    met = (
+        (i >= (begin := i[:, None] // self.block * self.block) - self.left)
+        & (i < begin + self.block)
+    ).float()
     fig, ax = plt.subplots(figsize=(3.2, 3.2))
-    ax.imshow(.3*met + seen*(1 - .3*met), cmap='gray_r', vmin=0, vmax=1); ax.grid(False)
-    ax.set(xlabel='key', ylabel='query', title=f'{self.touched} keys multiplied, {int(seen.sum(-1).max())} read')
+    ax.imshow(0.3 * met + seen * (1 - 0.3 * met), cmap='gray_r', vmin=0, vmax=1)
+    ax.grid(False)
+    ax.set(
+        xlabel='key',
+        ylabel='query',
+        title=f'{self.touched} keys multiplied, {int(seen.sum(-1).max())} read',
+    )
     return fig
 
 # %% ../nbs/21_kernels.ipynb #1b58492d
-def _fold(x, plan): # (N, T, D) → (N, folds, left + block, D): windows that overlap, not copied
-    x = F.pad(x, (0, 0, plan.left, plan.n*plan.block - plan.T))
-    return x.as_strided((len(x), plan.n, plan.left + plan.block, x.shape[2]), (x.stride(0), plan.block*x.stride(1), x.stride(1), 1))
+def _fold(x, plan):  # (N, T, D) → (N, folds, left + block, D): windows that overlap, not copied
+    x = F.pad(x, (0, 0, plan.left, plan.n * plan.block - plan.T))
+    return x.as_strided(
+        (len(x), plan.n, plan.left + plan.block, x.shape[2]),
+        (x.stride(0), plan.block * x.stride(1), x.stride(1), 1),
+    )
 
-def _cut(x, plan): # (N, T, D) → (N, folds, block, D)
-    more = plan.n*plan.block - plan.T
-    return (F.pad(x, (0, 0, 0, more)) if more else x.contiguous()).unflatten(1, (plan.n, plan.block))
 
-def _unfold(x, plan): # (N, n, left + block, D) → (N, left + n·block, D): what overlaps is summed
+def _cut(x, plan):  # (N, T, D) → (N, folds, block, D)
+    more = plan.n * plan.block - plan.T
+    return (F.pad(x, (0, 0, 0, more)) if more else x.contiguous()).unflatten(
+        1, (plan.n, plan.block)
+    )
+
+
+def _unfold(x, plan):  # (N, n, left + block, D) → (N, left + n·block, D): what overlaps is summed
     (N, n, S, D), c = x.shape, plan.block
-    out = x.new_zeros(N, plan.left + n*c, D)
-    for s in range(0, S, c):                                   # pieces as long as the step: none meets another
-        piece = x[:, :, s:s + c]
-        out.as_strided(piece.shape, (out.stride(0), c*D, D, 1), s*D).add_(piece)
+    out = x.new_zeros(N, plan.left + n * c, D)
+    for s in range(0, S, c):  # pieces as long as the step: none meets another
+        piece = x[:, :, s : s + c]
+        out.as_strided(piece.shape, (out.stride(0), c * D, D, 1), s * D).add_(piece)
     return out
 
 # %% ../nbs/21_kernels.ipynb #0603333a
 def _pieces(plan, B, G, rep):
-    "(rows of keys, head of their group, mask, [folds, …]): as many at a time as keep what is in work small"
+    """(rows of keys, head of their group, mask, [folds, …]): as many at a time as keep what is in
+    work small"""
     texts, heads = (n > 1 for n in plan.bias.shape[:2])
-    most = G if texts else B*G
-    step = 1 if heads else min(most, max(1, 4096//plan.T))
-    some = max(1, 4096//(step*plan.block))
+    most = G if texts else B * G
+    step = 1 if heads else min(most, max(1, 4096 // plan.T))
+    some = max(1, 4096 // (step * plan.block))
     folds = [slice(f, min(f + some, plan.n)) for f in range(0, plan.n, some)]
-    for first in range(0, B*G, most):
+    for first in range(0, B * G, most):
         for a in range(first, first + most, step):
-            for r in range(rep): yield slice(a, min(a + step, first + most)), r, plan.bias[a//G*texts, (a % G*rep + r)*heads][None], folds
+            for r in range(rep):
+                yield (
+                    slice(a, min(a + step, first + most)),
+                    r,
+                    plan.bias[a // G * texts, (a % G * rep + r) * heads][None],
+                    folds,
+                )
 
 # %% ../nbs/21_kernels.ipynb #afb52337
 _flash = '_scaled_dot_product_flash_attention_for_cpu'
-_forward, _backward = getattr(torch.ops.aten, _flash), getattr(torch.ops.aten, _flash + '_backward')
+_forward = getattr(torch.ops.aten, _flash)
+_backward = getattr(torch.ops.aten, _flash + '_backward')
 
-def _near(q, k, v, plan, size): # (B·G, rep, T, D), (B·G, T, D) twice → the sums over the folds, ln Σ exp(scores) of each query
+
+def _near(
+    q, k, v, plan, size
+):  # (B·G, rep, T, D), (B·G, T, D) twice → the sums over the folds, ln Σ exp(scores) of each query
     out, lse, (T, c) = torch.empty_like(q), q.new_empty(q.shape[:3]), (plan.T, plan.block)
     for rows, r, mask, folds in _pieces(plan, *size):
         parts = _cut(q[rows, r], plan), _fold(k[rows], plan), _fold(v[rows], plan)
         for f in folds:
-            o, l = _forward(*(x[:, f] for x in parts), 0., False, attn_mask=mask[:, f].to(q.dtype))
-            at = slice(f.start*c, min(f.stop*c, T))
-            if len(folds) == q.shape[1] == 1 and len(o) == len(q) and plan.n*c == T: out, lse = o.reshape(q.shape), l.reshape(lse.shape)    # all at once
-            else: out[rows, r, at], lse[rows, r, at] = (x.flatten(1, 2)[:, :at.stop - at.start] for x in (o, l))
-    if plan.blank is not None:                                 # the kernel says 0 for a query that reads nothing
+            o, l = _forward(*(x[:, f] for x in parts), 0.0, False, attn_mask=mask[:, f].to(q.dtype))
+            at = slice(f.start * c, min(f.stop * c, T))
+            if len(folds) == q.shape[1] == 1 and len(o) == len(q) and plan.n * c == T:
+                out, lse = o.reshape(q.shape), l.reshape(lse.shape)  # all at once
+            else:
+                out[rows, r, at], lse[rows, r, at] = (
+                    x.flatten(1, 2)[:, : at.stop - at.start] for x in (o, l)
+                )
+    if plan.blank is not None:  # the kernel says 0 for a query that reads nothing
         lse.view(size[0], -1, T).masked_fill_(plan.blank, -math.inf)
     return out, lse
 
 # %% ../nbs/21_kernels.ipynb #cc8e678e
-def _near_back(g, q, k, v, out, lse, plan, size): # g and out as q → the gradients of q, k and v
-    gq, gk, gv, (T, c) = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v), (plan.T, plan.block)
+def _near_back(g, q, k, v, out, lse, plan, size):  # g and out as q → the gradients of q, k and v
+    gq, gk, gv, (T, c) = (
+        torch.empty_like(q),
+        torch.zeros_like(k),
+        torch.zeros_like(v),
+        (plan.T, plan.block),
+    )
     for rows, r, mask, folds in _pieces(plan, *size):
-        cut, fold = lambda x: _cut(x[rows, r], plan), lambda x: _fold(x[rows], plan)
+        cut = lambda x: _cut(x[rows, r], plan)
+        fold = lambda x: _fold(x[rows], plan)
         parts = cut(g), cut(q), fold(k), fold(v), cut(out), cut(lse[..., None])[..., 0]
         for f in folds:
-            dq, dk, dv = _backward(*(x[:, f] for x in parts), 0., False, attn_mask=mask[:, f].to(q.dtype))
-            begin, at = f.start*c - plan.left, slice(f.start*c, min(f.stop*c, T))
-            gq[rows, r, at] = dq.flatten(1, 2)[:, :at.stop - at.start]
-            for x, d in ((gk, dk), (gv, dv)): x[rows, max(begin, 0):at.stop] += _unfold(d, plan)[:, max(-begin, 0):at.stop - begin]
+            dq, dk, dv = _backward(
+                *(x[:, f] for x in parts), 0.0, False, attn_mask=mask[:, f].to(q.dtype)
+            )
+            begin = f.start * c - plan.left
+            at = slice(f.start * c, min(f.stop * c, T))
+            gq[rows, r, at] = dq.flatten(1, 2)[:, : at.stop - at.start]
+            for x, d in ((gk, dk), (gv, dv)):
+                x[rows, max(begin, 0) : at.stop] += _unfold(d, plan)[
+                    :, max(-begin, 0) : at.stop - begin
+                ]
     return gq, gk, gv
 
 # %% ../nbs/21_kernels.ipynb #0a491cf1
 class Links:
-    "The far links of B texts with G key heads: products and sums along them, without a copy of the rows that they name"
-    def __init__(self, plan, B, G):
-        (H, T, R), rows = plan.idx.shape[-3:], torch.arange(B)[:, None]*G + torch.arange(plan.n_heads)//(plan.n_heads//G)
-        idx = (plan.idx + rows[..., None, None]*T).flatten()
-        self.bias, self.order, self.shape = plan.far.expand(B, H, T, R).reshape(-1, R), idx.argsort(stable=True), (-1, R)
-        counts = torch.bincount(idx, minlength=B*G*T)
-        self.idx, self.first, self.of, self.readers, self.begin = (x.int() for x in (
-            idx, torch.arange(0, len(idx), R), torch.arange(len(idx))//R, self.order//R, counts.cumsum(0) - counts))
+    """The far links of B texts with G key heads: products and sums along them, without a copy of
+    the rows that they name"""
 
-    def dots(self, x, y): # a row for each query (N, D), for each key (M, D) → (N, R)
-        return torch.ops.aten._embedding_bag_per_sample_weights_backward(x, y, self.idx, self.first, self.of, 0).view(self.shape)
-    def sums(self, w, y): # (N, R), (M, D) → (N, D): what a query reads
+    def __init__(self, plan, B, G):
+        (H, T, R), rows = (
+            plan.idx.shape[-3:],
+            torch.arange(B)[:, None] * G + torch.arange(plan.n_heads) // (plan.n_heads // G),
+        )
+        idx = (plan.idx + rows[..., None, None] * T).flatten()
+        self.bias = plan.far.expand(B, H, T, R).reshape(-1, R)
+        self.order = idx.argsort(stable=True)
+        self.shape = (-1, R)
+        counts = torch.bincount(idx, minlength=B * G * T)
+        self.idx, self.first, self.of, self.readers, self.begin = (
+            x.int()
+            for x in (
+                idx,
+                torch.arange(0, len(idx), R),
+                torch.arange(len(idx)) // R,
+                self.order // R,
+                counts.cumsum(0) - counts,
+            )
+        )
+
+    def dots(self, x, y):  # a row for each query (N, D), for each key (M, D) → (N, R)
+        return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            x, y, self.idx, self.first, self.of, 0
+        ).view(self.shape)
+
+    def sums(self, w, y):  # (N, R), (M, D) → (N, D): what a query reads
         return F.embedding_bag(self.idx, y, self.first, mode='sum', per_sample_weights=w.flatten())
-    def back(self, w, x): # (N, R), (N, D) → (M, D): what a key gets from its readers
-        return F.embedding_bag(self.readers, x, self.begin, mode='sum', per_sample_weights=w.flatten()[self.order])
+
+    def back(self, w, x):  # (N, R), (N, D) → (M, D): what a key gets from its readers
+        return F.embedding_bag(
+            self.readers, x, self.begin, mode='sum', per_sample_weights=w.flatten()[self.order]
+        )
 
 # %% ../nbs/21_kernels.ipynb #ec922b31
 @patch
-def links(self:Plan, B, G): # None if there are none
-    if self.idx is not None and (B, G) not in self.known: self.known[B, G] = Links(self, B, G)
+def links(self: Plan, B, G):  # None if there are none
+    if self.idx is not None and (B, G) not in self.known:
+        self.known[B, G] = Links(self, B, G)
     return self.known.get((B, G))
 
 # %% ../nbs/21_kernels.ipynb #65ddf39b
 def _joined(q, k, v, out, lse, links, sinks):
     "One softmax over folds, links and sinks: all are weighed again by what they are of the whole"
     D, p, scores = q.shape[-1], None, [lse.view(-1, 1)]
-    if links: scores.append(s := links.dots(q.view(-1, D), k.view(-1, D))*D**-.5 + links.bias)
-    if sinks is not None: scores.append(sinks)
+    if links:
+        scores.append(s := links.dots(q.view(-1, D), k.view(-1, D)) * D**-0.5 + links.bias)
+    if sinks is not None:
+        scores.append(sinks)
     total = torch.cat(scores, -1).logsumexp(-1, True).clamp_min(-1e30)
     out.mul_((scores[0] - total).exp_().view(*lse.shape, 1))
-    if links: out += links.sums(p := (s - total).exp_(), v.view(-1, D)).view(out.shape)
+    if links:
+        out += links.sums(p := (s - total).exp_(), v.view(-1, D)).view(out.shape)
     return out, total.view(lse.shape), p
 
 # %% ../nbs/21_kernels.ipynb #64f3cab4
@@ -189,8 +314,11 @@ class _Folded(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, sink, plan):
         (B, H, T, D), G, p = q.shape, k.shape[1], None
-        ctx.plan, ctx.size, ctx.shapes, links = plan, (B, G, H//G), (q.shape, k.shape), plan.links(B, G)
-        q, k, v = (x.reshape(B*G, -1, T, D).contiguous() for x in (q, k, v))
+        ctx.plan = plan
+        ctx.size = (B, G, H // G)
+        ctx.shapes = (q.shape, k.shape)
+        links = plan.links(B, G)
+        q, k, v = (x.reshape(B * G, -1, T, D).contiguous() for x in (q, k, v))
         k, v = k[:, 0], v[:, 0]
         out, lse = _near(q, k, v, plan, ctx.size)
         if links or sink is not None or plan.blank is not None:
@@ -202,167 +330,326 @@ class _Folded(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        (q, k, v, out, lse, p, sink), (B, G, rep), links = ctx.saved_tensors, ctx.size, ctx.plan.links(*ctx.size[:2])
-        g, rows, gs = g.reshape(q.shape), lambda x: x.reshape(-1, x.shape[-1]), None
+        (q, k, v, out, lse, p, sink), (B, G, rep), links = (
+            ctx.saved_tensors,
+            ctx.size,
+            ctx.plan.links(*ctx.size[:2]),
+        )
+        g = g.reshape(q.shape)
+        rows = lambda x: x.reshape(-1, x.shape[-1])
+        gs = None
         gq, gk, gv = _near_back(g, q, k, v, out, lse, ctx.plan, ctx.size)
-        if links or sink is not None: delta = (g*out).sum(-1)  # what every score's gradient is measured from
+        if links or sink is not None:
+            delta = (g * out).sum(-1)  # what every score's gradient is measured from
         if links:
-            ds = p*(links.dots(rows(g), rows(v)) - delta.view(-1, 1))*q.shape[-1]**-.5
+            ds = p * (links.dots(rows(g), rows(v)) - delta.view(-1, 1)) * q.shape[-1] ** -0.5
             gq += links.sums(ds, rows(k)).view(q.shape)
-            gk += links.back(ds, rows(q)).view(k.shape); gv += links.back(p, rows(g)).view(v.shape)
-        if sink is not None: gs = -((sink.view(G, rep, 1) - lse.view(B, G, rep, -1)).exp()*delta.view(B, G, rep, -1)).sum((0, 3)).flatten()
+            gk += links.back(ds, rows(q)).view(k.shape)
+            gv += links.back(p, rows(g)).view(v.shape)
+        if sink is not None:
+            gs = (
+                -(
+                    (sink.view(G, rep, 1) - lse.view(B, G, rep, -1)).exp()
+                    * delta.view(B, G, rep, -1)
+                )
+                .sum((0, 3))
+                .flatten()
+            )
         return gq.view(ctx.shapes[0]), gk.view(ctx.shapes[1]), gv.view(ctx.shapes[1]), gs, None
 
 # %% ../nbs/21_kernels.ipynb #426ec27f
-def _counted(q, k, v, plan): # only shapes are there, as when operations are counted: the products of the folds, and no more
-    k, v = (_fold(x.repeat_interleave(q.shape[1]//x.shape[1], 1).flatten(0, 1), plan) for x in (k, v))
-    return attend(_cut(q.flatten(0, 1), plan), k, v, q.new_ones(1, 1, dtype=torch.bool)).flatten(1, 2)[:, :plan.T].view(q.shape)
+def _counted(
+    q, k, v, plan
+):  # only shapes are there, as when operations are counted: the products of the folds, and no more
+    k, v = (
+        _fold(x.repeat_interleave(q.shape[1] // x.shape[1], 1).flatten(0, 1), plan) for x in (k, v)
+    )
+    return (
+        attend(_cut(q.flatten(0, 1), plan), k, v, q.new_ones(1, 1, dtype=torch.bool))
+        .flatten(1, 2)[:, : plan.T]
+        .view(q.shape)
+    )
+
 
 @torch.compiler.disable
 def folded(
-    q, k, v,          # (B, H, T, D), (B, G, T, D) twice
-    plan:Plan,
-    sink:Tensor=None  # (H,): a logit that every softmax of the head takes in, for nothing
-)->Tensor: # (B, H, T, D)
-    "Attention along a plan, on the CPU: time and memory grow with the keys that are read. Not to be derived twice"
-    if isinstance(q, FakeTensor): return _counted(q, k, v, plan)
-    if plan.bias is None: plan.make()
-    x, s = (t.float() if t is not None and t.dtype in (torch.bfloat16, torch.float16) else t for t in (q, sink))
+    q,
+    k,
+    v,  # (B, H, T, D), (B, G, T, D) twice
+    plan: Plan,
+    sink: Tensor = None,  # (H,): a logit that every softmax of the head takes in, for nothing
+) -> Tensor:  # (B, H, T, D)
+    """Attention along a plan, on the CPU: time and memory grow with the keys that are read.
+
+    Not to be derived twice"""
+    if isinstance(q, FakeTensor):
+        return _counted(q, k, v, plan)
+    if plan.bias is None:
+        plan.make()
+    x, s = (
+        t.float() if t is not None and t.dtype in (torch.bfloat16, torch.float16) else t
+        for t in (q, sink)
+    )
     return _Folded.apply(x, k.to(x.dtype), v.to(x.dtype), s, plan).to(q.dtype)
 
 # %% ../nbs/21_kernels.ipynb #72bc83d5
 _compiled = lru_cache(torch.compile)
 
-def _asked(p): # a pattern as a function of (i, j, words) that looks nothing up, for the compiler
+
+def _asked(p):  # a pattern as a function of (i, j, words) that looks nothing up, for the compiler
     if p.func in (either, both):
-        join, inner = torch.logical_or if p.func is either else torch.logical_and, [_asked(o) for o in p.keywords['of']]
+        join = torch.logical_or if p.func is either else torch.logical_and
+        inner = [_asked(o) for o in p.keywords['of']]
         return lambda i, j, words: reduce(join, (f(i, j, words) for f in inner))
     names, f, given = words_of(p), p.func, p.keywords
     return lambda i, j, words: f(i, j, **given, **{w: words[w] for w in names})
 
 # %% ../nbs/21_kernels.ipynb #17188fec
 def block_mask(plan, device=torch.device('cpu')):
-    "The plan for `flex_attention`: blocks of 128 × 128 that are skipped, and the pattern itself inside the others"
-    rule, layer, ctx = _asked(plan.pattern), plan.layer, {w: (x, x.dim() == 2) for w, x in plan.ctx.items()}
-    def seen(b, h, i, j): return rule(i, j, {w: x[b] if each else x for w, (x, each) in ctx.items()} | dict(h=h, layer=layer))
-    texts, heads = next((len(x) for x, each in ctx.values() if each), None), plan.n_heads if 'h' in words_of(plan.pattern) else None
-    return create_block_mask(seen, texts, heads, plan.T, plan.T, device, _compile=device.type != 'cpu')
+    """The plan for `flex_attention`: blocks of 128 × 128 that are skipped, and the pattern itself
+    inside the others"""
+    rule = _asked(plan.pattern)
+    layer = plan.layer
+    ctx = {w: (x, x.dim() == 2) for w, x in plan.ctx.items()}
 
-def flexed(q, k, v, plan, sink=None): # as `folded`
-    "Attention along a plan by PyTorch's flex attention (Dong et al. 2024), compiled on a GPU; without gradients on a CPU"
-    if q.device not in plan.blocks: plan.blocks[q.device] = block_mask(plan, q.device)
-    run = flex_attention if q.device.type == 'cpu' or torch.compiler.is_compiling() else _compiled(flex_attention)
-    out, more = run(q, k, v, block_mask=plan.blocks[q.device], enable_gqa=k.shape[1] < q.shape[1], return_aux=AuxRequest(lse=True))
-    return out if sink is None else out*(more.lse - sink[:, None]).sigmoid()[..., None].to(out.dtype)
+    def seen(b, h, i, j):
+        return rule(
+            i, j, {w: x[b] if each else x for w, (x, each) in ctx.items()} | dict(h=h, layer=layer)
+        )
+
+    texts = next((len(x) for x, each in ctx.values() if each), None)
+    heads = plan.n_heads if 'h' in words_of(plan.pattern) else None
+    return create_block_mask(
+        seen, texts, heads, plan.T, plan.T, device, _compile=device.type != 'cpu'
+    )
+
+
+def flexed(q, k, v, plan, sink=None):  # as `folded`
+    """Attention along a plan by PyTorch's flex attention (Dong et al.
+
+    2024), compiled on a GPU; without gradients on a CPU"""
+    if q.device not in plan.blocks:
+        plan.blocks[q.device] = block_mask(plan, q.device)
+    run = (
+        flex_attention
+        if q.device.type == 'cpu' or torch.compiler.is_compiling()
+        else _compiled(flex_attention)
+    )
+    out, more = run(
+        q,
+        k,
+        v,
+        block_mask=plan.blocks[q.device],
+        enable_gqa=k.shape[1] < q.shape[1],
+        return_aux=AuxRequest(lse=True),
+    )
+    return (
+        out if sink is None else out * (more.lse - sink[:, None]).sigmoid()[..., None].to(out.dtype)
+    )
 
 # %% ../nbs/21_kernels.ipynb #cdb26342
-def dense(q, k, v, seen, sink=None, dropout=0.): # seen as for `attend`
-    "All scores, of which the mask keeps some; a sink stands as one more key, of zeros, whose score is given"
-    if seen is not None and seen.is_floating_point(): seen = seen.to(q.dtype)      # the kernel would misread another one
-    if sink is None: return attend(q, k, v, seen, dropout)
-    if seen is None: seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+def dense(q, k, v, seen, sink=None, dropout=0.0):  # seen as for `attend`
+    """All scores, of which the mask keeps some; a sink stands as one more key, of zeros, whose
+    score is given"""
+    if seen is not None and seen.is_floating_point():
+        seen = seen.to(q.dtype)  # the kernel would misread another one
+    if sink is None:
+        return attend(q, k, v, seen, dropout)
+    if seen is None:
+        seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
     more = lambda x: torch.cat([x, x.new_zeros(*x.shape[:2], 1, x.shape[3])], 2)
-    bias = seen if seen.is_floating_point() else q.new_zeros(seen.shape).masked_fill(~seen, -math.inf)
+    bias = (
+        seen if seen.is_floating_point() else q.new_zeros(seen.shape).masked_fill(~seen, -math.inf)
+    )
     bias = bias.expand(*torch.broadcast_shapes(seen.shape[:-2], (1, q.shape[1])), -1, -1)
     bias = torch.cat([bias, sink.to(q.dtype)[:, None, None].expand(*bias.shape[:-1], 1)], -1)
     return attend(q, more(k), more(v), bias, dropout)
 
 # %% ../nbs/21_kernels.ipynb #a38dde6f
 @lru_cache(1024)
-def way(pattern:part, T:int, device='cpu', dropout=0.)->tuple: # ('folds', 'flex' or 'dense', why)
+def way(
+    pattern: part, T: int, device='cpu', dropout=0.0
+) -> tuple:  # ('folds', 'flex' or 'dense', why)
     "Which kernel reads a whole text of `T` tokens, and the reason in a line"
-    if cover(pattern) is None: return 'dense', 'the pattern may read all of the past'
-    if dropout or T < 33: return 'dense', 'dropout on attention weights needs all of them' if dropout else f'{T} tokens are few'
+    if cover(pattern) is None:
+        return 'dense', 'the pattern may read all of the past'
+    if dropout or T < 33:
+        return (
+            'dense',
+            'dropout on attention weights needs all of them' if dropout else f'{T} tokens are few',
+        )
     plan = Plan(pattern, T)
     said = f'{plan.touched} keys a query instead of {T:,}'
-    if device == 'cuda': return ('flex', said) if plan.touched < .5*T else ('dense', f'{T:,} tokens are few')
-    if device != 'cpu': return 'dense', f'no sparse kernel for {device}'
-    if plan.touched + 12*plan.n_links <= .66*T: return 'folds', f'{plan.n} folds of {plan.block} queries, {said}'
+    if device == 'cuda':
+        return ('flex', said) if plan.touched < 0.5 * T else ('dense', f'{T:,} tokens are few')
+    if device != 'cpu':
+        return 'dense', f'no sparse kernel for {device}'
+    if plan.touched + 12 * plan.n_links <= 0.66 * T:
+        return 'folds', f'{plan.n} folds of {plan.block} queries, {said}'
     return 'dense', f'{T:,} tokens are few: {plan.touched} keys a query would be met anyway'
 
 # %% ../nbs/21_kernels.ipynb #9e4fbeef
 @lru_cache(64)
-def planned(pattern, T, n_heads=1, layer=0, made=True)->Plan: # once, then kept; `made` for folds
+def planned(pattern, T, n_heads=1, layer=0, made=True) -> Plan:  # once, then kept; `made` for folds
     "The plan of a pattern; layers whose folds are alike share them"
     plan = Plan(pattern, T, n_heads, layer)
-    if made: plan.make(planned(pattern, T, n_heads, 0).bias if layer else None)
+    if made:
+        plan.make(planned(pattern, T, n_heads, 0).bias if layer else None)
     return plan
+
 
 @lru_cache(32)
 def _mask(pattern, T, n_heads, layer, device):
     "What `dense` is given, made once; None if it is all of the past"
     i = torch.arange(T, device=device)
     seen = visible(pattern, i, i, n_heads, layer)
-    return None if seen.equal((i <= i[:, None]).expand_as(seen)) else _bias(seen) if device == 'cpu' else seen
+    return (
+        None
+        if seen.equal((i <= i[:, None]).expand_as(seen))
+        else _bias(seen)
+        if device == 'cpu'
+        else seen
+    )
 
 # %% ../nbs/21_kernels.ipynb #c03f4b87
 _by_layer = lru_cache(lambda pattern: 'layer' in words_of(pattern))
 
+
 def attended(
-    q, k, v,      # of a whole text: (B, H, T, D), (B, G, T, D) twice
-    pattern:part, layer=0, sink=None, dropout=0., **ctx # ctx: the words that the pattern reads
-)->Tensor: # (B, H, T, D)
-    "Attention by a pattern, by the kernel that `way` chooses; plans and masks are kept where they depend on nothing but lengths"
-    if torch.compiler.is_compiling(): return torch.compiler.disable(attended)(q, k, v, pattern, layer, sink, dropout, **ctx)
-    made, device = (pattern, q.shape[2], q.shape[1], layer*_by_layer(pattern)), q.device.type
-    kind, once = way(pattern, q.shape[2], device, dropout)[0], not ctx and not isinstance(q, FakeTensor)
+    q,
+    k,
+    v,  # of a whole text: (B, H, T, D), (B, G, T, D) twice
+    pattern: part,
+    layer=0,
+    sink=None,
+    dropout=0.0,
+    **ctx,  # ctx: the words that the pattern reads
+) -> Tensor:  # (B, H, T, D)
+    """Attention by a pattern, by the kernel that `way` chooses; plans and masks are kept where they
+    depend on nothing but lengths"""
+    if torch.compiler.is_compiling():
+        return torch.compiler.disable(attended)(q, k, v, pattern, layer, sink, dropout, **ctx)
+    made = (pattern, q.shape[2], q.shape[1], layer * _by_layer(pattern))
+    device = q.device.type
+    kind = way(pattern, q.shape[2], device, dropout)[0]
+    once = not ctx and not isinstance(q, FakeTensor)
     if kind == 'dense':
-        once = once and q.shape[2] <= 512                      # larger ones are not kept
+        once = once and q.shape[2] <= 512  # larger ones are not kept
         at = None if once else torch.arange(q.shape[2], device=q.device)
-        return dense(q, k, v, _mask(*made, str(q.device)) if once else visible(pattern, at, at, *made[2:], **ctx), sink, dropout)
-    return (folded if kind == 'folds' else flexed)(q, k, v, planned(*made, kind == 'folds') if once else Plan(*made, **ctx), sink)
+        return dense(
+            q,
+            k,
+            v,
+            _mask(*made, str(q.device)) if once else visible(pattern, at, at, *made[2:], **ctx),
+            sink,
+            dropout,
+        )
+    return (folded if kind == 'folds' else flexed)(
+        q, k, v, planned(*made, kind == 'folds') if once else Plan(*made, **ctx), sink
+    )
 
 # %% ../nbs/21_kernels.ipynb #c5d8faa8
 @torch.no_grad()
 def gauges(
-    q, k,     # some queries, (B, H, n, D); keys, (B, G, S, D)
-    seen, far # bool, broadcast to (B, H, n, S): who is read, and who of them counts as far
-)->dict: # numbers of each head, (H,)
-    "Entropy of the weights as a share of the most that is possible (Zhai et al. 2023, §3), weight on far keys, largest score"
-    s = (q.float().unflatten(1, (k.shape[1], -1)) @ k.float()[:, :, None].mT).flatten(1, 2).masked_fill(~seen, -math.inf)*q.shape[-1]**-.5
-    w, most = s.softmax(-1).nan_to_num(), seen.sum(-1).clamp_min(1).log()
-    share = -(w*w.clamp_min(1e-30).log()).sum(-1)/most.clamp_min(1e-9)
-    return dict(entropy=share.where(most > 0, 1.).mean((0, 2)), far=(w*far).sum(-1).mean((0, 2)), max_logit=s.amax((0, 2, 3)).nan_to_num(neginf=0.))
+    q,
+    k,  # some queries, (B, H, n, D); keys, (B, G, S, D)
+    seen,
+    far,  # bool, broadcast to (B, H, n, S): who is read, and who of them counts as far
+) -> dict:  # numbers of each head, (H,)
+    """Entropy of the weights as a share of the most that is possible (Zhai et al.
+
+    2023, §3), weight on far keys, largest score"""
+    s = (q.float().unflatten(1, (k.shape[1], -1)) @ k.float()[:, :, None].mT).flatten(
+        1, 2
+    ).masked_fill(~seen, -math.inf) * q.shape[-1] ** -0.5
+    w = s.softmax(-1).nan_to_num()
+    most = seen.sum(-1).clamp_min(1).log()
+    share = -(w * w.clamp_min(1e-30).log()).sum(-1) / most.clamp_min(1e-9)
+    return dict(
+        entropy=share.where(most > 0, 1.0).mean((0, 2)),
+        far=(w * far).sum(-1).mean((0, 2)),
+        max_logit=s.amax((0, 2, 3)).nan_to_num(neginf=0.0),
+    )
 
 # %% ../nbs/21_kernels.ipynb #bee995f9
 class SparseAttention(GQA):
-    "Attention by a pattern that skips what it does not read, and grouped heads; with learned sinks as in gpt-oss (OpenAI 2025)"
-    def __init__(self, cfg, layer=0, *, pattern=part(causal),
-        n_kv_heads=None,  # as `n_heads` if none
-        sink=False,       # learn a logit for each head that takes weight and gives nothing (Miller 2023 has a fixed one)
-        steps=(), bias=True):
-        super().__init__(cfg, layer, n_kv_heads=n_kv_heads or cfg.n_heads, steps=steps, pattern=pattern, bias=bias)
-        self.sink = nn.Parameter(torch.zeros(cfg.n_heads)) if sink else None
-        self.noted = []                                        # by `note`, in evaluation
-        self.by_mask = not sink and type(self) is SparseAttention   # is the mask all that makes it different?
+    """Attention by a pattern that skips what it does not read, and grouped heads; with learned
+    sinks as in gpt-oss (OpenAI 2025)"""
 
-    def join(self, q, k, v, i, j, rising=False, **ctx): # as `Attention.join`
-        words, dropout = {w: ctx[w] for w in self.reads if w in ctx}, self.dropout if self.training else 0.
+    def __init__(
+        self,
+        cfg,
+        layer=0,
+        *,
+        pattern=part(causal),
+        n_kv_heads=None,  # as `n_heads` if none
+        sink=False,  # learn a logit per head that takes weight, gives nothing (Miller 2023: fixed)
+        steps=(),
+        bias=True,
+    ):
+        super().__init__(
+            cfg,
+            layer,
+            n_kv_heads=n_kv_heads or cfg.n_heads,
+            steps=steps,
+            pattern=pattern,
+            bias=bias,
+        )
+        self.sink = nn.Parameter(torch.zeros(cfg.n_heads)) if sink else None
+        self.noted = []  # by `note`, in evaluation
+        # is the mask all that makes it different?
+        self.by_mask = not sink and type(self) is SparseAttention
+
+    def join(self, q, k, v, i, j, rising=False, **ctx):  # as `Attention.join`
+        words = {w: ctx[w] for w in self.reads if w in ctx}
+        dropout = self.dropout if self.training else 0.0
         if rising and len(words) == len(self.reads):
-            if not self.training and not isinstance(q, FakeTensor) and len(i): self.note(q, k, i, words)
+            if not self.training and not isinstance(q, FakeTensor) and len(i):
+                self.note(q, k, i, words)
             return attended(q, k, v, self.pattern, self.layer, self.sink, dropout, **words)
         return dense(q, k, v, self.seen(i, j, **ctx), self.sink, dropout)
 
+
 def _kv_fits(cfg, n_kv_heads=None, pattern=part(causal), **kw):
-    if not isinstance(pattern, part): raise LabError(f'pattern={pattern!r}: give a recipe, such as part(window, size=128)')
+    if not isinstance(pattern, part):
+        raise LabError(f'pattern={pattern!r}: give a recipe, such as part(window, size=128)')
     Attention.check(cfg) if n_kv_heads is None else GQA.check(cfg, n_kv_heads)
+
+
 SparseAttention.check = staticmethod(_kv_fits)
 
 # %% ../nbs/21_kernels.ipynb #9121eea3
 @patch
 @torch.compiler.disable
-def note(self:SparseAttention, q, k, i, words, n=8, most=16):
-    "Read the gauges at the last queries of `n` parts of a text, for the first `most` texts since they were asked; nothing waits"
-    if len(self.noted) >= most: return
-    rows = (torch.arange(1, n + 1, device=i.device)*len(i)//n - 1).clamp_min(0)
+def note(self: SparseAttention, q, k, i, words, n=8, most=16):
+    """Read the gauges at the last queries of `n` parts of a text, for the first `most` texts since
+    they were asked; nothing waits"""
+    if len(self.noted) >= most:
+        return
+    rows = (torch.arange(1, n + 1, device=i.device) * len(i) // n - 1).clamp_min(0)
     seen = visible(self.pattern, i[rows], i, self.n_heads, self.layer, **words)
     near = (cover(self.pattern) or (len(i),))[0]
-    self.noted.append(gauges(q[:1, :, rows], k[:1], seen[:1] if seen.dim() == 4 else seen, i[rows, None] - i >= near))
+    self.noted.append(
+        gauges(
+            q[:1, :, rows], k[:1], seen[:1] if seen.dim() == 4 else seen, i[rows, None] - i >= near
+        )
+    )
+
 
 @patch
-def metrics(self:SparseAttention)->dict:
-    "Means over the texts that were noted in evaluation; the largest score; the share of heads that look at one key"
-    if not (noted := self.noted): return {}
-    e, far, top = (torch.stack([x[name] for x in noted]) for name in ('entropy', 'far', 'max_logit'))
-    self.noted = []; said = dict(entropy=e.mean(), far=far.mean(), max_logit=top.max(), collapsed=(e.mean(0) < .02).float().mean())
+def metrics(self: SparseAttention) -> dict:
+    """Means over the texts that were noted in evaluation; the largest score; the share of heads
+    that look at one key"""
+    if not (noted := self.noted):
+        return {}
+    e, far, top = (
+        torch.stack([x[name] for x in noted]) for name in ('entropy', 'far', 'max_logit')
+    )
+    self.noted = []
+    said = dict(
+        entropy=e.mean(),
+        far=far.mean(),
+        max_logit=top.max(),
+        collapsed=(e.mean(0) < 0.02).float().mean(),
+    )
     return {f'attn{self.layer}_{name}': x.item() for name, x in said.items()}

@@ -14,7 +14,20 @@ __all__ = ['MOST_JSON', 'SLOTS', 'REGISTERED', 'PLACES', 'HOLDS', 'WEIGHTS', 'SI
            'fastest_threads']
 
 # %% ../nbs/00_lab.ipynb #f5126c87
-import difflib, hashlib, importlib, json, math, os, re, reprlib, shutil, signal, stat, sys, threading, time
+import difflib
+import hashlib
+import importlib
+import json
+import math
+import os
+import re
+import reprlib
+import shutil
+import signal
+import stat
+import sys
+import threading
+import time
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from functools import cache, wraps
@@ -27,181 +40,247 @@ class LabError(ValueError):
 
 # %% ../nbs/00_lab.ipynb #6f817fa1
 def need(
-    module:str,      # the module to import, `matplotlib.pyplot`
-    package:str=None # what to install, when it is not the module's first name
-): # the imported module
-    "Import a library that only part of the lab needs; raise `LabError` with the remedy when it is missing"
+    module: str,  # the module to import, `matplotlib.pyplot`
+    package: str = None,  # what to install, when it is not the module's first name
+):  # the imported module
+    """Import a library that only part of the lab needs; raise `LabError` with the remedy when it is
+    missing"""
     name = package or module.partition('.')[0]
-    try: return importlib.import_module(module)
+    try:
+        return importlib.import_module(module)
     except ModuleNotFoundError as e:
-        if (e.name or '').partition('.')[0] != module.partition('.')[0]: raise      # it is there, but broken
+        if (e.name or '').partition('.')[0] != module.partition('.')[0]:
+            raise  # it is there, but broken
         raise LabError(f'{name} is not installed, and this needs it: pip install {name}') from None
 
 # %% ../nbs/00_lab.ipynb #02c03de2
-def home()->Path: # data/, experiments/ and artifacts/ hang here
-    "`$LLM_LAB_HOME`; else the nearest folder upwards that holds settings.ini; else the working folder"
-    if place := os.environ.get('LLM_LAB_HOME'): return Path(place).expanduser().absolute()
+def home() -> Path:  # data/, experiments/ and artifacts/ hang here
+    """`$LLM_LAB_HOME`; else the nearest folder upwards that holds settings.ini; else the working
+    folder"""
+    if place := os.environ.get('LLM_LAB_HOME'):
+        return Path(place).expanduser().absolute()
     here = Path.cwd()
-    return next((p for p in (here, *here.parents) if (p/'settings.ini').exists()), here)
+    return next((p for p in (here, *here.parents) if (p / 'settings.ini').exists()), here)
 
 # %% ../nbs/00_lab.ipynb #c72d1b63
 _DEVICES = {'con', 'prn', 'aux', 'nul', *(f'{p}{n}' for p in ('com', 'lpt') for n in range(10))}
 
+
 def _why_no_name(name):
     "What keeps `name` from being one file or folder on every system; '' if nothing does"
-    if not isinstance(name, str): return 'is no text'
-    if not name.strip(): return 'is empty'
-    if name.startswith('.'): return 'begins with a dot'
+    if not isinstance(name, str):
+        return 'is no text'
+    if not name.strip():
+        return 'is empty'
+    if name.startswith('.'):
+        return 'begins with a dot'
     for c in name:
-        if c in '/\\:*?"<>|' or not c.isprintable(): return f'holds {c!r}'
-    if name[0] == ' ' or name[-1] in ' .': return 'begins or ends with a space, or ends with a dot'
-    if name.partition('.')[0].rstrip().casefold() in _DEVICES: return 'is a device on Windows'
+        if c in '/\\:*?"<>|' or not c.isprintable():
+            return f'holds {c!r}'
+    if name[0] == ' ' or name[-1] in ' .':
+        return 'begins or ends with a space, or ends with a dot'
+    if name.partition('.')[0].rstrip().casefold() in _DEVICES:
+        return 'is a device on Windows'
     return 'is longer than 150 bytes' if len(name.encode()) > 150 else ''
 
+
 def require_name(
-    name:str,    # is to become one file or folder
-    what='name'  # how it is called where it was given
-)->str: # `name`
+    name: str,  # is to become one file or folder
+    what='name',  # how it is called where it was given
+) -> str:  # `name`
     "Raises `LabError` unless `name` can be a file or folder on every system and leads nowhere else"
     if why := _why_no_name(name):
-        raise LabError(f'{what} {name!r} {why}, so nothing can be called so: '
-                       'use letters, digits, - and _')
+        raise LabError(
+            f'{what} {name!r} {why}, so nothing can be called so: use letters, digits, - and _'
+        )
     return name
 
-def require_inside(path:str, what='path')->str: # `path`
+
+def require_inside(path: str, what='path') -> str:  # `path`
     "Raises `LabError` unless the relative `path`, with / between its names, stays inside a folder"
-    for name in path.split('/'): require_name(name, f'{what} {path!r}:')
+    for name in path.split('/'):
+        require_name(name, f'{what} {path!r}:')
     return path
 
 # %% ../nbs/00_lab.ipynb #e2c95f33
-import errno, itertools, json, platform, stat, warnings, zlib
+import errno
+import itertools
+import json
+import platform
+import stat
+import warnings
+import zlib
 
-def _errors(*names): return {getattr(errno, n) for n in names if hasattr(errno, n)}
+
+def _errors(*names):
+    return {getattr(errno, n) for n in names if hasattr(errno, n)}
+
 
 # A file system that does not know how to do something, and other answers of a folder to a sync
 _UNKNOWN = _errors('EINVAL', 'ENOTSUP', 'EOPNOTSUPP', 'ENOSYS')
 _NO_SYNC = _UNKNOWN | _errors('EBADF', 'EACCES', 'EPERM', 'EISDIR')
-_QUICKER = _errors('ENOENT', 'ENOTEMPTY', 'EEXIST')            # somebody else has just been there
+_QUICKER = _errors('ENOENT', 'ENOTEMPTY', 'EEXIST')  # somebody else has just been there
 _said = set()
 
-def warn_once(promise:str):
+
+def warn_once(promise: str):
     "Warn that less is promised here; each promise is said once in a process"
     if promise not in _said:
         _said.add(promise)
         warnings.warn(promise)
 
+
 def sync_to_disk(path, inside=False):
     "Wait until a file, or the list of names in a folder, is on the disk; all files inside first"
     path, handle = Path(path), None
     folder = path.is_dir()
-    for name in os.listdir(path) if inside and folder else (): # `rglob` hides errors
-        sync_to_disk(path/name, inside)
-    if folder and os.name == 'nt': return                      # Windows cannot sync a folder
+    for name in os.listdir(path) if inside and folder else ():  # `rglob` hides errors
+        sync_to_disk(path / name, inside)
+    if folder and os.name == 'nt':
+        return  # Windows cannot sync a folder
     try:
         # Windows syncs only what may be written to; a file that may not is read
         may = folder or not os.access(path, os.W_OK)
         handle = os.open(path, os.O_RDONLY if may else os.O_RDWR)
         os.fsync(handle)
     except OSError as e:
-        if e.errno not in (_NO_SYNC if folder else _UNKNOWN): raise      # bytes may be lost
-        warn_once(f'the file system does not confirm that a save is on the disk ({e.strerror}): '
-                  'a power cut may take the newest one')
+        if e.errno not in (_NO_SYNC if folder else _UNKNOWN):
+            raise  # bytes may be lost
+        warn_once(
+            f'the file system does not confirm that a save is on the disk ({e.strerror}): '
+            'a power cut may take the newest one'
+        )
     finally:
-        if handle is not None: os.close(handle)
+        if handle is not None:
+            os.close(handle)
 
 # %% ../nbs/00_lab.ipynb #fa504e96
-_DAY = 24*60*60
-_serial, _at_work = itertools.count(), set()                   # marks of this process's own writers
+_DAY = 24 * 60 * 60
+_serial, _at_work = itertools.count(), set()  # marks of this process's own writers
+
 
 @cache
 def _kernel():
     "A number for this start of this machine and its list of processes; a container has its own"
-    said, boot = [platform.node()], Path('/proc/sys/kernel/random/boot_id')
-    if boot.exists(): said += [boot.read_text(), os.readlink('/proc/self/ns/pid')]
+    said = [platform.node()]
+    boot = Path('/proc/sys/kernel/random/boot_id')
+    if boot.exists():
+        said += [boot.read_text(), os.readlink('/proc/self/ns/pid')]
     return zlib.crc32(repr(said).encode()) % 10**6
+
 
 def _began(pid):
     "When a process began, as the kernel counts; None if it has ended, 0 if nobody can tell"
-    if os.name == 'nt': return 0                               # there, os.kill would end it
-    try: os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError): return None
-    except PermissionError: pass                               # somebody else's
-    try: said = Path(f'/proc/{pid}/stat').read_text(errors='replace')
-    except OSError: return 0
+    if os.name == 'nt':
+        return 0  # there, os.kill would end it
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return None
+    except PermissionError:
+        pass  # somebody else's
+    try:
+        said = Path(f'/proc/{pid}/stat').read_text(errors='replace')
+    except OSError:
+        return 0
     fields = said.rpartition(')')[2].split()
-    return None if fields[0] in 'ZX' else int(fields[19])      # a zombie writes no more
+    return None if fields[0] in 'ZX' else int(fields[19])  # a zombie writes no more
+
 
 def _mark():
     "32 digits that no other writer has: machine, process, its beginning, serial number"
     own = _began(os.getpid()) or 0
     return f'{_kernel():06d}{os.getpid():010d}{own:012d}{next(_serial) % 10**4:04d}'
 
+
 def _newest(path):
     "When anything at `path` last changed"
     names = [os.path.join(at, n) for at, *both in os.walk(path) for n in itertools.chain(*both)]
     return max(os.lstat(p).st_mtime for p in (path, *names))
 
+
 def _abandoned(rest, mark):
     "Has the writer of `rest` ended?"
     pid, then = int(mark[6:16]), int(mark[16:28])
     if int(mark[:6]) == _kernel():
-        if pid == os.getpid(): return mark not in _at_work
+        if pid == os.getpid():
+            return mark not in _at_work
         now = _began(pid)
-        if now is None or 0 not in (now, then): return now != then
+        if now is None or 0 not in (now, then):
+            return now != then
     return time.time() - _newest(rest) > _DAY
 
 # %% ../nbs/00_lab.ipynb #0b615fa7
-_WRITTEN = re.compile(                                         # all that the first edition wrote
+_WRITTEN = re.compile(  # all that the first edition wrote
     r'(llm_lab|tokenizer|tokenizer_config|package|config|state|manifest|meta|hub|run|result)\.json'
     r'|(model|optimizer)\.safetensors|\w+\.bin|(metrics|samples)\.(jsonl|csv)|config\.yaml'
-    r'|README\.md|loss\.png|latest|best|tokenizer')
+    r'|README\.md|loss\.png|latest|best|tokenizer'
+)
+
 
 def _remains(path):
     "(file or folder, [(mark, 'new' or 'old')]) of what writers of `path` alone have beside it"
     marked = re.compile(rf'\.+{re.escape(path.name)}((?:\.\d+\.(?:new|old))+)', re.I)
     for name in sorted(os.listdir(path.parent)) if path.parent.is_dir() else ():
         m, rest = marked.fullmatch(name), path.with_name(name)
-        if not m or rest.is_symlink(): continue
+        if not m or rest.is_symlink():
+            continue
         # `.Model.…` is left by a writer of `model` only where capitals do not count
-        if path.name not in name and not os.path.lexists(path.with_name(name.swapcase())): continue
+        if path.name not in name and not os.path.lexists(path.with_name(name.swapcase())):
+            continue
         yield rest, re.findall(r'\.(\d+)\.(new|old)', m[1])
+
 
 def _of_first_edition(rest, mark, end):
     "Is this, whose mark is a bare process number, ours and dead? Its content must say so, too"
-    if end == 'old': return rest.is_dir() and not _strange(rest)[0]
+    if end == 'old':
+        return rest.is_dir() and not _strange(rest)[0]
     names = [p.name for p in rest.rglob('*')] if rest.is_dir() else [rest.name]
     plain = [re.sub(r'^\.+|(\.\d+\.(new|old))+$', '', n) for n in names]
     dead = _began(int(mark)) is None or time.time() - _newest(rest) > _DAY
     return dead and all(_WRITTEN.fullmatch(n) for n in plain)
 
+
 def _sweep(path):
     "Remove what dead writers of `path` have left"
     for rest, marks in _remains(path):
         mark, end = marks[-1]
-        if end == 'old' and not os.path.lexists(path): continue      # the only one there is
+        if end == 'old' and not os.path.lexists(path):
+            continue  # the only one there is
         try:
             old_kind = len(mark) != 32
             dead = _of_first_edition(rest, mark, end) if old_kind else _abandoned(rest, mark)
-            if dead: remove(rest)
-        except FileNotFoundError: pass                         # another one has swept it already
+            if dead:
+                remove(rest)
+        except FileNotFoundError:
+            pass  # another one has swept it already
         except PermissionError:
             warn_once(f'{rest} was left by a dead writer, and you may not remove it: ask its owner')
+
 
 def remove(path):
     "Remove a file or a folder of ours, whoever else does so at the same time"
     try:
-        if path.is_dir() and not path.is_symlink(): _remove_folder(path)
-        else: path.unlink(missing_ok=True)
+        if path.is_dir() and not path.is_symlink():
+            _remove_folder(path)
+        else:
+            path.unlink(missing_ok=True)
     except FileNotFoundError:
-        if os.path.lexists(path): remove(path)
+        if os.path.lexists(path):
+            remove(path)
+
 
 def _remove_folder(path):
-    try: shutil.rmtree(path)
+    try:
+        shutil.rmtree(path)
     except OSError as e:
-        if e.errno not in _NO_SYNC: raise                      # it opens folders, as a sync does
+        if e.errno not in _NO_SYNC:
+            raise  # it opens folders, as a sync does
         for _, entry in reversed([*_inside(path)]):
-            if entry.is_dir(follow_symlinks=False): os.rmdir(entry.path)
-            else: os.unlink(entry.path)
+            if entry.is_dir(follow_symlinks=False):
+                os.rmdir(entry.path)
+            else:
+                os.unlink(entry.path)
         path.rmdir()
 
 # %% ../nbs/00_lab.ipynb #1b7260c8
@@ -214,62 +293,89 @@ def _copied(a, b):
         shutil.rmtree(b, ignore_errors=True)
         raise
 
+
 def _move(a, b):
     "Rename a folder; copy it where the file system cannot rename folders"
-    try: return os.replace(a, b)
+    try:
+        return os.replace(a, b)
     except OSError as e:
         unable = e.errno in _UNKNOWN | _errors('EXDEV', 'EPERM') and a.is_dir()
-        if not unable or os.path.lexists(b): raise
-        warn_once(f'the file system cannot rename folders ({e.strerror}): they are copied, '
-                  'and a kill while that goes on may cost the old one and the new one')
+        if not unable or os.path.lexists(b):
+            raise
+        warn_once(
+            f'the file system cannot rename folders ({e.strerror}): they are copied, '
+            'and a kill while that goes on may cost the old one and the new one'
+        )
     _copied(a, b)
-    try: shutil.rmtree(a)
-    except BaseException:                                      # a part may be gone: put it back
+    try:
+        shutil.rmtree(a)
+    except BaseException:  # a part may be gone: put it back
         shutil.copytree(b, a, symlinks=True, dirs_exist_ok=True)
         shutil.rmtree(b)
         raise
 
+
 def _is_old(rest, marks):
     "Is this the folder that a writer has moved out of the way?"
-    if [end for _, end in marks] != ['old'] or not rest.is_dir(): return False
+    if [end for _, end in marks] != ['old'] or not rest.is_dir():
+        return False
     return len(marks[0][0]) == 32 or not any(rest.iterdir()) or bool(_listed(rest))
 
-def restored(path)->Path: # `path`
+
+def restored(path) -> Path:  # `path`
     "Bring back a folder whose writer was killed between its two renames"
     path = Path(path)
-    if '\0' in str(path) or path.exists(): return path
-    place = Path(os.path.realpath(path))                       # a link stays a link
-    if os.path.lexists(place): return path
+    if '\0' in str(path) or path.exists():
+        return path
+    place = Path(os.path.realpath(path))  # a link stays a link
+    if os.path.lexists(place):
+        return path
     try:
         old = [rest for rest, marks in _remains(place) if _is_old(rest, marks)]
-        if old: _move(max(old, key=lambda p: p.stat().st_mtime), place)
+        if old:
+            _move(max(old, key=lambda p: p.stat().st_mtime), place)
     except OSError as e:
-        if e.errno not in _QUICKER: raise                      # its writer was, or another reader
+        if e.errno not in _QUICKER:
+            raise  # its writer was, or another reader
     return path
 
 # %% ../nbs/00_lab.ipynb #2d8371c9
-_LISTS, _LIST = ('package.json', 'manifest.json', 'meta.json'), 'llm_lab_files.json'
-_IGNORED = {'.DS_Store'}                                       # macOS leaves it where one looks
+_LISTS = ('package.json', 'manifest.json', 'meta.json')
+_LIST = 'llm_lab_files.json'
+_IGNORED = {'.DS_Store'}  # macOS leaves it where one looks
 
-def _sha(said): return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+def _sha(said):
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
 
 def _hash_of(path):
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
+    with open(path, 'rb') as f:
+        return hashlib.file_digest(f, 'sha256').hexdigest()
+
 
 def _sealed(path):
     "What a list says, {name: SHA-256}; None if it is not ours: those carry a hash of themselves"
-    if path.is_symlink() or not path.is_file() or path.stat().st_size > 2e7: return None
+    if path.is_symlink() or not path.is_file() or path.stat().st_size > 2e7:
+        return None
     data = path.read_bytes()
-    if data.count(b'[') + data.count(b'{') > 200_000: return None    # ours has one for each file
-    try: said = json.loads(data)
-    except (ValueError, RecursionError): return None           # a stranger's
-    if not isinstance(said, dict) or not isinstance(said.get('files'), dict): return None
-    if said.pop('sha256', None) != _sha(said): return None
+    if data.count(b'[') + data.count(b'{') > 200_000:
+        return None  # ours has one for each file
+    try:
+        said = json.loads(data)
+    except (ValueError, RecursionError):
+        return None  # a stranger's
+    if not isinstance(said, dict) or not isinstance(said.get('files'), dict):
+        return None
+    if said.pop('sha256', None) != _sha(said):
+        return None
     return {n: str(v.get('sha256') if isinstance(v, dict) else v) for n, v in said['files'].items()}
+
 
 def _listed(folder, lists=(*_LISTS, _LIST)):
     "{list: {name: SHA-256}} for the lists of ours in a folder"
-    return {name: known for name in lists if (known := _sealed(folder/name)) is not None}
+    return {name: known for name in lists if (known := _sealed(folder / name)) is not None}
+
 
 def _inside(folder, under=''):
     "(name with /, entry) of all that a folder and its sub folders hold; links are not followed"
@@ -278,20 +384,23 @@ def _inside(folder, under=''):
         if entry.is_dir(follow_symlinks=False):
             yield from _inside(entry.path, f'{under}{entry.name}/')
 
+
 def list_files(folder, *names):
     "Name files of a folder, all if none are given, in its `llm_lab_files.json`: now they are ours"
     folder, found = Path(folder), {}
-    if names: found |= _sealed(folder/_LIST) or {}
+    if names:
+        found |= _sealed(folder / _LIST) or {}
     else:
         lists = _listed(folder, _LISTS)
         known = {_LIST, *lists, *itertools.chain(*lists.values())}
         files = [n for n, e in _inside(folder) if e.is_file(follow_symlinks=False)]
         names = [n for n in files if n not in known]
-    if not names: return
-    found |= {n: _hash_of(folder/n) for n in names}
+    if not names:
+        return
+    found |= {n: _hash_of(folder / n) for n in names}
     said = dict(format=1, files=found)
     text = json.dumps({**said, 'sha256': _sha(said)}, indent=1)
-    (folder/_LIST).write_text(text, encoding='utf-8')
+    (folder / _LIST).write_text(text, encoding='utf-8')
 
 # %% ../nbs/00_lab.ipynb #3e9482da
 def _noted(entry):
@@ -299,114 +408,151 @@ def _noted(entry):
     at = entry.stat(follow_symlinks=False)
     return None if stat.S_ISDIR(at.st_mode) else (at.st_size, at.st_mtime_ns, at.st_ino)
 
-def snapshot(folder)->dict: # {name: …}, equal to a later one if nothing was touched
+
+def snapshot(folder) -> dict:  # {name: …}, equal to a later one if nothing was touched
     "Size, time and number of each file that a folder and its sub folders hold"
     return {name: _noted(entry) for name, entry in _inside(folder)}
+
 
 def _strange(folder, more=None):
     "(the first thing in a folder that is not ours, or '', {name: what `_noted` says of it})"
     lists, seen = _listed(folder), {}
     known = {n: sha for files in lists.values() for n, sha in files.items()} | dict.fromkeys(lists)
-    if more: known |= more(folder, known)
+    if more:
+        known |= more(folder, known)
     folders = {str(p) for n in known for p in PurePosixPath(n).parents}
     for name, entry in _inside(folder):
         seen[name] = _noted(entry)
-        if entry.name in _IGNORED: continue
-        if entry.is_symlink(): return f'{name}, a link', seen
-        if entry.is_dir() and name in folders: continue
-        if not entry.is_file() or name not in known: return name, seen
+        if entry.name in _IGNORED:
+            continue
+        if entry.is_symlink():
+            return f'{name}, a link', seen
+        if entry.is_dir() and name in folders:
+            continue
+        if not entry.is_file() or name not in known:
+            return name, seen
     for name in seen.keys() & known.keys():
-        if known[name] and seen[name] and _hash_of(folder/name) != known[name]:
+        if known[name] and seen[name] and _hash_of(folder / name) != known[name]:
             return f'{name}, which was changed since', seen
     return '', seen
 
+
 def _never(path):
     "Why a folder is not to be replaced whatever it holds; '' if it may be"
-    def same(other):                                           # also where capitals do not count
-        try: return os.path.samefile(path, other)
-        except OSError: return False
-    try: here = Path.cwd()
-    except OSError: here = Path(path.anchor)                   # it was removed under our feet
-    if path == path.parent: return 'is the root of the file system'
-    if any(map(same, (here, *here.parents))): return 'is the working folder, or lies above it'
-    if any(map(same, (os.path.expanduser('~'), home()))): return 'is the home folder'
-    if os.path.ismount(path): return 'is a disk of its own'
-    return 'is under version control' if os.path.lexists(path/'.git') else ''
+
+    def same(other):  # also where capitals do not count
+        try:
+            return os.path.samefile(path, other)
+        except OSError:
+            return False
+
+    try:
+        here = Path.cwd()
+    except OSError:
+        here = Path(path.anchor)  # it was removed under our feet
+    if path == path.parent:
+        return 'is the root of the file system'
+    if any(map(same, (here, *here.parents))):
+        return 'is the working folder, or lies above it'
+    if any(map(same, (os.path.expanduser('~'), home()))):
+        return 'is the home folder'
+    if os.path.ismount(path):
+        return 'is a disk of its own'
+    return 'is under version control' if os.path.lexists(path / '.git') else ''
 
 # %% ../nbs/00_lab.ipynb #4fa593eb
 def resolved(path):
     "Where `path` leads, links followed; raises `LabError` where that is no place for a file"
     text = os.fsdecode(path)
-    if not text or '\0' in text: raise LabError(f'{text!r} names no file or folder: give its path')
+    if not text or '\0' in text:
+        raise LabError(f'{text!r} names no file or folder: give its path')
     if text[0] == '~':
         raise LabError(f'{text}: only a shell knows what ~ means; write the whole path')
     place = Path(os.path.realpath(text))
-    if place.is_symlink(): raise LabError(f'{text} is a link that leads in a circle: remove it')
+    if place.is_symlink():
+        raise LabError(f'{text} is a link that leads in a circle: remove it')
     if len(os.fsencode(place.name)) > 200:
         raise LabError(f'{place.name[:20]}… is longer than 200 bytes: give a shorter name')
     return place
 
+
 def _look(place, more=None):
     "What `_strange` has seen there, () for a file, None for nothing; `LabError` if it must stay"
-    if not os.path.lexists(place): return None
+    if not os.path.lexists(place):
+        return None
     try:
         kind = os.stat(place).st_mode
-        if stat.S_ISREG(kind): return ()
+        if stat.S_ISREG(kind):
+            return ()
         if not stat.S_ISDIR(kind):
             raise LabError(f'{place} is neither a file nor a folder: give another path')
         if why := _never(place):
-            raise LabError(f'{place} {why}: give a folder of its own, such as {place/"model"}')
+            raise LabError(f'{place} {why}: give a folder of its own, such as {place / "model"}')
         strange, seen = _strange(place, more)
         # lists of one writer and files of the next one: such a view does not come twice
-        if strange and _strange(place, more) != (strange, seen): return _look(place, more)
-    except PermissionError: raise LabError(f'you may not read {place}: give a new folder') from None
-    except FileNotFoundError: return _look(place, more)        # another writer is at it
+        if strange and _strange(place, more) != (strange, seen):
+            return _look(place, more)
+    except PermissionError:
+        raise LabError(f'you may not read {place}: give a new folder') from None
+    except FileNotFoundError:
+        return _look(place, more)  # another writer is at it
     if strange:
-        raise LabError(f'{place} holds {strange}, so this library did not write all of it: '
-                       'give a new folder, or move away what is yours')
+        raise LabError(
+            f'{place} holds {strange}, so this library did not write all of it: '
+            'give a new folder, or move away what is yours'
+        )
     return seen
+
 
 def replaceable(
     path,
-    more=None # (folder, {name: SHA-256}) → what is ours, too, {name: SHA-256, or None: as it is}
-)->Path: # where it is, links followed
+    more=None,  # (folder, {name: SHA-256}) → what is ours, too, {name: SHA-256, or None: as it is}
+) -> Path:  # where it is, links followed
     "Raises `LabError` where a folder lies at `path` in which not everything is by this library"
     place = resolved(path)
     _look(place, more)
     return place
 
+
 def require_ours(path, wrote):
     "Raises `LabError` if there is a file and `wrote(its bytes)` is not true: then it must stay"
     path = Path(path)
     if path.exists() and not (path.is_file() and wrote(path.read_bytes())):
-        raise LabError(f'{path} is not by this library, or was changed since: '
-                       'move it away, or write elsewhere')
+        raise LabError(
+            f'{path} is not by this library, or was changed since: move it away, or write elsewhere'
+        )
 
-def laid_out(data:bytes, *keys, end='', **how)->bool:
+
+def laid_out(data: bytes, *keys, end='', **how) -> bool:
     "Are these bytes JSON with such keys as this library lays it out? Others do it another way"
     try:
         said = json.loads(data)
         again = json.dumps(said, **{'indent': 1, **how}) + end
         return isinstance(said, dict) and said.keys() >= {*keys} and again.encode() == data
-    except (ValueError, RecursionError): return False
+    except (ValueError, RecursionError):
+        return False
 
 # %% ../nbs/00_lab.ipynb #50a6a4fc
-def unused(path)->Path:
+def unused(path) -> Path:
     "`path` if nothing is there, else the first of `path-2`, `path-3`, … where nothing is"
     path = Path(path)
     others = (path.with_name(f'{path.name}-{n}') for n in itertools.count(2))
     return next(p for p in itertools.chain([path], others) if not os.path.lexists(restored(p)))
 
-def made_folder(path)->Path: # `path`
+
+def made_folder(path) -> Path:  # `path`
     "Make a folder and those above it; raises `LabError` if a file is in the way, or one may not"
     path = Path(path)
-    if str(path)[:1] == '~': resolved(path)                    # it says why not
-    try: path.mkdir(parents=True, exist_ok=True)
+    if str(path)[:1] == '~':
+        resolved(path)  # it says why not
+    try:
+        path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         file = next(p for p in (path, *path.parents) if os.path.lexists(p) and not p.is_dir())
         raise LabError(f'{file} is no folder, so nothing goes into it: give another path') from None
     except OSError as e:
-        if e.errno not in _errors('EACCES', 'EPERM', 'EROFS'): raise
+        if e.errno not in _errors('EACCES', 'EPERM', 'EROFS'):
+            raise
         raise LabError(f'you may not make {e.filename}: give another path') from None
     if not os.access(path, os.W_OK | os.X_OK):
         raise LabError(f'you may not write into {path}: give another path')
@@ -417,32 +563,42 @@ def _make_room(path, old, new, seen, replace, more):
     "Move what is at `path` to `old`, if still nothing in it is anybody else's"
     if path.is_file():
         raise LabError(f'{path} is a file, and a folder was to be written: give another path')
-    if snapshot(path) != seen and _look(path, more) is None: return
-    if not replace: raise LabError(f'{path} is there already: give another path')
+    if snapshot(path) != seen and _look(path, more) is None:
+        return
+    if not replace:
+        raise LabError(f'{path} is there already: give another path')
     will = _listed(new)
-    while (was := _listed(path)) != _listed(path): pass        # another writer is at it
+    while (was := _listed(path)) != _listed(path):
+        pass  # another writer is at it
     kinds = [', '.join(n for n in _LISTS if n in lists) or _LIST for lists in (was, will)]
     if was and kinds[0] != kinds[1]:
-        raise LabError(f'{path} is of another kind, listed in {kinds[0]} and not in {kinds[1]}: '
-                       'give a new folder, or remove it')
-    _move(path, old)                                           # no folder goes over a full one
+        raise LabError(
+            f'{path} is of another kind, listed in {kinds[0]} and not in {kinds[1]}: '
+            'give a new folder, or remove it'
+        )
+    _move(path, old)  # no folder goes over a full one
+
 
 def _swap(new, path, old, *how):
     "Put the folder `new` into the place of `path`"
     for _ in range(20):
         try:
-            if os.path.lexists(path): _make_room(path, old, new, *how)
+            if os.path.lexists(path):
+                _make_room(path, old, new, *how)
             return _move(new, path)
         except OSError as e:
-            if e.errno not in _QUICKER or not os.path.lexists(new): raise
-            if os.path.lexists(path): remove(old)              # another writer's is the old one now
+            if e.errno not in _QUICKER or not os.path.lexists(new):
+                raise
+            if os.path.lexists(path):
+                remove(old)  # another writer's is the old one now
     raise LabError(f'{path} is written by others all the time: give another path')
+
 
 @contextmanager
 def written(
-    path,         # a file or a folder to be made or replaced; a link to one stays a link
-    replace=True, # may something be there?
-    more=None     # what else in an old folder is ours, see `replaceable`
+    path,  # a file or a folder to be made or replaced; a link to one stays a link
+    replace=True,  # may something be there?
+    more=None,  # what else in an old folder is ours, see `replaceable`
 ):
     """Yield a temporary neighbour of `path`; it takes that place if the block ends without error.
 
@@ -459,379 +615,582 @@ def written(
     new, old = (path.with_name(f'.{path.name}.{mark}.{end}') for end in ('new', 'old'))
     try:
         yield new
-        if new.is_dir(): list_files(new)
+        if new.is_dir():
+            list_files(new)
         sync_to_disk(new, inside=True)
-        if new.is_dir(): _swap(new, path, old, seen, replace, more)
-        elif path.is_dir(): raise LabError(f'{path} is a folder, and a file was to be written')
-        else: os.replace(new, path)
+        if new.is_dir():
+            _swap(new, path, old, seen, replace, more)
+        elif path.is_dir():
+            raise LabError(f'{path} is a folder, and a file was to be written')
+        else:
+            os.replace(new, path)
         sync_to_disk(path.parent)
     finally:
         try:
             restored(path)
             remove(new)
-            if os.path.lexists(path): remove(old)              # else it is the only one
-        finally: _at_work.discard(mark)
+            if os.path.lexists(path):
+                remove(old)  # else it is the only one
+        finally:
+            _at_work.discard(mark)
 
 # %% ../nbs/00_lab.ipynb #5ab604fc
 class _NoLock:
     "What stands for a lock where there are none"
-    def release(self): pass
+
+    def release(self):
+        pass
+
 
 def locked(path, busy):
     "Take the lock `path`; where another process has it, call `busy()`, which may raise, and wait"
     filelock = need('filelock')
-    try: lock = filelock.FileLock(path, fallback_to_soft=False)
-    except TypeError: lock = filelock.FileLock(path)           # an older one has no such choice
     try:
-        try: lock.acquire(blocking=False)
+        lock = filelock.FileLock(path, fallback_to_soft=False)
+    except TypeError:
+        lock = filelock.FileLock(path)  # an older one has no such choice
+    try:
+        try:
+            lock.acquire(blocking=False)
         except filelock.Timeout:
             busy()
             lock.acquire()
     except (OSError, NotImplementedError) as e:
         unable = _UNKNOWN | _errors('ENOLCK')
-        if isinstance(e, OSError) and e.errno not in unable: raise
-        warn_once(f'the file system of {Path(path).parent} has no locks: '
-                  'do not let two programs write there at the same time')
+        if isinstance(e, OSError) and e.errno not in unable:
+            raise
+        warn_once(
+            f'the file system of {Path(path).parent} has no locks: '
+            'do not let two programs write there at the same time'
+        )
         return _NoLock()
     return lock
 
 # %% ../nbs/00_lab.ipynb #ff1a442a
-MOST_JSON = 1 << 26            # bytes of a JSON file: the tokenizer of a large model has half of that
+MOST_JSON = 1 << 26  # bytes of a JSON file: the tokenizer of a large model has half of that
 
-_brief = reprlib.Repr()                                       # looks neither deep nor far into what it shows
+_brief = reprlib.Repr()  # looks neither deep nor far into what it shows
 _brief.maxstring = _brief.maxother = _brief.maxlong = 500
 
-def short(value, width=60)->str:
+
+def short(value, width=60) -> str:
     "A value of a stranger in one line that fits a message"
     text = ' '.join(_brief.repr(value).split())
-    return text if len(text) <= width else text[:width - 1] + '…'
+    return text if len(text) <= width else text[: width - 1] + '…'
 
-def check_size(data:bytes, name='this file', remedy='copy or make it again'):
+
+def check_size(data: bytes, name='this file', remedy='copy or make it again'):
     "Raises `LabError` where JSON would take more memory than any of ours does, read by whomever"
-    # what Python needs for the text, and for each value, text, list and dict: known before it is read
-    wide = 1 if data.isascii() else 4 if re.search(rb'[\xf0-\xff]', data) else 2     # bytes a character
-    needs = wide*len(data) + 40*data.count(b',') + 30*data.count(b'"')
-    needs += 80*(data.count(b'[') + data.count(b'{'))
-    if len(data) > MOST_JSON or needs > 5*MOST_JSON:
-        raise LabError(f'{name} holds more than any file of its kind ({len(data):,} bytes): {remedy}')
+    # what Python needs for the text, and for each value, text, list and dict: known before it is
+    # read
+    wide = (
+        1 if data.isascii() else 4 if re.search(rb'[\xf0-\xff]', data) else 2
+    )  # bytes a character
+    needs = wide * len(data) + 40 * data.count(b',') + 30 * data.count(b'"')
+    needs += 80 * (data.count(b'[') + data.count(b'{'))
+    if len(data) > MOST_JSON or needs > 5 * MOST_JSON:
+        raise LabError(
+            f'{name} holds more than any file of its kind ({len(data):,} bytes): {remedy}'
+        )
 
-def json_of(data:bytes, name='this file', remedy='copy or make it again', read=json.loads):
-    "What a JSON file says. Raises `LabError` where it is another kind of file, or larger or deeper than ours are"
+
+def json_of(data: bytes, name='this file', remedy='copy or make it again', read=json.loads):
+    """What a JSON file says. Raises `LabError` where it is another kind of file, or larger or
+    deeper than ours are"""
     check_size(data, name, remedy)
-    try: return read(data)
-    except LabError: raise                                     # `read` has a remedy of its own
+    try:
+        return read(data)
+    except LabError:
+        raise  # `read` has a remedy of its own
     except (ValueError, RecursionError) as e:
         raise LabError(f'{name} is not JSON ({type(e).__name__}): {remedy}') from None
 
 # %% ../nbs/00_lab.ipynb #2b27a17e
-def is_name(text)->bool:
+def is_name(text) -> bool:
     "Is this the name of one file or folder, and no path?"
-    return isinstance(text, str) and 0 < len(text) < 256 and text not in ('.', '..') and \
-        not re.search(r'[/\\:\x00-\x1f]', text)
+    return (
+        isinstance(text, str)
+        and 0 < len(text) < 256
+        and text not in ('.', '..')
+        and not re.search(r'[/\\:\x00-\x1f]', text)
+    )
+
 
 def file_in(
     folder,
-    name:str, # of a file in it; a name that a file told is not to be trusted
-    remedy='copy or make it again'
-)->Path:
-    "A plain file in a folder. Raises `LabError` where the name, or a link, leads elsewhere; `OSError` where there is none"
-    folder, path = Path(folder), Path(folder)/name if is_name(name) else None
-    if path is None: raise LabError(f'{folder}: {short(name)} is no name of a file in it: {remedy}')
-    info, here, real = path.stat(), folder.resolve(), path.resolve()
-    cache = here.parent.parent/'blobs' if here.parent.name == 'snapshots' else here
-    if real.parent not in (here, cache): raise LabError(f'{path} is a link out of its folder, to {real}: {remedy}')
-    if not stat.S_ISREG(info.st_mode): raise LabError(f'{path} is no plain file: {remedy}')
+    name: str,  # of a file in it; a name that a file told is not to be trusted
+    remedy='copy or make it again',
+) -> Path:
+    """A plain file in a folder. Raises `LabError` where the name, or a link, leads elsewhere;
+
+    `OSError` where there is none"""
+    folder, path = Path(folder), Path(folder) / name if is_name(name) else None
+    if path is None:
+        raise LabError(f'{folder}: {short(name)} is no name of a file in it: {remedy}')
+    info = path.stat()
+    here = folder.resolve()
+    real = path.resolve()
+    cache = here.parent.parent / 'blobs' if here.parent.name == 'snapshots' else here
+    if real.parent not in (here, cache):
+        raise LabError(f'{path} is a link out of its folder, to {real}: {remedy}')
+    if not stat.S_ISREG(info.st_mode):
+        raise LabError(f'{path} is no plain file: {remedy}')
     return path
 
-def bytes_in(folder, name:str, most:int=MOST_JSON, remedy='copy or make it again')->bytes: # `most` bytes
-    "The bytes of a plain file in a folder. Raises `LabError` as `file_in`, and where it is too large"
+
+def bytes_in(
+    folder, name: str, most: int = MOST_JSON, remedy='copy or make it again'
+) -> bytes:  # `most` bytes
+    """The bytes of a plain file in a folder.
+
+    Raises `LabError` as `file_in`, and where it is too large"""
     path = file_in(folder, name, remedy)
     if (size := path.stat().st_size) > most:
         raise LabError(f'{path} has {size:,} bytes, more than the {most:,} it could need: {remedy}')
-    with open(path, 'rb') as f: return f.read(size)
+    with open(path, 'rb') as f:
+        return f.read(size)
 
-def pointed(path)->Path:
-    "The folder that a file such as `latest` names: a name in one line. Raises `LabError` where it is anything else"
+
+def pointed(path) -> Path:
+    """The folder that a file such as `latest` names: a name in one line.
+
+    Raises `LabError` where it is anything else"""
     data = bytes_in(Path(path).parent, Path(path).name, 4096, 'delete it')
     name = data.decode('utf-8', 'replace').strip()
-    if not is_name(name): raise LabError(f'{path} says {short(name)}, which is no name of a folder: delete it')
+    if not is_name(name):
+        raise LabError(f'{path} says {short(name)}, which is no name of a folder: delete it')
     return Path(name)
 
 # %% ../nbs/00_lab.ipynb #eb48677f
-def memory_left()->float: # bytes; ∞ where the system does not say
+def memory_left() -> float:  # bytes; ∞ where the system does not say
     "How much memory could still be had here, in a container, too"
     group = Path('/sys/fs/cgroup')
     try:
-        left = int((group/'memory.max').read_text()) - int((group/'memory.current').read_text())
+        left = int((group / 'memory.max').read_text()) - int((group / 'memory.current').read_text())
         # files that were read are counted as used, and make room where it is needed
-        said = (line.split() for line in (group/'memory.stat').read_text().splitlines())
+        said = (line.split() for line in (group / 'memory.stat').read_text().splitlines())
         left += sum(int(n) for name, n in said if name == 'inactive_file')
-    except (OSError, ValueError): left = math.inf              # no container, or one without a limit
-    try: lines = Path('/proc/meminfo').read_text().splitlines()
-    except OSError: return left
-    return min(left, *(1024*int(l.split()[1]) for l in lines if l.startswith('MemAvailable')), math.inf)
+    except (OSError, ValueError):
+        left = math.inf  # no container, or one without a limit
+    try:
+        lines = Path('/proc/meminfo').read_text().splitlines()
+    except OSError:
+        return left
+    return min(
+        left, *(1024 * int(l.split()[1]) for l in lines if l.startswith('MemAvailable')), math.inf
+    )
 
-def must_fit(n:float, what:str):
+
+def must_fit(n: float, what: str):
     "Raises `LabError` where `n` bytes are more than the memory that is left"
     if n > (left := memory_left()):
-        raise LabError(f'{what} needs {n/1e9:,.1f} GB of memory, {left/1e9:,.1f} GB are left: '
-                       'use a larger machine or a smaller model')
+        raise LabError(
+            f'{what} needs {n / 1e9:,.1f} GB of memory, {left / 1e9:,.1f} GB are left: '
+            'use a larger machine or a smaller model'
+        )
 
 # %% ../nbs/00_lab.ipynb #b0566c78
-_DECLARED = dict(                                              # slot: CHAPTER:NAME, of this book where no module is said
+_DECLARED = dict(  # slot: CHAPTER:NAME, of this book where no module is said
     mixer='gpt:Attention gqa:GQA kernels:SparseAttention sparse:cycle',
     mlp='gpt:MLP llama:SwiGLU moe:MoE sparse:cycle',
     norm='llama:RMSNorm torch.nn:LayerNorm torch.nn:RMSNorm torch.nn:Identity',
     pos='gpt:Learned llama:Sinusoidal',
     head='llama:Capped torch.nn:Linear',
     init='gpt:gpt2_init llama:scaled_init llama:spectral_init',
-    act='llama:ReLU2 ' + ' '.join(f'torch.nn:{name}' for name in (
-        'GELU SiLU ReLU ReLU6 LeakyReLU ELU SELU CELU Mish Tanh Sigmoid Softplus Softsign Hardswish Hardsigmoid '
-        'Hardtanh LogSigmoid Tanhshrink Identity').split()),
-    transform='llama:Rope llama:QKNorm cache:Cached',          # steps: what happens to q, k, v before they meet
-    mask='gpt:causal cache:window sparse:sinks sparse:strided sparse:document sparse:either sparse:both '
-         'sparse:expander sparse:powers sparse:polynomial',    # patterns: who may look at whom
-    scaling='llama:linear_scaling llama:llama3_scaling',       # of Rope's speeds
+    act='llama:ReLU2 '
+    + ' '.join(
+        f'torch.nn:{name}'
+        for name in (
+            'GELU SiLU ReLU ReLU6 LeakyReLU ELU SELU CELU Mish Tanh Sigmoid Softplus Softsign '
+            'Hardswish Hardsigmoid Hardtanh LogSigmoid Tanhshrink Identity'
+        ).split()
+    ),
+    transform='llama:Rope llama:QKNorm cache:Cached',  # steps: what is done to q, k, v first
+    mask='gpt:causal cache:window sparse:sinks sparse:strided sparse:document sparse:either '
+    'sparse:both sparse:expander sparse:powers sparse:polynomial',  # patterns: who may see whom
+    scaling='llama:linear_scaling llama:llama3_scaling',  # of Rope's speeds
     router='moe:Router',
     choice='moe:softmax_top_k moe:top_k_softmax moe:sigmoid_top_k',
-    corpus='corpora:tiny_shakespeare tales:tiny_tales corpora:tinystories corpora:dolly corpora:pg19',
-    tokenizer='chars:CharTokenizer bpe:BPETokenizer bpe:ForeignTokenizer')
+    corpus=(
+        'corpora:tiny_shakespeare tales:tiny_tales corpora:tinystories corpora:dolly corpora:pg19'
+    ),
+    tokenizer='chars:CharTokenizer bpe:BPETokenizer bpe:ForeignTokenizer',
+)
+
 
 def _named(words):
     "{name: address}; of two equal names, the first one goes without its module"
     found = {}
     for word in words.split():
-        address, name = word if word.startswith('torch.') else f'llm_lab.{word}', word.partition(':')[2]
+        address = word if word.startswith('torch.') else f'llm_lab.{word}'
+        name = word.partition(':')[2]
         found[address if name in found else name] = address
     return found
 
-SLOTS = {slot: _named(words) for slot, words in _DECLARED.items()}                 # {slot: {name: address}}
-REGISTERED = {}                                                # what the reader's own program has added, by name
+
+SLOTS = {slot: _named(words) for slot, words in _DECLARED.items()}  # {slot: {name: address}}
+REGISTERED = {}  # what the reader's own program has added, by name
 
 # %% ../nbs/00_lab.ipynb #49b3c38a
-def nearest(word, words)->str:
+def nearest(word, words) -> str:
     "A remedy for a mistyped name"
     words = [w for w in words if w != 'self']
-    by = {w.lower(): w for w in words}                         # large or small letters are no other word
-    close = difflib.get_close_matches(str(word)[:99].lower(), by, 1, .5)
+    by = {w.lower(): w for w in words}  # large or small letters are no other word
+    close = difflib.get_close_matches(str(word)[:99].lower(), by, 1, 0.5)
     return f'did you mean {by[close[0]]!r}?' if close else f'choose from {", ".join(sorted(words))}'
 
-PLACES = dict(                                                 # where the parts of a slot stand in a configuration
-    mixer='attn', transform='attn.steps', mask='attn.pattern', act='mlp.act', router='mlp.router',
-    choice='mlp.router.choose', scaling='the scale of Rope')
 
-def _elsewhere(name, slot)->list:
+PLACES = dict(  # where the parts of a slot stand in a configuration
+    mixer='attn',
+    transform='attn.steps',
+    mask='attn.pattern',
+    act='mlp.act',
+    router='mlp.router',
+    choice='mlp.router.choose',
+    scaling='the scale of Rope',
+)
+
+
+def _elsewhere(name, slot) -> list:
     "Where else the table lets a name stand: the keys of a configuration"
-    if not isinstance(name, str) or not slot: return []
+    if not isinstance(name, str) or not slot:
+        return []
     said = lambda s: [word.lower() for word in (*SLOTS[s], *SLOTS[s].values())]
     found = [s for s in SLOTS if s != slot and name.lower() in said(s)]
     return [PLACES.get(s, s) for s in found]
 
+
 def address(
     name,
-    slot=None, # a key of `SLOTS`; any part of a model if none
-    path=''    # where the name stands, for the message
-)->str: # as 'llm_lab.moe:MoE'; a registered name as it is
-    "What a file's word stands for, found without importing anything. Raises `LabError` where it may not be said here"
-    if isinstance(name, str) and name in REGISTERED: return name
-    places = [SLOTS[slot]] if slot else [SLOTS[s] for s in SLOTS if s not in ('corpus', 'tokenizer')]
-    for place in places if isinstance(name, str) else ():
-        if found := place.get(name) or next((a for a in place.values() if a == name), None): return found
-    names, other = sorted({n for place in places for n in place}), _elsewhere(name, slot)
-    remedy = f'it belongs into {" or ".join(other)}; choose from {", ".join(names)}' if other else nearest(name, names)
-    raise LabError(f'{path}{"="*bool(path)}{short(name)} names no part{f" that can be {slot}" if slot else ""}: '
-                   f'{remedy}, or register it before loading')
+    slot=None,  # a key of `SLOTS`; any part of a model if none
+    path='',  # where the name stands, for the message
+) -> str:  # as 'llm_lab.moe:MoE'; a registered name as it is
+    """What a file's word stands for, found without importing anything.
 
-def lookup(name, slot=None, path=''): # a class, a function
-    "What a name in a file stands for: only what `SLOTS` declares for that slot, or what was registered"
+    Raises `LabError` where it may not be said here"""
+    if isinstance(name, str) and name in REGISTERED:
+        return name
+    places = (
+        [SLOTS[slot]] if slot else [SLOTS[s] for s in SLOTS if s not in ('corpus', 'tokenizer')]
+    )
+    for place in places if isinstance(name, str) else ():
+        if found := place.get(name) or next((a for a in place.values() if a == name), None):
+            return found
+    names = sorted({n for place in places for n in place})
+    other = _elsewhere(name, slot)
+    remedy = (
+        f'it belongs into {" or ".join(other)}; choose from {", ".join(names)}'
+        if other
+        else nearest(name, names)
+    )
+    raise LabError(
+        f'{path}{"=" * bool(path)}{short(name)} names no '
+        f'part{f" that can be {slot}" if slot else ""}: '
+        f'{remedy}, or register it before loading'
+    )
+
+
+def lookup(name, slot=None, path=''):  # a class, a function
+    """What a name in a file stands for: only what `SLOTS` declares for that slot, or what was
+    registered"""
     found = address(name, slot, path)
-    if found in REGISTERED: return REGISTERED[found]
+    if found in REGISTERED:
+        return REGISTERED[found]
     module, _, name = found.partition(':')
     return getattr(importlib.import_module(module), name)
 
 # %% ../nbs/00_lab.ipynb #e90dbac3
-HOLDS = dict(                                                  # {slot: {keyword: slot of the recipe that it holds}}
+HOLDS = dict(  # {slot: {keyword: slot of the recipe that it holds}}
     config=dict(attn='mixer', mlp='mlp', norm='norm', pos='pos', head='head', init='init'),
     mixer=dict(steps='transform', pattern='mask', of='mixer'),
     mlp=dict(act='act', expert='mlp', router='router', of='mlp'),
-    mask=dict(of='mask'), transform=dict(scale='scaling'), init=dict(first='init'), router=dict(choose='choice'))
-_MANY, _NONE = ('steps', 'of'), ('scale', 'pos', 'steps')      # lists of recipes; those of which null means none
-_FILLED = dict(                                                # what the model fills in itself, and a file must not
-    router='n_experts top_k', choice='logits top_k bias', init='model generator', scaling='freq', norm='d normalized_shape',
-    head='d vocab_size in_features out_features', mask='i j h layer doc')
+    mask=dict(of='mask'),
+    transform=dict(scale='scaling'),
+    init=dict(first='init'),
+    router=dict(choose='choice'),
+)
+# lists of recipes; those of which null means none
+_MANY = ('steps', 'of')
+_NONE = ('scale', 'pos', 'steps')
+_FILLED = dict(  # what the model fills in itself, and a file must not
+    router='n_experts top_k',
+    choice='logits top_k bias',
+    init='model generator',
+    scaling='freq',
+    norm='d normalized_shape',
+    head='d vocab_size in_features out_features',
+    mask='i j h layer doc',
+)
 _NEVER = {'self', 'args', 'kwargs', 'cfg', 'layer', 'device', 'dtype', 'inplace'}
+
 
 def plain(x, path='', deep=0):
     "Raises `LabError` unless `x` is a plain value of a bearable size, or a list of such"
-    good = x is None or isinstance(x, (bool, int, float)) and abs(x) <= 2**53 or isinstance(x, str) and len(x) <= 1000
+    good = (
+        x is None
+        or isinstance(x, (bool, int, float))
+        and abs(x) <= 2**53
+        or isinstance(x, str)
+        and len(x) <= 1000
+    )
     if isinstance(x, (list, tuple)) and len(x) <= 10_000 and deep < 16:
-        for v in x: plain(v, path, deep + 1)
-    elif not good:                                             # NaN and ∞ are not at most 2⁵³, either
-        raise LabError(f'{path}={short(x)}: give a number up to 2⁵³, a short text, true, false, null, or a list of those')
+        for v in x:
+            plain(v, path, deep + 1)
+    elif not good:  # NaN and ∞ are not at most 2⁵³, either
+        raise LabError(
+            f'{path}={short(x)}: give a number up to 2⁵³, a short text, true, false, null, '
+            'or a list of those'
+        )
 
 # %% ../nbs/00_lab.ipynb #4f8fd364
 def check_recipe(
-    x,       # plain data, as a file says them
-    slot,    # where it stands, a key of `SLOTS`; any if none
-    path='', # for the message
-    deep=0
-)->int: # how many parts it makes, at most
-    "Raises `LabError` unless a recipe, and all recipes in it, name only what may be named there. Nothing is imported"
+    x,  # plain data, as a file says them
+    slot,  # where it stands, a key of `SLOTS`; any if none
+    path='',  # for the message
+    deep=0,
+) -> int:  # how many parts it makes, at most
+    """Raises `LabError` unless a recipe, and all recipes in it, name only what may be named there.
+
+    Nothing is imported"""
     if not isinstance(x, dict) or not isinstance(x.get('part'), str):
         raise LabError(f'{path}={short(x)}: {_as_recipe(x, slot)}')
-    if deep > 15: raise LabError(f'{path}: recipes stand 16 deep in each other: make it simpler')
+    if deep > 15:
+        raise LabError(f'{path}: recipes stand 16 deep in each other: make it simpler')
     word = address(x['part'], slot, path)
     own, parts = word in REGISTERED, 1
-    if slot is None and not own:                               # inside a part of the reader's own: as what it is declared
+    if slot is None and not own:  # inside a part of the reader's own: as what it is declared
         return _any_slot(x, [s for s in SLOTS if word in SLOTS[s].values()], path, deep)
     filled = set() if own else _NEVER | {*_FILLED.get(slot, '').split()}
     for k, v in x.items():
-        if k == 'part': continue
-        if not isinstance(k, str) or len(k) > 99: raise LabError(f'{path}: {short(k)} is no keyword; leave it out')
-        if k in filled: raise LabError(f'{path}.{k}: the model fills this in; leave it out')
+        if k == 'part':
+            continue
+        if not isinstance(k, str) or len(k) > 99:
+            raise LabError(f'{path}: {short(k)} is no keyword; leave it out')
+        if k in filled:
+            raise LabError(f'{path}.{k}: the model fills this in; leave it out')
         inner = None if own else HOLDS.get(slot, {}).get(k)
-        if inner or own: parts += _check_held(v, inner, k, f'{path}.{k}', deep)
-        else: plain(v, f'{path}.{k}')
-    shared = 0 if own else x.get('shared')                     # so many more experts that every token uses
-    return parts*(1 + shared) if isinstance(shared, int) and shared > 0 else parts
+        if inner or own:
+            parts += _check_held(v, inner, k, f'{path}.{k}', deep)
+        else:
+            plain(v, f'{path}.{k}')
+    shared = 0 if own else x.get('shared')  # so many more experts that every token uses
+    return parts * (1 + shared) if isinstance(shared, int) and shared > 0 else parts
 
-def _as_recipe(x, slot)->str:
+
+def _as_recipe(x, slot) -> str:
     "The remedy for a word, or another thing, where a recipe belongs"
     known = SLOTS[slot] if slot else {'NAME': 'NAME'}
-    word = next(iter(x)) if isinstance(x, dict) and len(x) == 1 else x              # {GELU: …} is meant as GELU
+    word = next(iter(x)) if isinstance(x, dict) and len(x) == 1 else x  # {GELU: …} is meant as GELU
     if other := _elsewhere(word, slot) if word not in [*known] else []:
-        return f'{word} belongs into {" or ".join(other)}; give a recipe such as {{part: "{next(iter(known.values()))}"}}'
+        return (
+            f'{word} belongs into {" or ".join(other)}; give a recipe such as {{part: '
+            f'"{next(iter(known.values()))}"}}'
+        )
     near = nearest(word, known) if isinstance(word, str) else ''
     near = known[near[14:-2]] if near.startswith('did you mean') else next(iter(known.values()))
     return f'give a recipe such as {{part: "{near}"}}'
 
+
 def _any_slot(x, slots, path, deep):
     "As `check_recipe`, in the first of these slots that takes the recipe"
     for slot in slots[:-1]:
-        try: return check_recipe(x, slot, path, deep)
-        except LabError: pass                                  # the last one says what is wrong
+        try:
+            return check_recipe(x, slot, path, deep)
+        except LabError:
+            pass  # the last one says what is wrong
     return check_recipe(x, slots[-1], path, deep)
+
 
 def _check_held(v, slot, keyword, path, deep):
     "What a keyword that may hold recipes holds; returns how many parts that makes"
-    if slot is None:                                           # of a part that the reader has registered
-        if isinstance(v, dict): return check_recipe(v, None, path, deep + 1)
-        if not isinstance(v, list): return plain(v, path) or 0
-        if len(v) > 10_000 or deep > 15: raise LabError(f'{path}={short(v)}: give a shorter list')
+    if slot is None:  # of a part that the reader has registered
+        if isinstance(v, dict):
+            return check_recipe(v, None, path, deep + 1)
+        if not isinstance(v, list):
+            return plain(v, path) or 0
+        if len(v) > 10_000 or deep > 15:
+            raise LabError(f'{path}={short(v)}: give a shorter list')
         return sum(_check_held(o, None, keyword, path, deep + 1) for o in v)
-    if v is None and keyword in _NONE: return 0
-    if keyword not in _MANY: return check_recipe(v, slot, path, deep + 1)
+    if v is None and keyword in _NONE:
+        return 0
+    if keyword not in _MANY:
+        return check_recipe(v, slot, path, deep + 1)
     if not isinstance(v, list) or len(v) > 10_000:
         raise LabError(f'{path}={short(v)}: {_as_recipe(v, slot)} in a list, [{{part: …}}]')
     each = [check_recipe(o, slot, f'{path}[{n}]', deep + 1) for n, o in enumerate(v)]
-    return max(each, default=0) if slot in ('mixer', 'mlp') else sum(each)          # a layer is made of one in turn
+    return (
+        max(each, default=0) if slot in ('mixer', 'mlp') else sum(each)
+    )  # a layer is made of one in turn
 
 # %% ../nbs/00_lab.ipynb #1bd0afae
 def rng(
-    seed:int,      # the seed of the run
-    purpose:str,   # 'init', 'batch/17', 'sample', …
-    device='cpu'
-): # a `torch.Generator`
-    "A random stream that depends on `seed` and `purpose` only: drawing more in one changes nothing in another"
+    seed: int,  # the seed of the run
+    purpose: str,  # 'init', 'batch/17', 'sample', …
+    device='cpu',
+):  # a `torch.Generator`
+    """A random stream that depends on `seed` and `purpose` only: drawing more in one changes
+    nothing in another"""
     import torch
+
     digest = hashlib.sha256(f'{seed}/{purpose}'.encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], 'little'))
 
 # %% ../nbs/00_lab.ipynb #56f2423a
-def streams(device='cpu')->dict: # {'cpu': state, 'cuda': state}
+def streams(device='cpu') -> dict:  # {'cpu': state, 'cuda': state}
     "Where PyTorch's common streams stand: what dropout draws next"
     import torch
+
     kinds = dict.fromkeys(['cpu', torch.device(device).type])
     return {k: (torch if k == 'cpu' else getattr(torch, k)).get_rng_state() for k in kinds}
 
-def set_streams(states:dict):
+
+def set_streams(states: dict):
     "Let the common streams go on from `states`"
     import torch
-    for k, state in states.items(): (torch if k == 'cpu' else getattr(torch, k)).set_rng_state(state)
+
+    for k, state in states.items():
+        (torch if k == 'cpu' else getattr(torch, k)).set_rng_state(state)
 
 # %% ../nbs/00_lab.ipynb #4b56dbd8
 @contextmanager
 def kept_streams(device='cpu'):
     "Whatever is drawn within, PyTorch's common streams are as they were after it"
     old = streams(device)
-    try: yield
-    finally: set_streams(old)
+    try:
+        yield
+    finally:
+        set_streams(old)
+
 
 @contextmanager
-def seeded(seed:int, purpose:str, device='cpu'):
-    "Within, the common streams of PyTorch begin where `seed` and `purpose` say; after it, they are as they were"
+def seeded(seed: int, purpose: str, device='cpu'):
+    """Within, the common streams of PyTorch begin where `seed` and `purpose` say; after it, they
+    are as they were"""
     import torch
-    kind, number = torch.device(device).type, rng(seed, purpose).initial_seed()
+
+    kind = torch.device(device).type
+    number = rng(seed, purpose).initial_seed()
     with kept_streams(device):
-        torch.default_generator.manual_seed(number)            # torch.manual_seed would move all devices
-        if kind != 'cpu': getattr(torch, kind).manual_seed(number)
+        torch.default_generator.manual_seed(number)  # torch.manual_seed would move all devices
+        if kind != 'cpu':
+            getattr(torch, kind).manual_seed(number)
         yield
 
 # %% ../nbs/00_lab.ipynb #bb80cf0e
-def device()->str: # 'cuda', 'mps' or 'cpu'
+def device() -> str:  # 'cuda', 'mps' or 'cpu'
     "The fastest device at hand; `$LLM_LAB_DEVICE` overrides"
     import torch
-    if name := os.environ.get('LLM_LAB_DEVICE'): return name
-    return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+
+    if name := os.environ.get('LLM_LAB_DEVICE'):
+        return name
+    return (
+        'cuda'
+        if torch.cuda.is_available()
+        else 'mps'
+        if torch.backends.mps.is_available()
+        else 'cpu'
+    )
 
 # %% ../nbs/00_lab.ipynb #7d20c9e4
-def usable_device()->str:
+def usable_device() -> str:
     "`device()`, after one sum was made on it; raises `LabError` where that does not work"
     import torch
+
     name = device()
-    try: torch.ones(1, device=name).sum().item()
-    except Exception as e:                                     # each kind has errors of its own
+    try:
+        torch.ones(1, device=name).sum().item()
+    except Exception as e:  # each kind has errors of its own
         why = (str(e).splitlines() or [type(e).__name__])[0][:120]
-        raise LabError(f'the device {name!r} cannot be used here: {why}; '
-                       'set LLM_LAB_DEVICE=cpu') from None
+        raise LabError(
+            f'the device {name!r} cannot be used here: {why}; set LLM_LAB_DEVICE=cpu'
+        ) from None
     return name
 
 # %% ../nbs/00_lab.ipynb #bcd2eb7b
-def machine()->dict:
+def machine() -> dict:
     "Date, processor, cores, threads and versions: what a measured number must be read with"
-    import datetime, platform, torch
+    import datetime
+    import platform
+    import torch
+
     info = Path('/proc/cpuinfo')
-    names = [l.partition(':')[2].strip() for l in info.read_text().splitlines()
-             if l.startswith('model name')] if info.exists() else []
-    return dict(date=str(datetime.date.today()),
-                cpu=names[0] if names else platform.processor() or platform.machine(), cores=os.cpu_count(),
-                threads=torch.get_num_threads(), device=device(), system=platform.system(),
-                python=platform.python_version(), torch=torch.__version__)
+    names = (
+        [
+            l.partition(':')[2].strip()
+            for l in info.read_text().splitlines()
+            if l.startswith('model name')
+        ]
+        if info.exists()
+        else []
+    )
+    return dict(
+        date=str(datetime.date.today()),
+        cpu=names[0] if names else platform.processor() or platform.machine(),
+        cores=os.cpu_count(),
+        threads=torch.get_num_threads(),
+        device=device(),
+        system=platform.system(),
+        python=platform.python_version(),
+        torch=torch.__version__,
+    )
 
 # %% ../nbs/00_lab.ipynb #186cbcc4
 def _same(a, b):
     if hasattr(a, 'shape') or hasattr(b, 'shape'):
         import numpy as np
-        a, b = (np.asarray(x.detach().cpu().double() if hasattr(x, 'detach') else x) for x in (a, b))
+
+        a, b = (
+            np.asarray(x.detach().cpu().double() if hasattr(x, 'detach') else x) for x in (a, b)
+        )
         return a.shape == b.shape and np.allclose(a, b, rtol=1e-4, atol=1e-6)
-    if isinstance(a, float) and isinstance(b, (int, float)): return abs(a - b) <= 1e-6 + 1e-4*abs(b)
+    if isinstance(a, float) and isinstance(b, (int, float)):
+        return abs(a - b) <= 1e-6 + 1e-4 * abs(b)
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         return len(a) == len(b) and all(map(_same, a, b))
     return a == b
 
 # %% ../nbs/00_lab.ipynb #484e60ee
 def check(
-    f,     # the answer
+    f,  # the answer
     spec,  # slow, obvious, right
-    *cases # tuples of arguments
-)->str: # 'f: not yet', a counter-example, or 'f: right on 9 cases'
+    *cases,  # tuples of arguments
+) -> str:  # 'f: not yet', a counter-example, or 'f: right on 9 cases'
     "Compare `f` with `spec` on every case and say what came of it; never raises"
-    name, say = getattr(f, '__name__', repr(f)), lambda x: shorten(repr(x), 80)
+    name = getattr(f, '__name__', repr(f))
+    say = lambda x: shorten(repr(x), 80)
     for case in cases:
         try:
-            want, got = spec(*deepcopy(case)), f(*deepcopy(case))  # nobody sees what the other did to its case
+            # nobody sees what the other did to its case
+            want = spec(*deepcopy(case))
+            got = f(*deepcopy(case))
             right = _same(got, want)
-        except NotImplementedError: return f'{name}: not yet'
-        except Exception as e: return f'{name}: {type(e).__name__} on {say(case)}: {shorten(str(e), 80)}'
-        if not right: return f'{name}: on {say(case)} expected {say(want)}, got {say(got)}'
+        except NotImplementedError:
+            return f'{name}: not yet'
+        except Exception as e:
+            return f'{name}: {type(e).__name__} on {say(case)}: {shorten(str(e), 80)}'
+        if not right:
+            return f'{name}: on {say(case)} expected {say(want)}, got {say(got)}'
     return f'{name}: right on {len(cases)} cases'
 
 # %% ../nbs/00_lab.ipynb #34a3efde
 WEIGHTS, SIGNED = 'viridis', 'RdBu_r'
-_STYLE = {'figure.figsize': (4, 2.6), 'figure.dpi': 110, 'figure.constrained_layout.use': True, 'font.size': 9,
-          'axes.titlesize': 9, 'axes.titlelocation': 'left', 'axes.spines.top': False, 'axes.spines.right': False,
-          'axes.grid': True, 'axes.axisbelow': True, 'grid.color': '#e5e5e5', 'image.cmap': WEIGHTS,
-          'legend.frameon': False, 'lines.linewidth': 1.6}
+_STYLE = {
+    'figure.figsize': (4, 2.6),
+    'figure.dpi': 110,
+    'figure.constrained_layout.use': True,
+    'font.size': 9,
+    'axes.titlesize': 9,
+    'axes.titlelocation': 'left',
+    'axes.spines.top': False,
+    'axes.spines.right': False,
+    'axes.grid': True,
+    'axes.axisbelow': True,
+    'grid.color': '#e5e5e5',
+    'image.cmap': WEIGHTS,
+    'legend.frameon': False,
+    'lines.linewidth': 1.6,
+}
+
 
 def pyplot():
     "`matplotlib.pyplot` in the book's style"
@@ -840,106 +1199,146 @@ def pyplot():
     return plt
 
 # %% ../nbs/00_lab.ipynb #2e41cec9
-def in_notebook()->bool:
+def in_notebook() -> bool:
     "Is there a live kernel that can show things?"
     shell = sys.modules['IPython'].get_ipython() if 'IPython' in sys.modules else None
     return hasattr(shell, 'kernel')
 
+
 def show(
-    fig=None,     # a matplotlib figure; the current one if none
-    alt:str=None  # what a reader who cannot see it should know; the titles if none
-): # a PNG with its alt text; outside IPython, the figure
-    "Turn a figure into a picture that a saved notebook keeps, with words for those who cannot see it"
+    fig=None,  # a matplotlib figure; the current one if none
+    alt: str = None,  # what a reader who cannot see it should know; the titles if none
+):  # a PNG with its alt text; outside IPython, the figure
+    """Turn a figure into a picture that a saved notebook keeps, with words for those who cannot see
+    it"""
     import io
+
     fig = fig or pyplot().gcf()
-    alt = alt or '; '.join(filter(None, [fig.get_suptitle(), *(ax.get_title('left') or ax.get_title() for ax in fig.axes)]))
-    if 'IPython' not in sys.modules: return fig
-    fig.savefig(png := io.BytesIO(), format='png'); pyplot().close(fig)
+    alt = alt or '; '.join(
+        filter(
+            None, [fig.get_suptitle(), *(ax.get_title('left') or ax.get_title() for ax in fig.axes)]
+        )
+    )
+    if 'IPython' not in sys.modules:
+        return fig
+    # 'tight': a title that is longer than the axes makes the picture wider, and is not cut
+    fig.savefig(png := io.BytesIO(), format='png', bbox_inches='tight', pad_inches=0.06)
+    pyplot().close(fig)
     return need('IPython.display').Image(png.getvalue(), alt=alt)
 
 # %% ../nbs/00_lab.ipynb #9efa4830
 _DRAWN = 'drawn by llm_lab'
 
-def save_picture(fig, path)->Path: # where it is now
+
+def save_picture(fig, path) -> Path:  # where it is now
     "Write a figure as .png, .svg or .pdf; raises `LabError` over a file that was not written so"
     path = Path(path)
-    if not path.suffix: path = path.with_suffix('.png')
+    if not path.suffix:
+        path = path.with_suffix('.png')
     kind = path.suffix[1:].lower()
     if kind not in ('png', 'svg', 'pdf'):
         raise LabError(f'{path}: a picture is a .png, .svg or .pdf: give such a name')
     # a picture that was edited since keeps the mark: it is taken for ours
     require_ours(resolved(path), lambda data: _DRAWN.encode() in data)
     says = {'Software' if kind == 'png' else 'Creator': _DRAWN}
-    with written(path) as new: fig.savefig(new, format=kind, metadata=says)
+    with written(path) as new:
+        fig.savefig(new, format=kind, metadata=says)
     return path
 
 # %% ../nbs/00_lab.ipynb #b128b85e
-def widgets_live()->bool:
-    "Can widgets live here? In a live kernel, where no still is asked for by `IN_TEST` or `LLM_LAB_STILL`"
+def widgets_live() -> bool:
+    """Can widgets live here? In a live kernel, where no still is asked for by `IN_TEST` or
+    `LLM_LAB_STILL`"""
     return in_notebook() and not {'IN_TEST', 'LLM_LAB_STILL'} & os.environ.keys()
+
 
 def _draw(picture, knobs):
     "One call of the picture, ready to be displayed"
     made = picture(**knobs)
     return show(made) if hasattr(made, 'savefig') else made
 
+
 def explore(
-    picture, # a pure function of its knobs that returns a figure, or HTML
-    **knobs  # name=(still, choice, choice, …), or name='a text that may be changed'
-): # the still picture, or its sliders where widgets live
+    picture,  # a pure function of its knobs that returns a figure, or HTML
+    **knobs,  # name=(still, choice, choice, …), or name='a text that may be changed'
+):  # the still picture, or its sliders where widgets live
     "Show `picture` at the first value of each knob; in a live notebook, with a control for each"
     still = {k: v if isinstance(v, str) else v[0] for k, v in knobs.items()}
-    if not widgets_live(): return _draw(picture, still)
-    w, display = need('ipywidgets'), need('IPython.display').display
+    if not widgets_live():
+        return _draw(picture, still)
+    w = need('ipywidgets')
+    display = need('IPython.display').display
+
     def control(name, values):
-        if isinstance(values, str): return w.Text(value=values, description=name, layout=dict(width='40em'))
+        if isinstance(values, str):
+            return w.Text(value=values, description=name, layout=dict(width='40em'))
         texts = any(isinstance(v, str) for v in values)
         options = list(dict.fromkeys(values)) if texts else sorted(set(values))
-        return (w.Dropdown if texts else w.SelectionSlider)(options=options, value=values[0], description=name,
-                                                            style=dict(description_width='initial'))
+        return (w.Dropdown if texts else w.SelectionSlider)(
+            options=options,
+            value=values[0],
+            description=name,
+            style=dict(description_width='initial'),
+        )
+
     controls = {k: control(k, v) for k, v in knobs.items()}
     out = w.interactive_output(lambda **kw: display(_draw(picture, kw)), controls)
     return w.VBox([*controls.values(), out])
 
 # %% ../nbs/00_lab.ipynb #33dab54a
 class Live:
-    "One status line that rewrites itself: `live(text)` shows, `live.close(text)` leaves the last word"
-    def __init__(self, every=10.): # seconds between lines where nothing can be rewritten
-        self.every, self.last, self.handle = every, time.monotonic(), None
+    """One status line that rewrites itself:
+
+    `live(text)` shows, `live.close(text)` leaves the last word"""
+
+    def __init__(self, every=10.0):  # seconds between lines where nothing can be rewritten
+        self.every = every
+        self.last = time.monotonic()
+        self.handle = None
         self.tty = not in_notebook() and sys.stdout.isatty()
 
     def __call__(self, text, final=False):
-        if os.environ.get('RANK', '0') != '0': return          # of several processes, the first one speaks
+        if os.environ.get('RANK', '0') != '0':
+            return  # of several processes, the first one speaks
         if in_notebook():
             import html
+
             d = need('IPython.display')
             page = d.HTML(f'<pre style="margin:0">{html.escape(text)}</pre>')
-            if self.handle: self.handle.update(page)
-            else: self.handle = d.display(page, display_id=True)
+            if self.handle:
+                self.handle.update(page)
+            else:
+                self.handle = d.display(page, display_id=True)
         elif self.tty:
             width = shutil.get_terminal_size().columns - 1
             print('\r' + text[:width].ljust(width), end='\n' if final else '', flush=True)
         elif final or time.monotonic() - self.last >= self.every:
-            self.last = time.monotonic(); print(text, flush=True)
+            self.last = time.monotonic()
+            print(text, flush=True)
 
-    def close(self, text): self(text, final=True)
+    def close(self, text):
+        self(text, final=True)
 
 # %% ../nbs/00_lab.ipynb #4b486e9b
 def progress(
-    items,          # anything to go through
-    label:str,      # what is being done
-    total:int=None  # how many there are, if `items` cannot say
+    items,  # anything to go through
+    label: str,  # what is being done
+    total: int = None,  # how many there are, if `items` cannot say
 ):
     "Yield the items and show how far we are: a bar in a terminal, a live line in a notebook"
     if not in_notebook():
         from tqdm import tqdm
-        yield from tqdm(items, desc=label, total=total, leave=False, disable=None)  # None: silent in a log
+
+        yield from tqdm(
+            items, desc=label, total=total, leave=False, disable=None
+        )  # None: silent in a log
         return
-    if total is None and hasattr(items, '__len__'): total = len(items)
+    if total is None and hasattr(items, '__len__'):
+        total = len(items)
     of = '' if total is None else f' of {total}'
-    live, last, n = Live(), 0., -1
+    live, last, n = Live(), 0.0, -1
     for n, item in enumerate(items):
-        if time.monotonic() - last > .2:
+        if time.monotonic() - last > 0.2:
             last = time.monotonic()
             live(f'{label}: {n}{of}')
         yield item
@@ -948,73 +1347,104 @@ def progress(
 # %% ../nbs/00_lab.ipynb #55b1809d
 @contextmanager
 def stoppable(
-    stop # called with 'by hand' (Ctrl-C), 'by SIGTERM' or 'by SIGHUP'; the second one breaks
+    stop,  # called with 'by hand' (Ctrl-C), 'by SIGTERM' or 'by SIGHUP'; the second one breaks
 ):
-    "Within, an interrupt asks for an end instead of making one (in the main thread, the only one that hears it)"
-    names, main = {signal.SIGINT: 'by hand', signal.SIGTERM: 'by SIGTERM'}, threading.main_thread()
-    hangup = getattr(signal, 'SIGHUP', None)                   # Windows has none
-    if hangup: names[hangup] = 'by SIGHUP'
-    old = {s: h for s in names if threading.current_thread() is main
-           and (h := signal.getsignal(s)) not in (None, signal.SIG_IGN)}
+    """Within, an interrupt asks for an end instead of making one (in the main thread, the only one
+    that hears it)"""
+    names = {signal.SIGINT: 'by hand', signal.SIGTERM: 'by SIGTERM'}
+    main = threading.main_thread()
+    hangup = getattr(signal, 'SIGHUP', None)  # Windows has none
+    if hangup:
+        names[hangup] = 'by SIGHUP'
+    old = {
+        s: h
+        for s in names
+        if threading.current_thread() is main
+        and (h := signal.getsignal(s)) not in (None, signal.SIG_IGN)
+    }
+
     def first(number, frame):
         signal.signal(number, signal.SIG_IGN if number == hangup else old[number])
         stop(names[number])
-    for s in old: signal.signal(s, first)
-    try: yield
+
+    for s in old:
+        signal.signal(s, first)
+    try:
+        yield
     finally:
         for s, h in old.items():
             # a hang-up that came stays ignored: it comes again while the work is being saved
             came = s == hangup and signal.getsignal(s) is signal.SIG_IGN
-            if not came: signal.signal(s, h)
+            if not came:
+                signal.signal(s, h)
 
 # %% ../nbs/00_lab.ipynb #8c5c9eb5
 def flops(
-    f # a function without arguments
-)->int:
-    "Operations in the matrix products of one call, those of the way back too: 2 for each multiply and add"
+    f,  # a function without arguments
+) -> int:
+    """Operations in the matrix products of one call, those of the way back too:
+
+    2 for each multiply and add"""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH): f()  # attention as plain products
+
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        f()  # attention as plain products
     return counter.get_total_flops()
 
 # %% ../nbs/00_lab.ipynb #b6019d06
-_one = threading.RLock()                                       # the setting is everybody's: one thread at a time
+_one = threading.RLock()  # the setting is everybody's: one thread at a time
+
 
 def by_onednn(f):
     "`f`, its float32 products made by oneDNN"
+
     def call(*args):
         from torch.backends.mkldnn import matmul
+
         with _one:
             old, matmul.fp32_precision = matmul.fp32_precision, 'bf16'
-            try: return f(*args)
-            finally: matmul.fp32_precision = old
+            try:
+                return f(*args)
+            finally:
+                matmul.fp32_precision = old
+
     return call
+
 
 def once(f):
     "`f`, measured once a process for each argument, on plain tensors whatever the caller's mode"
+
     @cache
     @wraps(f)
     def call(*args):
         import torch
         from torch.utils._python_dispatch import _disable_current_modes
+
         with _disable_current_modes(), torch.no_grad(), torch.autocast('cpu', enabled=False):
             return f(*args)
+
     return call
 
+
 @once
-def exact_by_onednn()->bool:
+def exact_by_onednn() -> bool:
     "Does this processor have oneDNN's other way, and are its products as exact as float32's?"
     import torch
-    if torch.backends.cpu.get_cpu_capability() != 'AVX512': return False          # it asks for that
-    if not torch.backends.mkldnn.is_available(): return False
-    a = torch.linspace(-1, 1, 256*512).sin().view(256, 512)
+
+    if torch.backends.cpu.get_cpu_capability() != 'AVX512':
+        return False  # it asks for that
+    if not torch.backends.mkldnn.is_available():
+        return False
+    a = torch.linspace(-1, 1, 256 * 512).sin().view(256, 512)
     exact = a.double() @ a.double().T
-    return bool((by_onednn(torch.mm)(a, a.T) - exact).norm() < 2e-6*exact.norm())
+    return bool((by_onednn(torch.mm)(a, a.T) - exact).norm() < 2e-6 * exact.norm())
+
 
 def least_seconds(
-    ways:dict, # {name: a function without arguments}
-    rounds=30
-)->dict: # {name: seconds}
+    ways: dict,  # {name: a function without arguments}
+    rounds=30,
+) -> dict:  # {name: seconds}
     "The fewest seconds that a call took, of many in turns: other programs hardly disturb that"
     least = dict.fromkeys(ways, math.inf)
     for _ in range(rounds):
@@ -1024,117 +1454,161 @@ def least_seconds(
             least[name] = min(least[name], time.perf_counter() - start)
     return least
 
+
 @once
-def quick_products()->bool:
+def quick_products() -> bool:
     "Are float32 products by oneDNN exact, and much faster than PyTorch's choice? Is measured"
     import torch
-    if not exact_by_onednn(): return False
+
+    if not exact_by_onednn():
+        return False
     a = torch.ones(256, 512)
     took = least_seconds(dict(usual=lambda: a @ a.T, quick=lambda: by_onednn(torch.mm)(a, a.T)))
-    return took['quick'] < took['usual']/1.5
+    return took['quick'] < took['usual'] / 1.5
 
 # %% ../nbs/00_lab.ipynb #62dfe3a2
 def peak_flops(
     device='cpu',
     dtype=None,  # float32 if none
-    size=None,   # of the matrices; 1024 on the CPU, 8192 elsewhere
-    seconds=.3   # how long to try
-)->float:
+    size=None,  # of the matrices; 1024 on the CPU, 8192 elsewhere
+    seconds=0.3,  # how long to try
+) -> float:
     "The most floating-point operations a second that products of square matrices reach here"
     import torch
+
     size = size or (1024 if device == 'cpu' else 8192)
-    a, best, start = torch.randn(size, size, device=device).to(dtype or torch.float32), 0., time.perf_counter()
+    a = torch.randn(size, size, device=device).to(dtype or torch.float32)
+    best = 0.0
+    start = time.perf_counter()
     wait = (lambda: None) if device == 'cpu' else torch.accelerator.synchronize
     product = by_onednn(torch.mm) if device == 'cpu' and quick_products() else torch.mm
-    product(a, a); wait()                                      # the first call also sets things up
+    product(a, a)
+    wait()  # the first call also sets things up
     while (now := time.perf_counter()) - start < seconds or not best:
-        product(a, a); wait()
-        best = max(best, 2*size**3/(time.perf_counter() - now))
+        product(a, a)
+        wait()
+        best = max(best, 2 * size**3 / (time.perf_counter() - now))
     return best
 
 # %% ../nbs/00_lab.ipynb #91df9c11
-_KINDS = {'matrix products': 'mm|linear|conv', 'attention': 'attention', 'activation': 'gelu|silu|relu|sigmoid|tanh',
-          'norms': 'layer_norm|rms_norm', 'loss': 'softmax|nll|cross_entropy', 'embeddings': 'embedding|index',
-          'optimiser': '_fused_|_foreach_', 'other operations': ''}
+_KINDS = {
+    'matrix products': 'mm|linear|conv',
+    'attention': 'attention',
+    'activation': 'gelu|silu|relu|sigmoid|tanh',
+    'norms': 'layer_norm|rms_norm',
+    'loss': 'softmax|nll|cross_entropy',
+    'embeddings': 'embedding|index',
+    'optimiser': '_fused_|_foreach_',
+    'other operations': '',
+}
+
 
 def _clocked(spent, wait):
     "Within, each operation adds the seconds it takes to its kind in `spent`"
     from torch.utils._python_dispatch import TorchDispatchMode
+
     class Clocked(TorchDispatchMode):
         def __torch_dispatch__(self, op, types, args=(), kwargs=None):
             start, out = time.perf_counter(), op(*args, **(kwargs or {}))
             wait()
             took = time.perf_counter() - start
-            kind = next(k for k, words in _KINDS.items() if re.search(words, op.overloadpacket.__name__))
-            spent[kind] = spent.get(kind, 0.) + took
+            kind = next(
+                k for k, words in _KINDS.items() if re.search(words, op.overloadpacket.__name__)
+            )
+            spent[kind] = spent.get(kind, 0.0) + took
             return out
+
     return Clocked()
 
 # %% ../nbs/00_lab.ipynb #c8e66332
 def time_by_kind(
-    f,       # a function without arguments
-    calls=10
-)->dict: # {kind of operation: seconds a call}, longest first
-    "Where the time of a call goes: every operation timed by itself; what is left is 'between operations'"
+    f,  # a function without arguments
+    calls=10,
+) -> dict:  # {kind of operation: seconds a call}, longest first
+    """Where the time of a call goes: every operation timed by itself; what is left is 'between
+    operations'"""
     import torch
+
     wait = torch.accelerator.synchronize if torch.accelerator.is_available() else lambda: None
-    spent, whole = {}, 0.
-    f(); wait()
+    spent, whole = {}, 0.0
+    f()
+    wait()
     for _ in range(calls):
-        start = time.perf_counter(); f(); wait(); whole += time.perf_counter() - start
-        with _clocked(spent, wait): f()
-    spent['between operations'] = max(0., whole - sum(spent.values()))
-    return {k: v/calls for k, v in sorted(spent.items(), key=lambda kv: -kv[1])}
+        start = time.perf_counter()
+        f()
+        wait()
+        whole += time.perf_counter() - start
+        with _clocked(spent, wait):
+            f()
+    spent['between operations'] = max(0.0, whole - sum(spent.values()))
+    return {k: v / calls for k, v in sorted(spent.items(), key=lambda kv: -kv[1])}
 
 # %% ../nbs/00_lab.ipynb #ece56c23
-def keep_memory()->bool: # could it be asked?
-    "Ask the C library (glibc) to keep freed memory for the next tensor: fresh pages cost more than a sum over them"
+def keep_memory() -> bool:  # could it be asked?
+    """Ask the C library (glibc) to keep freed memory for the next tensor: fresh pages cost more
+    than a sum over them"""
     import ctypes
-    try: option = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError): return False  # macOS, Windows and musl do it their own way
-    return all(option(which, 1 << 30) for which in (-3, -1))   # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+
+    try:
+        option = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False  # macOS, Windows and musl do it their own way
+    return all(option(which, 1 << 30) for which in (-3, -1))  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 
 # %% ../nbs/00_lab.ipynb #f1187097
 @contextmanager
-def use_threads(n:int):
+def use_threads(n: int):
     "Within, PyTorch shares each operation on the CPU out to `n` threads"
     import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(n)
-    try: yield
-    finally: torch.set_num_threads(before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
 
 def _seconds_per_call(work, seconds):
-    "Seconds that `work()` takes: the mean over so long, at least two calls; one before them warms up"
+    """Seconds that `work()` takes: the mean over so long, at least two calls; one before them warms
+    up"""
     work()
     calls, start = 0, time.perf_counter()
     while calls < 2 or time.perf_counter() - start < seconds:
         work()
         calls += 1
-    return (time.perf_counter() - start)/calls
+    return (time.perf_counter() - start) / calls
+
 
 def race(
-    ways:dict,         # {name: a function without arguments that ends when its result is there}
-    seconds=.2,        # to try each for, in each of three rounds
-    within=nullcontext # what each name stands in while it is tried, such as `use_threads`
-)->dict: # {name: seconds of a call}, the median of its rounds
+    ways: dict,  # {name: a function without arguments that ends when its result is there}
+    seconds=0.2,  # to try each for, in each of three rounds
+    within=nullcontext,  # what each name stands in while it is tried, such as `use_threads`
+) -> dict:  # {name: seconds of a call}, the median of its rounds
     "How fast is each way here and now? In turns; who is far behind drops out"
-    taken, left = {name: [] for name in ways}, [*ways]
+    taken = {name: [] for name in ways}
+    left = [*ways]
     for _ in range(3):
         for name in left:
-            with within(name): taken[name].append(_seconds_per_call(ways[name], seconds))
-        typical = {name: sorted(t)[len(t)//2] for name, t in taken.items()}
-        left = [name for name in reversed(left) if typical[name] < 1.5*min(typical.values())]
+            with within(name):
+                taken[name].append(_seconds_per_call(ways[name], seconds))
+        typical = {name: sorted(t)[len(t) // 2] for name, t in taken.items()}
+        left = [name for name in reversed(left) if typical[name] < 1.5 * min(typical.values())]
     return typical
 
+
 def fastest_threads(
-    work,      # a function without arguments that ends when its result is there: a step on a copy of the model
-    seconds=.2 # to try each number of threads for, in each of three rounds
-)->int: # at most torch.get_num_threads(), which is as before
-    "With how many threads is `work()` fastest here and now? With $OMP_NUM_THREADS the caller has decided"
+    work,  # a function without arguments that waits for its result: a step on a copy of the model
+    seconds=0.2,  # to try each number of threads for, in each of three rounds
+) -> int:  # at most torch.get_num_threads(), which is as before
+    """With how many threads is `work()` fastest here and now?
+
+    With $OMP_NUM_THREADS the caller has decided"""
     import torch
+
     most = torch.get_num_threads()
-    choices = sorted({1, max(1, most//2), most})
-    if len(choices) == 1 or os.environ.get('OMP_NUM_THREADS'): return most
+    choices = sorted({1, max(1, most // 2), most})
+    if len(choices) == 1 or os.environ.get('OMP_NUM_THREADS'):
+        return most
     taken = race(dict.fromkeys(choices, work), seconds, use_threads)
-    return next(n for n in choices if taken[n] < 1.1*min(taken.values()))
+    return next(n for n in choices if taken[n] < 1.1 * min(taken.values()))

@@ -8,7 +8,8 @@ __all__ = ['OUTS', 'frequencies', 'Sinusoidal', 'Rope', 'to_half_split', 'half_s
            'freed', 'llama', 'rate']
 
 # %% ../nbs/16_llama.ipynb #344f5074
-import math, re
+import math
+import re
 from inspect import signature
 from copy import deepcopy
 from dataclasses import replace
@@ -21,52 +22,79 @@ from .gpt import Attention, Config, MLP, MiniGPT, part, require_as_said
 
 # %% ../nbs/16_llama.ipynb #cdb9707c
 def frequencies(
-    D:int,        # channels, two for each hand
-    base=10_000.  # the slowest hands turn about this much slower than the first
-)->Tensor: # radians per token, (D/2,)
+    D: int,  # channels, two for each hand
+    base=10_000.0,  # the slowest hands turn about this much slower than the first
+) -> Tensor:  # radians per token, (D/2,)
     "Speeds of hands: base^(−2m/D) for m = 0, 1, … (Vaswani et al. 2017, §3.5)"
-    return 1/base**(torch.arange(0, D, 2, device='cpu')/D)     # in this order, it has the bits of transformers' speeds
+    return 1 / base ** (
+        torch.arange(0, D, 2, device='cpu') / D
+    )  # in this order, it has the bits of transformers' speeds
 
 # %% ../nbs/16_llama.ipynb #96f1973b
 class Sinusoidal(nn.Module):
-    "Sines and cosines of the position, added to the token's vector (Vaswani et al. 2017, §3.5); nothing is learned"
-    def __init__(self, cfg, base=10_000.,
-        size=None): # of the numbers (root mean square); as first weights of the tokens if none
-        super().__init__()
-        self.freq, self.size = frequencies(cfg.d_model, base), size or .02*(768/cfg.d_model)**.5
+    """Sines and cosines of the position, added to the token's vector (Vaswani et al.
 
-    def forward(self, x, i): # (B, T, C), positions (T,) or (B, T) → (B, T, C)
-        if self.freq.device != x.device: self.freq = self.freq.to(x.device)
-        angle = i[..., None]*self.freq
-        return x + (self.size*2**.5*torch.cat([angle.sin(), angle.cos()], -1)).to(x.dtype)
+    2017, §3.5); nothing is learned"""
+
+    def __init__(
+        self, cfg, base=10_000.0, size=None
+    ):  # of the numbers (root mean square); as first weights of the tokens if none
+        super().__init__()
+        self.freq = frequencies(cfg.d_model, base)
+        self.size = size or 0.02 * (768 / cfg.d_model) ** 0.5
+
+    def forward(self, x, i):  # (B, T, C), positions (T,) or (B, T) → (B, T, C)
+        if self.freq.device != x.device:
+            self.freq = self.freq.to(x.device)
+        angle = i[..., None] * self.freq
+        return x + (self.size * 2**0.5 * torch.cat([angle.sin(), angle.cos()], -1)).to(x.dtype)
+
 
 def _even(cfg, **kw):
-    if cfg.d_model % 2: raise LabError(f'd_model={cfg.d_model}: sines and cosines need an even number of channels')
+    if cfg.d_model % 2:
+        raise LabError(f'd_model={cfg.d_model}: sines and cosines need an even number of channels')
+
+
 Sinusoidal.check = staticmethod(_even)
 
 # %% ../nbs/16_llama.ipynb #52fd9bf9
 class Rope(nn.Module):
     "A step: turns pairs of channels of q and k by position × speed (Su et al. 2021, eq. 34)"
-    def __init__(self, cfg, layer=0, base=10_000.,
-        partial=1.,        # share of the channels that turn (Black et al. 2022)
-        interleaved=False, # are neighbours a pair, as in the paper, or the two halves, as in Hugging Face's models?
-        scale=None):       # a recipe: speeds → speeds
+
+    def __init__(
+        self,
+        cfg,
+        layer=0,
+        base=10_000.0,
+        partial=1.0,  # share of the channels that turn (Black et al. 2022)
+        interleaved=False,  # are neighbours a pair (the paper), or the two halves (Hugging Face)?
+        scale=None,  # a recipe: speeds → speeds
+    ):
         super().__init__()
-        self.turned, self.interleaved = int(cfg.head_dim*partial), interleaved
+        self.turned = int(cfg.head_dim * partial)
+        self.interleaved = interleaved
         f = frequencies(self.turned, base)
-        if scale: f = scale(f)
+        if scale:
+            f = scale(f)
         self.freq = torch.stack([-f, f], -1).flatten() if interleaved else torch.cat([-f, f])
 
-    def hands(self, p, like): # positions (T,) or (B, T) → cosines and signed sines, (T, D) or (B, 1, T, D)
-        if self.freq.device != p.device: self.freq = self.freq.to(p.device)         # not a buffer: it stays float32
-        angle = p[..., None]*self.freq
+    def hands(
+        self, p, like
+    ):  # positions (T,) or (B, T) → cosines and signed sines, (T, D) or (B, 1, T, D)
+        if self.freq.device != p.device:
+            self.freq = self.freq.to(p.device)  # not a buffer: it stays float32
+        angle = p[..., None] * self.freq
         angle = angle[:, None] if p.dim() == 2 else angle
         return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
 
     def turn(self, x, c, s):
-        x, rest = x[..., :self.turned], x[..., self.turned:]
-        other = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) if self.interleaved else x.roll(self.turned//2, -1)
-        x = torch.addcmul(x*c, other, s)
+        x, rest = x[..., : self.turned], x[..., self.turned :]
+        other = (
+            x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+            if self.interleaved
+            else x.roll(self.turned // 2, -1)
+        )
+        x = torch.addcmul(x * c, other, s)
         return torch.cat([x, rest], -1) if rest.shape[-1] else x
 
     def forward(self, q, k, v, i, j, **ctx):
@@ -74,255 +102,376 @@ class Rope(nn.Module):
         return self.turn(q, *at), self.turn(k, *(at if j is i else self.hands(j, k))), v, i, j
 
 # %% ../nbs/16_llama.ipynb #944a0632
-def _pairs(cfg, partial=1., base=10_000., scale=None, **kw):
+def _pairs(cfg, partial=1.0, base=10_000.0, scale=None, **kw):
     for k, v, most in (('partial', partial, 1), ('base', base, math.inf)):
         if isinstance(v, bool) or not isinstance(v, (int, float)) or not 0 < v <= most:
-            raise LabError(f'{k}={v!r}: give a number above 0' + ' and up to 1'*(most == 1))
-    turned = int(cfg.head_dim*partial)
+            raise LabError(f'{k}={v!r}: give a number above 0' + ' and up to 1' * (most == 1))
+    turned = int(cfg.head_dim * partial)
     if turned % 2 or not turned:
-        raise LabError(f'{turned} of {cfg.head_dim} channels of a head would turn: pairs are needed; '
-                       'change n_heads, d_model or partial')
-    try: good = scale is None or scale(frequencies(turned, base)).isfinite().all()
-    except (TypeError, ZeroDivisionError): good = False
-    if not good: raise LabError(f'scale={scale!r} gives no speeds: fill in its numbers, all above 0')
+        raise LabError(
+            f'{turned} of {cfg.head_dim} channels of a head would turn: pairs are needed; '
+            'change n_heads, d_model or partial'
+        )
+    try:
+        good = scale is None or scale(frequencies(turned, base)).isfinite().all()
+    except (TypeError, ZeroDivisionError):
+        good = False
+    if not good:
+        raise LabError(f'scale={scale!r} gives no speeds: fill in its numbers, all above 0')
+
+
 Rope.check = staticmethod(_pairs)
 
 # %% ../nbs/16_llama.ipynb #38e8237f
 def to_half_split(
-    w:Tensor,    # weight (H·D, C) or bias (H·D,) of an interleaved q or k map
-    n_heads:int,
-    partial=1.   # share of the channels that turn
-)->Tensor: # of the same shape, for half-split pairs
+    w: Tensor,  # weight (H·D, C) or bias (H·D,) of an interleaved q or k map
+    n_heads: int,
+    partial=1.0,  # share of the channels that turn
+) -> Tensor:  # of the same shape, for half-split pairs
     "Reorder each head's turned channels: 0, 2, 4, …, then 1, 3, 5, …"
-    if len(w) % n_heads: raise LabError(f'{len(w)} rows are not those of {n_heads} heads: give the weight of q or of k')
+    if len(w) % n_heads:
+        raise LabError(
+            f'{len(w)} rows are not those of {n_heads} heads: give the weight of q or of k'
+        )
     heads = w.unflatten(0, (n_heads, -1))
-    n = int(heads.shape[1]*partial)
+    n = int(heads.shape[1] * partial)
     return torch.cat([heads[:, 0:n:2], heads[:, 1:n:2], heads[:, n:]], 1).flatten(0, 1)
 
 # %% ../nbs/16_llama.ipynb #3d5849d3
-def half_split(model:MiniGPT)->MiniGPT: # the same function; raises `LabError` if its Rope is not interleaved
-    "The model with channels of q and k reordered, so that its Rope turns halves, as in Hugging Face's files"
+def half_split(
+    model: MiniGPT,
+) -> MiniGPT:  # the same function; raises `LabError` if its Rope is not interleaved
+    """The model with channels of q and k reordered, so that its Rope turns halves, as in Hugging
+    Face's files"""
     require_as_said(model)
-    steps, sizes, D = model.cfg.attn.keywords.get('steps', ()), model.blocks[0].attn.sizes, model.cfg.head_dim
+    steps = model.cfg.attn.keywords.get('steps', ())
+    sizes = model.blocks[0].attn.sizes
+    D = model.cfg.head_dim
     ropes = [s for s in steps if s.func is Rope and s.keywords.get('interleaved')]
-    if len(ropes) != 1: raise LabError(f'{len(ropes)} interleaved Ropes in {model.cfg.attn}: one is needed')
-    share, state = ropes[0].keywords.get('partial', 1.), model.state_dict()
+    if len(ropes) != 1:
+        raise LabError(f'{len(ropes)} interleaved Ropes in {model.cfg.attn}: one is needed')
+    share = ropes[0].keywords.get('partial', 1.0)
+    state = model.state_dict()
     for name, w in state.items():
         if re.search(r'attn\.qkv\.(weight|bias|parametrizations\.weight\.original)$', name):
             q, k, v = w.split(sizes)
-            state[name] = torch.cat([to_half_split(q, sizes[0]//D, share), to_half_split(k, sizes[1]//D, share), v])
-        elif re.search(r'attn\.steps\.\d+\.[qk]\.weight$', name): state[name] = to_half_split(w, 1, share)
+            state[name] = torch.cat(
+                [to_half_split(q, sizes[0] // D, share), to_half_split(k, sizes[1] // D, share), v]
+            )
+        elif re.search(r'attn\.steps\.\d+\.[qk]\.weight$', name):
+            state[name] = to_half_split(w, 1, share)
     halves = tuple(part(s, interleaved=False) if s is ropes[0] else s for s in steps)
     new = MiniGPT(replace(model.cfg, attn=part(model.cfg.attn, steps=halves))).to(model.tok.weight)
     new.load_state_dict(state)
     return new.train(model.training)
 
 # %% ../nbs/16_llama.ipynb #92ead527
-def linear_scaling(freq:Tensor, factor:float)->Tensor: # (D/2,) → (D/2,)
+def linear_scaling(freq: Tensor, factor: float) -> Tensor:  # (D/2,) → (D/2,)
     "All hands slower by `factor`: position interpolation (Chen et al. 2023, eq. 4)"
-    return freq/factor
+    return freq / factor
+
 
 def llama3_scaling(
-    freq:Tensor,    # radians per token, (D/2,)
-    factor=8., low=1., high=4.,
-    original=8192   # length of text of the training, in tokens
-)->Tensor:
-    "Slower by `factor` where a hand makes fewer than `low` rounds in the original text, as it is above `high` (Llama 3.1)"
-    if not low < high: raise LabError(f'low={low!r}, high={high!r}: low must be below high')
-    rounds = original*freq/(2*math.pi)
-    share = ((rounds - low)/(high - low)).clamp(0, 1)
-    return freq*(share + (1 - share)/factor)
+    freq: Tensor,  # radians per token, (D/2,)
+    factor=8.0,
+    low=1.0,
+    high=4.0,
+    original=8192,  # length of text of the training, in tokens
+) -> Tensor:
+    """Slower by `factor` where a hand makes fewer than `low` rounds in the original text, as it is
+    above `high` (Llama 3.1)"""
+    if not low < high:
+        raise LabError(f'low={low!r}, high={high!r}: low must be below high')
+    rounds = original * freq / (2 * math.pi)
+    share = ((rounds - low) / (high - low)).clamp(0, 1)
+    return freq * (share + (1 - share) / factor)
 
 # %% ../nbs/16_llama.ipynb #052d24d8
 class RMSNorm(nn.Module):
     "x/√(mean(x²) + eps), times a weight for each channel (Zhang and Sennrich 2019, eq. 4)"
-    def __init__(self, d:int, eps=1e-6):
+
+    def __init__(self, d: int, eps=1e-6):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(d)), eps
 
-    def forward(self, x): # (…, d) → (…, d)
+    def forward(self, x):  # (…, d) → (…, d)
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 # %% ../nbs/16_llama.ipynb #a3f944c5
 class SwiGLU(nn.Module):
     "out(act(gate(x)) · value(x)): a gated MLP (Shazeer 2020, eq. 6), gate and value in one product"
-    def __init__(self, cfg, layer=0,
-        d_ff:int=None,        # 8/3·d_model if none, rounded up to a multiple of 8 (Llama 2 7B: of 256)
-        act=part(nn.SiLU),    # part(nn.GELU) makes it GeGLU
-        bias=False):
-        super().__init__()
-        d_ff = d_ff or -(-cfg.d_model//3)*8
-        self.sizes = (d_ff, d_ff)                              # gate, value: the rows of the one map, in order
-        self.up, self.act, self.out = nn.Linear(cfg.d_model, 2*d_ff, bias), act(), nn.Linear(d_ff, cfg.d_model, bias)
 
-    def forward(self, x, **ctx): # (B, T, C) → (B, T, C)
+    def __init__(
+        self,
+        cfg,
+        layer=0,
+        d_ff: int = None,  # 8/3·d_model if none, rounded up to a multiple of 8 (Llama 2 7B: of 256)
+        act=part(nn.SiLU),  # part(nn.GELU) makes it GeGLU
+        bias=False,
+    ):
+        super().__init__()
+        d_ff = d_ff or -(-cfg.d_model // 3) * 8
+        self.sizes = (d_ff, d_ff)  # gate, value: the rows of the one map, in order
+        self.up = nn.Linear(cfg.d_model, 2 * d_ff, bias)
+        self.act = act()
+        self.out = nn.Linear(d_ff, cfg.d_model, bias)
+
+    def forward(self, x, **ctx):  # (B, T, C) → (B, T, C)
         gate, value = self.up(x).split(self.sizes, dim=-1)
-        return self.out(self.act(gate)*value)
+        return self.out(self.act(gate) * value)
+
+
 SwiGLU.check = MLP.check
 
 # %% ../nbs/16_llama.ipynb #d6c3fb49
 class ReLU2(nn.Module):
     "max(x, 0)² (So et al. 2021)"
-    def forward(self, x): return F.relu(x).square()
+
+    def forward(self, x):
+        return F.relu(x).square()
 
 # %% ../nbs/16_llama.ipynb #4642fb0a
 class QKNorm(nn.Module):
-    "A step: RMSNorm on each head's q and k, so that |q·k|/√D ≤ √D · max|w_q| · max|w_k| (Henry et al. 2020; Qwen3)"
+    """A step: RMSNorm on each head's q and k, so that |q·k|/√D ≤ √D · max|w_q| · max|w_k| (Henry et
+    al. 2020; Qwen3)"""
+
     def __init__(self, cfg, layer=0, eps=1e-6):
         super().__init__()
-        self.q, self.k = RMSNorm(cfg.head_dim, eps), RMSNorm(cfg.head_dim, eps)
+        self.q = RMSNorm(cfg.head_dim, eps)
+        self.k = RMSNorm(cfg.head_dim, eps)
 
-    def forward(self, q, k, v, i, j, **ctx): return self.q(q), self.k(k), v, i, j
+    def forward(self, q, k, v, i, j, **ctx):
+        return self.q(q), self.k(k), v, i, j
 
 # %% ../nbs/16_llama.ipynb #a06b61d6
 class Capped(nn.Linear):
     "The head with a softcap: logits → cap·tanh(logits/cap) (Gemma Team 2024, §2)"
-    def __init__(self, d:int, vocab_size:int, cap=30., bias=False):
+
+    def __init__(self, d: int, vocab_size: int, cap=30.0, bias=False):
         super().__init__(d, vocab_size, bias)
         self.cap = cap
 
-    def forward(self, x): return self.cap*(super().forward(x)/self.cap).tanh() # (…, d) → (…, V)
+    def forward(self, x):
+        return self.cap * (super().forward(x) / self.cap).tanh()  # (…, d) → (…, V)
 
-def _cap_given(cfg, cap=30., **kw):
-    if not cap > 0: raise LabError(f'cap={cap!r}: give a number above 0')
+
+def _cap_given(cfg, cap=30.0, **kw):
+    if not cap > 0:
+        raise LabError(f'cap={cap!r}: give a number above 0')
+
+
 Capped.check = staticmethod(_cap_given)
 
 # %% ../nbs/16_llama.ipynb #1cc4aae0
-def _stacked(model, name, m): # rows of each map that is stacked in the layer `m`
+def _stacked(model, name, m):  # rows of each map that is stacked in the layer `m`
     owner, _, last = name.rpartition('.')
     sizes = getattr(model.get_submodule(owner), 'sizes', ())
     rows = m.weight.shape[-2]
     return list(sizes) if last != 'out' and sum(sizes) == rows else [rows]
 
-def projections(model)->dict: # {'blocks.0.attn.qkv.0': weight (rows, columns), …}
-    "Each linear map inside the blocks by itself: stacked ones are cut into q, k, v or gate, value, and (E, rows, columns) into E"
+
+def projections(model) -> dict:  # {'blocks.0.attn.qkv.0': weight (rows, columns), …}
+    """Each linear map inside the blocks by itself: stacked ones are cut into q, k, v or gate,
+    value, and (E, rows, columns) into E"""
     found = {}
     for name, m in model.blocks.named_modules(prefix='blocks'):
-        if not _is_map(m): continue
+        if not _is_map(m):
+            continue
         owner, _, last = name.rpartition('.')
-        for e, one in [('', m.weight)] if m.weight.dim() == 2 else [(f'.{e}', w) for e, w in enumerate(m.weight)]:
+        for e, one in (
+            [('', m.weight)]
+            if m.weight.dim() == 2
+            else [(f'.{e}', w) for e, w in enumerate(m.weight)]
+        ):
             parts = one.split(_stacked(model, name, m))
-            found |= {f'{owner}{e}.{last}' + f'.{n}'*(len(parts) > 1): w for n, w in enumerate(parts)}
+            found |= {
+                f'{owner}{e}.{last}' + f'.{n}' * (len(parts) > 1): w for n, w in enumerate(parts)
+            }
     return found
 
-def _is_map(m): return isinstance(m, nn.Linear) or isinstance(w := getattr(m, 'weight', None), Tensor) and w.dim() == 3
+
+def _is_map(m):
+    return (
+        isinstance(m, nn.Linear)
+        or isinstance(w := getattr(m, 'weight', None), Tensor)
+        and w.dim() == 3
+    )
 
 # %% ../nbs/16_llama.ipynb #0aecc51f
-OUTS = dict(depth=lambda L: (2*L)**-.5, plain=lambda L: 1., zero=lambda L: 0.)
+OUTS = dict(depth=lambda L: (2 * L) ** -0.5, plain=lambda L: 1.0, zero=lambda L: 0.0)
+
 
 def scaled_init(
-    model:nn.Module,
-    generator:torch.Generator,
-    std:float=None,   # size of an entry; .02·√(768/d_model) if none, as in `gpt2_init`
-    out='depth',      # maps that write into the stream are scaled by 1/√2L, by 1 ('plain') or by 0 ('zero')
-    orthogonal=False  # are the maps of the blocks orthogonal? All singular values are std·√max(rows, columns) then
+    model: nn.Module,
+    generator: torch.Generator,
+    std: float = None,  # size of an entry; .02·√(768/d_model) if none, as in `gpt2_init`
+    out='depth',  # maps that write into the stream are scaled by 1/√2L, 1 ('plain') or 0 ('zero')
+    orthogonal=False,  # maps of the blocks: all singular values are std·√max(rows, columns) then
 ):
-    "First weights: matrices of size `std`, biases 0 (Radford et al. 2019, §2.3; Zhang et al. 2019; Saxe et al. 2014)"
-    std = std or .02*(768/model.cfg.d_model)**.5
+    """First weights: matrices of size `std`, biases 0
+    (Radford et al. 2019, §2.3; Zhang et al. 2019; Saxe et al. 2014)"""
+    std = std or 0.02 * (768 / model.cfg.d_model) ** 0.5
     for name, p in model.named_parameters():
-        if p.dim() >= 2: nn.init.normal_(p, 0., std, generator=generator)
-        elif name.endswith('bias'): nn.init.zeros_(p)
+        if p.dim() >= 2:
+            nn.init.normal_(p, 0.0, std, generator=generator)
+        elif name.endswith('bias'):
+            nn.init.zeros_(p)
     with torch.no_grad():
         for name, w in projections(model).items():
-            if orthogonal: w.copy_(nn.init.orthogonal_(torch.empty_like(w), std*max(w.shape)**.5, generator))
-            if name.endswith('out'): w.mul_(OUTS[out](model.cfg.n_layers))
+            if orthogonal:
+                w.copy_(
+                    nn.init.orthogonal_(torch.empty_like(w), std * max(w.shape) ** 0.5, generator)
+                )
+            if name.endswith('out'):
+                w.mul_(OUTS[out](model.cfg.n_layers))
+
 
 def _known_out(cfg, out='depth', std=None, **kw):
-    if out not in OUTS: raise LabError(f'out={out!r}: choose from {", ".join(OUTS)}')
-    if std is not None and not std > 0: raise LabError(f'std={std!r}: give a size above 0')
+    if out not in OUTS:
+        raise LabError(f'out={out!r}: choose from {", ".join(OUTS)}')
+    if std is not None and not std > 0:
+        raise LabError(f'std={std!r}: give a size above 0')
+
+
 scaled_init.check = _known_out
 
 # %% ../nbs/16_llama.ipynb #7f422c0e
 class Spectral(nn.Module):
-    "A weight, stacked or not, whose largest singular values are its gains (Miyato et al. 2018, §2; Zhai et al. 2023)"
-    def __init__(self, weight:Tensor, sizes, gain:float=None):
+    """A weight, stacked or not, whose largest singular values are its gains (Miyato et al.
+
+    2018, §2; Zhai et al. 2023)"""
+
+    def __init__(self, weight: Tensor, sizes, gain: float = None):
         super().__init__()
         self.sizes, self.seen = list(sizes), None
         first = [torch.linalg.svd(w, full_matrices=False).Vh[0] for w in weight.split(self.sizes)]
-        self.register_buffer('u', torch.stack(first))          # (n, columns)
+        self.register_buffer('u', torch.stack(first))  # (n, columns)
         sigma = self.sigma(weight).detach()
-        if gain is None: self.gain = nn.Parameter(sigma)
-        else: self.register_buffer('gain', torch.full_like(sigma, gain))
+        if gain is None:
+            self.gain = nn.Parameter(sigma)
+        else:
+            self.register_buffer('gain', torch.full_like(sigma, gain))
 
     @torch.no_grad()
-    def turn(self, weight): # one round of power iteration: u toward the direction that is stretched most
-        self.u = torch.stack([F.normalize(w.T@(w@u), dim=0) for w, u in zip(weight.split(self.sizes), self.u)])
+    def turn(
+        self, weight
+    ):  # one round of power iteration: u toward the direction that is stretched most
+        self.u = torch.stack(
+            [F.normalize(w.T @ (w @ u), dim=0) for w, u in zip(weight.split(self.sizes), self.u)]
+        )
 
-    def sigma(self, weight): # (n,)
-        return torch.stack([(w@u).norm() for w, u in zip(weight.split(self.sizes), self.u)])
+    def sigma(self, weight):  # (n,)
+        return torch.stack([(w @ u).norm() for w, u in zip(weight.split(self.sizes), self.u)])
 
     def forward(self, weight):
         kind = 'cpu' if weight.is_meta else weight.device.type  # shapes alone have no such setting
-        with torch.autocast(kind, enabled=False):              # σ and u keep all their digits
-            if self.training:                                  # once for each change, also if a block runs twice
+        with torch.autocast(kind, enabled=False):  # σ and u keep all their digits
+            if self.training:  # once for each change, also if a block runs twice
                 now = None if torch.compiler.is_compiling() else weight._version
-                if now is None or now != self.seen: self.turn(weight); self.seen = now
-            by = self.gain/self.sigma(weight).clamp_min(1e-12)
-            return torch.cat([w*g for w, g in zip(weight.split(self.sizes), by)])
+                if now is None or now != self.seen:
+                    self.turn(weight)
+                    self.seen = now
+            by = self.gain / self.sigma(weight).clamp_min(1e-12)
+            return torch.cat([w * g for w, g in zip(weight.split(self.sizes), by)])
 
 # %% ../nbs/16_llama.ipynb #2c07df00
 def spectral_init(
-    model:nn.Module,
-    generator:torch.Generator,
-    gain:float=None,         # the largest singular value of each map; learned from where it begins if none
-    first=part(scaled_init)  # draws the weights
+    model: nn.Module,
+    generator: torch.Generator,
+    gain: float = None,  # largest singular value of each map; learned from where it begins if none
+    first=part(scaled_init),  # draws the weights
 ):
     "Draw first weights, then bind the singular values of all maps in the blocks by `Spectral`"
     first(model, generator=generator)
     for name, m in [*model.blocks.named_modules(prefix='blocks')]:
-        if not _is_map(m): continue
-        if m.weight.dim() > 2: raise LabError(f'{name}: maps side by side cannot be bound one by one; give init=part(scaled_init)')
-        if m.weight.device.type != 'meta' and not m.weight.any(): raise LabError(f'{name} begins at zero and has no direction to bind: give another out than zero')
-        register_parametrization(m, 'weight', Spectral(m.weight.detach(), _stacked(model, name, m), gain))
+        if not _is_map(m):
+            continue
+        if m.weight.dim() > 2:
+            raise LabError(
+                f'{name}: maps side by side cannot be bound one by one; give init=part(scaled_init)'
+            )
+        if m.weight.device.type != 'meta' and not m.weight.any():
+            raise LabError(
+                f'{name} begins at zero and has no direction to bind: give another out than zero'
+            )
+        register_parametrization(
+            m, 'weight', Spectral(m.weight.detach(), _stacked(model, name, m), gain)
+        )
 
 # %% ../nbs/16_llama.ipynb #c3659322
-def freed(model:MiniGPT)->MiniGPT: # in eval mode; raises `LabError` if nothing is bound
+def freed(model: MiniGPT) -> MiniGPT:  # in eval mode; raises `LabError` if nothing is bound
     "The same function with plain weights: what `Spectral` makes of them is written down"
-    state, kept = {}, re.compile(r'parametrizations\.weight\.(0\.\w+|original)$')
-    if model.cfg.init.func is not spectral_init: raise LabError(f'init={model.cfg.init}: no weights are bound; use the model')
+    state = {}
+    kept = re.compile(r'parametrizations\.weight\.(0\.\w+|original)$')
+    if model.cfg.init.func is not spectral_init:
+        raise LabError(f'init={model.cfg.init}: no weights are bound; use the model')
     require_as_said(model)
     model = deepcopy(model).eval()
     for name, w in model.state_dict().items():
-        if (place := kept.search(name)) is None: state[name] = w
-        else: state[name[:place.start()] + 'weight'] = model.get_submodule(name[:place.start() - 1]).weight.detach()
+        if (place := kept.search(name)) is None:
+            state[name] = w
+        else:
+            state[name[: place.start()] + 'weight'] = model.get_submodule(
+                name[: place.start() - 1]
+            ).weight.detach()
     plain = MiniGPT(replace(model.cfg, init=part(scaled_init))).to(model.tok.weight)
     plain.load_state_dict(state)
     return plain.eval()
 
 # %% ../nbs/16_llama.ipynb #8f32d40a
 def _given(x, kw, asked):
-    """A recipe with these keywords where it is an attention of this book and lacks them; of recipes in turn, each.
+    """A recipe with these keywords where it is an attention of this book and lacks them; of recipes
+    in turn, each.
 
-    A mixer of the reader's own gets nothing but a `rope` that was asked for; that it turns nothing is said once."""
-    if isinstance(x, tuple): return tuple(_given(y, kw, asked) for y in x)
-    if not isinstance(x, part): return x
-    if 'of' in x.keywords: return part(x, of=_given(x.keywords['of'], kw, asked))
+    A mixer of the reader's own gets nothing but a `rope` that was asked for; that it turns
+    nothing is said once."""
+    if isinstance(x, tuple):
+        return tuple(_given(y, kw, asked) for y in x)
+    if not isinstance(x, part):
+        return x
+    if 'of' in x.keywords:
+        return part(x, of=_given(x.keywords['of'], kw, asked))
     attends = isinstance(x.func, type) and issubclass(x.func, Attention)
-    if attends and x.func.__name__ in SLOTS['mixer']: return part(x, **kw | x.keywords)
-    if 'steps' not in signature(x.func).parameters or 'steps' in x.keywords: return x
-    if asked: return part(x, steps=kw['steps'])
-    warn_once(f'{x.func.__name__} is your own, so llama gives it no RoPE: write steps=(part(Rope),) where it should turn, '
-              'or steps=() where it should not')
+    if attends and x.func.__name__ in SLOTS['mixer']:
+        return part(x, **kw | x.keywords)
+    if 'steps' not in signature(x.func).parameters or 'steps' in x.keywords:
+        return x
+    if asked:
+        return part(x, steps=kw['steps'])
+    warn_once(
+        f'{x.func.__name__} is your own, so llama gives it no RoPE: '
+        'write steps=(part(Rope),) where it should turn, or steps=() where it should not'
+    )
     return x
 
+
 def llama(
-    vocab_size:int=65,
-    depth:int=None,       # one dial for the size: layers; width 64·depth and `depth` heads of 64 channels follow
-    attn=part(Attention), # an attention of this book gets the steps and bias that it does not give; your own mixer, nothing
-    rope=None,            # a recipe; `part(Rope)` if none
-    **settings            # as of `Config`
-)->Config:
+    vocab_size: int = 65,
+    depth: int = None,  # one dial: layers; width 64·depth and `depth` heads of 64 channels follow
+    attn=part(Attention),  # of this book, it gets steps and bias if not given; your own, nothing
+    rope=None,  # a recipe; `part(Rope)` if none
+    **settings,  # as of `Config`
+) -> Config:
     "Llama's block (Touvron et al. 2023, §2.2): RoPE, RMSNorm, SwiGLU, no biases"
     if depth is not None and (type(depth) is not int or depth < 1):
         raise LabError(f'depth={depth!r}: give a whole number of at least 1')
     if rope is not None and isinstance(attn, part) and 'steps' in attn.keywords:
-        raise LabError(f'rope={rope!r} beside steps of attn: write the Rope among the steps, or leave steps out')
-    if depth: settings = dict(n_layers=depth, d_model=64*depth, n_heads=depth) | settings
+        raise LabError(
+            f'rope={rope!r} beside steps of attn: write the Rope among the steps, or leave '
+            'steps out'
+        )
+    if depth:
+        settings = dict(n_layers=depth, d_model=64 * depth, n_heads=depth) | settings
     filled = _given(attn, dict(steps=(rope or part(Rope),), bias=False), rope is not None)
     if rope is not None and filled == attn:
         raise LabError(f'rope={rope!r}: attn={attn!r} takes no steps; leave rope out')
-    return Config(vocab_size, attn=filled, **dict(mlp=part(SwiGLU), norm=part(RMSNorm), pos=None) | settings)
+    return Config(
+        vocab_size, attn=filled, **dict(mlp=part(SwiGLU), norm=part(RMSNorm), pos=None) | settings
+    )
 
-def rate(cfg:Config, base=.011)->float:
-    "A learning rate of Muon for `depth`: `base` at 128 channels, in proportion to 1/d_model (measured in `depth_dial`)"
-    return base*128/cfg.d_model
+
+def rate(cfg: Config, base=0.011) -> float:
+    """A learning rate of Muon for `depth`:
+
+    `base` at 128 channels, in proportion to 1/d_model (measured in `depth_dial`)"""
+    return base * 128 / cfg.d_model

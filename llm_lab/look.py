@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['stepped', 'attention_maps', 'look', 'label', 'looks_at', 'attention_picture', 'mean_distance', 'heads_picture',
-           'attention_html', 'heads_html', 'attention_map', 'repeated_ids', 'blind', 'head_scores', 'scores_picture',
-           'logit_lens', 'lens_html', 'without_head']
+           'attention_html', 'heads_html', 'static', 'attention_map', 'repeated_ids', 'blind', 'head_scores',
+           'scores_picture', 'logit_lens', 'lens_html', 'without_head']
 
 # %% ../nbs/11_look.ipynb #d6fba88b
 import sys
@@ -13,6 +13,7 @@ from base64 import b64encode
 from contextlib import contextmanager
 from functools import cache, partial
 from html import escape
+from importlib.resources import files
 from io import BytesIO
 import torch
 from torch import Tensor, nn
@@ -22,61 +23,87 @@ from .gpt import Attention
 # %% ../nbs/11_look.ipynb #d453cecd
 class _Step(nn.Module):
     "A step made of a function"
-    def __init__(self, f): super().__init__(); self.f = f
-    def forward(self, *qkvij, **ctx): return self.f(*qkvij, **ctx)
+
+    def __init__(self, f):
+        super().__init__()
+        self.f = f
+
+    def forward(self, *qkvij, **ctx):
+        return self.f(*qkvij, **ctx)
+
 
 @contextmanager
-def stepped(model, f): # f: (attn, q, k, v, i, j, **ctx) → (q, k, v, i, j)
-    "Within, every attention runs `f` last; then the model is as it was, also after an error. One thread at a time"
+def stepped(model, f):  # f: (attn, q, k, v, i, j, **ctx) → (q, k, v, i, j)
+    """Within, every attention runs `f` last; then the model is as it was, also after an error.
+
+    One thread at a time"""
     found = [m for m in model.modules() if isinstance(m, Attention)]
-    if not found: raise LabError('this model has no attention to look at: make one with attn=part(Attention)')
-    for attn in found: attn.steps.append(_Step(partial(f, attn)))
-    try: yield
+    if not found:
+        raise LabError('this model has no attention to look at: make one with attn=part(Attention)')
+    for attn in found:
+        attn.steps.append(_Step(partial(f, attn)))
+    try:
+        yield
     finally:
-        for attn in found: attn.steps.pop(-1)
+        for attn in found:
+            attn.steps.pop(-1)
 
 # %% ../nbs/11_look.ipynb #e775469a
 @torch.no_grad()
-def _read(model, ids, i=None, **ctx): # ids (T,) or (B, T)
+def _read(model, ids, i=None, **ctx):  # ids (T,) or (B, T)
     "Let the model read in evaluation mode, and leave it in the mode it was in"
-    training, ids = model.training, torch.as_tensor(ids, device=next(model.parameters()).device)
-    try: return model.eval()(ids.reshape(-1, ids.shape[-1]), i, **ctx)
-    finally: model.train(training)
+    training = model.training
+    ids = torch.as_tensor(ids, device=next(model.parameters()).device)
+    try:
+        return model.eval()(ids.reshape(-1, ids.shape[-1]), i, **ctx)
+    finally:
+        model.train(training)
 
-def _placed(weights, j, size): # (B, H, T, S), key positions (S,) or (B, S) → (B, H, T, size)
-    "Each weight in the column of its key's position; an empty place, −1, gets one more column, which is cut off"
+
+def _placed(weights, j, size):  # (B, H, T, S), key positions (S,) or (B, S) → (B, H, T, size)
+    """Each weight in the column of its key's position; an empty place, −1, gets one more column,
+    which is cut off"""
     at = j.remainder(size + 1).expand(len(weights), -1)[:, None, None].expand_as(weights)
     return weights.new_zeros(*weights.shape[:3], size + 1).scatter_add_(-1, at, weights)[..., :-1]
 
 # %% ../nbs/11_look.ipynb #54ebc4eb
+# (L, H, T, S), or (B, L, H, T, S) for several: [layer, head, query, key position], float32 on the
+# CPU
 def attention_maps(
     model,
-    ids,    # one text, (T,), or several of one length, (B, T)
-    i=None, # its positions, (T,) or (B, T); 0, 1, 2, … if none
-    **ctx   # words that parts of the model read; a cache is filled, as by any reading
-)->Tensor: # (L, H, T, S), or (B, L, H, T, S) for several: [layer, head, query, key position], float32 on the CPU
+    ids,  # one text, (T,), or several of one length, (B, T)
+    i=None,  # its positions, (T,) or (B, T); 0, 1, 2, … if none
+    **ctx,  # words that parts of the model read; a cache is filled, as by any reading
+) -> Tensor:
     "Attention weights of every layer and head: `attend` itself, asked with unit vectors as values"
     notes = []
+
     def watch(attn, q, k, v, i, j, **ctx):
         units = torch.eye(k.shape[2], dtype=q.dtype, device=q.device).expand(*k.shape[:2], -1, -1)
-        notes.append((attn.join(q, k, units, i, j, **ctx | dict(rising=False)).float().cpu(), j.cpu()))
+        notes.append(
+            (attn.join(q, k, units, i, j, **ctx | dict(rising=False)).float().cpu(), j.cpu())
+        )
         return q, k, v, i, j
-    with stepped(model, watch): _read(model, ids, i, **ctx)
-    size = 1 + max(int(j.max()) for _, j in notes)             # layers may keep different keys
+
+    with stepped(model, watch):
+        _read(model, ids, i, **ctx)
+    size = 1 + max(int(j.max()) for _, j in notes)  # layers may keep different keys
     maps = torch.stack([_placed(*note, size) for note in notes], 1)
     return maps if torch.as_tensor(ids).dim() == 2 else maps[0]
 
 # %% ../nbs/11_look.ipynb #b56ac978
-def look(model, tokenizer, text:str, **ctx):
+def look(model, tokenizer, text: str, **ctx):
     "Attention maps of a text, (L, H, T, T), and its tokens as strings"
     ids = tokenizer.encode(text)
     return attention_maps(model, ids, **ctx), [tokenizer.decode([i]) for i in ids]
 
-def label(token:str)->str:
+
+def label(token: str) -> str:
     "A token as a reader can see it: ↵ for a new line, ␣ for a blank"
     return token.replace('\n', '↵').replace(' ', '␣')
 
-def looks_at(weights:Tensor, tokens, query=-1, n=3)->str: # weights: one map, (T, T)
+
+def looks_at(weights: Tensor, tokens, query=-1, n=3) -> str:  # weights: one map, (T, T)
     "In words: the `n` places that get most of a query's weight"
     row = weights[query].tolist()
     best = [s for s in sorted(range(len(row)), key=lambda s: -row[s])[:n] if row[s] > 0]
@@ -87,271 +114,323 @@ def looks_at(weights:Tensor, tokens, query=-1, n=3)->str: # weights: one map, (T
 def _checked(weights, tokens, layer=0, head=0, query=-1, most=None):
     "The choice, counted from the start; raises `LabError` where maps, text and choice do not fit"
     if weights.dim() != 4 or weights.shape[2:] != (T := len(tokens), T):
-        raise LabError(f'maps of shape {tuple(weights.shape)} do not fit {len(tokens)} tokens: '
-                       'give both as `look` returns them')
-    if most and T > most: raise LabError(f'a text of {T} tokens is too long for this view: give at most {most}')
+        raise LabError(
+            f'maps of shape {tuple(weights.shape)} do not fit {len(tokens)} tokens: '
+            'give both as `look` returns them'
+        )
+    if most and T > most:
+        raise LabError(f'a text of {T} tokens is too long for this view: give at most {most}')
     for name, n, size in zip(('layer', 'head', 'query'), (layer, head, query), weights.shape):
-        if not -size <= n < size: raise LabError(f'{name}={n}: choose from 0 to {size - 1}')
+        if not -size <= n < size:
+            raise LabError(f'{name}={n}: choose from 0 to {size - 1}')
     return [n % size for n, size in zip((layer, head, query), weights.shape)]
 
 # %% ../nbs/11_look.ipynb #87135945
-def attention_picture(weights:Tensor, tokens, layer=0, head=0, query=-1): # as `look` gives them → a figure
-    "One map; the shade is √weight, so that small weights show; the row of `query` is marked, and told in the title"
+def attention_picture(
+    weights: Tensor, tokens, layer=0, head=0, query=-1
+):  # as `look` gives them → a figure
+    """One map; the shade is √weight, so that small weights show; the row of `query` is marked, and
+    told in the title"""
     (layer, head, query), plt = _checked(weights, tokens, layer, head, query), pyplot()
     fig, ax = plt.subplots(figsize=(4, 4))
-    ax.imshow(weights[layer, head].sqrt(), cmap=WEIGHTS, vmin=0, vmax=1); ax.grid(False)
+    ax.imshow(weights[layer, head].sqrt(), cmap=WEIGHTS, vmin=0, vmax=1)
+    ax.grid(False)
     if len(tokens) <= 48:
-        for axis in (ax.xaxis, ax.yaxis): axis.set_ticks(range(len(tokens)), map(label, tokens), fontsize=6)
-    for edge in (query - .5, query + .5): ax.axhline(edge, color='w', lw=.6)
-    ax.set(xlabel='key: what is looked at', ylabel='query: who looks', title=(
-        f'layer {layer}, head {head}, the marked row:\n{looks_at(weights[layer, head], tokens, query)}'))
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_ticks(range(len(tokens)), map(label, tokens), fontsize=6)
+    for edge in (query - 0.5, query + 0.5):
+        ax.axhline(edge, color='w', lw=0.6)
+    ax.set(
+        xlabel='key: what is looked at',
+        ylabel='query: who looks',
+        title=(
+            f'layer {layer}, head {head}, the marked '
+            f'row:\n{looks_at(weights[layer, head], tokens, query)}'
+        ),
+    )
     return fig
 
 # %% ../nbs/11_look.ipynb #578c1c6f
-def mean_distance(weights:Tensor)->Tensor: # (…, T, S) → (…)
-    "How many places back a head looks: the mean over queries, the last T of S positions, of Σ weight·(i − j)"
+def mean_distance(weights: Tensor) -> Tensor:  # (…, T, S) → (…)
+    """How many places back a head looks: the mean over queries, the last T of S positions, of Σ
+    weight·(i − j)"""
     j = torch.arange(weights.shape[-1])
-    return (weights*(j[-weights.shape[-2]:, None] - j)).sum(-1).mean(-1)
+    return (weights * (j[-weights.shape[-2] :, None] - j)).sum(-1).mean(-1)
 
-def heads_picture(weights:Tensor): # maps of one text, (L, H, T, T) → a matplotlib figure
+
+def heads_picture(weights: Tensor):  # maps of one text, (L, H, T, T) → a matplotlib figure
     "All maps of a text: a row for each layer, a column for each head"
     (L, H), far, plt = weights.shape[:2], mean_distance(weights).flatten().tolist(), pyplot()
-    name, low, high = lambda n: f'{n//H}.{n % H}', far.index(min(far)), far.index(max(far))
-    fig, axs = plt.subplots(L, H, figsize=(1.1*H + .2, 1.25*L + .4), squeeze=False)
+    name = lambda n: f'{n // H}.{n % H}'
+    low = far.index(min(far))
+    high = far.index(max(far))
+    fig, axs = plt.subplots(L, H, figsize=(1.1 * H + 0.2, 1.25 * L + 0.4), squeeze=False)
     for n, (ax, w) in enumerate(zip(axs.flat, weights.flatten(0, 1))):
-        ax.imshow(w.sqrt(), cmap=WEIGHTS, vmin=0, vmax=1); ax.grid(False); ax.set(xticks=[], yticks=[])
+        ax.imshow(w.sqrt(), cmap=WEIGHTS, vmin=0, vmax=1)
+        ax.grid(False)
+        ax.set(xticks=[], yticks=[])
         ax.set_title(f'{name(n)}: {far[n]:.1f} back', fontsize=7)
-    fig.suptitle(f'head {name(low)} looks {far[low]:.1f} back, head {name(high)} looks {far[high]:.1f}',
-                 x=.02, ha='left', fontsize=9)
+    fig.suptitle(
+        f'head {name(low)} looks {far[low]:.1f} back, head {name(high)} looks {far[high]:.1f}',
+        x=0.02,
+        ha='left',
+        fontsize=9,
+    )
     return fig
 
 # %% ../nbs/11_look.ipynb #c9c60112
-_INK, _MOST = '26,95,180', 256     # the shade; the longest text that is shown as text
+_INK, _MOST = '26,95,180', 256  # the shade; the longest text that is shown as text
+
 
 def _shaded(token, weight, looks):
-    "A token on a ground of strength √weight, its weight in the tool tip; underlined if it is the one who looks"
-    tip, shown = escape(f'{label(token)} {weight:.2f}', quote=True), escape(token.replace('\n', '↵\n'))
-    style = f'background-color:rgba({_INK},{weight**.5:.2f})' + ';color:#fff'*(weight > .36)
-    if weight < .005 and not looks: return shown
-    return f'<span title="{tip}" style="{style}{";border-bottom:3px solid #e66100"*looks}">{shown}</span>'
+    """A token on a ground of strength √weight, its weight in the tool tip; underlined if it is the
+    one who looks"""
+    tip = escape(f'{label(token)} {weight:.2f}', quote=True)
+    shown = escape(token.replace('\n', '↵\n'))
+    style = f'background-color:rgba({_INK},{weight**0.5:.2f})' + ';color:#fff' * (weight > 0.36)
+    if weight < 0.005 and not looks:
+        return shown
+    return (
+        f'<span title="{tip}" '
+        f'style="{style}{";border-bottom:3px solid #e66100" * looks}">{shown}</span>'
+    )
 
-def attention_html(weights:Tensor, tokens, layer=0, head=0, query=-1)->str:
-    "The text for each head, shaded by one query's weights, one unfolded. No script, no style sheet, no picture"
+
+def attention_html(weights: Tensor, tokens, layer=0, head=0, query=-1) -> str:
+    """The text for each head, shaded by one query's weights, one unfolded.
+
+    No script, no style sheet, no picture"""
     layer, head, query = _checked(weights, tokens, layer, head, query, _MOST)
+
     def one(l, h):
         says = escape(f'layer {l}, head {h}: {looks_at(weights[l, h], tokens, query)}')
-        text = map(_shaded, tokens, weights[l, h, query].tolist(), (s == query for s in range(len(tokens))))
-        return (f'<details{" open"*((l, h) == (layer, head))}><summary>{says}</summary>'
-                f'<div style="font-family:monospace;white-space:pre-wrap">{"".join(text)}</div></details>')
+        text = map(
+            _shaded, tokens, weights[l, h, query].tolist(), (s == query for s in range(len(tokens)))
+        )
+        return (
+            f'<details{" open" * ((l, h) == (layer, head))}><summary>{says}</summary>'
+            '<div style="font-family:monospace;white-space:pre-wrap">'
+            f'{"".join(text)}</div></details>'
+        )
+
     return ''.join(one(l, h) for l in range(weights.shape[0]) for h in range(weights.shape[1]))
 
 # %% ../nbs/11_look.ipynb #032e6a55
-def _png(w)->str: # one map, (T, T)
-    "A map as a picture that lies inside a page, at least 240 pixels wide: viewers blur what they enlarge"
-    w = (w.sqrt()*31).round().div(31).kron(torch.ones([239//len(w) + 1]*2))
+def _png(w) -> str:  # one map, (T, T)
+    """A map as a picture that lies inside a page, at least 240 pixels wide: viewers blur what they
+    enlarge"""
+    w = (w.sqrt() * 31).round().div(31).kron(torch.ones([239 // len(w) + 1] * 2))
     pyplot().imsave(png := BytesIO(), w.numpy(), cmap=WEIGHTS, vmin=0, vmax=1, format='png')
     return 'data:image/png;base64,' + b64encode(png.getvalue()).decode()
 
-def heads_html(weights:Tensor, tokens, query=-1)->str:
-    "All maps of a text, a row for each layer; a click unfolds one and says where a query looks. No script"
-    query, far = _checked(weights, tokens, query=query, most=_MOST)[2], mean_distance(weights).tolist()
+
+def heads_html(weights: Tensor, tokens, query=-1) -> str:
+    """All maps of a text, a row for each layer; a click unfolds one and says where a query looks.
+
+    No script"""
+    query = _checked(weights, tokens, query=query, most=_MOST)[2]
+    far = mean_distance(weights).tolist()
+
     def one(l, h):
-        name, png = f'layer {l}, head {h}: {far[l][h]:.1f} back', _png(weights[l, h])
+        name = f'layer {l}, head {h}: {far[l][h]:.1f} back'
+        png = _png(weights[l, h])
         img = lambda size: f'<img src="{png}" alt="{name}" width="{size}" height="{size}">'
         says = escape(looks_at(weights[l, h], tokens, query))
-        return (f'<td style="vertical-align:top;text-align:left;border:none"><details><summary title="{name}">'
-                f'{img(56)}</summary><b>{name}</b><br>{img(280)}<br>{says}</details></td>')
+        return (
+            '<td style="vertical-align:top;text-align:left;border:none"><details><summary '
+            f'title="{name}">'
+            f'{img(56)}</summary><b>{name}</b><br>{img(280)}<br>{says}</details></td>'
+        )
+
     rows = (''.join(one(l, h) for h in range(weights.shape[1])) for l in range(weights.shape[0]))
-    return '<table>' + ''.join(f'<tr style="background:transparent">{row}</tr>' for row in rows) + '</table>'
-
-# %% ../nbs/11_look.ipynb #bb5196f0
-_SHOW = '''
-const label = t => t.replaceAll('\\n', '↵').replaceAll(' ', '␣');
-const read = (model, layer, head) => {
-  const [L, H, T] = model.get('shape'), data = model.get('data'), at = data.byteOffset + 4*T*T*(layer*H + head);
-  return new Float32Array(data.buffer.slice(at, at + 4*T*T)); };
-const paint = (canvas, T, weights) => {
-  const image = new ImageData(canvas.width = canvas.height = T, T);
-  weights.forEach((w, n) => image.data.set([INK, 255*Math.sqrt(w)], 4*n));
-  canvas.getContext('2d').putImageData(image, 0, 0); };
-const show = (model, spans, words, query) => {
-  const tokens = model.get('tokens'), T = tokens.length, say = s => `“${label(tokens[s])}”`;
-  const w = read(model, model.get('layer'), model.get('head')).subarray(T*query, T*query + T);
-  const best = [...w.keys()].sort((a, b) => w[b] - w[a]).slice(0, 3).filter(s => w[s] > 0);
-  spans.forEach((span, s) => {
-    span.style.background = `rgba(INK,${Math.sqrt(w[s])})`; span.style.color = w[s] > .36 ? '#fff' : '';
-    span.setAttribute('aria-current', s == query); span.classList.toggle('look-later', s > query); });
-  words.textContent = `${say(query)} looks at ` + best.map(s => `${say(s)} ${w[s].toFixed(2)}`).join(', ');
-};'''.replace('INK', _INK)
-
-# %% ../nbs/11_look.ipynb #e12df83a
-_RENDER = '''
-const render = ({ model, el }) => {
-  const make = (tag, name, text, into) => into.appendChild(
-    Object.assign(document.createElement(tag), { className: 'look' + name, textContent: text }));
-  const choice = ['layer', 'head', 'query'], set = (name, n) => { model.set(name, n); model.save_changes(); };
-  const box = make('div', '', '', el), knobs = choice.slice(0, 2).map((name, d) => {
-    const bar = make('div', '-bar', name, box);
-    return Array.from({ length: model.get('shape')[d] }, (_, n) => {
-      const b = make('button', '-knob', n, bar); b.ariaLabel = `${name} ${n}`; b.onclick = () => set(name, n);
-      return b; }); });
-  const text = make('div', '-text', '', box), words = make('div', '-words', '', box);
-  make('div', '-help', 'Point at a token, or walk with ← and →. A click or Enter keeps it.', box);
-  const spans = model.get('tokens').map(t => make('span', '-token', t.replaceAll('\\n', '↵\\n'), text));
-'''
-
-# %% ../nbs/11_look.ipynb #c95688ef
-_MAPS = '''
-  const [L, H, T] = model.get('shape'), grid = make('div', '-maps', '', box);
-  grid.style.gridTemplateColumns = `repeat(${H}, minmax(0, 58px))`;
-  const thumbs = Array.from({ length: L*H }, (_, n) => {
-    const b = make('button', '-thumb', '', grid), place = [Math.floor(n/H), n % H], w = read(model, ...place);
-    const far = w.reduce((sum, x, at) => sum + x*(Math.floor(at/T) - at % T), 0)/T;
-    b.title = b.ariaLabel = `layer ${place[0]}, head ${place[1]}: ${far.toFixed(1)} back`;
-    b.onclick = () => { model.set('layer', place[0]); set('head', place[1]); };
-    paint(make('canvas', '-map', '', b), T, w); return b; });
-  const big = make('div', '-big', '', box), map = make('canvas', '-map', '', big), row = make('i', '-row', '', big);
-  const look = s => { show(model, spans, words, s); row.style = `top: ${100*s/T}%; height: ${100/T}%`; };
-  const kept = () => look(model.get('query')), under = e => Math.floor(T*e.offsetY/(map.clientHeight + 1));
-  map.onmousemove = e => look(under(e)); map.onclick = e => set('query', under(e)); map.onmouseleave = kept;
-'''
-
-# %% ../nbs/11_look.ipynb #c1cc04d3
-_HANDLE = '''
-  spans.forEach((span, s) => { span.setAttribute('role', 'button');
-    span.onmouseenter = span.onfocus = () => look(s); span.onclick = () => set('query', s); });
-  text.onmouseleave = kept; text.addEventListener('focusout', kept); words.ariaLive = 'polite';
-  text.onkeydown = e => {
-    const now = spans.indexOf(e.target), step = { ArrowLeft: -1, ArrowRight: 1 }[e.key];
-    if (step) spans[Math.min(Math.max(now + step, 0), spans.length - 1)].focus();
-    else if (e.key === 'Enter' || e.key === ' ') set('query', now); else return;
-    e.preventDefault(); e.stopPropagation(); };
-  const draw = () => { kept(); paint(map, T, read(model, model.get('layer'), model.get('head')));
-    thumbs.forEach((b, n) => b.setAttribute('aria-pressed', n == model.get('layer')*H + model.get('head')));
-    knobs.forEach((bar, d) => bar.forEach((b, n) => b.setAttribute('aria-pressed', n == model.get(choice[d]))));
-    spans.forEach((span, s) => { span.tabIndex = s == model.get('query') ? 0 : -1; }); };
-  choice.forEach(name => model.on('change:' + name, draw)); draw();
-  return () => choice.forEach(name => model.off('change:' + name, draw));
-};
-export default { render };'''
-
-# %% ../nbs/11_look.ipynb #29a4acaf
-_CSS = '''
-.look { max-width: 700px; color: var(--jp-ui-font-color1, inherit); font: 13px/1.5 system-ui, sans-serif; }
-.look > * { margin: 4px 3px; } .look > .look-bar { margin-right: 20px; }
-.look-bar { display: inline-flex; flex-wrap: wrap; align-items: center; gap: 4px; } .look-later { opacity: .5; }
-.look-knob { padding: 2px 9px; border: 1px solid #8888; border-radius: 4px; background: none; color: inherit; }
-.look-text { font: 15px/1.9 monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
-.look-token { padding: 3px 0; cursor: pointer; } .look-token[aria-current=true] { box-shadow: inset 0 -3px #e66100 }
-.look-maps { display: inline-grid; gap: 2px; margin-right: 16px !important; max-width: 100%; vertical-align: top; }
-.look-thumb { padding: 1px; border: 2px solid transparent; border-radius: 4px; background: none; cursor: pointer; }
-.look-thumb[aria-pressed=true] { border-color: #e66100; } .look-row { position: absolute; left: 0; right: 0;
-  box-sizing: border-box; min-height: 3px; outline: 1px solid #e66100; pointer-events: none; }
-.look-map { display: block; width: 100%; aspect-ratio: 1; image-rendering: pixelated; background: #8882; }
-.look-big { position: relative; display: inline-block; width: 250px; max-width: 100%; overflow: hidden; }
-.look-knob[aria-pressed=true] { background: rgb(INK); color: #fff; } .look-words { font-weight: 600; }
-.look :focus-visible { outline: 2px solid #e66100; outline-offset: 2px; }'''.replace('INK', _INK)
+    return (
+        '<table>'
+        + ''.join(f'<tr style="background:transparent">{row}</tr>' for row in rows)
+        + '</table>'
+    )
 
 # %% ../nbs/11_look.ipynb #5c57136c
+def static(name: str) -> str:
+    "The text of a file in `llm_lab/static`: a program for the page, or a style sheet"
+    return (files('llm_lab') / 'static' / name).read_text(encoding='utf-8')
+
+
 @cache
 def _live():
     "The widget's class"
     anywidget, t = need('anywidget'), need('traitlets')
+
     class AttentionMap(anywidget.AnyWidget):
-        _esm, _css = _SHOW + _RENDER + _MAPS + _HANDLE, _CSS
-        tokens, shape, data = t.List().tag(sync=True), t.List().tag(sync=True), t.Bytes().tag(sync=True)
+        _esm, _css = static('look.js'), static('look.css')
+        tokens = t.List().tag(sync=True)
+        shape = t.List().tag(sync=True)
+        data = t.Bytes().tag(sync=True)
         layer, head, query = (t.Int().tag(sync=True) for _ in range(3))
+
     return AttentionMap
 
 # %% ../nbs/11_look.ipynb #1242fad1
 def _shared(weights, tokens, layer=0, head=0, query=-1):
     "What the program in the page is told; the weights go as little-endian float32"
     layer, head, query = _checked(weights, tokens, layer, head, query, _MOST)
-    return dict(tokens=list(tokens), shape=list(weights.shape[:3]), layer=layer, head=head, query=query,
-                data=weights.contiguous().numpy().astype('<f4').tobytes())
+    return dict(
+        tokens=list(tokens),
+        shape=list(weights.shape[:3]),
+        layer=layer,
+        head=head,
+        query=query,
+        data=weights.contiguous().numpy().astype('<f4').tobytes(),
+    )
 
-def attention_map(weights:Tensor, tokens, layer=0, head=0, query=-1): # a widget; the still page where none can live
-    "A text to touch: choose layer and head by name or by their small map, point at a token, see where it looks"
+
+def attention_map(
+    weights: Tensor, tokens, layer=0, head=0, query=-1
+):  # a widget; the still page where none can live
+    """A text to touch: choose layer and head by name or by their small map, point at a token, see
+    where it looks"""
     shared = _shared(weights, tokens, layer, head, query)
     if widgets_live():
-        try: return _live()(**shared)
-        except LabError: pass                                  # anywidget is not installed
+        try:
+            return _live()(**shared)
+        except LabError:
+            pass  # anywidget is not installed
     page = attention_html(weights, tokens, layer, head, query)
     return need('IPython.display').HTML(page) if 'IPython' in sys.modules else page
 
 # %% ../nbs/11_look.ipynb #9a5eb7dc
-def repeated_ids(vocab_size:int, length=24, batch=32, seed=0)->Tensor: # (batch, 2·length)
+def repeated_ids(vocab_size: int, length=24, batch=32, seed=0) -> Tensor:  # (batch, 2·length)
     "Random ids, all different, and then the same once more (Olsson et al. 2022)"
-    if not 1 < length <= vocab_size: raise LabError(f'length={length}: choose from 2 to {vocab_size} different ids')
-    return torch.rand(batch, vocab_size, generator=rng(seed, 'repeated')).argsort(1)[:, :length].repeat(1, 2)
+    if not 1 < length <= vocab_size:
+        raise LabError(f'length={length}: choose from 2 to {vocab_size} different ids')
+    return (
+        torch.rand(batch, vocab_size, generator=rng(seed, 'repeated'))
+        .argsort(1)[:, :length]
+        .repeat(1, 2)
+    )
 
-def blind(T:int)->Tensor: # (T, T)
+
+def blind(T: int) -> Tensor:  # (T, T)
     "The map of a head that looks at everything so far alike"
-    return torch.ones(T, T).tril()/torch.arange(1, T + 1)[:, None]
+    return torch.ones(T, T).tril() / torch.arange(1, T + 1)[:, None]
 
 # %% ../nbs/11_look.ipynb #0e1baa82
-def head_scores(maps:Tensor, ids)->dict: # (L, H, T, T) and (T,), or (B, L, H, T, T) and (B, T) → {name: (L, H)}
-    "Mean weight on the token before, on what followed a copy (induction), on the copy (Olsson et al. 2022)"
+def head_scores(
+    maps: Tensor, ids
+) -> dict:  # (L, H, T, T) and (T,), or (B, L, H, T, T) and (B, T) → {name: (L, H)}
+    """Mean weight on the token before, on what followed a copy (induction), on the copy (Olsson et
+    al. 2022)"""
     ids, T = torch.as_tensor(ids).cpu(), maps.shape[-1]
     if maps.shape[-2] != T or ids.shape != (*maps.shape[:-4], T):
-        raise LabError(f'maps of shape {tuple(maps.shape)} do not fit ids of shape {tuple(ids.shape)}')
-    same = (ids[..., :, None] == ids[..., None, :]).tril(-1).view(-1, T, T)    # key s is an earlier copy of query t
-    if not same.any(): raise LabError('no token of this text comes twice: take ids as `repeated_ids` makes them')
-    wanted = dict(previous=torch.ones_like(same).tril(-1).triu(-1), induction=same.roll(1, -1), duplicate=same)
-    score = lambda m: torch.einsum('blhts,bts->lh', maps.view(-1, *maps.shape[-4:]), m.float())/m.any(-1).sum()
+        raise LabError(
+            f'maps of shape {tuple(maps.shape)} do not fit ids of shape {tuple(ids.shape)}'
+        )
+    same = (
+        (ids[..., :, None] == ids[..., None, :]).tril(-1).view(-1, T, T)
+    )  # key s is an earlier copy of query t
+    if not same.any():
+        raise LabError('no token of this text comes twice: take ids as `repeated_ids` makes them')
+    wanted = dict(
+        previous=torch.ones_like(same).tril(-1).triu(-1), induction=same.roll(1, -1), duplicate=same
+    )
+    score = lambda m: (
+        torch.einsum('blhts,bts->lh', maps.view(-1, *maps.shape[-4:]), m.float()) / m.any(-1).sum()
+    )
     return {name: score(m) for name, m in wanted.items()}
 
 # %% ../nbs/11_look.ipynb #d7130796
-def scores_picture(scores:dict, chance:dict): # of `head_scores`: a model's, a blind head's → a matplotlib figure
+def scores_picture(
+    scores: dict, chance: dict
+):  # of `head_scores`: a model's, a blind head's → a matplotlib figure
     "Layer × head, a panel for each score; the title tells the highest and what a blind head has"
     plt, (L, H) = pyplot(), next(iter(scores.values())).shape
-    fig, axs = plt.subplots(1, len(scores), figsize=(len(scores)*(.36*H + .35), .36*L + .9), squeeze=False)
+    fig, axs = plt.subplots(
+        1, len(scores), figsize=(len(scores) * (0.36 * H + 0.35), 0.36 * L + 0.9), squeeze=False
+    )
     for ax, (name, s) in zip(axs.flat, scores.items()):
-        ax.imshow(s, cmap=WEIGHTS, vmin=0, vmax=1); ax.grid(False)
+        ax.imshow(s, cmap=WEIGHTS, vmin=0, vmax=1)
+        ax.grid(False)
         for n, x in enumerate(s.flatten().tolist()):
-            ax.text(n % H, n//H, f'{x:.2f}', ha='center', va='center', fontsize=7, color='k' if x > .6 else 'w')
-        best, by = f'{s.max():.2f}', '{}.{}'.format(*divmod(int(s.argmax()), H))
+            ax.text(
+                n % H,
+                n // H,
+                f'{x:.2f}',
+                ha='center',
+                va='center',
+                fontsize=7,
+                color='k' if x > 0.6 else 'w',
+            )
+        best = f'{s.max():.2f}'
+        by = '{}.{}'.format(*divmod(int(s.argmax()), H))
         ax.set_title(f'{name}: {best}, head {by}\n(blind: {chance[name].item():.2f})', fontsize=8)
         ax.set(xticks=range(H), yticks=range(L), xlabel='head')
     axs[0, 0].set_ylabel('layer')
     return fig
 
 # %% ../nbs/11_look.ipynb #dbf5d231
-def logit_lens(model, ids, i=None, **ctx)->Tensor: # asked as `attention_maps`; (L+1, T, V), or (B, L+1, T, V)
-    "What it would say if it stopped after the embedding, after each block: logits (nostalgebraist 2020)"
+def logit_lens(
+    model, ids, i=None, **ctx
+) -> Tensor:  # asked as `attention_maps`; (L+1, T, V), or (B, L+1, T, V)
+    """What it would say if it stopped after the embedding, after each block: logits (nostalgebraist
+    2020)"""
     said, note = [], lambda x: said.append(model.head(model.norm(x)).float().cpu())
     hooks = [model.blocks[0].register_forward_pre_hook(lambda block, args: note(args[0]))]
     hooks += [b.register_forward_hook(lambda block, args, x: note(x)) for b in model.blocks]
-    try: _read(model, ids, i, **ctx)
-    finally: [h.remove() for h in hooks]
+    try:
+        _read(model, ids, i, **ctx)
+    finally:
+        [h.remove() for h in hooks]
     lens = torch.stack(said, 1)
     return lens if torch.as_tensor(ids).dim() == 2 else lens[0]
 
 # %% ../nbs/11_look.ipynb #7aca681f
-def lens_html(lens:Tensor, tokens, tokenizer)->str: # as `logit_lens` and `look` give them for one text
-    "The likeliest next token after each layer, the last layer on top. No script, no style sheet, no picture"
+def lens_html(
+    lens: Tensor, tokens, tokenizer
+) -> str:  # as `logit_lens` and `look` give them for one text
+    """The likeliest next token after each layer, the last layer on top.
+
+    No script, no style sheet, no picture"""
     if lens.dim() != 3 or lens.shape[1] != len(tokens) or len(tokens) > _MOST:
-        raise LabError(f'logits of shape {tuple(lens.shape)} do not fit {len(tokens)} tokens; {_MOST} are the most')
+        raise LabError(
+            f'logits of shape {tuple(lens.shape)} do not fit {len(tokens)} tokens; {_MOST} '
+            'are the most'
+        )
     td = '<td title="{}" style="padding:1px 3px;border:none;text-align:center;{}">{}</td>'.format
+
     def cell(name, t, p, best):
-        said, right = [label(tokenizer.decode([b])) for b in best], [*map(label, tokens[t + 1:t + 2])]
-        tip = '\n'.join([f'{name}, after “{label(tokens[t])}”:', *(f'{s} {x:.2f}' for s, x in zip(said, p))])
-        style = f'background-color:rgba({_INK},{p[0]:.2f})' + ';color:#fff'*(p[0] > .6)
-        return td(escape(tip), style + ';font-weight:bold'*(said[:1] == right), escape(said[0]))
-    row = lambda name, cells: f'<tr style="background:transparent">{td("", "", name)}{"".join(cells)}</tr>'
+        said = [label(tokenizer.decode([b])) for b in best]
+        right = [*map(label, tokens[t + 1 : t + 2])]
+        tip = '\n'.join(
+            [f'{name}, after “{label(tokens[t])}”:', *(f'{s} {x:.2f}' for s, x in zip(said, p))]
+        )
+        style = f'background-color:rgba({_INK},{p[0]:.2f})' + ';color:#fff' * (p[0] > 0.6)
+        return td(escape(tip), style + ';font-weight:bold' * (said[:1] == right), escape(said[0]))
+
+    row = lambda name, cells: (
+        f'<tr style="background:transparent">{td("", "", name)}{"".join(cells)}</tr>'
+    )
     rows = [row('read', (td('', 'opacity:.6', escape(label(t))) for t in tokens))]
-    for l, (p, best) in enumerate(zip(*(t.tolist() for t in lens.softmax(-1).topk(min(5, lens.shape[2]))))):
+    for l, (p, best) in enumerate(
+        zip(*(t.tolist() for t in lens.softmax(-1).topk(min(5, lens.shape[2]))))
+    ):
         name = f'layer {l - 1}' if l else 'embedding'
         rows.append(row(name, (cell(name, t, *both) for t, both in enumerate(zip(p, best)))))
-    return ('<div style="overflow-x:auto"><table style="font-family:monospace;border-collapse:collapse">'
-            f'{"".join(reversed(rows))}</table></div>')
+    return (
+        '<div style="overflow-x:auto"><table '
+        'style="font-family:monospace;border-collapse:collapse">'
+        f'{"".join(reversed(rows))}</table></div>'
+    )
 
 # %% ../nbs/11_look.ipynb #7d535cca
-def without_head(model, layer:int, head:int):
-    "Within, one head, with values of its own, adds nothing: they are zero (a knock-out, as in Michel et al. 2019)"
+def without_head(model, layer: int, head: int):
+    """Within, one head, with values of its own, adds nothing: they are zero (a knock-out, as in
+    Michel et al. 2019)"""
     for name, n, size in (('layer', layer, model.cfg.n_layers), ('head', head, model.cfg.n_heads)):
-        if not 0 <= n < size: raise LabError(f'{name}={n}: choose from 0 to {size - 1}')
+        if not 0 <= n < size:
+            raise LabError(f'{name}={n}: choose from 0 to {size - 1}')
+
     def silence(attn, q, k, v, i, j, **ctx):
-        if attn.layer == layer: v = v.index_fill(1, torch.tensor(head, device=v.device), 0.)
+        if attn.layer == layer:
+            v = v.index_fill(1, torch.tensor(head, device=v.device), 0.0)
         return q, k, v, i, j
+
     return stepped(model, silence)

@@ -18,115 +18,177 @@ from .gpt import Aux, MiniGPT, part
 from .llama import SwiGLU
 
 # %% ../nbs/22_moe.ipynb #4b31b53f
-def _mine(chosen, n_experts): return chosen[..., None] == torch.arange(n_experts, device=chosen.device)      # (N, k, E)
+def _mine(chosen, n_experts):
+    return chosen[..., None] == torch.arange(n_experts, device=chosen.device)  # (N, k, E)
 
-def _taken(scores, chosen): # (N, E), (N, k) → (N, k): `gather`, but its way back adds up; a compiler may lose what a scatter writes there
-    return torch.where(_mine(chosen, scores.shape[-1]), scores[..., None, :], 0.).sum(-1)
+
+# (N, E), (N, k) → (N, k): `gather`, but its way back adds up; a compiler may lose what a scatter
+# writes there
+def _taken(scores, chosen):
+    return torch.where(_mine(chosen, scores.shape[-1]), scores[..., None, :], 0.0).sum(-1)
+
 
 def _weighed(scores, chosen, renormalise=True):
     w = _taken(scores, chosen)
-    return w/w.sum(-1, keepdim=True) if renormalise else w
+    return w / w.sum(-1, keepdim=True) if renormalise else w
+
 
 def softmax_top_k(
-    logits:Tensor,   # (N, E)
-    top_k:int,
-    bias=0.,         # on the choice, not on the weights: (E,)
-    renormalise=True # do the weights of a token sum to one?
-)->tuple: # weights (N, k), chosen experts (N, k), shares of all experts (N, E)
-    "Softmax over all experts, then the best `top_k` (Lepikhin et al. 2020; Fedus et al. 2021, eq. 1; Qwen3)"
+    logits: Tensor,  # (N, E)
+    top_k: int,
+    bias=0.0,  # on the choice, not on the weights: (E,)
+    renormalise=True,  # do the weights of a token sum to one?
+) -> tuple:  # weights (N, k), chosen experts (N, k), shares of all experts (N, E)
+    """Softmax over all experts, then the best `top_k` (Lepikhin et al. 2020; Fedus et al. 2021, eq.
+
+    1; Qwen3)"""
     p = logits.softmax(-1)
     chosen = (p + bias).topk(top_k).indices
     return _weighed(p, chosen, renormalise), chosen, p
 
-def top_k_softmax(logits, top_k, bias=0.): # as `softmax_top_k`
-    "The best `top_k`, then a softmax over their logits alone (Shazeer et al. 2017, eq. 3; Mixtral). For `top_k=1` all weights are 1"
+
+def top_k_softmax(logits, top_k, bias=0.0):  # as `softmax_top_k`
+    """The best `top_k`, then a softmax over their logits alone (Shazeer et al. 2017, eq. 3;
+
+    Mixtral). For `top_k=1` all weights are 1"""
     chosen = (logits + bias).topk(top_k).indices
     return _taken(logits, chosen).softmax(-1), chosen, logits.softmax(-1)
 
-def sigmoid_top_k(logits, top_k, bias=0., scale=1., renormalise=True): # as `softmax_top_k`; `scale` multiplies the weights
+
+def sigmoid_top_k(
+    logits, top_k, bias=0.0, scale=1.0, renormalise=True
+):  # as `softmax_top_k`; `scale` multiplies the weights
     "Each expert scored by itself, the best `top_k` renormalised (DeepSeek-AI 2024, eq. 12–16)"
     s = logits.sigmoid()
     chosen = (s + bias).topk(top_k).indices
-    return scale*_weighed(s, chosen, renormalise), chosen, s/s.sum(-1, keepdim=True)
+    return scale * _weighed(s, chosen, renormalise), chosen, s / s.sum(-1, keepdim=True)
 
 # %% ../nbs/22_moe.ipynb #7700dea5
-PAD = 32 # pieces are filled up to a multiple of this, unless there are few pairs: a kernel prepares itself for each new size
+# pieces are filled up to a multiple of this, unless there are few pairs: a kernel prepares itself
+# for each new size
+PAD = 32
 
-def _table(pairs, n_experts): # (rows of the sorted table, of which the last one stays free; multiple of a piece)
-    pad = PAD if pairs > n_experts*PAD else 1
-    return pairs + n_experts*pad, pad
 
+def _table(
+    pairs, n_experts
+):  # (rows of the sorted table, of which the last one stays free; multiple of a piece)
+    pad = PAD if pairs > n_experts * PAD else 1
+    return pairs + n_experts * pad, pad
+
+
+# row of each pair (k·N,) in the sorted table; rows of each expert (E,), and how many are filled
+# (E,); rows of the table
 def placed(
-    chosen:Tensor,   # (N, k)
-    n_experts:int,
-    most:int=None    # places that an expert has; no end if none
-)->tuple: # row of each pair (k·N,) in the sorted table; rows of each expert (E,), and how many are filled (E,); rows of the table
-    "One sort: rows of the same expert side by side. Who comes too late stands in the last row, which nobody reads"
-    pairs = chosen.t().flatten()                               # all first choices come before all second ones
+    chosen: Tensor,  # (N, k)
+    n_experts: int,
+    most: int = None,  # places that an expert has; no end if none
+) -> tuple:
+    """One sort: rows of the same expert side by side.
+
+    Who comes too late stands in the last row, which nobody reads"""
+    pairs = chosen.t().flatten()  # all first choices come before all second ones
     e, order = pairs.sort(stable=True)
-    counts = torch.zeros(n_experts, dtype=torch.int64, device=e.device).index_add_(0, pairs, torch.ones_like(pairs))
+    counts = torch.zeros(n_experts, dtype=torch.int64, device=e.device).index_add_(
+        0, pairs, torch.ones_like(pairs)
+    )
     rank = torch.arange(len(e), device=e.device) - (counts.cumsum(0) - counts)[e]
-    if most is not None: counts = counts.clamp_max(most)
+    if most is not None:
+        counts = counts.clamp_max(most)
     M, pad = _table(len(e), n_experts)
-    rows = (counts + pad - 1)//pad*pad
+    rows = (counts + pad - 1) // pad * pad
     row = (rows.cumsum(0) - rows)[e] + rank
-    if most is not None: row = torch.where(rank < most, row, M - 1)
+    if most is not None:
+        row = torch.where(rank < most, row, M - 1)
     return torch.empty_like(row).scatter_(0, order, row), rows, counts, M
 
 # %% ../nbs/22_moe.ipynb #3ef3e086
 class _Sent(torch.autograd.Function):
     "Rows (N, C) to their places in a table (M, C), k times; back, the sum of what came"
+
     @staticmethod
     def forward(ctx, x, place, M):
-        ctx.save_for_backward(place); ctx.times, ctx.N = len(place)//max(1, len(x)), len(x)
+        ctx.save_for_backward(place)
+        ctx.times, ctx.N = len(place) // max(1, len(x)), len(x)
         return x.new_zeros(M, x.shape[1]).index_copy_(0, place, x.repeat(ctx.times, 1))
 
     @staticmethod
     def backward(ctx, g):
-        place, = ctx.saved_tensors
+        (place,) = ctx.saved_tensors
         return g[place].view(ctx.times, ctx.N, g.shape[1]).sum(0), None, None
+
 
 class _Fetched(torch.autograd.Function):
     "The rows (k·N, C) at these places of a table (M, C); back, to their places, zeros elsewhere"
+
     @staticmethod
     def forward(ctx, y, place):
-        ctx.save_for_backward(place); ctx.M = len(y)
+        ctx.save_for_backward(place)
+        ctx.M = len(y)
         return y[place]
 
     @staticmethod
-    def backward(ctx, g): return g.new_zeros(ctx.M, g.shape[1]).index_copy_(0, ctx.saved_tensors[0], g), None
+    def backward(ctx, g):
+        return g.new_zeros(ctx.M, g.shape[1]).index_copy_(0, ctx.saved_tensors[0], g), None
 
 # %% ../nbs/22_moe.ipynb #ad1a65f6
-def _each(f, *tables, rows): # f of each expert's rows; the last table is filled, with zeros behind them
+def _each(
+    f, *tables, rows
+):  # f of each expert's rows; the last table is filled, with zeros behind them
     used = sum(sizes := rows.tolist())
-    for e, cut in enumerate(zip(*(t[:used].split(sizes) for t in tables))): f(e, *cut)
+    for e, cut in enumerate(zip(*(t[:used].split(sizes) for t in tables))):
+        f(e, *cut)
     tables[-1][used:] = 0
+
 
 def _forth(x, w, rows):
     out = x.new_empty(len(x), w.shape[1])
     _each(lambda e, a, o: torch.mm(a, w[e].T, out=o), x, out, rows=rows)
     return out
 
+
 def _back(g, x, w, rows):
     gx, gw = torch.empty_like(x), torch.empty_like(w)
-    def one(e, g, a, o): torch.mm(g, w[e], out=o); torch.mm(g.T, a, out=gw[e])
+
+    def one(e, g, a, o):
+        torch.mm(g, w[e], out=o)
+        torch.mm(g.T, a, out=gw[e])
+
     _each(one, g.contiguous(), x, gx, rows=rows)
     return gx, gw
 
-def _quick(f): return lambda *args: (by_onednn(f) if args[0].dtype == torch.float32 and args[0].device.type == 'cpu' and quick_products() else f)(*args)
+
+def _quick(f):
+    return lambda *args: (
+        by_onednn(f)
+        if args[0].dtype == torch.float32 and args[0].device.type == 'cpu' and quick_products()
+        else f
+    )(*args)
 
 # %% ../nbs/22_moe.ipynb #8fde24e9
 _ops = torch.library.Library('llm_lab', 'FRAGMENT')
 if not hasattr(torch.ops.llm_lab, 'grouped'):
-    _ops.define('grouped(Tensor x, Tensor w, Tensor rows) -> Tensor'); _ops.impl('grouped', _quick(_forth), 'CompositeExplicitAutograd')
+    _ops.define('grouped(Tensor x, Tensor w, Tensor rows) -> Tensor')
+    _ops.impl('grouped', _quick(_forth), 'CompositeExplicitAutograd')
     _ops.define('grouped_back(Tensor g, Tensor x, Tensor w, Tensor rows) -> (Tensor, Tensor)')
     _ops.impl('grouped_back', _quick(_back), 'CompositeExplicitAutograd')
     _ops.impl('grouped', lambda x, w, rows: x.new_empty(len(x), w.shape[1]), 'Meta')
-    _ops.impl('grouped_back', lambda g, x, w, rows: (torch.empty_like(x), torch.empty_like(w)), 'Meta')
-    for f, n in ((torch.ops.llm_lab.grouped, 0), (torch.ops.llm_lab.grouped_back, 1)): # x: (M, C), w: (E, F, C)
-        register_flop_formula(f)(lambda *s, n=n, **kw: 2*(1 + n)*_filled_rows(s[n][0], s[n + 1][0])*s[n + 1][1]*s[n + 1][2])
+    _ops.impl(
+        'grouped_back', lambda g, x, w, rows: (torch.empty_like(x), torch.empty_like(w)), 'Meta'
+    )
+    for f, n in (
+        (torch.ops.llm_lab.grouped, 0),
+        (torch.ops.llm_lab.grouped_back, 1),
+    ):  # x: (M, C), w: (E, F, C)
+        register_flop_formula(f)(
+            lambda *s, n=n, **kw: (
+                2 * (1 + n) * _filled_rows(s[n][0], s[n + 1][0]) * s[n + 1][1] * s[n + 1][2]
+            )
+        )
 
-def _filled_rows(M, E): return M - E*(PAD if M > 2*E*PAD else 1)
+
+def _filled_rows(M, E):
+    return M - E * (PAD if M > 2 * E * PAD else 1)
+
 
 class _Grouped(torch.autograd.Function):
     @staticmethod
@@ -135,212 +197,359 @@ class _Grouped(torch.autograd.Function):
         return torch.ops.llm_lab.grouped(x, w, rows)
 
     @staticmethod
-    def backward(ctx, g): return *torch.ops.llm_lab.grouped_back(g, *ctx.saved_tensors), None
+    def backward(ctx, g):
+        return *torch.ops.llm_lab.grouped_back(g, *ctx.saved_tensors), None
 
 # %% ../nbs/22_moe.ipynb #d881433d
-def _by_kernel(x, w, rows): # on a GPU; what lies behind the pieces is no number there
+def _by_kernel(x, w, rows):  # on a GPU; what lies behind the pieces is no number there
     used = (torch.arange(len(x), device=x.device) < rows.sum())[:, None]
     y = F.grouped_mm(torch.where(used, x, 0), w.transpose(1, 2), offs=rows.cumsum(0).int())
     return torch.where(used, y, 0)
 
+
 def grouped_mm(
-    x:Tensor,   # (M, C), the rows of an expert side by side
-    w:Tensor,   # (E, F, C)
-    rows:Tensor # how many each expert has, (E,); what lies behind them becomes zero
-)->Tensor: # (M, F)
+    x: Tensor,  # (M, C), the rows of an expert side by side
+    w: Tensor,  # (E, F, C)
+    rows: Tensor,  # how many each expert has, (E,); what lies behind them becomes zero
+) -> Tensor:  # (M, F)
     "Each expert's rows times its matrix in one call (Gale et al. 2023)"
-    kind = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    kind = (
+        torch.get_autocast_dtype(x.device.type)
+        if torch.is_autocast_enabled(x.device.type)
+        else x.dtype
+    )
     x, w = x.to(kind), w.to(kind)
-    fits = x.device.type == 'cuda' and kind != torch.float64 and all(n*x.element_size() % 16 == 0 for n in w.shape[1:])
+    fits = (
+        x.device.type == 'cuda'
+        and kind != torch.float64
+        and all(n * x.element_size() % 16 == 0 for n in w.shape[1:])
+    )
     return (_by_kernel if fits else _Grouped.apply)(x, w, rows)
 
 # %% ../nbs/22_moe.ipynb #70a44432
 def balance_loss(
-    load:Tensor, # the share of all choices that fell on each expert, (…, E)
-    share:Tensor # the share that the router gave to each, mean over the tokens, (…, E)
-)->Tensor:
+    load: Tensor,  # the share of all choices that fell on each expert, (…, E)
+    share: Tensor,  # the share that the router gave to each, mean over the tokens, (…, E)
+) -> Tensor:
     "E·Σ f·P: 1 where all experts are alike, E where one takes all (Fedus et al. 2021, eq. 4)"
-    return load.shape[-1]*(load*share).sum(-1)
+    return load.shape[-1] * (load * share).sum(-1)
 
-def z_loss(logits:Tensor)->Tensor: # (N, E) → a number
+
+def z_loss(logits: Tensor) -> Tensor:  # (N, E) → a number
     "Mean of logsumexp²: logits that stay small (Zoph et al. 2022, eq. 5)"
     return logits.logsumexp(-1).square().mean()
 
 # %% ../nbs/22_moe.ipynb #14b1def0
 class Router(nn.Module):
-    "Which experts read a token, and how much each counts; what keeps them in balance is said to `aux`"
-    def __init__(self, cfg, layer=0, *, n_experts, top_k, choose=part(top_k_softmax),
-        balance=.01,        # weight of `balance_loss`
-        z=.001,             # weight of `z_loss`
-        importance=False,   # share = what the chosen weights sum up to (Shazeer et al. 2017, §4), instead of what all had
-        bias_rate=0.):      # balance without a loss: how far the bias on the choice moves in a step (Wang et al. 2024)
-        super().__init__()
-        self.layer, self.top_k, self.choose, self.off = layer, top_k, choose, ()
-        self.balance, self.z, self.importance, self.bias_rate = balance, z, importance, bias_rate
-        self.weight = nn.Parameter(torch.randn(n_experts, cfg.d_model)*cfg.d_model**-.5)
-        self.register_buffer('bias', torch.zeros(n_experts) if bias_rate else None)
-        self.since = self.noted = None                         # choices since the last step; what `metrics` tells
+    """Which experts read a token, and how much each counts; what keeps them in balance is said to
+    `aux`"""
 
-    def forward(self, x, aux=None): # rows (N, C) → weights (N, k), chosen (N, k), load (E,)
+    def __init__(
+        self,
+        cfg,
+        layer=0,
+        *,
+        n_experts,
+        top_k,
+        choose=part(top_k_softmax),
+        balance=0.01,  # weight of `balance_loss`
+        z=0.001,  # weight of `z_loss`
+        importance=False,  # share = sum of the chosen weights (Shazeer et al. 2017, §4), not of all
+        bias_rate=0.0,  # balance without a loss: step of the choice's bias (Wang et al. 2024)
+    ):
+        super().__init__()
+        self.layer = layer
+        self.top_k = top_k
+        self.choose = choose
+        self.off = ()
+        self.balance = balance
+        self.z = z
+        self.importance = importance
+        self.bias_rate = bias_rate
+        self.weight = nn.Parameter(torch.randn(n_experts, cfg.d_model) * cfg.d_model**-0.5)
+        self.register_buffer('bias', torch.zeros(n_experts) if bias_rate else None)
+        self.since = self.noted = None  # choices since the last step; what `metrics` tells
+
+    def forward(self, x, aux=None):  # rows (N, C) → weights (N, k), chosen (N, k), load (E,)
         kind = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):     # a choice needs all digits
+        with torch.autocast(x.device.type, enabled=False):  # a choice needs all digits
             logits = F.linear(x.to(kind), self.weight.to(kind))
             bias = logits.new_zeros(len(self.weight)) if self.bias is None else self.bias.to(kind)
-            if self.off: logits, bias = (t.index_fill(-1, torch.tensor(self.off, device=x.device), -math.inf) for t in (logits, bias))
+            if self.off:
+                logits, bias = (
+                    t.index_fill(-1, torch.tensor(self.off, device=x.device), -math.inf)
+                    for t in (logits, bias)
+                )
             w, chosen, p = self.choose(logits, self.top_k, bias)
-            counts = torch.zeros_like(bias).index_add_(0, chosen.flatten(), torch.ones_like(chosen, dtype=kind).flatten())
-            if aux is not None: aux.say(self.layer, loss=self.loss(logits, w, chosen, p, counts), chosen=chosen,
-                                        weights=w.detach(), share=p.detach(), load=counts/chosen.numel())
-        if self.training: self.note(counts, p)
+            counts = torch.zeros_like(bias).index_add_(
+                0, chosen.flatten(), torch.ones_like(chosen, dtype=kind).flatten()
+            )
+            if aux is not None:
+                aux.say(
+                    self.layer,
+                    loss=self.loss(logits, w, chosen, p, counts),
+                    chosen=chosen,
+                    weights=w.detach(),
+                    share=p.detach(),
+                    load=counts / chosen.numel(),
+                )
+        if self.training:
+            self.note(counts, p)
         return w.to(x.dtype), chosen, counts
 
-def _known_router(cfg, choose=part(top_k_softmax), balance=.01, z=.001, bias_rate=0., **kw):
-    if not isinstance(choose, part): raise LabError(f'choose={choose!r}: give a recipe, such as part(softmax_top_k)')
+
+def _known_router(cfg, choose=part(top_k_softmax), balance=0.01, z=0.001, bias_rate=0.0, **kw):
+    if not isinstance(choose, part):
+        raise LabError(f'choose={choose!r}: give a recipe, such as part(softmax_top_k)')
     for k, v in dict(balance=balance, z=z, bias_rate=bias_rate).items():
         if isinstance(v, bool) or not isinstance(v, (int, float)) or not 0 <= v < math.inf:
             raise LabError(f'{k}={v!r}: give 0 or a little more, such as 0.001')
+
+
 Router.check = staticmethod(_known_router)
 
 # %% ../nbs/22_moe.ipynb #1939b017
 @patch
-def loss(self:Router, logits, w, chosen, p, counts)->Tensor:
+def loss(self: Router, logits, w, chosen, p, counts) -> Tensor:
     "What training adds for the sake of balance, a number"
     out = logits.new_zeros(())
-    if self.importance: p = (_mine(chosen, p.shape[1])*w[..., None]).sum(1); p = len(p)*p/p.sum()
-    if self.balance: out = out + self.balance*balance_loss(counts/chosen.numel(), p.mean(0))
-    return out + self.z*z_loss(logits) if self.z else out
+    if self.importance:
+        p = (_mine(chosen, p.shape[1]) * w[..., None]).sum(1)
+        p = len(p) * p / p.sum()
+    if self.balance:
+        out = out + self.balance * balance_loss(counts / chosen.numel(), p.mean(0))
+    return out + self.z * z_loss(logits) if self.z else out
+
 
 @patch
-def note(self:Router, counts, p):
-    "Keep, without waiting for the device, what `settle` and `metrics` ask for; metrics are those of the last batch, also after a kill"
+def note(self: Router, counts, p):
+    """Keep, without waiting for the device, what `settle` and `metrics` ask for; metrics are those
+    of the last batch, also after a kill"""
     p = p.detach()
-    self.noted = dict(load=counts, entropy=-torch.xlogy(p, p).sum(1).mean()/math.log(max(2, p.shape[1])))
-    if self.bias is not None: self.since = counts if self.since is None else self.since + counts
+    self.noted = dict(
+        load=counts, entropy=-torch.xlogy(p, p).sum(1).mean() / math.log(max(2, p.shape[1]))
+    )
+    if self.bias is not None:
+        self.since = counts if self.since is None else self.since + counts
+
 
 @patch
 @torch.no_grad()
-def settle(self:Router):
-    "After a step: who had more than his share becomes less likely, by `bias_rate` (Wang et al. 2024, algorithm 1)"
-    if self.since is None: return
-    if torch.distributed.is_available() and torch.distributed.is_initialized(): torch.distributed.all_reduce(self.since)
-    self.bias += self.bias_rate*(self.since.mean() - self.since).sign(); self.since = None
+def settle(self: Router):
+    """After a step: who had more than his share becomes less likely, by `bias_rate` (Wang et al.
+
+    2024, algorithm 1)"""
+    if self.since is None:
+        return
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(self.since)
+    self.bias += self.bias_rate * (self.since.mean() - self.since).sign()
+    self.since = None
 
 # %% ../nbs/22_moe.ipynb #a7797863
 class Grouped(nn.Module):
-    "The linear maps of all experts side by side: weight (E, rows, columns), bias (E·rows,), a vector as every bias"
-    def __init__(self, linear:nn.Linear, n_experts:int, top_k:int):
+    """The linear maps of all experts side by side: weight (E, rows, columns), bias (E·rows,), a
+    vector as every bias"""
+
+    def __init__(self, linear: nn.Linear, n_experts: int, top_k: int):
         super().__init__()
         self.weight = nn.Parameter(linear.weight.detach().repeat(n_experts, 1, 1))
-        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().repeat(n_experts))
-        self.share, self.rows = top_k/n_experts, None          # of the weights that a token reads; set by `MoE`
+        self.bias = (
+            None if linear.bias is None else nn.Parameter(linear.bias.detach().repeat(n_experts))
+        )
+        # of the weights that a token reads; set by `MoE`
+        self.share = top_k / n_experts
+        self.rows = None
 
-    def forward(self, x): # a sorted table (M, columns) → (M, rows)
+    def forward(self, x):  # a sorted table (M, columns) → (M, rows)
         y = grouped_mm(x, self.weight, self.rows)
-        if self.bias is None: return y
-        who = torch.searchsorted(self.rows.cumsum(0), torch.arange(len(x), device=x.device), right=True)
-        return y + self.bias.view(len(self.weight), -1)[who.clamp_max(len(self.weight) - 1)].to(y.dtype)
+        if self.bias is None:
+            return y
+        who = torch.searchsorted(
+            self.rows.cumsum(0), torch.arange(len(x), device=x.device), right=True
+        )
+        return y + self.bias.view(len(self.weight), -1)[who.clamp_max(len(self.weight) - 1)].to(
+            y.dtype
+        )
 
-def _experts(mlp, n_experts, top_k): # its linear maps, once for each expert
+
+def _experts(mlp, n_experts, top_k):  # its linear maps, once for each expert
     for parent in list(mlp.modules()):
         for name, m in list(parent.named_children()):
-            if isinstance(m, nn.Linear): setattr(parent, name, Grouped(m, n_experts, top_k))
-    odd = [n for n, _ in mlp.named_parameters() if not isinstance(mlp.get_submodule(n.rpartition('.')[0]), Grouped)]
-    if odd: raise LabError(f'expert={type(mlp).__name__}: {odd[0]} is no part of a linear map; give MLP or SwiGLU')
+            if isinstance(m, nn.Linear):
+                setattr(parent, name, Grouped(m, n_experts, top_k))
+    odd = [
+        n
+        for n, _ in mlp.named_parameters()
+        if not isinstance(mlp.get_submodule(n.rpartition('.')[0]), Grouped)
+    ]
+    if odd:
+        raise LabError(
+            f'expert={type(mlp).__name__}: {odd[0]} is no part of a linear map; give MLP or SwiGLU'
+        )
     return mlp
 
 # %% ../nbs/22_moe.ipynb #45dfc9b9
 class MoE(nn.Module):
-    "An MLP of which each token uses `top_k` of `n_experts` (Shazeer et al. 2017; Jiang et al. 2024); `cfg.init` parts the experts"
+    """An MLP of which each token uses `top_k` of `n_experts`
+    (Shazeer et al. 2017; Jiang et al. 2024); `cfg.init` parts the experts"""
+
     reads = ('aux',)
-    def __init__(self, cfg, layer=0, *, n_experts=8, top_k=2,
-        expert=part(SwiGLU), # a recipe of an MLP made of linear maps
-        shared=0,            # experts that every token uses (Dai et al. 2024, §3.2)
-        capacity=None,       # in training an expert takes at most ⌈capacity·N·k/E⌉ of N tokens (Lepikhin et al. 2020)
-        router=part(Router)):
+
+    def __init__(
+        self,
+        cfg,
+        layer=0,
+        *,
+        n_experts=8,
+        top_k=2,
+        expert=part(SwiGLU),  # a recipe of an MLP made of linear maps
+        shared=0,  # experts that every token uses (Dai et al. 2024, §3.2)
+        capacity=None,  # training: at most ⌈capacity·N·k/E⌉ tokens an expert (Lepikhin et al. 2020)
+        router=part(Router),
+    ):
         super().__init__()
-        self.layer, self.n_experts, self.capacity, self.noted = layer, n_experts, capacity, None
+        self.layer = layer
+        self.n_experts = n_experts
+        self.capacity = capacity
+        self.noted = None
         self.router = router(cfg, layer, n_experts=n_experts, top_k=top_k)
         self.experts = _experts(expert(cfg, layer), n_experts, top_k)
         self.shared = nn.ModuleList(expert(cfg, layer) for _ in range(shared))
 
-    def forward(self, x, aux=None, **ctx): # (B, T, C) → (B, T, C)
-        flat = x.flatten(0, -2)                                # (N, C)
+    def forward(self, x, aux=None, **ctx):  # (B, T, C) → (B, T, C)
+        flat = x.flatten(0, -2)  # (N, C)
         w, chosen, load = self.router(flat, aux)
-        if not isinstance(self.router, Router): self.speak(aux, w, chosen, load)
+        if not isinstance(self.router, Router):
+            self.speak(aux, w, chosen, load)
         most = None
-        if self.training and self.capacity:                    # 1.1·100/10 is a little more than 11 here, and still means 11
-            most = max(1, math.ceil(round(self.capacity*chosen.numel()/self.n_experts, 6)))
+        if self.training and self.capacity:
+            # 1.1·100/10 is a little more than 11 here, and still means 11
+            most = max(1, math.ceil(round(self.capacity * chosen.numel() / self.n_experts, 6)))
         place, rows, kept, M = placed(chosen, self.n_experts, most)
         table = self.ask(_Sent.apply(flat, place, M), rows)
         w = w.t().flatten()
-        if most is not None: w = w*(place < M - 1); self.drop(load, kept)
-        out = (_Fetched.apply(table, place)*w[:, None]).view(chosen.shape[1], *flat.shape).sum(0).view_as(x)
+        if most is not None:
+            w = w * (place < M - 1)
+            self.drop(load, kept)
+        out = (
+            (_Fetched.apply(table, place) * w[:, None])
+            .view(chosen.shape[1], *flat.shape)
+            .sum(0)
+            .view_as(x)
+        )
         return sum((s(x) for s in self.shared), out)
 
-    def ask(self, table, rows): # rows (M, C), and how many each expert has, (E,) → what they say, (M, C)
+    def ask(
+        self, table, rows
+    ):  # rows (M, C), and how many each expert has, (E,) → what they say, (M, C)
         for m in self.experts.modules():
-            if isinstance(m, Grouped): m.rows = rows
+            if isinstance(m, Grouped):
+                m.rows = rows
         return self.experts(table)
 
 # %% ../nbs/22_moe.ipynb #83d1cc80
-def _experts_fit(cfg, n_experts=8, top_k=2, expert=part(SwiGLU), shared=0, capacity=None, router=part(Router), **kw):
+def _experts_fit(
+    cfg,
+    n_experts=8,
+    top_k=2,
+    expert=part(SwiGLU),
+    shared=0,
+    capacity=None,
+    router=part(Router),
+    **kw,
+):
     for k, v, least in (('n_experts', n_experts, 1), ('top_k', top_k, 1), ('shared', shared, 0)):
-        if type(v) is not int or v < least: raise LabError(f'{k}={v!r}: give a whole number of at least {least}')
-    if top_k > n_experts: raise LabError(f'top_k={top_k}: there are {n_experts} experts; give at most that')
-    if capacity is not None and (isinstance(capacity, bool) or not isinstance(capacity, (int, float)) or not 0 < capacity < math.inf):
+        if type(v) is not int or v < least:
+            raise LabError(f'{k}={v!r}: give a whole number of at least {least}')
+    if top_k > n_experts:
+        raise LabError(f'top_k={top_k}: there are {n_experts} experts; give at most that')
+    if capacity is not None and (
+        isinstance(capacity, bool)
+        or not isinstance(capacity, (int, float))
+        or not 0 < capacity < math.inf
+    ):
         raise LabError(f'capacity={capacity!r}: give a factor such as 1.25, or leave it out')
     for k, v in dict(expert=expert, router=router).items():
-        if not isinstance(v, part): raise LabError(f'{k}={v!r}: give a recipe, such as part({"SwiGLU" if k == "expert" else "Router"})')
+        if not isinstance(v, part):
+            raise LabError(
+                f'{k}={v!r}: give a recipe, such as part({"SwiGLU" if k == "expert" else "Router"})'
+            )
+
+
 MoE.check = staticmethod(_experts_fit)
 
 # %% ../nbs/22_moe.ipynb #59067b3c
-def moe_spec(moe:MoE, x:Tensor)->Tensor: # (B, T, C) → (B, T, C), token by token; slow and obvious, without capacity
-    "What a mixture of experts means: each token's choices, each expert a plain MLP, the sum of their weighted answers"
+def moe_spec(
+    moe: MoE, x: Tensor
+) -> Tensor:  # (B, T, C) → (B, T, C), token by token; slow and obvious, without capacity
+    """What a mixture of experts means: each token's choices, each expert a plain MLP, the sum of
+    their weighted answers"""
     out, training = [], moe.router.training
     for row in x.flatten(0, -2):
-        w, chosen, _ = moe.router.eval()(row[None])            # nothing is noted
+        w, chosen, _ = moe.router.eval()(row[None])  # nothing is noted
         y = sum(s(row) for s in moe.shared)
-        for weight, e in zip(w[0], chosen[0].tolist()): y = y + weight*single(moe, e, row)
+        for weight, e in zip(w[0], chosen[0].tolist()):
+            y = y + weight * single(moe, e, row)
         out.append(y)
     moe.router.train(training)
     return torch.stack(out).view_as(x)
 
-def single(moe:MoE, e:int, x:Tensor)->Tensor: # (…, C) → (…, C)
+
+def single(moe: MoE, e: int, x: Tensor) -> Tensor:  # (…, C) → (…, C)
     "What one expert says to all"
-    rows = torch.zeros(moe.n_experts, dtype=torch.int64, device=x.device); rows[e] = len(flat := x.reshape(-1, x.shape[-1]))
+    rows = torch.zeros(moe.n_experts, dtype=torch.int64, device=x.device)
+    rows[e] = len(flat := x.reshape(-1, x.shape[-1]))
     return moe.ask(flat, rows).view_as(x)
 
 # %% ../nbs/22_moe.ipynb #fe85c36c
 @patch
-def drop(self:MoE, load, kept):
+def drop(self: MoE, load, kept):
     "Note the share of the choices that found no place"
-    if noted := self._noted(): noted['drops'] = 1 - kept.sum()/load.sum()
+    if noted := self._noted():
+        noted['drops'] = 1 - kept.sum() / load.sum()
+
 
 @patch
-def speak(self:MoE, aux, w, chosen, load):
+def speak(self: MoE, aux, w, chosen, load):
     "Note what a router of the reader's own has chosen, where it says nothing itself"
-    if self.training and not hasattr(self.router, 'noted'): self.noted = dict(load=load.detach())
+    if self.training and not hasattr(self.router, 'noted'):
+        self.noted = dict(load=load.detach())
     if aux is not None and self.layer not in aux.said:
-        aux.say(self.layer, chosen=chosen, weights=w.detach(), load=load.detach()/chosen.numel())
+        aux.say(self.layer, chosen=chosen, weights=w.detach(), load=load.detach() / chosen.numel())
+
 
 @patch
-def _noted(self:MoE): return getattr(self.router, 'noted', self.noted)
+def _noted(self: MoE):
+    return getattr(self.router, 'noted', self.noted)
+
 
 @patch
-def metrics(self:MoE)->dict:
-    "Of the last batch in training: the busiest and the idlest expert (1 = a fair share), how undecided the router was (0 to 1), drops"
-    if (noted := self._noted()) is None: return {}
+def metrics(self: MoE) -> dict:
+    """Of the last batch in training: the busiest and the idlest expert (1 = a fair share), how
+    undecided the router was (0 to 1), drops"""
+    if (noted := self._noted()) is None:
+        return {}
     (self.router if hasattr(self.router, 'noted') else self).noted = None
-    load = noted['load']/noted['load'].float().mean()
-    said = dict(load_max=load.max(), load_min=load.min(), entropy=noted.get('entropy'), drops=noted.get('drops', load.new_zeros(())))
-    return {f'moe{self.layer}_{k}': x.item() for k, x in said.items() if x is not None}     # a router of your own may not tell all
+    load = noted['load'] / noted['load'].float().mean()
+    said = dict(
+        load_max=load.max(),
+        load_min=load.min(),
+        entropy=noted.get('entropy'),
+        drops=noted.get('drops', load.new_zeros(())),
+    )
+    return {
+        f'moe{self.layer}_{k}': x.item() for k, x in said.items() if x is not None
+    }  # a router of your own may not tell all
 
 # %% ../nbs/22_moe.ipynb #5a9ee1ef
 @torch.no_grad()
-def routes(model:MiniGPT, ids:Tensor)->dict: # ids (T,) or (B, T) → {layer: {name: tensor}}
-    "Who reads what: chosen experts and their weights (N, k), the router's shares (N, E), the load (E,), for each layer"
+def routes(model: MiniGPT, ids: Tensor) -> dict:  # ids (T,) or (B, T) → {layer: {name: tensor}}
+    """Who reads what: chosen experts and their weights (N, k), the router's shares (N, E), the load
+    (E,), for each layer"""
     aux, training = Aux(), model.training
-    if 'aux' not in model.words: raise LabError(f'mlp={model.cfg.mlp!r}: this model has no experts to watch')
+    if 'aux' not in model.words:
+        raise LabError(f'mlp={model.cfg.mlp!r}: this model has no experts to watch')
     model.eval()(ids if ids.dim() == 2 else ids[None], aux=aux)
     model.train(training)
     return aux.said

@@ -8,7 +8,9 @@ __all__ = ['OPTIMISERS', 'SCHEDULES', 'PRECISIONS', 'orthogonalized', 'short_pre
            'largest_batch', 'compiled', 'Step', 'steps_for', 'EarlyStop', 'spikes', 'diverged', 'Alarm']
 
 # %% ../nbs/12_optim.ipynb #d4314b07
-import math, warnings, weakref
+import math
+import warnings
+import weakref
 import torch
 from contextlib import nullcontext
 from copy import deepcopy
@@ -21,18 +23,29 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from .lab import LabError, Live, kept_streams, must_fit, once, rng
 from .gpt import MiniGPT, own_in, sketch
-from .train import adamw, balanced, next_token_loss, train_step, update, warmup_cosine, warmup_steps
+from llm_lab.train import (
+    adamw,
+    balanced,
+    next_token_loss,
+    train_step,
+    update,
+    warmup_cosine,
+    warmup_steps,
+)
 
 # %% ../nbs/12_optim.ipynb #b929812f
 def orthogonalized(
-    g:Tensor,  # a matrix or a stack of them, (…, rows, columns)
+    g: Tensor,  # a matrix or a stack of them, (…, rows, columns)
     steps=5,
-    dtype=None # to calculate in; that of `g` if none
-)->Tensor:     # the same shape and directions, singular values between about 0.7 and 1.2
-    "The singular directions of `g`, all about equally long, by Newton–Schulz rounds (Jordan et al. 2024)"
-    x = g.mT if (tall := g.shape[-2] > g.shape[-1]) else g     # the smaller side first: smaller products
+    dtype=None,  # to calculate in; that of `g` if none
+) -> Tensor:  # the same shape and directions, singular values between about 0.7 and 1.2
+    """The singular directions of `g`, all about equally long, by Newton–Schulz rounds (Jordan et
+    al. 2024)"""
+    x = (
+        g.mT if (tall := g.shape[-2] > g.shape[-1]) else g
+    )  # the smaller side first: smaller products
     x = x.to(dtype or g.dtype, memory_format=torch.contiguous_format)
-    x = (x/x.flatten(-2).norm(dim=-1)[..., None, None].clamp_min(1e-7)).reshape(-1, *x.shape[-2:])
+    x = (x / x.flatten(-2).norm(dim=-1)[..., None, None].clamp_min(1e-7)).reshape(-1, *x.shape[-2:])
     for _ in range(steps):
         s = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(s, s, s, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
@@ -40,303 +53,437 @@ def orthogonalized(
 
 # %% ../nbs/12_optim.ipynb #7d20b9db
 @once
-def short_precision(device='cpu')->str: # a name of `PRECISIONS`
+def short_precision(device='cpu') -> str:  # a name of `PRECISIONS`
     "The short numbers that a device has hardware for, else float32"
     device = torch.device(device)
     if device.type == 'cuda':
-        if torch.cuda.is_bf16_supported(including_emulation=False): return 'bf16'
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return 'bf16'
         return 'fp16' if torch.cuda.get_device_capability(device) >= (7, 0) else 'float32'
-    if device.type == 'cpu':                                   # by its instructions: the same each time
+    if device.type == 'cpu':  # by its instructions: the same each time
         known = (f'_is_{name}_supported' for name in ('avx512_bf16', 'amx_tile'))
         return 'bf16' if any(getattr(torch.cpu, f, bool)() for f in known) else 'float32'
     a = torch.ones(256, 512, device=device)
     try:
         with warnings.catch_warnings(action='ignore'), torch.autocast(device.type, torch.bfloat16):
             b = a @ a.T
-    except (RuntimeError, TypeError): return 'float32'         # it does not know them
+    except (RuntimeError, TypeError):
+        return 'float32'  # it does not know them
     return 'bf16' if b.dtype == torch.bfloat16 else 'float32'
 
 # %% ../nbs/12_optim.ipynb #497ed0bb
 class Muon(torch.optim.Optimizer):
-    "Momentum made orthogonal, for matrices (Jordan et al. 2024), its steps as long as AdamW's (Liu et al. 2025, eq. 4)"
-    grad_scale = found_inf = None                              # what `update` asks for: divide by it, skip if it is 1
-    def __init__(self, params, lr=.01, weight_decay=.1, momentum=.95, dtype='auto'):
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, dtype=dtype, fused=True))
+    """Momentum made orthogonal, for matrices (Jordan et al.
+
+    2024), its steps as long as AdamW's (Liu et al. 2025, eq. 4)"""
+
+    grad_scale = found_inf = None  # what `update` asks for: divide by it, skip if it is 1
+
+    def __init__(self, params, lr=0.01, weight_decay=0.1, momentum=0.95, dtype='auto'):
+        super().__init__(
+            params,
+            dict(lr=lr, weight_decay=weight_decay, momentum=momentum, dtype=dtype, fused=True),
+        )
 
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
             shapes = {}
             for p in group['params']:
-                if p.grad is not None: shapes.setdefault(p.shape, []).append(p)
-            for same in shapes.values(): self._move(same, **group)
+                if p.grad is not None:
+                    shapes.setdefault(p.shape, []).append(p)
+            for same in shapes.values():
+                self._move(same, **group)
 
     def _move(self, same, *, lr, weight_decay, momentum, dtype, **rest):
-        if dtype == 'auto':                                    # what the hardware is quick at
+        if dtype == 'auto':  # what the hardware is quick at
             short = short_precision(same[0].device) == 'bf16'
             dtype = torch.bfloat16 if short else torch.float32
-        good = 1. if self.found_inf is None else 1. - self.found_inf
+        good = 1.0 if self.found_inf is None else 1.0 - self.found_inf
         for p in same:
-            if not self.state[p]: self.state[p]['momentum'] = torch.zeros_like(p)
+            if not self.state[p]:
+                self.state[p]['momentum'] = torch.zeros_like(p)
         g = torch.stack([p.grad for p in same])
-        if self.grad_scale is not None: g = (g/self.grad_scale).nan_to_num_(0., 0., 0.)
-        v = torch.stack([self.state[p]['momentum'] for p in same]).lerp_(g, (1 - momentum)*good)
-        o = orthogonalized(g.lerp_(v, momentum), dtype=dtype)*(lr*.2*max(g.shape[-2:])**.5*good)
+        if self.grad_scale is not None:
+            g = (g / self.grad_scale).nan_to_num_(0.0, 0.0, 0.0)
+        v = torch.stack([self.state[p]['momentum'] for p in same]).lerp_(g, (1 - momentum) * good)
+        o = orthogonalized(g.lerp_(v, momentum), dtype=dtype) * (
+            lr * 0.2 * max(g.shape[-2:]) ** 0.5 * good
+        )
         for p, new, move in zip(same, v, o):
             self.state[p]['momentum'].copy_(new)
-            p.mul_(1 - lr*weight_decay*good).sub_(move)
+            p.mul_(1 - lr * weight_decay * good).sub_(move)
 
 # %% ../nbs/12_optim.ipynb #ee119fb6
 class Together(torch.optim.Optimizer):
     "Several optimisers that look like one, with one list of groups and one state"
+
     grad_scale = found_inf = None
+
     def __init__(self, *parts):
-        super().__init__([g for o in parts for g in o.param_groups], dict(fused=all(o.defaults['fused'] for o in parts)))
-        self.parts, self.sizes = parts, [len(o.param_groups) for o in parts]
+        super().__init__(
+            [g for o in parts for g in o.param_groups],
+            dict(fused=all(o.defaults['fused'] for o in parts)),
+        )
+        self.parts = parts
+        self.sizes = [len(o.param_groups) for o in parts]
 
     def step(self, closure=None):
         groups = iter(self.param_groups)
         for part, n in zip(self.parts, self.sizes):
-            part.param_groups, part.state = [next(groups) for _ in range(n)], self.state  # also after loading
-            part.grad_scale, part.found_inf = self.grad_scale, self.found_inf
+            # also after loading
+            part.param_groups = [next(groups) for _ in range(n)]
+            part.state = self.state
+            part.grad_scale = self.grad_scale
+            part.found_inf = self.found_inf
             part.step()
 
 # %% ../nbs/12_optim.ipynb #69ab7e31
 def muon(
-    model, lr=.01, weight_decay=.1,
-    rest_lr=None # for embeddings, head, norms and biases; the same if none
-)->Together:
+    model,
+    lr=0.01,
+    weight_decay=0.1,
+    rest_lr=None,  # for embeddings, head, norms and biases; the same if none
+) -> Together:
     "`Muon` for the matrices inside the blocks, `adamw` for the rest"
-    hidden, rest = [p for p in model.blocks.parameters() if p.dim() >= 2], adamw(model, rest_lr or lr, weight_decay)
-    for g in rest.param_groups: g['params'] = [p for p in g['params'] if all(p is not h for h in hidden)]
+    hidden = [p for p in model.blocks.parameters() if p.dim() >= 2]
+    rest = adamw(model, rest_lr or lr, weight_decay)
+    for g in rest.param_groups:
+        g['params'] = [p for p in g['params'] if all(p is not h for h in hidden)]
     rest.param_groups = [g for g in rest.param_groups if g['params']]
     return Together(Muon(hidden, lr, weight_decay), rest)
 
 # %% ../nbs/12_optim.ipynb #5c241811
-def sgd(model, lr=.2, weight_decay=0., momentum=.9)->torch.optim.SGD:
+def sgd(model, lr=0.2, weight_decay=0.0, momentum=0.9) -> torch.optim.SGD:
     "Steps along a running sum of gradients (Polyak 1964), with the groups of `adamw`"
-    groups = [{k: g[k] for k in ('params', 'weight_decay')} for g in adamw(model, lr, weight_decay).param_groups]
+    groups = [
+        {k: g[k] for k in ('params', 'weight_decay')}
+        for g in adamw(model, lr, weight_decay).param_groups
+    ]
     return torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=True)
+
 
 OPTIMISERS = dict(adamw=adamw, muon=muon, sgd=sgd)
 
 # %% ../nbs/12_optim.ipynb #9099b261
 def constant(
-    step:int, steps:int,
-    warmup:int=None # steps of climbing, obeyed as they are; if none, 100 or a tenth of all
-)->float:
+    step: int,
+    steps: int,
+    warmup: int = None,  # steps of climbing, obeyed as they are; if none, 100 or a tenth of all
+) -> float:
     "Climb in a line, then stay"
     climb = warmup_steps(steps, warmup)
-    return min(1., (step + 1)/climb) if climb else 1.
+    return min(1.0, (step + 1) / climb) if climb else 1.0
+
 
 def warmup_stable_decay(
-    step:int, steps:int, warmup:int=None,
-    end=0.,  # the factor to come down to
-    decay=.2 # the last part of the run, in which the rate comes down in a line
-)->float:
+    step: int,
+    steps: int,
+    warmup: int = None,
+    end=0.0,  # the factor to come down to
+    decay=0.2,  # the last part of the run, in which the rate comes down in a line
+) -> float:
     "Climb, stay, come down in a line (Hu et al. 2024, §4)"
-    down = (steps - step)/max(1, decay*steps)
-    return min(constant(step, steps, warmup), end + (1 - end)*down)
+    down = (steps - step) / max(1, decay * steps)
+    return min(constant(step, steps, warmup), end + (1 - end) * down)
+
 
 def step_decay(
-    step:int, steps:int, warmup:int=None,
-    end=0.,  # the factor that it never falls below
-    at=(.5, .75), by=.1
-)->float:
+    step: int,
+    steps: int,
+    warmup: int = None,
+    end=0.0,  # the factor that it never falls below
+    at=(0.5, 0.75),
+    by=0.1,
+) -> float:
     "Climb, stay, and fall to a part `by` at each of these parts of the run"
-    return constant(step, steps, warmup)*max(end, by**sum(step >= a*steps for a in at))
+    return constant(step, steps, warmup) * max(end, by ** sum(step >= a * steps for a in at))
 
-SCHEDULES = dict(cosine=warmup_cosine, constant=constant, wsd=warmup_stable_decay, step_decay=step_decay)
+
+SCHEDULES = dict(
+    cosine=warmup_cosine, constant=constant, wsd=warmup_stable_decay, step_decay=step_decay
+)
 
 # %% ../nbs/12_optim.ipynb #dbe34684
 class _Alive(TorchDispatchMode):
     "Within, counts the bytes of all tensors that are alive, and the most there ever were"
-    def __init__(self): super().__init__(); self.now = self.most = 0; self.known = weakref.WeakSet()
-    def free(self, n): self.now -= n
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+        self.known = weakref.WeakSet()
+
+    def free(self, n):
+        self.now -= n
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         out = op(*args, **(kwargs or {}))
         for t in tree_leaves(out):
             if isinstance(t, Tensor) and (s := t.untyped_storage()) not in self.known:
-                self.known.add(s); self.now += (n := s.nbytes()); weakref.finalize(s, self.free, n)
+                self.known.add(s)
+                self.now += (n := s.nbytes())
+                weakref.finalize(s, self.free, n)
         self.most = max(self.most, self.now)
         return out
 
 # %% ../nbs/12_optim.ipynb #0bf5cee3
 def step_memory(
-    cfg, batch_size:int,
-    opt=adamw, step=train_step,
-    prepare=lambda model: model # what is done to the model first, such as `checkpointed`
-)->int: # bytes
-    """The most that all tensors of a training step take at once, optimiser state included; nothing is calculated.
+    cfg,
+    batch_size: int,
+    opt=adamw,
+    step=train_step,
+    prepare=lambda model: model,  # what is done to the model first, such as `checkpointed`
+) -> int:  # bytes
+    """The most that all tensors of a training step take at once, optimiser state included; nothing
+    is calculated.
 
-    Where the shapes of a part of your own hang on numbers, steps of 1 and 2 rows are made, and a line is drawn through both."""
+    Where the shapes of a part of your own hang on numbers, steps of 1 and 2 rows are made, and a
+    line is drawn through both."""
+
     def most(n, mode):
         with mode(), _Alive() as alive:
             model = prepare(MiniGPT(cfg))
-            o, rows = opt(model), torch.zeros(n, cfg.max_len + 1, dtype=torch.int64)
-            if mode is nullcontext: rows.random_(cfg.vocab_size, generator=rng(0, 'rows'))
-            for _ in range(2): step(model, o, rows)
+            o = opt(model)
+            rows = torch.zeros(n, cfg.max_len + 1, dtype=torch.int64)
+            if mode is nullcontext:
+                rows.random_(cfg.vocab_size, generator=rng(0, 'rows'))
+            for _ in range(2):
+                step(model, o, rows)
         return alive.most
-    try: return most(batch_size, FakeTensorMode)
-    except RuntimeError:                                       # numbers were asked for, and there are none
-        if not own_in(cfg): raise
-    must_fit(32*sketch(cfg).n_params, 'a step, made to be measured,')
-    with kept_streams(): one, two = (most(n, nullcontext) for n in (1, 2))
-    return one + (two - one)*(batch_size - 1)
+
+    try:
+        return most(batch_size, FakeTensorMode)
+    except RuntimeError:  # numbers were asked for, and there are none
+        if not own_in(cfg):
+            raise
+    must_fit(32 * sketch(cfg).n_params, 'a step, made to be measured,')
+    with kept_streams():
+        one, two = (most(n, nullcontext) for n in (1, 2))
+    return one + (two - one) * (batch_size - 1)
 
 # %% ../nbs/12_optim.ipynb #af9682cd
 def checkpointed(model, on=True):
-    "Keep only what enters each block, and calculate the rest again on the way back; returns the model"
+    """Keep only what enters each block, and calculate the rest again on the way back; returns the
+    model"""
     vars(model).pop('through', None)
-    if on: model.through = partial(checkpoint, use_reentrant=False)
+    if on:
+        model.through = partial(checkpoint, use_reentrant=False)
     return model
 
 # %% ../nbs/12_optim.ipynb #1e04c39c
-def free_memory(device='cpu')->int:
+def free_memory(device='cpu') -> int:
     "Bytes that a device could still give"
     kind = torch.device(device).type
-    if kind == 'cuda': return torch.cuda.mem_get_info(device)[0]
-    if kind == 'mps': return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    if kind == 'cuda':
+        return torch.cuda.mem_get_info(device)[0]
+    if kind == 'mps':
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     if (info := Path('/proc/meminfo')).exists():
-        return 1024*int(next(l for l in info.read_text().splitlines() if l.startswith('MemAvailable')).split()[1])
-    raise LabError(f'this system does not say how much memory {device!r} has left: give memory=BYTES')
+        return 1024 * int(
+            next(l for l in info.read_text().splitlines() if l.startswith('MemAvailable')).split()[
+                1
+            ]
+        )
+    raise LabError(
+        f'this system does not say how much memory {device!r} has left: give memory=BYTES'
+    )
 
 # %% ../nbs/12_optim.ipynb #1683b7dd
-def _runs(cfg, batch_size, device, opt=adamw, step=train_step, prepare=lambda model: model)->bool:
+def _runs(cfg, batch_size, device, opt=adamw, step=train_step, prepare=lambda model: model) -> bool:
     "Does a step with so many rows go through on this device?"
-    model = prepare(MiniGPT(cfg).to(device)); o = opt(model)
+    model = prepare(MiniGPT(cfg).to(device))
+    o = opt(model)
     try:
-        for _ in range(2): step(model, o, torch.zeros(batch_size, cfg.max_len + 1, dtype=torch.int64, device=device))
-    except torch.OutOfMemoryError: return False
+        for _ in range(2):
+            step(
+                model, o, torch.zeros(batch_size, cfg.max_len + 1, dtype=torch.int64, device=device)
+            )
+    except torch.OutOfMemoryError:
+        return False
     return True
 
 # %% ../nbs/12_optim.ipynb #35f6c894
 def largest_batch(
     cfg,
-    memory:int=None, # bytes; nine tenths of what is free if none
-    device='cpu', most=4096,
-    **kw             # `opt`, `step`, `prepare`, as for `step_memory`
-)->int: # rows
-    "The largest batch whose training step fits into the memory, optimiser state included; raises if none does"
-    memory = int(.9*free_memory(device)) if memory is None else memory
+    memory: int = None,  # bytes; nine tenths of what is free if none
+    device='cpu',
+    most=4096,
+    **kw,  # `opt`, `step`, `prepare`, as for `step_memory`
+) -> int:  # rows
+    """The largest batch whose training step fits into the memory, optimiser state included; raises
+    if none does"""
+    memory = int(0.9 * free_memory(device)) if memory is None else memory
     live = Live()
-    def fits(n): live(f'planning a step of {n:,} rows'); return step_memory(cfg, n, **kw) <= memory
+
+    def fits(n):
+        live(f'planning a step of {n:,} rows')
+        return step_memory(cfg, n, **kw) <= memory
+
     if not fits(1):
-        raise LabError(f'one row takes {step_memory(cfg, 1, **kw):,} bytes, there are {memory:,}: make the model smaller')
+        raise LabError(
+            f'one row takes {step_memory(cfg, 1, **kw):,} bytes, there are {memory:,}: make '
+            'the model smaller'
+        )
     low, high = 1, 2
-    while high <= most and fits(high): low, high = high, 2*high
+    while high <= most and fits(high):
+        low, high = high, 2 * high
     high = min(high, most + 1)
-    while high - low > 1: low, high = (mid, high) if fits(mid := (low + high)//2) else (low, mid)
-    while device != 'cpu' and low > 1 and not _runs(cfg, low, device, **kw): low = low*9//10
+    while high - low > 1:
+        low, high = (mid, high) if fits(mid := (low + high) // 2) else (low, mid)
+    while device != 'cpu' and low > 1 and not _runs(cfg, low, device, **kw):
+        low = low * 9 // 10
     live.close(f'{low:,} rows fit')
     return low
 
 # %% ../nbs/12_optim.ipynb #09fafdd5
 def compiled(
-    f,   # a function of tensors and modules
-    **kw # for `torch.compile`
+    f,  # a function of tensors and modules
+    **kw,  # for `torch.compile`
 ):
     "`f`, compiled at its first call; where that fails, `f` itself and one line that says why"
     fast, chosen = torch.compile(f, **kw), []
+
     def call(*args):
-        if chosen: return chosen[0](*args)
-        try: out = fast(*args); chosen.append(fast)
-        except Exception as e:                                 # no compiler, an operation that is not known, …
-            out = f(*args); chosen.append(f)                   # a mistake of the caller's is raised here
-            print(f'not compiled, as fast as before: {type(e).__name__}: {str(e).strip().splitlines()[0][:100]}')
+        if chosen:
+            return chosen[0](*args)
+        try:
+            out = fast(*args)
+            chosen.append(fast)
+        except Exception as e:  # no compiler, an operation that is not known, …
+            out = f(*args)
+            chosen.append(f)  # a mistake of the caller's is raised here
+            print(
+                f'not compiled, as fast as before: {type(e).__name__}: '
+                f'{str(e).strip().splitlines()[0][:100]}'
+            )
         return out
+
     return call
 
 # %% ../nbs/12_optim.ipynb #51591530
 PRECISIONS = dict(float32=None, bf16=torch.bfloat16, fp16=torch.float16)
 
+
 class Step:
     "A training step with accumulated, low-precision or compiled gradients: `fit(…, step=Step(…))`"
-    def __init__(self,
-        accumulate=1,        # parts of a batch that go through the model one after the other
-        precision='float32', # of the products; weights stay in float32
-        compile=False):
+
+    def __init__(
+        self,
+        accumulate=1,  # parts of a batch that go through the model one after the other
+        precision='float32',  # of the products; weights stay in float32
+        compile=False,
+    ):
         if not isinstance(accumulate, int) or accumulate < 1:
             raise LabError(f'accumulate={accumulate!r}: give a whole number of at least 1')
-        if precision not in PRECISIONS: raise LabError(f'precision={precision!r}: choose from {", ".join(PRECISIONS)}')
-        self.accumulate, self.precision, self.compile = accumulate, precision, compile
-        self.scaler, self.fast = torch.amp.GradScaler('cpu', enabled=precision == 'fp16'), {}
+        if precision not in PRECISIONS:
+            raise LabError(f'precision={precision!r}: choose from {", ".join(PRECISIONS)}')
+        self.accumulate = accumulate
+        self.precision = precision
+        self.compile = compile
+        self.scaler = torch.amp.GradScaler('cpu', enabled=precision == 'fp16')
+        self.fast = {}
 
-    def __call__(self, model, opt, rows, clip=1., loss=next_token_loss): # → (loss, length of the gradient)
-        if self.compile: loss = self.fast.get(loss) or self.fast.setdefault(loss, compiled(balanced(loss)))
-        else: loss = balanced(loss)
-        total, dtype, parts = 0., PRECISIONS[self.precision], rows.chunk(self.accumulate)
+    def __call__(
+        self, model, opt, rows, clip=1.0, loss=next_token_loss
+    ):  # → (loss, length of the gradient)
+        if self.compile:
+            loss = self.fast.get(loss) or self.fast.setdefault(loss, compiled(balanced(loss)))
+        else:
+            loss = balanced(loss)
+        total = 0.0
+        dtype = PRECISIONS[self.precision]
+        parts = rows.chunk(self.accumulate)
         for n, part in enumerate(parts):
-            quiet = model.no_sync if n < len(parts) - 1 and hasattr(model, 'no_sync') else nullcontext
-            with quiet():                                      # several processes talk once a step
+            quiet = (
+                model.no_sync if n < len(parts) - 1 and hasattr(model, 'no_sync') else nullcontext
+            )
+            with quiet():  # several processes talk once a step
                 with torch.autocast(rows.device.type, dtype, enabled=dtype is not None):
-                    value = loss(model, part)*(len(part)/len(rows))
+                    value = loss(model, part) * (len(part) / len(rows))
                 self.scaler.scale(value).backward()
             total += value.detach()
-        if not self.scaler.is_enabled(): return total, update(model, opt, clip)
+        if not self.scaler.is_enabled():
+            return total, update(model, opt, clip)
         self.scaler.unscale_(opt)
-        length = update(model, opt, clip)                      # a gradient beyond fp16 moves nothing,
-        self.scaler.update()                                   # and the next loss is multiplied by less
+        length = update(model, opt, clip)  # a gradient beyond fp16 moves nothing,
+        self.scaler.update()  # and the next loss is multiplied by less
         return total, length
 
 # %% ../nbs/12_optim.ipynb #4ec9a441
 def steps_for(
-    tokens:int, # the budget
-    batch       # a function of the step: rows of ids (B, T+1)
-)->int:
+    tokens: int,  # the budget
+    batch,  # a function of the step: rows of ids (B, T+1)
+) -> int:
     "How many steps a budget of tokens allows"
-    if (n := tokens//(one := batch(0)[:, 1:].numel())) < 1:
-        raise LabError(f'tokens={tokens:,} does not allow one step of {one:,}: give more, or a smaller batch')
+    if (n := tokens // (one := batch(0)[:, 1:].numel())) < 1:
+        raise LabError(
+            f'tokens={tokens:,} does not allow one step of {one:,}: give more, or a smaller batch'
+        )
     return n
 
 # %% ../nbs/12_optim.ipynb #2fa8fac4
 class EarlyStop:
-    "For `fit(every={100: EarlyStop(…)})`: ends a run that gets no better, and gives the model its best weights back"
-    def __init__(self, loss, # a function of the run, such as a validation loss
-        patience=3,          # looks without progress before the end
-        min_delta=0.):       # what counts as progress
-        self.loss, self.patience, self.min_delta = loss, patience, min_delta
+    """For `fit(every={100: EarlyStop(…)})`: ends a run that gets no better, and gives the model its
+    best weights back"""
+
+    def __init__(
+        self,
+        loss,  # a function of the run, such as a validation loss
+        patience=3,  # looks without progress before the end
+        min_delta=0.0,
+    ):  # what counts as progress
+        self.loss = loss
+        self.patience = patience
+        self.min_delta = min_delta
         self.best, self.since, self.weights = math.inf, 0, None
 
     def __call__(self, run):
         val = self.loss(run)
         self.since += 1
         if val < self.best - self.min_delta:
-            self.best, self.since, self.weights = val, 0, deepcopy(run.model.state_dict())
+            self.best = val
+            self.since = 0
+            self.weights = deepcopy(run.model.state_dict())
         if self.since >= self.patience:
             run.stopped = f'after {self.since} looks without progress'
-            if self.weights: run.model.load_state_dict(self.weights)
+            if self.weights:
+                run.model.load_state_dict(self.weights)
         return dict(val=val)
 
 # %% ../nbs/12_optim.ipynb #d5853867
 def spikes(
-    losses,   # one a step
-    width=50, # steps that are looked back on
-    by=6.     # usual spreads (median absolute deviations × 1.48) above the median
-)->list: # steps
+    losses,  # one a step
+    width=50,  # steps that are looked back on
+    by=6.0,  # usual spreads (median absolute deviations × 1.48) above the median
+) -> list:  # steps
     "Where a loss stands far above the ones before it"
     x = torch.as_tensor(losses, dtype=torch.float64)
-    if len(x) <= width: return []
+    if len(x) <= width:
+        return []
     before = x.unfold(0, width, 1)[:-1]
     middle = before.median(1).values
-    spread = 1.4826*(before - middle[:, None]).abs().median(1).values
-    return ((x[width:] - middle > by*spread.clamp_min(1e-3)).nonzero()[:, 0] + width).tolist()
+    spread = 1.4826 * (before - middle[:, None]).abs().median(1).values
+    return ((x[width:] - middle > by * spread.clamp_min(1e-3)).nonzero()[:, 0] + width).tolist()
 
-def diverged(means)->bool: # means of the loss, one for each look
+
+def diverged(means) -> bool:  # means of the loss, one for each look
     "Has half of what was gained been lost again?"
     best, first, last = min(means), means[0], means[-1]
-    return last - best > max(.05, (first - best)/2)
+    return last - best > max(0.05, (first - best) / 2)
 
 # %% ../nbs/12_optim.ipynb #fdc0c21e
 class Alarm:
     "For `fit(every={50: Alarm()})`: notes spikes, and ends a run that has diverged"
-    def __init__(self, width=50, by=6.): self.width, self.by, self.seen, self.means = width, by, 0, []
+
+    def __init__(self, width=50, by=6.0):
+        self.width, self.by, self.seen, self.means = width, by, 0, []
 
     def __call__(self, run):
         start = max(0, self.seen - self.width)
-        x = run.history[0, start:run.step].tolist()
+        x = run.history[0, start : run.step].tolist()
         found = [start + s for s in spikes(x, self.width, self.by)]
-        self.means.append(sum(x[self.seen - start:])/(run.step - self.seen)); self.seen = run.step
-        if diverged(self.means): run.stopped = f'because it diverged: {self.means[-1]:.2f} after {min(self.means):.2f}'
+        self.means.append(sum(x[self.seen - start :]) / (run.step - self.seen))
+        self.seen = run.step
+        if diverged(self.means):
+            run.stopped = f'because it diverged: {self.means[-1]:.2f} after {min(self.means):.2f}'
         return dict(spikes=found) if found else None

@@ -6,7 +6,15 @@
 __all__ = ['PIECE', 'ALONE', 'shuffled', 'BatchStream', 'PackedTokens', 'end_mark', 'Packed', 'pack']
 
 # %% ../nbs/05_pack.ipynb #4ef4a4d1
-import hashlib, json, math, os, re, signal, sys, tempfile, time
+import hashlib
+import json
+import math
+import os
+import re
+import signal
+import sys
+import tempfile
+import time
 import numpy as np
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +23,21 @@ from itertools import chain, islice
 from pathlib import Path
 from subprocess import PIPE, Popen
 from fastcore.basics import patch
-from .lab import (LabError, Live, bytes_in, home, json_of, laid_out, locked, made_folder, replaceable,
-                         require_name, resolved, restored, written)
+from llm_lab.lab import (
+    LabError,
+    Live,
+    bytes_in,
+    home,
+    json_of,
+    laid_out,
+    locked,
+    made_folder,
+    replaceable,
+    require_name,
+    resolved,
+    restored,
+    written,
+)
 from .corpora import apart
 from .chars import load_tokenizer
 from .bpe import BPETokenizer
@@ -24,9 +45,10 @@ from .bpe import BPETokenizer
 # %% ../nbs/05_pack.ipynb #d8f6ba0e
 def _mix(x):
     "64-bit numbers, scrambled: the last step of SplitMix64 (Steele, Lea and Flood 2014)"
-    x = (x ^ (x >> np.uint64(30)))*np.uint64(0xbf58476d1ce4e5b9)
-    x = (x ^ (x >> np.uint64(27)))*np.uint64(0x94d049bb133111eb)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
 
 def _drawn(epochs, seed, purpose):
     "64 bits for each epoch (an array of ints ≥ 0), which depend on seed and purpose as well"
@@ -35,15 +57,17 @@ def _drawn(epochs, seed, purpose):
 
 # %% ../nbs/05_pack.ipynb #0a2df0d1
 def shuffled(
-    i,      # places in the endless order: ints ≥ 0, any shape
-    n:int,  # how many blocks there are
-    seed=0
-)->np.ndarray: # numbers of blocks, int64, as many
-    """Which block stands at place i: places e·n to e·n + n − 1, epoch e, hold each of n blocks once, shuffled.
-    A Feistel cipher on the numbers below n (Black and Rogaway 2002): any place at once, nothing is stored"""
+    i,  # places in the endless order: ints ≥ 0, any shape
+    n: int,  # how many blocks there are
+    seed=0,
+) -> np.ndarray:  # numbers of blocks, int64, as many
+    """Which block stands at place i: places e·n to e·n + n − 1, epoch e, hold each of n blocks
+    once, shuffled. A Feistel cipher on the numbers below n (Black and Rogaway 2002): any place
+    at once, nothing is stored"""
     i = np.asarray(i, np.uint64)
     epoch, x = (v.ravel() for v in np.divmod(i, np.uint64(n)))
-    a = math.isqrt(n - 1) + 1; b = -(-n//a)                    # a*b ≥ n, hardly more
+    a = math.isqrt(n - 1) + 1
+    b = -(-n // a)  # a*b ≥ n, hardly more
     key, todo = _drawn(epoch, seed, 'blocks'), np.arange(len(x))
     out = np.empty(len(x), np.int64)
     while len(todo):
@@ -51,74 +75,109 @@ def shuffled(
         for r in range(8):
             size, k = np.uint64((a, b)[r % 2]), _mix(key + np.uint64(r))
             half[r % 2] = (half[r % 2] + _mix(half[1 - r % 2] ^ k) % size) % size
-        x = half[0]*np.uint64(b) + half[1]; out[todo[x < n]] = x[x < n]
-        todo, key, x = todo[x >= n], key[x >= n], x[x >= n]    # who is outside walks on
+        x = half[0] * np.uint64(b) + half[1]
+        out[todo[x < n]] = x[x < n]
+        todo, key, x = todo[x >= n], key[x >= n], x[x >= n]  # who is outside walks on
     return out.reshape(i.shape)
 
 # %% ../nbs/05_pack.ipynb #434f4196
 def _document_rows(n, T, starts):
     "(where rows begin, how far back each may move), int64, (R,): the first of a document stays"
     starts = np.asarray(starts, np.int64)
-    lengths = np.diff(starts, append=starts[0] + n)            # the last goes on to the first
-    count = -(-lengths//T)
+    lengths = np.diff(starts, append=starts[0] + n)  # the last goes on to the first
+    count = -(-lengths // T)
     of = np.repeat(np.arange(len(starts)), count)
-    k = np.arange(len(of)) - (np.cumsum(count) - count)[of]    # the how manyth of its document
-    return starts[of] + k*T, np.where(k > 0, (count*T - lengths)[of], 0)
+    k = np.arange(len(of)) - (np.cumsum(count) - count)[of]  # the how manyth of its document
+    return starts[of] + k * T, np.where(k > 0, (count * T - lengths)[of], 0)
+
 
 class BatchStream:
     """Rows (B, T+1), int64, without end: in each epoch the text, a ring, is cut at other places.
 
     Each block is read once an epoch: no token is asked twice, fewer than T are left out. With
     `starts`, rows begin there, each is met once an epoch, and every token is asked."""
-    def __init__(self,
-        tokens,         # `PackedTokens`, or a tensor of ids (n,)
-        batch_size:int, # rows of a step, those of all ranks together
-        block_len:int,  # T: a row asks T questions
-        seed:int=0, rank:int=0, world_size:int=1, device='cpu',
-        starts=None     # where documents begin, ascending, (M,)
+
+    def __init__(
+        self,
+        tokens,  # `PackedTokens`, or a tensor of ids (n,)
+        batch_size: int,  # rows of a step, those of all ranks together
+        block_len: int,  # T: a row asks T questions
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        device='cpu',
+        starts=None,  # where documents begin, ascending, (M,)
     ):
         ids = getattr(tokens, 'ids', tokens)
         for k, v in dict(batch_size=batch_size, block_len=block_len, world_size=world_size).items():
-            if not isinstance(v, int) or v < 1: raise LabError(f'{k}={v!r}: give a whole number above 0')
+            if not isinstance(v, int) or v < 1:
+                raise LabError(f'{k}={v!r}: give a whole number above 0')
         if len(ids) <= block_len:
-            raise LabError(f'the text has {len(ids)} tokens, a block needs {block_len + 1}: '
-                           'give a longer text or a smaller block_len')
+            raise LabError(
+                f'the text has {len(ids)} tokens, a block needs {block_len + 1}: '
+                'give a longer text or a smaller block_len'
+            )
         if batch_size % world_size or not 0 <= rank < world_size:
-            raise LabError(f'{batch_size=}, {rank=}: give a multiple of {world_size=}, and a rank below it')
-        self.batch_size, self.rank, self.world_size, self.device = batch_size, rank, world_size, device
+            raise LabError(
+                f'{batch_size=}, {rank=}: give a multiple of {world_size=}, and a rank below it'
+            )
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.device = device
         self.rows = None if starts is None else _document_rows(len(ids), block_len, starts)
-        self.per_epoch = len(ids)//block_len if starts is None else len(self.rows[0])
-        self.made_of = dict(tokens=getattr(tokens, 'sha256', None), n=len(ids), batch_size=batch_size,
-                            block_len=block_len, seed=seed, starts=None)
-        if self.rows: self.made_of['starts'] = hashlib.sha256(self.rows[0].tobytes()).hexdigest()
+        self.per_epoch = len(ids) // block_len if starts is None else len(self.rows[0])
+        self.made_of = dict(
+            tokens=getattr(tokens, 'sha256', None),
+            n=len(ids),
+            batch_size=batch_size,
+            block_len=block_len,
+            seed=seed,
+            starts=None,
+        )
+        if self.rows:
+            self.made_of['starts'] = hashlib.sha256(self.rows[0].tobytes()).hexdigest()
         import torch
+
         self.ids, self.ahead = ids, torch.arange(block_len + 1)
         self.step, self._known = 0, (None, None)
 
-    def __iter__(self): return self
-    def __call__(self, step): return self.batch(step)
-    def __next__(self): self.step += 1; return self.batch(self.step - 1)
+    def __iter__(self):
+        return self
+
+    def __call__(self, step):
+        return self.batch(step)
+
+    def __next__(self):
+        self.step += 1
+        return self.batch(self.step - 1)
 
 # %% ../nbs/05_pack.ipynb #92d06d0d
 @patch
-def blocks_of(self:BatchStream, step:int): # places in the text, int64, (B / world_size,)
+def blocks_of(self: BatchStream, step: int):  # places in the text, int64, (B / world_size,)
     "Where the blocks begin that this rank reads at a step"
-    part, k = divmod(step, ahead := max(1, 4096//self.batch_size))              # so many are worked out together
+    part, k = divmod(
+        step, ahead := max(1, 4096 // self.batch_size)
+    )  # so many are worked out together
     if self._known[0] != part:
         import torch
+
         n, T, seed = (self.made_of[key] for key in ('n', 'block_len', 'seed'))
-        places = np.arange(ahead*self.batch_size).reshape(ahead, -1) + part*ahead*self.batch_size
-        mine = places[:, self.rank::self.world_size]
+        places = (
+            np.arange(ahead * self.batch_size).reshape(ahead, -1) + part * ahead * self.batch_size
+        )
+        mine = places[:, self.rank :: self.world_size]
         blocks = shuffled(mine, self.per_epoch, seed)
-        begins, room = (blocks*T, n - 1) if self.rows is None else (r[blocks] for r in self.rows)
-        turn = _drawn(mine//self.per_epoch, seed, 'turn') % np.asarray(room + 1, np.uint64)
+        begins, room = (blocks * T, n - 1) if self.rows is None else (r[blocks] for r in self.rows)
+        turn = _drawn(mine // self.per_epoch, seed, 'turn') % np.asarray(room + 1, np.uint64)
         self._known = part, torch.from_numpy((begins - turn.astype(np.int64)) % n).unbind()
     return self._known[1][k]
 
+
 @patch
-def batch(self:BatchStream, step:int): # rows (B / world_size, T+1), int64
+def batch(self: BatchStream, step: int):  # rows (B / world_size, T+1), int64
     "The rows of a step: a pure function of (seed, step)"
-    at = self.blocks_of(step)[:, None] + self.ahead            # places on the ring
+    at = self.blocks_of(step)[:, None] + self.ahead  # places on the ring
     rows = self.ids.take(at % len(self.ids)).long()
     return rows if self.device == 'cpu' else rows.to(self.device, non_blocking=True)
 
@@ -126,21 +185,33 @@ def batch(self:BatchStream, step:int): # rows (B / world_size, T+1), int64
 def _agree(what, theirs, other, mine, remedy):
     "Raises `LabError` that names both sides, unless they are equal"
     say = lambda v: f'{v:,}' if isinstance(v, int) else str(v)[:16]
-    if theirs != mine: raise LabError(f'{what} is {say(theirs)}, {other} {say(mine)}: {remedy}')
+    if theirs != mine:
+        raise LabError(f'{what} is {say(theirs)}, {other} {say(mine)}: {remedy}')
+
 
 @patch
-def state_dict(self:BatchStream)->dict:
+def state_dict(self: BatchStream) -> dict:
     "The position, and what it is a position in, as plain data"
     return dict(step=self.step, **self.made_of)
 
+
 @patch
-def load_state_dict(self:BatchStream, state:dict):
-    "Go on where `state` was taken. `LabError` when it is of another text, seed, batch, block or row"
-    if 'starts' not in state and 'tokens' in state:            # of an older edition
-        raise LabError('the saved position is of blocks that stand still, and they move now: '
-                       'start a new run')
+def load_state_dict(self: BatchStream, state: dict):
+    """Go on where `state` was taken.
+
+    `LabError` when it is of another text, seed, batch, block or row"""
+    if 'starts' not in state and 'tokens' in state:  # of an older edition
+        raise LabError(
+            'the saved position is of blocks that stand still, and they move now: start a new run'
+        )
     for k, mine in self.made_of.items():
-        _agree(f'{k} of the saved position', state.get(k), "this stream's", mine, 'make the stream as it was then')
+        _agree(
+            f'{k} of the saved position',
+            state.get(k),
+            "this stream's",
+            mine,
+            'make the stream as it was then',
+        )
     if not isinstance(step := state.get('step'), int) or step < 0:
         raise LabError(f'step of the saved position is {step!r}: a whole number from 0 is needed')
     self.step = step
@@ -148,89 +219,158 @@ def load_state_dict(self:BatchStream, state:dict):
 # %% ../nbs/05_pack.ipynb #8bc63923
 _FORMAT, _AGAIN = 1, 'pack it again, with force (--force)'
 
-def _sha(data): return hashlib.sha256(data).hexdigest()
-def _seal(meta): return _sha(json.dumps({k: v for k, v in meta.items() if k != 'sha256'}, sort_keys=True).encode())
+
+def _sha(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+def _seal(meta):
+    return _sha(
+        json.dumps({k: v for k, v in meta.items() if k != 'sha256'}, sort_keys=True).encode()
+    )
+
 
 def _read_meta(folder):
     "What meta.json says, if it is whole and of the kind that we read"
-    path = folder/'meta.json'
-    try: meta = dict(json_of(bytes_in(folder, 'meta.json'), path))
+    path = folder / 'meta.json'
+    try:
+        meta = dict(json_of(bytes_in(folder, 'meta.json'), path))
     except (OSError, ValueError, TypeError) as e:
-        raise LabError(f'cannot read {path}: {getattr(e, "strerror", "it is damaged")}; {_AGAIN}') from None
+        raise LabError(
+            f'cannot read {path}: {getattr(e, "strerror", "it is damaged")}; {_AGAIN}'
+        ) from None
     for key, mine in dict(format=_FORMAT, dtype='int32').items():
         _agree(f'{key} in {path}', meta.get(key), 'this library reads', mine, _AGAIN)
     _agree(f'sha256 in {path}', meta.get('sha256'), 'the rest of it gives', _seal(meta), _AGAIN)
-    if not _sound(meta): raise LabError(f'{path} does not say what a packed folder is: {_AGAIN}')
+    if not _sound(meta):
+        raise LabError(f'{path} does not say what a packed folder is: {_AGAIN}')
     return meta
 
-def _sound(meta)->bool:
-    "Does it tell splits, their files in this folder and a tokenizer, in the kinds that are counted with?"
+
+def _sound(meta) -> bool:
+    """Does it tell splits, their files in this folder and a tokenizer, in the kinds that are
+    counted with?"""
     whole = lambda x: type(x) is int and 0 <= x < 1 << 53
     files, splits, tok = (meta.get(k) for k in ('files', 'splits', 'tokenizer'))
-    if not all(isinstance(x, dict) for x in (files, splits, tok)): return False
-    if not all(re.fullmatch(r'\w+\.bin|tokenizer/(tokenizer|meta)\.json', f) and isinstance(said, dict)
-               and whole(said.get('size')) and isinstance(said.get('sha256'), str) for f, said in files.items()): return False
-    if not all(f'{s}.bin' in files and isinstance(v, dict) and whole(v.get('tokens')) and whole(v.get('bytes'))
-               and files[f'{s}.bin']['size'] == 4*v['tokens'] for s, v in splits.items()): return False
+    if not all(isinstance(x, dict) for x in (files, splits, tok)):
+        return False
+    if not all(
+        re.fullmatch(r'\w+\.bin|tokenizer/(tokenizer|meta)\.json', f)
+        and isinstance(said, dict)
+        and whole(said.get('size'))
+        and isinstance(said.get('sha256'), str)
+        for f, said in files.items()
+    ):
+        return False
+    if not all(
+        f'{s}.bin' in files
+        and isinstance(v, dict)
+        and whole(v.get('tokens'))
+        and whole(v.get('bytes'))
+        and files[f'{s}.bin']['size'] == 4 * v['tokens']
+        for s, v in splits.items()
+    ):
+        return False
     end = tok.get('end')
     return whole(tok.get('vocab_size')) and isinstance(end, list) and all(map(whole, end))
 
 # %% ../nbs/05_pack.ipynb #286b3fc8
 def _opened(folder, name, meta, verify=True):
-    "The file `name`, open; raises `LabError` when its size, its hash or an id is not as meta.json says"
-    said, path, sha, top = meta['files'][name], folder/name, hashlib.sha256(), 0
-    if path.exists() and not path.is_file(): raise LabError(f'meta.json names {path}, which is no plain file; {_AGAIN}')
-    try: f = open(path, 'rb')
-    except OSError as e: raise LabError(f'meta.json names {path}: {e.strerror}; {_AGAIN}') from None
+    """The file `name`, open; raises `LabError` when its size, its hash or an id is not as meta.json
+    says"""
+    said = meta['files'][name]
+    path = folder / name
+    sha = hashlib.sha256()
+    top = 0
+    if path.exists() and not path.is_file():
+        raise LabError(f'meta.json names {path}, which is no plain file; {_AGAIN}')
     try:
-        _agree(f'the size of {path}', os.fstat(f.fileno()).st_size, 'meta.json says', said['size'], _AGAIN)
+        f = open(path, 'rb')
+    except OSError as e:
+        raise LabError(f'meta.json names {path}: {e.strerror}; {_AGAIN}') from None
+    try:
+        _agree(
+            f'the size of {path}',
+            os.fstat(f.fileno()).st_size,
+            'meta.json says',
+            said['size'],
+            _AGAIN,
+        )
         while verify and (data := f.read(1 << 22)):
             sha.update(data)
-            if name.endswith('.bin'): top = max(top, int(np.frombuffer(data, '<u4').max()))  # −1 is huge here
-        if verify: _agree(f'SHA-256 of {path}', sha.hexdigest(), 'meta.json says', said['sha256'], _AGAIN)
+            if name.endswith('.bin'):
+                top = max(top, int(np.frombuffer(data, '<u4').max()))  # −1 is huge here
+        if verify:
+            _agree(f'SHA-256 of {path}', sha.hexdigest(), 'meta.json says', said['sha256'], _AGAIN)
         if top >= (V := meta['tokenizer']['vocab_size']):
             raise LabError(f'{path} holds the id {top:,}, its tokenizer has {V:,} ids: {_AGAIN}')
-    except BaseException: f.close(); raise
-    f.seek(0); return f
+    except BaseException:
+        f.close()
+        raise
+    f.seek(0)
+    return f
 
 # %% ../nbs/05_pack.ipynb #11f91c61
 class PackedTokens:
     "One split of a packed folder. `ids` (n,), int32, is the file itself, mapped; nothing is copied"
-    def __init__(self,
-        path,          # a packed folder, or one of its .bin files
-        split='train', # 'train', 'val', 'test'; a file knows its own
-        verify=True    # read the whole file and compare its hash, before it is used
+
+    def __init__(
+        self,
+        path,  # a packed folder, or one of its .bin files
+        split='train',  # 'train', 'val', 'test'; a file knows its own
+        verify=True,  # read the whole file and compare its hash, before it is used
     ):
         import torch
-        path, split = (path.parent, path.stem) if (path := Path(path)).suffix == '.bin' else (path, split)
-        self.folder, self.split, self.meta = path, split, _read_meta(path)
+
+        path, split = (
+            (path.parent, path.stem) if (path := Path(path)).suffix == '.bin' else (path, split)
+        )
+        self.folder = path
+        self.split = split
+        self.meta = _read_meta(path)
         if split not in (splits := self.meta['splits']):
             raise LabError(f'{path} has no split {split!r}: choose from {", ".join(splits)}')
         for name in self.meta['files']:
-            if not name.endswith('.bin'): _opened(path, name, self.meta).close()
+            if not name.endswith('.bin'):
+                _opened(path, name, self.meta).close()
         with _opened(path, file := f'{split}.bin', self.meta, verify) as f:
             array = np.memmap(f, '<i4', 'c') if splits[split]['tokens'] else np.zeros(0, '<i4')
-        self.ids, self.sha256 = torch.from_numpy(array), self.meta['files'][file]['sha256']
-        self.tokenizer = load_tokenizer(path/'tokenizer')
+        self.ids = torch.from_numpy(array)
+        self.sha256 = self.meta['files'][file]['sha256']
+        self.tokenizer = load_tokenizer(path / 'tokenizer')
 
-    def __len__(self): return len(self.ids)
-    def __repr__(self): return f'PackedTokens({str(self.folder)!r}, {self.split!r}: {len(self):,} tokens)'
+    def __len__(self):
+        return len(self.ids)
+
+    def __repr__(self):
+        return f'PackedTokens({str(self.folder)!r}, {self.split!r}: {len(self):,} tokens)'
 
 # %% ../nbs/05_pack.ipynb #2b1a412d
-def end_mark(corpus, tok)->list[int]:
-    "What ends a document: the end mark's id; the separator's ids where there is none, or within a running text"
-    if corpus.independent and tok.eos_id is not None: return [tok.eos_id]
-    if corpus.splits and not apart(corpus): return []
+def end_mark(corpus, tok) -> list[int]:
+    """What ends a document: the end mark's id; the separator's ids where there is none, or within a
+    running text"""
+    if corpus.independent and tok.eos_id is not None:
+        return [tok.eos_id]
+    if corpus.splits and not apart(corpus):
+        return []
     return tok.encode(corpus.separator) if corpus.independent else _between(tok, corpus.separator)
 
+
 def _between(tok, separator):
-    "The ids of a separator as they stand between two letters: GPT-2 has 628 for two line ends alone, here 198 twice"
+    """The ids of a separator as they stand between two letters:
+
+    GPT-2 has 628 for two line ends alone, here 198 twice"""
     for letter in 'xa':
-        try: alone, both = tok.encode(letter), tok.encode(f'{letter}{separator}{letter}')
-        except LabError: continue                              # a tokenizer of other characters
+        try:
+            alone = tok.encode(letter)
+            both = tok.encode(f'{letter}{separator}{letter}')
+        except LabError:
+            continue  # a tokenizer of other characters
         n = len(alone)
-        if both[:n] == both[-n:] == alone: return both[n:-n]
+        if both[:n] == both[-n:] == alone:
+            return both[n:-n]
     return tok.encode(separator)
+
 
 def _ids(tokenizer, documents, end):
     "The ids of all documents, each followed by the ids `end`: int32, (n,)"
@@ -238,140 +378,240 @@ def _ids(tokenizer, documents, end):
     return np.fromiter(chain.from_iterable(part for ids in each for part in (ids, end)), '<i4')
 
 # %% ../nbs/05_pack.ipynb #5fbfdd39
-def _send(pipe, data): pipe.write(len(data).to_bytes(8, 'little') + data); pipe.flush()
+def _send(pipe, data):
+    pipe.write(len(data).to_bytes(8, 'little') + data)
+    pipe.flush()
+
 
 def _receive(pipe):
     "The next message; `EOFError` when the other side is gone, even in the middle of it"
     size = int.from_bytes(pipe.read(8), 'little')
-    if not size or len(data := pipe.read(size)) < size: raise EOFError
+    if not size or len(data := pipe.read(size)) < size:
+        raise EOFError
     return data
+
 
 def _serve(folder, end):
     "A worker's life: read documents, write their ids, until nobody sends any more"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)               # where sessions are unknown
-    out, sys.stdout = sys.stdout.buffer, sys.stderr            # a stray print must not get between the ids
-    with suppress(EOFError, OSError, LabError):                # the sender is gone
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where sessions are unknown
+    out, sys.stdout = sys.stdout.buffer, sys.stderr  # a stray print must not get between the ids
+    with suppress(EOFError, OSError, LabError):  # the sender is gone
         tokenizer = load_tokenizer(folder)
         while documents := json.loads(_receive(sys.stdin.buffer)):
-            try: answer = b'+' + _ids(tokenizer, documents, end).tobytes()
-            except LabError as e: answer = b'-' + str(e).encode()
+            try:
+                answer = b'+' + _ids(tokenizer, documents, end).tobytes()
+            except LabError as e:
+                answer = b'-' + str(e).encode()
             _send(out, answer)
 
 # %% ../nbs/05_pack.ipynb #b4cf8d44
 @contextmanager
 def _workers(folder, end, processes):
     "Yield a function that hands documents to a free worker and returns a future of their ids"
-    code = 'import json, sys; sys.path, *a = json.loads(sys.argv[1]); from llm_lab.pack import _serve; _serve(*a)'
+    code = (
+        'import json, sys; sys.path, *a = json.loads(sys.argv[1]); from llm_lab.pack '
+        'import _serve; _serve(*a)'
+    )
     call = [sys.executable, '-c', code, json.dumps([sys.path, str(folder), end])]
-    kw = dict(env={**os.environ, 'OMP_NUM_THREADS': '1', 'RAYON_NUM_THREADS': '1'}, stdin=PIPE, stdout=PIPE)
+    kw = dict(
+        env={**os.environ, 'OMP_NUM_THREADS': '1', 'RAYON_NUM_THREADS': '1'},
+        stdin=PIPE,
+        stdout=PIPE,
+    )
     team, free, threads = [], [], ThreadPoolExecutor(processes)
+
     def ask(documents):
-        w = free.pop()                                         # as many threads as workers: one is free
-        try: _send(w.stdin, json.dumps(documents).encode()); answer = _receive(w.stdout)
+        w = free.pop()  # as many threads as workers: one is free
+        try:
+            _send(w.stdin, json.dumps(documents).encode())
+            answer = _receive(w.stdout)
         except (OSError, EOFError):
             w.kill()
-            raise LabError(f'a worker ended with code {w.wait()}: if memory is short, try processes=1') from None
-        finally: free.append(w)
-        if answer[:1] == b'-': raise LabError(answer[1:].decode())
+            raise LabError(
+                f'a worker ended with code {w.wait()}: if memory is short, try processes=1'
+            ) from None
+        finally:
+            free.append(w)
+        if answer[:1] == b'-':
+            raise LabError(answer[1:].decode())
         return np.frombuffer(answer, '<i4', offset=1)
+
     try:
-        while len(team) < processes: team.append(Popen(call, start_new_session=True, **kw))
-        free.extend(team); yield lambda documents: threads.submit(ask, documents)
+        while len(team) < processes:
+            team.append(Popen(call, start_new_session=True, **kw))
+        free.extend(team)
+        yield lambda documents: threads.submit(ask, documents)
     finally:
-        for w in team: w.kill()                                # they hold nothing that matters
+        for w in team:
+            w.kill()  # they hold nothing that matters
         threads.shutdown(cancel_futures=True)
-        for w in team: w.communicate()
+        for w in team:
+            w.communicate()
 
 # %% ../nbs/05_pack.ipynb #4ebcab75
-PIECE, ALONE = 1 << 19, 4      # characters sent at a time; fewer pieces are packed without workers
+PIECE, ALONE = 1 << 19, 4  # characters sent at a time; fewer pieces are packed without workers
+
 
 def _encode(pieces, folder, end, processes):
     "The ids of each piece (a list of documents), in order; at most `2*processes` are on their way"
-    tokenizer, head, waiting = load_tokenizer(folder), list(islice(pieces := iter(pieces), ALONE)), []
+    tokenizer = load_tokenizer(folder)
+    head = list(islice(pieces := iter(pieces), ALONE))
+    waiting = []
     if processes < 2 or len(head) < ALONE:
-        yield from (_ids(tokenizer, piece, end) for piece in chain(head, pieces)); return
+        yield from (_ids(tokenizer, piece, end) for piece in chain(head, pieces))
+        return
     with _workers(folder, end, processes) as ask:
         for piece in chain(head, pieces):
             waiting.append(ask(piece))
-            if len(waiting) == 2*processes: yield waiting.pop(0).result()
-        for answer in waiting: yield answer.result()
+            if len(waiting) == 2 * processes:
+                yield waiting.pop(0).result()
+        for answer in waiting:
+            yield answer.result()
 
 # %% ../nbs/05_pack.ipynb #90992eb3
 def _write(documents, path, end, processes, live):
-    "Encode the documents into the file `path`; returns what meta.json will say of the text, and of the file"
-    text, data, n = hashlib.sha256(), hashlib.sha256(), dict(documents=0, tokens=0, bytes=0)
+    """Encode the documents into the file `path`; returns what meta.json will say of the text, and
+    of the file"""
+    text = hashlib.sha256()
+    data = hashlib.sha256()
+    n = dict(documents=0, tokens=0, bytes=0)
+
     def pieces():
         piece, size = [], 0
         for d in documents:
-            raw = d.encode(); text.update(raw); text.update(b'\xff'); piece.append(d)
-            n['documents'] += 1; n['bytes'] += len(raw); size += len(raw)
-            if size >= PIECE: yield piece; piece, size = [], 0
-        if piece: yield piece
-    with open(path, 'wb') as f, closing(_encode(pieces(), path.parent/'tokenizer', end, processes)) as parts:
+            raw = d.encode()
+            text.update(raw)
+            text.update(b'\xff')
+            piece.append(d)
+            n['documents'] += 1
+            n['bytes'] += len(raw)
+            size += len(raw)
+            if size >= PIECE:
+                yield piece
+                piece, size = [], 0
+        if piece:
+            yield piece
+
+    with (
+        open(path, 'wb') as f,
+        closing(_encode(pieces(), path.parent / 'tokenizer', end, processes)) as parts,
+    ):
         for ids in parts:
-            f.write(ids); data.update(ids); n['tokens'] += len(ids)
+            f.write(ids)
+            data.update(ids)
+            n['tokens'] += len(ids)
             live(f'{path.stem}: {n["documents"]:,} documents, {n["tokens"]:,} tokens')
-    return dict(**n, sha256=text.hexdigest()), dict(size=4*n['tokens'], sha256=data.hexdigest())
+    return dict(**n, sha256=text.hexdigest()), dict(size=4 * n['tokens'], sha256=data.hexdigest())
 
 # %% ../nbs/05_pack.ipynb #83d84c20
 def _build(new, corpus, tokenizer, digests, processes):
     "Make the packed folder `new`; returns what stands in its meta.json"
     if asked := isinstance(tokenizer, int) and tokenizer:
-        tokenizer = BPETokenizer.train(corpus.documents('train'), asked, special_tokens=['<|endoftext|>'])
-    tokenizer.save(new/'tokenizer')
-    files = {f'tokenizer/{f.name}': dict(size=f.stat().st_size, sha256=_sha(f.read_bytes()))
-             for f in sorted((new/'tokenizer').iterdir())}
+        tokenizer = BPETokenizer.train(
+            corpus.documents('train'), asked, special_tokens=['<|endoftext|>']
+        )
+    tokenizer.save(new / 'tokenizer')
+    files = {
+        f'tokenizer/{f.name}': dict(size=f.stat().st_size, sha256=_sha(f.read_bytes()))
+        for f in sorted((new / 'tokenizer').iterdir())
+    }
     end, splits, live = end_mark(corpus, tokenizer), {}, Live()
     for s, said in digests.items():
-        splits[s], files[f'{s}.bin'] = _write(corpus.documents(s), new/f'{s}.bin', end, processes, live)
-        _agree(f'{s} of {corpus.name}', splits[s]['sha256'], 'a minute ago', said, 'pack it when it is at rest')
+        splits[s], files[f'{s}.bin'] = _write(
+            corpus.documents(s), new / f'{s}.bin', end, processes, live
+        )
+        _agree(
+            f'{s} of {corpus.name}',
+            splits[s]['sha256'],
+            'a minute ago',
+            said,
+            'pack it when it is at rest',
+        )
     live.close(f'packed {sum(v["tokens"] for v in splits.values()):,} tokens')
-    made_by = dict(kind=tokenizer.kind, vocab_size=tokenizer.vocab_size, end=end, asked=asked or None,
-                   sha256=files['tokenizer/tokenizer.json']['sha256'],
-                   trained_on=getattr(tokenizer, 'meta', {}).get('sha256'))
-    meta = dict(format=_FORMAT, dtype='int32', tokenizer=made_by, splits=splits, files=files,
-                corpus={k: getattr(corpus, k) for k in ('name', 'licence', 'source', 'sha256')})
-    meta['sha256'] = _seal(meta); (new/'meta.json').write_text(json.dumps(meta, indent=1), encoding='utf-8')
+    made_by = dict(
+        kind=tokenizer.kind,
+        vocab_size=tokenizer.vocab_size,
+        end=end,
+        asked=asked or None,
+        sha256=files['tokenizer/tokenizer.json']['sha256'],
+        trained_on=getattr(tokenizer, 'meta', {}).get('sha256'),
+    )
+    meta = dict(
+        format=_FORMAT,
+        dtype='int32',
+        tokenizer=made_by,
+        splits=splits,
+        files=files,
+        corpus={k: getattr(corpus, k) for k in ('name', 'licence', 'source', 'sha256')},
+    )
+    meta['sha256'] = _seal(meta)
+    (new / 'meta.json').write_text(json.dumps(meta, indent=1), encoding='utf-8')
     return meta
 
 # %% ../nbs/05_pack.ipynb #78f9fc9d
 def _wanted(corpus, tokenizer):
-    "What is known before packing: a hash of each split, and the tokenizer, or what it is to be trained on"
+    """What is known before packing: a hash of each split, and the tokenizer, or what it is to be
+    trained on"""
     digests = {s: corpus.digest(s) for s in corpus.splits}
-    if isinstance(tokenizer, int): return digests, dict(asked=tokenizer, trained_on=digests.get('train'))
+    if isinstance(tokenizer, int):
+        return digests, dict(asked=tokenizer, trained_on=digests.get('train'))
     with tempfile.TemporaryDirectory() as t:
         tokenizer.save(t)
-        return digests, dict(sha256=_sha(Path(t, 'tokenizer.json').read_bytes()), end=end_mark(corpus, tokenizer))
+        return digests, dict(
+            sha256=_sha(Path(t, 'tokenizer.json').read_bytes()), end=end_mark(corpus, tokenizer)
+        )
+
 
 def _usable(folder, corpus, digests, tokenizer, verify):
-    "What meta.json says if the folder can be used; None if there is none; `LabError` if it is another or damaged"
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())): return None
-    meta, other = _read_meta(folder), 'name another folder, or replace it with force (--force)'
+    """What meta.json says if the folder can be used; None if there is none;
+
+    `LabError` if it is another or damaged"""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return None
+    meta = _read_meta(folder)
+    other = 'name another folder, or replace it with force (--force)'
     for s in {**digests, **meta['splits']}:
-        _agree(f'{s} of {meta["corpus"]["name"]} in {folder}', meta['splits'].get(s, {}).get('sha256'),
-               f'{s} of {corpus.name}', digests.get(s), other)
-    for k, v in tokenizer.items(): _agree(f'tokenizer {k} in {folder}', meta['tokenizer'][k], 'asked for', v, other)
-    for file in meta['files']: _opened(folder, file, meta, verify or not file.endswith('.bin')).close()
-    _agree(f'the end mark in {folder}', meta['tokenizer']['end'], 'this library packs',
-           end_mark(corpus, load_tokenizer(folder/'tokenizer')), _AGAIN)
+        _agree(
+            f'{s} of {meta["corpus"]["name"]} in {folder}',
+            meta['splits'].get(s, {}).get('sha256'),
+            f'{s} of {corpus.name}',
+            digests.get(s),
+            other,
+        )
+    for k, v in tokenizer.items():
+        _agree(f'tokenizer {k} in {folder}', meta['tokenizer'][k], 'asked for', v, other)
+    for file in meta['files']:
+        _opened(folder, file, meta, verify or not file.endswith('.bin')).close()
+    _agree(
+        f'the end mark in {folder}',
+        meta['tokenizer']['end'],
+        'this library packs',
+        end_mark(corpus, load_tokenizer(folder / 'tokenizer')),
+        _AGAIN,
+    )
     return meta
 
 # %% ../nbs/05_pack.ipynb #914e5e58
 def _beside(folder, digests, tokenizer):
     "The folder; where another text or tokenizer lies in it whole, one beside it, named by hash"
-    try: meta = _read_meta(folder)
-    except LabError: return folder                             # there is none, or it is damaged
+    try:
+        meta = _read_meta(folder)
+    except LabError:
+        return folder  # there is none, or it is damaged
     same = {s: v.get('sha256') for s, v in meta['splits'].items()} == digests
-    if same and all(meta['tokenizer'].get(k) == v for k, v in tokenizer.items()): return folder
+    if same and all(meta['tokenizer'].get(k) == v for k, v in tokenizer.items()):
+        return folder
     mine = _sha(json.dumps([digests, tokenizer], sort_keys=True).encode())
     return folder.with_name(f'{folder.name}-{mine[:10]}')
 
 # %% ../nbs/05_pack.ipynb #da712cd9
 _OURS = re.compile(r'\w+\.bin|meta\.json|tokenizer/(tokenizer|meta)\.json')
 
+
 def _as_packed(folder, known):
-    "What is ours in a packed folder, however damaged: its list shows that it was one, or its tokenizer"
-    path = folder/'tokenizer'/'tokenizer.json'
+    """What is ours in a packed folder, however damaged: its list shows that it was one, or its
+    tokenizer"""
+    path = folder / 'tokenizer' / 'tokenizer.json'
     text = path.read_bytes() if path.is_file() else b''
     ours = 'meta.json' in known or laid_out(text, 'added_tokens', 'model', ensure_ascii=False)
     names = [p.relative_to(folder).as_posix() for p in folder.rglob('*')] if ours else []
@@ -383,49 +623,74 @@ def _alone(folder):
     "Hold the folder's lock; yields whether another was waited for"
     made_folder(folder.parent)
     said = []
+
     def busy():
         said.append(f'another program is packing {folder}: waiting for it')
         print(said[0], flush=True)
+
     lock = locked(folder.with_name(f'.{folder.name}.lock'), busy)
     try:
         restored(folder)
         yield bool(said)
-    finally: lock.release()
+    finally:
+        lock.release()
 
 # %% ../nbs/05_pack.ipynb #9944517b
 class Packed(namedtuple('Packed', 'folder meta built seconds')):
-    "A packed folder, what its meta.json says, whether it was built just now, and the seconds it took"
+    """A packed folder, what its meta.json says, whether it was built just now, and the seconds it
+    took"""
+
     def __str__(self):
         splits, tok, corpus = (self.meta[k] for k in ('splits', 'tokenizer', 'corpus'))
-        known = {v['sha256']: f'its {s} split' for s, v in splits.items()} | {None: 'a text it does not name'}
-        return '\n'.join([f'{corpus["name"]}, licence: {corpus["licence"]}', *(
-            f'{s:6}{v["documents"]:12,} documents {v["tokens"]:14,} tokens, '
-            f'{v["bytes"]/max(1, v["tokens"]):.2f} bytes each' for s, v in splits.items()),
-            f'tokenizer {tok["kind"]}, {tok["vocab_size"]:,} ids, trained on '
-            f'{known.get(tok["trained_on"], "another text")}',
-            f'{"packed" if self.built else "already there, checked"} in {self.seconds:.1f} s: {self.folder}'])
+        known = {v['sha256']: f'its {s} split' for s, v in splits.items()} | {
+            None: 'a text it does not name'
+        }
+        return '\n'.join(
+            [
+                f'{corpus["name"]}, licence: {corpus["licence"]}',
+                *(
+                    f'{s:6}{v["documents"]:12,} documents {v["tokens"]:14,} tokens, '
+                    f'{v["bytes"] / max(1, v["tokens"]):.2f} bytes each'
+                    for s, v in splits.items()
+                ),
+                f'tokenizer {tok["kind"]}, {tok["vocab_size"]:,} ids, trained on '
+                f'{known.get(tok["trained_on"], "another text")}',
+                (
+                    f'{"packed" if self.built else "already there, checked"} in '
+                    f'{self.seconds:.1f} s: {self.folder}'
+                ),
+            ]
+        )
 
 # %% ../nbs/05_pack.ipynb #54e77e81
 def pack(
     corpus,
-    tokenizer=8192, # a tokenizer, or a vocabulary size: BPE is then trained on the training split
-    folder=None,    # `home()/data/packed/CORPUS-bpe8192` if none; a hash more if that is another's
-    force=False,    # build it even if it is there
-    verify=False,   # read every byte of a folder that is there
-    processes=None  # one for each core if none, eight at most
-)->Packed:
-    "The packed folder of a corpus, built if it is not there. Raises `LabError` if another or a damaged one is"
-    start, built, processes = time.perf_counter(), False, processes or min(8, os.cpu_count() or 1)
-    kind = f'bpe{tokenizer}' if isinstance(tokenizer, int) else f'{tokenizer.kind}{tokenizer.vocab_size}'
+    tokenizer=8192,  # a tokenizer, or a vocabulary size: BPE is then trained on the training split
+    folder=None,  # `home()/data/packed/CORPUS-bpe8192` if none; a hash more if that is another's
+    force=False,  # build it even if it is there
+    verify=False,  # read every byte of a folder that is there
+    processes=None,  # one for each core if none, eight at most
+) -> Packed:
+    """The packed folder of a corpus, built if it is not there.
+
+    Raises `LabError` if another or a damaged one is"""
+    start = time.perf_counter()
+    built = False
+    processes = processes or min(8, os.cpu_count() or 1)
+    kind = (
+        f'bpe{tokenizer}'
+        if isinstance(tokenizer, int)
+        else f'{tokenizer.kind}{tokenizer.vocab_size}'
+    )
     short = corpus.name.encode()[:100].decode(errors='ignore')
     name = re.sub(r'[^\w.-]+|^\.+', '_', f'{short}-{kind}')
-    own = folder is None and resolved(home()/'data'/'packed'/require_name(name, 'the corpus'))
+    own = folder is None and resolved(home() / 'data' / 'packed' / require_name(name, 'the corpus'))
     wanted = _wanted(corpus, tokenizer)
     folder = _beside(own, *wanted) if own else resolved(folder)
     usable = lambda: _usable(folder, corpus, *wanted, verify)
     if force or (meta := usable()) is None:
         replaceable(folder, _as_packed)
-        with _alone(folder) as waited:                         # somebody else may have built it by now
+        with _alone(folder) as waited:  # somebody else may have built it by now
             meta = usable() if waited or not force else None
             if built := meta is None:
                 with written(folder, more=_as_packed) as new:

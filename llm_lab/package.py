@@ -7,14 +7,27 @@ __all__ = ['FORMAT', 'Opened', 'seal', 'card', 'write_package', 'save_package', 
            'open_model']
 
 # %% ../nbs/07_package.ipynb #fa8d025d
-import hashlib, json, re
+import hashlib
+import json
+import re
 import torch
 from collections import namedtuple
 from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load as tensors_from, save as tensor_bytes
-from .lab import (REGISTERED, LabError, bytes_in, json_of, laid_out, memory_left, must_fit, pointed,
-                         restored, short, written)
+from llm_lab.lab import (
+    REGISTERED,
+    LabError,
+    bytes_in,
+    json_of,
+    laid_out,
+    memory_left,
+    must_fit,
+    pointed,
+    restored,
+    short,
+    written,
+)
 from .chars import tokenizer_from
 from .gpt import MiniGPT, config_from, part, require_as_said, sketch, to_data, typed
 from types import SimpleNamespace
@@ -23,69 +36,106 @@ from types import SimpleNamespace
 FORMAT = 1
 _FILES = ('llm_lab.json', 'tokenizer.json', 'model.safetensors')
 
+
 def _sha(data):
     data = data if isinstance(data, bytes) else json.dumps(data, sort_keys=True).encode()
     return hashlib.sha256(data).hexdigest()
 
-def seal(folder, name:str, files, **facts):
-    "Write `folder/name`: the format, the SHA-256 of each of these files, some facts, and the SHA-256 of all that"
-    said = dict(format=FORMAT, files={f: _sha((folder/f).read_bytes()) for f in files}, **facts)
-    (folder/name).write_text(json.dumps({**said, 'sha256': _sha(said)}, indent=1), encoding='utf-8')
 
-def card(name:str, model:MiniGPT, about:dict)->str:
+def seal(folder, name: str, files, **facts):
+    """Write `folder/name`: the format, the SHA-256 of each of these files, some facts, and the
+    SHA-256 of all that"""
+    said = dict(format=FORMAT, files={f: _sha((folder / f).read_bytes()) for f in files}, **facts)
+    (folder / name).write_text(
+        json.dumps({**said, 'sha256': _sha(said)}, indent=1), encoding='utf-8'
+    )
+
+
+def card(name: str, model: MiniGPT, about: dict) -> str:
     "The model card: what this is, what it was trained on, how to use it"
     facts = [f'- {k.replace("_", " ")}: {v}' for k, v in about.items()]
-    return '\n'.join([
-        f'# {name}', '', f'A language model of {model.n_params:,} parameters, made with llm_lab.', '', *facts, '',
-        '```python', 'from llm_lab.package import open_model', "model, tokenizer, about = open_model('.')", '```',
-        '', f'Architecture: `{model.cfg}`', ''])
+    return '\n'.join(
+        [
+            f'# {name}',
+            '',
+            f'A language model of {model.n_params:,} parameters, made with llm_lab.',
+            '',
+            *facts,
+            '',
+            '```python',
+            'from llm_lab.package import open_model',
+            "model, tokenizer, about = open_model('.')",
+            '```',
+            '',
+            f'Architecture: `{model.cfg}`',
+            '',
+        ]
+    )
 
 # %% ../nbs/07_package.ipynb #d98b212f
 def _card_or_name(name, model, about):
     "The card; where it cannot be made, name and reason: no model is lost for its description"
-    try: return card(name, model, about)
-    except Exception as e: return f'# {name}\n\nThere is no card: {type(e).__name__}: {e}\n'
+    try:
+        return card(name, model, about)
+    except Exception as e:
+        return f'# {name}\n\nThere is no card: {type(e).__name__}: {e}\n'
 
-def write_package(new:Path, model:MiniGPT, tokenizer, about:dict, name:str):
-    "Make the folder `new` and write the files of a package into it; raises `LabError` if the model is another one"
-    said = to_data(require_as_said(model).cfg)                 # before a byte is written
-    new.mkdir(); tokenizer.save(new)
-    (new/'llm_lab.json').write_text(json.dumps(said, indent=1), encoding='utf-8')
-    state = {k: v.contiguous() for k, v in model.state_dict().items() if not (model.cfg.tie and k == 'head.weight')}
-    (new/'model.safetensors').write_bytes(tensor_bytes(state))
+
+def write_package(new: Path, model: MiniGPT, tokenizer, about: dict, name: str):
+    """Make the folder `new` and write the files of a package into it; raises `LabError` if the
+    model is another one"""
+    said = to_data(require_as_said(model).cfg)  # before a byte is written
+    new.mkdir()
+    tokenizer.save(new)
+    (new / 'llm_lab.json').write_text(json.dumps(said, indent=1), encoding='utf-8')
+    state = {
+        k: v.contiguous()
+        for k, v in model.state_dict().items()
+        if not (model.cfg.tie and k == 'head.weight')
+    }
+    (new / 'model.safetensors').write_bytes(tensor_bytes(state))
     text = _card_or_name(name, model, about)
-    (new/'README.md').write_text(text, encoding='utf-8', errors='replace')
+    (new / 'README.md').write_text(text, encoding='utf-8', errors='replace')
     beside = sorted(f.name for f in new.iterdir() if f.name not in _FILES)
     seal(new, 'package.json', [*_FILES, *beside], about=about, torch=torch.__version__)
 
+
 def _of_first_edition(folder, known):
     "What an older package does not list: its card, if nobody has changed it, and `meta.json`"
-    if 'README.md' in known or 'package.json' not in known: return {}
-    about, mine = json.loads((folder/'package.json').read_bytes())['about'], {}
-    text = (folder/'README.md').read_bytes() if (folder/'README.md').is_file() else b''
+    if 'README.md' in known or 'package.json' not in known:
+        return {}
+    about = json.loads((folder / 'package.json').read_bytes())['about']
+    mine = {}
+    text = (folder / 'README.md').read_bytes() if (folder / 'README.md').is_file() else b''
     form = rb'model of ([\d,]+) parameters.*^Architecture: `(Config\(.*\))`\n\Z'
     if says := re.search(form, text, re.S | re.M):
         model = SimpleNamespace(n_params=int(says[1].replace(b',', b'')), cfg=says[2].decode())
-        if card(folder.name, model, about).encode() == text: mine['README.md'] = None
-    meta = (folder/'meta.json').read_bytes() if (folder/'meta.json').is_file() else b''
-    if laid_out(meta, 'kind', ensure_ascii=False): mine['meta.json'] = None
+        if card(folder.name, model, about).encode() == text:
+            mine['README.md'] = None
+    meta = (folder / 'meta.json').read_bytes() if (folder / 'meta.json').is_file() else b''
+    if laid_out(meta, 'kind', ensure_ascii=False):
+        mine['meta.json'] = None
     return mine
 
+
 def save_package(
-    folder,         # made, or replaced as a whole if all in it is by this library
-    model:MiniGPT,
+    folder,  # made, or replaced as a whole if all in it is by this library
+    model: MiniGPT,
     tokenizer,
-    about:dict=None,# where it comes from: corpus, licence, loss, …
-    name:str=None   # on the card; the folder's name if none
-)->Path: # `folder`
+    about: dict = None,  # where it comes from: corpus, licence, loss, …
+    name: str = None,  # on the card; the folder's name if none
+) -> Path:  # `folder`
     """Write a package, all of it or nothing.
 
-    Raises `LabError` over a folder with anything else in it, and over a model that would not come back as it is."""
+    Raises `LabError` over a folder with anything else in it, and over a model that would not
+    come back as it is."""
     if not isinstance(model, MiniGPT):
-        raise LabError(f'a {type(model).__name__} is not saved: give the MiniGPT that it was made from')
-    to_data(require_as_said(model).cfg)                        # before anything is made
+        raise LabError(
+            f'a {type(model).__name__} is not saved: give the MiniGPT that it was made from'
+        )
+    to_data(require_as_said(model).cfg)  # before anything is made
     folder = Path(folder)
-    name = (name or folder.name).encode(errors='replace').decode()       # a path need not be UTF-8
+    name = (name or folder.name).encode(errors='replace').decode()  # a path need not be UTF-8
     with written(folder, more=_of_first_edition) as new:
         write_package(new, model, tokenizer, about or {}, name)
     return folder
@@ -93,137 +143,228 @@ def save_package(
 # %% ../nbs/07_package.ipynb #f420d902
 def _told(folder, name, kind, remedy):
     "What the list `name` of a sealed folder says; its own hash is right"
-    path = folder/name
-    try: said = json_of(bytes_in(folder, name, remedy=remedy), path, remedy)
-    except OSError: raise LabError(f'{folder} is not a {kind}: it has no {name}; give the folder of a saved model') from None
-    if not isinstance(said, dict): raise LabError(f'{path} is damaged: {remedy}')
+    path = folder / name
+    try:
+        said = json_of(bytes_in(folder, name, remedy=remedy), path, remedy)
+    except OSError:
+        raise LabError(
+            f'{folder} is not a {kind}: it has no {name}; give the folder of a saved model'
+        ) from None
+    if not isinstance(said, dict):
+        raise LabError(f'{path} is damaged: {remedy}')
     if said.get('format', FORMAT) != FORMAT:
-        raise LabError(f'{path} has {kind} format {short(said.get("format"))}, this library reads {FORMAT}: '
-                       'install a newer llm_lab')
-    try: own = _sha({k: v for k, v in said.items() if k != 'sha256'})
-    except RecursionError: own = None                          # deep enough to be read, and too deep to be written
-    if said.pop('sha256', None) != own: raise LabError(f'{path} was changed (wrong hash): {remedy}')
-    if not isinstance(said.get('files'), dict): raise LabError(f'{path} lists no files: {remedy}')
+        raise LabError(
+            f'{path} has {kind} format {short(said.get("format"))}, this library reads {FORMAT}: '
+            'install a newer llm_lab'
+        )
+    try:
+        own = _sha({k: v for k, v in said.items() if k != 'sha256'})
+    except RecursionError:
+        own = None  # deep enough to be read, and too deep to be written
+    if said.pop('sha256', None) != own:
+        raise LabError(f'{path} was changed (wrong hash): {remedy}')
+    if not isinstance(said.get('files'), dict):
+        raise LabError(f'{path} lists no files: {remedy}')
     return said
+
 
 def _sealed(folder, said, name, remedy, most=1 << 26):
     "The bytes of a file as it was when it was sealed. Raises `LabError` when it is not"
-    try: data = bytes_in(folder, name, most, remedy)
-    except OSError: raise LabError(f'{folder} lacks {name}: {remedy}') from None
+    try:
+        data = bytes_in(folder, name, most, remedy)
+    except OSError:
+        raise LabError(f'{folder} lacks {name}: {remedy}') from None
     if _sha(data) != said['files'].get(name):
-        raise LabError(f'{folder/name} is not the file that was saved (wrong hash): {remedy}')
+        raise LabError(f'{folder / name} is not the file that was saved (wrong hash): {remedy}')
     return data
 
+
 def verified(
-    folder, name='package.json', files=_FILES, # what `seal` wrote, and which of its files; all if none
-    kind='package', remedy='copy or make the package again'
-)->tuple: # ({file: bytes}, what `name` says)
-    "The files as bytes, each as it was when it was sealed; raises `LabError` that names the one that is not"
+    folder,
+    name='package.json',
+    files=_FILES,  # what `seal` wrote, and which of its files; all if none
+    kind='package',
+    remedy='copy or make the package again',
+) -> tuple:  # ({file: bytes}, what `name` says)
+    """The files as bytes, each as it was when it was sealed; raises `LabError` that names the one
+    that is not"""
     folder = Path(folder)
     said = _told(folder, name, kind, remedy)
     # a file that fits no memory is not read
-    return {f: _sealed(folder, said, f, remedy, memory_left()) for f in files or said['files']}, said
+    return {
+        f: _sealed(folder, said, f, remedy, memory_left()) for f in files or said['files']
+    }, said
 
 # %% ../nbs/07_package.ipynb #b26468da
-def chosen(path)->Path:
-    "The folder of a model; for the folder of a run, the checkpoint that its file `best`, or else `latest`, names"
+def chosen(path) -> Path:
+    """The folder of a model; for the folder of a run, the checkpoint that its file `best`, or else
+    `latest`, names"""
     folder = restored(path)
     if folder.is_file():
-        why = 'may be a pickle, which can run any code when it is read; it was not opened' \
-              if folder.suffix in ('.pt', '.pth', '.bin', '.pkl', '.ckpt') else 'is a file'
+        why = (
+            'may be a pickle, which can run any code when it is read; it was not opened'
+            if folder.suffix in ('.pt', '.pth', '.bin', '.pkl', '.ckpt')
+            else 'is a file'
+        )
         raise LabError(f'{folder} {why}: give the folder of a saved model, as artifacts/tour')
-    if not folder.is_dir(): raise LabError(f'no model at {folder}: give the folder of a saved model, as artifacts/tour')
-    names = [n for n in ('best', 'latest') if (folder/n).is_file() and not (folder/'package.json').exists()]
-    if not names: return folder
-    place = folder/'checkpoints'/pointed(folder/names[0])
+    if not folder.is_dir():
+        raise LabError(f'no model at {folder}: give the folder of a saved model, as artifacts/tour')
+    names = [
+        n
+        for n in ('best', 'latest')
+        if (folder / n).is_file() and not (folder / 'package.json').exists()
+    ]
+    if not names:
+        return folder
+    place = folder / 'checkpoints' / pointed(folder / names[0])
     if not place.is_dir():
-        raise LabError(f'{folder/names[0]} names {short(place.name)}, and no checkpoint is called '
-                       'so: delete it')
+        raise LabError(
+            f'{folder / names[0]} names {short(place.name)}, and no checkpoint is called '
+            'so: delete it'
+        )
     return place
 
 # %% ../nbs/07_package.ipynb #2878ce7c
-def parsed(data:bytes, name, read=json.loads):
-    "What `read` makes of the bytes of a file; raises `LabError` when they are of another kind, such as a pickle"
-    if read is not tensors_from: return json_of(data, name, read=read)
+def parsed(data: bytes, name, read=json.loads):
+    """What `read` makes of the bytes of a file; raises `LabError` when they are of another kind,
+    such as a pickle"""
+    if read is not tensors_from:
+        return json_of(data, name, read=read)
     _header(data, name)
-    try: return read(data)
+    try:
+        return read(data)
     except (ValueError, SafetensorError) as e:
-        raise LabError(f'{name} is not what its name says ({type(e).__name__}): copy or make it again') from None
+        raise LabError(
+            f'{name} is not what its name says ({type(e).__name__}): copy or make it again'
+        ) from None
 
-def _header(data, name)->dict: # {name: {'dtype': 'F32', 'shape': [2, 3], …}}, as the file's head tells them
-    "The head of a safetensors file, looked at before any tensor is made. Raises `LabError` where it is none"
+
+def _header(
+    data, name
+) -> dict:  # {name: {'dtype': 'F32', 'shape': [2, 3], …}}, as the file's head tells them
+    """The head of a safetensors file, looked at before any tensor is made.
+
+    Raises `LabError` where it is none"""
     n = int.from_bytes(data[:8], 'little')
     if len(data) < 8 or n > len(data) - 8:
-        raise LabError(f'{name} is not what its name says (it ends in its head): copy or make it again')
-    head = json_of(data[8:8 + n], name)
-    if not isinstance(head, dict): raise LabError(f'{name} is not what its name says (no list of tensors): copy or make it again')
+        raise LabError(
+            f'{name} is not what its name says (it ends in its head): copy or make it again'
+        )
+    head = json_of(data[8 : 8 + n], name)
+    if not isinstance(head, dict):
+        raise LabError(
+            f'{name} is not what its name says (no list of tensors): copy or make it again'
+        )
     return {k: v for k, v in head.items() if k != '__metadata__'}
 
-def fill(model:MiniGPT, weights:bytes, name='this file'):
-    "Give the model the weights that a model.safetensors holds; raises `LabError` when they are another model's"
+
+def fill(model: MiniGPT, weights: bytes, name='this file'):
+    """Give the model the weights that a model.safetensors holds; raises `LabError` when they are
+    another model's"""
     state = parsed(weights, name, tensors_from)
-    if model.cfg.tie and 'tok.weight' in state: state['head.weight'] = state['tok.weight']
-    if not state: raise LabError(f'{name}: the weights do not fit the configuration: there are none')
-    try: typed(model, state).load_state_dict(state)
+    if model.cfg.tie and 'tok.weight' in state:
+        state['head.weight'] = state['tok.weight']
+    if not state:
+        raise LabError(f'{name}: the weights do not fit the configuration: there are none')
+    try:
+        typed(model, state).load_state_dict(state)
     except (RuntimeError, TypeError) as e:
         why = ''.join(str(e).splitlines()[1:2]).strip() or short(str(e))
         raise LabError(f'{name}: the weights do not fit the configuration: {why}') from None
 
 # %% ../nbs/07_package.ipynb #08de7e01
-_BOUND = re.compile(r'\.parametrizations\.weight\.(original|0\.\w+)$')   # a weight that is made of others: chapter 16
+_BOUND = re.compile(
+    r'\.parametrizations\.weight\.(original|0\.\w+)$'
+)  # a weight that is made of others: chapter 16
 
-def _fitting(shapes:MiniGPT, head:dict, name):
-    "Raises `LabError` unless a file holds just the tensors of a model, in numbers that can be calculated with"
-    want = {n: list(t.shape) for n, t in shapes.state_dict().items() if not (shapes.cfg.tie and n == 'head.weight')}
+
+def _fitting(shapes: MiniGPT, head: dict, name):
+    """Raises `LabError` unless a file holds just the tensors of a model, in numbers that can be
+    calculated with"""
+    want = {
+        n: list(t.shape)
+        for n, t in shapes.state_dict().items()
+        if not (shapes.cfg.tie and n == 'head.weight')
+    }
     have = {}
     for n, v in head.items():
         if not isinstance(v, dict) or v.get('dtype') not in ('F64', 'F32', 'F16', 'BF16'):
-            raise LabError(f'{name}: {short(n)} holds no floating-point numbers: copy or make it again')
+            raise LabError(
+                f'{name}: {short(n)} holds no floating-point numbers: copy or make it again'
+            )
         made = _BOUND.search(n)
-        if not made or made[1] == 'original': have[n[:made.start()] + '.weight' if made else n] = v.get('shape')
+        if not made or made[1] == 'original':
+            have[n[: made.start()] + '.weight' if made else n] = v.get('shape')
     odd = [n for n in (*want, *have) if want.get(n) != have.get(n)]
     if odd:
-        said = ' is not in the file' if odd[0] not in have else f' is {short(have[odd[0]])} in the file, not {want.get(odd[0])}'
-        raise LabError(f'{name}: the weights do not fit the configuration: {odd[0]}{said} ({len(odd)} such)')
+        said = (
+            ' is not in the file'
+            if odd[0] not in have
+            else f' is {short(have[odd[0]])} in the file, not {want.get(odd[0])}'
+        )
+        raise LabError(
+            f'{name}: the weights do not fit the configuration: {odd[0]}{said} ({len(odd)} such)'
+        )
 
-def _own(x)->bool:
+
+def _own(x) -> bool:
     "Is there a part in a recipe that the reader has registered?"
-    if isinstance(x, tuple): return any(map(_own, x))
-    return isinstance(x, part) and (any(x.func is f for f in REGISTERED.values()) or any(map(_own, x.keywords.values())))
+    if isinstance(x, tuple):
+        return any(map(_own, x))
+    return isinstance(x, part) and (
+        any(x.func is f for f in REGISTERED.values()) or any(map(_own, x.keywords.values()))
+    )
 
-def _in_memory(shapes:MiniGPT, head:dict)->MiniGPT:
+
+def _in_memory(shapes: MiniGPT, head: dict) -> MiniGPT:
     "The model in memory, to be filled; first weights are not drawn where nothing hangs on them"
     cfg = shapes.cfg
-    if any(_BOUND.search(n) for n in head) or any(_own(getattr(cfg, k)) for k in ('attn', 'mlp', 'norm', 'pos', 'head', 'init')):
-        return MiniGPT(cfg)                                    # they may need what they make themselves
+    if any(_BOUND.search(n) for n in head) or any(
+        _own(getattr(cfg, k)) for k in ('attn', 'mlp', 'norm', 'pos', 'head', 'init')
+    ):
+        return MiniGPT(cfg)  # they may need what they make themselves
     model = shapes.to_empty(device='cpu')
-    if cfg.tie: model.head.weight = model.tok.weight
+    if cfg.tie:
+        model.head.weight = model.tok.weight
     return model
 
 # %% ../nbs/07_package.ipynb #20369905
 Opened = namedtuple('Opened', 'model tokenizer about')
 _REMEDY = 'copy or make the package again'
 
-def _weights(folder, said, shapes)->bytes:
+
+def _weights(folder, said, shapes) -> bytes:
     "The bytes of a package's weights; a file that cannot be this model's, by its size, is not read"
-    path, n = folder/'model.safetensors', sum(p.numel() for p in {*shapes.parameters(), *shapes.buffers()})
+    path = folder / 'model.safetensors'
+    n = sum(p.numel() for p in {*shapes.parameters(), *shapes.buffers()})
     size = path.stat().st_size if path.is_file() else 0
-    if size >= 2*n: must_fit(2*size, f'{folder}: a model of {n:,} numbers')        # a smaller file is refused anyway
-    return _sealed(folder, said, path.name, _REMEDY, most=8*n + (1 << 24))         # no number has more than 8 bytes
+    if size >= 2 * n:
+        # a smaller file is refused anyway
+        must_fit(2 * size, f'{folder}: a model of {n:,} numbers')
+    most = 8 * n + (1 << 24)  # no number has more than 8 bytes
+    return _sealed(folder, said, path.name, _REMEDY, most)
+
 
 def open_model(
-    path,        # a package, a checkpoint, or a run, of which the best checkpoint is opened, or else the latest
-    device='cpu'
-)->Opened: # (model, tokenizer, about); the model is in eval mode
-    "Open a saved model. Raises `LabError` when a file is missing, one bit differs, or it asks for what no file may"
+    path,  # a package, a checkpoint, or a run: its best checkpoint, or else the latest
+    device='cpu',
+) -> Opened:  # (model, tokenizer, about); the model is in eval mode
+    """Open a saved model. Raises `LabError` when a file is missing, one bit differs, or it asks for
+    what no file may"""
     folder = chosen(path)
     said = _told(folder, 'package.json', 'package', _REMEDY)
-    if not isinstance(about := said.get('about'), dict): raise LabError(f'{folder}/package.json says nothing about it: {_REMEDY}')
-    cfg, tok = (_sealed(folder, said, f, _REMEDY, most) for f, most in zip(_FILES, (1 << 22, 1 << 26)))
-    tokenizer = tokenizer_from(json_of(tok, folder/'tokenizer.json'), folder)
-    try: shapes = sketch(config_from(json_of(cfg, folder/'llm_lab.json')))
-    except LabError as e: raise LabError(f'{folder}/llm_lab.json: {e}') from None
-    weights, name = _weights(folder, said, shapes), folder/'model.safetensors'
+    if not isinstance(about := said.get('about'), dict):
+        raise LabError(f'{folder}/package.json says nothing about it: {_REMEDY}')
+    cfg, tok = (
+        _sealed(folder, said, f, _REMEDY, most) for f, most in zip(_FILES, (1 << 22, 1 << 26))
+    )
+    tokenizer = tokenizer_from(json_of(tok, folder / 'tokenizer.json'), folder)
+    try:
+        shapes = sketch(config_from(json_of(cfg, folder / 'llm_lab.json')))
+    except LabError as e:
+        raise LabError(f'{folder}/llm_lab.json: {e}') from None
+    weights = _weights(folder, said, shapes)
+    name = folder / 'model.safetensors'
     head = _header(weights, name)
     _fitting(shapes, head, name)
     model = _in_memory(shapes, head)

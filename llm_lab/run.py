@@ -8,7 +8,17 @@ __all__ = ['GoingOn', 'texts_of', 'kept_corpus', 'require_corpus', 'batches_of',
            'run_to_go_on', 'find_model', 'going_on', 'train_config']
 
 # %% ../nbs/15_run.ipynb #aedce895
-import hashlib, itertools, json, math, os, re, shutil, subprocess, sys, time, warnings
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import warnings
 import torch
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -20,10 +30,35 @@ from threading import Thread
 from fastcore.basics import patch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from . import __version__
-from .lab import (LabError, Live, bytes_in, device, fastest_threads, flops, home, is_name, json_of,
-                         keep_memory, kept_streams, laid_out, locked, machine, made_folder, must_fit, need,
-                         peak_flops, pointed, race, replaceable, require_name, require_ours, rng, short,
-                         usable_device, written)
+from llm_lab.lab import (
+    LabError,
+    Live,
+    bytes_in,
+    device,
+    fastest_threads,
+    flops,
+    home,
+    is_name,
+    json_of,
+    keep_memory,
+    kept_streams,
+    laid_out,
+    locked,
+    machine,
+    made_folder,
+    must_fit,
+    need,
+    peak_flops,
+    pointed,
+    race,
+    replaceable,
+    require_name,
+    require_ours,
+    rng,
+    short,
+    usable_device,
+    written,
+)
 from .corpora import CORPORA, at_home, found_path, kept_path, letters_of, load_corpus
 from .chars import CharTokenizer
 from .pack import BatchStream, PackedTokens, pack
@@ -33,23 +68,45 @@ from .train import Run, block_losses, blocks, document_starts, fit, next_token_l
 from .evaluate import evaluate, read_rows, tally
 from .sample import sample
 from .optim import OPTIMISERS, PRECISIONS, SCHEDULES, Step, checkpointed, short_precision
-from .checkpoint import Checkpoints, Metrics, read_state, steps_in, sweep_checkpoints, val_losses
-from .config import (RunConfig, as_data, config_of, differences, edited, gone_on, model_data, origin,
-                            read_config, same_config, smaller, stated, write_config)
+from llm_lab.checkpoint import (
+    Checkpoints,
+    Metrics,
+    read_state,
+    steps_in,
+    sweep_checkpoints,
+    val_losses,
+)
+from llm_lab.config import (
+    RunConfig,
+    as_data,
+    config_of,
+    differences,
+    edited,
+    gone_on,
+    model_data,
+    origin,
+    read_config,
+    same_config,
+    smaller,
+    stated,
+    write_config,
+)
 from collections import namedtuple
 
 # %% ../nbs/15_run.ipynb #1e32d98c
 def texts_of(
-    cfg:RunConfig,
-    sha256:str=None # of the text that it has to be; any if none
-)->dict: # corpus, tokenizer, train and val (`PackedTokens`)
+    cfg: RunConfig,
+    sha256: str = None,  # of the text that it has to be; any if none
+) -> dict:  # corpus, tokenizer, train and val (`PackedTokens`)
     "The packed corpus of a config, packed now if it was not. Raises `LabError` on another text"
     d = cfg.data
     corpus = load_corpus(at_home(d.corpus), limit=d.limit, field=d.field)
     if sha256 and corpus.sha256 != sha256:
-        raise LabError(f'data.corpus={d.corpus} is not the text that this run has read, or was '
-                       f'changed since: its SHA-256 is {corpus.sha256[:12]}…, not {sha256[:12]}…; '
-                       'bring that text back, or start a new run')
+        raise LabError(
+            f'data.corpus={d.corpus} is not the text that this run has read, or was '
+            f'changed since: its SHA-256 is {corpus.sha256[:12]}…, not {sha256[:12]}…; '
+            'bring that text back, or start a new run'
+        )
     letters = lambda: CharTokenizer.train(letters_of(corpus))
     tokenizer = d.vocab_size or 8192 if d.tokenizer == 'bpe' else letters()
     folder = pack(corpus, tokenizer).folder
@@ -57,28 +114,37 @@ def texts_of(
     return dict(corpus=corpus, tokenizer=train.tokenizer, train=train, val=val)
 
 # %% ../nbs/15_run.ipynb #5b37335c
-def kept_corpus(cfg:RunConfig)->RunConfig:
+def kept_corpus(cfg: RunConfig) -> RunConfig:
     "The config with a path to its text that holds from anywhere"
     return replace(cfg, data=replace(cfg.data, corpus=kept_path(cfg.data.corpus)))
 
-def require_corpus(cfg:RunConfig):
+
+def require_corpus(cfg: RunConfig):
     "Raises `LabError` where the text that a run goes on with is gone"
     name = cfg.data.corpus
     if name not in CORPORA and not found_path(at_home(name)):
-        raise LabError(f'data.corpus={name}: the text of this run is gone, '
-                       f'it is neither here nor in {home()}; put it back')
+        raise LabError(
+            f'data.corpus={name}: the text of this run is gone, '
+            f'it is neither here nor in {home()}; put it back'
+        )
 
 # %% ../nbs/15_run.ipynb #2d11575e
 def _starts(corpus, tokens):
     "Where documents begin, if they stand alone; else None"
-    return document_starts(tokens.ids, tokens.meta['tokenizer']['end']) if corpus.independent else None
+    return (
+        document_starts(tokens.ids, tokens.meta['tokenizer']['end']) if corpus.independent else None
+    )
 
-def batches_of(cfg:RunConfig, corpus, train, rank=0, world_size=1, device='cpu')->BatchStream:
+
+def batches_of(cfg: RunConfig, corpus, train, rank=0, world_size=1, device='cpu') -> BatchStream:
     "The rows that a process reads at each step; raises `LabError` when they cannot be shared out"
     d, t = cfg.data, cfg.train
-    if t.batch_size % (share := world_size*t.accumulate):
-        raise LabError(f'train.batch_size={t.batch_size} does not split into {world_size} processes of {t.accumulate} '
-                       f'parts: give a multiple of {share}')
+    if t.batch_size % (share := world_size * t.accumulate):
+        raise LabError(
+            f'train.batch_size={t.batch_size} does not split into {world_size} processes of '
+            f'{t.accumulate} '
+            f'parts: give a multiple of {share}'
+        )
     starts = _starts(corpus, train) if d.rows == 'documents' else None
     if d.rows == 'documents' and starts is None:
         raise LabError(f'data.rows=documents: {corpus.name} is one running text; leave it out')
@@ -87,27 +153,47 @@ def batches_of(cfg:RunConfig, corpus, train, rank=0, world_size=1, device='cpu')
 # %% ../nbs/15_run.ipynb #8467b25b
 class Alone:
     "One process, with the verbs of `accelerate.Accelerator` that a run needs"
+
     num_processes, process_index, is_main_process = 1, 0, True
-    def __init__(self): self.device = torch.device(device())
-    def prepare_model(self, model): return model
-    def reduce(self, x, reduction): return x
-    def gather(self, x): return x
-    def wait_for_everyone(self): pass
-    def log(self, values, step): pass
-    def end_training(self): pass
+
+    def __init__(self):
+        self.device = torch.device(device())
+
+    def prepare_model(self, model):
+        return model
+
+    def reduce(self, x, reduction):
+        return x
+
+    def gather(self, x):
+        return x
+
+    def wait_for_everyone(self):
+        pass
+
+    def log(self, values, step):
+        pass
+
+    def end_training(self):
+        pass
 
 # %% ../nbs/15_run.ipynb #5c1e7a21
 _LOOKUP = re.compile(rb'\[W.*(hostname of the client socket cannot|Unable to resolve hostname)')
 
+
 @contextmanager
 def _without_lookups():
-    "Meanwhile, leave out of stderr that a host name cannot be looked up; every other line comes as it came"
+    """Meanwhile, leave out of stderr that a host name cannot be looked up; every other line comes
+    as it came"""
     kept, (end, start) = os.dup(2), os.pipe()
-    def pass_on():                                             # to the end, which is when nobody can write any more
+
+    def pass_on():  # to the end, which is when nobody can write any more
         with open(end, 'rb') as lines:
             for line in lines:
-                if not _LOOKUP.match(line): os.write(kept, line)
+                if not _LOOKUP.match(line):
+                    os.write(kept, line)
         os.close(kept)
+
     os.dup2(start, 2)
     os.close(start)
     reader = Thread(target=pass_on, daemon=True)
@@ -116,152 +202,220 @@ def _without_lookups():
         yield
     finally:
         os.dup2(kept, 2)
-        reader.join(1)                                         # a child may hold the other end: we do not wait for it
+        reader.join(1)  # a child may hold the other end: we do not wait for it
 
 # %% ../nbs/15_run.ipynb #90d7836c
 _LAUNCHED = 'RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'
+
 
 def _check_launch():
     "Raises `LabError` where the environment speaks of several processes, and only by halves"
     said = {k: os.environ[k] for k in _LAUNCHED if k in os.environ}
     for k in set(said) - {'MASTER_ADDR'}:
         if not said[k].isdecimal():
-            raise LabError(f'{k}={short(said[k])} is no whole number: start with torchrun, or unset it')
+            raise LabError(
+                f'{k}={short(said[k])} is no whole number: start with torchrun, or unset it'
+            )
     many = int(said.get('WORLD_SIZE', 1)) > 1 or 'RANK' in said or 'LOCAL_RANK' in said
     missing = [k for k in _LAUNCHED if k not in said]
     if many and missing:
         key = next(k for k in ('WORLD_SIZE', 'RANK', 'LOCAL_RANK') if k in said)
-        raise LabError(f'{key}={said[key]} is set, {missing[0]} is not: start with torchrun, '
-                       f'or unset {key}')
+        raise LabError(
+            f'{key}={said[key]} is set, {missing[0]} is not: start with torchrun, or unset {key}'
+        )
     if many and int(said['RANK']) >= int(said['WORLD_SIZE']):
-        raise LabError(f'RANK={said["RANK"]}: it counts from 0, and WORLD_SIZE={said["WORLD_SIZE"]}')
+        raise LabError(
+            f'RANK={said["RANK"]}: it counts from 0, and WORLD_SIZE={said["WORLD_SIZE"]}'
+        )
+
 
 @contextmanager
 def _told_device():
     "Meanwhile, accelerate takes the device that LLM_LAB_DEVICE names, where there is one process"
-    key, name = 'ACCELERATE_TORCH_DEVICE', os.environ.get('LLM_LAB_DEVICE')
+    key = 'ACCELERATE_TORCH_DEVICE'
+    name = os.environ.get('LLM_LAB_DEVICE')
     old = os.environ.pop(key, None) if name else None
-    if name and os.environ.get('WORLD_SIZE', '1') == '1': os.environ[key] = name
-    try: yield
+    if name and os.environ.get('WORLD_SIZE', '1') == '1':
+        os.environ[key] = name
+    try:
+        yield
     finally:
-        if name: os.environ.pop(key, None)
-        if old is not None: os.environ[key] = old
+        if name:
+            os.environ.pop(key, None)
+        if old is not None:
+            os.environ[key] = old
+
 
 def _require_device(engine):
     "Raises `LabError` where an engine is not on the device that LLM_LAB_DEVICE names"
-    if not (name := os.environ.get('LLM_LAB_DEVICE')): return
+    if not (name := os.environ.get('LLM_LAB_DEVICE')):
+        return
     want, got = torch.device(name), engine.device
     several = engine.num_processes > 1 and want.index is not None
     if want.type != got.type or several or want.index not in (None, got.index or 0):
         why = 'each process has a device of its own' if several else f'this process runs on {got}'
-        raise LabError(f'LLM_LAB_DEVICE={name} cannot be obeyed, {why}: leave it out, or give {want.type}')
+        raise LabError(
+            f'LLM_LAB_DEVICE={name} cannot be obeyed, {why}: leave it out, or give {want.type}'
+        )
+
 
 def engine_of(tracker='none'):
     "An `accelerate.Accelerator`; `Alone` where that is not installed and one process is enough"
     _check_launch()
-    if tracker == 'none' and find_spec('accelerate') is None and os.environ.get('WORLD_SIZE', '1') == '1': return Alone()
-    if tracker != 'none': need(tracker)                        # accelerate would leave it out without a word
-    if tracker != 'none' and (env := home()/'.env').is_file(): need('dotenv', 'python-dotenv').load_dotenv(env)
-    slow = need('accelerate').InitProcessGroupKwargs(timeout=timedelta(hours=6))       # one packs, the others wait
+    if (
+        tracker == 'none'
+        and find_spec('accelerate') is None
+        and os.environ.get('WORLD_SIZE', '1') == '1'
+    ):
+        return Alone()
+    if tracker != 'none':
+        need(tracker)  # accelerate would leave it out without a word
+    if tracker != 'none' and (env := home() / '.env').is_file():
+        need('dotenv', 'python-dotenv').load_dotenv(env)
+    slow = need('accelerate').InitProcessGroupKwargs(
+        timeout=timedelta(hours=6)
+    )  # one packs, the others wait
     several = os.environ.get('WORLD_SIZE', '1') != '1'
     with _told_device(), _without_lookups() if several else nullcontext():
         engine = need('accelerate').Accelerator(
-            cpu=torch.device(device()).type == 'cpu', mixed_precision='no', kwargs_handlers=[slow],
-            log_with=None if tracker == 'none' else tracker, project_dir=home())
+            cpu=torch.device(device()).type == 'cpu',
+            mixed_precision='no',
+            kwargs_handlers=[slow],
+            log_with=None if tracker == 'none' else tracker,
+            project_dir=home(),
+        )
     _require_device(engine)
     return engine
 
-def gathered(engine, x)->list:
+
+def gathered(engine, x) -> list:
     "What each process has, in their order; plain data, about as long everywhere"
-    text = json.dumps(x).encode(); text += b' '*(-len(text) % 1024)                 # all must send as much
+    text = json.dumps(x).encode()
+    text += b' ' * (-len(text) % 1024)  # all must send as much
     sent = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(engine.device)[None]
     return [json.loads(bytes(row.tolist())) for row in engine.gather(sent).cpu()]
 
 # %% ../nbs/15_run.ipynb #bbe7195a
-def model_config(cfg:RunConfig, vocab_size:int):
+def model_config(cfg: RunConfig, vocab_size: int):
     "The `Config` of the model; what it refuses is told with the path of the section"
-    try: return config_from(dict(vocab_size=vocab_size, max_len=cfg.data.block_len, **model_data(cfg.model)))
-    except LabError as e: raise LabError(f'model.{e}') from None
+    try:
+        return config_from(
+            dict(vocab_size=vocab_size, max_len=cfg.data.block_len, **model_data(cfg.model))
+        )
+    except LabError as e:
+        raise LabError(f'model.{e}') from None
 
-def _tried(cfg:RunConfig):
+
+def _tried(cfg: RunConfig):
     "Raises `LabError` where a recipe makes no part that can read; the texts need not be there"
-    try: tried(model_config(cfg, cfg.data.vocab_size or 256))
-    except LabError as e: raise LabError(f'model.{str(e).removeprefix("model.")}') from None
+    try:
+        tried(model_config(cfg, cfg.data.vocab_size or 256))
+    except LabError as e:
+        raise LabError(f'model.{str(e).removeprefix("model.")}') from None
+
 
 def _affordable(cfg, device='cpu'):
-    "Raises `LabError` where a model and what training keeps beside it are more than the memory that is left"
+    """Raises `LabError` where a model and what training keeps beside it are more than the memory
+    that is left"""
     n = sketch(cfg).n_params
-    # on the CPU each number has its gradient and two moments; on another device it only passes through
-    must_fit((16 if device == 'cpu' else 4)*n, f'training a model of {n:,} parameters')
+    # on the CPU each number has its gradient and two moments; on another device it only passes
+    # through
+    must_fit((16 if device == 'cpu' else 4) * n, f'training a model of {n:,} parameters')
     return cfg
 
 # %% ../nbs/15_run.ipynb #8dc5a762
 @contextmanager
-def _trial(cfg:RunConfig, vocab_size:int, precision:str):
+def _trial(cfg: RunConfig, vocab_size: int, precision: str):
     "Within, a function that makes a step of the run on a model thrown away later: [loss, length]"
     t = cfg.train
     model = MiniGPT(_affordable(model_config(cfg, vocab_size)), t.seed)
     opt = OPTIMISERS[t.optimiser](checkpointed(model, t.recompute), lr=1e-6)
     step = Step(t.accumulate, precision, t.compile)
-    rows = torch.randint(vocab_size, (t.batch_size, cfg.data.block_len + 1), generator=rng(t.seed, 'trial'))
+    rows = torch.randint(
+        vocab_size, (t.batch_size, cfg.data.block_len + 1), generator=rng(t.seed, 'trial')
+    )
     keep_memory()
-    with kept_streams(), quick_linear(model):                  # dropout draws
+    with kept_streams(), quick_linear(model):  # dropout draws
         yield lambda: [x.item() for x in step(model, opt, rows, t.clip, next_token_loss)]
 
-def set_threads(cfg:RunConfig, vocab_size:int, engine, tune=False)->RunConfig: # with the number written in
+
+def set_threads(
+    cfg: RunConfig, vocab_size: int, engine, tune=False
+) -> RunConfig:  # with the number written in
     "Give this process the config's threads: the fastest number for `auto`, and for none if `tune`"
-    n, alone = cfg.train.threads, engine.num_processes == 1 and engine.device.type == 'cpu'
+    n = cfg.train.threads
+    alone = engine.num_processes == 1 and engine.device.type == 'cpu'
     if n == 'auto' or n is None:
         asked, n = n == 'auto' or tune, torch.get_num_threads()
-        if asked and alone:                                    # what is compiled fixes their number
+        if asked and alone:  # what is compiled fixes their number
             plain = replace(cfg, train=replace(cfg.train, compile=False))
             known = 'float32' if cfg.train.precision == 'auto' else cfg.train.precision
-            with _trial(plain, vocab_size, known) as work: n = fastest_threads(work)
+            with _trial(plain, vocab_size, known) as work:
+                n = fastest_threads(work)
     torch.set_num_threads(n)
     return replace(cfg, train=replace(cfg.train, threads=n))
 
 # %% ../nbs/15_run.ipynb #2743ad88
-_MARGIN = 1.2                                                  # so much faster must bf16 be
+_MARGIN = 1.2  # so much faster must bf16 be
 
-def _measured_precision(cfg:RunConfig, vocab_size:int)->tuple: # (precision, why)
+
+def _measured_precision(cfg: RunConfig, vocab_size: int) -> tuple:  # (precision, why)
     "bf16 where it makes the steps of this config faster, and about the same; else float32"
-    if short_precision() == 'float32': return 'float32', 'this processor has no hardware for bf16'
+    if short_precision() == 'float32':
+        return 'float32', 'this processor has no hardware for bf16'
     with ExitStack() as held:
         steps = {p: held.enter_context(_trial(cfg, vocab_size, p)) for p in ('float32', 'bf16')}
-        torch.manual_seed(0)                                   # the same dropout in both
+        torch.manual_seed(0)  # the same dropout in both
         loss, length = steps['float32']()
         torch.manual_seed(0)
-        try: a, b = steps['bf16']()
-        except RuntimeError as e: return 'float32', f'in bf16 a step fails: {short(str(e), 80)}'
-        if not (abs(a - loss) < .02*abs(loss) and abs(b - length) < .1*abs(length)):
+        try:
+            a, b = steps['bf16']()
+        except RuntimeError as e:
+            return 'float32', f'in bf16 a step fails: {short(str(e), 80)}'
+        if not (abs(a - loss) < 0.02 * abs(loss) and abs(b - length) < 0.1 * abs(length)):
             differs = f'{a:.4g}, {b:.4g} and not {loss:.4g}, {length:.4g}'
             return 'float32', f'in bf16 loss and gradient of a step are {differs}'
         taken = race(steps)
-    faster = taken['float32']/taken['bf16']
+    faster = taken['float32'] / taken['bf16']
     chosen = 'bf16' if faster >= _MARGIN else 'float32'
     return chosen, f'a step in bf16 is {faster:.2f} times as fast, {_MARGIN} are asked for'
 
-def set_precision(cfg:RunConfig, vocab_size:int, engine)->tuple: # (config, why; '' if not `auto`)
+
+def set_precision(
+    cfg: RunConfig, vocab_size: int, engine
+) -> tuple:  # (config, why; '' if not `auto`)
     "Where the config says `auto`: in which precision this device trains it best"
-    if cfg.train.precision != 'auto': return cfg, ''
+    if cfg.train.precision != 'auto':
+        return cfg, ''
     found, kind = None, engine.device.type
-    if kind != 'cpu': found = short_precision(engine.device), f'{kind} multiplies it'
-    elif engine.is_main_process: found = _measured_precision(cfg, vocab_size)
+    if kind != 'cpu':
+        found = short_precision(engine.device), f'{kind} multiplies it'
+    elif engine.is_main_process:
+        found = _measured_precision(cfg, vocab_size)
     precision, why = gathered(engine, found)[0]
     return replace(cfg, train=replace(cfg.train, precision=precision)), why
 
 # %% ../nbs/15_run.ipynb #fd075dad
 class Job:
-    "A config made real: texts, model, optimiser, batches, checkpoints, on the processes of an engine"
-    def __init__(self,
-        cfg:RunConfig, folder:Path, engine,
-        tune=False, # measure how many threads are fastest?
-        on=None     # what `going_on` has found, if it is no new run
+    """A config made real: texts, model, optimiser, batches, checkpoints, on the processes of an
+    engine"""
+
+    def __init__(
+        self,
+        cfg: RunConfig,
+        folder: Path,
+        engine,
+        tune=False,  # measure how many threads are fastest?
+        on=None,  # what `going_on` has found, if it is no new run
     ):
-        self.folder, self.engine, self.done, self.on, self.origin = Path(folder), engine, -1, on, {}
-        self.early = False                                     # has it ended because nothing got better?
+        self.folder = Path(folder)
+        self.engine = engine
+        self.done = -1
+        self.on = on
+        self.origin = {}
+        self.early = False  # has it ended because nothing got better?
         sha256 = on.sha256 if on else None
-        _tried(cfg)                                            # a slip in a recipe costs no packing
+        _tried(cfg)  # a slip in a recipe costs no packing
         mine = texts_of(cfg, sha256) if engine.is_main_process else {}  # one packs, the others wait
         engine.wait_for_everyone()
         self.texts = mine or texts_of(cfg, sha256)
@@ -270,271 +424,415 @@ class Job:
         cfg, self.why = set_precision(cfg, tokenizer.vocab_size, engine)
         self.cfg = cfg
         t = cfg.train
-        self.stream = batches_of(cfg, corpus, train, engine.process_index, engine.num_processes, str(engine.device))
-        model = MiniGPT(_affordable(model_config(cfg, tokenizer.vocab_size), engine.device.type), t.seed).to(engine.device)
-        opt = OPTIMISERS[t.optimiser](checkpointed(model, t.recompute), lr=t.lr, weight_decay=t.weight_decay)
-        self.step, self.run = Step(t.accumulate, t.precision, t.compile), Run(model, t.steps, opt=opt)
-        parts = dict(data=self.stream, **({'scaler': self.step.scaler} if t.precision == 'fp16' else {}))
-        about = dict(config=cfg.name, run=self.folder.name, corpus=corpus.name, licence=corpus.licence,
-                     data=cfg.data.corpus, corpus_sha256=corpus.sha256)
-        if corpus.field: about['field'] = corpus.field
-        self.saved = Checkpoints(folder, tokenizer, cfg.log.keep, about, engine.process_index,
-                                 partial(gathered, engine), self.facts, **parts)
-        self.metrics, self.ids, self.asked = Metrics(folder), val.ids[:cfg.eval.tokens].long(), ''
+        self.stream = batches_of(
+            cfg, corpus, train, engine.process_index, engine.num_processes, str(engine.device)
+        )
+        model = MiniGPT(
+            _affordable(model_config(cfg, tokenizer.vocab_size), engine.device.type), t.seed
+        ).to(engine.device)
+        opt = OPTIMISERS[t.optimiser](
+            checkpointed(model, t.recompute), lr=t.lr, weight_decay=t.weight_decay
+        )
+        self.step = Step(t.accumulate, t.precision, t.compile)
+        self.run = Run(model, t.steps, opt=opt)
+        parts = dict(
+            data=self.stream, **({'scaler': self.step.scaler} if t.precision == 'fp16' else {})
+        )
+        about = dict(
+            config=cfg.name,
+            run=self.folder.name,
+            corpus=corpus.name,
+            licence=corpus.licence,
+            data=cfg.data.corpus,
+            corpus_sha256=corpus.sha256,
+        )
+        if corpus.field:
+            about['field'] = corpus.field
+        self.saved = Checkpoints(
+            folder,
+            tokenizer,
+            cfg.log.keep,
+            about,
+            engine.process_index,
+            partial(gathered, engine),
+            self.facts,
+            **parts,
+        )
+        self.metrics = Metrics(folder)
+        self.ids = val.ids[: cfg.eval.tokens].long()
+        self.asked = ''
         starts = _starts(corpus, val)
-        if starts is not None: starts = starts[starts < len(self.ids) - 1]
-        self.starts = starts if starts is not None and len(starts) else None        # one long document: as one text
+        if starts is not None:
+            starts = starts[starts < len(self.ids) - 1]
+        self.starts = (
+            starts if starts is not None and len(starts) else None
+        )  # one long document: as one text
 
     def facts(self):  # what a checkpoint keeps beside its state
         return dict(config=as_data(self.cfg), rows=self.metrics.told())
 
-    def tokens(self, step): return step*self.cfg.train.batch_size*self.cfg.data.block_len
+    def tokens(self, step):
+        return step * self.cfg.train.batch_size * self.cfg.data.block_len
 
 # %% ../nbs/15_run.ipynb #75757e32
 @patch
-def __repr__(self:Job):
+def __repr__(self: Job):
     c, e, train = self.cfg, self.engine, self.texts['train']
     shown = self.folder.relative_to(home()) if self.folder.is_relative_to(home()) else self.folder
-    return (f'run     {shown}\n'
-            f'data    {self.texts["corpus"].name}: {len(train):,} tokens to learn from, licence {self.texts["corpus"].licence}\n'
-            f'model   {self.run.model.n_params:,} parameters, {c.model.n_layers} layers of width {c.model.d_model}\n'
-            f'plan    {c.train.steps:,} steps of {c.train.batch_size} × {c.data.block_len} tokens, '
-            f'{self.tokens(c.train.steps)/len(train):.2f} times the text, {c.train.optimiser}, on '
-            f'{e.num_processes} × {e.device.type}, {torch.get_num_threads()} threads, '
-            f'{c.train.precision}'
-            + (f'\n        {c.train.precision}: {self.why}' if self.why else ''))
+    return (
+        f'run     {shown}\n'
+        f'data    {self.texts["corpus"].name}: {len(train):,} tokens to learn from, licence '
+        f'{self.texts["corpus"].licence}\n'
+        f'model   {self.run.model.n_params:,} parameters, {c.model.n_layers} layers of width '
+        f'{c.model.d_model}\n'
+        f'plan    {c.train.steps:,} steps of {c.train.batch_size} × {c.data.block_len} tokens, '
+        f'{self.tokens(c.train.steps) / len(train):.2f} times the text, {c.train.optimiser}, on '
+        f'{e.num_processes} × {e.device.type}, {torch.get_num_threads()} threads, '
+        f'{c.train.precision}' + (f'\n        {c.train.precision}: {self.why}' if self.why else '')
+    )
 
 # %% ../nbs/15_run.ipynb #00953076
-def peak_memory(device='cpu')->int: # bytes
+def peak_memory(device='cpu') -> int:  # bytes
     "The most memory that this process has held on a device so far"
-    if torch.device(device).type == 'cuda': return torch.cuda.max_memory_allocated(device)
-    if os.name == 'nt': return need('psutil').Process().memory_info().peak_wset
+    if torch.device(device).type == 'cuda':
+        return torch.cuda.max_memory_allocated(device)
+    if os.name == 'nt':
+        return need('psutil').Process().memory_info().peak_wset
     from resource import RUSAGE_SELF, getrusage
-    return getrusage(RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)
 
-def _work(cfg, T)->float:
-    "Operations for each token of a step of one row; counted, not calculated, if no part needs numbers"
+    return getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+
+
+def _work(cfg, T) -> float:
+    """Operations for each token of a step of one row; counted, not calculated, if no part needs
+    numbers"""
+
     def count(mode):
         with mode():
-            model, rows = MiniGPT(cfg), torch.zeros(1, T + 1, dtype=torch.int64)
-            if mode is nullcontext: rows.random_(cfg.vocab_size, generator=rng(0, 'rows'))
-            return flops(lambda: next_token_loss(model, rows).backward())/T
-    try: return count(FakeTensorMode)
-    except RuntimeError:                                       # the shapes of a part of your own hang on numbers
-        if not own_in(cfg): raise
-    with kept_streams(): return count(nullcontext)
+            model = MiniGPT(cfg)
+            rows = torch.zeros(1, T + 1, dtype=torch.int64)
+            if mode is nullcontext:
+                rows.random_(cfg.vocab_size, generator=rng(0, 'rows'))
+            return flops(lambda: next_token_loss(model, rows).backward()) / T
+
+    try:
+        return count(FakeTensorMode)
+    except RuntimeError:  # the shapes of a part of your own hang on numbers
+        if not own_in(cfg):
+            raise
+    with kept_streams():
+        return count(nullcontext)
+
 
 @patch
-def measure(self:Job):
-    "Set what speeds are compared with: the operations that a token takes, and the most that all processes can do"
+def measure(self: Job):
+    """Set what speeds are compared with: the operations that a token takes, and the most that all
+    processes can do"""
     T, device = self.cfg.data.block_len, self.engine.device.type
     self.work = _work(self.run.model.cfg, T)
-    self.peak = self.engine.num_processes*peak_flops(device, PRECISIONS[self.cfg.train.precision])
+    self.peak = self.engine.num_processes * peak_flops(device, PRECISIONS[self.cfg.train.precision])
 
 # %% ../nbs/15_run.ipynb #c9f3f2c2
 def _per_byte(tokens, corpus):
-    """Nats per token times this are bits per byte of the documents: about so, as an end mark is taken for a
-    token like any other"""
-    said, end = tokens.meta['splits'][tokens.split], tokens.meta['tokenizer']['end']
+    """Nats per token times this are bits per byte of the documents: about so, as an end mark is
+    taken for a token like any other"""
+    said = tokens.meta['splits'][tokens.split]
+    end = tokens.meta['tokenizer']['end']
     n, size = said['tokens'], said['bytes']
-    if corpus.independent: n -= said['documents']*len(end)
-    else: size += said['documents']*len(corpus.separator.encode())
-    return n/max(1, size)/math.log(2)
+    if corpus.independent:
+        n -= said['documents'] * len(end)
+    else:
+        size += said['documents'] * len(corpus.separator.encode())
+    return n / max(1, size) / math.log(2)
+
 
 @patch
-def record(self:Job, run)->dict:
+def record(self: Job, run) -> dict:
     "The loss since the last look, the speed and the rest"
     c, n, tokens = self.cfg, run.step, self.tokens(run.step)
-    loss, norm = run.history[:, max(0, n - c.log.every):n].mean(1).tolist()
+    loss, norm = run.history[:, max(0, n - c.log.every) : n].mean(1).tolist()
     (before, start), self.then = self.then, (tokens, run.seconds)
-    rate = (tokens - before)/max(run.seconds - start, 1e-9)
+    rate = (tokens - before) / max(run.seconds - start, 1e-9)
     per_byte = _per_byte(self.texts['train'], self.texts['corpus'])
-    return dict(loss=loss, ppl=math.exp(min(loss, 700)), bits_per_byte=loss*per_byte,
-                lr=run.opt.param_groups[0]['lr'], grad_norm=norm, tokens_per_s=rate, mfu=rate*self.work/self.peak,
-                peak_memory=peak_memory(self.engine.device))
+    return dict(
+        loss=loss,
+        ppl=math.exp(min(loss, 700)),
+        bits_per_byte=loss * per_byte,
+        lr=run.opt.param_groups[0]['lr'],
+        grad_norm=norm,
+        tokens_per_s=rate,
+        mfu=rate * self.work / self.peak,
+        peak_memory=peak_memory(self.engine.device),
+    )
+
 
 @patch
-def validate(self:Job, run)->dict:
+def validate(self: Job, run) -> dict:
     "The validation loss, which is noted for `best`; now and then a text that the model writes"
     c, n = self.cfg, run.step
-    parts = run.model.metrics()                                # of training; the same names of other readings are replaced
+    parts = run.model.metrics()  # of training; the same names of other readings are replaced
     tokens, corpus = self.texts['val'], self.texts['corpus']
     ends, mark = None, tokens.meta['tokenizer']['end']
-    if self.starts is not None: ends = document_starts(self.ids, mark)
+    if self.starts is not None:
+        ends = document_starts(self.ids, mark)
     losses = block_losses(run.model, self.ids, batch_size=c.eval.at_once, starts=self.starts)
     windows = blocks(len(self.ids), run.model.cfg.max_len, self.starts)
     score = tally(losses, windows, self.ids, ends, tokens.tokenizer, corpus)
     parts |= run.model.metrics()
     run.notes.append(dict(step=n, val=score.loss, of=len(self.ids)))
     if n % c.eval.sample_every == 0 or n == run.steps:
-        text = sample(run.model, self.texts['tokenizer'], c.eval.prompt, c.eval.sample_tokens, c.train.seed)
+        text = sample(
+            run.model, self.texts['tokenizer'], c.eval.prompt, c.eval.sample_tokens, c.train.seed
+        )
         self.metrics.keep(dict(step=n, prompt=c.eval.prompt, text=text))
     return dict(val=score.loss, val_bits_per_byte=score.bits_per_byte, **parts)
 
 # %% ../nbs/15_run.ipynb #7b6456bb
 @patch
-def agree(self:Job, run):
+def agree(self: Job, run):
     "Several processes end together: one that was asked to asks the others"
-    if self.engine.num_processes == 1: return
+    if self.engine.num_processes == 1:
+        return
     reasons = ['by hand', 'by SIGTERM', 'by SIGHUP']
     asked = torch.tensor([float(self.asked == r) for r in reasons], device=self.engine.device)
     asked = self.engine.reduce(asked, 'sum').tolist()
-    if any(asked): run.stopped = reasons[asked.index(max(asked))]
+    if any(asked):
+        run.stopped = reasons[asked.index(max(asked))]
 
-def _no_better(notes, patience)->str:
-    "Why a run ends early: its last `patience` validations were no better than one before; '' if it goes on"
+
+def _no_better(notes, patience) -> str:
+    """Why a run ends early: its last `patience` validations were no better than one before; '' if
+    it goes on"""
     vals = val_losses(notes)
-    if not patience or not vals: return ''
-    best = min(vals, key=vals.get)                             # the first, if several are equal
-    if sum(step > best for step in vals) < patience: return ''
+    if not patience or not vals:
+        return ''
+    best = min(vals, key=vals.get)  # the first, if several are equal
+    if sum(step > best for step in vals) < patience:
+        return ''
     return f'early: eval.patience={patience} validations were no better than that of step {best:,}'
 
-@patch
-def end_early(self:Job, run):
-    "Ends the run where `eval.patience` says so; the first process has the losses, the others ask it"
-    if not self.cfg.eval.patience: return
-    why = gathered(self.engine, _no_better(run.notes, self.cfg.eval.patience))[0]
-    if why: run.stopped, self.early = why, True
 
 @patch
-def save(self:Job, run):
-    run.tokens, self.stream.step = self.tokens(run.step), run.step                  # of all processes
-    if self.engine.is_main_process: self.metrics.sync()        # no checkpoint is ahead of its numbers
+def end_early(self: Job, run):
+    """Ends the run where `eval.patience` says so; the first process has the losses, the others ask
+    it"""
+    if not self.cfg.eval.patience:
+        return
+    why = gathered(self.engine, _no_better(run.notes, self.cfg.eval.patience))[0]
+    if why:
+        run.stopped, self.early = why, True
+
+
+@patch
+def save(self: Job, run):
+    run.tokens, self.stream.step = self.tokens(run.step), run.step  # of all processes
+    if self.engine.is_main_process:
+        self.metrics.sync()  # no checkpoint is ahead of its numbers
     self.saved(run)
 
+
 @patch
-def tick(self:Job, run):
+def tick(self: Job, run):
     "What is due after this step; the last one is due for everything"
     c, n, row = self.cfg, run.step, {}
-    if n == self.done: return
-    due, self.done = lambda every: n % every == 0 or n == run.steps, n
+    if n == self.done:
+        return
+    due = lambda every: n % every == 0 or n == run.steps
+    self.done = n
     self.agree(run)
     if self.engine.is_main_process:
-        if due(c.log.every): row.update(self.record(run))
+        if due(c.log.every):
+            row.update(self.record(run))
         if due(c.eval.every):
-            with kept_streams(self.engine.device): row.update(self.validate(run))
-        if row: self.metrics.write(dict(step=n, tokens=self.tokens(n), seconds=run.seconds) | row); self.engine.log(row, n)
-    if due(c.eval.every) or due(c.log.checkpoint_every): self.save(run)
-    if due(c.eval.every): self.end_early(run)
+            with kept_streams(self.engine.device):
+                row.update(self.validate(run))
+        if row:
+            self.metrics.write(dict(step=n, tokens=self.tokens(n), seconds=run.seconds) | row)
+            self.engine.log(row, n)
+    if due(c.eval.every) or due(c.log.checkpoint_every):
+        self.save(run)
+    if due(c.eval.every):
+        self.end_early(run)
 
 # %% ../nbs/15_run.ipynb #78a2eaa8
 def schedule_of(t):
     "The schedule that the section `train` of a config describes: a function of (step, steps)"
-    end = dict(end=t.min_lr/t.lr) if t.min_lr else {}
+    end = dict(end=t.min_lr / t.lr) if t.min_lr else {}
     return partial(SCHEDULES[t.schedule], warmup=t.warmup, **end)
 
+
 @patch
-def go(self:Job, start=None):
-    "Train to the end, from the newest checkpoint if there is one, or from `start`; returns the `Run`"
+def go(self: Job, start=None):
+    """Train to the end, from the newest checkpoint if there is one, or from `start`; returns the
+    `Run`"""
     c, e, run = self.cfg, self.engine, self.run
     state = self.saved.load(run, start) if start or self.saved.steps() else {}
-    self.end_early(run)                                        # a run that has ended stays so
+    self.end_early(run)  # a run that has ended stays so
     if e.is_main_process:
-        if self.saved.steps(): self.saved.tidy(run)            # a kill may have come before it
+        if self.saved.steps():
+            self.saved.tidy(run)  # a kill may have come before it
         self.metrics.cut(run.step, start and start.parent.parent)
-        rows = state.get('facts', {}).get('rows')              # an older checkpoint has none
+        rows = state.get('facts', {}).get('rows')  # an older checkpoint has none
         for name, told in self.metrics.told().items():
             if rows and rows.get(name) != told:
-                warnings.warn(f'{self.folder/name} is not what it was at step {run.step:,}: '
-                              'rows are missing, or changed')
+                warnings.warn(
+                    f'{self.folder / name} is not what it was at step {run.step:,}: '
+                    'rows are missing, or changed'
+                )
         _describe(self, start)
-        if self.on: print(_from_where(self, start), flush=True)
-        self.measure(); _track(self)
+        if self.on:
+            print(_from_where(self, start), flush=True)
+        self.measure()
+        _track(self)
     self.then = self.tokens(run.step), run.seconds
-    if e.device.type == 'cuda':                                # the same bits on a GPU, too
+    if e.device.type == 'cuda':  # the same bits on a GPU, too
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
         torch.use_deterministic_algorithms(True, warn_only=True)
     model, step = e.prepare_model(run.model), self.step
     if e.num_processes > 1:
-        run.stop = partial(setattr, self, 'asked')             # all stop at the same step
-        def step(_, opt, rows, clip, loss):                    # the model that talks to the others
+        run.stop = partial(setattr, self, 'asked')  # all stop at the same step
+
+        def step(_, opt, rows, clip, loss):  # the model that talks to the others
             value, length = self.step(model, opt, rows, clip, loss)
             return e.reduce(value, 'mean'), length
+
     every = math.gcd(c.log.every, c.eval.every, c.log.checkpoint_every)
-    fit(run.model, self.stream, c.train.steps, clip=c.train.clip, seed=c.train.seed + 7919*e.process_index, run=run,
-        schedule=schedule_of(c.train), step=step,
-        every={every: self.tick, (c.train.steps,): self.tick})
-    if run.stopped: self.save(run)
+    fit(
+        run.model,
+        self.stream,
+        c.train.steps,
+        clip=c.train.clip,
+        seed=c.train.seed + 7919 * e.process_index,
+        run=run,
+        schedule=schedule_of(c.train),
+        step=step,
+        every={every: self.tick, (c.train.steps,): self.tick},
+    )
+    if run.stopped:
+        self.save(run)
     return run
 
 # %% ../nbs/15_run.ipynb #d3f70e01
-def _from_where(job, start)->str:
+def _from_where(job, start) -> str:
     "From which step of which run it goes on, and with what else than before"
     step, last = job.run.step, job.cfg.train.steps
     place = start.parent.parent if start else job.folder
     shown = place.relative_to(home()) if place.is_relative_to(home()) else place
-    said = f'goes on from step {step:,} of {shown}' + ' in a branch'*bool(start)
+    said = f'goes on from step {step:,} of {shown}' + ' in a branch' * bool(start)
     other = [f'{path}={short(b)} (it was {short(a)})' for path, (a, b) in job.on.changes.items()]
-    if other: said += ', with ' + ', '.join(other)
-    if job.early: return f'{said}: it has ended {job.run.stopped}; give a longer one, or null, to go further'
-    if step < last: return said
+    if other:
+        said += ', with ' + ', '.join(other)
+    if job.early:
+        return f'{said}: it has ended {job.run.stopped}; give a longer one, or null, to go further'
+    if step < last:
+        return said
     return said + ', its last one: nothing is left to do; give more train.steps to go further'
 
 # %% ../nbs/15_run.ipynb #0c882463
-def _json_in(folder, name)->dict:
+def _json_in(folder, name) -> dict:
     "What a .json file of a run says. Raises `LabError` where it is damaged"
     remedy = 'delete it, or copy it again'
-    told = json_of(bytes_in(folder, name, remedy=remedy), folder/name, remedy)
-    if not isinstance(told, dict): raise LabError(f'{folder/name} is damaged: {remedy}')
+    told = json_of(bytes_in(folder, name, remedy=remedy), folder / name, remedy)
+    if not isinstance(told, dict):
+        raise LabError(f'{folder / name} is damaged: {remedy}')
     return told
 
-def _to_judge(job)->tuple: # (model, the step of the best)
+
+def _to_judge(job) -> tuple:  # (model, the step of the best)
     "The last model of a run; the best one where `eval.patience` asks for it"
-    last, best = job.run.step, job.folder/'best'
+    last, best = job.run.step, job.folder / 'best'
     best = int(pointed(best).name[5:]) if best.is_file() else last
-    if not job.cfg.eval.patience or best == last: return job.run.model, best
+    if not job.cfg.eval.patience or best == last:
+        return job.run.model, best
     return open_model(job.saved.place(best), job.engine.device)[0], best
 
+
 @patch
-def finish(self:Job, most=None):
+def finish(self: Job, most=None):
     "Judge the model on the whole validation split; write and return what result.json says"
-    live, run, c, path = Live(), self.run, self.cfg, self.folder/'result.json'
+    live = Live()
+    run = self.run
+    c = self.cfg
+    path = self.folder / 'result.json'
     known = _json_in(self.folder, 'result.json') if path.exists() else {}
     judged = 'the best model' if c.eval.patience else 'the last model'
-    if (known.get('steps'), known.get('judged', judged)) == (run.step, judged): return known
+    if (known.get('steps'), known.get('judged', judged)) == (run.step, judged):
+        return known
     texts, (model, best) = self.texts, _to_judge(self)
-    try: score = evaluate(model, texts['tokenizer'], texts['corpus'], most=most,
-                         batch_size=c.eval.at_once, live=live)
+    try:
+        score = evaluate(
+            model,
+            texts['tokenizer'],
+            texts['corpus'],
+            most=most,
+            batch_size=c.eval.at_once,
+            live=live,
+        )
     except Exception as e:
         why = (str(e).splitlines() or [type(e).__name__])[0]
-        raise LabError(f'{self.folder} is trained and kept, but its evaluation failed: {why}; '
-                       f'mend that, then: llm-lab eval {self.folder}') from e
+        raise LabError(
+            f'{self.folder} is trained and kept, but its evaluation failed: {why}; '
+            f'mend that, then: llm-lab eval {self.folder}'
+        ) from e
     more = ''
-    if best != run.step and c.eval.patience: more = f': {judged}, of step {best:,}'
+    if best != run.step and c.eval.patience:
+        more = f': {judged}, of step {best:,}'
     elif best != run.step:
-        more = (f': {judged}, of step {run.step:,}; `eval` and `sample` take the best, '
-                f'of step {best:,}')
+        more = (
+            f': {judged}, of step {run.step:,}; `eval` and `sample` take the best, of step {best:,}'
+        )
     live.close(f'validated on {score.tokens:,} tokens{more}')
-    result = dict(name=c.name, run=self.folder.name, params=run.model.n_params, steps=run.step,
-                  tokens=self.tokens(run.step), seconds=run.seconds,
-                  judged=judged, best_step=best, scores=dict(val=score.as_dict()))
-    with written(path) as f: f.write_text(json.dumps(result, indent=1) + '\n', encoding='utf-8')
+    result = dict(
+        name=c.name,
+        run=self.folder.name,
+        params=run.model.n_params,
+        steps=run.step,
+        tokens=self.tokens(run.step),
+        seconds=run.seconds,
+        judged=judged,
+        best_step=best,
+        scores=dict(val=score.as_dict()),
+    )
+    with written(path) as f:
+        f.write_text(json.dumps(result, indent=1) + '\n', encoding='utf-8')
     return result
 
 # %% ../nbs/15_run.ipynb #d8530b9e
 @patch
-def foresee(self:Job):
+def foresee(self: Job):
     "Raises `LabError` on what validation and samples would stumble over, many steps later"
     prompt = self.cfg.eval.prompt
-    try: self.texts['tokenizer'].encode(prompt)
-    except (LabError, UnicodeError) as e: raise LabError(f'eval.prompt={prompt!r}: {e}') from None
+    try:
+        self.texts['tokenizer'].encode(prompt)
+    except (LabError, UnicodeError) as e:
+        raise LabError(f'eval.prompt={prompt!r}: {e}') from None
     if len(self.ids) < 2:
-        raise LabError(f'data.corpus={self.cfg.data.corpus}: its validation text has '
-                       f'{len(self.ids)} tokens, in which nothing can be asked; give a longer text')
+        raise LabError(
+            f'data.corpus={self.cfg.data.corpus}: its validation text has '
+            f'{len(self.ids)} tokens, in which nothing can be asked; give a longer text'
+        )
+
 
 def _end(engine, tracker):
     "Say goodbye to the trackers; one that fails now spoils no run that is kept: it is a warning"
-    try: engine.end_training()
+    try:
+        engine.end_training()
     except Exception as e:
-        if tracker == 'none': raise
+        if tracker == 'none':
+            raise
         warnings.warn(f'log.tracker={tracker}: {(str(e).splitlines() or [type(e).__name__])[0]}')
 
 # %% ../nbs/15_run.ipynb #2459a767
-def _runs(name): return home()/'experiments'/require_name(name, 'the config')/'runs'
+def _runs(name):
+    return home() / 'experiments' / require_name(name, 'the config') / 'runs'
 
-_HIDDEN = re.compile(r'\.+(config\.yaml|(run|result)\.json|(metrics|samples)\.(jsonl|csv))'
-                     r'(\.\d+\.(new|old))+')
+
+_HIDDEN = re.compile(
+    r'\.+(config\.yaml|(run|result)\.json|(metrics|samples)\.(jsonl|csv))'
+    r'(\.\d+\.(new|old))+'
+)
 _BEGUN = re.compile(r'\.lock|\.pid|\.smoke|(metrics|samples)\.(jsonl|csv)')
+
 
 def _require_free(folder):
     "Raises `LabError` unless a folder is empty, or left by a run that was killed as it began"
@@ -544,266 +842,374 @@ def _require_free(folder):
         strange = (strange or names)[0]
         raise LabError(f'{folder} holds {strange}, which is of no run: choose another --run')
 
-def _new_folder(cfg, name=None)->Path:
-    runs, digest = _runs(cfg.name), hashlib.sha256(repr(cfg).encode()).hexdigest()[:6]
+
+def _new_folder(cfg, name=None) -> Path:
+    runs = _runs(cfg.name)
+    digest = hashlib.sha256(repr(cfg).encode()).hexdigest()[:6]
     if name is not None:
-        folder = runs/require_name(name, '--run')
-        if (folder/'config.yaml').exists():
-            raise LabError(f'{folder} is there already: go on with --resume {folder}, '
-                           'or choose another --run')
+        folder = runs / require_name(name, '--run')
+        if (folder / 'config.yaml').exists():
+            raise LabError(
+                f'{folder} is there already: go on with --resume {folder}, or choose another --run'
+            )
         _require_free(folder)
         return folder
-    folder = runs/f'{time.strftime("%y%m%d-%H%M%S")}-{digest}'
+    folder = runs / f'{time.strftime("%y%m%d-%H%M%S")}-{digest}'
     return folder if not folder.exists() else folder.with_name(f'{folder.name}-{os.getpid()}')
 
 # %% ../nbs/15_run.ipynb #a3d7f014
-def _smoke_folder(cfg)->Path:
+def _smoke_folder(cfg) -> Path:
     "The first of `smoke`, `smoke-2`, … that is free, or of such a run and with nothing foreign"
     for n in itertools.count(1):
-        folder = _runs(cfg.name)/('smoke' if n == 1 else f'smoke-{n}')
-        if not os.path.lexists(folder): return folder
-        if (folder/'.smoke').is_file() and not _foreign(folder/'checkpoints'): return folder
+        folder = _runs(cfg.name) / ('smoke' if n == 1 else f'smoke-{n}')
+        if not os.path.lexists(folder):
+            return folder
+        if (folder / '.smoke').is_file() and not _foreign(folder / 'checkpoints'):
+            return folder
+
 
 def _foreign(folder):
     "What is in a folder of checkpoints that no run has written; None if there is nothing"
-    if folder.is_symlink() or folder.exists() and not folder.is_dir(): return folder
+    if folder.is_symlink() or folder.exists() and not folder.is_dir():
+        return folder
     for place in folder.iterdir() if folder.is_dir() else ():
-        if re.fullmatch(r'\.+step-\d+(\.gone|(\.\d+\.(new|old))+)', place.name): continue
-        if place.is_symlink() or not re.fullmatch(r'step-\d+', place.name): return place
-        try: replaceable(place)
-        except LabError: return place
+        if re.fullmatch(r'\.+step-\d+(\.gone|(\.\d+\.(new|old))+)', place.name):
+            continue
+        if place.is_symlink() or not re.fullmatch(r'step-\d+', place.name):
+            return place
+        try:
+            replaceable(place)
+        except LabError:
+            return place
+
 
 def _begin_anew(folder):
     "Remove the model and the result of an older smoke run"
-    if strange := _foreign(folder/'checkpoints'):
+    if strange := _foreign(folder / 'checkpoints'):
         raise LabError(f'{strange} is of no run: move it away')
-    if (folder/'checkpoints').is_dir(): shutil.rmtree(folder/'checkpoints')
-    for name in ('latest', 'best', 'result.json'): (folder/name).unlink(missing_ok=True)
+    if (folder / 'checkpoints').is_dir():
+        shutil.rmtree(folder / 'checkpoints')
+    for name in ('latest', 'best', 'result.json'):
+        (folder / name).unlink(missing_ok=True)
+
 
 def _require_own(folder):
-    "Raises `LabError`, before it trains, over a file that the run will write and that is not its own"
-    require_ours(folder/'run.json', lambda data: laid_out(data, 'starts', end='\n'))
-    require_ours(folder/'result.json', lambda data: laid_out(data, 'scores', 'steps', end='\n'))
-    for name in ('latest', 'best'): require_ours(folder/name, re.compile(rb'step-\d+\n').fullmatch)
+    """Raises `LabError`, before it trains, over a file that the run will write and that is not its
+    own"""
+    require_ours(folder / 'run.json', lambda data: laid_out(data, 'starts', end='\n'))
+    require_ours(folder / 'result.json', lambda data: laid_out(data, 'scores', 'steps', end='\n'))
+    for name in ('latest', 'best'):
+        require_ours(folder / name, re.compile(rb'step-\d+\n').fullmatch)
     if folder.parent.name == 'runs':
-        require_ours(folder.parent/'latest', re.compile(rb'[^/\n]+\n').fullmatch)
+        require_ours(folder.parent / 'latest', re.compile(rb'[^/\n]+\n').fullmatch)
 
 # %% ../nbs/15_run.ipynb #192ac19c
 def held(folder):
     "The lock of a run's folder; raises `LabError` that names the process which has it"
     folder = made_folder(folder)
-    require_ours(folder/'.pid', bytes.isdigit)
+    require_ours(folder / '.pid', bytes.isdigit)
+
     def busy():
-        pid = (folder/'.pid').read_text() if (folder/'.pid').exists() else 'unknown'
+        pid = (folder / '.pid').read_text() if (folder / '.pid').exists() else 'unknown'
         raise LabError(f'{folder} is held by process {pid}: wait until it ends, or stop it')
-    lock = locked(folder/'.lock', busy)
-    (folder/'.pid').write_text(str(os.getpid()))
-    sweep_checkpoints(folder)                                  # nobody else writes here now
+
+    lock = locked(folder / '.lock', busy)
+    (folder / '.pid').write_text(str(os.getpid()))
+    sweep_checkpoints(folder)  # nobody else writes here now
     for rest in folder.iterdir():
-        if _HIDDEN.fullmatch(rest.name): rest.unlink()
+        if _HIDDEN.fullmatch(rest.name):
+            rest.unlink()
     return lock
 
 # %% ../nbs/15_run.ipynb #ac8928d8
 def _git(*args):
     "What git says about the working folder; '' where there is none"
-    try: return subprocess.run(['git', *args], capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired): return ''
+    try:
+        return subprocess.run(
+            ['git', *args], capture_output=True, text=True, timeout=10
+        ).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ''
 
-def _hash(told): return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
-def told_of(folder)->dict: # {} where there is none
+def _hash(told):
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def told_of(folder) -> dict:  # {} where there is none
     "What the run.json of a run says. Raises `LabError` where it is damaged, by its own hash"
-    if not (folder/'run.json').exists(): return {}
-    try: told = _json_in(folder, 'run.json')
-    except LabError: told = {}
+    if not (folder / 'run.json').exists():
+        return {}
+    try:
+        told = _json_in(folder, 'run.json')
+    except LabError:
+        told = {}
     starts, own = told.get('starts'), told.pop('sha256', None)
     good = isinstance(starts, list) and all(isinstance(s, dict) for s in starts)
     if not good or own not in (None, _hash(told)):
-        raise LabError(f'{folder/"run.json"} is not by this library, or was changed since: '
-                       'delete it, or copy it again')
+        raise LabError(
+            f'{folder / "run.json"} is not by this library, or was changed since: '
+            'delete it, or copy it again'
+        )
     return told if own else dict(starts=starts)  # an old one has no hash: no more is believed
 
+
 def _describe(job, came_from):
-    "Write config.yaml, run.json and the name of the newest run: what it takes to tell how the run was made"
-    path, texts, told = job.folder/'run.json', job.texts, told_of(job.folder)
-    about = dict(name=job.cfg.name, run=job.folder.name, params=job.run.model.n_params,
-                 came_from=str(came_from.absolute()) if came_from else told.get('came_from', ''),
-                 hashes=dict(corpus=texts['corpus'].sha256, train=texts['train'].sha256, val=texts['val'].sha256,
-                             tokenizer=texts['train'].meta['tokenizer']['sha256']),
-                 starts=[*told.get('starts', []), dict(
-                     machine(), step=job.run.step, processes=job.engine.num_processes,
-                     llm_lab=__version__, commit=_git('rev-parse', 'HEAD'),
-                     changed=bool(_git('status', '--porcelain')))],
-                 config=job.origin | dict(decided=as_data(job.cfg)))
-    config = job.folder/'config.yaml'
+    """Write config.yaml, run.json and the name of the newest run: what it takes to tell how the run
+    was made"""
+    path = job.folder / 'run.json'
+    texts = job.texts
+    told = told_of(job.folder)
+    about = dict(
+        name=job.cfg.name,
+        run=job.folder.name,
+        params=job.run.model.n_params,
+        came_from=str(came_from.absolute()) if came_from else told.get('came_from', ''),
+        hashes=dict(
+            corpus=texts['corpus'].sha256,
+            train=texts['train'].sha256,
+            val=texts['val'].sha256,
+            tokenizer=texts['train'].meta['tokenizer']['sha256'],
+        ),
+        starts=[
+            *told.get('starts', []),
+            dict(
+                machine(),
+                step=job.run.step,
+                processes=job.engine.num_processes,
+                llm_lab=__version__,
+                commit=_git('rev-parse', 'HEAD'),
+                changed=bool(_git('status', '--porcelain')),
+            ),
+        ],
+        config=job.origin | dict(decided=as_data(job.cfg)),
+    )
+    config = job.folder / 'config.yaml'
     known = replace(read_config(config), name=job.cfg.name) if config.exists() else None
-    if known != job.cfg: write_config(job.cfg, config)         # else it may hold your comments
+    if known != job.cfg:
+        write_config(job.cfg, config)  # else it may hold your comments
     texts = {path: json.dumps(about | dict(sha256=_hash(about)), indent=1)}
-    if job.folder.parent.name == 'runs' and not (job.folder/'.smoke').exists():
-        texts[job.folder.parent/'latest'] = job.folder.name
+    if job.folder.parent.name == 'runs' and not (job.folder / '.smoke').exists():
+        texts[job.folder.parent / 'latest'] = job.folder.name
     for path, text in texts.items():
-        with written(path) as f: f.write_text(text + '\n', encoding='utf-8')
+        with written(path) as f:
+            f.write_text(text + '\n', encoding='utf-8')
 
 # %% ../nbs/15_run.ipynb #297de440
 def _track(job):
     "Send the rows to TensorBoard or Weights & Biases, too, under the name of the run"
-    if (kind := job.cfg.log.tracker) == 'none': return
+    if (kind := job.cfg.log.tracker) == 'none':
+        return
     job.engine.project_configuration.logging_dir = str(job.folder)
-    more = dict(tensorboard=dict(purge_step=job.run.step + 1),
-                wandb=dict(id=job.folder.name, resume='allow', dir=str(job.folder)))
-    try: job.engine.init_trackers(job.cfg.name, config=None, init_kwargs={kind: more[kind]})
-    except Exception as e:                                     # no key, no network
-        raise LabError(f'log.tracker={kind}: {str(e).partition(chr(10))[0]} Write its key into {home()/".env"}, '
-                       'or leave it out') from None
+    more = dict(
+        tensorboard=dict(purge_step=job.run.step + 1),
+        wandb=dict(id=job.folder.name, resume='allow', dir=str(job.folder)),
+    )
+    try:
+        job.engine.init_trackers(job.cfg.name, config=None, init_kwargs={kind: more[kind]})
+    except Exception as e:  # no key, no network
+        raise LabError(
+            f'log.tracker={kind}: {str(e).partition(chr(10))[0]} Write its key into '
+            f'{home() / ".env"}, '
+            'or leave it out'
+        ) from None
 
 # %% ../nbs/15_run.ipynb #d3f70e02
 def _is_run(folder):
     "Is this the folder of a run that has begun? An author's folder may hold a config.yaml, too"
-    there = lambda name: (folder/name).exists()
+    there = lambda name: (folder / name).exists()
     return there('run.json') or there('.lock') and there('config.yaml')
 
-def runs_of(name, smoke=False)->list: # folders, the one that was started last first
+
+def runs_of(name, smoke=False) -> list:  # folders, the one that was started last first
     "The runs of the configs of that name; with `smoke`, those that only tried"
     runs = _runs(name)
-    found = [p for p in (runs.iterdir() if runs.is_dir() else ())
-             if _is_run(p) and (p/'.smoke').exists() == smoke]
-    last = pointed(runs/'latest').name if (runs/'latest').is_file() else ''
+    found = [
+        p
+        for p in (runs.iterdir() if runs.is_dir() else ())
+        if _is_run(p) and (p / '.smoke').exists() == smoke
+    ]
+    last = pointed(runs / 'latest').name if (runs / 'latest').is_file() else ''
+
     def started(p):
-        files = [p/name for name in ('run.json', 'config.yaml')]
+        files = [p / name for name in ('run.json', 'config.yaml')]
         return max(f.stat().st_mtime for f in files if f.exists())
+
     return sorted(found, key=lambda p: (p.name == last, started(p), p.name), reverse=True)
 
-def run_to_go_on(config, run=None)->tuple: # (folder, or None; what to say when there is none)
+
+def run_to_go_on(config, run=None) -> tuple:  # (folder, or None; what to say when there is none)
     "The newest run of a config, or the one called `run`. Raises `LabError` where that is another's"
     name, source = origin(config)
     for folder in runs_of(name):
-        if run is not None and folder.name != run: continue
+        if run is not None and folder.name != run:
+            continue
         record = told_of(folder).get('config', {})
         if 'source' not in record or same_config(record, config):
-            return folder, ''                                  # an old run does not say
+            return folder, ''  # an old run does not say
         if run is not None:
-            raise LabError(f'{folder} was made from {record["source"]}, not from {source}: '
-                           'choose another --run')
+            raise LabError(
+                f'{folder} was made from {record["source"]}, not from {source}: '
+                'choose another --run'
+            )
     return None, f'there is no run of {source or name} to go on with: a new one begins'
 
-def find_model(path)->Path:
+
+def find_model(path) -> Path:
     """Where a run, a checkpoint or a saved model is: a path, here or in `home()`, or a run's name.
 
     CONFIG is its newest run, CONFIG/RUN and RUN are that one. Raises `LabError` on several."""
-    words, top = Path(path).parts, home()/'experiments'
+    words, top = Path(path).parts, home() / 'experiments'
     named = all(map(is_name, words)) and len(words) < 3
-    is_config = named and len(words) == 1 and (top/words[0]/'runs').is_dir()
-    if is_config and (found := runs_of(words[0])): return found[0]
-    for place in (Path(path), home()/path):
+    is_config = named and len(words) == 1 and (top / words[0] / 'runs').is_dir()
+    if is_config and (found := runs_of(words[0])):
+        return found[0]
+    for place in (Path(path), home() / path):
         if place.name == 'latest' and place.parent.name == 'runs' and place.is_file():
-            return place.parent/pointed(place)
-        if place.exists(): return place
-    if not named or not words: return Path(path)
-    among = [top/words[0]/'runs'] if len(words) == 2 else sorted(top.glob('*/runs'))
-    found = [runs/words[-1] for runs in among if (runs/words[-1]).is_dir()]
+            return place.parent / pointed(place)
+        if place.exists():
+            return place
+    if not named or not words:
+        return Path(path)
+    among = [top / words[0] / 'runs'] if len(words) == 2 else sorted(top.glob('*/runs'))
+    found = [runs / words[-1] for runs in among if (runs / words[-1]).is_dir()]
     if len(found) > 1:
         names = [f'{run.parent.parent.name}/{run.name}' for run in found]
         raise LabError(f'{len(found)} runs are called {path}: write {" or ".join(names)}')
-    if not found and is_config: found = runs_of(words[0], smoke=True)
+    if not found and is_config:
+        found = runs_of(words[0], smoke=True)
     return found[0] if found else Path(path)
 
 # %% ../nbs/15_run.ipynb #4534592f
-def _run_at(path)->tuple: # (folder of a run, a checkpoint of it or None)
+def _run_at(path) -> tuple:  # (folder of a run, a checkpoint of it or None)
     "The run at a path, or whose checkpoint is there. Raises on none, and on one that only tried"
-    place, plain = Path(path).absolute(), Path(os.path.abspath(path))          # without a/../
-    if plain.exists() and place.exists() and plain.samefile(place): place = plain
-    start = place if (place/'manifest.json').exists() else None
+    # without a/../
+    place = Path(path).absolute()
+    plain = Path(os.path.abspath(path))
+    if plain.exists() and place.exists() and plain.samefile(place):
+        place = plain
+    start = place if (place / 'manifest.json').exists() else None
     folder = place.parent.parent if start else place
     if not _is_run(folder):
-        raise LabError(f'{path} is neither a run nor a checkpoint of one: choose from `llm-lab runs`')
-    if (folder/'.smoke').exists():
+        raise LabError(
+            f'{path} is neither a run nor a checkpoint of one: choose from `llm-lab runs`'
+        )
+    if (folder / '.smoke').exists():
         raise LabError(f'{folder} only tried whether its config works (--smoke): begin a run of it')
     return folder, start
+
 
 def _newest(folder):
     "(the newest checkpoint of a run, what its state.json says); (None, None) if there is none"
     while steps := steps_in(folder):
-        place = folder/'checkpoints'/f'step-{steps[-1]:06d}'
-        try: return place, read_state(place)
+        place = folder / 'checkpoints' / f'step-{steps[-1]:06d}'
+        try:
+            return place, read_state(place)
         except LabError:
-            if place.exists() or steps == steps_in(folder): raise  # else it went while we looked
+            if place.exists() or steps == steps_in(folder):
+                raise  # else it went while we looked
     return None, None
 
+
 def _beginning(folder, told, cfg):
-    "Where a run without checkpoints begins: at what it is a branch of, or None. Raises if it had one"
+    """Where a run without checkpoints begins: at what it is a branch of, or None.
+
+    Raises if it had one"""
     starts = [s['step'] for s in told.get('starts', []) if isinstance(s.get('step'), int)] or [0]
-    due = min(starts[0]//n*n + n for n in (cfg.log.checkpoint_every, cfg.eval.every))
-    rows = read_rows(folder/'metrics.jsonl')
-    named = [n for n in ('latest', 'best', 'result.json') if (folder/n).exists()]
+    due = min(starts[0] // n * n + n for n in (cfg.log.checkpoint_every, cfg.eval.every))
+    rows = read_rows(folder / 'metrics.jsonl')
+    named = [n for n in ('latest', 'best', 'result.json') if (folder / n).exists()]
     reached = rows[-1].get('step', 0) if rows else 0
     if named or max(starts) > starts[0] or reached > min(due, cfg.train.steps):
-        raise LabError(f'{folder} has no checkpoint any more, so it cannot go on, and to begin '
-                       'anew would clear its log: copy a checkpoint back, or begin a new run')
-    if not (source := told.get('came_from')): return None
-    if not (Path(source)/'manifest.json').is_file():
-        raise LabError(f'{folder} is a branch of {source}, which is gone: '
-                       'copy it back, or begin a new run')
+        raise LabError(
+            f'{folder} has no checkpoint any more, so it cannot go on, and to begin '
+            'anew would clear its log: copy a checkpoint back, or begin a new run'
+        )
+    if not (source := told.get('came_from')):
+        return None
+    if not (Path(source) / 'manifest.json').is_file():
+        raise LabError(
+            f'{folder} is a branch of {source}, which is gone: copy it back, or begin a new run'
+        )
     return Path(source)
-
 
 # %% ../nbs/15_run.ipynb #d3f70e05
 GoingOn = namedtuple('GoingOn', 'cfg folder start sha256 record changes')
 
+
 def _own_config(path):
     "The config.yaml of a run. Raises `LabError` that names it where it cannot be read"
     remedy = 'mend it, or delete it: then it is made anew'
-    if not path.is_file(): raise LabError(f'{path} is no file any more: {remedy}')
+    if not path.is_file():
+        raise LabError(f'{path} is no file any more: {remedy}')
     try:
         said = stated(path)
         # before there was `min_lr`, a warm-up of 100 meant what none means now
         older = 'train.min_lr' not in said and said.get('train.warmup') == 100
         return read_config(path, ['train.warmup=null'] if older else [])
-    except LabError as e: raise LabError(f'{path} cannot be read, {e}: {remedy}') from None
+    except LabError as e:
+        raise LabError(f'{path} cannot be read, {e}: {remedy}') from None
 
-def _record(config): return dict(source=origin(config)[1], stated=stated(config))
+
+def _record(config):
+    return dict(source=origin(config)[1], stated=stated(config))
+
 
 def _as_edited(folder, told, old, config, overrides):
     "The config of a run as its file says now, and what is typed. Raises where that is another's"
-    if config is None: return told.get('config', {}), read_config(as_data(old), overrides)
+    if config is None:
+        return told.get('config', {}), read_config(as_data(old), overrides)
     record, now = told.get('config', {}), _record(config)
     if 'source' in record and not same_config(record, config):
-        raise LabError(f'{folder} was made from {record.get("source")}, not from {now["source"]}: '
-                       'leave that out, or name the other one')
-    then = record.get('stated', {})                            # an old run does not say: all counts
+        raise LabError(
+            f'{folder} was made from {record.get("source")}, not from {now["source"]}: '
+            'leave that out, or name the other one'
+        )
+    then = record.get('stated', {})  # an old run does not say: all counts
     return now, edited(old, then, now['stated'], overrides)
 
+
 def going_on(
-    path,         # a run, or a checkpoint of one
+    path,  # a run, or a checkpoint of one
     overrides=(),
-    config=None   # its config, which may have been edited since
-)->GoingOn: # config, folder, checkpoint that a branch begins from or None, SHA-256 of the text, …
+    config=None,  # its config, which may have been edited since
+) -> (
+    GoingOn
+):  # config, folder, checkpoint that a branch begins from or None, SHA-256 of the text, …
     "What it takes to go on. Raises `LabError` that names what was changed and reaches back"
     folder, start = _run_at(path)
     if start is None and os.environ.get('RANK', '0') == '0':
-        held(folder).release()                                 # raises while another writes there
-    told, path = told_of(folder), folder/'config.yaml'
+        held(folder).release()  # raises while another writes there
+    told, path = told_of(folder), folder / 'config.yaml'
     decided = told.get('config', {}).get('decided')
     old = config_of(decided) if decided and not os.path.lexists(path) else _own_config(path)
     named = folder.parent.parent if folder.parent.name == 'runs' else folder
     old = replace(old, name=named.name)
     newest, state = _newest(folder)
-    if start and newest and start.resolve() == newest.resolve(): start = None
+    if start and newest and start.resolve() == newest.resolve():
+        start = None
     branch = start is not None
-    if branch: state = read_state(start)
+    if branch:
+        state = read_state(start)
     elif newest is None:
         start = _beginning(folder, told, old)
         state = read_state(start) if start else dict(facts={}, about={}, step=0)
     known = state.get('facts', {}).get('config') or decided
     then = config_of(known, old.name) if isinstance(known, dict) else old  # an old one keeps none
-    try: gone_on(then, old)
-    except LabError as e: raise LabError(f'{path} was edited: {e}') from None
+    try:
+        gone_on(then, old)
+    except LabError as e:
+        raise LabError(f'{path} was edited: {e}') from None
     record, cfg = _as_edited(folder, told, old, config, overrides)
-    if cfg.data.corpus != old.data.corpus: cfg = kept_corpus(cfg)
+    if cfg.data.corpus != old.data.corpus:
+        cfg = kept_corpus(cfg)
     cfg = gone_on(then, replace(cfg, name=old.name))
     require_corpus(cfg)
     if cfg.train.steps < state['step']:
-        raise LabError(f'train.steps={cfg.train.steps}: {start or newest} is at step '
-                       f'{state["step"]:,}; give at least that')
+        raise LabError(
+            f'train.steps={cfg.train.steps}: {start or newest} is at step '
+            f'{state["step"]:,}; give at least that'
+        )
     changes = differences(then, cfg)
     sha256 = state['about'].get('corpus_sha256') or told.get('hashes', {}).get('corpus')
     return GoingOn(cfg, _new_folder(cfg) if branch else folder, start, sha256, record, changes)
@@ -811,16 +1217,21 @@ def going_on(
 # %% ../nbs/15_run.ipynb #b7dc2d23
 def _alone_now(error, engine, folder):
     "Raises one line where one of several processes is gone, else the error"
-    if engine.num_processes == 1 or not re.search('gloo|NCCL|onnection', str(error)): raise error
-    then = f'go on with --resume {folder}' if (folder/'config.yaml').exists() else 'begin again'
-    raise LabError(f'process {engine.process_index} lost the others: see what they said, and {then}') from None
+    if engine.num_processes == 1 or not re.search('gloo|NCCL|onnection', str(error)):
+        raise error
+    then = f'go on with --resume {folder}' if (folder / 'config.yaml').exists() else 'begin again'
+    raise LabError(
+        f'process {engine.process_index} lost the others: see what they said, and {then}'
+    ) from None
 
 # %% ../nbs/15_run.ipynb #f3dff5f5
-def _asked_for(config, overrides, resume, run, smoke)->tuple: # (config, `GoingOn` or None, what to say)
+def _asked_for(
+    config, overrides, resume, run, smoke
+) -> tuple:  # (config, `GoingOn` or None, what to say)
     "What `train_config` was asked for: a new run, or one to go on with"
     begins, on = '', None
     if resume == '' and isinstance(config, (str, Path)) and _is_run(Path(config)):
-        resume, config = config, None                          # a run is named, and no config
+        resume, config = config, None  # a run is named, and no config
     if resume == '':
         found, begins = run_to_go_on(config or 'smoke', run)
         on = found and going_on(found, overrides, config or 'smoke')
@@ -828,44 +1239,54 @@ def _asked_for(config, overrides, resume, run, smoke)->tuple: # (config, `GoingO
         if run is not None:
             raise LabError(f'--run {run} names a run of its own: leave it out, or {resume}')
         on = going_on(resume, overrides, config)
-    if on: return on.cfg, on, begins
+    if on:
+        return on.cfg, on, begins
     cfg = read_config(config or 'smoke', overrides)
     return kept_corpus(smaller(cfg) if smoke else cfg), None, begins
 
+
 def train_config(
-    config=None, # a .yaml file, a folder that holds one, or a name; `smoke` if none
+    config=None,  # a .yaml file, a folder that holds one, or a name; `smoke` if none
     *overrides,
-    resume=None, # '' goes on with the newest run of this config, or with `run`; a path with that run or checkpoint
-    run=None,    # name of the new run's folder; date, time and hash if none
-    smoke=False, # only see whether it would work: 20 steps, in a folder of such runs, `smoke`
-    tune=False   # measure how many threads are fastest, where the config names no number
-)->Job:
+    resume=None,  # '': the newest run of this config, or `run`; a path: that run or checkpoint
+    run=None,  # name of the new run's folder; date, time and hash if none
+    smoke=False,  # only see whether it would work: 20 steps, in a folder of such runs, `smoke`
+    tune=False,  # measure how many threads are fastest, where the config names no number
+) -> Job:
     """From a config to a trained model; missing data are prepared.
 
     Ctrl-C, SIGTERM and SIGHUP save and end it: `job.run.stopped` says which."""
-    if smoke and resume is not None: raise LabError('--smoke begins anew: leave --resume out')
-    if run is not None: require_name(run, '--run')
+    if smoke and resume is not None:
+        raise LabError('--smoke begins anew: leave --resume out')
+    if run is not None:
+        require_name(run, '--run')
     cfg, on, begins = _asked_for(config, overrides, resume, run, smoke)
     folder = on.folder if on else _smoke_folder(cfg) if smoke else _new_folder(cfg, run)
-    usable_device()                                            # raises where it cannot be used
+    usable_device()  # raises where it cannot be used
     engine = engine_of(cfg.log.tracker)
-    folder = Path(gathered(engine, str(folder))[0])            # by the clock of the first process
+    folder = Path(gathered(engine, str(folder))[0])  # by the clock of the first process
     if smoke and engine.is_main_process:
-        (made_folder(folder)/'.smoke').touch()                 # by which the next one knows it
+        (made_folder(folder) / '.smoke').touch()  # by which the next one knows it
     lock = held(folder) if engine.is_main_process else None
     threads = torch.get_num_threads()
     try:
-        if lock: _require_own(folder)
-        if lock and smoke: _begin_anew(folder)
+        if lock:
+            _require_own(folder)
+        if lock and smoke:
+            _begin_anew(folder)
         job = Job(cfg, folder, engine, tune and not on, on)
         job.origin = on.record if on else _record(config or 'smoke')
         job.foresee()
-        if lock: print(*filter(None, [begins, job]), sep='\n', flush=True)
+        if lock:
+            print(*filter(None, [begins, job]), sep='\n', flush=True)
         job.go(on and on.start)
-        if lock and (job.early or not job.run.stopped): job.result = job.finish(cfg.eval.tokens if smoke else None)
+        if lock and (job.early or not job.run.stopped):
+            job.result = job.finish(cfg.eval.tokens if smoke else None)
         _end(engine, cfg.log.tracker)
-    except RuntimeError as e: _alone_now(e, engine, folder)
+    except RuntimeError as e:
+        _alone_now(e, engine, folder)
     finally:
-        torch.set_num_threads(threads)                         # they were the run's, not the caller's
-        if lock: lock.release()
+        torch.set_num_threads(threads)  # they were the run's, not the caller's
+        if lock:
+            lock.release()
     return job

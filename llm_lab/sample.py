@@ -7,7 +7,11 @@ __all__ = ['KNOBS', 'check_choice', 'choices', 'room', 'Reader', 'drawn', 'gener
            'until', 'ends', 'stream', 'sample', 'next_tokens', 'written_html', 'bars_html', 'Playground', 'playground']
 
 # %% ../nbs/10_sample.ipynb #46363759
-import html, math, threading, time, warnings
+import html
+import math
+import threading
+import time
+import warnings
 import torch
 from torch import Tensor
 from fastcore.basics import patch
@@ -18,87 +22,145 @@ from .chars import begins
 from .gpt import MiniGPT
 
 # %% ../nbs/10_sample.ipynb #c22cbbac
-def check_choice(temperature=1., top_k:int=None, top_p:float=None, repetition_penalty=1.):
+def check_choice(temperature=1.0, top_k: int = None, top_p: float = None, repetition_penalty=1.0):
     "Raises `LabError` on settings that leave nothing to choose from"
     for good, said, remedy in (
         (temperature >= 0, f'{temperature=}', '0 (greedy) or more; 1 is as the model says'),
-        (top_k is None or isinstance(top_k, int) and top_k >= 1, f'{top_k=}', 'a whole number of at least 1, or none to keep all'),
+        (
+            top_k is None or isinstance(top_k, int) and top_k >= 1,
+            f'{top_k=}',
+            'a whole number of at least 1, or none to keep all',
+        ),
         (top_p is None or 0 < top_p <= 1, f'{top_p=}', 'a share above 0 and up to 1; 1 keeps all'),
-        (.01 <= repetition_penalty <= 100, f'{repetition_penalty=}', 'a number from 0.01 to 100; 1 is no penalty')):
-        if not good: raise LabError(f'{said}: give {remedy}')
+        (
+            0.01 <= repetition_penalty <= 100,
+            f'{repetition_penalty=}',
+            'a number from 0.01 to 100; 1 is no penalty',
+        ),
+    ):
+        if not good:
+            raise LabError(f'{said}: give {remedy}')
 
 # %% ../nbs/10_sample.ipynb #6203f9d3
 def choices(
-    logits:Tensor,    # (…, V)
-    temperature=1.,
-    top_k:int=None,   # keep the k likeliest
-    top_p:float=None, # then the smallest set with at least this probability
-    repetition_penalty=1., ids:Tensor=None # logits of tokens that stand in the text `ids`, (…, T), lose by this factor
-)->Tensor: # probabilities, (…, V)
-    "What we draw from: softmax(logits/temperature), cut to the top k, cut to the top p, and scaled to sum to 1"
+    logits: Tensor,  # (…, V)
+    temperature=1.0,
+    top_k: int = None,  # keep the k likeliest
+    top_p: float = None,  # then the smallest set with at least this probability
+    repetition_penalty=1.0,  # logits of tokens that stand in the text `ids` lose by this factor
+    ids: Tensor = None,  # (…, T)
+) -> Tensor:  # probabilities, (…, V)
+    """What we draw from: softmax(logits/temperature), cut to the top k, cut to the top p, and
+    scaled to sum to 1"""
     check_choice(temperature, top_k, top_p, repetition_penalty)
     if repetition_penalty != 1 and ids is not None:
         l = logits.gather(-1, ids)
-        logits = logits.scatter(-1, ids, torch.where(l > 0, l/repetition_penalty, l*repetition_penalty))
-    if temperature < 1e-6: return torch.zeros_like(logits).scatter(-1, logits.argmax(-1, keepdim=True), 1.).float()
-    if not top_k and (top_p or 1) == 1: return (logits.float()/temperature).softmax(-1)     # nothing to cut, no order needed
-    order = logits.argsort(dim=-1, descending=True, stable=True)    # of equals, the earlier stands first
+        logits = logits.scatter(
+            -1, ids, torch.where(l > 0, l / repetition_penalty, l * repetition_penalty)
+        )
+    if temperature < 1e-6:
+        return torch.zeros_like(logits).scatter(-1, logits.argmax(-1, keepdim=True), 1.0).float()
+    if not top_k and (top_p or 1) == 1:
+        return (logits.float() / temperature).softmax(-1)  # nothing to cut, no order needed
+    # of equals, the earlier stands first
+    order = logits.argsort(dim=-1, descending=True, stable=True)
     ranked = logits.gather(-1, order).float()
-    p = ((ranked - ranked[..., :1])/temperature).softmax(-1)
-    if top_k: p[..., top_k:] = 0
-    if top_p and top_p < 1: p[p.cumsum(-1) - p >= top_p*p.sum(-1, keepdim=True)] = 0  # enough stands before it
-    return torch.zeros_like(p).scatter(-1, order, p/p.sum(-1, keepdim=True))
+    p = ((ranked - ranked[..., :1]) / temperature).softmax(-1)
+    if top_k:
+        p[..., top_k:] = 0
+    if top_p and top_p < 1:
+        p[p.cumsum(-1) - p >= top_p * p.sum(-1, keepdim=True)] = 0  # enough stands before it
+    return torch.zeros_like(p).scatter(-1, order, p / p.sum(-1, keepdim=True))
 
 # %% ../nbs/10_sample.ipynb #306e43bf
-def room(model): # an int, or ∞
-    "How many tokens of a text the model can see: `max_len`, or no limit if its caches keep only what is near"
+def room(model):  # an int, or ∞
+    """How many tokens of a text the model can see:
+
+    `max_len`, or no limit if its caches keep only what is near"""
     caches = model.cache(1, 1) if model.cfg.pos is None else None
-    return math.inf if caches and all(getattr(c, 'endless', False) for c in caches.values()) else model.cfg.max_len
+    return (
+        math.inf
+        if caches and all(getattr(c, 'endless', False) for c in caches.values())
+        else model.cfg.max_len
+    )
 
 # %% ../nbs/10_sample.ipynb #7093ba92
 class Reader:
-    "Reads texts on and on: given their next tokens, (B, T), it tells the logits of what may follow, (B, V)"
-    def __init__(self, model,
-        length:int,      # of the longest text, when all is read
-        pad:Tensor=None, # empty places at the left of each text, (B,)
-        chunk=512):      # how many tokens a model with a cache reads at once
-        self.model, self.length, self.room, self.pad, self.chunk, self.ids = model, length, room(model), pad, chunk, None
-        self.whole = isinstance(model, MiniGPT) and type(model).forward is not MiniGPT.forward       # one of your own: not features and head
+    """Reads texts on and on: given their next tokens, (B, T), it tells the logits of what may
+    follow, (B, V)"""
+
+    def __init__(
+        self,
+        model,
+        length: int,  # of the longest text, when all is read
+        pad: Tensor = None,  # empty places at the left of each text, (B,)
+        chunk=512,
+    ):  # how many tokens a model with a cache reads at once
+        self.model = model
+        self.length = length
+        self.room = room(model)
+        self.pad = pad
+        self.chunk = chunk
+        self.ids = None
+        self.whole = (
+            isinstance(model, MiniGPT) and type(model).forward is not MiniGPT.forward
+        )  # one of your own: not features and head
 
     @torch.no_grad()
-    def __call__(self, ids): # on the CPU; the model's mode is left as it was
-        if not ids.shape[1]: raise LabError('an empty text: give at least one token')
-        if self.ids is None: self.ids, self.cache = ids[:, :0], self.model.cache(len(ids), min(self.length, self.room))
-        start, self.ids = self.ids.shape[1], torch.cat([self.ids, ids], 1)
-        if (end := self.ids.shape[1]) > self.room: self.cache = None            # the window slides: read all anew
-        start, step = (start, self.chunk) if self.cache else (max(0, end - self.model.cfg.max_len), end)
-        if training := self.model.training: self.model.eval()
+    def __call__(self, ids):  # on the CPU; the model's mode is left as it was
+        if not ids.shape[1]:
+            raise LabError('an empty text: give at least one token')
+        if self.ids is None:
+            self.ids, self.cache = (
+                ids[:, :0],
+                self.model.cache(len(ids), min(self.length, self.room)),
+            )
+        start = self.ids.shape[1]
+        self.ids = torch.cat([self.ids, ids], 1)
+        if (end := self.ids.shape[1]) > self.room:
+            self.cache = None  # the window slides: read all anew
+        start, step = (
+            (start, self.chunk) if self.cache else (max(0, end - self.model.cfg.max_len), end)
+        )
+        if training := self.model.training:
+            self.model.eval()
         try:
-            for at in range(start, end, step): x = self.features(at, min(at + step, end))
+            for at in range(start, end, step):
+                x = self.features(at, min(at + step, end))
             return (x[:, -1] if self.whole else self.model.head(x[:, -1])).cpu()
-        except BaseException: self.cache, self.ids = None, self.ids[:, :-ids.shape[1]]; raise   # half a step: read anew
-        finally: training and self.model.train()
+        except BaseException:
+            self.cache, self.ids = None, self.ids[:, : -ids.shape[1]]
+            raise  # half a step: read anew
+        finally:
+            training and self.model.train()
 
 # %% ../nbs/10_sample.ipynb #11997009
 @patch
-def features(self:Reader, start, end): # columns → (B, T, C)
+def features(self: Reader, start, end):  # columns → (B, T, C)
     first, words = (0, dict(cache=self.cache)) if self.cache else (start, {})
     i = torch.arange(start - first, end - first, device=self.ids.device)
-    if self.pad is not None: i = (i - (self.pad - first).clamp_min(0)[:, None]).clamp_min(-1)
-    if start > first or self.pad is not None: words['i'] = i   # 0, 1, 2, … need not be said
+    if self.pad is not None:
+        i = (i - (self.pad - first).clamp_min(0)[:, None]).clamp_min(-1)
+    if start > first or self.pad is not None:
+        words['i'] = i  # 0, 1, 2, … need not be said
     return (self.model if self.whole else self.model.features)(self.ids[:, start:end], **words)
 
 # %% ../nbs/10_sample.ipynb #1aed097f
-def drawn(logits, ids, *draws, **choice): # (B, V), (B, T) → (B, 1)
+def drawn(logits, ids, *draws, **choice):  # (B, V), (B, T) → (B, 1)
     "The next token of each text; one generator for all, or one for each"
-    if choice.get('temperature', 1) < 1e-6 and 'repetition_penalty' not in choice: return logits.argmax(-1, keepdim=True)
+    if choice.get('temperature', 1) < 1e-6 and 'repetition_penalty' not in choice:
+        return logits.argmax(-1, keepdim=True)
     p = choices(logits, **choice, ids=ids.cpu() if 'repetition_penalty' in choice else None)
-    return torch.cat([torch.multinomial(rows, 1, generator=g) for rows, g in zip(p.chunk(len(draws)), draws)])
+    return torch.cat(
+        [torch.multinomial(rows, 1, generator=g) for rows, g in zip(p.chunk(len(draws)), draws)]
+    )
+
 
 def _drawn(model, ids, n, seed, **choice):
     "Yield n times the logits (B, V) of the next token and the one drawn from them, (B,)"
     check_choice(**choice)
-    draws, read = rng(seed, 'sample'), Reader(model, ids.shape[1] + n)
+    draws = rng(seed, 'sample')
+    read = Reader(model, ids.shape[1] + n)
     for _ in range(n):
         logits = read(ids)
         new = drawn(logits, read.ids, draws, **choice)
@@ -108,16 +170,20 @@ def _drawn(model, ids, n, seed, **choice):
 # %% ../nbs/10_sample.ipynb #c6327033
 def generate(
     model,
-    ids:Tensor, # prompts, (B, T)
-    n:int, seed=0, # how many tokens to write
-    **choice    # temperature, top_k, top_p, repetition_penalty
+    ids: Tensor,  # prompts, (B, T)
+    n: int,
+    seed=0,  # how many tokens to write
+    **choice,  # temperature, top_k, top_p, repetition_penalty
 ):
     "Yield n times the next token of each text, (B,)"
-    for _, new in _drawn(model, ids, n, seed, **choice): yield new
+    for _, new in _drawn(model, ids, n, seed, **choice):
+        yield new
 
 # %% ../nbs/10_sample.ipynb #73968950
 class Decoder:
-    "Called with one id after the other, gives the text each one adds; '' while a character is not whole"
+    """Called with one id after the other, gives the text each one adds; '' while a character is not
+    whole"""
+
     def __init__(self, tokenizer, before=()):
         self.decode, self.window = tokenizer.decode, list(before)[-4:]
         self.known = self.decode(self.window) if getattr(tokenizer, 'runs', False) else None
@@ -127,7 +193,8 @@ class Decoder:
         return text[:-1] if text.endswith('\ufffd') else text
 
     def __call__(self, id):
-        if self.known is not None: return self.of_runs(id)
+        if self.known is not None:
+            return self.of_runs(id)
         known = len(self.whole())
         self.window.append(id)
         new = self.whole()[known:]
@@ -137,9 +204,11 @@ class Decoder:
     def of_runs(self, id):
         "Where bytes in a row are read as one, and are all `�` until the last character is whole"
         self.window.append(id)
-        if (text := self.decode(self.window)).endswith('\ufffd'): return ''
-        new, short = text[len(self.known):], self.window[-4:]
-        if '\ufffd' not in self.decode(short): self.window = short   # no run is cut
+        if (text := self.decode(self.window)).endswith('\ufffd'):
+            return ''
+        new, short = text[len(self.known) :], self.window[-4:]
+        if '\ufffd' not in self.decode(short):
+            self.window = short  # no run is cut
         self.known = self.decode(self.window)
         return new
 
@@ -147,12 +216,17 @@ class Decoder:
 def prompt_ids(model, tokenizer, prompt):
     "Ids of the prompt, (1, T), after what begins a text where there is room for it"
     if tokenizer is None:
-        raise LabError('this model has no tokenizer, so it cannot read or write a text: give one, '
-                       'or ids to `generate`; `from_hf(folder).about` says what is wrong with its own')
+        raise LabError(
+            'this model has no tokenizer, so it cannot read or write a text: give one, '
+            'or ids to `generate`; `from_hf(folder).about` says what is wrong with its own'
+        )
     first, ids = begins(tokenizer), tokenizer.encode(prompt)
-    if not first + ids and tokenizer.bos_id is not None: first = [tokenizer.bos_id]
-    if len(first + ids) <= room(model): ids = first + ids
+    if not first + ids and tokenizer.bos_id is not None:
+        first = [tokenizer.bos_id]
+    if len(first + ids) <= room(model):
+        ids = first + ids
     return torch.tensor([ids or [0]], device=next(model.parameters()).device)
+
 
 def too_long(model, ids):
     "The note on a prompt that the model cannot see as a whole; '' if it can"
@@ -161,47 +235,62 @@ def too_long(model, ids):
 
 # %% ../nbs/10_sample.ipynb #55ee95f8
 def _written(model, tokenizer, ids, n, seed, **choice):
-    "Yield (text, id, the logits it was drawn from) for each new token, up to the tokenizer's end mark"
+    """Yield (text, id, the logits it was drawn from) for each new token, up to the tokenizer's end
+    mark"""
     decoder = Decoder(tokenizer, ids[0].tolist())
     for logits, new in _drawn(model, ids, n, seed, **choice):
-        if (id := new.item()) == tokenizer.eos_id: return
+        if (id := new.item()) == tokenizer.eos_id:
+            return
         yield decoder(id), id, logits[0]
 
+
 def until(stops, pieces):
-    "Yield `pieces` up to the first of the texts `stops`; what may be the beginning of one is held back"
+    """Yield `pieces` up to the first of the texts `stops`; what may be the beginning of one is held
+    back"""
     held = ''
     for piece in pieces:
         held += piece
-        if found := [held.index(s) for s in stops if s in held]: yield held[:min(found)]; return
-        cut = len(held) - max((k for s in stops for k in range(len(s)) if held.endswith(s[:k])), default=0)
+        if found := [held.index(s) for s in stops if s in held]:
+            yield held[: min(found)]
+            return
+        cut = len(held) - max(
+            (k for s in stops for k in range(len(s)) if held.endswith(s[:k])), default=0
+        )
         yield held[:cut]
         held = held[cut:]
     yield held
 
 # %% ../nbs/10_sample.ipynb #696050c5
-def ends(stop)->list:
+def ends(stop) -> list:
     "The texts to end at, from one, several or none"
     stops = list(stop) if isinstance(stop, (list, tuple)) else [] if stop is None else [stop]
     if not all(isinstance(s, str) and s for s in stops):
         raise LabError(f'{stop=}: give a text to end at, several, or leave it out')
     return stops
 
+
 def stream(
-    model, tokenizer,
-    prompt:str='',
-    n=300, seed=0, # how many tokens to write, at most
-    stop=(),       # a text to end at, or several; it is not given
-    **choice       # temperature, top_k, top_p, repetition_penalty
+    model,
+    tokenizer,
+    prompt: str = '',
+    n=300,
+    seed=0,  # how many tokens to write, at most
+    stop=(),  # a text to end at, or several; it is not given
+    **choice,  # temperature, top_k, top_p, repetition_penalty
 ):
-    "Iterate over the continuation of `prompt` in pieces of text. Warns when the prompt is longer than the context"
+    """Iterate over the continuation of `prompt` in pieces of text.
+
+    Warns when the prompt is longer than the context"""
     check_choice(**choice)
     stops = ends(stop)
     ids = prompt_ids(model, tokenizer, prompt)
-    if note := too_long(model, ids): warnings.warn(note, stacklevel=2)
+    if note := too_long(model, ids):
+        warnings.warn(note, stacklevel=2)
     pieces = (text for text, *_ in _written(model, tokenizer, ids, n, seed, **choice))
     return filter(None, until(stops, pieces))
 
-def sample(model, tokenizer, prompt:str='', n=300, seed=0, stop=(), **choice)->str:
+
+def sample(model, tokenizer, prompt: str = '', n=300, seed=0, stop=(), **choice) -> str:
     "`prompt` and its continuation by at most `n` tokens"
     return prompt + ''.join(stream(model, tokenizer, prompt, n, seed, stop, **choice))
 
@@ -212,11 +301,13 @@ def _likeliest(logits, k, **choice):
     top = p.topk(min(k, len(p))).indices
     return list(zip(top.tolist(), p[top].tolist(), q[top].tolist()))
 
+
 def next_tokens(
     model,
-    ids:Tensor, # a text, (T,)
-    k=10, **choice # how many; temperature, top_k, top_p, repetition_penalty
-)->list: # of (id, probability as the model says, probability after the filters)
+    ids: Tensor,  # a text, (T,)
+    k=10,
+    **choice,  # how many; temperature, top_k, top_p, repetition_penalty
+) -> list:  # of (id, probability as the model says, probability after the filters)
     "The `k` likeliest next tokens, the likeliest first"
     return _likeliest(Reader(model, len(ids))(ids[None])[0], k, ids=ids.cpu(), **choice)
 
@@ -224,101 +315,167 @@ def next_tokens(
 def _name(tokenizer, id):
     "A token's name, every sign of it visible"
     text = tokenizer.decode([id])
-    for sign, seen in ('\n', '↵'), ('\t', '⇥'), (' ', '␣'): text = text.replace(sign, seen)
+    for sign, seen in ('\n', '↵'), ('\t', '⇥'), (' ', '␣'):
+        text = text.replace(sign, seen)
     return text if text.strip('\ufffd') and text.isprintable() else f'#{id}'
 
-def _tail(text): return text[-10:].replace('\n', '↵')
 
-def _percent(p): return '0' if p == 0 else '<0.1%' if p < .001 else f'{p:.1%}' if p < .0995 else f'{p:.0%}'
+def _tail(text):
+    return text[-10:].replace('\n', '↵')
+
+
+def _percent(p):
+    return '0' if p == 0 else '<0.1%' if p < 0.001 else f'{p:.1%}' if p < 0.0995 else f'{p:.0%}'
 
 # %% ../nbs/10_sample.ipynb #084ed770
 def _piece(tokenizer, text, id, logits, **choice):
-    "What `written_html` shows of a new token: text, probability as the model says, words under the mouse"
-    p, q = choices(logits)[id].item(), choices(logits, **choice)[id].item()
+    """What `written_html` shows of a new token: text, probability as the model says, words under
+    the mouse"""
+    p = choices(logits)[id].item()
+    q = choices(logits, **choice)[id].item()
     row = lambda i, p, q: f'{_name(tokenizer, i)}  {_percent(p)} → {_percent(q)}'
     rivals = [row(*r) for r in _likeliest(logits, 6, **choice) if r[0] != id][:5]
-    return text, p, '\n'.join([row(id, p, q), 'rivals:', *rivals, '(the model → after the filters)'])
+    return (
+        text,
+        p,
+        '\n'.join([row(id, p, q), 'rivals:', *rivals, '(the model → after the filters)']),
+    )
+
 
 def written_html(
-    pieces,   # [(text, probability, words under the mouse), …]
-    prompt='' # stands before them, without shade
-)->str:
-    "A written text as HTML: each token on a shade, the darker, the less it was expected; its story under the mouse"
+    pieces,  # [(text, probability, words under the mouse), …]
+    prompt='',  # stands before them, without shade
+) -> str:
+    """A written text as HTML: each token on a shade, the darker, the less it was expected; its
+    story under the mouse"""
     show = lambda text: html.escape(text).replace('\n', '<span style="opacity:.5">↵</span>\n')
-    shade = lambda p: f'background-color:rgba(230,120,20,{.7*(1 - p)**2:.2f})'
-    spans = ''.join(f'<span title="{html.escape(tip)}" style="{shade(p)}">{show(text)}</span>'
-                    for text, p, tip in pieces if text)
-    return ('<div style="white-space:pre-wrap;overflow-wrap:anywhere;font-family:monospace;font-size:13px;'
-            'line-height:1.6;border-left:3px solid rgba(128,128,128,.4);padding-left:8px">'
-            f'<b>{html.escape(prompt)}</b>{spans}</div>')
+    shade = lambda p: f'background-color:rgba(230,120,20,{0.7 * (1 - p) ** 2:.2f})'
+    spans = ''.join(
+        f'<span title="{html.escape(tip)}" style="{shade(p)}">{show(text)}</span>'
+        for text, p, tip in pieces
+        if text
+    )
+    return (
+        '<div style="white-space:pre-wrap;overflow-wrap:anywhere;'
+        'font-family:monospace;font-size:13px;line-height:1.6;'
+        'border-left:3px solid rgba(128,128,128,.4);padding-left:8px">'
+        f'<b>{html.escape(prompt)}</b>{spans}</div>'
+    )
 
 # %% ../nbs/10_sample.ipynb #67c9a94f
 def bars_html(
-    rows,    # [(name, probability as the model says, after the filters), …]
-    after='' # the text before
-)->str:
-    "A table with two bars for each token: thin before the filters, thick after them; the longest fills its place"
+    rows,  # [(name, probability as the model says, after the filters), …]
+    after='',  # the text before
+) -> str:
+    """A table with two bars for each token: thin before the filters, thick after them; the longest
+    fills its place"""
     full = max([1e-9, *(max(p, q) for _, p, q in rows)])
-    cell = '<td style="padding:0 6px;border:none;text-align:right;font:12px monospace">{}</td>'.format
-    bar = lambda p, size, colour: (f'<div style="width:{max(150*p/full, p > 0):.0f}px;height:{size}px;'
-                                   f'background-color:rgba({colour})"></div>')
+    cell = (
+        '<td style="padding:0 6px;border:none;text-align:right;font:12px monospace">{}</td>'.format
+    )
+    bar = lambda p, size, colour: (
+        f'<div style="width:{max(150 * p / full, p > 0):.0f}px;height:{size}px;'
+        f'background-color:rgba({colour})"></div>'
+    )
     line = lambda name, bars, p, q: (
-        f'<tr style="height:20px;background:transparent">{cell(name)}<td style="padding:0;border:none;width:150px;'
-        f'text-align:left;font-size:12px">{bars}</td>{cell(p)}{cell(q)}</tr>')
+        f'<tr style="height:20px;background:transparent">{cell(name)}<td '
+        'style="padding:0;border:none;width:150px;'
+        f'text-align:left;font-size:12px">{bars}</td>{cell(p)}{cell(q)}</tr>'
+    )
     head = line('<b>next</b>', f'after <i>“{html.escape(after)}”</i>', 'model', '<b>filters</b>')
-    body = ''.join(line(html.escape(name), bar(p, 4, '128,128,128,.8') + bar(q, 9, '70,130,220,.9'), _percent(p), _percent(q))
-                   for name, p, q in rows)
+    body = ''.join(
+        line(
+            html.escape(name),
+            bar(p, 4, '128,128,128,.8') + bar(q, 9, '70,130,220,.9'),
+            _percent(p),
+            _percent(q),
+        )
+        for name, p, q in rows
+    )
     return f'<table style="border-collapse:collapse;margin:0">{head}{body}</table>'
 
 # %% ../nbs/10_sample.ipynb #16e4bb75
-KNOBS = dict(temperature=.8, top_k=None, top_p=.95)            # where the knobs stand at first
+KNOBS = dict(temperature=0.8, top_k=None, top_p=0.95)  # where the knobs stand at first
+
 
 class Playground:
-    "A prompt and its knobs, Generate and Stop, the text, what could come next. `view` is the widget"
+    """A prompt and its knobs, Generate and Stop, the text, what could come next.
+
+    `view` is the widget"""
+
     def __init__(self, model, tokenizer, prompt=''):
         self.model, self.tokenizer = model, tokenizer
-        self.given, self.pieces, self.after, self.logits = prompt, [], prompt, None     # the text, shown; the bars, after what
-        self.thread, self.halt = None, threading.Event()       # who writes, and the sign to end
+        # the text, shown; the bars, after what
+        self.given = prompt
+        self.pieces = []
+        self.after = prompt
+        self.logits = None
+        self.thread, self.halt = None, threading.Event()  # who writes, and the sign to end
         self.build(need('ipywidgets'), prompt)
-        for knob in self.knobs.values(): knob.observe(self.turn, 'value')
+        for knob in self.knobs.values():
+            knob.observe(self.turn, 'value')
         self.prompt.observe(self.ask, 'value')
-        self.buttons[0].on_click(self.generate); self.buttons[1].on_click(self.stop)
+        self.buttons[0].on_click(self.generate)
+        self.buttons[1].on_click(self.stop)
         self.ask()
 
 # %% ../nbs/10_sample.ipynb #16e96fff
 @patch
-def build(self:Playground, w, prompt):
+def build(self: Playground, w, prompt):
     "Make the widgets; `w` is ipywidgets"
-    style, layout = dict(description_width='90px'), dict(width='320px')
-    knob = lambda kind, name, value, **kw: kind(value=value, description=name, style=style, layout=layout, **kw)
+    style = dict(description_width='90px')
+    layout = dict(width='320px')
+    knob = lambda kind, name, value, **kw: kind(
+        value=value, description=name, style=style, layout=layout, **kw
+    )
     ks = [k for k in (1, 2, 3, 5, 10, 20, 50) if k < self.tokenizer.vocab_size]
-    self.knobs = dict(temperature=knob(w.FloatSlider, 'temperature', KNOBS['temperature'], min=0, max=2, step=.05),
-                      top_k=knob(w.SelectionSlider, 'top-k', 'all', options=[*ks, 'all']),
-                      top_p=knob(w.FloatSlider, 'top-p', KNOBS['top_p'], min=.01, max=1, step=.01))
+    self.knobs = dict(
+        temperature=knob(
+            w.FloatSlider, 'temperature', KNOBS['temperature'], min=0, max=2, step=0.05
+        ),
+        top_k=knob(w.SelectionSlider, 'top-k', 'all', options=[*ks, 'all']),
+        top_p=knob(w.FloatSlider, 'top-p', KNOBS['top_p'], min=0.01, max=1, step=0.01),
+    )
     self.seed = knob(w.IntSlider, 'seed', 0, min=0, max=99)
     self.length = knob(w.IntSlider, 'length', 200, min=10, max=1000, step=10)
-    self.prompt = w.Textarea(value=prompt, placeholder='the beginning of a text', layout=dict(width='auto'))
-    self.buttons = [w.Button(description=name, icon=icon, button_style=style, layout=dict(width='105px'))
-                    for name, icon, style in (('Generate', 'play', 'primary'), ('Stop', 'stop', ''))]
-    self.status, self.bars, self.text = w.HTML(), w.HTML(), w.HTML(layout=dict(min_height='120px'))
-    left = w.VBox([*self.knobs.values(), self.seed, self.length, w.HBox(self.buttons), self.status], layout=dict(width='340px'))
-    self.view = w.VBox([self.prompt, w.HBox([left, self.bars]), self.text], layout=dict(width='690px'))
+    self.prompt = w.Textarea(
+        value=prompt, placeholder='the beginning of a text', layout=dict(width='auto')
+    )
+    self.buttons = [
+        w.Button(description=name, icon=icon, button_style=style, layout=dict(width='105px'))
+        for name, icon, style in (('Generate', 'play', 'primary'), ('Stop', 'stop', ''))
+    ]
+    self.status = w.HTML()
+    self.bars = w.HTML()
+    self.text = w.HTML(layout=dict(min_height='120px'))
+    left = w.VBox(
+        [*self.knobs.values(), self.seed, self.length, w.HBox(self.buttons), self.status],
+        layout=dict(width='340px'),
+    )
+    self.view = w.VBox(
+        [self.prompt, w.HBox([left, self.bars]), self.text], layout=dict(width='690px')
+    )
 
 # %% ../nbs/10_sample.ipynb #9e005703
 @patch
-def choice(self:Playground):
+def choice(self: Playground):
     "The filters as the knobs stand now"
     return {name: None if k.value == 'all' else k.value for name, k in self.knobs.items()}
 
-@patch
-def turn(self:Playground, _=None):
-    "A knob was turned: redraw the bars"
-    if self.logits is None: return
-    rows = [(_name(self.tokenizer, i), p, q) for i, p, q in _likeliest(self.logits, 10, **self.choice())]
-    self.bars.value = bars_html(rows, _tail(self.after))
 
 @patch
-def show(self:Playground, status):
+def turn(self: Playground, _=None):
+    "A knob was turned: redraw the bars"
+    if self.logits is None:
+        return
+    rows = [
+        (_name(self.tokenizer, i), p, q) for i, p, q in _likeliest(self.logits, 10, **self.choice())
+    ]
+    self.bars.value = bars_html(rows, _tail(self.after))
+
+
+@patch
+def show(self: Playground, status):
     "Redraw the text, the status line and the bars"
     self.text.value = written_html(self.pieces, self.given)
     self.status.value = f'<i>{html.escape(status)}</i>'
@@ -326,48 +483,62 @@ def show(self:Playground, status):
 
 # %% ../nbs/10_sample.ipynb #89ae0fc9
 @patch
-def ask(self:Playground, _=None):
+def ask(self: Playground, _=None):
     "The prompt was changed: what could come next?"
-    if self.thread and self.thread.is_alive(): return          # a text is being written: let it end
-    try: ids = prompt_ids(self.model, self.tokenizer, self.prompt.value)
-    except LabError as e: return self.show(str(e))
+    if self.thread and self.thread.is_alive():
+        return  # a text is being written: let it end
+    try:
+        ids = prompt_ids(self.model, self.tokenizer, self.prompt.value)
+    except LabError as e:
+        return self.show(str(e))
     self.given = self.after = self.prompt.value
     self.pieces, self.logits = [], Reader(self.model, ids.shape[1])(ids)[0]
     self.show(too_long(self.model, ids))
 
 # %% ../nbs/10_sample.ipynb #659aa2d6
 @patch
-def write(self:Playground, halt, prompt, n, seed, **choice):
+def write(self: Playground, halt, prompt, n, seed, **choice):
     "Write a text until it is done or `halt` is set"
-    ids, tail, due = prompt_ids(self.model, self.tokenizer, prompt), prompt, 0.
+    ids = prompt_ids(self.model, self.tokenizer, prompt)
+    tail = prompt
+    due = 0.0
     note = f'{note}; ' if (note := too_long(self.model, ids)) else ''
     self.given, self.pieces = prompt, []
     for text, id, logits in _written(self.model, self.tokenizer, ids, n, seed, **choice):
-        if halt.wait(.01): break                               # a pause, ended at once by Stop
+        if halt.wait(0.01):
+            break  # a pause, ended at once by Stop
         self.pieces.append(_piece(self.tokenizer, text, id, logits, **choice))
-        self.after, self.logits, tail = tail, logits, (tail + text)[-20:]
+        self.after = tail
+        self.logits = logits
+        tail = (tail + text)[-20:]
         ids = torch.cat([ids, ids.new_tensor([[id]])], 1)
         if time.monotonic() > due:
             self.show(f'{note}{len(self.pieces)} of {n} tokens')
-            due = time.monotonic() + .1
+            due = time.monotonic() + 0.1
     self.after, self.logits = tail, Reader(self.model, ids.shape[1])(ids)[0]
     self.show(f'{note}{"stopped after" if halt.is_set() else "done:"} {len(self.pieces)} tokens')
 
 # %% ../nbs/10_sample.ipynb #a2887952
 @patch
-def run(self:Playground, *args, **choice):
+def run(self: Playground, *args, **choice):
     "`write`, and tell what goes wrong"
-    try: self.write(*args, **choice)
-    except Exception as e: self.show(f'{e}' if isinstance(e, LabError) else f'{type(e).__name__}: {e}')
+    try:
+        self.write(*args, **choice)
+    except Exception as e:
+        self.show(f'{e}' if isinstance(e, LabError) else f'{type(e).__name__}: {e}')
+
 
 @patch
-def stop(self:Playground, _=None): self.halt.set()             # Stop was pressed
+def stop(self: Playground, _=None):
+    self.halt.set()  # Stop was pressed
+
 
 @patch
-def generate(self:Playground, _=None):
+def generate(self: Playground, _=None):
     "Generate was pressed: write a new text in the background"
     self.stop()
-    if self.thread: self.thread.join()                         # at most one token
+    if self.thread:
+        self.thread.join()  # at most one token
     self.halt = threading.Event()
     job = self.halt, self.prompt.value, self.length.value, self.seed.value
     self.thread = threading.Thread(target=self.run, args=job, kwargs=self.choice(), daemon=True)
@@ -377,14 +548,21 @@ def generate(self:Playground, _=None):
 def _still(model, tokenizer, prompt):
     "What could come next after the prompt, and a text, as HTML"
     ids = prompt_ids(model, tokenizer, prompt)
-    pieces = [_piece(tokenizer, *new, **KNOBS) for new in _written(model, tokenizer, ids, 200, 0, **KNOBS)]
+    pieces = [
+        _piece(tokenizer, *new, **KNOBS) for new in _written(model, tokenizer, ids, 200, 0, **KNOBS)
+    ]
     rows = [(_name(tokenizer, i), p, q) for i, p, q in next_tokens(model, ids[0], **KNOBS)]
-    return f'<div style="max-width:690px">{bars_html(rows, _tail(prompt))}<br>{written_html(pieces, prompt)}</div>'
+    bars = bars_html(rows, _tail(prompt))
+    return f'<div style="max-width:690px">{bars}<br>{written_html(pieces, prompt)}</div>'
+
 
 def playground(
-    model, tokenizer,
-    prompt='' # what stands there at first
-): # the widget; where nothing is alive, a still
-    "Write with a model and watch it choose: a prompt, its knobs, the text, and the likeliest next tokens as bars"
-    if widgets_live(): return Playground(model, tokenizer, prompt).view
+    model,
+    tokenizer,
+    prompt='',  # what stands there at first
+):  # the widget; where nothing is alive, a still
+    """Write with a model and watch it choose: a prompt, its knobs, the text, and the likeliest next
+    tokens as bars"""
+    if widgets_live():
+        return Playground(model, tokenizer, prompt).view
     return need('IPython.display').HTML(_still(model, tokenizer, prompt))

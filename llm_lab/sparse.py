@@ -13,245 +13,303 @@ import torch
 from torch import Tensor
 from .lab import LabError, need, pyplot, show, widgets_live
 from .gpt import part, visible, words_of
+from .look import static
 from .cache import reach
 
 # %% ../nbs/20_sparse.ipynb #041b6c57
-def _count(name, n, least=1, most=1 << 31): # an error that names the value
-    if type(n) is not int or n < least: raise LabError(f'{name}={n!r}: give a whole number of at least {least}')
-    if n > most: raise LabError(f'{name}={n}: give {most:,} at most')
+def _count(name, n, least=1, most=1 << 31):  # an error that names the value
+    if type(n) is not int or n < least:
+        raise LabError(f'{name}={n!r}: give a whole number of at least {least}')
+    if n > most:
+        raise LabError(f'{name}={n}: give {most:,} at most')
+
 
 def sinks(
-    i, j,    # query and key positions
-    n:int=4  # how many keys at the beginning
-)->Tensor:
+    i,
+    j,  # query and key positions
+    n: int = 4,  # how many keys at the beginning
+) -> Tensor:
     "The first `n` keys, for every query (Xiao et al. 2023, §3.2)"
     return (j <= i) & (j < n)
-sinks.links = lambda i, h, layer, n=4: torch.arange(n, device=i.device).expand(len(i), n)
-sinks.check = lambda cfg, n=4, **kw: _count('n', n, most=1 << 20)       # a list of them will be made
 
-def strided(i, j, stride:int)->Tensor:
+
+sinks.links = lambda i, h, layer, n=4: torch.arange(n, device=i.device).expand(len(i), n)
+sinks.check = lambda cfg, n=4, **kw: _count('n', n, most=1 << 20)  # a list of them will be made
+
+
+def strided(i, j, stride: int) -> Tensor:
     "The query's own key and every `stride`-th before it (Child et al. 2019, §4.3)"
     return (j <= i) & ((i - j) % stride == 0)
-strided.links = lambda i, h, layer, stride: i[:, None] - stride*torch.arange(-(-len(i)//stride), device=i.device)
+
+
+strided.links = lambda i, h, layer, stride: (
+    i[:, None] - stride * torch.arange(-(-len(i) // stride), device=i.device)
+)
 strided.check = lambda cfg, stride=None, **kw: _count('stride', stride)
 
+
 def document(
-    i, j,
-    doc:Tensor # the number of the document that each position belongs to, (T,) or (B, T)
-)->Tensor:
+    i,
+    j,
+    doc: Tensor,  # the number of the document that each position belongs to, (T,) or (B, T)
+) -> Tensor:
     "The past of the same document: texts packed into one row do not read each other"
-    of = lambda p: doc[p] if doc.dim() == 1 else doc[torch.arange(len(doc), device=doc.device).view(-1, 1, 1, 1), p]
+    of = lambda p: (
+        doc[p]
+        if doc.dim() == 1
+        else doc[torch.arange(len(doc), device=doc.device).view(-1, 1, 1, 1), p]
+    )
     return (j <= i) & (of(i) == of(j))
 
 # %% ../nbs/20_sparse.ipynb #fd1392a9
-def _all(patterns, i, j, words): return (p(i, j, **{w: words[w] for w in words_of(p)}) for p in patterns)
+def _all(patterns, i, j, words):
+    return (p(i, j, **{w: words[w] for w in words_of(p)}) for p in patterns)
 
-def either(i, j, of, **words)->Tensor:
+
+def either(i, j, of, **words) -> Tensor:
     "What at least one of the patterns `of` allows"
     return reduce(or_, _all(of, i, j, words))
 
-def both(i, j, of, **words)->Tensor:
+
+def both(i, j, of, **words) -> Tensor:
     "What all of the patterns `of` allow"
     return reduce(and_, _all(of, i, j, words))
 
+
 def _several(cfg, of=(), **kw):
-    if kw: raise LabError(f'{[*kw][0]!r} is no keyword of either and both: they take of=(…)')
-    if not isinstance(of, tuple) or not of or not all(isinstance(p, part) for p in of): raise LabError(f'of={of!r}: give recipes, of=(part(…), part(…))')
+    if kw:
+        raise LabError(f'{[*kw][0]!r} is no keyword of either and both: they take of=(…)')
+    if not isinstance(of, tuple) or not of or not all(isinstance(p, part) for p in of):
+        raise LabError(f'of={of!r}: give recipes, of=(part(…), part(…))')
+
+
 either.check = both.check = _several
 either.reach = lambda of: max(found) if all(found := [reach(p) for p in of]) else None
 both.reach = lambda of: min((n for p in of if (n := reach(p))), default=None)
 
 # %% ../nbs/20_sparse.ipynb #374421a6
 def reached(
-    patterns,   # one for each layer, from the first to the last
-    T:int,
-    query:int=-1,
-    n_heads:int=1,
-    **ctx
-)->Tensor: # bool (L + 1, T): row l: what the query has heard of through the last l layers; row 0: itself
-    "The tokens whose first vectors can have changed what stands at `query` after the last layer, by any head"
-    i, found = torch.arange(T), torch.zeros(len(patterns) + 1, T, dtype=torch.bool)
+    patterns,  # one for each layer, from the first to the last
+    T: int,
+    query: int = -1,
+    n_heads: int = 1,
+    **ctx,
+) -> (
+    Tensor
+):  # bool (L + 1, T): row l: what the query has heard of through the last l layers; row 0: itself
+    """The tokens whose first vectors can have changed what stands at `query` after the last layer,
+    by any head"""
+    i = torch.arange(T)
+    found = torch.zeros(len(patterns) + 1, T, dtype=torch.bool)
     found[0, query] = True
     for n, layer in enumerate(reversed(range(len(patterns)))):
         rows = found[n].nonzero()[:, 0]
         seen = visible(patterns[layer], i[rows], i, n_heads, layer, **ctx)
-        found[n + 1] = found[n] | seen.expand(1, n_heads, *seen.shape[-2:]).flatten(0, 2).any(0)   # the stream keeps itself
+        found[n + 1] = found[n] | seen.expand(1, n_heads, *seen.shape[-2:]).flatten(0, 2).any(
+            0
+        )  # the stream keeps itself
     return found
 
 # %% ../nbs/20_sparse.ipynb #d1fc1526
-def _mixed(x): # whole numbers below 2³² → others, in no order to be seen
-    for _ in range(2): x = ((x ^ (x >> 16))*0x45d9f3b) & 0xffffffff
+def _mixed(x):  # whole numbers below 2³² → others, in no order to be seen
+    for _ in range(2):
+        x = ((x ^ (x >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
     return x ^ (x >> 16)
+
 
 def _drawn(i, r, h, layer, degree, seed, beyond):
     "The link number r of each query"
-    far = (i + 1 - beyond).clamp_min(0)                        # so many keys are `beyond` or more away
-    low, high = r*far//degree, (r + 1)*far//degree
-    x = _mixed(_mixed(_mixed(_mixed(_mixed(seed + 1) + layer) + h + 0*i.long()) + r) + i)   # 64 bits, whatever comes in
+    far = (i + 1 - beyond).clamp_min(0)  # so many keys are `beyond` or more away
+    low, high = r * far // degree, (r + 1) * far // degree
+    x = _mixed(
+        _mixed(_mixed(_mixed(_mixed(seed + 1) + layer) + h + 0 * i.long()) + r) + i
+    )  # 64 bits, whatever comes in
     return torch.where(high > low, low + x % (high - low).clamp_min(1), -1)
 
+
 def expander(
-    i, j, h, layer,
-    degree:int=6, # links of a query
-    seed:int=0,
-    beyond:int=1  # the nearest key that may be drawn, in tokens back; the size of a window beside it wastes none
-)->Tensor:
+    i,
+    j,
+    h,
+    layer,
+    degree: int = 6,  # links of a query
+    seed: int = 0,
+    beyond: int = 1,  # the nearest key, in tokens back; the size of a window beside it wastes none
+) -> Tensor:
     "One key from each of `degree` equal shares of the past, drawn for each query, head and layer"
-    return reduce(or_, (j == _drawn(i, r, h, layer, degree, seed, beyond) for r in range(degree))) & (j >= 0)
+    return reduce(
+        or_, (j == _drawn(i, r, h, layer, degree, seed, beyond) for r in range(degree))
+    ) & (j >= 0)
+
+
 expander.links = lambda i, h, layer, degree=6, seed=0, beyond=1: _drawn(
-    i[:, None], torch.arange(degree, device=i.device), h, layer, degree, seed, beyond)
+    i[:, None], torch.arange(degree, device=i.device), h, layer, degree, seed, beyond
+)
+
 
 def _degree_fits(cfg, degree=6, seed=0, beyond=1):
-    _count('degree', degree, 1, 1024)                          # so many links are drawn, one after the other
-    for name, n, least in (('beyond', beyond, 1), ('seed', seed, 0)): _count(name, n, least)
+    _count('degree', degree, 1, 1024)  # so many links are drawn, one after the other
+    for name, n, least in (('beyond', beyond, 1), ('seed', seed, 0)):
+        _count(name, n, least)
+
+
 expander.check = _degree_fits
 
 # %% ../nbs/20_sparse.ipynb #4574fce2
-def powers(i, j, beyond:int=1)->Tensor:
+def powers(i, j, beyond: int = 1) -> Tensor:
     "The keys `beyond`, 2·`beyond`, 4·`beyond`, … tokens back (Li et al. 2019, §4.2)"
-    times = (i - j)//beyond
+    times = (i - j) // beyond
     return (i > j) & ((i - j) % beyond == 0) & (times & (times - 1) == 0)
-powers.links = lambda i, h, layer, beyond=1: i[:, None] - beyond*2**torch.arange(len(i).bit_length(), device=i.device)
+
+
+powers.links = lambda i, h, layer, beyond=1: (
+    i[:, None] - beyond * 2 ** torch.arange(len(i).bit_length(), device=i.device)
+)
 powers.check = lambda cfg, beyond=1, **kw: _count('beyond', beyond)
 
 # %% ../nbs/20_sparse.ipynb #9cf94eb7
 def _jump(i, s, h, a=7, b=13, c=1, e=3):
-    m = i.clamp_min(1)                                         # past keys
-    return (c*s*s + (a*h + b*h*h) % m + e*s*h) % m + 1
+    m = i.clamp_min(1)  # past keys
+    return (c * s * s + (a * h + b * h * h) % m + e * s * h) % m + 1
 
-def polynomial(i, j, h, degree:int=6)->Tensor:
-    "`degree` keys at distances that are polynomials of the hop s and the head h, modulo the number of past keys"
+
+def polynomial(i, j, h, degree: int = 6) -> Tensor:
+    """`degree` keys at distances that are polynomials of the hop s and the head h, modulo the
+    number of past keys"""
     return reduce(or_, (i - j == _jump(i, s, h) for s in range(1, degree + 1))) & (j >= 0)
-polynomial.links = lambda i, h, layer, degree=6: i[:, None] - _jump(i[:, None], torch.arange(1, degree + 1, device=i.device), h)
+
+
+polynomial.links = lambda i, h, layer, degree=6: (
+    i[:, None] - _jump(i[:, None], torch.arange(1, degree + 1, device=i.device), h)
+)
 polynomial.check = lambda cfg, degree=6, **kw: _count('degree', degree, most=1024)
 
 # %% ../nbs/20_sparse.ipynb #9e3d7dc3
 def cover(
-    pattern:part
-)->tuple: # (near, recipes of patterns with links); None where all of the past may be read
+    pattern: part,
+) -> tuple:  # (near, recipes of patterns with links); None where all of the past may be read
     "Keys among which are all that a pattern allows: the last `near`, and lists of links"
     f, of = pattern.func, pattern.keywords.get('of', ())
-    if f is both: return min((c for p in of if (c := cover(p))), key=lambda c: (len(c[1]), c[0]), default=None)
+    if f is both:
+        return min(
+            (c for p in of if (c := cover(p))), key=lambda c: (len(c[1]), c[0]), default=None
+        )
     if f is either:
         found = [cover(p) for p in of]
-        return None if None in found else (max(n for n, _ in found), [p for _, ps in found for p in ps])
-    if hasattr(f, 'links'): return 1, [pattern]
+        return (
+            None
+            if None in found
+            else (max(n for n, _ in found), [p for _, ps in found for p in ps])
+        )
+    if hasattr(f, 'links'):
+        return 1, [pattern]
     return (n, []) if (n := reach(pattern)) else None
 
 # %% ../nbs/20_sparse.ipynb #99b036d4
 def spectral_gap(
-    pattern, T:int, n_heads:int=1, layer:int=0
-)->float: # near 0 where parts are hardly joined; near 1 for the best of large graphs
-    "1 − λ₂ of the links taken as a graph without directions, each link walked with the same chance (Chung 1997, §1.3)"
+    pattern, T: int, n_heads: int = 1, layer: int = 0
+) -> float:  # near 0 where parts are hardly joined; near 1 for the best of large graphs
+    """1 − λ₂ of the links taken as a graph without directions, each link walked with the same
+    chance (Chung 1997, §1.3)"""
     i = torch.arange(T)
     a = visible(pattern, i, i, n_heads, layer).expand(1, n_heads, T, T).any(1)[0].double()
     a = ((a + a.T) > 0).double()
-    d = a.sum(1).clamp_min(1).rsqrt()                          # a point without links stands alone
-    return 1 - torch.linalg.eigvalsh(d[:, None]*a*d)[-2].item()
+    d = a.sum(1).clamp_min(1).rsqrt()  # a point without links stands alone
+    return 1 - torch.linalg.eigvalsh(d[:, None] * a * d)[-2].item()
 
 # %% ../nbs/20_sparse.ipynb #ac5f8b3f
 def cycle(
-    cfg, layer=0, *,
-    of:tuple, # recipes, for layer 0, 1, 2, … and again from the first
-    **kw      # for each of them
+    cfg,
+    layer=0,
+    *,
+    of: tuple,  # recipes, for layer 0, 1, 2, … and again from the first
+    **kw,  # for each of them
 ):
     "A recipe for layers that take turns: local and global attention, or experts in every other MLP"
     return of[layer % len(of)](cfg, layer, **kw)
 
+
 cycle.check = lambda cfg, of=(), **kw: _several(cfg, of)
 
 # %% ../nbs/20_sparse.ipynb #647321ca
-def _masks(patterns, T, n_heads): # (L, T, T): does any head read it?
+def _masks(patterns, T, n_heads):  # (L, T, T): does any head read it?
     i = torch.arange(T)
-    return torch.stack([visible(p, i, i, n_heads, l).expand(1, n_heads, T, T)[0].any(0) for l, p in enumerate(patterns)])
+    return torch.stack(
+        [
+            visible(p, i, i, n_heads, l).expand(1, n_heads, T, T)[0].any(0)
+            for l, p in enumerate(patterns)
+        ]
+    )
 
-def said(found, query)->str: # as `reached` gives it
+
+def said(found, query) -> str:  # as `reached` gives it
     "In words: how many tokens a query has heard of after each layer"
     counts = found.sum(1).tolist()
-    return f'token {query} can have heard of {", ".join(map(str, counts[1:]))} of {query + 1} tokens after {len(counts) - 1} layers'
+    return (
+        f'token {query} can have heard of {", ".join(map(str, counts[1:]))} of '
+        f'{query + 1} tokens after {len(counts) - 1} layers'
+    )
+
 
 def reach_picture(
-    patterns, # one for each layer
-    T=40, query=-1, n_heads=1
-): # a matplotlib figure
-    "The graph of who can have told whom, from the tokens (below) to the query after the last layer, and the mask of each layer"
-    plt, query, found, seen = pyplot(), query % T, reached(patterns, T, query, n_heads), _masks(patterns, T, n_heads)
+    patterns,  # one for each layer
+    T=40,
+    query=-1,
+    n_heads=1,
+):  # a matplotlib figure
+    """The graph of who can have told whom, from the tokens (below) to the query after the last
+    layer, and the mask of each layer"""
+    plt, query, found, seen = (
+        pyplot(),
+        query % T,
+        reached(patterns, T, query, n_heads),
+        _masks(patterns, T, n_heads),
+    )
     L = len(patterns)
-    fig, axs = plt.subplots(1, L + 1, figsize=(5 + 1.4*L, 2.2), width_ratios=[3] + [1]*L)
-    for l in range(L):                                         # what is found after n layers from above stands in row L − n
+    fig, axs = plt.subplots(1, L + 1, figsize=(5 + 1.4 * L, 2.2), width_ratios=[3] + [1] * L)
+    for l in range(L):  # what is found after n layers from above stands in row L − n
         i, j = (seen[l] & found[L - l - 1][:, None]).nonzero().T
-        axs[0].plot(torch.stack([j, i]), [[l]*len(i), [l + 1]*len(i)], color='k', lw=.5, alpha=.5)
-        axs[l + 1].imshow(seen[l], cmap='gray_r'); axs[l + 1].axhline(query, color='#e66100', lw=1); axs[l + 1].grid(False)
-        axs[l + 1].set(xticks=[], yticks=[]); axs[l + 1].set_title(f'layer {l}', fontsize=8)
-    for n, row in enumerate(found): axs[0].scatter(range(T), [L - n]*T, s=9, color=['k' if x else '.8' for x in row], zorder=3)
-    axs[0].set(xlabel='token', yticks=range(L + 1), ylabel='layers done'); axs[0].grid(False)
-    fig.suptitle(said(found, query), x=.02, ha='left', fontsize=9)
+        axs[0].plot(
+            torch.stack([j, i]), [[l] * len(i), [l + 1] * len(i)], color='k', lw=0.5, alpha=0.5
+        )
+        axs[l + 1].imshow(seen[l], cmap='gray_r')
+        axs[l + 1].axhline(query, color='#e66100', lw=1)
+        axs[l + 1].grid(False)
+        axs[l + 1].set(xticks=[], yticks=[])
+        axs[l + 1].set_title(f'layer {l}', fontsize=8)
+    for n, row in enumerate(found):
+        axs[0].scatter(
+            range(T), [L - n] * T, s=9, color=['k' if x else '.8' for x in row], zorder=3
+        )
+    axs[0].set(xlabel='token', yticks=range(L + 1), ylabel='layers done')
+    axs[0].grid(False)
+    fig.suptitle(said(found, query), x=0.02, ha='left', fontsize=9)
     return fig
 
-# %% ../nbs/20_sparse.ipynb #eb4bf6da
-_DRAW = '''
-const draw = (svg, model, query) => {
-  const T = model.get('size'), L = model.get('layers'), data = model.get('data'), [w, h] = [600/T, 46];
-  const add = (tag, at) => Object.entries(at).reduce((e, [k, v]) => (e.setAttribute(k, v), e),
-    svg.appendChild(document.createElementNS('http://www.w3.org/2000/svg', tag)));
-  svg.replaceChildren(); svg.setAttribute('viewBox', `0 0 600 ${h*L + 24}`);
-  let now = new Set([query]); const counts = [], x = t => w*(t + .5), y = l => 12 + h*(L - l);
-  for (let l = L; l >= 0; l--) {
-    const next = new Set(now);
-    if (l) now.forEach(i => { for (let j = 0; j < T; j++) if (data.getUint8(((l - 1)*T + i)*T + j)) {
-      next.add(j); add('line', { x1: x(i), y1: y(l), x2: x(j), y2: y(l - 1), stroke: 'currentColor', 'stroke-width': .6, opacity: .5 }); } });
-    for (let t = 0; t < T; t++) add('circle', { cx: x(t), cy: y(l), r: Math.min(5, w/2.4), fill: now.has(t) ? 'rgb(26,95,180)' : '#8885' });
-    if (l < L) counts.push(now.size); now = next; }
-  return counts; };'''
-
-# %% ../nbs/20_sparse.ipynb #ba705583
-_LIVE = _DRAW + '''
-const render = ({ model, el }) => {
-  const T = model.get('size'), L = model.get('layers'), data = model.get('data');
-  const make = (tag, name, into) => into.appendChild(Object.assign(document.createElement(tag), { className: 'reach' + name }));
-  const box = make('div', '', el), left = make('div', '-graph', box), masks = make('div', '-masks', box);
-  const svg = left.appendChild(document.createElementNS('http://www.w3.org/2000/svg', 'svg'));
-  const bar = make('div', '-bar', left), words = make('div', '-words', left); words.ariaLive = 'polite'; svg.setAttribute('role', 'img');
-  const rows = Array.from({ length: L }, (_, l) => {
-    const d = make('div', '-mask', masks), c = make('canvas', '-map', d), image = new ImageData(c.width = c.height = T, T);
-    for (let n = 0; n < T*T; n++) image.data.set([26, 95, 180, 230*data.getUint8(l*T*T + n)], 4*n);
-    c.getContext('2d').putImageData(image, 0, 0); d.title = `layer ${l}`; return make('i', '-row', d); });
-  const tokens = Array.from({ length: T }, (_, t) => { const b = make('button', '-token', bar); b.textContent = t;
-    b.ariaLabel = `token ${t}`; b.onclick = () => { model.set('query', t); model.save_changes(); }; return b; });
-  const show = () => { const q = model.get('query'), counts = draw(svg, model, q);
-    words.textContent = `token ${q} can have heard of ${counts.join(', ')} of ${q + 1} tokens after ${L} layers`; svg.setAttribute('aria-label', words.textContent);
-    tokens.forEach((b, t) => b.setAttribute('aria-pressed', t == q)); rows.forEach(r => { r.style.top = `${100*q/T}%`; r.style.height = `${100/T}%`; }); };
-  svg.onclick = e => { const at = svg.getBoundingClientRect(), t = Math.floor(T*(e.clientX - at.left)/at.width);
-    model.set('query', Math.min(Math.max(t, 0), T - 1)); model.save_changes(); };
-  model.on('change:query', show); show(); return () => model.off('change:query', show); };
-export default { render };'''
-
 # %% ../nbs/20_sparse.ipynb #85fdd2fe
-_STYLE = '''
-.reach { display: flex; gap: 14px; max-width: 860px; font: 13px/1.5 system-ui, sans-serif; }
-.reach { color: var(--jp-ui-font-color1, inherit); } .reach-graph { flex: 1 1 0; min-width: 0; } .reach-words { font-weight: 600; }
-.reach svg { width: 100%; cursor: pointer; } .reach-bar { display: flex; } .reach-masks { display: flex; gap: 6px; }
-.reach-masks { flex-flow: column-reverse wrap; max-height: 280px; justify-content: flex-end; }
-.reach-token { flex: 1 1 0; min-width: 0; padding: 2px 0; border: 0; background: none; color: inherit; }
-.reach-token { font-size: 9px; cursor: pointer; } .reach-mask { position: relative; width: 84px; height: 84px; }
-.reach-token[aria-pressed=true] { background: rgb(26,95,180); color: #fff; border-radius: 3px; }
-.reach-mask canvas { width: 100%; display: block; image-rendering: pixelated; background: #8881; }
-.reach-mask i { position: absolute; left: 0; right: 0; outline: 1px solid #e66100; }
-.reach :focus-visible { outline: 2px solid #e66100; }'''
-
 @cache
 def _live():
     anywidget, t = need('anywidget'), need('traitlets')
+
     class ReachMap(anywidget.AnyWidget):
-        _esm, _css = _LIVE, _STYLE
-        size, layers, query, data = (kind().tag(sync=True) for kind in (t.Int, t.Int, t.Int, t.Bytes))
+        _esm, _css = static('reach.js'), static('reach.css')
+        size, layers, query, data = (
+            kind().tag(sync=True) for kind in (t.Int, t.Int, t.Int, t.Bytes)
+        )
+
     return ReachMap
 
-def reach_map(patterns, T=40, query=-1, n_heads=1): # as `reach_picture`; the still picture where no widget can live
+
+def reach_map(
+    patterns, T=40, query=-1, n_heads=1
+):  # as `reach_picture`; the still picture where no widget can live
     "Graph and masks to touch: click a token and see what it can have heard of after each layer"
-    if not 1 <= T <= 64: raise LabError(f'T={T}: give 1 to 64 tokens, more cannot be told apart')
+    if not 1 <= T <= 64:
+        raise LabError(f'T={T}: give 1 to 64 tokens, more cannot be told apart')
     if widgets_live():
         data = bytes(_masks(patterns, T, n_heads).to(torch.uint8).flatten().tolist())
-        try: return _live()(size=T, layers=len(patterns), query=query % T, data=data)
-        except LabError: pass                                  # anywidget is not installed
+        try:
+            return _live()(size=T, layers=len(patterns), query=query % T, data=data)
+        except LabError:
+            pass  # anywidget is not installed
     return show(reach_picture(patterns, T, query, n_heads))

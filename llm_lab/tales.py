@@ -7,7 +7,9 @@ __all__ = ['POOLS', 'ATTRIBUTES', 'Anatomy', 'Expected', 'END', 'SPANS', 'parse'
            'write', 'read', 'makes_sense', 'bits', 'anatomy', 'expect', 'floor', 'question', 'tiny_tales', 'split']
 
 # %% ../nbs/02_tales.ipynb #07ba50f8
-import hashlib, math, re
+import hashlib
+import math
+import re
 from collections import Counter, defaultdict, namedtuple
 from dataclasses import dataclass
 from functools import cache
@@ -19,183 +21,271 @@ from .lab import LabError
 from .corpora import Corpus
 
 # %% ../nbs/02_tales.ipynb #d1b5fb41
-POOLS = {k: v.split('|') for k, v in dict(
-    name='Mia|Tom|Lily|Ben|Zoe|Max|Anna|Sam|Ruby|Leo|Nora|Finn|Ella|Jack|Ivy|Hugo',
-    colour='red|blue|green|yellow|white|black|brown|golden|pink|grey|purple|silver',
-    thing='kite|boat|drum|ball|hat|coin|key|lamp|bell|ring|doll|bag', note='la|lo|di|du|mi|hey|ho|bim',
-    place='park|beach|market|meadow|harbour|forest|castle|bridge|garden|river|mill|barn',
-    giver='grandma|uncle|aunt|teacher|mother|father|cousin|neighbour|sister|brother|grandpa|baker',
-    animal='cat|dog|cow|pig|duck|hen|frog|sheep|goat|mouse|bee|bear',
-    size='tiny|big|shy|sleepy|muddy|fluffy|grumpy|jolly|noisy|lazy|proud|round',
-    verb='said|cried|laughed|sang|whispered|shouted|giggled|called|yelled|mumbled|hummed|sighed',
-    feel='hungry|tired|cold|lost|wet|bored|scared|happy', yes='Gladly|Of course|Here|Why not|Sure|Take it',
-    doing='hide|dance|dig|jump|sneeze|snore|yawn|wait|hop|swim|run|eat',
-    where='under a bush|on a log|behind a wall|in the grass|by the gate|near the well|up a tree|in a box|'
-          'on the roof|under the stairs|in the hay|by the pond',
-    food='cheese|honey|bread|jam|soup|cake|pie|rice|toast|butter|milk|noodles',
-    fruit='nuts|plums|pears|figs|shells|eggs|buns|corks|beads|dates|limes|stones',
-    number='two|three|four|five|six|seven|eight|nine|ten', greet='Hello|Good day|Welcome|Look|My dear|At last',
-    sound='Meow|Woof|Moo|Oink|Quack|Cluck|Ribbit|Baa|Meh|Squeak|Buzz|Grr', sky='hot|dark|foggy|windy|icy|late',
-    day='Monday|Tuesday|Wednesday|Thursday|Friday|Saturday|Sunday', no='Never|Not yet|Sorry|Hands off|Later|No way'
-).items()}
+POOLS = {
+    k: v.split('|')
+    for k, v in dict(
+        name='Mia|Tom|Lily|Ben|Zoe|Max|Anna|Sam|Ruby|Leo|Nora|Finn|Ella|Jack|Ivy|Hugo',
+        colour='red|blue|green|yellow|white|black|brown|golden|pink|grey|purple|silver',
+        thing='kite|boat|drum|ball|hat|coin|key|lamp|bell|ring|doll|bag',
+        note='la|lo|di|du|mi|hey|ho|bim',
+        place='park|beach|market|meadow|harbour|forest|castle|bridge|garden|river|mill|barn',
+        giver=(
+            'grandma|uncle|aunt|teacher|mother|father|cousin|neighbour|sister|brother|grandpa|baker'
+        ),
+        animal='cat|dog|cow|pig|duck|hen|frog|sheep|goat|mouse|bee|bear',
+        size='tiny|big|shy|sleepy|muddy|fluffy|grumpy|jolly|noisy|lazy|proud|round',
+        verb=(
+            'said|cried|laughed|sang|whispered|shouted|giggled|called|yelled|mumbled|hummed|sighed'
+        ),
+        feel='hungry|tired|cold|lost|wet|bored|scared|happy',
+        yes='Gladly|Of course|Here|Why not|Sure|Take it',
+        doing='hide|dance|dig|jump|sneeze|snore|yawn|wait|hop|swim|run|eat',
+        where=(
+            'under a bush|on a log|behind a wall|in the grass|by the gate|near the well|'
+            'up a tree|in a box|on the roof|under the stairs|in the hay|by the pond'
+        ),
+        food='cheese|honey|bread|jam|soup|cake|pie|rice|toast|butter|milk|noodles',
+        fruit='nuts|plums|pears|figs|shells|eggs|buns|corks|beads|dates|limes|stones',
+        number='two|three|four|five|six|seven|eight|nine|ten',
+        greet='Hello|Good day|Welcome|Look|My dear|At last',
+        sound='Meow|Woof|Moo|Oink|Quack|Cluck|Ribbit|Baa|Meh|Squeak|Buzz|Grr',
+        sky='hot|dark|foggy|windy|icy|late',
+        day='Monday|Tuesday|Wednesday|Thursday|Friday|Saturday|Sunday',
+        no='Never|Not yet|Sorry|Hands off|Later|No way',
+    ).items()
+}
 
 # %% ../nbs/02_tales.ipynb #ff21c33e
 _she = set('Mia Lily Zoe Anna Ruby Nora Ella Ivy'.split())
 _pair = lambda f, m: {n: f if n in _she else m for n in POOLS['name']}
 _with = lambda pool, words: dict(zip(POOLS[pool], words.split('|'), strict=True))
-ATTRIBUTES = dict(he=_pair('she', 'he'), his=_pair('her', 'his'),
-    sound=_with('animal', '|'.join(POOLS['sound'])), beast=_with('sound', '|'.join(POOLS['animal'])),
+ATTRIBUTES = dict(
+    he=_pair('she', 'he'),
+    his=_pair('her', 'his'),
+    sound=_with('animal', '|'.join(POOLS['sound'])),
+    beast=_with('sound', '|'.join(POOLS['animal'])),
     rhyme=_with('animal', 'hat|fog|plough|wig|truck|pen|log|jeep|coat|house|key|pear'),
-    trouble=_with('thing', 'the wind blew it off|it drifted away|it rolled downhill|it fell into the well|'
-        'a bird took it|it slipped down a hole|it sank in the pond|a thief ran off with it|it fell off the cart|'
-        'a magpie stole it|somebody hid it|it stayed on the train'),
-    help=_with('feel', 'Have a bun|Sit down here|Take my coat|Here is a map|Use this towel|Let us play|'
-                       'Take my hand|So am I'),
-    so=_with('sky', 'swam in the pond|lit a candle|held hands|flew paper birds|drank hot tea|ran all the way'))
+    trouble=_with(
+        'thing',
+        'the wind blew it off|it drifted away|it rolled downhill|it fell into the well|'
+        'a bird took it|it slipped down a hole|it sank in the pond|a thief ran off with '
+        'it|it fell off the cart|'
+        'a magpie stole it|somebody hid it|it stayed on the train',
+    ),
+    help=_with(
+        'feel',
+        'Have a bun|Sit down here|Take my coat|Here is a map|Use this towel|Let us play|'
+        'Take my hand|So am I',
+    ),
+    so=_with(
+        'sky',
+        'swam in the pond|lit a candle|held hands|flew paper birds|drank hot tea|ran all the way',
+    ),
+)
 
 # %% ../nbs/02_tales.ipynb #7efad38c
 @cache
 def parse(template):
-    "A template as (head, [('say', text, None) | ('draw', variable, pool) | ('recall', variable, attribute), …])"
+    """A template as (head, [('say', text, None) | ('draw', variable, pool) | ('recall', variable,
+    attribute), …])"""
     head, brace, rest = template.partition('{')
     slots = re.findall(r'([^{]+)|\{(?:(\*)?(?:(\w+)(=))?(\w+)|(\w+)\.(\w+))\}', brace + rest)
     part = lambda text, star, var, eq, pool, who, attr: (
-        ('say', text, None) if text else ('draw', var, pool) if star or eq else ('recall', who or pool, attr))
+        ('say', text, None)
+        if text
+        else ('draw', var, pool)
+        if star or eq
+        else ('recall', who or pool, attr)
+    )
     return head, [part(*s) for s in slots]
 
 # %% ../nbs/02_tales.ipynb #0bde70a8
 @dataclass(frozen=True)
 class Knobs:
     "What kind of tales. Raises `LabError` on settings that no tale can have"
-    richness:int = 16  # how many words of each pool are in use, at most
-    distance:int = 1   # scenes between the meeting and the trouble; there may be one more
-    recall:int = 1     # sentences at the end that return to the beginning, up to 3
-    questions:int = 0  # questions after the end, each with one right answer, up to 4
+
+    richness: int = 16  # how many words of each pool are in use, at most
+    distance: int = 1  # scenes between the meeting and the trouble; there may be one more
+    recall: int = 1  # sentences at the end that return to the beginning, up to 3
+    questions: int = 0  # questions after the end, each with one right answer, up to 4
 
     def __post_init__(self):
-        for name, least, most in (('richness', 2, 99), ('distance', 0, 999), ('recall', 0, 3), ('questions', 0, 4)):
+        for name, least, most in (
+            ('richness', 2, 99),
+            ('distance', 0, 999),
+            ('recall', 0, 3),
+            ('questions', 0, 4),
+        ):
             if not isinstance(n := getattr(self, name), int) or not least <= n <= most:
                 raise LabError(f'{name}={n!r}: give a whole number from {least} to {most}')
 
 # %% ../nbs/02_tales.ipynb #f1572fb2
 class Piece(NamedTuple):
     "A piece of a tale"
-    kind:str           # 'choice', 'literal' or 'recall'
-    label:str          # of what: a pool, 'way', a variable
-    text:str
-    options:tuple = () # of a choice
-    weights:tuple = ()
-    worth:float = 0.   # of a recall: the bits it would cost a reader who forgot
-    distance:int = 0   # of a recall: characters since the last mention
+
+    kind: str  # 'choice', 'literal' or 'recall'
+    label: str  # of what: a pool, 'way', a variable
+    text: str
+    options: tuple = ()  # of a choice
+    weights: tuple = ()
+    worth: float = 0.0  # of a recall: the bits it would cost a reader who forgot
+    distance: int = 0  # of a recall: characters since the last mention
 
     @property
     def bits(self):
         "−log₂ of its probability for a reader who knows all that came before"
-        return math.log2(sum(self.weights)/self.weights[self.options.index(self.text)]) if self.options else 0.
+        return (
+            math.log2(sum(self.weights) / self.weights[self.options.index(self.text)])
+            if self.options
+            else 0.0
+        )
 
 # %% ../nbs/02_tales.ipynb #68b79f9b
 @cache
-def entropy_of(words:tuple)->float: # bits
+def entropy_of(words: tuple) -> float:  # bits
     "The entropy of a list of equally likely words, some of them the same"
-    return sum(n/len(words)*math.log2(len(words)/n) for n in Counter(words).values())
+    return sum(n / len(words) * math.log2(len(words) / n) for n in Counter(words).values())
 
 # %% ../nbs/02_tales.ipynb #65e5c681
 class Teller:
     "Walks through a story; whoever inherits says how to `pick(options, weights)`, an index"
+
     def __init__(self, knobs):
-        self.knobs, self.cast, self.state = knobs, {}, {}      # cast: {variable: (word, pool)}
+        self.knobs, self.cast, self.state = knobs, {}, {}  # cast: {variable: (word, pool)}
         self.pieces, self.at, self.mentioned = [], 0, {}
 
-    def say(self, piece): self.pieces.append(piece); self.at += len(piece.text)
+    def say(self, piece):
+        self.pieces.append(piece)
+        self.at += len(piece.text)
 
     def choose(self, label, options, weights=None):
         "The only door to chance: says one of the options and returns which; none begins another"
-        options = tuple(options); weights = tuple(weights or (1,)*len(options))
+        options = tuple(options)
+        weights = tuple(weights or (1,) * len(options))
         n = self.pick(options, weights)
-        self.say(Piece('choice' if len(options) > 1 else 'literal', label, options[n], options, weights))
+        self.say(
+            Piece('choice' if len(options) > 1 else 'literal', label, options[n], options, weights)
+        )
         return n
 
-    def words(self, pool, attr=None): # in use, or an attribute of each
-        words = POOLS[pool][:self.knobs.richness]
+    def words(self, pool, attr=None):  # in use, or an attribute of each
+        words = POOLS[pool][: self.knobs.richness]
         return [ATTRIBUTES[attr][w] for w in words] if attr else words
 
-    def known(self, pool): return {w for w, p in self.cast.values() if p == pool}
+    def known(self, pool):
+        return {w for w, p in self.cast.values() if p == pool}
 
 # %% ../nbs/02_tales.ipynb #796525eb
 @patch
-def draw(self:Teller, var, pool):
+def draw(self: Teller, var, pool):
     "Draw a word; with a variable, one that no variable of this pool holds, and remember it"
     taken = self.known(pool) if var else ()
     options = [w for w in self.words(pool) if w not in taken]
     word = options[self.choose(pool, options)]
-    if var: self.cast[var], self.mentioned[word] = (word, pool), self.at
+    if var:
+        self.cast[var], self.mentioned[word] = (word, pool), self.at
+
 
 @patch
-def recall(self:Teller, var, attr=None):
+def recall(self: Teller, var, attr=None):
     "Say a remembered word, or an attribute of it"
     word, pool = self.cast[var]
-    worth, distance = entropy_of(tuple(self.words(pool, attr))), self.at - self.mentioned[word]
-    self.say(Piece('recall', var, ATTRIBUTES[attr][word] if attr else word, (), (), worth, distance))
+    worth = entropy_of(tuple(self.words(pool, attr)))
+    distance = self.at - self.mentioned[word]
+    self.say(
+        Piece('recall', var, ATTRIBUTES[attr][word] if attr else word, (), (), worth, distance)
+    )
     self.mentioned[word] = self.at
 
 # %% ../nbs/02_tales.ipynb #7aa43154
 @patch
-def tell(self:Teller, *templates, weights=None):
+def tell(self: Teller, *templates, weights=None):
     "Choose a template by its head and tell it; returns which"
     heads, rests = zip(*map(parse, templates))
     n = self.choose('way', heads, weights)
     for what, a, b in rests[n]:
-        if what == 'say': self.say(Piece('literal', '', a))
-        else: getattr(self, what)(a, b)
+        if what == 'say':
+            self.say(Piece('literal', '', a))
+        else:
+            getattr(self, what)(a, b)
     return n
 
 # %% ../nbs/02_tales.ipynb #e1b17989
-class _Writer(Teller): # draws
-    def __init__(self, knobs, seed): super().__init__(knobs); self.random = Random(repr(seed))
-    def pick(self, options, weights): return self.random.choices(range(len(weights)), weights)[0]
+class _Writer(Teller):  # draws
+    def __init__(self, knobs, seed):
+        super().__init__(knobs)
+        self.random = Random(repr(seed))
+
+    def pick(self, options, weights):
+        return self.random.choices(range(len(weights)), weights)[0]
 
 # %% ../nbs/02_tales.ipynb #0154b19c
 def _opening(t):
-    t.tell('One day {hero=name} got a {col=colour} {it=thing} from {hero.his} {*giver}.',
-           'Once {hero=name} found a {col=colour} {it=thing} {*where}.',
-           'On {*day}, {hero=name} made a {col=colour} {it=thing}.',
-           'Little {hero=name} had a {col=colour} {it=thing} and a {*size} {*animal}.',
-           'When {hero=name} was {*number}, {hero.he} bought a {col=colour} {it=thing} near the {*place}.')
+    t.tell(
+        'One day {hero=name} got a {col=colour} {it=thing} from {hero.his} {*giver}.',
+        'Once {hero=name} found a {col=colour} {it=thing} {*where}.',
+        'On {*day}, {hero=name} made a {col=colour} {it=thing}.',
+        'Little {hero=name} had a {col=colour} {it=thing} and a {*size} {*animal}.',
+        (
+            'When {hero=name} was {*number}, {hero.he} bought a {col=colour} {it=thing} near the '
+            '{*place}.'
+        ),
+    )
     t.state.update(holder='hero', other='friend', left=t.knobs.distance + 1, pet=False, last='')
     return _meeting
 
+
 def _meeting(t):
-    t.tell(' At the {*place} {hero.he} met {friend=name}, who was {*feel}.',
-           ' Soon {hero.he} saw {friend=name} {*where}.', ' "{*greet}!" {*verb} {friend=name}.',
-           ' With it {hero.he} went to the {*place} and met {friend=name}.',
-           ' Then came {friend=name}, {*size} and {*feel}.')
+    t.tell(
+        ' At the {*place} {hero.he} met {friend=name}, who was {*feel}.',
+        ' Soon {hero.he} saw {friend=name} {*where}.',
+        ' "{*greet}!" {*verb} {friend=name}.',
+        ' With it {hero.he} went to the {*place} and met {friend=name}.',
+        ' Then came {friend=name}, {*size} and {*feel}.',
+    )
     return _middle
 
 # %% ../nbs/02_tales.ipynb #7f348428
 _SCENES = dict(
-    ask=' "May I have it?" asked {other}. "', pet=' A {*size} {pet=animal} came and {*verb} "{pet.sound}!"',
-    song=' All sang: "{*note}, {*note}, {*note}, {*note}!"', lunch=' For lunch they had {*food} with {*food}.',
-    rhyme=' They made a rhyme: "A {*size} {r=animal}, a {*colour} {r.rhyme}!"', count=' In a box were ',
-    riddle=' Then a riddle: "Who says {s=sound}?" "A {s.beast}!"', sky=' It grew {sky=sky}, so they {sky.so}.',
+    ask=' "May I have it?" asked {other}. "',
+    pet=' A {*size} {pet=animal} came and {*verb} "{pet.sound}!"',
+    song=' All sang: "{*note}, {*note}, {*note}, {*note}!"',
+    lunch=' For lunch they had {*food} with {*food}.',
+    rhyme=' They made a rhyme: "A {*size} {r=animal}, a {*colour} {r.rhyme}!"',
+    count=' In a box were ',
+    riddle=' Then a riddle: "Who says {s=sound}?" "A {s.beast}!"',
+    sky=' It grew {sky=sky}, so they {sky.so}.',
     sight=' They saw a {*size} {*animal} {*doing} {*where}.',
-    need=' "I am {need=feel}," {*verb} {hero}. "{need.help}!"')
+    need=' "I am {need=feel}," {*verb} {hero}. "{need.help}!"',
+)
 _TROUBLE = ' Suddenly {it.trouble}.', ' But then {it.trouble}.', ' Oh dear, {it.trouble}!'
+
 
 def _middle(t):
     s = t.state
     kinds = [k for k in _SCENES if s['left'] and k != s['last'] and not (k == 'pet' and s['pet'])]
-    ends = () if s['left'] > 1 else _TROUBLE                   # together as likely as all the scenes
+    ends = () if s['left'] > 1 else _TROUBLE  # together as likely as all the scenes
     t.cast['other'] = t.cast[s['other']]
-    n = t.tell(*(_SCENES[k] for k in kinds), *ends, weights=[3]*len(kinds) + [len(kinds) or 1]*len(ends))
-    for v in ('other', 'need', 'r', 's', 'sky'): t.cast.pop(v, None)  # of no use to the rest
-    if n >= len(kinds): return _rescue
+    n = t.tell(
+        *(_SCENES[k] for k in kinds),
+        *ends,
+        weights=[3] * len(kinds) + [len(kinds) or 1] * len(ends),
+    )
+    for v in ('other', 'need', 'r', 's', 'sky'):
+        t.cast.pop(v, None)  # of no use to the rest
+    if n >= len(kinds):
+        return _rescue
     s.update(left=s['left'] - 1, last=kinds[n], pet=s['pet'] or kinds[n] == 'pet')
-    if kinds[n] == 'ask': _answer(t)
-    if kinds[n] == 'count': _sum(t)
+    if kinds[n] == 'ask':
+        _answer(t)
+    if kinds[n] == 'count':
+        _sum(t)
     return _middle
 
 # %% ../nbs/02_tales.ipynb #f145236f
-_COUNTS, _SUMS = POOLS['number'], tuple(a + b for a in range(2, 6) for b in range(2, 6))
+_COUNTS = POOLS['number']
+_SUMS = tuple(a + b for a in range(2, 6) for b in range(2, 6))
+
 
 def _answer(t):
     yes = t.words('yes')
@@ -203,108 +293,167 @@ def _answer(t):
         t.state.update(holder=t.state['other'], other=t.state['holder'])
     t.tell('!"')
 
+
 def _sum(t):
-    at, a = t.at, t.choose('number', _COUNTS[:4]); t.tell(' {*fruit} and ')
-    b = t.choose('number', _COUNTS[:4]); t.tell(' {*fruit}, ')
+    at, a = t.at, t.choose('number', _COUNTS[:4])
+    t.tell(' {*fruit} and ')
+    b = t.choose('number', _COUNTS[:4])
+    t.tell(' {*fruit}, ')
     t.say(Piece('recall', 'sum', _COUNTS[a + b + 2], (), (), entropy_of(_SUMS), t.at - at))
     t.tell(' in all.')
 
 # %% ../nbs/02_tales.ipynb #42206b78
-_LATE = ((' So {holder} took the {it} home.', ' In the end {holder} kept the {it}.',
-          ' At night {holder} dreamt of {col} {*food}.', ' "My {it}!" {*verb} {holder}.'),
-         (' "What a {col} {it}!" {*verb} {friend}.',), (' On {*day}, {hero} and {friend} met again.',))
-_QUESTIONS = ('\nWho has it? {holder}.', '\nWhat colour is it? It is {col}.', '\nWhat is it? A {it}.',
-              '\nWho came along? {friend}.')
+_LATE = (
+    (
+        ' So {holder} took the {it} home.',
+        ' In the end {holder} kept the {it}.',
+        ' At night {holder} dreamt of {col} {*food}.',
+        ' "My {it}!" {*verb} {holder}.',
+    ),
+    (' "What a {col} {it}!" {*verb} {friend}.',),
+    (' On {*day}, {hero} and {friend} met again.',),
+)
+_QUESTIONS = (
+    '\nWho has it? {holder}.',
+    '\nWhat colour is it? It is {col}.',
+    '\nWhat is it? A {it}.',
+    '\nWho came along? {friend}.',
+)
+
 
 def _rescue(t):
-    t.tell(' They found it {*where}.', ' A {*size} {*animal} brought it back.', ' It came back on {*day}.',
-           ' After {*number} days it lay {*where}.', *[' The {pet} brought it back.']*t.state['pet'])
+    t.tell(
+        ' They found it {*where}.',
+        ' A {*size} {*animal} brought it back.',
+        ' It came back on {*day}.',
+        ' After {*number} days it lay {*where}.',
+        *[' The {pet} brought it back.'] * t.state['pet'],
+    )
     return _end
+
 
 def _end(t):
     t.cast['holder'] = t.cast[t.state['holder']]
-    for ways in _LATE[:t.knobs.recall] or [(' That was all.',)]: t.tell(*ways)
+    for ways in _LATE[: t.knobs.recall] or [(' That was all.',)]:
+        t.tell(*ways)
     left = list(_QUESTIONS)
-    for _ in range(t.knobs.questions): left.pop(t.tell(*left))
+    for _ in range(t.knobs.questions):
+        left.pop(t.tell(*left))
+
 
 def _story(teller):
     scene = _opening
-    while scene: scene = scene(teller)
+    while scene:
+        scene = scene(teller)
     return teller.pieces
 
 # %% ../nbs/02_tales.ipynb #21e83bcc
-def write(seed, knobs=Knobs())->str:
-    "A tale, without the end mark; `seed` is anything with a repr, and the same seed tells the same story"
+def write(seed, knobs=Knobs()) -> str:
+    """A tale, without the end mark;
+
+    `seed` is anything with a repr, and the same seed tells the same story"""
     return ''.join(p.text for p in _story(_Writer(knobs, seed)))
 
 # %% ../nbs/02_tales.ipynb #d8cd1f5c
 class _Reader(Teller):
     "A teller that tells a given text; anything else is an error"
-    def __init__(self, knobs, text): super().__init__(knobs); self.text = text
+
+    def __init__(self, knobs, text):
+        super().__init__(knobs)
+        self.text = text
 
     def fail(self):
-        raise LabError(f'not a tale: nothing fits {self.text[self.at:][:20]!r} at {self.at}; give one whole tale')
+        raise LabError(
+            f'not a tale: nothing fits {self.text[self.at :][:20]!r} at {self.at}; give one '
+            'whole tale'
+        )
 
     def pick(self, options, weights):
         fits = [n for n, o in enumerate(options) if self.text.startswith(o, self.at)]
         return fits[0] if len(fits) == 1 else self.fail()
 
-    def say(self, piece): self.pick([piece.text], [1]); super().say(piece)
+    def say(self, piece):
+        self.pick([piece.text], [1])
+        super().say(piece)
 
-def read(text:str, knobs=Knobs())->list:
+
+def read(text: str, knobs=Knobs()) -> list:
     "The `Piece`s of a tale without its end mark. Raises `LabError` where no tale can go on so"
     pieces = _story(reader := _Reader(knobs, text))
-    return pieces if reader.at == len(text) else reader.fail() # it must end where the text ends
+    return pieces if reader.at == len(text) else reader.fail()  # it must end where the text ends
 
 # %% ../nbs/02_tales.ipynb #0b292913
-def makes_sense(text:str, knobs=Knobs())->int: # a number of characters
-    "How many characters of `text` a tale can begin with, up to the piece where the first mistake stands"
+def makes_sense(text: str, knobs=Knobs()) -> int:  # a number of characters
+    """How many characters of `text` a tale can begin with, up to the piece where the first mistake
+    stands"""
     reader = _Reader(knobs, text)
-    try: _story(reader)
-    except LabError: pass
+    try:
+        _story(reader)
+    except LabError:
+        pass
     return reader.at
 
 # %% ../nbs/02_tales.ipynb #34b6d38f
-def bits(text:str, knobs=Knobs())->float:
+def bits(text: str, knobs=Knobs()) -> float:
     "−log₂ of the probability of a tale: its exact code length"
     return sum(p.bits for p in read(text, knobs))
 
 # %% ../nbs/02_tales.ipynb #b7b171ef
 Anatomy = namedtuple('Anatomy', 'bits kind distance')
 
+
 def _shares(piece):
     "The surprisal of each character of a piece, in bits"
     left = list(zip(piece.options, piece.weights))
     for n, c in enumerate(piece.text):
-        fits = [(o, w) for o, w in left if o[n:n + 1] == c]
-        yield math.log2(sum(w for _, w in left)/sum(w for _, w in fits)) if fits else 0.
+        fits = [(o, w) for o, w in left if o[n : n + 1] == c]
+        yield math.log2(sum(w for _, w in left) / sum(w for _, w in fits)) if fits else 0.0
         left = fits
 
-def anatomy(text:str, knobs=Knobs())->Anatomy:
-    "Arrays: each character's true surprisal in bits; its kind; for recalls, characters since the last mention"
-    return Anatomy(*map(np.array, zip(*((b, p.kind, p.distance) for p in read(text, knobs) for b in _shares(p)))))
+
+def anatomy(text: str, knobs=Knobs()) -> Anatomy:
+    """Arrays: each character's true surprisal in bits; its kind; for recalls, characters since the
+    last mention"""
+    return Anatomy(
+        *map(
+            np.array, zip(*((b, p.kind, p.distance) for p in read(text, knobs) for b in _shares(p)))
+        )
+    )
 
 # %% ../nbs/02_tales.ipynb #ee758ab9
 class _Expecter(Teller):
-    "A teller that follows `path` where the story forks, the first option beyond it, and keeps the sums"
+    """A teller that follows `path` where the story forks, the first option beyond it, and keeps the
+    sums"""
+
     def __init__(self, knobs, cast, state, path):
         super().__init__(knobs)
-        self.cast, self.state, self.path = dict(cast), dict(state), path
-        self.forks, self.p, self.sums = [], 1., np.zeros(3)    # bits, characters, bits that remembering saves
+        self.cast = dict(cast)
+        self.state = dict(state)
+        self.path = path
+        # bits, characters, bits that remembering saves
+        self.forks = []
+        self.p = 1.0
+        self.sums = np.zeros(3)
 
     def pick(self, options, weights):
         ordered = sorted(options)
-        assert not any(b.startswith(a) for a, b in zip(ordered, ordered[1:])), f'not prefix-free: {ordered}'
+        assert not any(b.startswith(a) for a, b in zip(ordered, ordered[1:])), (
+            f'not prefix-free: {ordered}'
+        )
         n = self.path[len(self.forks)] if len(self.forks) < len(self.path) else 0
-        self.forks.append(len(options)); self.p *= weights[n]/sum(weights)
+        self.forks.append(len(options))
+        self.p *= weights[n] / sum(weights)
         return n
 
-    def say(self, piece): self.sums += piece.bits, len(piece.text), piece.worth
+    def say(self, piece):
+        self.sums += piece.bits, len(piece.text), piece.worth
 
     def draw(self, var, pool):
-        words, taken = self.words(pool), self.known(pool) if var else ()
+        words = self.words(pool)
+        taken = self.known(pool) if var else ()
         self.sums += math.log2(len(words) - len(taken)), np.mean([*map(len, words)]), 0
-        if var: self.cast[var] = var, pool                     # the variable itself stands for its word
+        if var:
+            self.cast[var] = var, pool  # the variable itself stands for its word
 
     def recall(self, var, attr=None):
         words = self.words(self.cast[var][1], attr)
@@ -319,69 +468,89 @@ def _ways(knobs, scene, cast, state):
         path = paths.pop()
         t = _Expecter(knobs, cast, state, path)
         then = scene(t)
-        sums += t.p*t.sums
-        if then: after[then, *(tuple(sorted(m.items())) for m in (t.cast, t.state))] += t.p
-        for n in range(len(path), len(t.forks)):               # turn off at each fork beyond the path
-            paths += [path + (0,)*(n - len(path)) + (k,) for k in range(1, t.forks[n])]
+        sums += t.p * t.sums
+        if then:
+            after[then, *(tuple(sorted(m.items())) for m in (t.cast, t.state))] += t.p
+        for n in range(len(path), len(t.forks)):  # turn off at each fork beyond the path
+            paths += [path + (0,) * (n - len(path)) + (k,) for k in range(1, t.forks[n])]
     return sums, dict(after)
+
 
 Expected = namedtuple('Expected', 'bits chars recall')
 
+
 @cache
-def expect(knobs=Knobs())->Expected:
-    "Exact means over all tales: bits; characters without the end mark; bits that a reader saves by remembering"
-    table, sums = {(_opening, (), ()): 1.}, np.zeros(3)
+def expect(knobs=Knobs()) -> Expected:
+    """Exact means over all tales: bits; characters without the end mark; bits that a reader saves
+    by remembering"""
+    table, sums = {(_opening, (), ()): 1.0}, np.zeros(3)
     while table:
         after = defaultdict(float)
         for memory, p in table.items():
             one, then = _ways(knobs, *memory)
-            sums += p*one
-            for m, q in then.items(): after[m] += p*q
+            sums += p * one
+            for m, q in then.items():
+                after[m] += p * q
         table = after
     return Expected(*sums.tolist())
 
 # %% ../nbs/02_tales.ipynb #20d74ee5
 END = '\n\n'
 
-def floor(knobs=Knobs())->float: # bits per character
+
+def floor(knobs=Knobs()) -> float:  # bits per character
     "The entropy of Tiny Tales per character, end marks included: no model's expected loss is lower"
     e = expect(knobs)
-    return e.bits/(e.chars + len(END))
+    return e.bits / (e.chars + len(END))
 
 # %% ../nbs/02_tales.ipynb #72b42f1d
-def question(seed, knobs=Knobs(recall=0, questions=1))->tuple:
-    "(a tale up to the answer of its last question, the only right answer, its distance in characters)"
-    if not knobs.questions: raise LabError('questions=0: give a knob for at least 1')
+def question(seed, knobs=Knobs(recall=0, questions=1)) -> tuple:
+    """(a tale up to the answer of its last question, the only right answer, its distance in
+    characters)"""
+    if not knobs.questions:
+        raise LabError('questions=0: give a knob for at least 1')
     pieces = _story(_Writer(knobs, seed))
     n = max(n for n, p in enumerate(pieces) if p.kind == 'recall')
     return ''.join(p.text for p in pieces[:n]), pieces[n].text, pieces[n].distance
 
 # %% ../nbs/02_tales.ipynb #a3bca28f
 @cache
-def tiny_tales(n=20_000, knobs=Knobs())->Corpus:
-    "`n` tales for training, a fiftieth of that to validate, as many to test: the same on every machine"
-    count = dict(train=n, val=n//50, test=n//50)
+def tiny_tales(n=20_000, knobs=Knobs()) -> Corpus:
+    """`n` tales for training, a fiftieth of that to validate, as many to test: the same on every
+    machine"""
+    count = dict(train=n, val=n // 50, test=n // 50)
     splits = {s: END.join(write(f'{s}/{k}', knobs) for k in range(m)) for s, m in count.items()}
     digest = hashlib.sha256(END.join(splits.values()).encode()).hexdigest()
-    return Corpus('tiny_tales', splits, END, 'Apache-2.0', 'llm_lab.tales', digest, floor(knobs), True)
+    return Corpus(
+        'tiny_tales', splits, END, 'Apache-2.0', 'llm_lab.tales', digest, floor(knobs), True
+    )
 
 # %% ../nbs/02_tales.ipynb #d1ebcb98
 SPANS = 32, 64, 128
 
+
 def split(
     tales,  # texts without the end mark
-    losses, # for each: −log₂ P of each of its characters and of the end mark's, in bits
-    knobs=Knobs()
-)->dict: # {'choice': …, 'literal': …, 'recall ≤32': …, …}, bits per character of the whole text
-    "What a model pays above the floor, by what it did not know; the sum is its whole distance from perfect"
+    losses,  # for each: −log₂ P of each of its characters and of the end mark's, in bits
+    knobs=Knobs(),
+) -> dict:  # {'choice': …, 'literal': …, 'recall ≤32': …, …}, bits per character of the whole text
+    """What a model pays above the floor, by what it did not know; the sum is its whole distance
+    from perfect"""
     spans = [f'recall ≤{s}' for s in SPANS] + [f'recall >{SPANS[-1]}']
-    sums, n = dict.fromkeys(['choice', 'literal', *spans], 0.), 0
+    sums, n = dict.fromkeys(['choice', 'literal', *spans], 0.0), 0
     for tale, loss in zip(tales, losses, strict=True):
         if len(loss) != (size := len(tale) + len(END)):
-            raise LabError(f'{len(loss)} losses for a tale of {size} characters, end mark included: give one each')
+            raise LabError(
+                f'{len(loss)} losses for a tale of {size} characters, end mark included: '
+                'give one each'
+            )
         true, kind, distance = anatomy(tale, knobs)
-        extra = np.array(loss, float); extra[:len(tale)] -= true
-        names = [spans[np.searchsorted(SPANS, d)] if k == 'recall' else k for k, d in zip(kind, distance)]
-        for name, x in zip(names + ['literal']*len(END), extra): sums[name] += x
+        extra = np.array(loss, float)
+        extra[: len(tale)] -= true
+        names = [
+            spans[np.searchsorted(SPANS, d)] if k == 'recall' else k for k, d in zip(kind, distance)
+        ]
+        for name, x in zip(names + ['literal'] * len(END), extra):
+            sums[name] += x
         n += size
-    return {k: float(v/n) for k, v in sums.items()}
+    return {k: float(v / n) for k, v in sums.items()}

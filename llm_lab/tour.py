@@ -6,7 +6,17 @@
 __all__ = ['TOUR', 'SIZE', 'WRITES', 'LOOKS', 'LETTERS', 'KEEP_EVERY', 'surviving_output', 'command', 'verdict', 'tour']
 
 # %% ../nbs/27_tour.ipynb #a7274277
-import io, json, math, os, re, shlex, shutil, subprocess, sys, tempfile, time
+import io
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import chain, count
@@ -14,48 +24,67 @@ from pathlib import Path
 from .lab import LabError, device, home, pyplot, stoppable, usable_device, written
 
 # %% ../nbs/27_tour.ipynb #e10cc89d
-TOUR = dict(batch_size=8, block_len=128, lr=3e-3)              # beside the defaults of `Recipe`
-SIZE = dict(d_model=160)                                       # and of `Config`; a head for every 32 channels
+TOUR = dict(batch_size=8, block_len=128, lr=3e-3)  # beside the defaults of `Recipe`
+SIZE = dict(d_model=160)  # and of `Config`; a head for every 32 channels
+
 
 def _context(corpus):
     "What suits the corpus: where documents stand alone, contexts that hold 99 of 100, up to 512"
-    if not corpus.independent: return {}
+    if not corpus.independent:
+        return {}
     lengths = sorted(len(d) + len(corpus.separator) for d in corpus.documents('val'))
-    T = min(512, 32*math.ceil(lengths[int(.99*len(lengths))]/32))
-    return dict(block_len=T, batch_size=round(1024/T))         # as many tokens in a step
+    T = min(512, 32 * math.ceil(lengths[int(0.99 * len(lengths))] / 32))
+    return dict(block_len=T, batch_size=round(1024 / T))  # as many tokens in a step
+
 
 def _plan(settings, corpus):
-    "The tour's recipe with `settings` [(key, value), …] applied; raises `LabError` on a key that nobody knows"
+    """The tour's recipe with `settings` [(key, value), …] applied; raises `LabError` on a key that
+    nobody knows"""
     from dataclasses import fields
     from difflib import get_close_matches
     from llm_lab.gpt import Config
     from llm_lab.train import Recipe
+
     runs = {f.name for f in fields(Recipe)} - {'corpus', 'steps', 'model'}
     sizes = {'d_model', 'n_layers', 'n_heads', 'dropout', 'tie'} & {f.name for f in fields(Config)}
     for key, _ in settings:
         if key not in runs | sizes:
-            near = get_close_matches(key, runs | sizes, 1, .5)
-            raise LabError(f'the tour has no setting {key!r}: ' + (f'did you mean {near[0]!r}?' if near else
-                           f'choose from {", ".join(sorted(runs | sizes))}'))
+            near = get_close_matches(key, runs | sizes, 1, 0.5)
+            raise LabError(
+                f'the tour has no setting {key!r}: '
+                + (
+                    f'did you mean {near[0]!r}?'
+                    if near
+                    else f'choose from {", ".join(sorted(runs | sizes))}'
+                )
+            )
     size = {**SIZE, **{k: v for k, v in settings if k in sizes}}
     if isinstance(d := size['d_model'], int) and d > 0:
-        size.setdefault('n_heads', min((n for n in range(1, d + 1) if d % n == 0), key=lambda n: abs(n - d/32)))
+        size.setdefault(
+            'n_heads',
+            min((n for n in range(1, d + 1) if d % n == 0), key=lambda n: abs(n - d / 32)),
+        )
     run = {**TOUR, **_context(corpus), **{k: v for k, v in settings if k in runs}}
     return Recipe(**run, model=tuple(size.items()))
 
 # %% ../nbs/27_tour.ipynb #6a891332
 def _time_step(setup):
-    "(seconds that a training step takes here, the number of threads with which it does), tried on a copy"
+    """(seconds that a training step takes here, the number of threads with which it does), tried on
+    a copy"""
     from copy import deepcopy
     from itertools import count
     from statistics import median
     from llm_lab.gpt import quick_linear
     from llm_lab.lab import fastest_threads, keep_memory, use_threads
     from llm_lab.train import adamw, train_step
+
     keep_memory()
     model = deepcopy(setup.model)
     opt, step, times = adamw(model, lr=1e-4), count(), []
-    def work(): train_step(model, opt, setup.batch(next(step)))[0].item()           # wait for the device
+
+    def work():
+        train_step(model, opt, setup.batch(next(step)))[0].item()  # wait for the device
+
     with quick_linear(model):
         threads = fastest_threads(work)
         with use_threads(threads):
@@ -63,108 +92,146 @@ def _time_step(setup):
                 start = time.perf_counter()
                 work()
                 times.append(time.perf_counter() - start)
-    return median(times[5:]), threads                          # the first ones warm up
+    return median(times[5:]), threads  # the first ones warm up
 
 # %% ../nbs/27_tour.ipynb #793841ca
-WRITES = 240                   # characters of a sample
-LOOKS = 18                     # so often we look how it goes: every ten seconds of three minutes
+WRITES = 240  # characters of a sample
+LOOKS = 18  # so often we look how it goes: every ten seconds of three minutes
+
 
 def _budget(minutes, per_step, recipe, n_val):
-    "(steps, characters to validate at a look): a forward pass is a third of a step, all looks take 5% of the time"
-    per_token = per_step/(recipe.batch_size*recipe.block_len)/3
+    """(steps, characters to validate at a look): a forward pass is a third of a step, all looks
+    take 5% of the time"""
+    per_token = per_step / (recipe.batch_size * recipe.block_len) / 3
     # what timing, the last validation and the samples leave
-    seconds = 60*minutes - 20*per_step - n_val*per_token - 5*WRITES*per_token*recipe.block_len
-    part = min(n_val, 20_000, max(2*recipe.block_len, int(seconds/20/LOOKS/per_token)))
-    return max(20, int((seconds - LOOKS*part*per_token)/per_step)), part
+    seconds = (
+        60 * minutes - 20 * per_step - n_val * per_token - 5 * WRITES * per_token * recipe.block_len
+    )
+    part = min(n_val, 20_000, max(2 * recipe.block_len, int(seconds / 20 / LOOKS / per_token)))
+    return max(20, int((seconds - LOOKS * part * per_token) / per_step)), part
 
 # %% ../nbs/27_tour.ipynb #fb5ba8e8
 def _room(folder, need):
     "Is there room for `need` bytes at `folder`, which is made? Raises `LabError` if not"
     folder.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(folder).free) < need:
-        raise LabError(f'{folder} has {free/1e6:.1f} MB left, this needs {need/1e6:.1f}: '
-                       'free some space, or set LLM_LAB_HOME to another disk')
+        raise LabError(
+            f'{folder} has {free / 1e6:.1f} MB left, this needs {need / 1e6:.1f}: '
+            'free some space, or set LLM_LAB_HOME to another disk'
+        )
 
 # %% ../nbs/27_tour.ipynb #3fa1d7c2
-LETTERS = 20_000               # more different characters than the largest dictionaries have
+LETTERS = 20_000  # more different characters than the largest dictionaries have
+
 
 def _shown(text):
     "A name as a text that can be written anywhere; bytes that are no UTF-8 become the sign �"
     return str(text).encode('utf-8', 'surrogateescape').decode('utf-8', 'replace')
 
+
 def _check_texts(setup):
     "Raises `LabError` where a tokenizer of characters or the final validation would not work"
-    name, ids, starts = setup.corpus.name, setup.ids['val'], setup.starts['val']
+    name = setup.corpus.name
+    ids = setup.ids['val']
+    starts = setup.starts['val']
     if (letters := setup.tokenizer.vocab_size) > LETTERS:
-        raise LabError(f'corpus {name!r} has {letters:,} different characters, the tour learns '
-                       f'at most {LETTERS:,}: use `train` with data.tokenizer=bpe')
+        raise LabError(
+            f'corpus {name!r} has {letters:,} different characters, the tour learns '
+            f'at most {LETTERS:,}: use `train` with data.tokenizer=bpe'
+        )
     asked = len(ids) - 1 if starts is None else int((starts < len(ids) - 1).sum())
     if asked < 1:
-        raise LabError(f'corpus {name!r} has a validation text of {len(ids)} characters, '
-                       'in which nothing can be asked: give a longer text')
+        raise LabError(
+            f'corpus {name!r} has a validation text of {len(ids)} characters, '
+            'in which nothing can be asked: give a longer text'
+        )
+
 
 def _data_of(corpus):
     "What `load_corpus` needs to find it again; a path never reads like the name of a corpus"
     from llm_lab.corpora import CORPORA, kept_path
-    if isinstance(corpus, str) and corpus in CORPORA: return corpus
+
+    if isinstance(corpus, str) and corpus in CORPORA:
+        return corpus
     kept = kept_path(str(corpus) if os.path.dirname(corpus) else os.path.join('.', corpus))
     return _shown(kept if os.path.dirname(kept) else os.path.join('.', kept))
+
 
 def _ready(corpus, minutes, settings, field='text'):
     "The tour's `Setup`, everything that can be checked is checked; raises `LabError`"
     from llm_lab.corpora import load_corpus
+
     if not 0 < minutes < 1e4:
         raise LabError(f'minutes={minutes!r}: give a number above 0, below 10,000')
     text = load_corpus(corpus, field=field)
     text = replace(text, name=_shown(text.name), source=_shown(text.source))
     from llm_lab.train import prepare
+
     setup = prepare(_plan(settings, text), text, usable_device())
     _check_texts(setup)
-    _room(home()/'artifacts', 8*setup.model.n_params + 1e6)
+    _room(home() / 'artifacts', 8 * setup.model.n_params + 1e6)
     return setup
 
 # %% ../nbs/27_tour.ipynb #6064ce73
 def _said(error):
     "An exception in one line"
-    if isinstance(error, LabError): return str(error)
+    if isinstance(error, LabError):
+        return str(error)
     return f'{type(error).__name__}: {(str(error).splitlines() or [""])[0]:.160}'
+
 
 def _watcher(setup, part, steps):
     "What `fit` calls: validate a part eighteen times, and let the model write five times"
     from llm_lab.sample import sample
-    at = lambda shares: {max(1, round(steps*k/LOOKS)) for k in shares}
+
+    at = lambda shares: {max(1, round(steps * k / LOOKS)) for k in shares}
     writes, floor = at((1, 3, 6, 12, LOOKS)), setup.corpus.floor
+
     def looked(run):
         val = setup.loss(most=part)
         if run.step in writes:
-            text = sample(run.model, setup.tokenizer, n=WRITES, seed=1, temperature=.8).strip('\n')
-            far = f', {val/math.log(2)/floor - 1:.0%} above the floor' if floor else ''
-            print(f'\n--- after {run.seconds:.0f} s and {run.step:,} steps, '
-                  f'validation loss {val:.2f} nats per character{far}:\n{text}\n', flush=True)
+            text = sample(run.model, setup.tokenizer, n=WRITES, seed=1, temperature=0.8).strip('\n')
+            far = f', {val / math.log(2) / floor - 1:.0%} above the floor' if floor else ''
+            print(
+                f'\n--- after {run.seconds:.0f} s and {run.step:,} steps, '
+                f'validation loss {val:.2f} nats per character{far}:\n{text}\n',
+                flush=True,
+            )
         return dict(val=val)
+
     def look(run):
-        try: return looked(run)
-        except Exception as e: print(f'\nno look at step {run.step:,}: {_said(e)}', flush=True)
+        try:
+            return looked(run)
+        except Exception as e:
+            print(f'\nno look at step {run.step:,}: {_said(e)}', flush=True)
+
     return {tuple(sorted(at(range(1, LOOKS + 1)))): look}
 
 # %% ../nbs/27_tour.ipynb #0d5e8f31
 class _Stream:
     "A stream of text that goes on when nobody can read it any more"
-    def __init__(self, stream): self.stream = stream
 
-    def __getattr__(self, name): return getattr(self.stream, name)
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
 
     def write(self, text):
-        try: return self.stream.write(text)
-        except UnicodeEncodeError:                             # a console without this letter
+        try:
+            return self.stream.write(text)
+        except UnicodeEncodeError:  # a console without this letter
             known = self.stream.encoding or 'ascii'
             return self.write(text.encode(known, 'replace').decode(known))
-        except (OSError, ValueError): self._lost()             # ValueError: it was closed
+        except (OSError, ValueError):
+            self._lost()  # ValueError: it was closed
         return len(text)
 
     def flush(self):
-        try: self.stream.flush()
-        except (OSError, ValueError): self._lost()
+        try:
+            self.stream.flush()
+        except (OSError, ValueError):
+            self._lost()
 
     def _lost(self):
         "Let it end in nothing: what waits in its buffer, too, or Python would trip over it at exit"
@@ -172,86 +239,118 @@ class _Stream:
         try:
             os.dup2(null.fileno(), self.stream.fileno())
             self.stream.flush()
-        except (OSError, ValueError): self.stream = null       # it is no file of the system
-        else: null.close()
+        except (OSError, ValueError):
+            self.stream = null  # it is no file of the system
+        else:
+            null.close()
+
 
 @contextmanager
 def surviving_output():
     "Within, what is printed never raises: where a terminal or a pipe has gone, it is dropped"
-    old = sys.stdout, sys.stderr                               # None if closed from the start
+    old = sys.stdout, sys.stderr  # None if closed from the start
     mine = [_Stream(o or open(os.devnull, 'w', encoding='utf-8')) for o in old]
     sys.stdout, sys.stderr = mine
-    try: yield
+    try:
+        yield
     finally:
-        for stream in mine: stream.flush()
+        for stream in mine:
+            stream.flush()
         sys.stdout, sys.stderr = old
 
 # %% ../nbs/27_tour.ipynb #7ea11668
 def command(me=None):
-    "How this program was called, in words one can type again: its place in this folder, or its name"
+    """How this program was called, in words one can type again: its place in this folder, or its
+    name"""
     me, here = Path(me or sys.argv[0]).absolute(), Path.cwd()
-    if me.stem != 'llm-lab': return 'python -m llm_lab.cli'
+    if me.stem != 'llm-lab':
+        return 'python -m llm_lab.cli'
     return shlex.quote(str(me.relative_to(here))) if me.is_relative_to(here) else 'llm-lab'
 
 # %% ../nbs/27_tour.ipynb #5a6c91d3
 def _taken(folder):
     return LabError(f'{folder} is there already: choose another --name, or move it away')
 
+
 def _check_name(name):
     "Raises `LabError` where a new folder of artifacts/ cannot have this name"
     plain = re.fullmatch(r'\w[\w.-]{0,80}', name) and not name.endswith('.')
     if not plain or re.fullmatch(r'(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?', name):
-        raise LabError(f'--name {_shown(name)!r} will not do: give letters, digits, . _ -, '
-                       'as in first-try')
-    if (there := home()/'artifacts'/name).exists(): raise _taken(there)
+        raise LabError(
+            f'--name {_shown(name)!r} will not do: give letters, digits, . _ -, as in first-try'
+        )
+    if (there := home() / 'artifacts' / name).exists():
+        raise _taken(there)
+
 
 def _claimed(parent, name=None):
     "A folder made now: `name`, or the first free of tour, tour-2, …; raises where `name` is there"
     parent.mkdir(parents=True, exist_ok=True)
     for tried in [name] if name else chain(['tour'], (f'tour-{n}' for n in count(2))):
         # a killed writer may have left the only copy of that name as `.tour.PROCESS.old`
-        if [*parent.glob(f'.{tried}.*.old')]: continue
+        if [*parent.glob(f'.{tried}.*.old')]:
+            continue
         with suppress(FileExistsError):
-            (parent/tried).mkdir()
-            return parent/tried
-    raise _taken(parent/name)
+            (parent / tried).mkdir()
+            return parent / tried
+    raise _taken(parent / name)
 
 # %% ../nbs/27_tour.ipynb #2b7a40c9
-KEEP_EVERY = 300               # seconds between two packages; a tenth of the time if that is more
+KEEP_EVERY = 300  # seconds between two packages; a tenth of the time if that is more
 _PACKAGE = 'package.json', 'llm_lab.json', 'tokenizer.json', 'model.safetensors', 'README.md'
+
 
 def _about(setup, run, data):
     "What a package says of its origin"
     corpus = setup.corpus
-    return dict(corpus=corpus.name, data=data, **(dict(field=corpus.field) if corpus.field else {}),
-                licence=corpus.licence, corpus_sha256=corpus.sha256,
-                params=setup.model.n_params, steps=run.step, planned=run.steps, tokens=run.tokens,
-                seconds=round(run.seconds, 2), stopped=run.stopped)
+    return dict(
+        corpus=corpus.name,
+        data=data,
+        **(dict(field=corpus.field) if corpus.field else {}),
+        licence=corpus.licence,
+        corpus_sha256=corpus.sha256,
+        params=setup.model.n_params,
+        steps=run.step,
+        planned=run.steps,
+        tokens=run.tokens,
+        seconds=round(run.seconds, 2),
+        stopped=run.stopped,
+    )
+
 
 def _elsewhere():
     "Folders that may take what artifacts/ does not: the temporary one, then where we stand"
     for place in (tempfile.gettempdir, os.getcwd):
-        with suppress(OSError): yield Path(place())
+        with suppress(OSError):
+            yield Path(place())
+
 
 class _Keeper:
     "Keeps a tour's model: before step 1, now and then, and at the end, here or elsewhere"
+
     def __init__(self, setup, data, minutes, name=None):
         self.setup, self.data, self.minutes = setup, data, minutes
-        self.folder, self.step, self.lost = _claimed(home()/'artifacts', name), None, ''
+        self.folder = _claimed(home() / 'artifacts', name)
+        self.step = None
+        self.lost = ''
         self.due = math.inf
 
     def save(self, run, folder=None):
         "Write the package, all of it or nothing"
         from llm_lab.package import save_package
-        folder, about = folder or self.folder, _about(self.setup, run, self.data)
+
+        folder = folder or self.folder
+        about = _about(self.setup, run, self.data)
         save_package(folder, self.setup.model, self.setup.tokenizer, about, self.folder.name)
         self.folder, self.step = folder, run.step
 
     def forget(self):
         "Take an untrained model away again, and nothing that somebody else has put beside it"
-        if self.step: return
-        with suppress(OSError):                                # what cannot be removed stays
-            for name in _PACKAGE: (self.folder/name).unlink(missing_ok=True)
+        if self.step:
+            return
+        with suppress(OSError):  # what cannot be removed stays
+            for name in _PACKAGE:
+                (self.folder / name).unlink(missing_ok=True)
             self.folder.rmdir()
 
     def begin(self, run):
@@ -261,33 +360,42 @@ class _Keeper:
 
     def _wait(self, cost):
         # a save that took a second is repeated after 100 seconds at the earliest: 1 % of the time
-        self.due = time.monotonic() + max(KEEP_EVERY, 6*self.minutes, 100*cost)
+        self.due = time.monotonic() + max(KEEP_EVERY, 6 * self.minutes, 100 * cost)
 
     def on_the_way(self, run):
         "Called every few seconds: keep it when it is time"
-        if (start := time.monotonic()) < self.due: return
-        try: self.save(run)
-        except Exception as e: print(f'\nnot kept at step {run.step:,}: {_said(e)}', flush=True)
+        if (start := time.monotonic()) < self.due:
+            return
+        try:
+            self.save(run)
+        except Exception as e:
+            print(f'\nnot kept at step {run.step:,}: {_said(e)}', flush=True)
         self._wait(time.monotonic() - start)
 
     def keep(self, run):
         "Keep it where it should be, else where it can be; `lost` says why. Raises if nothing helps"
-        try: return self.save(run)
-        except Exception as e: self.lost = _said(e)
-        if self.step == 0:                                     # the untrained model's room may do
+        try:
+            return self.save(run)
+        except Exception as e:
+            self.lost = _said(e)
+        if self.step == 0:  # the untrained model's room may do
             self.forget()
             with suppress(Exception):
                 self.save(run)
                 self.lost = ''
                 return
         for parent in _elsewhere():
-            with suppress(Exception): return self._save_below(parent, run)
-        raise LabError(f'the model is lost, no folder takes it: {self.folder} ({self.lost}), nor '
-                       'the temporary folder, nor the working folder; free some space, and begin again')
+            with suppress(Exception):
+                return self._save_below(parent, run)
+        raise LabError(
+            f'the model is lost, no folder takes it: {self.folder} ({self.lost}), nor '
+            'the temporary folder, nor the working folder; free some space, and begin again'
+        )
 
     def _save_below(self, parent, run):
         new = Path(tempfile.mkdtemp(prefix='llm-lab-', dir=parent))  # a name that nobody else has
-        try: self.save(run, new/self.folder.name)
+        try:
+            self.save(run, new / self.folder.name)
         except Exception:
             new.rmdir()
             raise
@@ -296,160 +404,246 @@ class _Keeper:
 def _tells_tales(corpus):
     "Is it the Tiny Tales of chapter 2, whatever its name is?"
     from llm_lab.tales import tiny_tales
+
     return corpus.floor is not None and corpus.sha256 == tiny_tales().sha256
+
 
 def _validate(setup):
     "(`Score` on the whole validation text, what is left above the floor); None if not known"
     from llm_lab.evaluate import evaluate, excess
     from llm_lab.lab import Live
+
     live, score, parts = Live(), None, None
     try:
         score = evaluate(setup.model, setup.tokenizer, setup.corpus, live=live)
         if _tells_tales(setup.corpus):
             parts = excess(setup.model, setup.tokenizer, setup.corpus, n=200)
-    except KeyboardInterrupt: pass
+    except KeyboardInterrupt:
+        pass
     # below the floor, no memory, a mistake of ours: none of them may take the model away
-    except Exception as e: print(f'the score is refused, the model is kept: {_said(e)}', flush=True)
-    live.close('validation stopped, the model is kept' if score is None else
-               f'validated on {score.chars:,} characters')
+    except Exception as e:
+        print(f'the score is refused, the model is kept: {_said(e)}', flush=True)
+    live.close(
+        'validation stopped, the model is kept'
+        if score is None
+        else f'validated on {score.chars:,} characters'
+    )
     return score, parts
+
 
 def verdict(score, parts=None, of='validation'):
     "The result in sentences"
-    if score is None: return f'the {of} loss is not known'
-    sure = '95 % interval {:.3f} to {:.3f}'.format(*score.interval) if score.interval else \
-           'no 95 % interval: one piece of text tells none'
-    # where a token is more than a character, the loss is per token, and only the bits are per character
+    if score is None:
+        return f'the {of} loss is not known'
+    sure = (
+        '95 % interval {:.3f} to {:.3f}'.format(*score.interval)
+        if score.interval
+        else 'no 95 % interval: one piece of text tells none'
+    )
+    # where a token is more than a character, the loss is per token, and only the bits are per
+    # character
     letters = score.tokens == score.chars
     token, bits = ('character', 'bits') if letters else ('token', 'bits per character')
-    line = (f'{of} loss {score.loss:.3f} nats per {token} = {score.bits:.3f} {bits} ({sure}), '
-            f'every {token} asked once')
+    line = (
+        f'{of} loss {score.loss:.3f} nats per {token} = {score.bits:.3f} {bits} ({sure}), '
+        f'every {token} asked once'
+    )
     if score.floor:
-        line += (f'\nthe floor of this language is {score.floor:.3f} bits: '
-                 f'the model is {score.above:.0%} above perfect')
+        line += (
+            f'\nthe floor of this language is {score.floor:.3f} bits: '
+            f'the model is {score.above:.0%} above perfect'
+        )
     if parts:
         recall = sum(v for k, v in parts.items() if k.startswith('recall'))
         shares = ('choices', parts['choice']), ('literals', parts['literal']), ('recalls', recall)
-        line += ': ' + ', '.join(f'{v/score.floor:.0%} for {k}' for k, v in shares)
+        line += ': ' + ', '.join(f'{v / score.floor:.0%} for {k}' for k, v in shares)
     return line
 
 # %% ../nbs/27_tour.ipynb #2895a242
 def _result(setup, run, score, parts):
     "What result.json holds"
-    units = dict(val_loss='nats per character', bits='bits per character', interval='bits per character, 95 %')
-    known = {} if score is None else dict(
-        val_loss=score.loss, bits=score.bits, interval=score.interval and list(score.interval), units=units)
-    if score and score.floor: known.update(floor=score.floor, above_floor=score.above)
-    return dict(corpus=setup.corpus.name, params=setup.model.n_params, steps=run.step, tokens=run.tokens,
-                seconds=round(run.seconds, 2), tokens_per_s=round(run.tokens/max(run.seconds, 1e-9)),
-                stopped=run.stopped, **{'val_loss': None, **known},
-                **({'excess_bits': parts} if parts else {}))
+    units = dict(
+        val_loss='nats per character',
+        bits='bits per character',
+        interval='bits per character, 95 %',
+    )
+    known = (
+        {}
+        if score is None
+        else dict(
+            val_loss=score.loss,
+            bits=score.bits,
+            interval=score.interval and list(score.interval),
+            units=units,
+        )
+    )
+    if score and score.floor:
+        known.update(floor=score.floor, above_floor=score.above)
+    return dict(
+        corpus=setup.corpus.name,
+        params=setup.model.n_params,
+        steps=run.step,
+        tokens=run.tokens,
+        seconds=round(run.seconds, 2),
+        tokens_per_s=round(run.tokens / max(run.seconds, 1e-9)),
+        stopped=run.stopped,
+        **{'val_loss': None, **known},
+        **({'excess_bits': parts} if parts else {}),
+    )
+
 
 def _picture(setup, run, result):
     "The bytes of loss.png, or None: a picture is never worth a model"
     val, floor = result['val_loss'], setup.corpus.floor
-    end = val and (f'{val/math.log(2):.2f} bits' if floor else f'{val:.2f} nats')
+    end = val and (f'{val / math.log(2):.2f} bits' if floor else f'{val:.2f} nats')
     try:
         from llm_lab.train import loss_picture
+
         fig = loss_picture(run, floor, val and f'on the whole validation text: {end} per character')
         fig.savefig(png := io.BytesIO(), format='png')
         pyplot().close(fig)
-    except Exception as e:                                     # no matplotlib, a broken one, …
+    except Exception as e:  # no matplotlib, a broken one, …
         print(f'no loss.png: {_said(e)}', flush=True)
         return None
     return png.getvalue()
 
+
 def _complete(keeper, setup, run, result):
     "Write the package again with what is known of it, result.json and loss.png"
     from llm_lab.package import write_package
-    png, about = _picture(setup, run, result), {**_about(setup, run, keeper.data), **result}
+
+    png = _picture(setup, run, result)
+    about = {**_about(setup, run, keeper.data), **result}
     try:
         with written(keeper.folder) as new:
             write_package(new, setup.model, setup.tokenizer, about, keeper.folder.name)
-            (new/'result.json').write_text(json.dumps(result, indent=1) + '\n', encoding='utf-8')
-            if png: (new/'loss.png').write_bytes(png)
-    except Exception as e: print(f'no result.json, the model is kept: {_said(e)}', flush=True)
+            (new / 'result.json').write_text(json.dumps(result, indent=1) + '\n', encoding='utf-8')
+            if png:
+                (new / 'loss.png').write_bytes(png)
+    except Exception as e:
+        print(f'no result.json, the model is kept: {_said(e)}', flush=True)
 
 # %% ../nbs/27_tour.ipynb #c0f3ec70
 def _introduction(setup):
     "The corpus and the model in a line each"
-    n, model, cfg = {k: len(v) for k, v in setup.ids.items()}, setup.model, setup.model.cfg
-    return (f'corpus  {setup.corpus.name}: {n["train"]:,} characters to learn from, {n["val"]:,} to test on\n'
-            f'model   MiniGPT: {model.n_params:,} parameters, {cfg.n_layers} layers of width {cfg.d_model}, '
-            f'context {setup.recipe.block_len}, on {device()}')
+    n = {k: len(v) for k, v in setup.ids.items()}
+    model = setup.model
+    cfg = setup.model.cfg
+    return (
+        f'corpus  {setup.corpus.name}: {n["train"]:,} characters to learn from, {n["val"]:,} '
+        'to test on\n'
+        f'model   MiniGPT: {model.n_params:,} parameters, {cfg.n_layers} layers of width '
+        f'{cfg.d_model}, '
+        f'context {setup.recipe.block_len}, on {device()}'
+    )
 
 # %% ../nbs/27_tour.ipynb #0219f621
 def _first_words(corpus):
     "The first two words of the validation text's second line, to try as a prompt"
-    lines = [line for line in corpus.text('val')[:5000].splitlines()[1:] if line.strip()] or [corpus.text('val')]
-    words = ' '.join(lines[0].split()[:2])[:40]                # Chinese has no spaces
-    plain = r'[^"\\$`!%\x00-\x1f\x7f]*'                        # what every shell takes as it is
+    lines = [line for line in corpus.text('val')[:5000].splitlines()[1:] if line.strip()] or [
+        corpus.text('val')
+    ]
+    words = ' '.join(lines[0].split()[:2])[:40]  # Chinese has no spaces
+    plain = r'[^"\\$`!%\x00-\x1f\x7f]*'  # what every shell takes as it is
     return re.match(plain, words)[0].strip()
+
 
 def _typed(word):
     "A word as one types it after a command, with quotes where it needs them"
     return subprocess.list2cmdline([str(word)]) if os.name == 'nt' else shlex.quote(str(word))
 
+
 def _what_next(folder, corpus):
     "Where the model is, and three things to try"
     shown = os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else folder
-    more = ''.join(f', {f}' for f in ('loss.png', 'result.json') if (folder/f).exists())
-    return (f'\nkept in {shown}: a package{more}\n\nThree things to try:\n'
-            f'  {command()} sample {_typed(shown)} --prompt="{_first_words(corpus)}"\n'
-            f'  {command()} tour --corpus your_own.txt --minutes 10\n'
-            '  make lab, and open nbs/06_gpt.ipynb: the chapter that builds this model')
+    more = ''.join(f', {f}' for f in ('loss.png', 'result.json') if (folder / f).exists())
+    return (
+        f'\nkept in {shown}: a package{more}\n\nThree things to try:\n'
+        f'  {command()} sample {_typed(shown)} --prompt="{_first_words(corpus)}"\n'
+        f'  {command()} tour --corpus your_own.txt --minutes 10\n'
+        '  make lab, and open nbs/06_gpt.ipynb: the chapter that builds this model'
+    )
 
 # %% ../nbs/27_tour.ipynb #d9387aa2
 def _planned(setup, minutes):
-    "Times a step, says the plan: (steps, characters to validate at a look, seconds of a step, threads)"
+    """Times a step, says the plan:
+
+    (steps, characters to validate at a look, seconds of a step, threads)"""
     recipe, (per_step, threads) = setup.recipe, _time_step(setup)
     steps, part = _budget(minutes, per_step, recipe, len(setup.ids['val']))
-    print(f'plan    a step takes {1000*per_step:.0f} ms: {steps:,} steps of {recipe.batch_size} × '
-          f'{recipe.block_len} characters in {minutes:g} minutes, on {threads} threads. Ctrl-C stops and keeps what was learned',
-          flush=True)
+    print(
+        f'plan    a step takes {1000 * per_step:.0f} ms: {steps:,} steps of {recipe.batch_size} × '
+        f'{recipe.block_len} characters in {minutes:g} minutes, on {threads} threads. Ctrl-C '
+        'stops and keeps what was learned',
+        flush=True,
+    )
     return steps, part, per_step, threads
+
 
 def _settle(run, keeper):
     "Keep what was learned; a model that holds numbers which are none is not worth it"
-    if run.step and all(p.isfinite().all() for p in run.model.parameters()): keeper.keep(run)
-    else: keeper.forget()
+    if run.step and all(p.isfinite().all() for p in run.model.parameters()):
+        keeper.keep(run)
+    else:
+        keeper.forget()
+
 
 def _learned(setup, keeper, minutes):
     "Train for these minutes and keep the model; returns the `Run`"
     from llm_lab.lab import use_threads
     from llm_lab.train import Run, fit
-    recipe, run, training = setup.recipe, Run(setup.model.train(), 0), False
+
+    recipe = setup.recipe
+    run = Run(setup.model.train(), 0)
+    training = False
+
     def stop(why):
-        if not training: raise KeyboardInterrupt(why)          # there is nothing to keep yet
+        if not training:
+            raise KeyboardInterrupt(why)  # there is nothing to keep yet
         run.stop(why)
+
     with stoppable(stop):
         try:
             keeper.begin(run)
             steps, part, per_step, threads = _planned(setup, minutes)
             run = Run(setup.model.train(), steps)
-            often = max(1, int(min(5, KEEP_EVERY/2)/per_step)) # asks for the time every few seconds
+            often = max(
+                1, int(min(5, KEEP_EVERY / 2) / per_step)
+            )  # asks for the time every few seconds
             training = True
             calls = {**_watcher(setup, part, steps), often: keeper.on_the_way}
             with use_threads(threads):
-                fit(run.model, setup.batch, steps, recipe.lr, recipe.weight_decay, seed=recipe.seed,
-                    every=calls, run=run)
-        except BaseException:                                  # also Ctrl-C of somebody impatient
+                fit(
+                    run.model,
+                    setup.batch,
+                    steps,
+                    recipe.lr,
+                    recipe.weight_decay,
+                    seed=recipe.seed,
+                    every=calls,
+                    run=run,
+                )
+        except BaseException:  # also Ctrl-C of somebody impatient
             _settle(run, keeper)
-            if keeper.step: print(f'kept in {keeper.folder}: the model of step {keeper.step:,}')
+            if keeper.step:
+                print(f'kept in {keeper.folder}: the model of step {keeper.step:,}')
             raise
         _settle(run, keeper)
-    if not run.step: raise LabError('stopped before the first step: nothing was learned, nothing is kept')
+    if not run.step:
+        raise LabError('stopped before the first step: nothing was learned, nothing is kept')
     return run
 
+
 def tour(
-    corpus='tiny_tales', # a corpus's name, or a file or folder of texts or records
-    minutes=3.,
-    settings=(),         # ((key, value), …) of the recipe or the model
-    name=None,           # of its folder in artifacts/; the first free of tour, tour-2, … if none
-    field='text'         # of records: the one that holds the text
-)->dict: # what is in result.json
+    corpus='tiny_tales',  # a corpus's name, or a file or folder of texts or records
+    minutes=3.0,
+    settings=(),  # ((key, value), …) of the recipe or the model
+    name=None,  # of its folder in artifacts/; the first free of tour, tour-2, … if none
+    field='text',  # of records: the one that holds the text
+) -> dict:  # what is in result.json
     "Train a small GPT for some minutes, show how it learns, keep it; raises if not in artifacts/"
-    if name is not None: _check_name(name)
+    if name is not None:
+        _check_name(name)
     with surviving_output():
         setup = _ready(corpus, minutes, settings, field)
         print(_introduction(setup))
@@ -461,9 +655,12 @@ def tour(
         score, parts = (None, None) if in_haste else _validate(setup)
         result = _result(setup, run, score, parts)
         _complete(keeper, setup, run, result)
-        try: print(verdict(score, parts), _what_next(keeper.folder, setup.corpus), sep='\n')
-        except OSError: print(f'kept in {keeper.folder}')      # the working folder is gone
+        try:
+            print(verdict(score, parts), _what_next(keeper.folder, setup.corpus), sep='\n')
+        except OSError:
+            print(f'kept in {keeper.folder}')  # the working folder is gone
     if keeper.lost:
-        raise LabError(f'{meant} could not be written ({keeper.lost}): '
-                       f'the model is in {keeper.folder}')
+        raise LabError(
+            f'{meant} could not be written ({keeper.lost}): the model is in {keeper.folder}'
+        )
     return result

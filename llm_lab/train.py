@@ -8,7 +8,10 @@ __all__ = ['RECIPES', 'next_token_loss', 'balanced', 'blocks', 'windows_at_once'
            'fit', 'Recipe', 'Setup', 'read_split', 'prepare', 'trained', 'smoothed', 'loss_picture']
 
 # %% ../nbs/08_train.ipynb #c11758e9
-import hashlib, json, math, time
+import hashlib
+import json
+import math
+import time
 import torch
 from dataclasses import asdict, dataclass, field
 from contextlib import suppress
@@ -16,8 +19,22 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn import functional as F
 from . import __version__
-from .lab import (LabError, Live, home, keep_memory, kept_streams, memory_left, must_fit, need, pyplot,
-                         rng, seeded, set_streams, stoppable, streams)
+from llm_lab.lab import (
+    LabError,
+    Live,
+    home,
+    keep_memory,
+    kept_streams,
+    memory_left,
+    must_fit,
+    need,
+    pyplot,
+    rng,
+    seeded,
+    set_streams,
+    stoppable,
+    streams,
+)
 from .corpora import letters_of, load_corpus
 from .chars import CharTokenizer
 from .pack import end_mark
@@ -26,78 +43,107 @@ from .package import open_model, save_package
 from itertools import chain
 
 # %% ../nbs/08_train.ipynb #0390be9d
-def next_token_loss(model, rows:Tensor)->Tensor: # ids, (B, T+1) → a number, in nats
-    "Mean −ln P(next token) over the T places of each row; what parts say to `aux` counts for the gradient alone"
+def next_token_loss(model, rows: Tensor) -> Tensor:  # ids, (B, T+1) → a number, in nats
+    """Mean −ln P(next token) over the T places of each row; what parts say to `aux` counts for the
+    gradient alone"""
     aux = {'aux': Aux()} if 'aux' in getattr(getattr(model, 'module', model), 'words', ()) else {}
     loss = F.cross_entropy(model(rows[:, :-1], **aux).flatten(0, 1), rows[:, 1:].flatten())
     return loss + ((more := aux['aux'].loss()) - more.detach()) if aux else loss
 
 # %% ../nbs/08_train.ipynb #a60f3c82
 def balanced(loss):
-    "The same loss; what parts say to `aux`, where it does not ask, counts for the gradient, as in `next_token_loss`"
-    if loss is next_token_loss: return loss
+    """The same loss; what parts say to `aux`, where it does not ask, counts for the gradient, as in
+    `next_token_loss`"""
+    if loss is next_token_loss:
+        return loss
+
     def listening(model, rows):
         core = getattr(model, 'module', model)
-        if 'aux' not in getattr(core, 'words', ()): return loss(model, rows)
+        if 'aux' not in getattr(core, 'words', ()):
+            return loss(model, rows)
         before, core.ear = getattr(core, 'ear', None), (aux := Aux())
-        try: value = loss(model, rows)
-        finally: core.ear = before
+        try:
+            value = loss(model, rows)
+        finally:
+            core.ear = before
         return value + ((more := aux.loss()) - more.detach())
+
     return listening
 
 # %% ../nbs/08_train.ipynb #0d50b797
 def blocks(
-    n:int,      # length of the text, in tokens
-    T:int,      # context, in tokens
-    starts=None # where documents begin, ascending; the text as one if none
-)->Tensor: # (begin, first, end) of each window, (W, 3)
-    "Windows side by side, none longer than the context: every token after the first start is asked once"
+    n: int,  # length of the text, in tokens
+    T: int,  # context, in tokens
+    starts=None,  # where documents begin, ascending; the text as one if none
+) -> Tensor:  # (begin, first, end) of each window, (W, 3)
+    """Windows side by side, none longer than the context: every token after the first start is
+    asked once"""
     starts = torch.as_tensor([0] if starts is None else starts)
-    ends = torch.cat([starts[1:], torch.tensor([n - 1])])      # a document's last question is the next one's start
-    count = (ends - starts + T - 1)//T
+    ends = torch.cat(
+        [starts[1:], torch.tensor([n - 1])]
+    )  # a document's last question is the next one's start
+    count = (ends - starts + T - 1) // T
     each = lambda x: x.repeat_interleave(count)
-    begin = each(starts) + T*(torch.arange(int(count.sum())) - each(count.cumsum(0) - count))
+    begin = each(starts) + T * (torch.arange(int(count.sum())) - each(count.cumsum(0) - count))
     return torch.stack([begin, begin + 1, torch.minimum(begin + T, each(ends)) + 1], 1)
 
 # %% ../nbs/08_train.ipynb #3c81d0f2
-def _left_on(device)->tuple:
+def _left_on(device) -> tuple:
     "(bytes that a validation may take on a device, bytes that are left there)"
-    if device.type != 'cuda': return 1 << 30, memory_left()
+    if device.type != 'cuda':
+        return 1 << 30, memory_left()
     free, total = torch.cuda.mem_get_info(device)
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)     # PyTorch's own, and free
-    return max(1 << 30, total//8), free + kept
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
+        device
+    )  # PyTorch's own, and free
+    return max(1 << 30, total // 8), free + kept
 
-def windows_at_once(model, T:int, most=64)->int:
-    """How many windows of T tokens a model reads together when it is only asked: 1 to `most`, a power of 2.
 
-    Raises `LabError` where the numbers of one window alone, T × vocabulary, are more than the memory left"""
-    cfg, device = getattr(model, 'cfg', None), next(model.parameters()).device
-    if cfg is None: return most
-    table = 4*T*cfg.vocab_size                                 # the logits of a window, float32
-    row = 3*table + 4*T*(16*cfg.d_model + 2*cfg.n_heads*T)     # their loss; a block, with attention written out
+def windows_at_once(model, T: int, most=64) -> int:
+    """How many windows of T tokens a model reads together when it is only asked:
+
+    1 to `most`, a power of 2.
+
+    Raises `LabError` where the numbers of one window alone, T × vocabulary, are more than the
+    memory left"""
+    cfg = getattr(model, 'cfg', None)
+    device = next(model.parameters()).device
+    if cfg is None:
+        return most
+    table = 4 * T * cfg.vocab_size  # the logits of a window, float32
+    row = 3 * table + 4 * T * (
+        16 * cfg.d_model + 2 * cfg.n_heads * T
+    )  # their loss; a block, with attention written out
     usual, left = _left_on(device)
-    if device.type == 'cpu': must_fit(2*table, f'a window of {T:,} tokens, {cfg.vocab_size:,} numbers for each,')
-    while most > 1 and (most*row > usual or 2*most*row > left): most //= 2
+    if device.type == 'cpu':
+        must_fit(2 * table, f'a window of {T:,} tokens, {cfg.vocab_size:,} numbers for each,')
+    while most > 1 and (most * row > usual or 2 * most * row > left):
+        most //= 2
     return most
 
 # %% ../nbs/08_train.ipynb #31daf2b1
 @torch.no_grad()
 def token_losses(
     model,
-    ids:Tensor,       # a text, (n,)
-    windows:Tensor,   # (begin, first, end), (W, 3)
-    batch_size:int=None, # windows read together; `windows_at_once` if none
-    live=None            # shows how far we are
-)->Tensor: # float32 (n,), on the CPU; NaN where nothing was asked
+    ids: Tensor,  # a text, (n,)
+    windows: Tensor,  # (begin, first, end), (W, 3)
+    batch_size: int = None,  # windows read together; `windows_at_once` if none
+    live=None,  # shows how far we are
+) -> Tensor:  # float32 (n,), on the CPU; NaN where nothing was asked
     "−ln P of each token that a window asks for"
-    training, device = model.training, next(model.parameters()).device
-    out = torch.full((len(ids) + 1,), math.nan, device=device)  # the last place takes what is not asked for
-    ids, windows = ids.to(device), windows[(windows[:, 2] - windows[:, 0]).argsort(stable=True)]
+    training = model.training
+    device = next(model.parameters()).device
+    out = torch.full(
+        (len(ids) + 1,), math.nan, device=device
+    )  # the last place takes what is not asked for
+    ids = ids.to(device)
+    windows = windows[(windows[:, 2] - windows[:, 0]).argsort(stable=True)]
     T = int((windows[:, 2] - windows[:, 0]).max()) - 1 if len(windows) else 0
     batch_size = batch_size or windows_at_once(model, T)
     model.eval()
     for n, some in enumerate(batches := windows.split(batch_size)):
-        if live: live(f'validating: {n} of {len(batches)} batches')
+        if live:
+            live(f'validating: {n} of {len(batches)} batches')
         at = some[:, :1] + torch.arange(int((some[:, 2] - some[:, 0]).max()))
         where = at.where((at >= some[:, 1:2]) & (at < some[:, 2:]), len(ids))[:, 1:]
         rows = ids[at.clamp_max(len(ids) - 1).to(device)]
@@ -109,159 +155,243 @@ def token_losses(
 # %% ../nbs/08_train.ipynb #0e46aaad
 def block_losses(
     model,
-    ids:Tensor,         # a text, (n,)
-    block_len:int=None, # context; the model's max_len if none
-    batch_size:int=None, live=None, # as for `token_losses`
-    starts=None         # where documents begin; the text as one if none
-)->Tensor: # nats, float64, (n,); NaN where nothing was asked
-    "−ln P of each token of a whole text, in `blocks`: every one after the first start is asked once"
-    if len(ids) < 2: raise LabError(f'a text of {len(ids)} tokens has no next token: give at least 2')
+    ids: Tensor,  # a text, (n,)
+    block_len: int = None,  # context; the model's max_len if none
+    batch_size: int = None,
+    live=None,  # as for `token_losses`
+    starts=None,  # where documents begin; the text as one if none
+) -> Tensor:  # nats, float64, (n,); NaN where nothing was asked
+    """−ln P of each token of a whole text, in `blocks`: every one after the first start is asked
+    once"""
+    if len(ids) < 2:
+        raise LabError(f'a text of {len(ids)} tokens has no next token: give at least 2')
     windows = blocks(len(ids), block_len or model.cfg.max_len, starts)
     return token_losses(model, ids, windows, batch_size, live).double()
 
-def mean_loss(model, ids:Tensor, block_len:int=None, batch_size:int=None, live=None, starts=None)->float:
+
+def mean_loss(
+    model, ids: Tensor, block_len: int = None, batch_size: int = None, live=None, starts=None
+) -> float:
     "The mean of `block_losses`, in nats per token"
     losses = block_losses(model, ids, block_len, batch_size, live, starts)
     return losses[~losses.isnan()].mean().item()
 
 # %% ../nbs/08_train.ipynb #dc05f6b1
 def random_crops(
-    ids:Tensor,     # the training text, (n,)
-    batch_size:int, block_len:int, seed=0, device='cpu',
-    starts=None     # where a row may begin; anywhere if none
-): # a function of the step: rows (batch_size, block_len + 1)
+    ids: Tensor,  # the training text, (n,)
+    batch_size: int,
+    block_len: int,
+    seed=0,
+    device='cpu',
+    starts=None,  # where a row may begin; anywhere if none
+):  # a function of the step: rows (batch_size, block_len + 1)
     "Batches as a pure function of (seed, step): windows of the text that start at random places"
     if len(ids) <= block_len:
-        raise LabError(f'the text has {len(ids)} tokens, a window needs {block_len + 1}: give a longer text or a smaller block_len')
+        raise LabError(
+            f'the text has {len(ids)} tokens, a window needs {block_len + 1}: give a longer '
+            'text or a smaller block_len'
+        )
     windows = ids.unfold(0, block_len + 1, 1)
-    if starts is not None: starts = starts[starts < len(windows)]
+    if starts is not None:
+        starts = starts[starts < len(windows)]
+
     def batch(step):
         n = len(windows if starts is None else starts)
         drawn = torch.randint(n, (batch_size,), generator=rng(seed, f'batch/{step}'))
-        return windows[drawn if starts is None else starts[drawn]].long().to(device, non_blocking=True)
+        return (
+            windows[drawn if starts is None else starts[drawn]].long().to(device, non_blocking=True)
+        )
+
     return batch
 
 # %% ../nbs/08_train.ipynb #0d034388
-def document_starts(ids:Tensor, mark)->Tensor:
-    "Where documents begin: the places of the last token of each `mark` (a list of ids) in a text (n,)"
-    return (ids.unfold(0, len(mark), 1) == torch.as_tensor(mark)).all(1).nonzero()[:, 0] + len(mark) - 1
+def document_starts(ids: Tensor, mark) -> Tensor:
+    """Where documents begin: the places of the last token of each `mark` (a list of ids) in a text
+    (n,)"""
+    return (
+        (ids.unfold(0, len(mark), 1) == torch.as_tensor(mark)).all(1).nonzero()[:, 0]
+        + len(mark)
+        - 1
+    )
 
 # %% ../nbs/08_train.ipynb #bf847f0f
-def adamw(model, lr=4e-3, weight_decay=.1, betas=(.9, .99))->torch.optim.AdamW:
-    "AdamW (Loshchilov and Hutter 2019): matrices decay, vectors and embeddings do not; fused into one kernel"
+def adamw(model, lr=4e-3, weight_decay=0.1, betas=(0.9, 0.99)) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter 2019): matrices decay, vectors and embeddings do not; fused into
+    one kernel"""
     tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     decays = lambda p: p.dim() >= 2 and id(p) not in tables
-    groups = [dict(params=[p for p in model.parameters() if decays(p) == yes], weight_decay=weight_decay*yes)
-              for yes in (True, False)]
+    groups = [
+        dict(
+            params=[p for p in model.parameters() if decays(p) == yes],
+            weight_decay=weight_decay * yes,
+        )
+        for yes in (True, False)
+    ]
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 # %% ../nbs/08_train.ipynb #df0ff4d3
-def warmup_steps(steps:int, warmup:int=None)->int:
+def warmup_steps(steps: int, warmup: int = None) -> int:
     "Steps of climbing: as many as are given; if none, 100, or a tenth of all where that is less"
-    return min(100, max(1, steps//10)) if warmup is None else warmup
+    return min(100, max(1, steps // 10)) if warmup is None else warmup
+
 
 def warmup_cosine(
-    step:int, steps:int,
-    warmup:int=None, # steps of climbing, obeyed as they are; if none, 100 or a tenth of all
-    end=0.           # the factor to come down to
-)->float: # the factor on the learning rate, 0 to 1
+    step: int,
+    steps: int,
+    warmup: int = None,  # steps of climbing, obeyed as they are; if none, 100 or a tenth of all
+    end=0.0,  # the factor to come down to
+) -> float:  # the factor on the learning rate, 0 to 1
     "Climb in a line, come down along half a cosine (Loshchilov and Hutter 2017)"
     climb = warmup_steps(steps, warmup)
-    if step < climb: return (step + 1)/climb
-    return end + (1 - end)*(.5 + .5*math.cos(math.pi*(step - climb)/max(1, steps - climb)))
+    if step < climb:
+        return (step + 1) / climb
+    return end + (1 - end) * (
+        0.5 + 0.5 * math.cos(math.pi * (step - climb) / max(1, steps - climb))
+    )
 
 # %% ../nbs/08_train.ipynb #5708c670
 @dataclass
 class Run:
     "What a training run has done so far"
-    model: nn.Module
-    steps: int               # planned
-    step: int = 0            # done
-    tokens: int = 0          # seen
-    seconds: float = 0.      # spent
-    notes: list = field(default_factory=list)   # the dicts that callbacks returned, with the step
-    stopped: str = ''        # why it ended before its time
-    opt: object = None       # its optimiser
-    unit: str = ''           # of its loss, where that is known
-    random: dict = None      # where dropout's streams stood when it was left
 
-    def __post_init__(self): # loss (nats) and length of the gradient of each step, on the device of the model
-        self.history = torch.full((2, self.steps), math.nan, device=next(self.model.parameters()).device)
+    model: nn.Module
+    steps: int  # planned
+    step: int = 0  # done
+    tokens: int = 0  # seen
+    seconds: float = 0.0  # spent
+    notes: list = field(default_factory=list)  # the dicts that callbacks returned, with the step
+    stopped: str = ''  # why it ended before its time
+    opt: object = None  # its optimiser
+    unit: str = ''  # of its loss, where that is known
+    random: dict = None  # where dropout's streams stood when it was left
+
+    def __post_init__(
+        self,
+    ):  # loss (nats) and length of the gradient of each step, on the device of the model
+        self.history = torch.full(
+            (2, self.steps), math.nan, device=next(self.model.parameters()).device
+        )
 
     @property
-    def losses(self): return self.history[0, :self.step].tolist()
-    def stop(self, why): self.stopped = why
+    def losses(self):
+        return self.history[0, : self.step].tolist()
+
+    def stop(self, why):
+        self.stopped = why
 
     def line(self, loss):
         "The state of things in one line"
-        rate, left = self.tokens/max(self.seconds, 1e-9), self.seconds/max(self.step, 1)*(self.steps - self.step)
+        rate = self.tokens / max(self.seconds, 1e-9)
+        left = self.seconds / max(self.step, 1) * (self.steps - self.step)
         known = {k: v for n in self.notes for k, v in n.items() if k not in ('step', 'of')}
-        extra = ''.join(f' | {k} {v:.3f}' if isinstance(v, float) else f' | {k} {str(v)[:20]}' for k, v in known.items())
-        return (f'step {self.step:,} of {self.steps:,} | loss {loss:.3f}{self.unit and f" {self.unit}"}{extra} | {rate:,.0f} tokens/s | '
-                f'{int(left//60)}:{int(left % 60):02d} left')
+        extra = ''.join(
+            f' | {k} {v:.3f}' if isinstance(v, float) else f' | {k} {str(v)[:20]}'
+            for k, v in known.items()
+        )
+        return (
+            f'step {self.step:,} of {self.steps:,} | loss '
+            f'{loss:.3f}{self.unit and f" {self.unit}"}{extra} | {rate:,.0f} tokens/s | '
+            f'{int(left // 60)}:{int(left % 60):02d} left'
+        )
 
 # %% ../nbs/08_train.ipynb #8017e6eb
 def _trouble(run, batch, loss):
     "One line on the first step whose loss is no number"
-    step, named = int((~run.history[0, :run.step].isfinite()).nonzero()[0]), [*run.model.named_parameters()]
-    rows, broken = batch(step), lambda x: x is not None and not x.isfinite().all()
+    step = int((~run.history[0, : run.step].isfinite()).nonzero()[0])
+    named = [*run.model.named_parameters()]
+    rows = batch(step)
+    broken = lambda x: x is not None and not x.isfinite().all()
     loss(run.model, rows).backward()
-    found = [f'row {n} of its batch' for n, row in enumerate(rows) if broken(loss(run.model, row[None]))][:1]
-    found += [f'weights of {n}' for n, p in named if broken(p)][:1] or \
-             [f'gradient of {n}' for n, p in named if broken(p.grad)][:1]
-    return (f'the loss of step {step} is {run.history[0, step].item()} ({", ".join(found) or "not when repeated"}): '
-            'lower the learning rate, or look at the data')
+    found = [
+        f'row {n} of its batch' for n, row in enumerate(rows) if broken(loss(run.model, row[None]))
+    ][:1]
+    found += [f'weights of {n}' for n, p in named if broken(p)][:1] or [
+        f'gradient of {n}' for n, p in named if broken(p.grad)
+    ][:1]
+    return (
+        f'the loss of step {step} is {run.history[0, step].item()} '
+        f'({", ".join(found) or "not when repeated"}): '
+        'lower the learning rate, or look at the data'
+    )
 
 # %% ../nbs/08_train.ipynb #f472d64c
 def _called(every, step):
     "The callbacks that are due after this step"
     return [f for n, f in every.items() if (step in n if isinstance(n, tuple) else step % n == 0)]
 
-class _Watch:
-    "Called after each step; twice a second, and when a callback is due, it reads the losses and tells"
-    def __init__(self, run, every, trouble):
-        self.run, self.every, self.trouble, self.live = run, every or {}, trouble, Live()
-        self.start, self.due, self.read = time.monotonic() - run.seconds, 0., run.step
 
-    def clock(self): self.run.seconds = time.monotonic() - self.start
+class _Watch:
+    """Called after each step; twice a second, and when a callback is due, it reads the losses and
+    tells"""
+
+    def __init__(self, run, every, trouble):
+        self.run = run
+        self.every = every or {}
+        self.trouble = trouble
+        self.live = Live()
+        self.start = time.monotonic() - run.seconds
+        self.due = 0.0
+        self.read = run.step
+
+    def clock(self):
+        self.run.seconds = time.monotonic() - self.start
 
     def loss(self):
-        "The mean of the last 20 steps, the only number that is read from the device; raises when one is none"
+        """The mean of the last 20 steps, the only number that is read from the device; raises when
+        one is none"""
         step, losses = self.run.step, self.run.history[0]
-        if not losses[self.read:step].sum().isfinite(): raise LabError(self.trouble())
+        if not losses[self.read : step].sum().isfinite():
+            raise LabError(self.trouble())
         self.read = step
-        return losses[max(0, step - 20):step].mean().item()
+        return losses[max(0, step - 20) : step].mean().item()
 
     def __call__(self):
         calls = _called(self.every, self.run.step)
-        if not calls and time.monotonic() < self.due: return
+        if not calls and time.monotonic() < self.due:
+            return
         loss, left = self.loss(), time.monotonic()
         self.clock()
         for f in calls:
-            with kept_streams(self.run.history.device): said = f(self.run)
-            if isinstance(said, dict): self.run.notes.append(dict(step=self.run.step, **said))
-        self.start += time.monotonic() - left; self.due = time.monotonic() + .5
+            with kept_streams(self.run.history.device):
+                said = f(self.run)
+            if isinstance(said, dict):
+                self.run.notes.append(dict(step=self.run.step, **said))
+        self.start += time.monotonic() - left
+        self.due = time.monotonic() + 0.5
         self.live(self.run.line(loss))
 
 # %% ../nbs/08_train.ipynb #292dd160
 def update(
-    model, opt,
-    clip=1. # largest length of the whole gradient (Pascanu et al. 2013)
-)->Tensor: # its length before; it stays on the device
-    "Move the weights along the clipped gradient and empty it; a gradient that is no number counts as none"
+    model,
+    opt,
+    clip=1.0,  # largest length of the whole gradient (Pascanu et al. 2013)
+) -> Tensor:  # its length before; it stays on the device
+    """Move the weights along the clipped gradient and empty it; a gradient that is no number counts
+    as none"""
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     length = nn.utils.get_total_norm(grads)
-    scale, broken = (length/clip).clamp_min(1.), ~length.isfinite()
-    if opt.defaults.get('fused') and length.device.type != 'mps': opt.grad_scale, opt.found_inf = scale, broken.float()
+    scale = (length / clip).clamp_min(1.0)
+    broken = ~length.isfinite()
+    if opt.defaults.get('fused') and length.device.type != 'mps':
+        opt.grad_scale, opt.found_inf = scale, broken.float()
     else:
-        for g in grads: g.div_(scale).masked_fill_(broken, 0.)
-    opt.step(); opt.zero_grad(); opt.grad_scale = opt.found_inf = None
-    for m in model.modules(): getattr(m, 'settle', int)()       # parts that mind what a step has brought
+        for g in grads:
+            g.div_(scale).masked_fill_(broken, 0.0)
+    opt.step()
+    opt.zero_grad()
+    opt.grad_scale = opt.found_inf = None
+    for m in model.modules():
+        getattr(m, 'settle', int)()  # parts that mind what a step has brought
     return length
 
+
 def train_step(
-    model, opt, rows:Tensor, clip=1., loss=next_token_loss # `rows` are ids, (B, T+1)
-)->tuple: # (loss before the step, in nats; length of the gradient); they stay on the device
+    model,
+    opt,
+    rows: Tensor,
+    clip=1.0,
+    loss=next_token_loss,  # `rows` are ids, (B, T+1)
+) -> tuple:  # (loss before the step, in nats; length of the gradient); they stay on the device
     "One step of training: loss, gradient, clipping, update; the gradient is empty afterwards"
     value = balanced(loss)(model, rows)
     value.backward()
@@ -272,142 +402,199 @@ def _cosine(steps, lr, warmup, min_lr):
     "The usual schedule. Raises `LabError` where it cannot be followed"
     if warmup is not None and not 0 <= warmup <= steps:
         raise LabError(f'warmup={warmup}: give 0 to {steps:,} steps, as many as the run has')
-    if not 0 <= min_lr <= lr: raise LabError(f'min_lr={min_lr}: give 0 to the learning rate, {lr}')
-    return partial(warmup_cosine, warmup=warmup, end=min_lr/lr if min_lr else 0.)
+    if not 0 <= min_lr <= lr:
+        raise LabError(f'min_lr={min_lr}: give 0 to the learning rate, {lr}')
+    return partial(warmup_cosine, warmup=warmup, end=min_lr / lr if min_lr else 0.0)
+
 
 def fit(
     model,
-    batch,           # a function of the step: rows of ids (B, T+1)
-    steps:int, lr=4e-3, weight_decay=.1,
-    warmup:int=None, # steps of climbing; 100, or a tenth of all, if none
-    min_lr=0.,       # where the rate comes down to
-    clip=1.,         # largest length of the whole gradient
-    every:dict=None, # {n: f}: after each n steps, f(run); {(10, 50): f}: after these. A dict it returns is noted
-    seed=0,          # of dropout
-    opt=None,        # an optimiser with rates of its own; `adamw(model, lr, weight_decay)` if none
-    schedule=None,   # f(step, steps): the factor on the rates; by the two words above if none
-    loss=next_token_loss, step=train_step, run=None # a `Run` of this model that goes on where it stands
-)->Run:
-    "Train `model` with clipped gradients. Ctrl-C stops and keeps what was learned; raises where a loss is no number"
-    if run and run.steps != steps: raise LabError(f'steps={steps:,}: this run is planned for {run.steps:,}; give that')
+    batch,  # a function of the step: rows of ids (B, T+1)
+    steps: int,
+    lr=4e-3,
+    weight_decay=0.1,
+    warmup: int = None,  # steps of climbing; 100, or a tenth of all, if none
+    min_lr=0.0,  # where the rate comes down to
+    clip=1.0,  # largest length of the whole gradient
+    every: dict = None,  # {n: f}: f(run) every n steps; {(10, 50): f}: at these; its dict is noted
+    seed=0,  # of dropout
+    opt=None,  # an optimiser with rates of its own; `adamw(model, lr, weight_decay)` if none
+    schedule=None,  # f(step, steps): the factor on the rates; by the two words above if none
+    loss=next_token_loss,
+    step=train_step,
+    run=None,  # a `Run` of this model that goes on where it stands
+) -> Run:
+    """Train `model` with clipped gradients.
+
+    Ctrl-C stops and keeps what was learned; raises where a loss is no number"""
+    if run and run.steps != steps:
+        raise LabError(f'steps={steps:,}: this run is planned for {run.steps:,}; give that')
     factor = schedule or _cosine(steps, lr, warmup, min_lr)
     run = run or Run(model.train(), steps)
     run.unit = 'nats/token' if loss is next_token_loss else ''
     run.opt = opt = opt or run.opt or adamw(model.train(), lr, weight_decay)
-    watch, device = _Watch(run, every, lambda: _trouble(run, batch, loss)), run.history.device
+    watch = _Watch(run, every, lambda: _trouble(run, batch, loss))
+    device = run.history.device
     groups = opt.param_groups
     keep_memory()
     with stoppable(run.stop), seeded(seed, 'dropout', device), quick_linear(model):
-        set_streams(run.random or {}); run.random = None       # who goes on has them
+        set_streams(run.random or {})
+        run.random = None  # who goes on has them
         while run.step < steps and not run.stopped:
-            for g in groups: g['lr'] = g.setdefault('initial_lr', g['lr'])*factor(run.step, steps)
+            for g in groups:
+                g['lr'] = g.setdefault('initial_lr', g['lr']) * factor(run.step, steps)
             rows = batch(run.step)
             run.history[0, run.step], run.history[1, run.step] = step(model, opt, rows, clip, loss)
-            run.step += 1; run.tokens += rows[:, 1:].numel(); watch()
+            run.step += 1
+            run.tokens += rows[:, 1:].numel()
+            watch()
         run.random = streams(device)
     watch.clock()
-    watch.live.close(run.line(watch.loss()) + (f' | stopped {run.stopped}, what was learned is kept' if run.stopped else ''))
+    watch.live.close(
+        run.line(watch.loss())
+        + (f' | stopped {run.stopped}, what was learned is kept' if run.stopped else '')
+    )
     return run
 
 # %% ../nbs/08_train.ipynb #a693bc6d
 @dataclass(frozen=True)
 class Recipe:
     "All that decides a small training run, beside the defaults of `fit`"
+
     corpus: str = 'tiny_tales'
     steps: int = 1000
     batch_size: int = 8
-    block_len: int = 128     # context, in tokens
+    block_len: int = 128  # context, in tokens
     lr: float = 4e-3
-    weight_decay: float = .1
+    weight_decay: float = 0.1
     seed: int = 0
-    model: tuple = ()        # (('d_model', 128), …): what differs from `Config()`
+    model: tuple = ()  # (('d_model', 128), …): what differs from `Config()`
 
     def check(self):
         "Raises `LabError` on numbers that cannot be trained with"
         for k in ('steps', 'batch_size', 'block_len', 'seed'):
             n, least = getattr(self, k), int(k != 'seed')
-            if not isinstance(n, int) or n < least: raise LabError(f'{k}={n!r}: give a whole number of at least {least}')
-        if not 0 < self.lr < 1: raise LabError(f'lr={self.lr!r}: give a step size between 0 and 1, such as 0.004')
-        if not 0 <= self.weight_decay < 10: raise LabError(f'weight_decay={self.weight_decay!r}: give 0 or a little more, such as 0.1')
+            if not isinstance(n, int) or n < least:
+                raise LabError(f'{k}={n!r}: give a whole number of at least {least}')
+        if not 0 < self.lr < 1:
+            raise LabError(f'lr={self.lr!r}: give a step size between 0 and 1, such as 0.004')
+        if not 0 <= self.weight_decay < 10:
+            raise LabError(
+                f'weight_decay={self.weight_decay!r}: give 0 or a little more, such as 0.1'
+            )
         return self
 
 # %% ../nbs/08_train.ipynb #693e2cf9
 @dataclass
 class Setup:
     "A recipe made ready: texts as ids, tokenizer, a fresh model, batches"
+
     recipe: Recipe
     corpus: object
     tokenizer: object
-    ids: dict                # split: tokens, (n,)
-    starts: dict             # split: where its documents begin, if they stand alone; else None
+    ids: dict  # split: tokens, (n,)
+    starts: dict  # split: where its documents begin, if they stand alone; else None
     model: nn.Module
     batch: object
 
-    def loss(self, split='val', most=None, live=None)->float: # nats per token
-        "The loss on a split, or on its first `most` tokens; story by story where documents stand alone"
+    def loss(self, split='val', most=None, live=None) -> float:  # nats per token
+        """The loss on a split, or on its first `most` tokens; story by story where documents stand
+        alone"""
         ids, starts = self.ids[split][:most], self.starts[split]
-        if starts is not None: starts = starts[starts < len(ids) - 1]
+        if starts is not None:
+            starts = starts[starts < len(ids) - 1]
         return mean_loss(self.model, ids, live=live, starts=starts)
 
 # %% ../nbs/08_train.ipynb #a120d730
-def read_split(corpus, tokenizer, split)->tuple:
-    "(the ids of a split, (n,); where each document begins, if they stand alone, else None: its mark's last token)"
+def read_split(corpus, tokenizer, split) -> tuple:
+    """(the ids of a split, (n,); where each document begins, if they stand alone, else None: its
+    mark's last token)"""
     documents = [*corpus.documents(split)]
     # a text of one paragraph may be without the separator's characters
     mark = end_mark(corpus, tokenizer) if corpus.independent or len(documents) > 1 else []
-    each = tokenizer.encode_batch(documents) if hasattr(tokenizer, 'encode_batch') else map(tokenizer.encode, documents)
+    each = (
+        tokenizer.encode_batch(documents)
+        if hasattr(tokenizer, 'encode_batch')
+        else map(tokenizer.encode, documents)
+    )
     parts = [[*ids, *mark] for ids in each]
-    if not corpus.independent:                                 # the marks stand between, as in a packed folder
+    if not corpus.independent:  # the marks stand between, as in a packed folder
         ids = torch.tensor([*chain.from_iterable(parts)], dtype=torch.int64)
-        return ids[:len(ids) - len(mark)], None
+        return ids[: len(ids) - len(mark)], None
     parts = [torch.tensor(p) for p in (mark, *parts)]
     return torch.cat(parts), torch.tensor([*map(len, parts)]).cumsum(0)[:-1] - 1
 
 # %% ../nbs/08_train.ipynb #f30c6176
-def prepare(recipe:Recipe, corpus=None, device='cpu', tokenizer=None)->Setup:
-    "Load the corpus, make a tokenizer of its characters if none is given, cut batches, build the model"
+def prepare(recipe: Recipe, corpus=None, device='cpu', tokenizer=None) -> Setup:
+    """Load the corpus, make a tokenizer of its characters if none is given, cut batches, build the
+    model"""
     recipe.check()
     corpus = corpus or load_corpus(recipe.corpus)
     tokenizer = tokenizer or CharTokenizer.train(letters_of(corpus))
     read = {s: read_split(corpus, tokenizer, s) for s in ('train', 'val')}
     ids, starts = ({s: r[n] for s, r in read.items()} for n in (0, 1))
-    least = 10*(recipe.block_len + 1)
+    least = 10 * (recipe.block_len + 1)
     if (n := sum(map(len, ids.values()))) < least:
-        raise LabError(f'corpus {corpus.name!r} has {n:,} {"characters" if tokenizer.kind == "chars" else "tokens"}, '
-                       f'contexts of {recipe.block_len} need {least:,}: give a longer text or a smaller block_len')
+        raise LabError(
+            f'corpus {corpus.name!r} has {n:,} '
+            f'{"characters" if tokenizer.kind == "chars" else "tokens"}, '
+            f'contexts of {recipe.block_len} need {least:,}: give a longer text or a smaller '
+            'block_len'
+        )
     sizes = {'vocab_size': tokenizer.vocab_size, 'max_len': recipe.block_len, **dict(recipe.model)}
     model = MiniGPT(Config(**sizes), seed=recipe.seed).to(device)
-    rows = None if starts['train'] is None else blocks(len(ids['train']), recipe.block_len, starts['train'])[:, 0]
-    batch = random_crops(ids['train'], recipe.batch_size, recipe.block_len, recipe.seed, device, rows)
+    rows = (
+        None
+        if starts['train'] is None
+        else blocks(len(ids['train']), recipe.block_len, starts['train'])[:, 0]
+    )
+    batch = random_crops(
+        ids['train'], recipe.batch_size, recipe.block_len, recipe.seed, device, rows
+    )
     return Setup(recipe, corpus, tokenizer, ids, starts, model, batch)
 
 # %% ../nbs/08_train.ipynb #8d074c3f
-RECIPES = dict(tales=Recipe(steps=5000, batch_size=2, block_len=288, seed=1, model=(('d_model', 64), ('n_layers', 2))))
+RECIPES = dict(
+    tales=Recipe(
+        steps=5000, batch_size=2, block_len=288, seed=1, model=(('d_model', 64), ('n_layers', 2))
+    )
+)
+
 
 def _keep(recipe, folder):
     "Train by the recipe, and keep the model in the folder"
     s = prepare(recipe)
     run = fit(s.model, s.batch, recipe.steps, recipe.lr, recipe.weight_decay, seed=recipe.seed)
     if run.stopped:
-        raise KeyboardInterrupt                                # half a model must not be kept under this name
-    about = dict(corpus=s.corpus.name, licence=s.corpus.licence, steps=run.step, tokens=run.tokens,
-                 val_loss=s.loss(most=20_000))
+        raise KeyboardInterrupt  # half a model must not be kept under this name
+    about = dict(
+        corpus=s.corpus.name,
+        licence=s.corpus.licence,
+        steps=run.step,
+        tokens=run.tokens,
+        val_loss=s.loss(most=20_000),
+    )
     save_package(folder, s.model, s.tokenizer, about)
 
-def trained(name:str): # a key of `RECIPES` → (model, tokenizer, about), as `open_model` gives it
-    "A small trained model, made once and kept under a hash of its recipe; who asks while it is made waits"
-    if name not in RECIPES: raise LabError(f'no recipe is called {name!r}: choose from {", ".join(RECIPES)}')
+
+def trained(name: str):  # a key of `RECIPES` → (model, tokenizer, about), as `open_model` gives it
+    """A small trained model, made once and kept under a hash of its recipe; who asks while it is
+    made waits"""
+    if name not in RECIPES:
+        raise LabError(f'no recipe is called {name!r}: choose from {", ".join(RECIPES)}')
     recipe = RECIPES[name]
     decides = [__version__, asdict(recipe), to_data(Config()), load_corpus(recipe.corpus).sha256]
     key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:10]
-    folder = home()/'artifacts'/f'{name}-{key}'
-    if not (folder/'package.json').exists():
+    folder = home() / 'artifacts' / f'{name}-{key}'
+    if not (folder / 'package.json').exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = need('filelock').FileLock(folder.with_name(f'.{folder.name}.lock'))
         try:
-            with suppress(NotImplementedError):                # a disk without locks: two may train the same model
+            with suppress(
+                NotImplementedError
+            ):  # a disk without locks: two may train the same model
                 lock.acquire()
-            if not (folder/'package.json').exists():           # or another process has made it meanwhile
+            if not (folder / 'package.json').exists():  # or another process has made it meanwhile
                 _keep(recipe, folder)
         finally:
             lock.release()
@@ -416,28 +603,42 @@ def trained(name:str): # a key of `RECIPES` → (model, tokenizer, about), as `o
 # %% ../nbs/08_train.ipynb #10cb1b1b
 def smoothed(values, width=25):
     "Means over the last `width` values, (n,)"
-    sums = torch.tensor([0., *values], dtype=torch.float64).cumsum(0)
-    n = torch.arange(1, len(sums)); low = (n - width).clamp_min(0)
-    return ((sums[n] - sums[low])/(n - low)).tolist()
+    sums = torch.tensor([0.0, *values], dtype=torch.float64).cumsum(0)
+    n = torch.arange(1, len(sums))
+    low = (n - width).clamp_min(0)
+    return ((sums[n] - sums[low]) / (n - low)).tolist()
 
 # %% ../nbs/08_train.ipynb #c33d8f11
 def loss_picture(
-    run:Run, floor:float=None, title:str=None, # the floor in bits per character, where it is known
-    token='character' # what a token of the run is: 'token' where it is more than a character
-): # a matplotlib figure
+    run: Run,
+    floor: float = None,
+    title: str = None,  # the floor in bits per character, where it is known
+    token='character',  # what a token of the run is: 'token' where it is more than a character
+):  # a matplotlib figure
     "Training loss, the noted validation losses, and the floor"
-    if not run.losses: raise LabError('no step was made, so there is no curve: train first')
+    if not run.losses:
+        raise LabError('no step was made, so there is no curve: train first')
     if floor and token != 'character':
         raise LabError('the floor is known per character: leave it out where tokens are longer')
-    plt, unit = pyplot(), math.log(2) if floor else 1.
-    x = [t/len(run.losses)*run.tokens/1e6 for t in range(1, len(run.losses) + 1)]
+    plt = pyplot()
+    unit = math.log(2) if floor else 1.0
+    x = [t / len(run.losses) * run.tokens / 1e6 for t in range(1, len(run.losses) + 1)]
     fig, ax = plt.subplots()
-    ax.plot(x, [v/unit for v in smoothed(run.losses)], color='.6', label='training')
-    noted = [(n['step']/run.step*run.tokens/1e6, n['val']/unit) for n in run.notes if 'val' in n]
-    if noted: ax.plot(*zip(*noted), 'ko-', ms=3, label='validation')
-    if floor: ax.axhline(floor, color='k', ls=':', label='floor')
-    last = noted[-1][1] if noted else run.losses[-1]/unit
+    ax.plot(x, [v / unit for v in smoothed(run.losses)], color='.6', label='training')
+    noted = [
+        (n['step'] / run.step * run.tokens / 1e6, n['val'] / unit) for n in run.notes if 'val' in n
+    ]
+    if noted:
+        ax.plot(*zip(*noted), 'ko-', ms=3, label='validation')
+    if floor:
+        ax.axhline(floor, color='k', ls=':', label='floor')
+    last = noted[-1][1] if noted else run.losses[-1] / unit
     name = f'{"bits" if floor else "nats"} per {token}'
-    ax.set(xlabel=f'{token}s seen (millions)', ylabel=f'loss ({name})',
-           title=title or f'the loss falls to {last:.2f} {name}', ylim=(0 if floor else None, None))
-    ax.legend(); return fig
+    ax.set(
+        xlabel=f'{token}s seen (millions)',
+        ylabel=f'loss ({name})',
+        title=title or f'the loss falls to {last:.2f} {name}',
+        ylim=(0 if floor else None, None),
+    )
+    ax.legend()
+    return fig

@@ -1,4 +1,6 @@
-"""Chapter 19: the fast form of a model writes the same, whatever the parts, and eight bits cost what they are said to cost."""
+"""Chapter 19: the fast form of a model writes the same, whatever the parts, and eight bits cost
+what they are said to cost."""
+
 import shutil
 import threading
 from dataclasses import replace
@@ -20,7 +22,7 @@ from llm_lab.package import save_package
 from llm_lab.sample import Reader, generate, sample
 
 each = pytest.mark.parametrize('kind', KINDS)
-OLD_ROAD = {'heads look apart'}                                # a pattern that only the old road knows
+OLD_ROAD = {'heads look apart'}  # a pattern that only the old road knows
 
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -31,21 +33,31 @@ def test_every_token_is_that_of_the_plain_model(kind, pad):
     model, ids = shaken(KINDS[kind]), ids_of(0, 3)
     quick, pad = fast(model), pad and torch.tensor(pad)
     assert quick.simple == (kind not in OLD_ROAD)
-    for cut in ([7] + [1]*(T - 7), [1]*T, [20, 1, 1, 5, 1, 1, 11]):
+    for cut in ([7] + [1] * (T - 7), [1] * T, [20, 1, 1, 5, 1, 1, 11]):
         reader, slow = Reader(quick, T, pad), Reader(model, T, pad)
-        for piece in ids.split(cut, 1): near(reader(piece), slow(piece))
+        for piece in ids.split(cut, 1):
+            near(reader(piece), slow(piece))
 
 
 @each
 def test_the_text_is_the_same(kind):
     model, prompt = shaken(KINDS[kind], 1), ids_of(1, 2, 9)
-    def write(m, **kw): return torch.stack(list(generate(m, prompt, 50, **kw)), 1).tolist()     # past max_len, too
-    for kw in (dict(temperature=0), dict(seed=3, top_k=9)): assert write(fast(model), **kw) == write(cached(model), **kw)
+
+    def write(m, **kw):
+        return torch.stack(list(generate(m, prompt, 50, **kw)), 1).tolist()  # past max_len, too
+
+    for kw in (dict(temperature=0), dict(seed=3, top_k=9)):
+        assert write(fast(model), **kw) == write(cached(model), **kw)
     prompts = ['a', 'more words']
-    assert [p + c.text for p, (c,) in zip(prompts, complete(fast(model), TOK, prompts, 20))] == [sample(model, TOK, p, 20) for p in prompts]
+    assert [p + c.text for p, (c,) in zip(prompts, complete(fast(model), TOK, prompts, 20))] == [
+        sample(model, TOK, p, 20) for p in prompts
+    ]
 
 
-@pytest.mark.parametrize('shape,bias', crossed([(300, 1024), (512, 512), (1000, 300), (64, 30), (256, 1536)], [True, False]))
+@pytest.mark.parametrize(
+    'shape,bias',
+    crossed([(300, 1024), (512, 512), (1000, 300), (64, 30), (256, 1536)], [True, False]),
+)
 def test_wide_layers_of_all_sizes(shape, bias):
     "Above and below the size at which oneDNN multiplies, with and without columns that nobody uses"
     K, N = shape
@@ -59,35 +71,56 @@ def test_wide_layers_of_all_sizes(shape, bias):
 def test_a_model_as_wide_as_real_ones():
     attn = part(GQA, n_kv_heads=2, steps=(part(QKNorm), part(Rope)))
     cfg = llama(2048, max_len=64, d_model=512, n_layers=2, n_heads=8, attn=attn, tie=True)
-    model, ids = MiniGPT(cfg).eval(), torch.randint(2048, (1, 40), generator=rng(0, 'ids'))
+    model = MiniGPT(cfg).eval()
+    ids = torch.randint(2048, (1, 40), generator=rng(0, 'ids'))
     reader, want = Reader(fast(model), 40), plain(model, ids)
-    for t, piece in zip((9, *range(10, 40)), ids.split([10] + [1]*30, 1)): near(reader(piece), want[:, t])
+    for t, piece in zip((9, *range(10, 40)), ids.split([10] + [1] * 30, 1)):
+        near(reader(piece), want[:, t])
 
 
 def test_the_short_road_is_not_taken_where_it_is_wrong():
-    "A ring larger than the window, a cache that keeps all for a window, a step behind the cache: all need the mask or the order"
+    """A ring larger than the window, a cache that keeps all for a window, a step behind the cache:
+    all need the mask or the order"""
     rope, far = part(Rope), part(window, size=5)
-    for steps, pattern in (((rope, part(Cached, size=9)), far), ((rope, part(Cached)), far), ((part(Cached), rope), None)):
-        cfg = llama(**SIZE, attn=part(Attention, steps=steps, **(dict(pattern=pattern) if pattern else {})))
+    for steps, pattern in (
+        ((rope, part(Cached, size=9)), far),
+        ((rope, part(Cached)), far),
+        ((part(Cached), rope), None),
+    ):
+        cfg = llama(
+            **SIZE, attn=part(Attention, steps=steps, **(dict(pattern=pattern) if pattern else {}))
+        )
         model, ids = shaken(cfg), ids_of(2, 2)
         quick = fast(model)
         quick = quick if quick.model.cfg == cfg else type(quick)(model, lambda old, head: old)
         reader, want = Reader(quick, T), plain(model, ids)
-        for t, piece in zip((9, *range(10, T)), ids.split([10] + [1]*30, 1)): near(reader(piece), want[:, t])
+        for t, piece in zip((9, *range(10, T)), ids.split([10] + [1] * 30, 1)):
+            near(reader(piece), want[:, t])
         assert quick.simple == (pattern is None and quick.model.cfg != cfg)
 
 
-def comb(i, j, size): return (j <= i) & (i - j < size) & ((i - j) % 2 == 0)
-def apart(i, j, h, size): return (j <= i) & (i - j < size - h)
-for f in (comb, apart): f.reach = lambda size: size
+def comb(i, j, size):
+    return (j <= i) & (i - j < size) & ((i - j) % 2 == 0)
+
+
+def apart(i, j, h, size):
+    return (j <= i) & (i - j < size - h)
+
+
+for f in (comb, apart):
+    f.reach = lambda size: size
 
 
 @pytest.mark.parametrize('pattern', [comb, apart])
 def test_a_pattern_with_holes_takes_the_old_road(pattern):
-    model, ids = shaken(llama(**SIZE, attn=part(Attention, steps=(part(Rope),), pattern=part(pattern, size=7)))), ids_of(2, 2)
+    model = shaken(
+        llama(**SIZE, attn=part(Attention, steps=(part(Rope),), pattern=part(pattern, size=7)))
+    )
+    ids = ids_of(2, 2)
     quick, want = fast(model), plain(model, ids)
     reader = Reader(quick, T)
-    for t, piece in zip((9, *range(10, T)), ids.split([10] + [1]*30, 1)): near(reader(piece), want[:, t])
+    for t, piece in zip((9, *range(10, T)), ids.split([10] + [1] * 30, 1)):
+        near(reader(piece), want[:, t])
     assert not quick.simple and quick.cache(1, 9)[0].endless
 
 
@@ -95,10 +128,12 @@ def test_who_looks_on_is_asked():
     "The watching steps of chapter 11 work on the fast form, also while it writes"
     model, ids = shaken(KINDS['2 heads']), ids_of(6, 1)
     quick = fast(model)
-    with without_head(model, 1, 1): want = plain(model, ids)
+    with without_head(model, 1, 1):
+        want = plain(model, ids)
     with without_head(quick, 1, 1):
         reader = Reader(quick, T)
-        for t, piece in zip((9, *range(10, T)), ids.split([10] + [1]*30, 1)): near(reader(piece), want[:, t])
+        for t, piece in zip((9, *range(10, T)), ids.split([10] + [1] * 30, 1)):
+            near(reader(piece), want[:, t])
     cache = quick.cache(1, T)
     plain(quick, ids[:, :9], cache=cache)
     maps = attention_maps(quick, ids[0, 9:10], torch.tensor([9]), cache=cache)
@@ -108,50 +143,73 @@ def test_who_looks_on_is_asked():
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32])
 def test_dropout_training_and_low_precision(dtype):
-    model, ids = shaken(replace(KINDS['2 heads'], dropout=.5)), ids_of(7, 2)
+    model = shaken(replace(KINDS['2 heads'], dropout=0.5))
+    ids = ids_of(7, 2)
     want, model = plain(model, ids), model.to(dtype).train()
     noise = (plain(model.eval(), ids).float() - want).abs().max() + 1e-5
     reader = Reader(fast(model.train()), T)
-    for t, piece in zip((9, *range(10, T)), ids.split([10] + [1]*30, 1)): assert (reader(piece).float() - want[:, t]).abs().max() < 2*noise
+    for t, piece in zip((9, *range(10, T)), ids.split([10] + [1] * 30, 1)):
+        assert (reader(piece).float() - want[:, t]).abs().max() < 2 * noise
     assert model.training
 
 
 def test_layers_with_rings_of_different_sizes():
     near_by = part(Attention, pattern=part(window, size=5), steps=(part(Rope),), bias=False)
-    far = part(GQA, n_kv_heads=2, steps=(part(Rope, base=100.),))
-    model, ids = shaken(replace(llama(**SIZE), attn=part(mixed, near=near_by, far=far))), ids_of(8, 2)
+    far = part(GQA, n_kv_heads=2, steps=(part(Rope, base=100.0),))
+    model = shaken(replace(llama(**SIZE), attn=part(mixed, near=near_by, far=far)))
+    ids = ids_of(8, 2)
     quick, want = fast(model), plain(model, ids)
     assert quick.simple and [c.length for c in quick.cache(1, 9).values()] == [5, 9, 5]
     reader = Reader(quick, T)
-    for t, piece in zip((9, *range(10, T)), ids.split([10] + [1]*30, 1)): near(reader(piece), want[:, t])
+    for t, piece in zip((9, *range(10, T)), ids.split([10] + [1] * 30, 1)):
+        near(reader(piece), want[:, t])
 
 
-def mixed(cfg, layer=0, *, near, far): return (far if layer % 2 else near)(cfg, layer)
+def mixed(cfg, layer=0, *, near, far):
+    return (far if layer % 2 else near)(cfg, layer)
 
 
-@pytest.mark.skipif(not exact_by_onednn(), reason="oneDNN's other way is not there, or is not float32's")
+@pytest.mark.skipif(
+    not exact_by_onednn(), reason="oneDNN's other way is not there, or is not float32's"
+)
 def test_threads_leave_the_settings_of_torch_as_they_were(monkeypatch):
     monkeypatch.setattr('llm_lab.fast.quick_products', lambda: True)
     quick = fast(MiniGPT(llama(2000, d_model=512, n_layers=1, n_heads=4, max_len=64)))
     prompt = torch.randint(2000, (1, 5), generator=rng(0, 'prompt'))
-    want, got = torch.cat(list(generate(quick, prompt, 20))).tolist(), []
-    threads = [threading.Thread(target=lambda: got.append(torch.cat(list(generate(quick, prompt, 20))).tolist())) for _ in range(3)]
-    for t in threads: t.start()
-    for t in threads: t.join()
-    assert got == [want]*3 and torch.backends.mkldnn.matmul.fp32_precision == 'none'
+    want = torch.cat(list(generate(quick, prompt, 20))).tolist()
+    got = []
+    threads = [
+        threading.Thread(
+            target=lambda: got.append(torch.cat(list(generate(quick, prompt, 20))).tolist())
+        )
+        for _ in range(3)
+    ]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert got == [want] * 3 and torch.backends.mkldnn.matmul.fp32_precision == 'none'
 
 
 def test_what_a_fast_model_is_not_for(tmp_path):
     quick = fast(MiniGPT(Config(**SIZE)))
-    with pytest.raises(LabError, match='fast already'): fast(quick)
-    with pytest.raises(LabError, match='a Fast is not saved'): save_package(tmp_path/'p', quick, TOK)
-    with pytest.raises(LabError, match="no part of this model reads 'doc'"): quick(ids_of(0, 1), doc=1)
-    with pytest.raises(LabError, match='no more tokens than the model sees'): speed(quick, prompt=30, n=30)
+    with pytest.raises(LabError, match='fast already'):
+        fast(quick)
+    with pytest.raises(LabError, match='a Fast is not saved'):
+        save_package(tmp_path / 'p', quick, TOK)
+    with pytest.raises(LabError, match="no part of this model reads 'doc'"):
+        quick(ids_of(0, 1), doc=1)
+    with pytest.raises(LabError, match='no more tokens than the model sees'):
+        speed(quick, prompt=30, n=30)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_model_is_left_alone_and_bound_weights_are_read():
-    for cfg in (KINDS['tied'], replace(KINDS['Llama'], init=part(spectral_init)), KINDS['soft cap']):
+    for cfg in (
+        KINDS['tied'],
+        replace(KINDS['Llama'], init=part(spectral_init)),
+        KINDS['soft cap'],
+    ):
         model, ids = MiniGPT(cfg).eval(), ids_of(3, 1)
         before, said = str(model), plain(model, ids)
         quick = fast(model)
@@ -165,19 +223,27 @@ def test_a_full_cache_is_told_of():
     cache = quick.cache(1, 3)
     plain(quick, ids_of(0, 1, 2), cache=cache)
     plain(quick, ids_of(0, 1, 1), torch.tensor([2]), cache=cache)
-    with pytest.raises(LabError, match='3 places, all are taken'): plain(quick, ids_of(0, 1, 1), torch.tensor([3]), cache=cache)
+    with pytest.raises(LabError, match='3 places, all are taken'):
+        plain(quick, ids_of(0, 1, 1), torch.tensor([3]), cache=cache)
 
 
 def test_eight_bits_are_the_nearest_of_255():
     layer = nn.Linear(40, 25)
-    with torch.no_grad(): layer.weight[3] = 0; layer.weight[4] *= 1e4
+    with torch.no_grad():
+        layer.weight[3] = 0
+        layer.weight[4] *= 1e4
     small = Int8(layer)
-    off = (small.weight[:, :40]*small.scale.float()[:, None] - layer.weight).abs()
-    assert (off <= .505*small.scale.float()[:, None]).all() and small.weight.dtype == torch.int8
+    off = (small.weight[:, :40] * small.scale.float()[:, None] - layer.weight).abs()
+    assert (off <= 0.505 * small.scale.float()[:, None]).all() and small.weight.dtype == torch.int8
     x = torch.randn(5, 1, 40, generator=rng(0, 'x'))
     assert (plain(small, x)[..., 3] == layer.bias[3]).all()
-    exact = x.bfloat16().double() @ (small.weight[:, :40]*small.scale.double()[:, None]).T + layer.bias.double()
-    assert ((plain(small, x) - exact).abs() <= .004*exact.abs() + .01*small.scale.float()*127).all()
+    exact = (
+        x.bfloat16().double() @ (small.weight[:, :40] * small.scale.double()[:, None]).T
+        + layer.bias.double()
+    )
+    assert (
+        (plain(small, x) - exact).abs() <= 0.004 * exact.abs() + 0.01 * small.scale.float() * 127
+    ).all()
 
 
 @pytest.mark.parametrize('K,N', crossed([1, 8, 15, 16, 17, 40, 88, 100], [1, 7, 32, 65]))
@@ -187,42 +253,51 @@ def test_eight_bits_of_any_size(K, N):
     for rows in (1, 2, 5, 33):
         x = torch.randn(rows, 1, K, generator=rng(rows, 'x'))
         got, want = plain(Int8(layer), x), plain(layer, x)
-        assert got.shape == want.shape and (got - want).norm() < .03*want.norm() + .01
+        assert got.shape == want.shape and (got - want).norm() < 0.03 * want.norm() + 0.01
 
 
 def test_eight_bits_in_a_model():
     model, ids = MiniGPT(KINDS['2 heads']).eval(), ids_of(4, 4)
     quick = fast(model, 'int8')
-    assert sum(isinstance(m, Int8) for m in quick.modules()) == 4*3 and isinstance(quick.model.head, Wide)
+    assert sum(isinstance(m, Int8) for m in quick.modules()) == 4 * 3 and isinstance(
+        quick.model.head, Wide
+    )
     a, b = plain(quick, ids), plain(model, ids)
-    assert 1e-4 < (a - b).norm()/b.norm() < .03
+    assert 1e-4 < (a - b).norm() / b.norm() < 0.03
     reader = Reader(quick, T)
-    for t, piece in zip((9, *range(10, T)), ids.split([10] + [1]*30, 1)): near(reader(piece), a[:, t], .02)
+    for t, piece in zip((9, *range(10, T)), ids.split([10] + [1] * 30, 1)):
+        near(reader(piece), a[:, t], 0.02)
 
 
 def test_bytes_that_a_token_reads():
     V, C = 300, 32
     for tie in (True, False):
         model = MiniGPT(llama(V, max_len=32, d_model=C, n_layers=2, n_heads=4, tie=tie))
-        whole = 4*(model.n_params - (0 if tie else V*C))
+        whole = 4 * (model.n_params - (0 if tie else V * C))
         assert fetched(model) == fetched(fast(model)) == whole
-        blocks = whole - 4*V*C - 4*C*5
-        assert whole - blocks < fetched(fast(model, 'int8')) < whole - .7*blocks
+        blocks = whole - 4 * V * C - 4 * C * 5
+        assert whole - blocks < fetched(fast(model, 'int8')) < whole - 0.7 * blocks
     said = speed(fast(model), n=4, rounds=1)
     assert said['bytes'] == whole and 0 < said['tokens_per_s'] and said['limit'] > 0
 
 
 def test_wrong_words_are_refused():
     for word in ('int4', None, 8):
-        with pytest.raises(LabError, match='choose from float32, int8'): fast(MiniGPT(Config(**SIZE)), word)
+        with pytest.raises(LabError, match='choose from float32, int8'):
+            fast(MiniGPT(Config(**SIZE)), word)
 
 
-@pytest.mark.skipif(not (shutil.which('g++') or shutil.which('clang++')), reason='torch.compile needs a C++ compiler')
+@pytest.mark.skipif(
+    not (shutil.which('g++') or shutil.which('clang++')),
+    reason='torch.compile needs a C++ compiler',
+)
 @pytest.mark.parametrize('kind', ['window of 5', pytest.param('2 heads', marks=pytest.mark.slow)])
 def test_compiled_is_the_same(kind):
-    model, ids = shaken(replace(KINDS[kind], n_layers=1)), ids_of(5, 1)
+    model = shaken(replace(KINDS[kind], n_layers=1))
+    ids = ids_of(5, 1)
     quick = fast(model, compile=True)
     for _ in range(2):
         reader, slow = Reader(quick, T), Reader(model, T)
-        for piece in ids.split([5] + [1]*30 + [5], 1): near(reader(piece), slow(piece))
+        for piece in ids.split([5] + [1] * 30 + [5], 1):
+            near(reader(piece), slow(piece))
     assert quick.step is not quick.token

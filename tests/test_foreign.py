@@ -1,7 +1,8 @@
-"""Tokenizers of others: each kind of tokenizer.json is read with the ids and texts of the `tokenizers` library, or refused by name.
+"""Tokenizers of others: each kind of tokenizer.json is read with the ids and texts of the
+`tokenizers` library, or refused by name.
 
-The oracle is the library itself, on random texts. A tenth of the texts in `make test`, all of them in `make nightly` (see cases.py).
-"""
+The oracle is the library itself, on random texts. A tenth of the texts in `make test`, all of
+them in `make nightly` (see cases.py)."""
 
 import copy
 import json
@@ -40,9 +41,9 @@ from llm_lab.llama import llama
 from llm_lab.sample import Decoder, prompt_ids, sample
 
 SAID = (
-    'The cat sat on the mat.\nA café, 12 naïve cats — and 家! Hello, hello  wörld\t"it\'s" ﬁne ½ <s>x</s> [MASK]. '
-    * 3
-)
+    'The cat sat on the mat.\nA café, 12 naïve cats — and 家! Hello, hello  wörld\t"it\'s" '
+    'ﬁne ½ <s>x</s> [MASK]. '
+) * 3
 BYTES = pre_tokenizers.ByteLevel.alphabet()
 
 
@@ -509,7 +510,8 @@ def test_what_no_one_can_follow_exactly_is_refused_by_name(words, tmp_path):
 @pytest.mark.parametrize('depth', [30, 100, 130, 400, 900])
 def test_rules_within_rules_are_followed_or_are_a_line(depth, tmp_path):
     data = json.loads(octets().to_str())
-    inner, outer = '{"type": "Lowercase"}', '{"type": "Sequence", "normalizers": ['
+    inner = '{"type": "Lowercase"}'
+    outer = '{"type": "Sequence", "normalizers": ['
     text = json.dumps(data | dict(normalizer='HERE'))
     text = text.replace('"HERE"', outer * depth + inner + ']}' * depth)
     (tmp_path / 'tokenizer.json').write_text(text)
@@ -614,7 +616,8 @@ def test_special_tokens_are_allowed_by_name():
     'name', ['llama 2', 'unigram with bytes', 'bytes, prefix space', 'wordpiece', 'unigram']
 )
 def test_text_that_comes_token_by_token_is_the_text(name):
-    tok, rnd = tokenizer_from(json.loads(KINDS[name]().to_str())), random.Random(name)
+    tok = tokenizer_from(json.loads(KINDS[name]().to_str()))
+    rnd = random.Random(name)
     for text in ['Où est ☕? 😀 «ça va»', 'ééé 家家', *some_texts(rnd, 30)]:
         ids = answer(tok.encode, text)
         if ids is LabError:
@@ -779,10 +782,8 @@ def test_a_folder_of_the_world_begins_as_its_file_says(tmp_path):
         if post:
             t.post_processor = post
         t.save(str(tmp_path / 'x' / 'tokenizer.json'))
-        opened, theirs = (
-            from_hf(tmp_path / 'x'),
-            Tokenizer.from_file(str(tmp_path / 'x' / 'tokenizer.json')),
-        )
+        opened = from_hf(tmp_path / 'x')
+        theirs = Tokenizer.from_file(str(tmp_path / 'x' / 'tokenizer.json'))
         for text in ('hello', '\nhello'):
             assert (
                 prompt_ids(opened.model, opened.tokenizer, text)[0].tolist()
@@ -946,25 +947,23 @@ def test_an_index_of_any_shape_is_read_or_is_one_line(sharded, tmp_path):
 def test_random_indexes_are_read_or_are_one_line(sharded, tmp_path):
     folder, place, _ = sharded
     shutil.copytree(folder, tmp_path / 'x')
-    rnd, odd = (
-        random.Random(0),
-        [
-            None,
-            0,
-            -1,
-            1.5,
-            True,
-            [],
-            {},
-            'x',
-            '',
-            [[]],
-            {'a': 1},
-            '../x',
-            'a.safetensors',
-            'b.safetensors',
-        ],
-    )
+    rnd = random.Random(0)
+    odd = [
+        None,
+        0,
+        -1,
+        1.5,
+        True,
+        [],
+        {},
+        'x',
+        '',
+        [[]],
+        {'a': 1},
+        '../x',
+        'a.safetensors',
+        'b.safetensors',
+    ]
     for _ in range(cases(500, 50)):
         data = dict(weight_map=dict(place))
         for _ in range(rnd.randint(1, 3)):

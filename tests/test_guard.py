@@ -89,7 +89,7 @@ def refused(call, root, *words):
 def written_by(path, **files):
     "A folder with these files"
     for name, text in files.items():
-        place = path/name.replace('__', '.')
+        place = path / name.replace('__', '.')
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_text(text)
     return path
@@ -146,8 +146,8 @@ def test_a_folder_of_somebody_else_is_not_replaced(kind, write, tmp_path, monkey
             'model__safetensors': 'x',
         },
     }
-    folder = written_by(tmp_path/kind, thesis__tex='years', **extra[kind])
-    written_by(folder/'sub', data__csv='1')
+    folder = written_by(tmp_path / kind, thesis__tex='years', **extra[kind])
+    written_by(folder / 'sub', data__csv='1')
     if write == 'here':
         monkeypatch.chdir(folder)
         for path in ('.', '', folder.name and '../' + folder.name, '..', folder, folder.parent):
@@ -157,109 +157,109 @@ def test_a_folder_of_somebody_else_is_not_replaced(kind, write, tmp_path, monkey
 
 
 CHANGES = {
-    'an extra file': (lambda p: (p/'notes.txt').write_text('seed 3'), 'holds notes.txt, so'),
-    'a hidden file': (lambda p: (p/'.notes').write_text('seed 3'), 'holds .notes, so'),
+    'an extra file': (lambda p: (p / 'notes.txt').write_text('seed 3'), 'holds notes.txt, so'),
+    'a hidden file': (lambda p: (p / '.notes').write_text('seed 3'), 'holds .notes, so'),
     'a better card': (
-        lambda p: (p/'README.md').write_text('# Better'),
+        lambda p: (p / 'README.md').write_text('# Better'),
         'README.md, which was changed since',
     ),
     'another weight': (
-        lambda p: (p/'model.safetensors').write_bytes(b'x'),
+        lambda p: (p / 'model.safetensors').write_bytes(b'x'),
         'model.safetensors, which was changed since',
     ),
-    'its list': (lambda p: (p/'package.json').write_text('{}'), 'holds README.md, so'),
-    'an empty folder': (lambda p: (p/'plots').mkdir(), 'holds plots, so'),
-    'a link': (lambda p: (p/'data').symlink_to(p.parent), 'holds data, a link'),
+    'its list': (lambda p: (p / 'package.json').write_text('{}'), 'holds README.md, so'),
+    'an empty folder': (lambda p: (p / 'plots').mkdir(), 'holds plots, so'),
+    'a link': (lambda p: (p / 'data').symlink_to(p.parent), 'holds data, a link'),
     'a link for a file': (
         lambda p: (
-            shutil.move(p/'README.md', p.parent) and (p/'README.md').symlink_to('../README.md')
+            shutil.move(p / 'README.md', p.parent) and (p / 'README.md').symlink_to('../README.md')
         ),
         'README.md, a link',
     ),
     'a pipe': (
-        lambda p: ((p/'README.md').unlink(), os.mkfifo(p/'README.md')),
+        lambda p: ((p / 'README.md').unlink(), os.mkfifo(p / 'README.md')),
         'holds README.md, so',
     ),
-    'version control': (lambda p: (p/'.git').mkdir(), 'is under version control'),
+    'version control': (lambda p: (p / '.git').mkdir(), 'is under version control'),
 }
 
 
 @pytest.mark.parametrize('change', CHANGES)
 @pytest.mark.parametrize('write', [save, export])
 def test_what_a_user_adds_or_changes_stays(change, write, tmp_path):
-    write(tmp_path/'m')
-    write(tmp_path/'m')
+    write(tmp_path / 'm')
+    write(tmp_path / 'm')
     do, words = CHANGES[change]
     name = 'package.json' if write is save else 'llm_lab_files.json'
     if write is export:
         if change == 'its list':
             return
-        (tmp_path/'m'/'README.md').write_text('a card of our own')
-        list_files(tmp_path/'m', 'README.md')
-        write(tmp_path/'m')  # it was listed, so it was ours
-        (tmp_path/'m'/'README.md').write_text('a card of our own')
-        list_files(tmp_path/'m', 'README.md')
-    assert (tmp_path/'m'/name).is_file()
-    do(tmp_path/'m')
-    before = files(tmp_path/'m')
+        (tmp_path / 'm' / 'README.md').write_text('a card of our own')
+        list_files(tmp_path / 'm', 'README.md')
+        write(tmp_path / 'm')  # it was listed, so it was ours
+        (tmp_path / 'm' / 'README.md').write_text('a card of our own')
+        list_files(tmp_path / 'm', 'README.md')
+    assert (tmp_path / 'm' / name).is_file()
+    do(tmp_path / 'm')
+    before = files(tmp_path / 'm')
     with pytest.raises(LabError) as e:
-        write(tmp_path/'m')
+        write(tmp_path / 'm')
     assert words in str(e.value) and '\n' not in str(e.value)
-    assert before == files(tmp_path/'m') and not list(tmp_path.glob('.*'))
+    assert before == files(tmp_path / 'm') and not list(tmp_path.glob('.*'))
 
 
 def test_what_is_missing_or_left_by_a_finder_is_no_obstacle(tmp_path):
-    save(tmp_path/'m')
-    (tmp_path/'m'/'README.md').unlink()
-    (tmp_path/'m'/'.DS_Store').write_text('icons')
-    save(tmp_path/'m', 16)
-    (tmp_path/'empty').mkdir()
-    save(tmp_path/'empty')
-    assert open_model(tmp_path/'m').model.cfg.d_model == 16
+    save(tmp_path / 'm')
+    (tmp_path / 'm' / 'README.md').unlink()
+    (tmp_path / 'm' / '.DS_Store').write_text('icons')
+    save(tmp_path / 'm', 16)
+    (tmp_path / 'empty').mkdir()
+    save(tmp_path / 'empty')
+    assert open_model(tmp_path / 'm').model.cfg.d_model == 16
 
 
 def test_the_name_of_a_folder_need_not_be_utf8(tmp_path):
     for _ in range(2):
-        save(tmp_path/os.fsdecode(b'\xff\xfe'))
-    assert open_model(tmp_path/os.fsdecode(b'\xff\xfe'))
+        save(tmp_path / os.fsdecode(b'\xff\xfe'))
+    assert open_model(tmp_path / os.fsdecode(b'\xff\xfe'))
 
 
 def test_an_improved_card_still_opens(tmp_path):
-    save(tmp_path/'m')
-    (tmp_path/'m'/'README.md').write_text('# A cat among models')
-    open_model(tmp_path/'m')
+    save(tmp_path / 'm')
+    (tmp_path / 'm' / 'README.md').write_text('# A cat among models')
+    open_model(tmp_path / 'm')
 
 
 def older(folder, tokenizer=TOK, **beside):
     "A package as the first edition wrote it: three files in its list, others beside"
     save_package(folder, model(), tokenizer, dict(corpus='none', loss=1.5, interval=[1, 2]))
-    said = json.loads((folder/'package.json').read_text())
+    said = json.loads((folder / 'package.json').read_text())
     said['files'] = {
         n: said['files'][n] for n in ('llm_lab.json', 'tokenizer.json', 'model.safetensors')
     }
     del said['sha256']
     seal = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-    (folder/'package.json').write_text(json.dumps({**said, 'sha256': seal}, indent=1))
+    (folder / 'package.json').write_text(json.dumps({**said, 'sha256': seal}, indent=1))
     return written_by(folder, **beside)
 
 
 @pytest.mark.parametrize('tokenizer', [TOK, BPE], ids=['chars', 'bpe'])
 def test_a_package_of_the_first_edition_is_replaced_if_its_card_is_as_it_was(tokenizer, tmp_path):
-    save(older(tmp_path/'m', tokenizer))
-    card = older(tmp_path/'n', tokenizer)/'README.md'
+    save(older(tmp_path / 'm', tokenizer))
+    card = older(tmp_path / 'n', tokenizer) / 'README.md'
     card.write_text(card.read_text().replace('- loss: 1.5', '- loss: 1.5 (seed 3 was better)'))
-    refused(lambda: save(tmp_path/'n'), tmp_path, 'holds README.md, so')
+    refused(lambda: save(tmp_path / 'n'), tmp_path, 'holds README.md, so')
     for name in ('loss__png', 'result__json'):
-        folder = older(tmp_path/name, tokenizer, **{name: 'a picture'})
+        folder = older(tmp_path / name, tokenizer, **{name: 'a picture'})
         refused(lambda: save(folder), tmp_path, 'holds ' + name.replace('__', '.'))
 
 
 def test_a_folder_is_replaced_by_its_like(tmp_path):
     "A checkpoint, a package, a folder for others, packed tokens: none takes the place of another"
-    saves = Checkpoints(tmp_path/'run', TOK)
+    saves = Checkpoints(tmp_path / 'run', TOK)
     saves(at_step(begun(), 1))
     makers = dict(package=save, hf=export, packed=lambda p: pack(CORPUS, TOK, p, force=True))
-    places = {n: tmp_path/n for n in makers}
+    places = {n: tmp_path / n for n in makers}
     for name, make in makers.items():
         make(places[name])
     for name, make in makers.items():
@@ -270,28 +270,28 @@ def test_a_folder_is_replaced_by_its_like(tmp_path):
 
 
 def test_a_stranger_that_comes_while_a_save_is_written_stays(tmp_path):
-    save(tmp_path/'m')
-    with pytest.raises(LabError, match='holds notes.txt'), written(tmp_path/'m') as new:
+    save(tmp_path / 'm')
+    with pytest.raises(LabError, match='holds notes.txt'), written(tmp_path / 'm') as new:
         new.mkdir()
-        (tmp_path/'m'/'notes.txt').write_text('mine')
-    assert (tmp_path/'m'/'notes.txt').read_text() == 'mine' and open_model(tmp_path/'m')
+        (tmp_path / 'm' / 'notes.txt').write_text('mine')
+    assert (tmp_path / 'm' / 'notes.txt').read_text() == 'mine' and open_model(tmp_path / 'm')
     with (
         pytest.raises(LabError, match='is there already'),
-        written(tmp_path/'late', replace=False) as new,
+        written(tmp_path / 'late', replace=False) as new,
     ):
         new.mkdir()
         shutil.copytree(
-            tmp_path/'m', tmp_path/'late', ignore=shutil.ignore_patterns('notes.txt')
+            tmp_path / 'm', tmp_path / 'late', ignore=shutil.ignore_patterns('notes.txt')
         )
-    assert open_model(tmp_path/'late')
+    assert open_model(tmp_path / 'late')
 
 
 def test_a_name_that_is_not_taken(tmp_path):
-    assert unused(tmp_path/'tour') == tmp_path/'tour'
-    save(tmp_path/'tour')
-    (tmp_path/'tour-2').symlink_to('nowhere')
-    (tmp_path/'tour-3').write_text('')
-    assert unused(tmp_path/'tour') == tmp_path/'tour-4'
+    assert unused(tmp_path / 'tour') == tmp_path / 'tour'
+    save(tmp_path / 'tour')
+    (tmp_path / 'tour-2').symlink_to('nowhere')
+    (tmp_path / 'tour-3').write_text('')
+    assert unused(tmp_path / 'tour') == tmp_path / 'tour-4'
 
 
 # ---- places
@@ -299,30 +299,30 @@ def test_a_name_that_is_not_taken(tmp_path):
 
 def odd_places(tmp_path):
     "{what: (a path that is no place for a folder, a word of the answer)}"
-    (tmp_path/'file').write_text('mine')
-    (tmp_path/'circle').symlink_to('circle')
-    os.mkfifo(tmp_path/'pipe')
+    (tmp_path / 'file').write_text('mine')
+    (tmp_path / 'circle').symlink_to('circle')
+    os.mkfifo(tmp_path / 'pipe')
     return {
-        'a file': (tmp_path/'file', 'is a file'),
+        'a file': (tmp_path / 'file', 'is a file'),
         'a file with a slash': (f'{tmp_path}/file/', 'is a file'),
-        'below a file': (tmp_path/'file'/'m', 'is no folder'),
-        'deep below a file': (tmp_path/'file'/'a'/'m', 'is no folder'),
-        'a circle': (tmp_path/'circle', 'circle'),
-        'a pipe': (tmp_path/'pipe', 'neither a file nor a folder'),
+        'below a file': (tmp_path / 'file' / 'm', 'is no folder'),
+        'deep below a file': (tmp_path / 'file' / 'a' / 'm', 'is no folder'),
+        'a circle': (tmp_path / 'circle', 'circle'),
+        'a pipe': (tmp_path / 'pipe', 'neither a file nor a folder'),
         'nothing': ('', 'working folder'),
         'home': ('~', '~'),
         'below home': ('~/m', '~'),
         'NUL': ('a\0b', 'names no file'),
         'the root': ('/', 'working folder, or lies above|root'),
-        'long': (tmp_path/('x' * 220), 'longer than 200 bytes'),
+        'long': (tmp_path / ('x' * 220), 'longer than 200 bytes'),
         'the home': (Path.home(), 'home folder|holds|version control|working folder'),
     }
 
 
 @pytest.mark.parametrize('write', [save, export])
 def test_an_odd_place_is_one_line(write, tmp_path, monkeypatch):
-    (tmp_path/'here').mkdir()
-    monkeypatch.chdir(tmp_path/'here')
+    (tmp_path / 'here').mkdir()
+    monkeypatch.chdir(tmp_path / 'here')
     for what, (path, words) in odd_places(tmp_path).items():
         with pytest.raises(LabError) as e:
             write(path)
@@ -332,55 +332,55 @@ def test_an_odd_place_is_one_line(write, tmp_path, monkeypatch):
         )
     assert (
         sorted(p.name for p in tmp_path.iterdir()) == ['circle', 'file', 'here', 'pipe']
-        and (tmp_path/'file').read_text() == 'mine'
+        and (tmp_path / 'file').read_text() == 'mine'
     )
-    assert not list((tmp_path/'here').iterdir())
+    assert not list((tmp_path / 'here').iterdir())
 
 
 def test_homes_and_disks_are_never_replaced(tmp_path, monkeypatch):
     "Not even when they are empty"
     for name in ('lab', 'user', 'disk', 'above/work'):
-        (tmp_path/name).mkdir(parents=True)
-    monkeypatch.setenv('LLM_LAB_HOME', str(tmp_path/'lab'))
-    monkeypatch.setenv('HOME', str(tmp_path/'user'))
-    monkeypatch.chdir(tmp_path/'above'/'work')
-    monkeypatch.setattr(os.path, 'ismount', lambda p: str(p) == str(tmp_path/'disk'))
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.setenv('LLM_LAB_HOME', str(tmp_path / 'lab'))
+    monkeypatch.setenv('HOME', str(tmp_path / 'user'))
+    monkeypatch.chdir(tmp_path / 'above' / 'work')
+    monkeypatch.setattr(os.path, 'ismount', lambda p: str(p) == str(tmp_path / 'disk'))
     for name, word in dict(
         lab='home', user='home', disk='is a disk', above='working folder'
     ).items():
-        refused(lambda: save(tmp_path/name), tmp_path, word)
+        refused(lambda: save(tmp_path / name), tmp_path, word)
 
 
 def test_where_one_may_not_write(tmp_path, monkeypatch):
     "The rights are asked of the system; the administrator, who may everything, is told so here"
-    (tmp_path/'locked').mkdir()
-    monkeypatch.setattr(os, 'access', lambda path, how: Path(path) != tmp_path/'locked')
-    refused(lambda: save(tmp_path/'locked'/'m'), tmp_path, 'you may not write into')
+    (tmp_path / 'locked').mkdir()
+    monkeypatch.setattr(os, 'access', lambda path, how: Path(path) != tmp_path / 'locked')
+    refused(lambda: save(tmp_path / 'locked' / 'm'), tmp_path, 'you may not write into')
 
     def mkdir(path, *a):
         raise PermissionError(errno.EACCES, 'Permission denied', str(path))
 
     monkeypatch.setattr(os, 'mkdir', mkdir)
-    refused(lambda: save(tmp_path/'new'/'m'), tmp_path, 'you may not make')
+    refused(lambda: save(tmp_path / 'new' / 'm'), tmp_path, 'you may not make')
 
 
 def test_a_link_stays_a_link(tmp_path):
     "To a folder, to one that is not there yet, to a link; also after a kill between the renames"
-    (tmp_path/'disk').mkdir()
-    save(tmp_path/'disk'/'m')
+    (tmp_path / 'disk').mkdir()
+    save(tmp_path / 'disk' / 'm')
     for name, to in dict(
-        full=tmp_path/'disk'/'m', dangling=Path('disk')/'new', twice=Path('dangling')
+        full=tmp_path / 'disk' / 'm', dangling=Path('disk') / 'new', twice=Path('dangling')
     ).items():
-        (tmp_path/name).symlink_to(to)
+        (tmp_path / name).symlink_to(to)
         for width in (16, 8):
-            save(tmp_path/name, width)
-        assert (tmp_path/name).is_symlink() and open_model(tmp_path/name).model.cfg.d_model == 8
-    assert sorted(p.name for p in (tmp_path/'disk').iterdir()) == ['m', 'new']
-    os.replace(tmp_path/'disk'/'m', tmp_path/'disk'/f'.m.{lab._mark()}.old')
-    assert open_model(tmp_path/'full') and (tmp_path/'full').is_symlink()
-    written_by(tmp_path/'theirs', thesis__tex='years')
-    (tmp_path/'out').symlink_to('theirs')
-    refused(lambda: save(tmp_path/'out'), tmp_path, 'holds thesis.tex')
+            save(tmp_path / name, width)
+        assert (tmp_path / name).is_symlink() and open_model(tmp_path / name).model.cfg.d_model == 8
+    assert sorted(p.name for p in (tmp_path / 'disk').iterdir()) == ['m', 'new']
+    os.replace(tmp_path / 'disk' / 'm', tmp_path / 'disk' / f'.m.{lab._mark()}.old')
+    assert open_model(tmp_path / 'full') and (tmp_path / 'full').is_symlink()
+    written_by(tmp_path / 'theirs', thesis__tex='years')
+    (tmp_path / 'out').symlink_to('theirs')
+    refused(lambda: save(tmp_path / 'out'), tmp_path, 'holds thesis.tex')
 
 
 # ---- names
@@ -459,7 +459,7 @@ def test_names():
 
 def test_no_name_leads_out_of_its_folder(tmp_path, monkeypatch):
     "Of a run, of a config, of a download, of a data set, of a file that the hub lists"
-    home = tmp_path/'home'
+    home = tmp_path / 'home'
     home.mkdir()
     monkeypatch.setenv('LLM_LAB_HOME', str(home))
     monkeypatch.delenv('LLM_LAB_DATA', raising=False)
@@ -469,9 +469,9 @@ def test_no_name_leads_out_of_its_folder(tmp_path, monkeypatch):
         refused(lambda: fetch(name, 'file:///nowhere', '0' * 64, 1), tmp_path, 'the file')
         data = HubData(name, 'a/b', dict(train='*.parquet'), {}, '', '')
         refused(data, tmp_path, 'the data set')
-    (home/'data'/'d').mkdir(parents=True)
+    (home / 'data' / 'd').mkdir(parents=True)
     for path in ('/etc/x.parquet', '../x.parquet', 'a/../../x.parquet', 'a\\x.parquet'):
-        (home/'data'/'d'/'hub.json').write_text(
+        (home / 'data' / 'd' / 'hub.json').write_text(
             json.dumps(
                 dict(repo='a/b', revision='main', commit='c', files=[dict(path=path, size=1)])
             )
@@ -483,8 +483,8 @@ def test_no_name_leads_out_of_its_folder(tmp_path, monkeypatch):
             repr(path),
         )
     for stem in ('con', '.x', 'a*b'):
-        (tmp_path/f'{stem}.yaml').write_text('train: {steps: 1}\n')
-        refused(lambda: train_config(tmp_path/f'{stem}.yaml'), tmp_path, 'the config')
+        (tmp_path / f'{stem}.yaml').write_text('train: {steps: 1}\n')
+        refused(lambda: train_config(tmp_path / f'{stem}.yaml'), tmp_path, 'the config')
     monkeypatch.chdir(tmp_path)
     for name in ('../../x', 'con', 'ü' * 300, '..'):  # of a corpus: made harmless, or one line
         try:
@@ -492,7 +492,7 @@ def test_no_name_leads_out_of_its_folder(tmp_path, monkeypatch):
         except LabError as e:
             assert '\n' not in str(e)
             continue
-        assert place.parent == home/'data'/'packed'
+        assert place.parent == home / 'data' / 'packed'
     assert [p.name for p in tmp_path.iterdir() if p.suffix != '.yaml'] == ['home']
 
 
@@ -513,18 +513,18 @@ def test_a_tokenizer_replaces_its_own_files_only(tmp_path):
                 '',
                 json.dumps(dict(version='1.0', model={}), indent=2),
             ):
-                place = tmp_path/f'{len(list(tmp_path.iterdir()))}'
+                place = tmp_path / f'{len(list(tmp_path.iterdir()))}'
                 written_by(place)
                 place.mkdir()
-                (place/name).write_text(text)
+                (place / name).write_text(text)
                 refused(lambda: tok.save(place), tmp_path, f'{name} is not by this library')
-        tok.save(tmp_path/tok.kind)
-        tok.save(tmp_path/tok.kind)
-    TOK.save(tmp_path/'bpe')  # one of another kind
+        tok.save(tmp_path / tok.kind)
+        tok.save(tmp_path / tok.kind)
+    TOK.save(tmp_path / 'bpe')  # one of another kind
 
 
 def test_a_config_with_a_comment_stays(tmp_path):
-    path = tmp_path/'x.yaml'
+    path = tmp_path / 'x.yaml'
     write_config(read_config('smoke'), path)
     write_config(read_config('golden'), path)
     text = path.read_text()
@@ -554,22 +554,22 @@ def test_a_config_with_a_comment_stays(tmp_path):
 def test_a_picture_replaces_a_picture_of_ours_only(tmp_path):
     fig = lab.pyplot().figure()
     for kind, head in dict(png=b'\x89PNG', svg=b'<?xml', pdf=b'%PDF').items():
-        path = tmp_path/f'c.{kind}'
+        path = tmp_path / f'c.{kind}'
         for _ in range(2):
             save_picture(fig, path)
         assert path.read_bytes().startswith(head)
-        fig.savefig(tmp_path/f'own.{kind}')
+        fig.savefig(tmp_path / f'own.{kind}')
         for name in (f'own.{kind}', f'notes.{kind}'):
             if name[:5] == 'notes':
-                (tmp_path/name).write_text('mine')
+                (tmp_path / name).write_text('mine')
             refused(
-                lambda: save_picture(fig, tmp_path/name),
+                lambda: save_picture(fig, tmp_path / name),
                 tmp_path,
                 f'{name} is not by this library',
             )
     for name in ('thesis.tex', 'a.py', 'b.xyz'):
-        refused(lambda: save_picture(fig, tmp_path/name), tmp_path, 'a picture is')
-    assert save_picture(fig, tmp_path/'plain') == tmp_path/'plain.png'
+        refused(lambda: save_picture(fig, tmp_path / name), tmp_path, 'a picture is')
+    assert save_picture(fig, tmp_path / 'plain') == tmp_path / 'plain.png'
     lab.pyplot().close(fig)
 
 
@@ -614,12 +614,12 @@ def test_rows_go_into_files_of_a_run_only(name, tmp_path):
     for n, text in enumerate(THEIRS[name]):
         if text == 'step':
             continue  # a head that a kill has torn
-        folder = written_by(tmp_path/f'{n}', **{name.replace('.', '__'): text})
+        folder = written_by(tmp_path / f'{n}', **{name.replace('.', '__'): text})
         write = Metrics(folder).keep if name[0] == 's' else Metrics(folder).write
         refused(lambda: write(ROW), tmp_path, name)
         refused(lambda: Metrics(folder).cut(0), tmp_path, name)
     table = written_by(
-        tmp_path/'table', metrics__csv=HEAD + ','.join(['1'] * len(COLUMNS)) + '\n'
+        tmp_path / 'table', metrics__csv=HEAD + ','.join(['1'] * len(COLUMNS)) + '\n'
     )
     refused(
         lambda: Metrics(table).cut(0), tmp_path, 'metrics.csv'
@@ -629,26 +629,27 @@ def test_rows_go_into_files_of_a_run_only(name, tmp_path):
 def test_checkpoints_leave_alone_what_is_not_theirs(tmp_path):
     for name in ('latest', 'best'):
         for text in ('v1.2\n', 'step-000010', ''):
-            written_by(tmp_path/name, **{name: text})
-            refused(lambda: Checkpoints(tmp_path/name, TOK)(at_step(begun(), 1)), tmp_path, name)
-    saves, run = Checkpoints(tmp_path/'run', TOK, keep=1), begun()
+            written_by(tmp_path / name, **{name: text})
+            refused(lambda: Checkpoints(tmp_path / name, TOK)(at_step(begun(), 1)), tmp_path, name)
+    saves = Checkpoints(tmp_path / 'run', TOK, keep=1)
+    run = begun()
     mine = [
-        tmp_path/'run'/n
+        tmp_path / 'run' / n
         for n in ('.latest.notes.new', 'checkpoints/.step-by-step.txt', 'checkpoints/.my-step-1')
     ]
     saves(at_step(run, 1))
     for path in mine:
         path.write_text('mine')
-    for path in (place := saves.place(1))/'notes.txt', saves.place(1)/'README.md':
+    for path in (place := saves.place(1)) / 'notes.txt', saves.place(1) / 'README.md':
         path.write_text('my notes')
-    (place/'README.md').write_text('better')
+    (place / 'README.md').write_text('better')
     with warnings.catch_warnings(record=True, action='always', category=UserWarning) as said:
         for step in (2, 3, 4):
             saves(at_step(run, step))
     assert (
         saves.steps() == [1, 4]
-        and (place/'notes.txt').read_text() == 'my notes'
-        and (place/'README.md').read_text() == 'better'
+        and (place / 'notes.txt').read_text() == 'my notes'
+        and (place / 'README.md').read_text() == 'better'
     )
     assert all(p.read_text() == 'mine' for p in mine)
     assert len([w for w in said if 'It stays' in str(w.message)]) == 1
@@ -662,17 +663,17 @@ def home(tmp_path, monkeypatch):
     "An empty home, and a text that a run can learn from"
     from llm_lab import run
 
-    monkeypatch.setenv('LLM_LAB_HOME', str(tmp_path/'home'))
+    monkeypatch.setenv('LLM_LAB_HOME', str(tmp_path / 'home'))
     monkeypatch.delenv('LLM_LAB_DATA', raising=False)
     monkeypatch.setattr(run, 'peak_flops', lambda *a: 1e9)
-    (tmp_path/'home').mkdir()
-    (tmp_path/'poem.txt').write_text('the cat sat on the mat.\n' * 200)
-    return tmp_path/'home'
+    (tmp_path / 'home').mkdir()
+    (tmp_path / 'poem.txt').write_text('the cat sat on the mat.\n' * 200)
+    return tmp_path / 'home'
 
 
 def tiny(home, *more, **kw):
     words = [
-        f'data.corpus={home.parent/"poem.txt"}',
+        f'data.corpus={home.parent / "poem.txt"}',
         'data.block_len=16',
         'model.d_model=8',
         'model.n_heads=1',
@@ -712,7 +713,7 @@ def test_a_run_called_smoke_survives(home, capsys):
     ],
 )
 def test_a_new_run_begins_in_an_empty_folder(files_, home, capsys):
-    folder = written_by(home/'experiments'/'smoke'/'runs'/'x', **files_)
+    folder = written_by(home / 'experiments' / 'smoke' / 'runs' / 'x', **files_)
     before = files(folder)
     with pytest.raises(LabError) as e:
         tiny(home, run='x')
@@ -725,8 +726,8 @@ def test_a_new_run_begins_in_an_empty_folder(files_, home, capsys):
 def test_what_a_user_changes_in_a_run_is_told_before_it_goes_on(home, capsys):
     job = tiny(home, 'steps=3', run='x')
     for name in ('config.yaml', 'run.json', 'result.json', 'metrics.csv', 'latest', '../latest'):
-        text = (job.folder/name).read_text()
-        (job.folder/name).write_text(text + '# notes\n')
+        text = (job.folder / name).read_text()
+        (job.folder / name).write_text(text + '# notes\n')
         before = {
             p: p.read_text()
             for p in job.folder.iterdir()
@@ -734,25 +735,25 @@ def test_what_a_user_changes_in_a_run_is_told_before_it_goes_on(home, capsys):
         }
         if name == 'config.yaml':  # one that says the same stays as it is
             tiny(home, resume=job.folder)
-            assert (job.folder/name).read_text() == text + '# notes\n'
+            assert (job.folder / name).read_text() == text + '# notes\n'
             with pytest.raises(LabError, match='config.yaml is not by'):
                 tiny(home, 'steps=4', resume=job.folder)
         else:
             with pytest.raises(LabError, match=f'{Path(name).name} is not by'):
                 tiny(home, 'steps=4', resume=job.folder)
             assert before == {p: p.read_text() for p in job.folder.iterdir() if p in before}
-        (job.folder/name).write_text(text)
+        (job.folder / name).write_text(text)
     assert tiny(home, 'steps=4', resume=job.folder).run.step == 4
 
 
 def test_a_folder_with_a_config_is_no_run(home, capsys):
-    folder = written_by(home/'mine', notes__txt='mine')
-    write_config(read_config('smoke'), folder/'config.yaml')
+    folder = written_by(home / 'mine', notes__txt='mine')
+    write_config(read_config('smoke'), folder / 'config.yaml')
     refused(lambda: train_config(resume=folder), folder, 'is neither a run')
-    (folder/'.pid').write_text('a process of mine')
+    (folder / '.pid').write_text('a process of mine')
     with pytest.raises(LabError, match='.pid is not by'):
         held(folder)
-    assert (folder/'.pid').read_text() == 'a process of mine'
+    assert (folder / '.pid').read_text() == 'a process of mine'
 
 
 # ---- what killed writers leave
@@ -793,10 +794,10 @@ def test_the_next_writer_sweeps_what_a_killed_one_left_and_not_what_a_live_one_w
     dead, left = writer(tmp_path, 'die')
     live, its = writer(tmp_path, 'wait')  # which sweeps as well
     assert dead.wait(60) == -signal.SIGKILL and hidden(tmp_path) == [its] != [left]
-    save(tmp_path/'other')
-    save(tmp_path/'m')
-    assert hidden(tmp_path) == [its] and (tmp_path/its/'big.bin').stat().st_size == 100_000
-    (tmp_path/'m').rename(tmp_path/'n')
+    save(tmp_path / 'other')
+    save(tmp_path / 'm')
+    assert hidden(tmp_path) == [its] and (tmp_path / its / 'big.bin').stat().st_size == 100_000
+    (tmp_path / 'm').rename(tmp_path / 'n')
     live.stdin.write('\n')
     live.stdin.flush()
     assert live.stdout.readline() == 'done\n' and live.wait(60) == 0 and hidden(tmp_path) == []
@@ -828,20 +829,20 @@ def test_whose_writer_is_dead(tmp_path):
     cases, zombie = marks()
     for what, (mark, dead) in cases.items():
         for end in ('new', 'old'):
-            left = written_by(tmp_path/what/f'.m.{mark}.{end}', half='half')
-            written_by(tmp_path/what/'m').mkdir()
-            save(tmp_path/what/'m')
+            left = written_by(tmp_path / what / f'.m.{mark}.{end}', half='half')
+            written_by(tmp_path / what / 'm').mkdir()
+            save(tmp_path / what / 'm')
             assert left.exists() != dead, (what, end)
-            shutil.rmtree(tmp_path/what)
+            shutil.rmtree(tmp_path / what)
     zombie.wait()
-    left = written_by(tmp_path/f'.m.{cases["of another machine"][0]}.new', half='half')
+    left = written_by(tmp_path / f'.m.{cases["of another machine"][0]}.new', half='half')
     long_ago = time.time() - 2 * 24 * 60 * 60
     os.utime(left, (long_ago, long_ago))
-    save(tmp_path/'m')
+    save(tmp_path / 'm')
     assert left.exists()  # something in it is younger than a day
-    for path in (left/'half', left):
+    for path in (left / 'half', left):
         os.utime(path, (long_ago, long_ago))
-    save(tmp_path/'m')
+    save(tmp_path / 'm')
     assert not left.exists()
 
 
@@ -850,118 +851,123 @@ def test_remains_of_the_first_edition_go_if_they_are_ours(tmp_path):
     gone = subprocess.Popen(['true'])
     gone.wait()
     ours = [
-        written_by(tmp_path/f'.m.{gone.pid}.new', model__safetensors='half', package__json='{'),
-        older(tmp_path/f'.m.{gone.pid}.old'),
+        written_by(tmp_path / f'.m.{gone.pid}.new', model__safetensors='half', package__json='{'),
+        older(tmp_path / f'.m.{gone.pid}.old'),
     ]
-    (ours[1]/'README.md').unlink()
+    (ours[1] / 'README.md').unlink()
     stay = [
-        written_by(tmp_path/f'.m.{gone.pid + 1}.new', notes__txt='mine'),
-        written_by(tmp_path/'.m.2.old', notes__txt='mine'),
-        written_by(tmp_path/'.m.1.new', model__safetensors='x'),
-        written_by(tmp_path/'.m.new', a='x'),
-        written_by(tmp_path/'.m.7.8.new', a='x'),
-        written_by(tmp_path/'.mm.7.new', model__safetensors='x'),
+        written_by(tmp_path / f'.m.{gone.pid + 1}.new', notes__txt='mine'),
+        written_by(tmp_path / '.m.2.old', notes__txt='mine'),
+        written_by(tmp_path / '.m.1.new', model__safetensors='x'),
+        written_by(tmp_path / '.m.new', a='x'),
+        written_by(tmp_path / '.m.7.8.new', a='x'),
+        written_by(tmp_path / '.mm.7.new', model__safetensors='x'),
     ]
     stay += [
-        written_by(tmp_path/'.M.7.new', model__safetensors='x')
+        written_by(tmp_path / '.M.7.new', model__safetensors='x')
     ]  # where capitals count, it is another's
-    save(tmp_path/'m')
+    save(tmp_path / 'm')
     assert [p for p in ours if p.exists()] == [] and [p for p in stay if not p.exists()] == []
     os.utime(stay[2], (1, 1))
-    os.utime(stay[2]/'model.safetensors', (1, 1))
-    save(tmp_path/'m')
+    os.utime(stay[2] / 'model.safetensors', (1, 1))
+    save(tmp_path / 'm')
     assert not stay[2].exists()
 
 
 def test_a_folder_of_a_user_is_not_brought_back(tmp_path):
-    mine = written_by(tmp_path/'.m.7.old', notes__txt='mine')
-    assert not restored(tmp_path/'m').exists()
-    save(tmp_path/'m')
-    assert (mine/'notes.txt').read_text() == 'mine'
+    mine = written_by(tmp_path / '.m.7.old', notes__txt='mine')
+    assert not restored(tmp_path / 'm').exists()
+    save(tmp_path / 'm')
+    assert (mine / 'notes.txt').read_text() == 'mine'
 
 
 def test_where_capitals_do_not_count_a_name_is_one_in_any_of_them(tmp_path):
     "Emulated: such a file system finds each file under its name with other capitals, too"
     mark = lab._mark()
-    left = written_by(tmp_path/f'.Model.{mark}.new', half='half')
-    (tmp_path/f'.mODEL.{mark}.NEW').symlink_to(left.name)
-    save(tmp_path/'model')
+    left = written_by(tmp_path / f'.Model.{mark}.new', half='half')
+    (tmp_path / f'.mODEL.{mark}.NEW').symlink_to(left.name)
+    save(tmp_path / 'model')
     assert not left.exists()
 
 
 def saves_often(folder):
     for _ in range(25):
-        save(folder/'m')
+        save(folder / 'm')
 
 
 def test_two_who_save_at_the_same_time_do_not_hurt_each_other(tmp_path):
     both = [begin_in_a_child(partial(saves_often, tmp_path)) for _ in range(2)]
     saves_often(tmp_path)  # a third one, which also brings back what is missing
     assert [ended(pid) for pid in both] == [0, 0]
-    assert open_model(tmp_path/'m') and [p.name for p in tmp_path.iterdir()] == ['m']
+    assert open_model(tmp_path / 'm') and [p.name for p in tmp_path.iterdir()] == ['m']
 
 
 @pytest.mark.parametrize('when', range(8))
 def test_a_view_across_two_writers_is_looked_at_again(when, tmp_path, monkeypatch):
     "Emulated: the folder was away while its lists were read, and is back when its files are"
-    save(tmp_path/'m')
+    save(tmp_path / 'm')
     real, calls = lab._sealed, []
 
     def sealed(path):
-        if path.parent == tmp_path/'m':
+        if path.parent == tmp_path / 'm':
             calls.append(path)
-            if len(calls) == when + 1: return None
+            if len(calls) == when + 1:
+                return None
         return real(path)
 
     monkeypatch.setattr(lab, '_sealed', sealed)
-    save(tmp_path/'m', 16)
+    save(tmp_path / 'm', 16)
     assert len(calls) > when and [p.name for p in tmp_path.iterdir()] == ['m']
 
 
 def test_the_only_whole_copy_is_never_removed(tmp_path, monkeypatch):
-    "The new folder vanishes between the two renames: the old one comes back, or stays beside its place"
-    save(tmp_path/'m')
-    before, real = files(tmp_path/'m'), os.replace
+    """The new folder vanishes between the two renames: the old one comes back, or stays beside its
+    place"""
+    save(tmp_path / 'm')
+    before, real = files(tmp_path / 'm'), os.replace
 
     def replace(a, b):
-        if str(a).endswith('.new') and Path(a).parent == tmp_path: shutil.rmtree(a)
+        if str(a).endswith('.new') and Path(a).parent == tmp_path:
+            shutil.rmtree(a)
         return real(a, b)
 
     monkeypatch.setattr(os, 'replace', replace)
-    with pytest.raises(FileNotFoundError): save(tmp_path/'m', 16)
-    assert files(tmp_path/'m') == before
-    monkeypatch.setattr(lab, 'restored', lambda path: path)    # as if bringing it back failed, too
-    with pytest.raises(FileNotFoundError): save(tmp_path/'m', 16)
+    with pytest.raises(FileNotFoundError):
+        save(tmp_path / 'm', 16)
+    assert files(tmp_path / 'm') == before
+    monkeypatch.setattr(lab, 'restored', lambda path: path)  # as if bringing it back failed, too
+    with pytest.raises(FileNotFoundError):
+        save(tmp_path / 'm', 16)
     monkeypatch.undo()
-    lab._sweep(tmp_path/'m')
-    assert files(restored(tmp_path/'m')) == before
+    lab._sweep(tmp_path / 'm')
+    assert files(restored(tmp_path / 'm')) == before
 
 
 @pytest.mark.parametrize('theirs', ['a package', 'the old one', 'thesis'])
 def test_what_comes_between_the_two_renames_is_seen(theirs, tmp_path, monkeypatch):
     "Another writer's package is the old one then; a reader may bring back ours; a stranger stays"
-    save(tmp_path/'m')
-    save(tmp_path/'other', 16)
-    written_by(tmp_path/'thesis', chapter1__tex='years')
+    save(tmp_path / 'm')
+    save(tmp_path / 'other', 16)
+    written_by(tmp_path / 'thesis', chapter1__tex='years')
     real, left = os.replace, [1]
 
     def replace(a, b):
-        if str(a).endswith('.new') and str(b) == str(tmp_path/'m') and left[0]:
+        if str(a).endswith('.new') and str(b) == str(tmp_path / 'm') and left[0]:
             left[0] = 0
             if theirs == 'the old one':
-                restored(tmp_path/'m')
+                restored(tmp_path / 'm')
             else:
-                real(tmp_path/('other' if theirs == 'a package' else theirs), b)
+                real(tmp_path / ('other' if theirs == 'a package' else theirs), b)
         return real(a, b)
 
     monkeypatch.setattr(os, 'replace', replace)
     if theirs == 'thesis':
         with pytest.raises(LabError, match='holds chapter1.tex'):
-            save(tmp_path/'m', 8)
-        assert (tmp_path/'m'/'chapter1.tex').read_text() == 'years'
+            save(tmp_path / 'm', 8)
+        assert (tmp_path / 'm' / 'chapter1.tex').read_text() == 'years'
     else:
-        save(tmp_path/'m', 8)
-        assert open_model(tmp_path/'m').model.cfg.d_model == 8
+        save(tmp_path / 'm', 8)
+        assert open_model(tmp_path / 'm').model.cfg.d_model == 8
     assert not left[0] and hidden(tmp_path) == []
 
 
@@ -984,18 +990,18 @@ def failing(real, when, code):
 
 def all_writers(folder):
     "Whatever waits for the disk"
-    checkpoints(folder/'run')
-    rows = Metrics(folder/'run')
+    checkpoints(folder / 'run')
+    rows = Metrics(folder / 'run')
     rows.write(ROW)
     rows.keep(ROW)
     rows.sync()
     rows.cut(1)
     for _ in range(2):
-        save(folder/'m')
-        export(folder/'hf')
-        write_config(read_config('smoke'), folder/'c.yaml')
-        BPE.save(folder/'tok')
-        pack(CORPUS, TOK, folder/'packed', force=True)
+        save(folder / 'm')
+        export(folder / 'hf')
+        write_config(read_config('smoke'), folder / 'c.yaml')
+        BPE.save(folder / 'tok')
+        pack(CORPUS, TOK, folder / 'packed', force=True)
 
 
 @pytest.mark.parametrize('code', ['EINVAL', 'ENOTSUP', 'EBADF', 'EACCES', 'ENOSYS'])
@@ -1021,14 +1027,14 @@ def test_a_folder_that_cannot_be_synced_is_no_obstacle_and_said_once(
     monkeypatch.setattr(lab, '_said', set())
     monkeypatch.setattr(lab.os, 'open', no_open)
     with warnings.catch_warnings(record=True, action='always', category=UserWarning) as said:
-        save(tmp_path/'m')
+        save(tmp_path / 'm')
     assert len(said) == 1
 
 
 @pytest.mark.parametrize('code', ['EIO', 'ENOSPC', 'EDQUOT'])
 def test_an_error_that_means_lost_bytes_is_raised(code, tmp_path, monkeypatch, silent):
     code = getattr(errno, code)
-    save(tmp_path/'m')
+    save(tmp_path / 'm')
     for folders in (True, False):
         with monkeypatch.context() as m:
             m.setattr(
@@ -1037,15 +1043,15 @@ def test_an_error_that_means_lost_bytes_is_raised(code, tmp_path, monkeypatch, s
                 failing(os.fsync, lambda h: stat.S_ISDIR(os.fstat(h).st_mode) == folders, code),
             )
             with pytest.raises(OSError) as e:
-                save(tmp_path/'m')
+                save(tmp_path / 'm')
             assert e.value.errno == code
-        assert open_model(tmp_path/'m') and hidden(tmp_path) == []
+        assert open_model(tmp_path / 'm') and hidden(tmp_path) == []
     with monkeypatch.context() as m:  # a file that cannot say is another thing than a folder
         m.setattr(
             os, 'fsync', failing(os.fsync, lambda h: stat.S_ISREG(os.fstat(h).st_mode), errno.EBADF)
         )
         with pytest.raises(OSError):
-            save(tmp_path/'m')
+            save(tmp_path / 'm')
 
 
 @pytest.mark.parametrize('code', ['ENOLCK', 'ENOSYS', 'EOPNOTSUPP', 'ENOTSUP'])
@@ -1055,13 +1061,13 @@ def test_without_locks_it_works_and_is_said_once(code, tmp_path, monkeypatch, si
     monkeypatch.setattr(fcntl, 'flock', failing(fcntl.flock, lambda *a: True, getattr(errno, code)))
     with warnings.catch_warnings(record=True, action='always', category=UserWarning) as said:
         for _ in range(2):
-            held(tmp_path/'run').release()
+            held(tmp_path / 'run').release()
         for force in (False, True):
-            pack(CORPUS, TOK, tmp_path/'run'/'p', force=force)
+            pack(CORPUS, TOK, tmp_path / 'run' / 'p', force=force)
     assert len(said) == 1 and 'has no locks' in str(said[0].message), [str(w.message) for w in said]
     monkeypatch.setattr(fcntl, 'flock', failing(fcntl.flock, lambda *a: True, errno.EIO))
     with pytest.raises(OSError):
-        locked(tmp_path/'x.lock', None)
+        locked(tmp_path / 'x.lock', None)
 
 
 @pytest.mark.parametrize('code', ['EXDEV', 'EPERM', 'ENOSYS', 'EINVAL'])
@@ -1076,9 +1082,9 @@ def test_where_folders_cannot_be_renamed_they_are_copied(code, tmp_path, monkeyp
     monkeypatch.setattr(os, 'replace', replace)
     with warnings.catch_warnings(record=True, action='always', category=UserWarning) as said:
         for width in (8, 16, 8):
-            save(tmp_path/'m', width)
+            save(tmp_path / 'm', width)
     assert len(said) == 1 and 'cannot rename folders' in str(said[0].message)
-    assert open_model(tmp_path/'m').model.cfg.d_model == 8 and hidden(tmp_path) == []
+    assert open_model(tmp_path / 'm').model.cfg.d_model == 8 and hidden(tmp_path) == []
     copy = shutil.copyfile
 
     def copyfile(a, b, **kw):  # the disk is full in the middle of a copy
@@ -1091,12 +1097,12 @@ def test_where_folders_cannot_be_renamed_they_are_copied(code, tmp_path, monkeyp
     for when in range(1, 99):  # noqa: B007
         fill[0] = 0
         try:
-            save(tmp_path/'m', 16)
+            save(tmp_path / 'm', 16)
         except OSError:
-            assert open_model(tmp_path/'m').model.cfg.d_model == 8 and hidden(tmp_path) == []
+            assert open_model(tmp_path / 'm').model.cfg.d_model == 8 and hidden(tmp_path) == []
         else:
             break
-    assert when > 8 and open_model(tmp_path/'m').model.cfg.d_model == 16
+    assert when > 8 and open_model(tmp_path / 'm').model.cfg.d_model == 16
 
 
 # ---- a folder of a thousand files
@@ -1168,15 +1174,15 @@ def home_of_a_user(root, luck):
         'web/sub/deep/deeper',
     ]
     for folder in folders:
-        (root/folder).mkdir(parents=True, exist_ok=True)
+        (root / folder).mkdir(parents=True, exist_ok=True)
     for n in range(1000):
-        folder = root/luck.choice(folders)
+        folder = root / luck.choice(folders)
         name = luck.choice(names) if n % 3 == 0 else luck.choice(odd) if n % 3 == 1 else f'{n}.txt'
-        path = folder/name
+        path = folder / name
         if os.path.lexists(path):
-            path = folder/f'{n}.md'
+            path = folder / f'{n}.md'
         if n % 50 == 49:
-            path.symlink_to(luck.choice(['nowhere', '..', '/etc', '../notes', root/'web']))
+            path.symlink_to(luck.choice(['nowhere', '..', '/etc', '../notes', root / 'web']))
         else:
             path.write_bytes(
                 luck.choice(
@@ -1193,15 +1199,15 @@ def home_of_a_user(root, luck):
             )
         if not path.is_symlink():
             os.utime(path, (n + 10**9, n + 10**9))
-    (root/'experiments/smoke/runs/x'/'.lock').touch()
-    (root/'c.yaml').write_text('# mine\ntrain: {steps: 5}\n')
+    (root / 'experiments/smoke/runs/x' / '.lock').touch()
+    (root / 'c.yaml').write_text('# mine\ntrain: {steps: 5}\n')
 
 
 def keep(path, name='tour'):
     "What the tour does at its end"
     with written(unused(path), replace=False) as new:
         save_package(new, model(), TOK)
-        (new/'result.json').write_text('{}')
+        (new / 'result.json').write_text('{}')
 
 
 def checkpoints(path):
@@ -1265,18 +1271,18 @@ WRITERS = {
 def survives(root, calls, seed, monkeypatch):
     "How calls end of random writers at random places of a user's folder, half of them killed"
     luck = random.Random(seed)
-    home = root/'home'
+    home = root / 'home'
     home_of_a_user(home, luck)
-    (root/'poem.txt').write_text('the cat sat on the mat.\n' * 200)
+    (root / 'poem.txt').write_text('the cat sat on the mat.\n' * 200)
     monkeypatch.setenv('LLM_LAB_HOME', str(home))
     monkeypatch.delenv('LLM_LAB_DATA', raising=False)
-    monkeypatch.chdir(home/'web')
+    monkeypatch.chdir(home / 'web')
     before, codes = files(home), []
     assert sum(v != 'folder' for v in before.values()) >= 1000
     places = sorted(before)
     for n in range(calls):
         name = [*WRITERS][n % len(WRITERS)] if n < len(WRITERS) else luck.choice([*WRITERS])
-        new = luck.choice(places)/'new', home/'artifacts'/'new'
+        new = luck.choice(places) / 'new', home / 'artifacts' / 'new'
         at = luck.choice([home, *places, *places, *new, Path('.'), Path('..'), Path('m')])
         kill = luck.choice([0, 0, luck.randint(1, 40), luck.randint(1, 400)])
         codes.append((name, ended(begin_in_a_child(lambda: WRITERS[name](at), kill))))
@@ -1285,7 +1291,7 @@ def survives(root, calls, seed, monkeypatch):
     assert [c for c in codes if c[1] not in (0, 3, -signal.SIGKILL)] == []
     for name in ('package', 'hf', 'tour', 'pack', 'checkpoints'):  # in their own places, they work
         for _ in range(1 + (name in ('package', 'hf'))):
-            WRITERS[name](home/'artifacts'/f'fresh-{name}')
+            WRITERS[name](home / 'artifacts' / f'fresh-{name}')
     return [code for _, code in codes]
 
 
@@ -1304,10 +1310,10 @@ def test_a_thousand_files_survive_two_hundred_calls(seed, tmp_path, monkeypatch)
 
 def test_the_guard_of_a_package_reads_each_file_once(tmp_path, monkeypatch):
     "So a save costs about what it did: the old package is hashed, and not copied"
-    save(tmp_path/'m')
+    save(tmp_path / 'm')
     read, real = [], lab._hash_of
     monkeypatch.setattr(lab, '_hash_of', lambda path: read.append(path.name) or real(path))
-    save(tmp_path/'m')
+    save(tmp_path / 'm')
     assert sorted(read) == ['README.md', 'llm_lab.json', 'model.safetensors', 'tokenizer.json']
-    assert replaceable(tmp_path/'m') == tmp_path/'m'
-    assert snapshot(tmp_path/'m').keys() == {p.name for p in (tmp_path/'m').iterdir()}
+    assert replaceable(tmp_path / 'm') == tmp_path / 'm'
+    assert snapshot(tmp_path / 'm').keys() == {p.name for p in (tmp_path / 'm').iterdir()}

@@ -7,7 +7,17 @@ one `LabError` of one line, with nothing imported, written or started, in at mos
 processor time and 300 MB. The fast tests take every tenth.
 """
 
-import ast, importlib, json, os, pickle, random, re, shutil, subprocess, sys, time
+import ast
+import importlib
+import json
+import os
+import pickle
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -32,7 +42,8 @@ def public(stem):
     )
 
 
-# ---- the generator: each maker gets a folder to fill, a source of chance, and the honest things to copy
+# ---- the generator: each maker gets a folder to fill, a source of chance, and the honest things to
+# copy
 
 
 def names(r):
@@ -85,7 +96,8 @@ def names(r):
 
 
 def places(word, **kw):
-    "A recipe of that word in each place of a model, those inside other recipes too: {slot: configuration}"
+    """A recipe of that word in each place of a model, those inside other recipes too: {slot:
+    configuration}"""
     x = dict(part=word, **kw)
     of = lambda name, **kw: dict(part=name, **kw)
     return [
@@ -421,7 +433,8 @@ def pointing(folder, r):
 
 def as_run(folder, r):
     "The folder of a run whose `latest` or `best` names something else"
-    package, name = folder / 'checkpoints' / 'step-000001', r.choice(['best', 'latest'])
+    package = folder / 'checkpoints' / 'step-000001'
+    name = r.choice(['best', 'latest'])
     package.mkdir(parents=True)
     for p in [p for p in folder.iterdir() if p.is_file()]:
         p.rename(package / p.name)
@@ -784,7 +797,8 @@ assert len(CASES) == 300 and len(FEW) == 30
 
 
 def honest(folder):
-    "A package, a checkpoint, Hugging Face folders and packed tokens of tiny models, to be copied and changed"
+    """A package, a checkpoint, Hugging Face folders and packed tokens of tiny models, to be copied
+    and changed"""
     from llm_lab.checkpoint import Checkpoints
     from llm_lab.chars import CharTokenizer
     from llm_lab.corpora import Corpus
@@ -796,10 +810,8 @@ def honest(folder):
     from llm_lab.package import save_package
     from llm_lab.train import Run, adamw
 
-    size, tok = (
-        dict(vocab_size=4, max_len=8, d_model=8, n_layers=2, n_heads=2),
-        CharTokenizer('abc\n'),
-    )
+    size = dict(vocab_size=4, max_len=8, d_model=8, n_layers=2, n_heads=2)
+    tok = CharTokenizer('abc\n')
     model = MiniGPT(Config(**size))
     save_package(folder / 'package', model, tok, {})
     run = Run(model, 10, opt=adamw(model))
@@ -968,7 +980,8 @@ def attempt(maker, place, run):
 
 def child(folder, numbers):
     "What came of each case, as a line of JSON"
-    import resource, warnings
+    import resource
+    import warnings
 
     warnings.simplefilter('ignore')
     run = honest(folder / 'honest')
@@ -1006,10 +1019,8 @@ def child(folder, numbers):
             attempt(CASES[n][0], place, run)
             said = 'TAKEN'
         except LabError as e:
-            said, why = (
-                'refused' if '\n' not in str(e) and 0 < len(str(e)) < 2000 else 'NOT ONE LINE',
-                str(e),
-            )
+            said = 'refused' if '\n' not in str(e) and 0 < len(str(e)) < 2000 else 'NOT ONE LINE'
+            why = str(e)
         except BaseException as e:
             said, why = type(e).__name__, str(e)
         finally:
@@ -1079,7 +1090,8 @@ def test_three_hundred_hostile_things_are_refused_and_nothing_runs(tmp_path):
 def test_the_watch_sees(tmp_path, monkeypatch):
     "The hook that found nothing would have found it"
     code = (
-        "import sys, os; sys.path.insert(0, sys.argv[1]); from test_hostile import watch\nseen, on = [], [1]; watch(seen, on)\n"
+        "import sys, os; sys.path.insert(0, sys.argv[1]); from test_hostile import "
+        "watch\nseen, on = [], [1]; watch(seen, on)\n"
         "open('x', 'w'); os.mkdir('d')\n"
         "try: import model_code_x\nexcept ImportError: pass\n"
         "on.clear(); print(len(seen), 'import model_code_x' in seen)"
@@ -1223,7 +1235,9 @@ def test_honest_packages_of_all_parts_open(tmp_path):
     from llm_lab.gpt import MiniGPT
     from llm_lab.package import open_model, save_package
 
-    tok, ids, seen = CharTokenizer('abc\n'), torch.tensor([[0, 1, 2, 3, 1, 1]]), 0
+    tok = CharTokenizer('abc\n')
+    ids = torch.tensor([[0, 1, 2, 3, 1, 1]])
+    seen = 0
     for n, (name, cfg) in enumerate(everything()):
         model = MiniGPT(cfg, seed=n).eval()
         again = open_model(save_package(tmp_path / f'p{n}', model, tok)).model
@@ -1244,7 +1258,8 @@ def test_what_the_reader_registers_may_stand_anywhere_and_hold_anything(tmp_path
 
         def __init__(self, cfg, layer=0, inner=part(MLP), scale=2.0):
             super().__init__()
-            self.inner, self.scale = inner(cfg, layer), torch.full((1,), scale)
+            self.inner = inner(cfg, layer)
+            self.scale = torch.full((1,), scale)
 
         def forward(self, x, **ctx):
             return self.scale * self.inner(x)
@@ -1292,23 +1307,22 @@ def test_a_safe_pattern_is_fast_and_an_unsafe_one_comes_to_an_end():
     class Late:
         groups = 0
 
-        def fullmatch(self, text): return None
+        def fullmatch(self, text):
+            return None
 
         def finditer(self, text, timeout):
             assert timeout > 0
             raise TimeoutError
 
-    old, bpe.regex = (
-        bpe.regex,
-        type(
-            'R',
-            (),
-            dict(
-                compile=staticmethod(lambda p: Late()),
-                error=bpe.regex.error,
-                findall=staticmethod(bpe.regex.findall),
-                search=staticmethod(bpe.regex.search),
-            ),
+    old = bpe.regex
+    bpe.regex = type(
+        'R',
+        (),
+        dict(
+            compile=staticmethod(lambda p: Late()),
+            error=bpe.regex.error,
+            findall=staticmethod(bpe.regex.findall),
+            search=staticmethod(bpe.regex.search),
         ),
     )
     try:
@@ -1347,11 +1361,10 @@ def test_links_into_the_cache_of_hugging_face_are_followed_and_no_others(tmp_pat
     from llm_lab.gpt import Config, MiniGPT
     from llm_lab.hub import from_hf, to_hf
 
-    model, ids = (
-        MiniGPT(Config(vocab_size=4, max_len=8, d_model=8, n_layers=1, n_heads=2)).eval(),
-        torch.tensor([[0, 1, 2]]),
-    )
-    snapshot, blobs = tmp_path / 'models--x' / 'snapshots' / 'abc', tmp_path / 'models--x' / 'blobs'
+    model = MiniGPT(Config(vocab_size=4, max_len=8, d_model=8, n_layers=1, n_heads=2)).eval()
+    ids = torch.tensor([[0, 1, 2]])
+    snapshot = tmp_path / 'models--x' / 'snapshots' / 'abc'
+    blobs = tmp_path / 'models--x' / 'blobs'
     to_hf(tmp_path / 'plain', model)
     snapshot.mkdir(parents=True)
     blobs.mkdir()

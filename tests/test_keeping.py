@@ -409,7 +409,8 @@ def test_a_save_on_the_way_that_fails_is_a_line(home, poem, monkeypatch, capsys)
 
 def wrong(home, tmp_path):
     "(words, arguments) of what is found out before the first step"
-    letters, lone = tmp_path / 'letters.txt', tmp_path / 'lone.txt'
+    letters = tmp_path / 'letters.txt'
+    lone = tmp_path / 'lone.txt'
     letters.write_text(''.join(map(chr, range(0x10000, 0x10000 + 20_500))) + POEM, encoding='utf-8')
     lone.write_text(f'{POEM}\n<|endoftext|>\nx\n<|endoftext|>\n', encoding='utf-8')
     return [
@@ -786,7 +787,9 @@ def test_a_power_cut_in_a_long_tour_takes_what_came_after_the_last_package(born,
 @posix
 def test_a_hang_up_is_heard_once():
     "It comes again while the work is saved, and is ignored; who had it ignored never hears it"
-    before, asked, broken = signal.getsignal(signal.SIGHUP), [], []
+    before = signal.getsignal(signal.SIGHUP)
+    asked = []
+    broken = []
 
     def breaks(*args):
         broken.append(args)  # what would end the process

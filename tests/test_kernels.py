@@ -1,7 +1,9 @@
-"""Chapters 20 and 21: what skips work says the same as what does all of it, for every pattern, shape, way back and model.
+"""Chapters 20 and 21: what skips work says the same as what does all of it, for every pattern,
+shape, way back and model.
 
-The oracle is a softmax over all pairs in float64, masked by the pattern asked pair by pair. No kernel of PyTorch and no plan is in it.
-"""
+The oracle is a softmax over all pairs in float64, masked by the pattern asked pair by pair. No
+kernel of PyTorch and no plan is in it."""
+
 import math
 import random
 
@@ -13,7 +15,18 @@ from llm_lab.cache import cached, reach, window
 from llm_lab.corpora import Corpus
 from llm_lab.gpt import Config, MiniGPT, attend, causal, config_from, part, to_data, visible
 from llm_lab.gqa import GQA, kv_heads
-from llm_lab.kernels import Plan, SparseAttention, attended, block_mask, cover, dense, flexed, folded, planned, way
+from llm_lab.kernels import (
+    Plan,
+    SparseAttention,
+    attended,
+    block_mask,
+    cover,
+    dense,
+    flexed,
+    folded,
+    planned,
+    way,
+)
 from llm_lab.lab import LabError, flops, rng
 from llm_lab.llama import QKNorm, Rope, llama
 from llm_lab.look import attention_maps, stepped
@@ -21,47 +34,91 @@ from llm_lab.optim import checkpointed
 from llm_lab.package import open_model, save_package
 from llm_lab.chars import CharTokenizer
 from llm_lab.sample import Reader, generate
-from llm_lab.sparse import both, cycle, document, either, expander, polynomial, powers, sinks, strided
+from llm_lab.sparse import (
+    both,
+    cycle,
+    document,
+    either,
+    expander,
+    polynomial,
+    powers,
+    sinks,
+    strided,
+)
 from llm_lab.train import next_token_loss
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 
-def near(size): return part(window, size=size)
+def near(size):
+    return part(window, size=size)
+
+
 TOK = CharTokenizer.train('abcdefghijklmnopqrstuvwxyz .,\n')
 
 
-def far(size, degree=6, seed=0): return part(either, of=(near(size), part(expander, degree=degree, seed=seed, beyond=size)))
-def any_of(*of): return part(either, of=of)
-def all_of(*of): return part(both, of=of)
+def far(size, degree=6, seed=0):
+    return part(either, of=(near(size), part(expander, degree=degree, seed=seed, beyond=size)))
 
 
-def fade(i, j, h): return (j <= i) & (i - j < 3 + 4*h)
+def any_of(*of):
+    return part(either, of=of)
+
+
+def all_of(*of):
+    return part(both, of=of)
+
+
+def fade(i, j, h):
+    return (j <= i) & (i - j < 3 + 4 * h)
+
+
 fade.reach = lambda: 40
 
 
 PATTERNS = {
-    'window 1': near(1), 'window 2': near(2), 'window 7': near(7), 'window 16': near(16), 'window 17': near(17), 'window 64': near(64),
-    'window 400': near(400), 'links': far(16), 'more links': far(5, 11, 3), 'a link': far(40, 1), 'links alone': part(expander, degree=4),
-    'links from 1': any_of(near(16), part(expander, degree=6)), 'sinks': any_of(near(9), part(sinks, n=4)), 'sinks alone': part(sinks, n=3),
-    'strided': part(strided, stride=10), 'window, strided': any_of(near(9), part(strided, stride=13)),
+    'window 1': near(1),
+    'window 2': near(2),
+    'window 7': near(7),
+    'window 16': near(16),
+    'window 17': near(17),
+    'window 64': near(64),
+    'window 400': near(400),
+    'links': far(16),
+    'more links': far(5, 11, 3),
+    'a link': far(40, 1),
+    'links alone': part(expander, degree=4),
+    'links from 1': any_of(near(16), part(expander, degree=6)),
+    'sinks': any_of(near(9), part(sinks, n=4)),
+    'sinks alone': part(sinks, n=3),
+    'strided': part(strided, stride=10),
+    'window, strided': any_of(near(9), part(strided, stride=13)),
     'powers': any_of(near(8), part(powers, beyond=8)),
-    'powers alone': part(powers), 'polynomial': any_of(near(12), part(polynomial, degree=5)),
+    'powers alone': part(powers),
+    'polynomial': any_of(near(12), part(polynomial, degree=5)),
     'thinned': all_of(near(50), part(strided, stride=3)),
-    'three': any_of(near(6), part(sinks, n=2), part(expander, degree=3, beyond=6)), 'by head': part(fade),
-    'some read nothing': all_of(near(3), part(sinks, n=1)), 'links of a window': all_of(far(9), near(70)),
-    'nested': any_of(all_of(near(30), part(strided, stride=2)), part(sinks, n=1))}
+    'three': any_of(near(6), part(sinks, n=2), part(expander, degree=3, beyond=6)),
+    'by head': part(fade),
+    'some read nothing': all_of(near(3), part(sinks, n=1)),
+    'links of a window': all_of(far(9), near(70)),
+    'nested': any_of(all_of(near(30), part(strided, stride=2)), part(sinks, n=1)),
+}
 each = pytest.mark.parametrize('kind', PATTERNS)
 
 
 def exact(q, k, v, pattern, layer=0, sink=None, **ctx):
     "All pairs, one softmax, float64"
-    H, G, D, i = q.shape[1], k.shape[1], q.shape[3], torch.arange(q.shape[2])
+    H = q.shape[1]
+    G = k.shape[1]
+    D = q.shape[3]
+    i = torch.arange(q.shape[2])
     seen = visible(pattern, i, i, H, layer, **ctx)
-    q, k, v = (x.double() for x in (q, k.repeat_interleave(H//G, 1), v.repeat_interleave(H//G, 1)))
-    w = (q @ k.mT/math.sqrt(D)).masked_fill(~seen, -math.inf).exp()
+    q, k, v = (
+        x.double() for x in (q, k.repeat_interleave(H // G, 1), v.repeat_interleave(H // G, 1))
+    )
+    w = (q @ k.mT / math.sqrt(D)).masked_fill(~seen, -math.inf).exp()
     total = w.sum(-1, keepdim=True) + (0 if sink is None else sink.double()[:, None, None].exp())
-    return (w/total.clamp_min(1e-300)) @ v
+    return (w / total.clamp_min(1e-300)) @ v
 
 
 def grads(f, inputs, g):
@@ -72,13 +129,17 @@ def grads(f, inputs, g):
 def drawn(B, H, G, T, D, seed=0, sink=False):
     r = rng(seed, 'qkv')
     q, k, v, g = (torch.randn(B, h, T, D, generator=r) for h in (H, G, G, H))
-    return [*(x.requires_grad_() for x in (q, k, v)), torch.randn(H, generator=r).requires_grad_() if sink else None], g
+    return [
+        *(x.requires_grad_() for x in (q, k, v)),
+        torch.randn(H, generator=r).requires_grad_() if sink else None,
+    ], g
 
 
 def agree(plan, inputs, g, tolerance=3e-6, **ctx):
     want = grads(lambda q, k, v, s: exact(q, k, v, plan.pattern, plan.layer, s, **ctx), inputs, g)
     got = grads(lambda q, k, v, s: folded(q, k, v, plan, s), inputs, g)
-    for a, b in zip(got, want): assert (a - b).abs().max() <= tolerance*max(1, b.abs().max()), (a - b).abs().max()
+    for a, b in zip(got, want):
+        assert (a - b).abs().max() <= tolerance * max(1, b.abs().max()), (a - b).abs().max()
 
 
 @each
@@ -86,47 +147,82 @@ def test_the_kernel_says_what_all_pairs_say_and_so_do_its_gradients(kind):
     r = random.Random(kind)
     for n in range(cases(6, 2)):
         G = r.choice([1, 2, 3])
-        sizes = r.choice([1, 2]), G*r.choice([1, 1, 2]), G, r.choice([1, 2, 4, 8, 15, 16, 33, 64, 100, 130, 257]), r.choice([8, 16])
-        plan = Plan(PATTERNS[kind], sizes[3], sizes[1], r.randrange(3), block=r.choice([None, None, 16, 48, 128]))
-        agree(plan, *drawn(*sizes, n, sink=r.random() < .4))
+        sizes = (
+            r.choice([1, 2]),
+            G * r.choice([1, 1, 2]),
+            G,
+            r.choice([1, 2, 4, 8, 15, 16, 33, 64, 100, 130, 257]),
+            r.choice([8, 16]),
+        )
+        plan = Plan(
+            PATTERNS[kind],
+            sizes[3],
+            sizes[1],
+            r.randrange(3),
+            block=r.choice([None, None, 16, 48, 128]),
+        )
+        agree(plan, *drawn(*sizes, n, sink=r.random() < 0.4))
 
 
 @each
 def test_the_keys_of_the_plan_are_those_of_the_pattern(kind):
     for T, H, layer in some([(300, 3, 2), (1, 1, 0), (47, 2, 1)], 1):
-        i, plan = torch.arange(T), Plan(PATTERNS[kind], T, H, layer).make()
+        i = torch.arange(T)
+        plan = Plan(PATTERNS[kind], T, H, layer).make()
         want = visible(PATTERNS[kind], i, i, H, layer).expand(1, H, T, T).sum(-1)
         assert plan.keys().expand(1, H, T).equal(want)
-        assert int(want.max()) <= plan.touched                 # and never more than it multiplies
+        assert int(want.max()) <= plan.touched  # and never more than it multiplies
 
 
 @each
 def test_nothing_is_read_from_the_future_and_everything_from_the_pattern(kind):
     T, pattern = 60, PATTERNS[kind]
     inputs, _ = drawn(1, 2, 2, T, 8)
-    out, seen = folded(*inputs[:3], Plan(pattern, T, 2)), visible(pattern, torch.arange(T), torch.arange(T), 2).expand(1, 2, T, T)[0]
+    out = folded(*inputs[:3], Plan(pattern, T, 2))
+    seen = visible(pattern, torch.arange(T), torch.arange(T), 2).expand(1, 2, T, T)[0]
     for t in some((31, 0, 7, 59), 2):
-        gv = torch.autograd.grad(out[0, :, t].sum(), inputs[2], retain_graph=True)[0][0].abs().sum(-1) > 0
+        gv = (
+            torch.autograd.grad(out[0, :, t].sum(), inputs[2], retain_graph=True)[0][0]
+            .abs()
+            .sum(-1)
+            > 0
+        )
         assert gv.equal(seen[:, t])
 
 
-@pytest.mark.parametrize('kind', ['window 7', 'links', 'sinks', 'thinned', 'three', 'by head', 'strided', 'polynomial', 'powers'])
+@pytest.mark.parametrize(
+    'kind',
+    [
+        'window 7',
+        'links',
+        'sinks',
+        'thinned',
+        'three',
+        'by head',
+        'strided',
+        'polynomial',
+        'powers',
+    ],
+)
 def test_one_plan_says_the_same_to_every_kernel(kind):
     for T, H, G, sink in ((100, 2, 1, False), (300, 2, 2, True)):
         (q, k, v, s), _ = drawn(1, H, G, T, 16, sink=sink)
         plan = Plan(PATTERNS[kind], T, H, 1)
-        assert (dense(q, k, v, plan.mask(), s) - exact(q, k, v, PATTERNS[kind], 1, s)).abs().max() < 3e-6
-        assert plan.flops(16) == 4*16*int(plan.mask().expand(1, H, T, T).sum())
-        with torch.no_grad(): got = flexed(*(x if x is None else x.detach() for x in (q, k, v)), plan, s)
+        assert (
+            dense(q, k, v, plan.mask(), s) - exact(q, k, v, PATTERNS[kind], 1, s)
+        ).abs().max() < 3e-6
+        assert plan.flops(16) == 4 * 16 * int(plan.mask().expand(1, H, T, T).sum())
+        with torch.no_grad():
+            got = flexed(*(x if x is None else x.detach() for x in (q, k, v)), plan, s)
         want = exact(q, k, v, PATTERNS[kind], 1, s)
         assert (got - want).abs().max() < 3e-6
     blocks = block_mask(Plan(near(100), 1024))
-    assert blocks.sparsity() > 70                              # 64 blocks, of which 15 are read
+    assert blocks.sparsity() > 70  # 64 blocks, of which 15 are read
 
 
 def test_documents_in_one_row_do_not_read_each_other():
     T, r = 120, rng(0, 'docs')
-    docs = (torch.rand(2, T, generator=r) < .05).cumsum(1)
+    docs = (torch.rand(2, T, generator=r) < 0.05).cumsum(1)
     for pattern in (all_of(near(30), part(document)), all_of(far(8), part(document))):
         inputs, g = drawn(2, 4, 2, T, 8)
         plan = Plan(pattern, T, 4, doc=docs)
@@ -134,10 +230,18 @@ def test_documents_in_one_row_do_not_read_each_other():
         one = [x[:1] for x in inputs[:3]] + [None]
         agree(Plan(pattern, T, 4, doc=docs[0]), one, g[:1], doc=docs[0])
         i = torch.arange(T)
-        assert plan.make().keys().expand(2, 4, T).equal(visible(pattern, i, i, 4, doc=docs).expand(2, 4, T, T).sum(-1))
-        with torch.no_grad(): got = flexed(*(x.detach() for x in inputs[:3]), Plan(pattern, T, 4, doc=docs))
+        assert (
+            plan.make()
+            .keys()
+            .expand(2, 4, T)
+            .equal(visible(pattern, i, i, 4, doc=docs).expand(2, 4, T, T).sum(-1))
+        )
+        with torch.no_grad():
+            got = flexed(*(x.detach() for x in inputs[:3]), Plan(pattern, T, 4, doc=docs))
         assert (got - exact(*inputs[:3], pattern, doc=docs)).abs().max() < 3e-6
-    alone = [x[:, :, docs[0] == 1][:1] for x in inputs[:3]]    # window and document: as if the second text stood alone
+    alone = [
+        x[:, :, docs[0] == 1][:1] for x in inputs[:3]
+    ]  # window and document: as if the second text stood alone
     whole = exact(*inputs[:3], all_of(near(30), part(document)), doc=docs)[0][:, docs[0] == 1]
     assert (exact(*alone, near(30))[0] - whole).abs().max() < 1e-12
 
@@ -154,17 +258,18 @@ def test_low_precision_stays_close_and_keeps_its_kind():
     (q, k, v, _), g = drawn(1, 2, 2, 100, 16)
     for kind in (torch.bfloat16, torch.float16):
         got = folded(*(x.to(kind) for x in (q, k, v)), Plan(far(16), 100, 2))
-        assert got.dtype == kind and (got.float() - exact(q, k, v, far(16))).abs().max() < .03
+        assert got.dtype == kind and (got.float() - exact(q, k, v, far(16))).abs().max() < 0.03
 
 
 def test_long_texts_are_read_in_pieces():
-    T = 4500                                                   # several pieces of folds, and a last one that is not full
+    T = 4500  # several pieces of folds, and a last one that is not full
     (q, k, v, _), g = drawn(1, 2, 1, T, 8)
     for pattern in (near(40), far(33)):
         seen = visible(pattern, torch.arange(T), torch.arange(T), 2)
         want = grads(lambda q, k, v: attend(q, k, v, seen), (q, k, v), g)
         got = grads(lambda q, k, v: folded(q, k, v, Plan(pattern, T, 2)), (q, k, v), g)
-        for a, b in zip(got, want): assert (a - b).abs().max() < 1e-5*max(1, b.abs().max())
+        for a, b in zip(got, want):
+            assert (a - b).abs().max() < 1e-5 * max(1, b.abs().max())
 
 
 @pytest.mark.parametrize('T', [40, 200])
@@ -173,53 +278,72 @@ def test_both_ways_know_double_precision_and_queries_that_read_nothing(T):
         (q, k, v, _), g = drawn(1, 2, 2, T, 8)
         inputs = [x.detach().double().requires_grad_() for x in (q, k, v)]
         want = grads(lambda q, k, v: exact(q, k, v, pattern), inputs, g.double())
-        for a, b in zip(grads(lambda q, k, v: attended(q, k, v, pattern), inputs, g.double()), want): assert (a - b).abs().max() < 1e-12
+        for a, b in zip(
+            grads(lambda q, k, v: attended(q, k, v, pattern), inputs, g.double()), want
+        ):
+            assert (a - b).abs().max() < 1e-12
 
 
 def test_threads_may_share_a_new_plan():
     from concurrent.futures import ThreadPoolExecutor
+
     (q, k, v, _), _ = drawn(1, 2, 2, 300, 8)
     want = exact(q, k, v, far(16)).float()
     with ThreadPoolExecutor(6) as pool, torch.no_grad():
         for _ in range(10):
             plan = Plan(far(16), 300, 2)
-            for out in pool.map(lambda _, plan=plan: folded(q, k, v, plan), range(6)): assert (out - want).abs().max() < 1e-5
+            for out in pool.map(lambda _, plan=plan: folded(q, k, v, plan), range(6)):
+                assert (out - want).abs().max() < 1e-5
 
 
 def test_compiled_models_know_other_lengths():
     model = shaken(models(far(16)))
     torch._dynamo.reset()
-    quick = torch.compile(model, backend='eager')              # what the compiler sees; nothing is generated
+    quick = torch.compile(model, backend='eager')  # what the compiler sees; nothing is generated
     for T in (200, 150, 40, 200):
         ids = torch.randint(30, (1, T), generator=rng(T, 'ids'))
-        with torch.no_grad(): assert (quick(ids) - model(ids)).abs().max() < 1e-5
+        with torch.no_grad():
+            assert (quick(ids) - model(ids)).abs().max() < 1e-5
     quick.eval()
     before = torch._dynamo.utils.counters['stats']['unique_graphs']
-    for _ in range(6): quick(ids)
+    for _ in range(6):
+        quick(ids)
     assert torch._dynamo.utils.counters['stats']['unique_graphs'] - before <= 8
     torch._dynamo.reset()
 
 
 def test_gauges_are_of_the_texts_that_are_asked_about():
-    model, ids = shaken(models(far(16))).eval(), torch.randint(30, (1, 200), generator=rng(1, 'ids'))
+    model = shaken(models(far(16))).eval()
+    ids = torch.randint(30, (1, 200), generator=rng(1, 'ids'))
     with torch.no_grad():
-        model(ids); want = model.metrics()
+        model(ids)
+        want = model.metrics()
         assert model.metrics() == {}
-        assert set(want) == {f'attn{l}_{k}' for l in range(3) for k in ('entropy', 'far', 'max_logit', 'collapsed')}
-        for _ in range(40): model(ids)
-    assert len(model.blocks[0].attn.noted) == 16 and model.metrics() == pytest.approx(want, abs=1e-6)
+        assert set(want) == {
+            f'attn{l}_{k}' for l in range(3) for k in ('entropy', 'far', 'max_logit', 'collapsed')
+        }
+        for _ in range(40):
+            model(ids)
+    assert len(model.blocks[0].attn.noted) == 16 and model.metrics() == pytest.approx(
+        want, abs=1e-6
+    )
     odd = shaken(models(PATTERNS['some read nothing'])).eval()
-    with torch.no_grad(): odd(ids)
+    with torch.no_grad():
+        odd(ids)
     assert all(math.isfinite(x) for x in odd.metrics().values())
 
 
 def test_a_run_reads_its_gauges_in_validation_only(tmp_path):
     from llm_lab.run import Job
-    class Here:                                                # what `validate` asks of a job
+
+    class Here:  # what `validate` asks of a job
         asks = dict(sample_every=1, prompt='a', sample_tokens=30, at_once=None)
         cfg = type('', (), dict(eval=type('', (), asks), train=type('', (), dict(seed=0))))
-        ids, starts, texts = torch.randint(29, (500,), generator=rng(0, 'val')), None, dict(tokenizer=TOK, val=None)
+        ids = torch.randint(29, (500,), generator=rng(0, 'val'))
+        starts = None
+        texts = dict(tokenizer=TOK, val=None)
         metrics = type('', (), dict(keep=staticmethod(lambda row: None)))
+
     run = type('', (), dict(step=1, steps=2, notes=[], model=shaken(models(far(16))).eval()))
     Here.texts['val'] = type('', (), dict(meta=dict(tokenizer=dict(end=[0])), tokenizer=TOK))
     Here.texts['corpus'] = Corpus('some', dict(val=['a']))
@@ -229,53 +353,86 @@ def test_a_run_reads_its_gauges_in_validation_only(tmp_path):
 
 def test_large_scores_do_not_overflow():
     (q, k, v, _), g = drawn(1, 2, 2, 90, 16)
-    agree(Plan(far(16), 90, 2), [(x*s).detach().requires_grad_() for x, s in zip((q, k, v), (9, 9, 1))] + [None], g, 2e-4)
+    agree(
+        Plan(far(16), 90, 2),
+        [(x * s).detach().requires_grad_() for x, s in zip((q, k, v), (9, 9, 1))] + [None],
+        g,
+        2e-4,
+    )
 
 
 def test_slips_are_seen():
     "Each is a plan that is a little wrong; the tolerance of this file must know it"
     T, pattern = 130, far(16)
     inputs, g = drawn(1, 2, 2, T, 16)
+
     def wrong(change):
         plan = Plan(pattern, T, 2).make()
         change(plan)
-        with pytest.raises(AssertionError): agree(plan, inputs, g)
+        with pytest.raises(AssertionError):
+            agree(plan, inputs, g)
+
     wrong(lambda p: setattr(p, 'bias', p.bias.roll(1, -1)))
-    wrong(lambda p: p.bias[..., 0, -p.block].fill_(-math.inf))  # the first query of each fold does not read itself
+    wrong(
+        lambda p: p.bias[..., 0, -p.block].fill_(-math.inf)
+    )  # the first query of each fold does not read itself
     wrong(lambda p: p.far.fill_(-math.inf))
     wrong(lambda p: setattr(p, 'far', torch.zeros_like(p.far)))  # links that are not there are read
-    wrong(lambda p: p.idx[:, 1].copy_(p.idx[:, 0]))            # a head takes the links of another
+    wrong(lambda p: p.idx[:, 1].copy_(p.idx[:, 0]))  # a head takes the links of another
     wrong(lambda p: p.idx.sub_((p.idx > 20).long()))
 
 
 # ---- which kernel, and what it does
 
+
 def test_the_choice_is_told():
     assert way(part(causal), 4096) == ('dense', 'the pattern may read all of the past')
-    assert way(near(256), 4096) == ('folds', '32 folds of 128 queries, 384 keys a query instead of 4,096')
-    assert way(near(256), 256)[0] == 'dense' and way(near(64), 4096, 'mps') == ('dense', 'no sparse kernel for mps')
-    assert way(near(64), 4096, dropout=.1)[0] == 'dense' and way(far(64), 4096, 'cuda')[0] == 'flex'
-    assert way(part(document), 4096)[0] == 'dense' and cover(all_of(part(document), near(9))) == (9, [])
-    with pytest.raises(LabError, match='nothing to skip'): Plan(part(causal), 100)
+    assert way(near(256), 4096) == (
+        'folds',
+        '32 folds of 128 queries, 384 keys a query instead of 4,096',
+    )
+    assert way(near(256), 256)[0] == 'dense' and way(near(64), 4096, 'mps') == (
+        'dense',
+        'no sparse kernel for mps',
+    )
+    assert (
+        way(near(64), 4096, dropout=0.1)[0] == 'dense' and way(far(64), 4096, 'cuda')[0] == 'flex'
+    )
+    assert way(part(document), 4096)[0] == 'dense' and cover(all_of(part(document), near(9))) == (
+        9,
+        [],
+    )
+    with pytest.raises(LabError, match='nothing to skip'):
+        Plan(part(causal), 100)
 
 
 def test_work_does_not_grow_with_the_text():
     for pattern in (near(256), far(64)):
         assert len({Plan(pattern, T).touched for T in (1024, 4096, 2**16)}) == 1
     assert Plan(near(256), 4096).touched <= 256 + 128 and Plan(far(64), 4096).touched <= 64 + 32 + 6
-    assert cover(any_of(near(8), part(causal))) is None        # no dense pattern is called sparse
+    assert cover(any_of(near(8), part(causal))) is None  # no dense pattern is called sparse
 
 
 def models(pattern, sparse=True, n_kv=2, steps=(part(QKNorm), part(Rope)), T=200, sink=False, **kw):
-    attn = part(SparseAttention, n_kv_heads=n_kv, steps=steps, pattern=pattern, **dict(sink=sink) if sink else {}) if sparse else \
-        part(GQA, n_kv_heads=n_kv, steps=steps, pattern=pattern)
+    attn = (
+        part(
+            SparseAttention,
+            n_kv_heads=n_kv,
+            steps=steps,
+            pattern=pattern,
+            **dict(sink=sink) if sink else {},
+        )
+        if sparse
+        else part(GQA, n_kv_heads=n_kv, steps=steps, pattern=pattern)
+    )
     return MiniGPT(llama(30, d_model=32, n_heads=4, n_layers=3, max_len=T, attn=attn, **kw))
 
 
 def shaken(model):
     r = rng(0, 'shaken')
     with torch.no_grad():
-        for p in model.parameters(): p.add_(.15*torch.randn(p.shape, generator=r))
+        for p in model.parameters():
+            p.add_(0.15 * torch.randn(p.shape, generator=r))
     return model
 
 
@@ -284,16 +441,19 @@ MODELS = {k: PATTERNS[k] for k in ('window 7', 'links', 'sinks', 'thinned', 'thr
 
 @pytest.mark.parametrize('kind', MODELS)
 def test_a_model_is_the_same_with_and_without(kind):
-    plain, ids = shaken(models(MODELS[kind], False)), torch.randint(30, (2, 200), generator=rng(1, 'ids'))
+    plain = shaken(models(MODELS[kind], False))
+    ids = torch.randint(30, (2, 200), generator=rng(1, 'ids'))
     sparse = models(MODELS[kind])
     sparse.load_state_dict(plain.state_dict())
     assert way(MODELS[kind], 199)[0] == 'folds'
-    for model in (plain, sparse): next_token_loss(model, ids).backward()
+    for model in (plain, sparse):
+        next_token_loss(model, ids).backward()
     big = max(p.grad.abs().max() for p in plain.parameters())
-    for a, b in zip(plain.parameters(), sparse.parameters()): assert (a.grad - b.grad).abs().max() < 1e-5*big
+    for a, b in zip(plain.parameters(), sparse.parameters()):
+        assert (a.grad - b.grad).abs().max() < 1e-5 * big
     with torch.no_grad():
         a, b = plain(ids), sparse(ids)
-        assert (a - b).abs().max() < 1e-5*a.abs().max()
+        assert (a - b).abs().max() < 1e-5 * a.abs().max()
 
 
 @pytest.mark.parametrize('sink', [False, True])
@@ -302,92 +462,141 @@ def test_writing_with_a_cache_is_writing_without(kind, sink):
     model = shaken(models(PATTERNS[kind], sink=sink)).eval()
     ids = torch.randint(30, (1, 150), generator=rng(2, 'ids'))
     assert reach(PATTERNS[kind]) == (7 if kind == 'window 7' else None)
-    with torch.no_grad(): want = model(ids)
-    for pieces in ([140, 1, 1, 1, 1, 6], [1]*20 + [130], [150]):
+    with torch.no_grad():
+        want = model(ids)
+    for pieces in ([140, 1, 1, 1, 1, 6], [1] * 20 + [130], [150]):
         reader = Reader(cached(model), 150)
         got = torch.cat([reader(piece)[:, None] for piece in ids.split(pieces, 1)], 1)
         ends = torch.tensor(pieces).cumsum(0) - 1
-        assert (got - want[:, ends]).abs().max() < 1e-5*want.abs().max()
+        assert (got - want[:, ends]).abs().max() < 1e-5 * want.abs().max()
 
 
 @pytest.mark.parametrize('kind', ['window 7', 'links', 'sinks'])
 def test_a_map_leaves_out_what_the_sink_takes(kind):
-    model, ids = shaken(models(PATTERNS[kind], sink=True)), torch.randint(30, (60,), generator=rng(4, 'ids'))
+    model = shaken(models(PATTERNS[kind], sink=True))
+    ids = torch.randint(30, (60,), generator=rng(4, 'ids'))
     notes, i = [], torch.arange(60)
-    for b in model.blocks: b.attn.sink.data.copy_(torch.tensor([-30., -1., 1., 3.]))
+    for b in model.blocks:
+        b.attn.sink.data.copy_(torch.tensor([-30.0, -1.0, 1.0, 3.0]))
     maps = attention_maps(model, ids).double()
-    with stepped(model, lambda attn, q, k, v, *at, **ctx: notes.append((attn, q, k)) or (q, k, v, *at)), torch.no_grad(): model(ids[None])
+    with (
+        stepped(
+            model, lambda attn, q, k, v, *at, **ctx: notes.append((attn, q, k)) or (q, k, v, *at)
+        ),
+        torch.no_grad(),
+    ):
+        model(ids[None])
     for weights, (attn, q, k) in zip(maps, notes, strict=True):
-        scores = (q[0].double() @ k[0].repeat_interleave(2, 0).double().mT)/8**.5
+        scores = (q[0].double() @ k[0].repeat_interleave(2, 0).double().mT) / 8**0.5
         seen = visible(PATTERNS[kind], i, i, 4, attn.layer).expand(1, 4, 60, 60)[0]
         taken = (attn.sink[:, None] - scores.masked_fill(~seen, -math.inf).logsumexp(-1)).sigmoid()
-        assert ((1 - weights.sum(-1)) - taken).abs().max() < 1e-6 and taken[0].max() < 1e-6 and taken[3].min() > .1
-    for b in model.blocks: b.attn.sink.data.fill_(-math.inf)   # nothing is taken
+        assert (
+            ((1 - weights.sum(-1)) - taken).abs().max() < 1e-6
+            and taken[0].max() < 1e-6
+            and taken[3].min() > 0.1
+        )
+    for b in model.blocks:
+        b.attn.sink.data.fill_(-math.inf)  # nothing is taken
     assert (attention_maps(model, ids).sum(-1) - 1).abs().max() < 1e-6
 
 
 def test_plans_are_kept_by_layer_and_length():
-    a, b = planned(far(16), 200, 2, 0), planned(far(16), 200, 2, 1)
+    a = planned(far(16), 200, 2, 0)
+    b = planned(far(16), 200, 2, 1)
     assert a is planned(far(16), 200, 2, 0) and not a.idx.equal(b.idx) and a.bias is b.bias
 
 
 def test_gradient_checkpointing_counting_and_files(tmp_path):
-    model, ids = shaken(models(far(16))), torch.randint(30, (2, 200), generator=rng(3, 'ids'))
+    model = shaken(models(far(16)))
+    ids = torch.randint(30, (2, 200), generator=rng(3, 'ids'))
     next_token_loss(model, ids).backward()
     want = [p.grad.clone() for p in model.parameters()]
-    model.zero_grad(); next_token_loss(checkpointed(model), ids).backward()
-    for a, p in zip(want, model.parameters()): assert a.equal(p.grad)
-    save_package(tmp_path/'m', model, TOK, {})
-    with torch.no_grad(): assert open_model(tmp_path/'m').model(ids[:, :-1]).equal(model.eval()(ids[:, :-1]))
+    model.zero_grad()
+    next_token_loss(checkpointed(model), ids).backward()
+    for a, p in zip(want, model.parameters()):
+        assert a.equal(p.grad)
+    save_package(tmp_path / 'm', model, TOK, {})
+    with torch.no_grad():
+        assert open_model(tmp_path / 'm').model(ids[:, :-1]).equal(model.eval()(ids[:, :-1]))
     assert str(config_from(to_data(model.cfg))) == str(model.cfg)
 
 
 def test_operations_are_counted_as_they_are_done():
     from torch._subclasses.fake_tensor import FakeTensorMode
+
     def count(pattern, T):
         with FakeTensorMode():
-            model, ids = models(pattern, n_kv=4, T=T), torch.zeros(1, T, dtype=torch.int64)
+            model = models(pattern, n_kv=4, T=T)
+            ids = torch.zeros(1, T, dtype=torch.int64)
             return flops(lambda: model(ids))
+
     a, b = count(near(64), 1024), count(near(64), 2048)
-    assert 1.9 < b/a < 2.1                                     # and not four times as many
-    assert count(part(causal), 2048) - b == 3*4*2048*(2048 - Plan(near(64), 2048).touched)*32       # 3 layers, 4·T·keys·C
-    assert planned(near(64), 1024, 4, 0).keys()[0, 0].equal(torch.arange(1, 1025).clamp_max(64))   # real numbers stay real
+    assert 1.9 < b / a < 2.1  # and not four times as many
+    assert (
+        count(part(causal), 2048) - b == 3 * 4 * 2048 * (2048 - Plan(near(64), 2048).touched) * 32
+    )  # 3 layers, 4·T·keys·C
+    assert (
+        planned(near(64), 1024, 4, 0).keys()[0, 0].equal(torch.arange(1, 1025).clamp_max(64))
+    )  # real numbers stay real
 
 
 def test_layers_take_turns():
     kinds = part(SparseAttention, pattern=near(8)), part(GQA, n_kv_heads=2)
     cfg = llama(30, d_model=32, n_heads=4, n_layers=5, max_len=64, attn=part(cycle, of=kinds))
     model = MiniGPT(cfg)
-    assert [type(b.attn).__name__ for b in model.blocks] == ['SparseAttention', 'GQA']*2 + ['SparseAttention']
-    assert all(len(b.attn.steps) == 1 and b.attn.qkv.bias is None for b in model.blocks) and str(config_from(to_data(cfg))) == str(cfg)
+    assert [type(b.attn).__name__ for b in model.blocks] == ['SparseAttention', 'GQA'] * 2 + [
+        'SparseAttention'
+    ]
+    assert all(len(b.attn.steps) == 1 and b.attn.qkv.bias is None for b in model.blocks) and str(
+        config_from(to_data(cfg))
+    ) == str(cfg)
     ids = torch.randint(30, (1, 12), generator=rng(0, 'ids'))
     plain = torch.cat(list(generate(shaken(model).eval(), ids, 40, temperature=0)))
     kept = cached(model)
     assert [c.length for c in kept.cache(1, 64).values()] == [8, 64, 8, 64, 8]
     assert torch.cat(list(generate(kept, ids, 40, temperature=0))).equal(plain)
     for bad in ((), ('x',)):
-        with pytest.raises(LabError, match='give recipes'): Config(attn=part(cycle, of=bad))
+        with pytest.raises(LabError, match='give recipes'):
+            Config(attn=part(cycle, of=bad))
 
 
 def test_wrong_recipes_are_told():
-    wrong = {'size=0': near(0), 'n=0': part(sinks, n=0), 'stride=1.5': part(strided, stride=1.5), 'degree=0': part(expander, degree=0),
-             'beyond=0': part(expander, beyond=0), 'beyond=-1': part(powers, beyond=-1), 'degree=-1': part(polynomial, degree=-1),
-             r'of=\(\)': part(either, of=()), 'of=part': part(either, of=near(3)), 'stride=None': part(strided), 'pattern=None': None,
-             'off': part(both, off=(near(3),)), 'layers': part(either, of=(near(3),), layers=3)}
+    wrong = {
+        'size=0': near(0),
+        'n=0': part(sinks, n=0),
+        'stride=1.5': part(strided, stride=1.5),
+        'degree=0': part(expander, degree=0),
+        'beyond=0': part(expander, beyond=0),
+        'beyond=-1': part(powers, beyond=-1),
+        'degree=-1': part(polynomial, degree=-1),
+        r'of=\(\)': part(either, of=()),
+        'of=part': part(either, of=near(3)),
+        'stride=None': part(strided),
+        'pattern=None': None,
+        'off': part(both, off=(near(3),)),
+        'layers': part(either, of=(near(3),), layers=3),
+    }
     for said, recipe in wrong.items():
-        with pytest.raises(LabError, match=said): Config(attn=part(SparseAttention, pattern=recipe))
-    with pytest.raises(LabError, match='n_kv_heads=3'): Config(attn=part(SparseAttention, pattern=near(3), n_kv_heads=3))
+        with pytest.raises(LabError, match=said):
+            Config(attn=part(SparseAttention, pattern=recipe))
+    with pytest.raises(LabError, match='n_kv_heads=3'):
+        Config(attn=part(SparseAttention, pattern=near(3), n_kv_heads=3))
     model = MiniGPT(Config(attn=part(SparseAttention, pattern=all_of(near(8), part(document)))))
-    with pytest.raises(LabError, match="needs the word 'doc'"): model(torch.zeros(1, 9, dtype=torch.int64))
+    with pytest.raises(LabError, match="needs the word 'doc'"):
+        model(torch.zeros(1, 9, dtype=torch.int64))
     assert kv_heads(Config(attn=part(SparseAttention, pattern=near(3), n_kv_heads=2))) == 2
 
 
 def test_a_window_is_no_shorter_road_than_it_was():
-    "Chapter 19's fast form knows SparseAttention by a window, and refuses to cut corners with sinks"
+    """Chapter 19's fast form knows SparseAttention by a window, and refuses to cut corners with
+    sinks"""
     from llm_lab.fast import fast
+
     ids = torch.randint(30, (1, 20), generator=rng(0, 'ids'))
     for sink, simple in ((False, True), (True, False)):
         model = shaken(models(near(7), sink=sink)).eval()
         quick = fast(model)
         assert quick.simple == simple
-        assert torch.cat(list(generate(quick, ids, 60, temperature=0))).equal(torch.cat(list(generate(model, ids, 60, temperature=0))))
+        assert torch.cat(list(generate(quick, ids, 60, temperature=0))).equal(
+            torch.cat(list(generate(model, ids, 60, temperature=0)))
+        )

@@ -1,4 +1,6 @@
-"Every chapter runs from its first cell to its last, in a process of its own (`make test` runs them beside the other tests)"
+"""Every chapter runs from its first cell to its last, in a process of its own (`make test` runs
+them beside the other tests)"""
+
 import math
 import os
 import sys
@@ -7,11 +9,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT/'tools'))
+sys.path.insert(0, str(ROOT / 'tools'))
 import run_notebooks  # noqa: E402
 
-FLAGS = os.environ.get('LLM_LAB_NOTEBOOK_FLAGS', '')    # `make nightly` runs the cells marked `slow`, too
-DATA = '01_corpora', '04_bpe'                           # what they show is another text where $LLM_LAB_DATA is set
+FLAGS = os.environ.get(
+    'LLM_LAB_NOTEBOOK_FLAGS', ''
+)  # `make nightly` runs the cells marked `slow`, too
+DATA = '01_corpora', '04_bpe'  # what they show is another text where $LLM_LAB_DATA is set
 
 
 def chapters():
@@ -25,12 +29,14 @@ def test_the_model_that_chapters_share_is_trained():
     "First of all, so that nobody waits for it; it learned what chapter 8 promises"
     from llm_lab.corpora import load_corpus
     from llm_lab.train import trained
+
     about = trained('tales')[2]
-    floor = load_corpus('tiny_tales').floor*math.log(2)
-    assert floor < about['val_loss'] < 2*floor
+    floor = load_corpus('tiny_tales').floor * math.log(2)
+    assert floor < about['val_loss'] < 2 * floor
 
 
 @pytest.mark.parametrize('path', [*chapters()])
 def test_a_chapter_runs(path):
     ok, _, log = run_notebooks.run(path, FLAGS)
-    if not ok: pytest.fail(log, pytrace=False)
+    if not ok:
+        pytest.fail(log, pytrace=False)

@@ -1,4 +1,6 @@
-"What chapters 8 and 12 promise and no notebook shows: compilers, fresh processes, other optimisers, low precision in whole runs."
+"""What chapters 8 and 12 promise and no notebook shows: compilers, fresh processes, other
+optimisers, low precision in whole runs."""
+
 import copy
 import math
 import os
@@ -14,7 +16,19 @@ from torch.nn import functional as F
 from llm_lab import gpt
 from llm_lab.gpt import Config, MiniGPT, _QuickLinear, quick_linear
 from llm_lab.lab import LabError, exact_by_onednn, rng
-from llm_lab.optim import OPTIMISERS, SCHEDULES, Muon, Step, Together, adamw, checkpointed, compiled, largest_batch, muon, step_memory
+from llm_lab.optim import (
+    OPTIMISERS,
+    SCHEDULES,
+    Muon,
+    Step,
+    Together,
+    adamw,
+    checkpointed,
+    compiled,
+    largest_batch,
+    muon,
+    step_memory,
+)
 from llm_lab.train import fit, next_token_loss, random_crops, train_step, update
 
 SMALL = Config(vocab_size=20, max_len=16, d_model=32, n_layers=2, n_heads=2)
@@ -22,7 +36,8 @@ IDS = torch.randint(20, (4000,), generator=rng(0, 'ids'))
 BATCH = random_crops(IDS, 6, 16)
 
 
-def flat(model): return torch.cat([p.detach().flatten() for p in model.parameters()])
+def flat(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 def trained(step=train_step, opt=adamw, steps=6, cfg=SMALL, prepare=lambda m: m, **kw):
@@ -35,29 +50,42 @@ def trained(step=train_step, opt=adamw, steps=6, cfg=SMALL, prepare=lambda m: m,
 def test_every_optimiser_learns_under_every_way_of_stepping(name):
     "In float32 the ways agree; in short numbers they come near"
     torch.manual_seed(0)
-    text = torch.arange(4000) % 7                              # can be learned at once
+    text = torch.arange(4000) % 7  # can be learned at once
+
     def loss_after(step, prepare=lambda m: m):
         model = prepare(MiniGPT(SMALL))
-        opt = OPTIMISERS[name](model, lr=dict(adamw=.01, muon=.01, sgd=.3)[name])
+        opt = OPTIMISERS[name](model, lr=dict(adamw=0.01, muon=0.01, sgd=0.3)[name])
         fit(model, random_crops(text, 6, 16), 120, opt=opt, step=step)
         return next_token_loss(model.eval(), text[:17][None]).item()
-    ways = [loss_after(train_step), loss_after(Step(accumulate=3)), loss_after(train_step, checkpointed),
-            loss_after(Step(precision='bf16')), loss_after(Step(precision='fp16', accumulate=2))]
-    assert all(w < .3 for w in ways), ways
+
+    ways = [
+        loss_after(train_step),
+        loss_after(Step(accumulate=3)),
+        loss_after(train_step, checkpointed),
+        loss_after(Step(precision='bf16')),
+        loss_after(Step(precision='fp16', accumulate=2)),
+    ]
+    assert all(w < 0.3 for w in ways), ways
 
 
 @pytest.mark.parametrize('opt', OPTIMISERS.values())
 def test_parts_and_checkpoints_give_the_weights_of_the_whole(opt):
     whole, run = trained(opt=opt)
     way = (whole - flat(MiniGPT(SMALL))).norm()
-    for step, prepare in ((Step(accumulate=2), lambda m: m), (Step(accumulate=4), lambda m: m), (train_step, checkpointed)):
+    for step, prepare in (
+        (Step(accumulate=2), lambda m: m),
+        (Step(accumulate=4), lambda m: m),
+        (train_step, checkpointed),
+    ):
         parts, again = trained(step, opt, prepare=prepare)
-        assert (parts - whole).norm() < (.02 if opt is muon else 2e-3)*way  # AdamW enlarges the smallest gradients, Muon counts in bf16
+        assert (parts - whole).norm() < (
+            0.02 if opt is muon else 2e-3
+        ) * way  # AdamW enlarges the smallest gradients, Muon counts in bf16
         assert again.losses == pytest.approx(run.losses, abs=1e-3 if opt is muon else 1e-5)
 
 
 def test_checkpointing_is_bitwise_also_with_dropout():
-    cfg = Config(vocab_size=20, max_len=16, d_model=32, n_layers=2, n_heads=2, dropout=.3)
+    cfg = Config(vocab_size=20, max_len=16, d_model=32, n_layers=2, n_heads=2, dropout=0.3)
     assert torch.equal(trained(cfg=cfg)[0], trained(cfg=cfg, prepare=checkpointed)[0])
     assert not torch.equal(trained(cfg=cfg, seed=1)[0], trained(cfg=cfg)[0])
 
@@ -65,26 +93,42 @@ def test_checkpointing_is_bitwise_also_with_dropout():
 def test_a_compiled_step_is_the_same_step(capsys, monkeypatch):
     "Also with the quick linear layers, which are operations of our own, and with checkpoints"
     monkeypatch.setattr(gpt, 'quick_products', exact_by_onednn)
-    cfg = SMALL if ALL else replace(SMALL, n_layers=1)         # a second block takes as long again to compile
+    cfg = (
+        SMALL if ALL else replace(SMALL, n_layers=1)
+    )  # a second block takes as long again to compile
+
     def one(step, prepare=lambda m: m):
-        model = prepare(MiniGPT(cfg)); opt = adamw(model, lr=1e-3)
-        with quick_linear(model): losses = [step(model, opt, BATCH(n))[0].item() for n in range(3)]
+        model = prepare(MiniGPT(cfg))
+        opt = adamw(model, lr=1e-3)
+        with quick_linear(model):
+            losses = [step(model, opt, BATCH(n))[0].item() for n in range(3)]
         return flat(model), losses
+
     plain = one(train_step)
     way = (plain[0] - flat(MiniGPT(cfg))).norm()
     for prepare in (checkpointed, lambda m: m) if ALL else (checkpointed,):
         fast = one(Step(compile=True), prepare)
         assert 'not compiled' not in capsys.readouterr().out
-        assert (fast[0] - plain[0]).norm() < 2e-3*way and fast[1] == pytest.approx(plain[1], abs=1e-5)
+        assert (fast[0] - plain[0]).norm() < 2e-3 * way and fast[1] == pytest.approx(
+            plain[1], abs=1e-5
+        )
 
 
 def test_without_a_compiler_the_run_goes_on_and_says_so_once(tmp_path):
     "A fresh process whose C++ compiler does not exist"
-    code = ("import torch\nfrom llm_lab.gpt import *\nfrom llm_lab.train import *\nfrom llm_lab.optim import *\n"
-            "m = MiniGPT(Config(vocab_size=20, max_len=16, d_model=32, n_layers=1, n_heads=2))\n"
-            "run = fit(m, random_crops(torch.arange(400) % 20, 4, 16), 3, step=Step(compile=True))\nprint(run.step)")
-    env = dict(os.environ, CXX=str(tmp_path/'none'), TORCHINDUCTOR_CACHE_DIR=str(tmp_path/'cache'))
-    r = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, timeout=HANG)
+    code = (
+        "import torch\nfrom llm_lab.gpt import *\nfrom llm_lab.train import *\nfrom "
+        "llm_lab.optim import *\n"
+        "m = MiniGPT(Config(vocab_size=20, max_len=16, d_model=32, n_layers=1, n_heads=2))\n"
+        "run = fit(m, random_crops(torch.arange(400) % 20, 4, 16), 3, "
+        "step=Step(compile=True))\nprint(run.step)"
+    )
+    env = dict(
+        os.environ, CXX=str(tmp_path / 'none'), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / 'cache')
+    )
+    r = subprocess.run(
+        [sys.executable, '-c', code], env=env, capture_output=True, text=True, timeout=HANG
+    )
     assert r.returncode == 0, r.stderr[-2000:]
     said = [line for line in r.stdout.splitlines() if 'not compiled' in line]
     assert len(said) == 1 and r.stdout.splitlines()[-1] == '3', r.stdout
@@ -93,65 +137,100 @@ def test_without_a_compiler_the_run_goes_on_and_says_so_once(tmp_path):
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='only glibc can be asked')
 def test_keep_memory_ends_the_handing_out_of_pages():
     "With tensors that glibc would else always give back: more than 32 MB"
-    code = ("import json, sys, torch\nfrom resource import getrusage, RUSAGE_SELF\nfrom llm_lab.lab import keep_memory\n"
-            "if sys.argv[1] == 'keep': assert keep_memory()\n"
-            "def many(): return [torch.ones(10_000_000) for n in range(2)]\n"
-            "for n in range(6): many()\n"
-            "a = getrusage(RUSAGE_SELF).ru_minflt\nmany()\nprint(getrusage(RUSAGE_SELF).ru_minflt - a)")
-    def told(word): return int(subprocess.run([sys.executable, '-c', code, word], capture_output=True, text=True, check=True).stdout)
+    code = (
+        "import json, sys, torch\nfrom resource import getrusage, RUSAGE_SELF\nfrom "
+        "llm_lab.lab import keep_memory\n"
+        "if sys.argv[1] == 'keep': assert keep_memory()\n"
+        "def many(): return [torch.ones(10_000_000) for n in range(2)]\n"
+        "for n in range(6): many()\n"
+        "a = getrusage(RUSAGE_SELF).ru_minflt\nmany()\nprint(getrusage(RUSAGE_SELF).ru_minflt - a)"
+    )
+
+    def told(word):
+        return int(
+            subprocess.run(
+                [sys.executable, '-c', code, word], capture_output=True, text=True, check=True
+            ).stdout
+        )
+
     pages = {w: told(w) for w in ('keep', 'lose')}
     assert pages['keep'] < 100 < 5000 < pages['lose'], pages
 
 
 def test_muon_is_pytorchs_muon():
     "In a whole model: ours against `torch.optim.Muon` beside AdamW for the rest, clipped alike"
+
     def theirs(model):
         hidden = [p for p in model.blocks.parameters() if p.dim() >= 2]
         rest = adamw(model, 5e-3)
-        for g in rest.param_groups: g['params'] = [p for p in g['params'] if not any(p is h for h in hidden)]
+        for g in rest.param_groups:
+            g['params'] = [p for p in g['params'] if not any(p is h for h in hidden)]
         rest.param_groups = [g for g in rest.param_groups if g['params']]
-        return torch.optim.Muon(hidden, lr=5e-3, weight_decay=.1, adjust_lr_fn='match_rms_adamw'), rest
+        return torch.optim.Muon(
+            hidden, lr=5e-3, weight_decay=0.1, adjust_lr_fn='match_rms_adamw'
+        ), rest
+
     a, b = MiniGPT(SMALL), MiniGPT(SMALL)
     opt, (m, rest) = muon(a, 5e-3), theirs(b)
     for n in range(3):
-        next_token_loss(a, BATCH(n)).backward(); next_token_loss(b, BATCH(n)).backward()
+        next_token_loss(a, BATCH(n)).backward()
+        next_token_loss(b, BATCH(n)).backward()
         update(a, opt, clip=1e9)
-        for o in (m, rest): o.step(); o.zero_grad()
+        for o in (m, rest):
+            o.step()
+            o.zero_grad()
         assert (flat(a) - flat(b)).abs().max() < 1e-5
-        b.load_state_dict(a.state_dict())                      # a rounding that falls the other way must not grow
+        b.load_state_dict(a.state_dict())  # a rounding that falls the other way must not grow
 
 
 def test_clipping_inside_muon_is_clipping_before_it():
     def after(clip_first):
-        w = torch.ones(8, 4, requires_grad=True); opt = Muon([w], lr=.1, dtype=torch.float32)
+        w = torch.ones(8, 4, requires_grad=True)
+        opt = Muon([w], lr=0.1, dtype=torch.float32)
         for n in range(3):
-            w.grad = torch.randn(8, 4, generator=rng(n, 'g'))*10
-            if clip_first: torch.nn.utils.clip_grad_norm_([w], .5); opt.step()
-            else: opt.grad_scale = (w.grad.norm()/.5).clamp_min(1.); opt.found_inf = torch.tensor(0.); opt.step()
+            w.grad = torch.randn(8, 4, generator=rng(n, 'g')) * 10
+            if clip_first:
+                torch.nn.utils.clip_grad_norm_([w], 0.5)
+                opt.step()
+            else:
+                opt.grad_scale = (w.grad.norm() / 0.5).clamp_min(1.0)
+                opt.found_inf = torch.tensor(0.0)
+                opt.step()
         return w.detach()
+
     assert (after(True) - after(False)).abs().max() < 1e-6
 
 
 def test_a_state_is_saved_and_loaded_as_one(tmp_path):
     "Through plain data, as a checkpoint will do it; the loaded optimiser goes on bit by bit"
-    model = MiniGPT(SMALL); opt = muon(model)
-    for n in range(3): train_step(model, opt, BATCH(n))
-    other = MiniGPT(SMALL); other.load_state_dict(model.state_dict())
-    again = muon(other); again.load_state_dict(copy.deepcopy(opt.state_dict()))
-    for n in range(3, 6): train_step(model, opt, BATCH(n)); train_step(other, again, BATCH(n))
+    model = MiniGPT(SMALL)
+    opt = muon(model)
+    for n in range(3):
+        train_step(model, opt, BATCH(n))
+    other = MiniGPT(SMALL)
+    other.load_state_dict(model.state_dict())
+    again = muon(other)
+    again.load_state_dict(copy.deepcopy(opt.state_dict()))
+    for n in range(3, 6):
+        train_step(model, opt, BATCH(n))
+        train_step(other, again, BATCH(n))
     assert torch.equal(flat(model), flat(other))
-    assert isinstance(again, torch.optim.Optimizer) and len(again.state_dict()['state']) == len([*model.parameters()])
+    assert isinstance(again, torch.optim.Optimizer) and len(again.state_dict()['state']) == len(
+        [*model.parameters()]
+    )
     assert isinstance(again, Together)
 
 
 def test_nothing_of_a_clipped_step_stays_in_the_optimiser():
     "Who calls `step` by hand afterwards gets a whole step"
     for make in OPTIMISERS.values():
-        model = MiniGPT(SMALL); opt = make(model)
+        model = MiniGPT(SMALL)
+        opt = make(model)
         train_step(model, opt, BATCH(0), clip=1e-9)
         assert opt.grad_scale is None and opt.found_inf is None
         before = flat(model)
-        next_token_loss(model, BATCH(1)).backward(); opt.step()
+        next_token_loss(model, BATCH(1)).backward()
+        opt.step()
         assert (flat(model) - before).norm() > 1e-3
 
 
@@ -159,17 +238,20 @@ def test_frozen_weights_stay():
     "A part that asks for no gradient is not moved, not even by decay"
     for make in OPTIMISERS.values():
         model = MiniGPT(SMALL)
-        for p in model.blocks[0].parameters(): p.requires_grad_(False)
+        for p in model.blocks[0].parameters():
+            p.requires_grad_(False)
         before = [p.clone() for p in model.blocks[0].parameters()]
         opt = make(model)
-        for n in range(2): train_step(model, opt, BATCH(n))
+        for n in range(2):
+            train_step(model, opt, BATCH(n))
         assert all(torch.equal(p, b) for p, b in zip(model.blocks[0].parameters(), before))
 
 
 def test_fit_multiplies_each_groups_own_rate():
-    model = MiniGPT(SMALL); opt = muon(model, lr=.02, rest_lr=.004)
-    fit(model, BATCH, 4, opt=opt, schedule=lambda step, steps: .5**step)
-    assert [g['lr'] for g in opt.param_groups] == pytest.approx([.0025, .0005, .0005])
+    model = MiniGPT(SMALL)
+    opt = muon(model, lr=0.02, rest_lr=0.004)
+    fit(model, BATCH, 4, opt=opt, schedule=lambda step, steps: 0.5**step)
+    assert [g['lr'] for g in opt.param_groups] == pytest.approx([0.0025, 0.0005, 0.0005])
 
 
 @pytest.mark.parametrize('name', SCHEDULES)
@@ -182,59 +264,95 @@ def test_schedules_stay_between_nothing_and_one(name, steps):
 def test_a_loss_that_is_no_number_is_traced(capsys):
     "To the weights, when they are broken"
     model = MiniGPT(SMALL)
+
     def break_it(run):
-        with torch.no_grad(): run.model.blocks[1].mlp.up.weight[3, 4] = math.inf
-    with pytest.raises(LabError, match=r'the loss of step 5 is nan \(row 0 of its batch, weights of blocks\.1\.mlp\.up\.weight\): lower'):
+        with torch.no_grad():
+            run.model.blocks[1].mlp.up.weight[3, 4] = math.inf
+
+    with pytest.raises(
+        LabError,
+        match=(
+            r'the loss of step 5 is nan \(row 0 of its batch, weights of '
+            r'blocks\.1\.mlp\.up\.weight\): lower'
+        ),
+    ):
         fit(model, BATCH, 200, every={5: break_it})
 
 
 def test_fp16_scaling_of_a_run_can_be_seen_and_goes_on():
     step = Step(precision='fp16')
     weights, run = trained(step, steps=4)
-    assert weights.isfinite().all() and all(map(math.isfinite, run.losses)) and step.scaler.get_scale() > 0
+    assert (
+        weights.isfinite().all()
+        and all(map(math.isfinite, run.losses))
+        and step.scaler.get_scale() > 0
+    )
 
 
 def test_memory_is_a_line_in_the_batch_and_the_search_finds_its_end():
     sizes = [step_memory(SMALL, n) for n in (32, 64, 96)]
     assert sizes[1] - sizes[0] == sizes[2] - sizes[1] > 0
-    slope = (sizes[1] - sizes[0])/32
-    room = sizes[2] + 500*slope
+    slope = (sizes[1] - sizes[0]) / 32
+    room = sizes[2] + 500 * slope
     assert largest_batch(SMALL, memory=int(room)) == 96 + 500
-    with pytest.raises(LabError, match='one row takes'): largest_batch(SMALL, memory=10)
-    assert step_memory(SMALL, 32, opt=muon) < step_memory(SMALL, 32, opt=adamw)         # one average instead of two
+    with pytest.raises(LabError, match='one row takes'):
+        largest_batch(SMALL, memory=10)
+    assert step_memory(SMALL, 32, opt=muon) < step_memory(
+        SMALL, 32, opt=adamw
+    )  # one average instead of two
     assert step_memory(SMALL, 32, step=Step(accumulate=8)) < step_memory(SMALL, 32)
 
 
 def test_the_finder_backs_off_where_the_device_says_no(monkeypatch):
     "An accelerator that refuses more than seven rows, played by the processor"
     from llm_lab import optim
+
     asked = []
-    def runs(cfg, n, device, **kw): asked.append(n); return n <= 7
+
+    def runs(cfg, n, device, **kw):
+        asked.append(n)
+        return n <= 7
+
     monkeypatch.setattr(optim, '_runs', runs)
-    assert largest_batch(SMALL, memory=step_memory(SMALL, 40), device='cuda') <= 7 and asked[0] == 40
+    assert (
+        largest_batch(SMALL, memory=step_memory(SMALL, 40), device='cuda') <= 7 and asked[0] == 40
+    )
 
 
-@pytest.mark.skipif(not exact_by_onednn(), reason="oneDNN's other way is not there, or is not float32's")
+@pytest.mark.skipif(
+    not exact_by_onednn(), reason="oneDNN's other way is not there, or is not float32's"
+)
 @pytest.mark.parametrize('shape', [(1, 5, 3), (2, 1, 16), (7, 33, 64)])
 @pytest.mark.parametrize('bias', [True, False])
 def test_the_quick_layer_is_a_linear_layer(shape, bias):
     x = torch.randn(shape, generator=rng(0, 'x'), dtype=torch.float64).float().requires_grad_()
-    w, b = torch.randn(9, shape[-1], requires_grad=True), torch.randn(9, requires_grad=True) if bias else None
+    w = torch.randn(9, shape[-1], requires_grad=True)
+    b = torch.randn(9, requires_grad=True) if bias else None
     inputs = [t for t in (x, w, b) if t is not None]
+
     def parts(f):
         y = f(x, w, b)
         return y, *torch.autograd.grad(y.sin().sum(), inputs)
-    for a, c in zip(parts(_QuickLinear.apply), parts(F.linear)): assert a.shape == c.shape and (a - c).abs().max() < 1e-4
-    assert torch.library.opcheck(torch.ops.llm_lab.mm.default, (torch.randn(3, 4), torch.randn(4, 5)))
+
+    for a, c in zip(parts(_QuickLinear.apply), parts(F.linear)):
+        assert a.shape == c.shape and (a - c).abs().max() < 1e-4
+    assert torch.library.opcheck(
+        torch.ops.llm_lab.mm.default, (torch.randn(3, 4), torch.randn(4, 5))
+    )
 
 
 def test_quick_layers_leave_shorter_numbers_alone():
     model = MiniGPT(SMALL)
-    with quick_linear(model), torch.autocast('cpu', torch.bfloat16): assert model(BATCH(0)[:, :-1]).dtype == torch.bfloat16
+    with quick_linear(model), torch.autocast('cpu', torch.bfloat16):
+        assert model(BATCH(0)[:, :-1]).dtype == torch.bfloat16
     half = MiniGPT(SMALL).double()
-    with quick_linear(half): assert half(BATCH(0)[:, :-1]).dtype == torch.float64
+    with quick_linear(half):
+        assert half(BATCH(0)[:, :-1]).dtype == torch.float64
 
 
 def test_a_mistake_of_the_caller_is_told_by_the_function_itself():
-    def f(x): raise LabError('give me something else')
-    with pytest.raises(LabError, match='something else'): compiled(f)(torch.ones(2))
+    def f(x):
+        raise LabError('give me something else')
+
+    with pytest.raises(LabError, match='something else'):
+        compiled(f)(torch.ones(2))

@@ -1,4 +1,6 @@
-"Parts of one's own, and models that were changed: caches that are whole or not used, saves that come back, slips told in one line."
+"""Parts of one's own, and models that were changed: caches that are whole or not used, saves that
+come back, slips told in one line."""
+
 import json
 from copy import deepcopy
 from dataclasses import replace
@@ -17,8 +19,23 @@ from llm_lab.chars import CharTokenizer
 from llm_lab.checkpoint import Checkpoints
 from llm_lab.config import BLOCKS, ModelKeys, config_of, model_data, read_config, write_config
 from llm_lab.fast import fast
-from llm_lab.gpt import (MLP, Attention, Block, Config, Learned, MiniGPT, config_from, own_in, part, quick_linear,
-                         register, require_as_said, sketch, to_data, tried)
+from llm_lab.gpt import (
+    MLP,
+    Attention,
+    Block,
+    Config,
+    Learned,
+    MiniGPT,
+    config_from,
+    own_in,
+    part,
+    quick_linear,
+    register,
+    require_as_said,
+    sketch,
+    to_data,
+    tried,
+)
 from llm_lab.gqa import GQA, grouped
 from llm_lab.hub import to_hf
 from llm_lab.lab import REGISTERED, LabError, flops, rng
@@ -45,56 +62,70 @@ def nothing_stays_registered():
     REGISTERED.update(before)
 
 
-def ids_of(B=1, n=T, seed=0): return torch.randint(17, (B, n), generator=rng(seed, 'ids'))
+def ids_of(B=1, n=T, seed=0):
+    return torch.randint(17, (B, n), generator=rng(seed, 'ids'))
 
 
 def shaken(cfg, seed=0):
     "A model with large weights, so that what is wrong is far off"
     model, draw = MiniGPT(cfg, seed).eval(), rng(seed, 'shaken')
     with torch.no_grad():
-        for p in model.parameters(): p.add_(.2*torch.randn(p.shape, generator=draw))
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn(p.shape, generator=draw))
     return model
 
 
-def near(a, b, eps=2e-5): assert (worst := (a - b).abs().max().item()) <= eps*max(1., b.abs().max().item()), worst
+def near(a, b, eps=2e-5):
+    assert (worst := (a - b).abs().max().item()) <= eps * max(1.0, b.abs().max().item()), worst
 
 
 def one_line(call, *words):
-    with pytest.raises(LabError) as e: call()
+    with pytest.raises(LabError) as e:
+        call()
     said = str(e.value)
     assert '\n' not in said and len(said) < 700, said
-    for w in words: assert w in said, said
+    for w in words:
+        assert w in said, said
     return said
 
 
 # ---- caches
 
+
 class Plain(nn.Module):
     "A mixer that mixes nothing and keeps nothing"
+
     def __init__(self, cfg, layer=0):
         super().__init__()
         self.f = nn.Linear(cfg.d_model, cfg.d_model)
 
-    def forward(self, x, i, **ctx): return self.f(x)
+    def forward(self, x, i, **ctx):
+        return self.f(x)
 
 
 class Before(nn.Module):
     "Looks at the token before, and keeps nothing; a mixer or an MLP"
+
     def __init__(self, cfg, layer=0):
         super().__init__()
         self.f = nn.Linear(cfg.d_model, cfg.d_model)
 
-    def forward(self, x, i=None, **ctx): return self.f(F.pad(x, (0, 0, 1, 0))[:, :-1])
+    def forward(self, x, i=None, **ctx):
+        return self.f(F.pad(x, (0, 0, 1, 0))[:, :-1])
 
 
 class Remembers(nn.Module):
     "The same with a memory of its own, a list under its layer; a mixer or an MLP"
+
     reads = ('cache',)
+
     def __init__(self, cfg, layer=0):
         super().__init__()
-        self.layer, self.f = layer, nn.Linear(cfg.d_model, cfg.d_model)
+        self.layer = layer
+        self.f = nn.Linear(cfg.d_model, cfg.d_model)
 
-    def cache(self, batch, length): return []
+    def cache(self, batch, length):
+        return []
 
     def forward(self, x, i=None, cache=None, **ctx):
         kept = [] if cache is None else cache[getattr(self, 'key', self.layer)]
@@ -105,6 +136,7 @@ class Remembers(nn.Module):
 
 class Keyed(Remembers):
     "The same under a key that no other part has"
+
     def __init__(self, cfg, layer=0):
         super().__init__(cfg, layer)
         self.key = (layer, 'before')
@@ -112,26 +144,38 @@ class Keyed(Remembers):
 
 class Forgets(Attention):
     "An attention of one's own that hands its steps no cache"
-    def forward(self, x, i, rising=False, cache=None, **ctx): return super().forward(x, i, rising, **ctx)
+
+    def forward(self, x, i, rising=False, cache=None, **ctx):
+        return super().forward(x, i, rising, **ctx)
 
 
 class Pair(nn.Module):
     "Two attentions side by side, of which one keeps"
+
     def __init__(self, cfg, layer=0, *, one, two):
         super().__init__()
         self.one, self.two = one(cfg, layer), two(cfg, layer)
 
-    def forward(self, x, i, **ctx): return self.one(x, i, **ctx) + self.two(x, i, **ctx)
+    def forward(self, x, i, **ctx):
+        return self.one(x, i, **ctx) + self.two(x, i, **ctx)
 
 
 class Nameless(nn.Module):
     "A step that keeps and does not say where"
-    def __init__(self, cfg, layer=0): super().__init__()
-    def cache(self, batch, length): return KVCache(length)
-    def forward(self, q, k, v, i, j, **ctx): return q, k, v, i, j
+
+    def __init__(self, cfg, layer=0):
+        super().__init__()
+
+    def cache(self, batch, length):
+        return KVCache(length)
+
+    def forward(self, q, k, v, i, j, **ctx):
+        return q, k, v, i, j
 
 
-rope, keeps, bare = part(Rope), part(Attention, steps=(part(Rope), part(Cached))), part(Attention, steps=(part(Rope),))
+rope = part(Rope)
+keeps = part(Attention, steps=(part(Rope), part(Cached)))
+bare = part(Attention, steps=(part(Rope),))
 near_by = part(window, size=5)
 rolls = part(GQA, n_kv_heads=1, pattern=near_by, steps=(rope, part(Cached, size=5)))
 turns = lambda *of, **kw: llama(**SIZE | kw, attn=part(cycle, of=of))
@@ -160,7 +204,8 @@ CACHES = {
     'a slip in a forward': (turns(part(Forgets, steps=(rope, part(Cached)), bias=False)), False),
     'half of a pair': (turns(part(Pair, one=keeps, two=bare)), False),
     'a pair under one key': (turns(part(Pair, one=keeps, two=keeps)), False),
-    'no name': (turns(both(rope, part(Nameless))), False)}
+    'no name': (turns(both(rope, part(Nameless))), False),
+}
 
 
 @pytest.mark.parametrize('kind', CACHES)
@@ -170,7 +215,7 @@ def test_a_cache_is_whole_or_not_used(kind):
     model, ids = shaken(cfg), ids_of(2)
     want = model(ids).detach()
     assert (model.cache(2, T) is not None) == has
-    for cut in ([1]*T, [7, 1, 1, 9, 1, 1, 1, 1, 2]):
+    for cut in ([1] * T, [7, 1, 1, 9, 1, 1, 1, 1, 2]):
         reader, at = Reader(model, T), 0
         for piece in ids.split(cut, 1):
             at += piece.shape[1]
@@ -180,88 +225,136 @@ def test_a_cache_is_whole_or_not_used(kind):
 
 @pytest.mark.parametrize('kind', some(CACHES, 8))
 def test_what_is_written_is_the_same_in_every_form(kind):
-    "`cached` and `fast` write the letters of the plain model, or refuse in one line; rows that are picked go on"
+    """`cached` and `fast` write the letters of the plain model, or refuse in one line; rows that
+    are picked go on"""
     cfg, has = CACHES[kind]
     model = shaken(cfg, 1)
-    text = lambda m, **kw: torch.stack(list(generate(m, ids_of(2, 5), 30, **kw)), 1)     # past max_len, too
+    text = lambda m, **kw: torch.stack(
+        list(generate(m, ids_of(2, 5), 30, **kw)), 1
+    )  # past max_len, too
     want = [text(model, temperature=0), text(model, seed=3, top_k=5)]
     forms = [fast(model), cached(model, strict=False)]
-    try: forms.append(cached(model))
-    except LabError as e: assert '\n' not in str(e) and not has
+    try:
+        forms.append(cached(model))
+    except LabError as e:
+        assert '\n' not in str(e) and not has
     for m in forms:
-        for a, b in zip(want, (text(m, temperature=0), text(m, seed=3, top_k=5))): assert torch.equal(a, b)
+        for a, b in zip(want, (text(m, temperature=0), text(m, seed=3, top_k=5))):
+            assert torch.equal(a, b)
     reader, ids = Reader(forms[1], T), ids_of(3)
     reader(ids[:, :9])
     picked(reader, [2, 0])
     near(reader(ids[[2, 0], 9:10]), model(ids[[2, 0], :10])[:, -1])
-    texts = [c.text for c, in complete(model, TOK, ['a', 'fine'], 9, temperature=0)]
-    assert texts == [c.text for c, in complete(forms[1], TOK, ['a', 'fine'], 9, temperature=0)]
+    texts = [c.text for (c,) in complete(model, TOK, ['a', 'fine'], 9, temperature=0)]
+    assert texts == [c.text for (c,) in complete(forms[1], TOK, ['a', 'fine'], 9, temperature=0)]
 
 
 def test_a_mixer_without_a_cache_is_named():
-    one_line(lambda: cached(shaken(turns(part(Plain), bare))), 'can have no cache', 'Plain of layer 0 keeps nothing')
-    one_line(lambda: cached(shaken(llama(**SIZE, attn=bare, mlp=part(Remembers)))), 'keeps under 0', 'give it a `key`')
-    one_line(lambda: cached(shaken(llama(**SIZE, attn=bare, mlp=part(Before)))), 'one by one otherwise')
+    one_line(
+        lambda: cached(shaken(turns(part(Plain), bare))),
+        'can have no cache',
+        'Plain of layer 0 keeps nothing',
+    )
+    one_line(
+        lambda: cached(shaken(llama(**SIZE, attn=bare, mlp=part(Remembers)))),
+        'keeps under 0',
+        'give it a `key`',
+    )
+    one_line(
+        lambda: cached(shaken(llama(**SIZE, attn=bare, mlp=part(Before)))), 'one by one otherwise'
+    )
     good = cached(shaken(llama(**SIZE, attn=bare, mlp=part(Keyed))))
-    assert sorted(map(str, good.cache(1, 9))) == sorted(map(str, [0, 1, (0, 'before'), (1, 'before')]))
+    assert sorted(map(str, good.cache(1, 9))) == sorted(
+        map(str, [0, 1, (0, 'before'), (1, 'before')])
+    )
     assert isinstance(cached(shaken(turns(rolls))).cache(1, 9)[0], RollingCache)
 
 
 def test_the_proof_disturbs_nothing():
     "Dropout's stream, the modes of the parts and the gradients are as they were"
-    model = MiniGPT(llama(**SIZE, attn=keeps, mlp=part(Keyed), dropout=.5))
+    model = MiniGPT(llama(**SIZE, attn=keeps, mlp=part(Keyed), dropout=0.5))
     model.blocks[0].eval()
-    before, modes = torch.get_rng_state(), [m.training for m in model.modules()]
+    before = torch.get_rng_state()
+    modes = [m.training for m in model.modules()]
     assert model.cache(1, 9)
-    assert torch.equal(torch.get_rng_state(), before) and modes == [m.training for m in model.modules()]
+    assert torch.equal(torch.get_rng_state(), before) and modes == [
+        m.training for m in model.modules()
+    ]
     assert all(p.grad is None for p in model.parameters())
 
 
 class Folded(nn.Module):
     "A mixer that does other things with its linear layer than to call it"
+
     def __init__(self, cfg, layer=0):
         super().__init__()
-        self.f = nn.Linear(cfg.d_model, 2*cfg.d_model)
+        self.f = nn.Linear(cfg.d_model, 2 * cfg.d_model)
 
-    def forward(self, x, i, **ctx): return F.linear(x, self.f.weight[:x.shape[2]])
+    def forward(self, x, i, **ctx):
+        return F.linear(x, self.f.weight[: x.shape[2]])
 
 
 def test_fast_takes_any_mixer():
-    for attn in (part(Plain), part(Folded), part(cycle, of=(part(Folded), bare)), part(Pair, one=keeps, two=part(Folded))):
+    for attn in (
+        part(Plain),
+        part(Folded),
+        part(cycle, of=(part(Folded), bare)),
+        part(Pair, one=keeps, two=part(Folded)),
+    ):
         model = shaken(llama(**SIZE, attn=attn))
         quick, reader = fast(model), Reader(fast(model), T)
         near(quick(ids_of(2)).detach(), model(ids_of(2)).detach())
-        for t in range(9): near(reader(ids_of()[:, t:t + 1]), model(ids_of()[:, :t + 1])[:, -1])
+        for t in range(9):
+            near(reader(ids_of()[:, t : t + 1]), model(ids_of()[:, : t + 1])[:, -1])
     watched = shaken(llama(**SIZE))
-    watched.blocks[0].attn.register_forward_hook(lambda m, args, y: 2*y)
+    watched.blocks[0].attn.register_forward_hook(lambda m, args, y: 2 * y)
     reader = Reader(fast(watched), T)
-    for t in range(9): near(reader(ids_of()[:, t:t + 1]), watched(ids_of()[:, :t + 1])[:, -1])
+    for t in range(9):
+        near(reader(ids_of()[:, t : t + 1]), watched(ids_of()[:, : t + 1])[:, -1])
 
     class Loud(MiniGPT):
-        def forward(self, ids, i=None, **ctx): return 2*super().forward(ids, i, **ctx)
+        def forward(self, ids, i=None, **ctx):
+            return 2 * super().forward(ids, i, **ctx)
+
     one_line(lambda: fast(Loud(llama(**SIZE))), 'Loud has a forward of its own')
 
 
 def test_llama_adds_nothing_to_a_mixer_of_ones_own():
-    class Mine(Attention): pass
+    class Mine(Attention):
+        pass
+
     assert llama(attn=part(Plain)).attn == part(Plain)
-    with pytest.warns(UserWarning, match='Mine is your own, so llama gives it no RoPE'): assert llama(attn=part(Mine)).attn == part(Mine)
-    assert llama(attn=part(Mine), rope=part(Rope, base=9.)).attn == part(Mine, steps=(part(Rope, base=9.),))
+    with pytest.warns(UserWarning, match='Mine is your own, so llama gives it no RoPE'):
+        assert llama(attn=part(Mine)).attn == part(Mine)
+    assert llama(attn=part(Mine), rope=part(Rope, base=9.0)).attn == part(
+        Mine, steps=(part(Rope, base=9.0),)
+    )
     full = part(Attention, steps=(rope,), bias=False)
-    assert llama(attn=part(cycle, of=(part(Plain), part(Attention)))).attn == part(cycle, of=(part(Plain), full))
+    assert llama(attn=part(cycle, of=(part(Plain), part(Attention)))).attn == part(
+        cycle, of=(part(Plain), full)
+    )
     one_line(lambda: llama(attn=part(Plain), rope=rope), 'rope=part(Rope)', 'takes no steps')
     register(Mine)
     for attn in (dict(part='Mine'), dict(part='Mine', bias=True)):
         said = model_data(ModelKeys(block='llama', attn=attn))
         assert said['attn'] == attn and said['mlp'] == BLOCKS['llama']['mlp']
-    said = model_data(ModelKeys(block='llama', attn=dict(part='sparse:cycle', of=[dict(part='Mine'), dict(part='Attention')])))
-    assert config_from({**said, 'attn': said['attn'] | {'part': 'llm_lab.sparse:cycle'}}).attn == part(cycle, of=(part(Mine), full))
+    said = model_data(
+        ModelKeys(
+            block='llama',
+            attn=dict(part='sparse:cycle', of=[dict(part='Mine'), dict(part='Attention')]),
+        )
+    )
+    assert config_from(
+        {**said, 'attn': said['attn'] | {'part': 'llm_lab.sparse:cycle'}}
+    ).attn == part(cycle, of=(part(Mine), full))
 
 
 # ---- a model that is not what its configuration says
 
+
 class ParallelBlock(Block):
     "GPT-J: attention and MLP read the same norm"
+
     def forward(self, x, i, **ctx):
         h = self.norm1(x)
         return x + self.attn(h, i, **ctx) + self.mlp(h, **ctx)
@@ -270,20 +363,24 @@ class ParallelBlock(Block):
 class Parallel(MiniGPT):
     def __init__(self, cfg, seed=0):
         super().__init__(cfg, seed)
-        for b in self.blocks: b.__class__ = ParallelBlock
+        for b in self.blocks:
+            b.__class__ = ParallelBlock
 
 
 class Scaled(nn.Module):
     "A layer with something around it"
+
     def __init__(self, layer):
         super().__init__()
         self.layer, self.by = layer, nn.Parameter(torch.ones(()))
 
-    def forward(self, x): return self.by*self.layer(x)
+    def forward(self, x):
+        return self.by * self.layer(x)
 
 
 class Louder(nn.Module):
-    def forward(self, w): return 1.5*w
+    def forward(self, w):
+        return 1.5 * w
 
 
 def set_at(path, make):
@@ -291,51 +388,140 @@ def set_at(path, make):
         owner, _, name = path.rpartition('.')
         owner = m.get_submodule(owner)
         setattr(owner, name, make(getattr(owner, name)))
+
     return change
 
 
-def swapped(m): m.blocks = nn.ModuleList([m.blocks[1], m.blocks[0]])
-def shorter(m): m.blocks = m.blocks[:1]
-def longer(m): m.blocks.append(deepcopy(m.blocks[0]))
-def shared(m): m.blocks[1].mlp = m.blocks[0].mlp
-def one_weight(m): m.blocks[1].mlp.up.weight = m.blocks[0].mlp.up.weight
-def tied(m): m.head.weight = m.tok.weight
-def hook(path, f): return lambda m: m.get_submodule(path).register_forward_hook(f)
-def early(path, f): return lambda m: m.get_submodule(path).register_forward_pre_hook(f)
-def slower(m): m.blocks[0].attn.steps[0].freq = m.blocks[0].attn.steps[0].freq/2
-def prefix(m): m.register_forward_pre_hook(lambda m, args: (args[0].flip(1),))
+def swapped(m):
+    m.blocks = nn.ModuleList([m.blocks[1], m.blocks[0]])
 
 
-CHANGES = {                                                    # {what: (change, words of the refusal)}
-    'another MLP': (set_at('blocks.0.mlp', lambda old: MLP(Config(**SIZE))), 'blocks.0.mlp is a MLP, it should be a SwiGLU'),
-    'another bend': (set_at('blocks.1.mlp.act', lambda old: nn.ReLU()), 'blocks.1.mlp.act is a ReLU, it should be a SiLU'),
+def shorter(m):
+    m.blocks = m.blocks[:1]
+
+
+def longer(m):
+    m.blocks.append(deepcopy(m.blocks[0]))
+
+
+def shared(m):
+    m.blocks[1].mlp = m.blocks[0].mlp
+
+
+def one_weight(m):
+    m.blocks[1].mlp.up.weight = m.blocks[0].mlp.up.weight
+
+
+def tied(m):
+    m.head.weight = m.tok.weight
+
+
+def hook(path, f):
+    return lambda m: m.get_submodule(path).register_forward_hook(f)
+
+
+def early(path, f):
+    return lambda m: m.get_submodule(path).register_forward_pre_hook(f)
+
+
+def slower(m):
+    m.blocks[0].attn.steps[0].freq = m.blocks[0].attn.steps[0].freq / 2
+
+
+def prefix(m):
+    m.register_forward_pre_hook(lambda m, args: (args[0].flip(1),))
+
+
+CHANGES = {  # {what: (change, words of the refusal)}
+    'another MLP': (
+        set_at('blocks.0.mlp', lambda old: MLP(Config(**SIZE))),
+        'blocks.0.mlp is a MLP, it should be a SwiGLU',
+    ),
+    'another bend': (
+        set_at('blocks.1.mlp.act', lambda old: nn.ReLU()),
+        'blocks.1.mlp.act is a ReLU, it should be a SiLU',
+    ),
     'another norm': (set_at('norm', lambda old: nn.LayerNorm(16)), 'norm is a LayerNorm'),
     'a wrapped layer': (set_at('blocks.0.attn.out', Scaled), 'blocks.0.attn.out is a Scaled'),
-    'a wrapped head': (set_at('head', lambda old: nn.Sequential(old, nn.Tanh())), 'head is a Sequential'),
-    'a wider layer': (set_at('blocks.0.mlp.up', lambda old: nn.Linear(16, 99, False)), 'blocks.0.mlp.up.out_features is 99'),
-    'a bias more': (set_at('blocks.0.mlp.out', lambda old: nn.Linear(*old.weight.shape[::-1])), 'blocks.0.mlp.out.bias was added'),
-    'a step more': (lambda m: m.blocks[0].attn.steps.append(Rope(m.cfg)), 'blocks.0.attn.steps.1 (Rope) was added'),
-    'a step less': (lambda m: m.blocks[0].attn.steps.pop(-1), 'blocks.0.attn.steps.0 was taken out'),
-    'a changed class': (lambda m: setattr(m.blocks[1], '__class__', ParallelBlock), 'blocks.1 is a ParallelBlock, it should be a Block'),
-    'a changed forward': (lambda m: setattr(m.blocks[0], 'forward', MethodType(ParallelBlock.forward, m.blocks[0])),
-                          'blocks.0.forward was replaced'),
-    'changed features': (lambda m: setattr(m, 'features', lambda ids, **kw: m.norm(m.tok(ids))), 'the model.features was replaced'),
-    'another through': (lambda m: setattr(m, 'through', lambda block, x, i, **ctx: x), 'the model.through was replaced'),
-    'a hook': (hook('blocks.0.mlp', lambda m, args, y: 2*y), 'blocks.0.mlp has a hook that changes it'),
-    'a hook before': (early('blocks.1.attn.qkv', lambda m, args: (2*args[0],)), 'blocks.1.attn.qkv has a hook that changes it'),
+    'a wrapped head': (
+        set_at('head', lambda old: nn.Sequential(old, nn.Tanh())),
+        'head is a Sequential',
+    ),
+    'a wider layer': (
+        set_at('blocks.0.mlp.up', lambda old: nn.Linear(16, 99, False)),
+        'blocks.0.mlp.up.out_features is 99',
+    ),
+    'a bias more': (
+        set_at('blocks.0.mlp.out', lambda old: nn.Linear(*old.weight.shape[::-1])),
+        'blocks.0.mlp.out.bias was added',
+    ),
+    'a step more': (
+        lambda m: m.blocks[0].attn.steps.append(Rope(m.cfg)),
+        'blocks.0.attn.steps.1 (Rope) was added',
+    ),
+    'a step less': (
+        lambda m: m.blocks[0].attn.steps.pop(-1),
+        'blocks.0.attn.steps.0 was taken out',
+    ),
+    'a changed class': (
+        lambda m: setattr(m.blocks[1], '__class__', ParallelBlock),
+        'blocks.1 is a ParallelBlock, it should be a Block',
+    ),
+    'a changed forward': (
+        lambda m: setattr(m.blocks[0], 'forward', MethodType(ParallelBlock.forward, m.blocks[0])),
+        'blocks.0.forward was replaced',
+    ),
+    'changed features': (
+        lambda m: setattr(m, 'features', lambda ids, **kw: m.norm(m.tok(ids))),
+        'the model.features was replaced',
+    ),
+    'another through': (
+        lambda m: setattr(m, 'through', lambda block, x, i, **ctx: x),
+        'the model.through was replaced',
+    ),
+    'a hook': (
+        hook('blocks.0.mlp', lambda m, args, y: 2 * y),
+        'blocks.0.mlp has a hook that changes it',
+    ),
+    'a hook before': (
+        early('blocks.1.attn.qkv', lambda m, args: (2 * args[0],)),
+        'blocks.1.attn.qkv has a hook that changes it',
+    ),
     'a hook of all': (prefix, 'the model has a hook that changes it'),
-    'a parametrization': (lambda m: parametrize.register_parametrization(m.blocks[0].mlp.up, 'weight', Louder()), 'parametrizations'),
-    'weight norm': (lambda m: parametrizations.weight_norm(m.blocks[0].mlp.out), 'parametrizations'),
-    'pruned': (lambda m: prune.l1_unstructured(m.blocks[0].mlp.out, 'weight', .5), 'blocks.0.mlp.out'),
-    'a block less': (shorter, 'blocks.1 was taken out'), 'a block more': (longer, 'blocks.2 (Block) was added'),
-    'blocks swapped': (swapped, 'blocks.0.attn.layer is 1, it should be 0'), 'one MLP twice': (shared, 'blocks.1.mlp is shared'),
-    'one weight twice': (one_weight, 'blocks.1.mlp.up.weight is shared'), 'tied by hand': (tied, 'head.weight is shared'),
-    'another pattern': (set_at('blocks.0.attn.pattern', lambda old: near_by), 'blocks.0.attn.pattern is part(window, size=5)'),
-    'another eps': (set_at('blocks.0.norm1.eps', lambda old: .1), 'blocks.0.norm1.eps is 0.1'),
+    'a parametrization': (
+        lambda m: parametrize.register_parametrization(m.blocks[0].mlp.up, 'weight', Louder()),
+        'parametrizations',
+    ),
+    'weight norm': (
+        lambda m: parametrizations.weight_norm(m.blocks[0].mlp.out),
+        'parametrizations',
+    ),
+    'pruned': (
+        lambda m: prune.l1_unstructured(m.blocks[0].mlp.out, 'weight', 0.5),
+        'blocks.0.mlp.out',
+    ),
+    'a block less': (shorter, 'blocks.1 was taken out'),
+    'a block more': (longer, 'blocks.2 (Block) was added'),
+    'blocks swapped': (swapped, 'blocks.0.attn.layer is 1, it should be 0'),
+    'one MLP twice': (shared, 'blocks.1.mlp is shared'),
+    'one weight twice': (one_weight, 'blocks.1.mlp.up.weight is shared'),
+    'tied by hand': (tied, 'head.weight is shared'),
+    'another pattern': (
+        set_at('blocks.0.attn.pattern', lambda old: near_by),
+        'blocks.0.attn.pattern is part(window, size=5)',
+    ),
+    'another eps': (set_at('blocks.0.norm1.eps', lambda old: 0.1), 'blocks.0.norm1.eps is 0.1'),
     'slower hands': (slower, 'freq was changed'),
-    'a buffer more': (lambda m: m.blocks[0].register_buffer('more', torch.zeros(3)), 'blocks.0.more was added'),
+    'a buffer more': (
+        lambda m: m.blocks[0].register_buffer('more', torch.zeros(3)),
+        'blocks.0.more was added',
+    ),
     'a module more': (lambda m: m.add_module('probe', nn.Linear(2, 2)), 'probe (Linear) was added'),
-    'an adapter': (lambda m: setattr(m.blocks[0].mlp, 'extra', nn.Parameter(torch.zeros(2))), 'blocks.0.mlp.extra was added')}
+    'an adapter': (
+        lambda m: setattr(m.blocks[0].mlp, 'extra', nn.Parameter(torch.zeros(2))),
+        'blocks.0.mlp.extra was added',
+    ),
+}
 
 
 @pytest.mark.parametrize('what', CHANGES)
@@ -345,22 +531,36 @@ def test_a_model_that_was_changed_is_refused_by_every_save(what, tmp_path):
     model = MiniGPT(llama(**SIZE))
     require_as_said(model)
     change(model)
-    saves = [lambda: save_package(tmp_path/'deep'/'p', model, TOK), lambda: to_hf(tmp_path/'h', model, TOK), lambda: grouped(model, 1)]
-    for save in saves: one_line(save, 'not what its configuration says', words)
+    saves = [
+        lambda: save_package(tmp_path / 'deep' / 'p', model, TOK),
+        lambda: to_hf(tmp_path / 'h', model, TOK),
+        lambda: grouped(model, 1),
+    ]
+    for save in saves:
+        one_line(save, 'not what its configuration says', words)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_subclass_is_refused_where_it_does_something_else(tmp_path):
-    one_line(lambda: save_package(tmp_path/'p', Parallel(llama(**SIZE)), TOK), 'blocks.0 is a ParallelBlock, it should be a Block')
+    one_line(
+        lambda: save_package(tmp_path / 'p', Parallel(llama(**SIZE)), TOK),
+        'blocks.0 is a ParallelBlock, it should be a Block',
+    )
 
     class Doubled(MiniGPT):
-        def forward(self, ids, i=None, **ctx): return 2*super().forward(ids, i, **ctx)
+        def forward(self, ids, i=None, **ctx):
+            return 2 * super().forward(ids, i, **ctx)
 
     class Talks(MiniGPT):
-        def hello(self): return 'hello'
-    one_line(lambda: to_hf(tmp_path/'p', Doubled(llama(**SIZE))), 'the model is a Doubled, it should be a MiniGPT')
+        def hello(self):
+            return 'hello'
+
+    one_line(
+        lambda: to_hf(tmp_path / 'p', Doubled(llama(**SIZE))),
+        'the model is a Doubled, it should be a MiniGPT',
+    )
     model = Talks(llama(**SIZE))
-    again = open_model(save_package(tmp_path/'p', model, TOK)).model
+    again = open_model(save_package(tmp_path / 'p', model, TOK)).model
     assert torch.equal(again(ids_of()), model.eval()(ids_of()))
 
 
@@ -368,27 +568,28 @@ def test_a_changed_class_of_this_library_is_seen(tmp_path, monkeypatch):
     "Another process would not have the change"
     model = MiniGPT(llama(**SIZE))
     monkeypatch.setattr(SwiGLU, 'forward', lambda self, x, **ctx: x)
-    one_line(lambda: save_package(tmp_path/'p', model, TOK), 'blocks.0.mlp.forward was replaced')
+    one_line(lambda: save_package(tmp_path / 'p', model, TOK), 'blocks.0.mlp.forward was replaced')
 
 
 def test_an_untied_table_is_not_lost(tmp_path):
     model = MiniGPT(llama(**SIZE, tie=True))
-    save_package(tmp_path/'p', model, TOK)
+    save_package(tmp_path / 'p', model, TOK)
     model.head.weight = nn.Parameter(model.head.weight.detach().clone())
-    one_line(lambda: save_package(tmp_path/'q', model, TOK), 'head.weight is not shared')
+    one_line(lambda: save_package(tmp_path / 'q', model, TOK), 'head.weight is not shared')
 
 
 def test_checkpoints_ask_too(tmp_path):
     model = MiniGPT(llama(**SIZE))
     model.blocks[0].mlp.act = nn.ReLU()
     batch = random_crops(torch.randint(17, (200,)), 2, T - 1)
-    saved = Checkpoints(tmp_path/'run', TOK)
+    saved = Checkpoints(tmp_path / 'run', TOK)
     one_line(lambda: fit(model, batch, 4, every={2: saved}), 'blocks.0.mlp.act is a ReLU')
     assert [p for p in tmp_path.rglob('*') if p.is_file()] == []
 
 
 def test_conversions_ask_too():
-    turned, bound = llama(**SIZE, attn=both(part(Rope, interleaved=True))), llama(**SIZE, init=part(spectral_init))
+    turned = llama(**SIZE, attn=both(part(Rope, interleaved=True)))
+    bound = llama(**SIZE, init=part(spectral_init))
     for make, cfg in ((half_split, turned), (freed, bound)):
         model = MiniGPT(cfg)
         make(model)
@@ -397,7 +598,8 @@ def test_conversions_ask_too():
 
 
 def test_what_changes_no_function_is_saved(tmp_path):
-    "Recomputing, quick products, who only looks on, bound weights, low precision, what training changes, frozen weights"
+    """Recomputing, quick products, who only looks on, bound weights, low precision, what training
+    changes, frozen weights"""
     seen = []
 
     def watched(m):
@@ -406,87 +608,120 @@ def test_what_changes_no_function_is_saved(tmp_path):
 
     def trained(m):
         opt = adamw(m)
-        for _ in range(2): train_step(m, opt, ids_of(4, T))
+        for _ in range(2):
+            train_step(m, opt, ids_of(4, T))
         m.metrics()
-    ways = [(llama(**SIZE), checkpointed), (llama(**SIZE), watched), (llama(**SIZE, init=part(spectral_init)), trained),
-            (llama(**SIZE, tie=True, init=part(spectral_init)), trained),
-            (llama(**SIZE, mlp=part(MoE, n_experts=3, shared=1, router=part(Router, bias_rate=.1))), trained),
-            (llama(**SIZE, tie=True), trained),
-            (Config(**SIZE, dropout=.5), trained), (llama(**SIZE), lambda m: m.requires_grad_(False)),
-            (llama(**SIZE), lambda m: m.bfloat16()),
-            (Config(**SIZE), lambda m: m.eval()), (turns(rolls, keeps), trained)]
+
+    ways = [
+        (llama(**SIZE), checkpointed),
+        (llama(**SIZE), watched),
+        (llama(**SIZE, init=part(spectral_init)), trained),
+        (llama(**SIZE, tie=True, init=part(spectral_init)), trained),
+        (
+            llama(**SIZE, mlp=part(MoE, n_experts=3, shared=1, router=part(Router, bias_rate=0.1))),
+            trained,
+        ),
+        (llama(**SIZE, tie=True), trained),
+        (Config(**SIZE, dropout=0.5), trained),
+        (llama(**SIZE), lambda m: m.requires_grad_(False)),
+        (llama(**SIZE), lambda m: m.bfloat16()),
+        (Config(**SIZE), lambda m: m.eval()),
+        (turns(rolls, keeps), trained),
+    ]
     for cfg, change in ways:
         model = MiniGPT(cfg, seed=3)
         change(model)
-        with quick_linear(model): save_package(tmp_path/'p', model, TOK)
-        again = open_model(tmp_path/'p').model
-        with torch.no_grad(): assert torch.equal(again(ids_of()), model.eval()(ids_of())), cfg
+        with quick_linear(model):
+            save_package(tmp_path / 'p', model, TOK)
+        again = open_model(tmp_path / 'p').model
+        with torch.no_grad():
+            assert torch.equal(again(ids_of()), model.eval()(ids_of())), cfg
     assert seen
 
 
 def test_each_tensor_comes_back_with_its_digits(tmp_path):
     "A mixture in bfloat16 whose router and norms have more"
     model = MiniGPT(llama(**SIZE, mlp=part(MoE, n_experts=4))).bfloat16()
-    for b in model.blocks: b.mlp.router.float()
+    for b in model.blocks:
+        b.mlp.router.float()
     model.norm.float()
-    again = open_model(save_package(tmp_path/'p', model, TOK)).model
-    assert {n: t.dtype for n, t in again.state_dict().items()} == {n: t.dtype for n, t in model.state_dict().items()}
+    again = open_model(save_package(tmp_path / 'p', model, TOK)).model
+    assert {n: t.dtype for n, t in again.state_dict().items()} == {
+        n: t.dtype for n, t in model.state_dict().items()
+    }
     want = model.state_dict()
     assert all(torch.equal(w, want[n]) for n, w in again.state_dict().items())
 
 
 def test_a_forward_of_ones_own_is_heard_in_samples():
     class Loud(MiniGPT):
-        def forward(self, ids, i=None, **ctx): return super().forward(ids, i, **ctx).flip(-1)
+        def forward(self, ids, i=None, **ctx):
+            return super().forward(ids, i, **ctx).flip(-1)
+
     model, ids = Loud(llama(**SIZE, attn=keeps)).eval(), ids_of()
     reader = Reader(model, T)
-    for t in range(T): near(reader(ids[:, t:t + 1]), model(ids[:, :t + 1])[:, -1])
+    for t in range(T):
+        near(reader(ids[:, t : t + 1]), model(ids[:, : t + 1])[:, -1])
 
 
 class Fixed(nn.Module):
     "An MLP with numbers that are no parameters and no buffers"
+
     def __init__(self, cfg, layer=0):
         super().__init__()
-        self.f, self.kept = nn.Linear(cfg.d_model, cfg.d_model), torch.linspace(0, 1, cfg.d_model)
+        self.f = nn.Linear(cfg.d_model, cfg.d_model)
+        self.kept = torch.linspace(0, 1, cfg.d_model)
 
-    def forward(self, x, **ctx): return self.f(x)*self.kept
+    def forward(self, x, **ctx):
+        return self.f(x) * self.kept
 
 
 def test_numbers_of_an_own_part_that_no_file_holds_are_missed(tmp_path):
     register(Fixed)
     model = MiniGPT(llama(**SIZE, mlp=part(Fixed)), seed=5)
-    again = open_model(save_package(tmp_path/'p', model, TOK)).model
+    again = open_model(save_package(tmp_path / 'p', model, TOK)).model
     assert torch.equal(again(ids_of()), model.eval()(ids_of()))
     model.blocks[0].mlp.kept = torch.ones(16)
-    said = one_line(lambda: save_package(tmp_path/'q', model, TOK), 'no parameters and no buffers')
-    assert said and not (tmp_path/'q').exists()
+    said = one_line(
+        lambda: save_package(tmp_path / 'q', model, TOK), 'no parameters and no buffers'
+    )
+    assert said and not (tmp_path / 'q').exists()
     model.blocks[0].mlp.kept = torch.linspace(0, 1, 16)
     hidden = MiniGPT(llama(**SIZE, mlp=part(Fixed)))
     hidden.blocks[1].mlp.forward = lambda x, **ctx: x
-    one_line(lambda: save_package(tmp_path/'q', hidden, TOK), 'blocks.1.mlp.forward was replaced')
+    one_line(lambda: save_package(tmp_path / 'q', hidden, TOK), 'blocks.1.mlp.forward was replaced')
 
 
 class NeedsLayer(nn.Module):
     "An MLP without defaults, which needs a number to be made"
+
     def __init__(self, cfg, layer):
         super().__init__()
         self.f = nn.Linear(cfg.d_model, cfg.d_model)
-        if torch.ones(3).sum().item() != 3: raise ValueError
+        if torch.ones(3).sum().item() != 3:
+            raise ValueError
 
-    def forward(self, x, **ctx): return self.f(x)
+    def forward(self, x, **ctx):
+        return self.f(x)
 
 
 def test_an_own_part_has_no_word_in_a_strangers_file(tmp_path):
-    for kw in (dict(mlp=part(NeedsLayer)), dict(attn=part(Plain)), dict(mlp=part(cycle, of=(part(SwiGLU), part(NeedsLayer)))),
-               dict(mlp=part(MoE, n_experts=2, router=part(MLPRouter)))):
-        one_line(lambda: to_hf(tmp_path/'h', MiniGPT(llama(**SIZE, **kw))), 'has no word in a')
+    for kw in (
+        dict(mlp=part(NeedsLayer)),
+        dict(attn=part(Plain)),
+        dict(mlp=part(cycle, of=(part(SwiGLU), part(NeedsLayer)))),
+        dict(mlp=part(MoE, n_experts=2, router=part(MLPRouter))),
+    ):
+        one_line(lambda: to_hf(tmp_path / 'h', MiniGPT(llama(**SIZE, **kw))), 'has no word in a')
     assert list(tmp_path.iterdir()) == []
 
 
 # ---- parts whose shapes hang on numbers
 
+
 class MLPRouter(nn.Module):
     "A router that returns what `Router` returns, and says nothing"
+
     def __init__(self, cfg, layer=0, *, n_experts, top_k):
         super().__init__()
         self.layer, self.top_k = layer, top_k
@@ -499,13 +734,19 @@ class MLPRouter(nn.Module):
 
 class CountingRouter(MLPRouter):
     "The same, with counts that only numbers tell"
+
     def forward(self, x, aux=None):
         w, chosen, _ = super().forward(x, aux)
-        return w, chosen, torch.bincount(chosen.flatten(), minlength=self.f[-1].out_features).float()
+        return (
+            w,
+            chosen,
+            torch.bincount(chosen.flatten(), minlength=self.f[-1].out_features).float(),
+        )
 
 
 class TokenRouter(MLPRouter):
     "By the sign of a channel: asks for a number in Python"
+
     def forward(self, x, aux=None):
         w, chosen, load = super().forward(x, aux)
         return (w if x[:, 0].sum().item() > 0 else w.flip(1)), chosen, load
@@ -513,6 +754,7 @@ class TokenRouter(MLPRouter):
 
 class LoopMoE(nn.Module):
     "A mixture whose shapes depend on the data"
+
     def __init__(self, cfg, layer=0):
         super().__init__()
         self.r = nn.Linear(cfg.d_model, 4, bias=False)
@@ -524,48 +766,70 @@ class LoopMoE(nn.Module):
         out = torch.zeros_like(f)
         for n, expert in enumerate(self.e):
             mine = p.argmax(-1) == n
-            out[mine] = p[mine, n, None]*expert(f[mine])
+            out[mine] = p[mine, n, None] * expert(f[mine])
         return out.view_as(x)
 
 
 class Picky(nn.Module):
     "A mixer that reads what is far from zero, and needs numbers already when it is made"
+
     def __init__(self, cfg, layer=0):
         super().__init__()
-        if torch.arange(3).max().item() != 2: raise ValueError
+        if torch.arange(3).max().item() != 2:
+            raise ValueError
         w = torch.randn(cfg.d_model, cfg.d_model, generator=rng(layer, 'picky'), device='cpu')
-        self.register_buffer('w', w[w.abs().sum(1).sort().indices[:w.gt(0).sum(1).min().item() + 1]])
+        self.register_buffer(
+            'w', w[w.abs().sum(1).sort().indices[: w.gt(0).sum(1).min().item() + 1]]
+        )
 
-    def forward(self, x, i, **ctx): return (x @ self.w.T) @ self.w
+    def forward(self, x, i, **ctx):
+        return (x @ self.w.T) @ self.w
 
 
-NUMBERS = {'MLPRouter': dict(mlp=part(MoE, n_experts=4, router=part(MLPRouter))), 'LoopMoE': dict(mlp=part(LoopMoE)),
-           'CountingRouter': dict(mlp=part(MoE, n_experts=4, router=part(CountingRouter))), 'Picky': dict(attn=part(Picky)),
-           'TokenRouter': dict(mlp=part(MoE, n_experts=4, router=part(TokenRouter)))}
+NUMBERS = {
+    'MLPRouter': dict(mlp=part(MoE, n_experts=4, router=part(MLPRouter))),
+    'LoopMoE': dict(mlp=part(LoopMoE)),
+    'CountingRouter': dict(mlp=part(MoE, n_experts=4, router=part(CountingRouter))),
+    'Picky': dict(attn=part(Picky)),
+    'TokenRouter': dict(mlp=part(MoE, n_experts=4, router=part(TokenRouter))),
+}
 
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     "A small corpus in a folder of its own"
     monkeypatch.setenv('LLM_LAB_HOME', str(tmp_path))
-    (tmp_path/'small.txt').write_text('A bee can dig a hole in a big oak, and a fig can hide.\n'*400)
+    (tmp_path / 'small.txt').write_text(
+        'A bee can dig a hole in a big oak, and a fig can hide.\n' * 400
+    )
     return tmp_path
 
 
-SMALL = ('data.corpus=small.txt', 'data.block_len=16', 'train.steps=4', 'train.batch_size=2', 'eval.tokens=40', 'eval.sample_tokens=5')
+SMALL = (
+    'data.corpus=small.txt',
+    'data.block_len=16',
+    'train.steps=4',
+    'train.batch_size=2',
+    'eval.tokens=40',
+    'eval.sample_tokens=5',
+)
 
 
 @pytest.mark.parametrize('name', NUMBERS)
 def test_a_part_whose_shapes_hang_on_numbers_trains_and_comes_back(name, home, monkeypatch):
     monkeypatch.chdir(home)
-    for f in (MLPRouter, CountingRouter, TokenRouter, LoopMoE, Picky): register(f)
-    (key, recipe), = [(k, to_data(v)) for k, v in NUMBERS[name].items()]
+    for f in (MLPRouter, CountingRouter, TokenRouter, LoopMoE, Picky):
+        register(f)
+    ((key, recipe),) = [(k, to_data(v)) for k, v in NUMBERS[name].items()]
     job = train_config('smoke', *SMALL, f'model.{key}={json.dumps(recipe)}')
     assert job.run.step == 4 and job.work > 0
-    rows = [json.loads(line) for line in (job.folder/'metrics.jsonl').read_text().splitlines()]
-    if 'Router' in name: assert any(r.get('moe0_load_max', 0) >= 1 for r in rows)
-    again, ids = open_model(job.folder).model, torch.randint(9, (1, 12), generator=rng(0, 'ids'))
-    with torch.no_grad(): assert torch.equal(again(ids), job.run.model.eval()(ids))
+    rows = [json.loads(line) for line in (job.folder / 'metrics.jsonl').read_text().splitlines()]
+    if 'Router' in name:
+        assert any(r.get('moe0_load_max', 0) >= 1 for r in rows)
+    again = open_model(job.folder).model
+    ids = torch.randint(9, (1, 12), generator=rng(0, 'ids'))
+    with torch.no_grad():
+        assert torch.equal(again(ids), job.run.model.eval()(ids))
     if 'Router' in name:
         said = routes(again, ids)[0]
         assert said['chosen'].shape == (12, 2) and said['load'].sum().item() == pytest.approx(1)
@@ -574,19 +838,27 @@ def test_a_part_whose_shapes_hang_on_numbers_trains_and_comes_back(name, home, m
 def test_what_is_planned_is_measured_where_it_cannot_be_foretold():
     size = dict(SIZE, max_len=16)
     loop = llama(**size, mlp=part(LoopMoE))
-    memory, weights = [step_memory(loop, n) for n in (1, 2, 8)], 4*MiniGPT(loop).n_params
-    assert 4*weights < memory[0] < memory[1] < memory[2] and memory[2] - memory[1] == 6*(memory[1] - memory[0])
+    memory = [step_memory(loop, n) for n in (1, 2, 8)]
+    weights = 4 * MiniGPT(loop).n_params
+    assert 4 * weights < memory[0] < memory[1] < memory[2] and memory[2] - memory[1] == 6 * (
+        memory[1] - memory[0]
+    )
     whole = step_memory(llama(**size, mlp=part(SwiGLU, d_ff=16)), 8)
-    assert .5*whole < memory[2] < 3*whole                       # about as much as a plain one of that width
+    assert 0.5 * whole < memory[2] < 3 * whole  # about as much as a plain one of that width
     shapes = sketch(llama(**size, attn=part(Picky), tie=True))
     assert shapes.head.weight is shapes.tok.weight
     require_as_said(MiniGPT(llama(**size, attn=part(Picky), tie=True), seed=4))
-    assert run_module._work(loop, 16) > 0 and sketch(llama(**size, attn=part(Picky))).tok.weight.device.type == 'meta'
-    with pytest.raises(ZeroDivisionError): step_memory(llama(**size, mlp=part(Wrong)), 2)
+    assert (
+        run_module._work(loop, 16) > 0
+        and sketch(llama(**size, attn=part(Picky))).tok.weight.device.type == 'meta'
+    )
+    with pytest.raises(ZeroDivisionError):
+        step_memory(llama(**size, mlp=part(Wrong)), 2)
 
 
 class Wrong(SwiGLU):
-    def forward(self, x, **ctx): return super().forward(x)/(1//0)
+    def forward(self, x, **ctx):
+        return super().forward(x) / (1 // 0)
 
 
 def test_the_operations_that_are_counted_are_those_that_are_made():
@@ -594,24 +866,42 @@ def test_the_operations_that_are_counted_are_those_that_are_made():
     cfg = llama(**SIZE, mlp=part(MoE, n_experts=4, router=part(MLPRouter)))
     model, rows = MiniGPT(cfg), ids_of(1, T)
     rows = torch.cat([rows, rows[:, :1]], 1)
-    assert run_module._work(cfg, T) == flops(lambda: next_token_loss(model, rows).backward())/T
+    assert run_module._work(cfg, T) == flops(lambda: next_token_loss(model, rows).backward()) / T
 
 
 # ---- balance, whatever the loss
 
-def own_loss(model, rows): return F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
-def two_readings(model, rows): return own_loss(model, rows[:, :T//2]) + own_loss(model, rows[:, T//2:])
+
+def own_loss(model, rows):
+    return F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
 
 
-MIXED = llama(**SIZE, mlp=part(MoE, n_experts=4, top_k=1, router=part(Router, balance=.5, z=.1)))
+def two_readings(model, rows):
+    return own_loss(model, rows[:, : T // 2]) + own_loss(model, rows[:, T // 2 :])
 
 
-@pytest.mark.parametrize('step', [train_step, Step(), Step(accumulate=2), Step(precision='bf16'), Step(accumulate=2, precision='fp16')],
-                         ids=['plain', 'Step', 'parts', 'bf16', 'fp16'])
+MIXED = llama(**SIZE, mlp=part(MoE, n_experts=4, top_k=1, router=part(Router, balance=0.5, z=0.1)))
+
+
+@pytest.mark.parametrize(
+    'step',
+    [
+        train_step,
+        Step(),
+        Step(accumulate=2),
+        Step(precision='bf16'),
+        Step(accumulate=2, precision='fp16'),
+    ],
+    ids=['plain', 'Step', 'parts', 'bf16', 'fp16'],
+)
 def test_a_loss_of_ones_own_keeps_the_balance(step):
-    "Bit for bit the weights of the library's loss, which is the same number; without balance, they are others"
+    """Bit for bit the weights of the library's loss, which is the same number; without balance,
+    they are others"""
     ends = []
-    for cfg in (MIXED, replace(MIXED, mlp=part(MIXED.mlp, router=part(Router, balance=0., z=0.)))):
+    for cfg in (
+        MIXED,
+        replace(MIXED, mlp=part(MIXED.mlp, router=part(Router, balance=0.0, z=0.0))),
+    ):
         for loss in (next_token_loss, own_loss):
             model = MiniGPT(cfg)
             run = fit(model, lambda step: ids_of(4, T, step), 3, loss=loss, step=step)
@@ -625,17 +915,23 @@ def test_the_balance_is_of_each_row_however_it_is_read():
     fit(model, lambda step: ids_of(4, T, step), 2, loss=two_readings)
     assert model.ear is None
 
-    def broken(model, rows): raise ZeroDivisionError
-    with pytest.raises(ZeroDivisionError): train_step(model, adamw(model), ids_of(2), loss=broken)
+    def broken(model, rows):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        train_step(model, adamw(model), ids_of(2), loss=broken)
     assert model.ear is None
 
 
 def test_a_loop_by_hand_is_told(monkeypatch):
     import llm_lab.lab
+
     monkeypatch.setattr(llm_lab.lab, '_said', set())
     model = MiniGPT(MIXED)
-    model(ids_of())                                            # who only looks is not
-    with pytest.warns(UserWarning, match='without what its parts say to aux, such as the balance of experts'):
+    model(ids_of())  # who only looks is not
+    with pytest.warns(
+        UserWarning, match='without what its parts say to aux, such as the balance of experts'
+    ):
         own_loss(model, ids_of(2)).backward()
 
 
@@ -643,6 +939,7 @@ def test_a_loop_by_hand_is_told(monkeypatch):
 def test_a_compiled_loss_of_ones_own_keeps_the_balance(monkeypatch):
     "Slow: the compiler reads the model twice"
     import llm_lab.optim
+
     monkeypatch.setattr(llm_lab.optim, 'compiled', lambda f: torch.compile(f, backend='aot_eager'))
     ends = []
     for loss in (next_token_loss, own_loss):
@@ -655,42 +952,81 @@ def test_a_compiled_loss_of_ones_own_keeps_the_balance(monkeypatch):
 
 # ---- slips in recipes
 
+
 class NoModule:
     "Not a part: no torch module"
-    def __init__(self, cfg, layer=0): pass
+
+    def __init__(self, cfg, layer=0):
+        pass
+
+
 class Needs(MLP):
-    def __init__(self, cfg, layer=0, *, width): super().__init__(cfg, d_ff=width)
+    def __init__(self, cfg, layer=0, *, width):
+        super().__init__(cfg, d_ff=width)
+
+
 class GivesTwo(SwiGLU):
-    def forward(self, x, **ctx): return super().forward(x), None
+    def forward(self, x, **ctx):
+        return super().forward(x), None
+
+
 class Narrow(SwiGLU):
-    def forward(self, x, **ctx): return super().forward(x)[..., :3]
+    def forward(self, x, **ctx):
+        return super().forward(x)[..., :3]
+
+
 class NoPlaces(nn.Module):
-    def __init__(self, cfg, layer=0): super().__init__()
-    def forward(self, x): return x
+    def __init__(self, cfg, layer=0):
+        super().__init__()
+
+    def forward(self, x):
+        return x
+
+
 class NoLayer(nn.Module):
-    def __init__(self, cfg): super().__init__()
-    def forward(self, x, **ctx): return x
+    def __init__(self, cfg):
+        super().__init__()
+
+    def forward(self, x, **ctx):
+        return x
+
+
 class BadName(MLP):
-    def __init__(self, cfg, layer=0): super().__init__(cfg, d_ff=cfg.hidden_size)
+    def __init__(self, cfg, layer=0):
+        super().__init__(cfg, d_ff=cfg.hidden_size)
 
 
-IN_A_FILE = {                                                  # {key=value: words of the answer}
+IN_A_FILE = {  # {key=value: words of the answer}
     'model.mlp={part: MLP, act: gelu}': ["model.mlp.act='gelu'", 'torch.nn:GELU'],
     'model.mlp={part: MLP, act: GELU}': ["act='GELU'", 'torch.nn:GELU'],
     'model.mlp={part: MLP, act: {part: gelu}}': ["act='gelu'", "did you mean 'GELU'"],
     'model.mlp={part: MLP, act: null}': ['model.mlp.act=None', 'give a recipe'],
     'model.mlp={part: MLP, act: {part: RMSNorm}}': ["act='RMSNorm'", 'belongs into norm'],
-    'model.attn={part: Attention, steps: [Rope]}': ["model.attn.steps[0]='Rope'", 'llm_lab.llama:Rope'],
-    'model.attn={part: Attention, steps: Rope}': ["model.attn.steps='Rope'", 'in a list', 'llm_lab.llama:Rope'],
+    'model.attn={part: Attention, steps: [Rope]}': [
+        "model.attn.steps[0]='Rope'",
+        'llm_lab.llama:Rope',
+    ],
+    'model.attn={part: Attention, steps: Rope}': [
+        "model.attn.steps='Rope'",
+        'in a list',
+        'llm_lab.llama:Rope',
+    ],
     'model.attn={part: Attention, steps: {part: Rope}}': ['model.attn.steps=', 'in a list'],
-    'model.attn={part: Attention, steps: [{part: Ropr}]}': ["steps[0]='Ropr'", "did you mean 'Rope'"],
+    'model.attn={part: Attention, steps: [{part: Ropr}]}': [
+        "steps[0]='Ropr'",
+        "did you mean 'Rope'",
+    ],
     'model.attn={part: Attention, steps: [{part: SwiGLU}]}': ['steps[0]', 'belongs into mlp'],
     'model.norm={part: GroupNorm}': ["model.norm='GroupNorm'", 'RMSNorm'],
     'model.norm=RMSNorm': ["model.norm='RMSNorm'", 'recipe'],
     'model.norm={part: layernorm}': ["model.norm='layernorm'", "did you mean 'LayerNorm'"],
     'model.attn=GQA': ["model.attn='GQA'", 'recipe'],
     'model.attn={GQA: {n_kv_heads: 1}}': ['model.attn=', 'llm_lab.gqa:GQA'],
-    'model.attn={part: GQA, n_kv_head: 1}': ['model.attn', "'n_kv_head'", "did you mean 'n_kv_heads'"],
+    'model.attn={part: GQA, n_kv_head: 1}': [
+        'model.attn',
+        "'n_kv_head'",
+        "did you mean 'n_kv_heads'",
+    ],
     'model.attn={part: GQA}': ['model.', 'n_kv_heads=None', 'choose from'],
     'model.attn={part: GQA, n_kv_heads: 3}': ['n_kv_heads=3 does not divide n_heads=4'],
     'model.attn={part: SwiGLU}': ["model.attn='SwiGLU'", 'belongs into mlp'],
@@ -702,15 +1038,27 @@ IN_A_FILE = {                                                  # {key=value: wor
     'model.head=null': ['model.head=None'],
     'model.pos=rope': ["model.pos='rope'", 'recipe'],
     'model.pos={part: Rope}': ["model.pos='Rope'", 'belongs into attn.steps'],
-    'model.attn={part: Attention, pattern: causal}': ["model.attn.pattern='causal'", 'llm_lab.gpt:causal'],
+    'model.attn={part: Attention, pattern: causal}': [
+        "model.attn.pattern='causal'",
+        'llm_lab.gpt:causal',
+    ],
     'model.attn={part: Attention, pattern: {part: window}}': ['size=None', 'whole number'],
-    'model.attn={part: Attention, pattern: {part: window, size: wide}}': ['model.attn.pattern.size', 'wide'],
+    'model.attn={part: Attention, pattern: {part: window, size: wide}}': [
+        'model.attn.pattern.size',
+        'wide',
+    ],
     'model.mlp={part: MLP, d_ff: 4x}': ["model.mlp.d_ff='4x'", 'something like int'],
     'model.mlp={part: MLP, d_ff: 2.5}': ['d_ff=2.5'],
-    'model.mlp={part: MoE, n_experts: 4, router: Router}': ["model.mlp.router='Router'", 'llm_lab.moe:Router'],
+    'model.mlp={part: MoE, n_experts: 4, router: Router}': [
+        "model.mlp.router='Router'",
+        'llm_lab.moe:Router',
+    ],
     'model.mlp={part: MoE, n_experts: 2, top_k: 3}': ['top_k=3', 'there are 2 experts'],
     'model.mlp={part: MoE, experts: 4}': ['model.mlp', "'experts'", 'did you mean'],
-    'model.mlp={part: MoE, router: {part: Router, choose: softmax}}': ["model.mlp.router.choose='softmax'", 'top_k_softmax'],
+    'model.mlp={part: MoE, router: {part: Router, choose: softmax}}': [
+        "model.mlp.router.choose='softmax'",
+        'top_k_softmax',
+    ],
     'model.mlp=[{part: MLP}]': ['model.mlp=', 'recipe'],
     'model.mlp={part: [MLP]}': ['model.mlp=', 'recipe'],
     'model.mlp={}x': ['model.mlp'],
@@ -730,22 +1078,39 @@ IN_A_FILE = {                                                  # {key=value: wor
     'model.mlp={part: MLPRouter}': ['model.mlp=', 'n_experts'],
     'model.mlp={part: MoE, router: {part: LoopMoE}}': ['model.', 'LoopMoE'],
     'model.norm={part: LayerNorm, epz: 1}': ['model.norm', "'epz'", "did you mean 'eps'"],
-    'model.mlp={part: Mlpp}': ["model.mlp='Mlpp'", "did you mean 'MLP'"]}
+    'model.mlp={part: Mlpp}': ["model.mlp='Mlpp'", "did you mean 'MLP'"],
+}
 
 
 @pytest.mark.parametrize('item', IN_A_FILE)
 def test_a_slip_in_a_file_is_one_line_before_anything_is_packed(item, home, monkeypatch):
-    for f in (NoModule, Needs, GivesTwo, Narrow, NoPlaces, NoLayer, BadName, Remembers, MLPRouter, LoopMoE): register(f)
+    for f in (
+        NoModule,
+        Needs,
+        GivesTwo,
+        Narrow,
+        NoPlaces,
+        NoLayer,
+        BadName,
+        Remembers,
+        MLPRouter,
+        LoopMoE,
+    ):
+        register(f)
     packed = []
     monkeypatch.setattr(run_module, 'texts_of', lambda cfg, sha256: packed.append(cfg))
     one_line(lambda: train_config('smoke', item), *IN_A_FILE[item])
     assert not packed
-    with pytest.raises(AttributeError): train_config('smoke', 'model.pos=null')     # so the test can fail: this one goes on to the texts
+    with pytest.raises(AttributeError):
+        train_config(
+            'smoke', 'model.pos=null'
+        )  # so the test can fail: this one goes on to the texts
     assert packed
 
 
 def make_slips():
-    steps, pattern = (lambda v: Config(attn=part(Attention, steps=v))), (lambda v: Config(attn=part(Attention, pattern=v)))
+    steps = lambda v: Config(attn=part(Attention, steps=v))
+    pattern = lambda v: Config(attn=part(Attention, pattern=v))
     return [
         (lambda: Config(mlp=part(MLP, act='gelu')), "act='gelu'", 'act=part(GELU)'),
         (lambda: Config(mlp=part(MLP, act='GELU')), 'act=part(GELU)'),
@@ -791,14 +1156,21 @@ def make_slips():
         (lambda: tried(Config(mlp=part(GivesTwo))), 'mlp=part(GivesTwo) makes tuple'),
         (lambda: tried(Config(attn=part(NoPlaces))), 'attn=part(NoPlaces) cannot read'),
         (lambda: MiniGPT(Config(tie=True, head=part(Headless))), 'tie=True', 'has no weight'),
-        (lambda: to_data(Config(mlp=part(lambda cfg, layer=0: MLP(cfg)))), '<lambda>', "register(f, 'a_name')")]
+        (
+            lambda: to_data(Config(mlp=part(lambda cfg, layer=0: MLP(cfg)))),
+            '<lambda>',
+            "register(f, 'a_name')",
+        ),
+    ]
 
 
 class Headless(nn.Module):
     def __init__(self, d, vocab_size):
         super().__init__()
         self.f = nn.Linear(d, vocab_size)
-    def forward(self, x): return self.f(x)
+
+    def forward(self, x):
+        return self.f(x)
 
 
 @pytest.mark.parametrize('n', range(len(make_slips())))
@@ -808,25 +1180,37 @@ def test_a_slip_in_a_program_is_one_line(n):
 
 
 def test_what_is_right_is_tried_in_peace():
-    for cfg, _ in CACHES.values(): assert tried(cfg) == cfg
-    for kw in NUMBERS.values(): tried(llama(**SIZE, **kw))
+    for cfg, _ in CACHES.values():
+        assert tried(cfg) == cfg
+    for kw in NUMBERS.values():
+        tried(llama(**SIZE, **kw))
     assert own_in(llama(**SIZE, attn=part(Plain))) and not own_in(llama(**SIZE, mlp=part(MoE)))
 
 
 def test_null_means_none(home, monkeypatch):
-    "In a file: no positions, no steps; what is left out is as the block has it; older files are read as they were meant"
+    """In a file: no positions, no steps; what is left out is as the block has it; older files are
+    read as they were meant"""
     made = lambda *items: model_config(read_config('smoke', items), 9)
     assert made().pos == part(Learned) and made('model.pos=null').pos is None
-    assert made('model.block=llama').pos is None and made('model.block=llama', 'model.pos={part: Learned}').pos == part(Learned)
-    assert made('model.block=llama', 'model.attn={part: Attention, steps: null}').attn == part(Attention, steps=(), bias=False)
-    assert made('model.block=llama', 'model.attn={part: Attention}').attn == part(Attention, steps=(part(Rope),), bias=False)
+    assert made('model.block=llama').pos is None and made(
+        'model.block=llama', 'model.pos={part: Learned}'
+    ).pos == part(Learned)
+    assert made('model.block=llama', 'model.attn={part: Attention, steps: null}').attn == part(
+        Attention, steps=(), bias=False
+    )
+    assert made('model.block=llama', 'model.attn={part: Attention}').attn == part(
+        Attention, steps=(part(Rope),), bias=False
+    )
     for item in ('model.tie=true', 'model.pos=null', 'model.block=llama'):
         cfg = read_config('smoke', [item])
-        write_config(cfg, home/'x.yaml')
-        write_config(cfg, home/'x.yaml')                       # it knows its own files
-        assert replace(read_config(home/'x.yaml'), name='smoke') == cfg
+        write_config(cfg, home / 'x.yaml')
+        write_config(cfg, home / 'x.yaml')  # it knows its own files
+        assert replace(read_config(home / 'x.yaml'), name='smoke') == cfg
     old = dict.fromkeys(('attn', 'mlp', 'norm', 'pos', 'head', 'init'))
     assert config_of(dict(model=old)) == config_of(dict(model={}))
     recipe = dict(part='llm_lab.gpt:MLP')
-    assert config_of(dict(model=old | dict(mlp=recipe))).model == config_of(dict(model=dict(mlp=recipe))).model
+    assert (
+        config_of(dict(model=old | dict(mlp=recipe))).model
+        == config_of(dict(model=dict(mlp=recipe))).model
+    )
     one_line(lambda: config_of(dict(model=dict(mlp=None))), 'model.mlp=None')

@@ -1,4 +1,6 @@
-"Any parts together: whatever recipes a model is made of, it learns, keeps the future out, and comes back from its folder."
+"""Any parts together: whatever recipes a model is made of, it learns, keeps the future out, and
+comes back from its folder."""
+
 import random
 import re
 
@@ -8,11 +10,35 @@ from cases import covering
 from torch import nn
 
 from llm_lab.chars import CharTokenizer
-from llm_lab.gpt import MLP, Attention, Config, Learned, MiniGPT, causal, config_from, part, quick_linear, to_data
+from llm_lab.gpt import (
+    MLP,
+    Attention,
+    Config,
+    Learned,
+    MiniGPT,
+    causal,
+    config_from,
+    part,
+    quick_linear,
+    to_data,
+)
 from llm_lab.gqa import GQA
 from llm_lab.lab import rng
-from llm_lab.llama import (Capped, QKNorm, ReLU2, RMSNorm, Rope, Sinusoidal, SwiGLU, linear_scaling, llama, llama3_scaling, projections,
-                           scaled_init, spectral_init)
+from llm_lab.llama import (
+    Capped,
+    QKNorm,
+    ReLU2,
+    RMSNorm,
+    Rope,
+    Sinusoidal,
+    SwiGLU,
+    linear_scaling,
+    llama,
+    llama3_scaling,
+    projections,
+    scaled_init,
+    spectral_init,
+)
 from llm_lab.look import attention_maps
 from llm_lab.optim import Step, checkpointed, muon
 from llm_lab.package import open_model, save_package
@@ -29,18 +55,46 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 def drawn(seed):
     "A configuration of parts drawn at random, all that fit together"
     r = random.Random(seed)
-    heads, size = r.choice([1, 2, 4]), r.choice([None, None, 4, 8])
-    rope = part(Rope, base=r.choice([100., 10_000.]), partial=r.choice([1., .5]), interleaved=r.choice([True, False]),
-                scale=r.choice([None, part(linear_scaling, factor=4.), part(llama3_scaling, original=16)]))
+    heads = r.choice([1, 2, 4])
+    size = r.choice([None, None, 4, 8])
+    rope = part(
+        Rope,
+        base=r.choice([100.0, 10_000.0]),
+        partial=r.choice([1.0, 0.5]),
+        interleaved=r.choice([True, False]),
+        scale=r.choice([None, part(linear_scaling, factor=4.0), part(llama3_scaling, original=16)]),
+    )
     steps = r.choice([(), (rope,), (part(QKNorm), rope), (rope, part(QKNorm, eps=1e-5))])
     how = dict(steps=steps, bias=r.choice([True, False]), pattern=part(causal))
-    attn = r.choice([part(Attention, **how), part(GQA, n_kv_heads=r.choice([n for n in (1, 2, 4) if heads % n == 0]), **how)])
+    attn = r.choice(
+        [
+            part(Attention, **how),
+            part(GQA, n_kv_heads=r.choice([n for n in (1, 2, 4) if heads % n == 0]), **how),
+        ]
+    )
     first = part(scaled_init, out=r.choice(['depth', 'plain']), orthogonal=r.choice([True, False]))
-    return Config(vocab_size=TOK.vocab_size, max_len=T, d_model=16, n_layers=2, n_heads=heads, d_head=size, tie=r.choice([True, False]),
-                  attn=attn, norm=r.choice([part(RMSNorm), part(nn.LayerNorm)]), pos=r.choice([None, part(Learned), part(Sinusoidal)]),
-                  mlp=r.choice([part(MLP), part(MLP, act=part(ReLU2)), part(SwiGLU), part(SwiGLU, act=part(nn.GELU), d_ff=20)]),
-                  head=r.choice([part(nn.Linear, bias=False), part(Capped, cap=20.)]),
-                  init=r.choice([first, part(spectral_init, first=first), part(spectral_init, gain=2.)]))
+    return Config(
+        vocab_size=TOK.vocab_size,
+        max_len=T,
+        d_model=16,
+        n_layers=2,
+        n_heads=heads,
+        d_head=size,
+        tie=r.choice([True, False]),
+        attn=attn,
+        norm=r.choice([part(RMSNorm), part(nn.LayerNorm)]),
+        pos=r.choice([None, part(Learned), part(Sinusoidal)]),
+        mlp=r.choice(
+            [
+                part(MLP),
+                part(MLP, act=part(ReLU2)),
+                part(SwiGLU),
+                part(SwiGLU, act=part(nn.GELU), d_ff=20),
+            ]
+        ),
+        head=r.choice([part(nn.Linear, bias=False), part(Capped, cap=20.0)]),
+        init=r.choice([first, part(spectral_init, first=first), part(spectral_init, gain=2.0)]),
+    )
 
 
 def features(seed):
@@ -52,7 +106,8 @@ def features(seed):
 SEEDS = covering(range(40), features)
 
 
-def ids_of(seed, B=2): return torch.randint(TOK.vocab_size, (B, T), generator=rng(seed, 'ids'))
+def ids_of(seed, B=2):
+    return torch.randint(TOK.vocab_size, (B, T), generator=rng(seed, 'ids'))
 
 
 @pytest.mark.parametrize('seed', SEEDS)
@@ -60,30 +115,40 @@ def test_parts_of_any_kind_make_a_model(seed, tmp_path):
     cfg, ids = drawn(seed), ids_of(seed)
     assert config_from(to_data(cfg)) == cfg
     model = MiniGPT(cfg, seed)
-    for name, w in projections(model).items(): assert w.dim() == 2 and w.isfinite().all(), name
+    for name, w in projections(model).items():
+        assert w.dim() == 2 and w.isfinite().all(), name
 
-    x = model.tok(ids).detach().requires_grad_()               # no future
+    x = model.tok(ids).detach().requires_grad_()  # no future
     hook = model.tok.register_forward_hook(lambda *args: x)
-    for t in (0, T//2):
-        g, = torch.autograd.grad(model(ids)[:, t].square().sum(), x, retain_graph=True)
-        assert (g[:, t + 1:] == 0).all() and (g[:, :t + 1].abs().sum(-1) > 0).all()
+    for t in (0, T // 2):
+        (g,) = torch.autograd.grad(model(ids)[:, t].square().sum(), x, retain_graph=True)
+        assert (g[:, t + 1 :] == 0).all() and (g[:, : t + 1].abs().sum(-1) > 0).all()
     hook.remove()
 
-    next_token_loss(model, ids).backward()                     # every weight learns, the same with blocks that run twice
+    next_token_loss(
+        model, ids
+    ).backward()  # every weight learns, the same with blocks that run twice
     plain = {n: p.grad.clone() for n, p in model.named_parameters()}
-    assert [n for n, g in plain.items() if not g.isfinite().all() or (g == 0).all() and 'qkv.bias' not in n] == []
+    assert [
+        n
+        for n, g in plain.items()
+        if not g.isfinite().all() or (g == 0).all() and 'qkv.bias' not in n
+    ] == []
     model.zero_grad()
-    with quick_linear(model): next_token_loss(checkpointed(model), ids).backward()
+    with quick_linear(model):
+        next_token_loss(checkpointed(model), ids).backward()
     checkpointed(model, False)
-    for n, p in model.named_parameters(): torch.testing.assert_close(p.grad, plain[n], rtol=1e-4, atol=1e-6, msg=n)
+    for n, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, plain[n], rtol=1e-4, atol=1e-6, msg=n)
     model.zero_grad()
 
-    opt, losses = muon(model, lr=.02), []
-    for _ in range(15): losses.append(train_step(model, opt, ids)[0].item())
-    assert losses[-1] < .8*losses[0]
+    opt, losses = muon(model, lr=0.02), []
+    for _ in range(15):
+        losses.append(train_step(model, opt, ids)[0].item())
+    assert losses[-1] < 0.8 * losses[0]
 
-    save_package(tmp_path/'model', model.eval(), TOK)
-    again = open_model(tmp_path/'model').model
+    save_package(tmp_path / 'model', model.eval(), TOK)
+    again = open_model(tmp_path / 'model').model
     assert again.cfg == cfg and torch.equal(again(ids), model(ids))
     assert len(list(generate(again, ids[:1, :3], 3, temperature=0))) == 3
     maps = attention_maps(again, ids[0])
@@ -96,7 +161,9 @@ def test_positions_may_be_given_in_any_order_or_by_text(seed):
     cfg, ids = drawn(seed), ids_of(seed)
     model = MiniGPT(cfg, seed).eval()
     order = torch.randperm(T, generator=rng(seed, 'order'))
-    torch.testing.assert_close(model(ids[:, order], i=order), model(ids)[:, order], atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        model(ids[:, order], i=order), model(ids)[:, order], atol=2e-5, rtol=1e-4
+    )
     each = torch.stack([torch.arange(T), torch.arange(T)])
     torch.testing.assert_close(model(ids, i=each), model(ids), atol=2e-5, rtol=1e-4)
 
@@ -104,29 +171,49 @@ def test_positions_may_be_given_in_any_order_or_by_text(seed):
 def test_a_model_that_turns_reads_the_same_at_any_place_and_one_that_adds_does_not():
     ids = ids_of(0)
     for pos, same in ((None, True), (part(Learned), False), (part(Sinusoidal), False)):
-        model = MiniGPT(llama(TOK.vocab_size, d_model=16, n_layers=2, n_heads=2, max_len=99, pos=pos)).eval()
+        model = MiniGPT(
+            llama(TOK.vocab_size, d_model=16, n_layers=2, n_heads=2, max_len=99, pos=pos)
+        ).eval()
         moved = (model(ids, i=torch.arange(40, 40 + T)) - model(ids)).abs().max()
         assert (moved < 1e-4) == same, (pos, moved)
 
 
 def test_speeds_stay_exact_in_low_precision():
-    "The hands are no buffer: a model in bfloat16 turns by the same angles, far from the beginning of the text, too"
+    """The hands are no buffer: a model in bfloat16 turns by the same angles, far from the beginning
+    of the text, too"""
     rope = Rope(Config(d_model=16, n_heads=1)).to(torch.bfloat16)
     assert rope.freq.dtype == torch.float32 and not list(rope.buffers())
-    q, far = torch.ones(1, 1, 1, 16, dtype=torch.bfloat16), torch.tensor([5001])
+    q = torch.ones(1, 1, 1, 16, dtype=torch.bfloat16)
+    far = torch.tensor([5001])
     exact = Rope(Config(d_model=16, n_heads=1))(q.float(), q.float(), q.float(), far, far)[0]
-    torch.testing.assert_close(rope(q, q, q, far, far)[0].float(), exact, atol=.02, rtol=0)
+    torch.testing.assert_close(rope(q, q, q, far, far)[0].float(), exact, atol=0.02, rtol=0)
 
 
-@pytest.mark.parametrize('init', [part(scaled_init), part(spectral_init), part(spectral_init, gain=2.)])
+@pytest.mark.parametrize(
+    'init', [part(scaled_init), part(spectral_init), part(spectral_init, gain=2.0)]
+)
 def test_the_modern_block_learns_in_low_precision_and_is_judged_in_full(init):
-    model = MiniGPT(llama(TOK.vocab_size, d_model=32, n_layers=2, n_heads=4, max_len=T, init=init,
-                          attn=part(GQA, n_kv_heads=2, steps=(part(QKNorm), part(Rope)))))
-    ids, step, opt = ids_of(0), Step(precision='bf16'), muon(model, lr=.02)
+    model = MiniGPT(
+        llama(
+            TOK.vocab_size,
+            d_model=32,
+            n_layers=2,
+            n_heads=4,
+            max_len=T,
+            init=init,
+            attn=part(GQA, n_kv_heads=2, steps=(part(QKNorm), part(Rope))),
+        )
+    )
+    ids = ids_of(0)
+    step = Step(precision='bf16')
+    opt = muon(model, lr=0.02)
     full = model(ids)
-    with torch.autocast('cpu', torch.bfloat16): low = model(ids)
-    assert low.dtype == torch.bfloat16 and (low.float() - full).abs().max() < .02*full.abs().max()
+    with torch.autocast('cpu', torch.bfloat16):
+        low = model(ids)
+    assert (
+        low.dtype == torch.bfloat16 and (low.float() - full).abs().max() < 0.02 * full.abs().max()
+    )
     losses = [step(model, opt, ids)[0].item() for _ in range(15)]
-    assert losses[-1] < .8*losses[0]
-    assert next_token_loss(model.eval(), ids) < .8*losses[0]   # outside of autocast
+    assert losses[-1] < 0.8 * losses[0]
+    assert next_token_loss(model.eval(), ids) < 0.8 * losses[0]  # outside of autocast
     assert {t.dtype for t in model.state_dict().values()} == {torch.float32}

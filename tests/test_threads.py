@@ -1,4 +1,5 @@
 "How OpenMP's threads wait, and how many there are."
+
 import os
 import subprocess
 import sys
@@ -38,22 +39,31 @@ def four(monkeypatch):
 
 
 @pytest.mark.usefixtures('four')
-@pytest.mark.parametrize('cost, best', [
-    (lambda n: .02*n, 1),           # each thread makes it slower
-    (lambda n: .08/n, 4),           # each thread takes its share
-    (lambda n: .02, 1),             # they bring nothing, so the others may have the cores
-    (lambda n: .02*abs(n - 2) + .02, 2)])
+@pytest.mark.parametrize(
+    'cost, best',
+    [
+        (lambda n: 0.02 * n, 1),  # each thread makes it slower
+        (lambda n: 0.08 / n, 4),  # each thread takes its share
+        (lambda n: 0.02, 1),  # they bring nothing, so the others may have the cores
+        (lambda n: 0.02 * abs(n - 2) + 0.02, 2),
+    ],
+)
 def test_the_fastest_number_of_threads_is_found(monkeypatch, cost, best):
-    clock = [0.]
+    clock = [0.0]
     monkeypatch.setattr(time, 'perf_counter', lambda: clock[0])
 
-    def work(): clock[0] += cost(torch.get_num_threads())
+    def work():
+        clock[0] += cost(torch.get_num_threads())
+
     assert fastest_threads(work) == best
 
 
 @pytest.mark.usefixtures('four')
 def test_who_sets_the_threads_is_obeyed_and_an_error_leaves_them(monkeypatch):
-    def broken(): raise KeyError('work')
-    with pytest.raises(KeyError): fastest_threads(broken)
+    def broken():
+        raise KeyError('work')
+
+    with pytest.raises(KeyError):
+        fastest_threads(broken)
     monkeypatch.setenv('OMP_NUM_THREADS', '3')
-    assert fastest_threads(broken) == 4         # nothing is tried
+    assert fastest_threads(broken) == 4  # nothing is tried

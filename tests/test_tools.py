@@ -1,5 +1,13 @@
 "The tools of the frame, on small books of their own"
-import ast, json, os, re, shlex, shutil, subprocess, sys
+
+import ast
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
 from configparser import ConfigParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,57 +15,83 @@ from types import SimpleNamespace
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT/'tools'))
-import book, clean, readme, run_notebooks, start  # noqa: E402, I001
+sys.path.insert(0, str(ROOT / 'tools'))
+import book
+import clean
+import readme
+import run_notebooks
+import start  # noqa: E402, I001
 
 
 def notebook(path, *sources, **meta):
     "Write a notebook; a source that begins with '# ' or '>' is prose"
+
     def cell(n, s):
-        if s[:2] in ('# ', '> '): return dict(cell_type='markdown', source=s, metadata={}, id=f'c{n}')
-        return dict(cell_type='code', source=s, metadata={}, outputs=[], execution_count=None, id=f'c{n}')
+        if s[:2] in ('# ', '> '):
+            return dict(cell_type='markdown', source=s, metadata={}, id=f'c{n}')
+        return dict(
+            cell_type='code', source=s, metadata={}, outputs=[], execution_count=None, id=f'c{n}'
+        )
+
     kernel = dict(name='python3', display_name='python3', language='python')
-    js = dict(cells=[cell(n, s) for n, s in enumerate(sources)], metadata=dict(kernelspec=kernel, **meta), nbformat=4, nbformat_minor=5)
+    js = dict(
+        cells=[cell(n, s) for n, s in enumerate(sources)],
+        metadata=dict(kernelspec=kernel, **meta),
+        nbformat=4,
+        nbformat_minor=5,
+    )
     path.write_text(clean.clean(json.dumps(js)), encoding='utf-8')
     return path
 
 
 def tool(name, *args, **env):
-    cmd = [sys.executable, str(ROOT/'tools'/name), *map(str, args)]
+    cmd = [sys.executable, str(ROOT / 'tools' / name), *map(str, args)]
     return subprocess.run(cmd, capture_output=True, text=True, env=dict(os.environ, **env))
 
 
 # ---- run_notebooks
 
+
 def test_each_notebook_runs_alone_and_is_counted(tmp_path):
     here = 'import os; assert os.environ["IN_TEST"] == "1" and os.path.exists("good.ipynb")'
-    good = notebook(tmp_path/'good.ipynb', here, '#| slow\n1/0')
-    bad = notebook(tmp_path/'bad.ipynb', 'print("seen in the log")', 'assert 1 == 2')
+    good = notebook(tmp_path / 'good.ipynb', here, '#| slow\n1/0')
+    bad = notebook(tmp_path / 'bad.ipynb', 'print("seen in the log")', 'assert 1 == 2')
     out = tool('run_notebooks.py', good, bad)
-    assert out.returncode == 1 and out.stdout.endswith('1 passed, 1 failed\n'), out.stdout + out.stderr
+    assert out.returncode == 1 and out.stdout.endswith('1 passed, 1 failed\n'), (
+        out.stdout + out.stderr
+    )
     assert 'AssertionError' in out.stdout
     assert not run_notebooks.run(good, flags='slow')[0], 'the slow cell runs when it is asked for'
 
 
 def test_a_notebook_that_hangs_is_ended(tmp_path):
-    ok, _, log = run_notebooks.run(notebook(tmp_path/'hangs.ipynb', 'import time; time.sleep(3000)'), timeout=6)
+    ok, _, log = run_notebooks.run(
+        notebook(tmp_path / 'hangs.ipynb', 'import time; time.sleep(3000)'), timeout=6
+    )
     assert not ok and 'ran past 6 s' in log
 
 
 def test_two_run_at_a_time_and_the_rest_is_told(tmp_path):
-    "Each waits until it sees the other, so one after the other they would never end; the line names what they cost"
+    """Each waits until it sees the other, so one after the other they would never end; the line
+    names what they cost"""
     meet = """
 import pathlib, time
 pathlib.Path('{}').touch()
 while not pathlib.Path('{}').exists(): time.sleep(.05)
 """
-    both = [notebook(tmp_path/f'{me}.ipynb', meet.format(me, other)) for me, other in ('ab', 'ba')]
+    both = [
+        notebook(tmp_path / f'{me}.ipynb', meet.format(me, other)) for me, other in ('ab', 'ba')
+    ]
     out = tool('run_notebooks.py', '--jobs', 2, '--timeout', 900, *both)
-    assert out.stdout.endswith('2 passed, 0 failed\n') and 'core-s' in out.stdout and '(2 of 2, about 0 s left)' in out.stdout, out.stdout
+    assert (
+        out.stdout.endswith('2 passed, 0 failed\n')
+        and 'core-s' in out.stdout
+        and '(2 of 2, about 0 s left)' in out.stdout
+    ), out.stdout
 
 
 def test_nothing_to_run_is_no_success(tmp_path):
-    assert tool('run_notebooks.py', tmp_path/'none.ipynb').returncode == 1
+    assert tool('run_notebooks.py', tmp_path / 'none.ipynb').returncode == 1
 
 
 # ---- plan
@@ -79,117 +113,200 @@ def test_long(): note('long ' + WORKER); time.sleep(3)
 def test_time_left_is_the_table_until_more_is_known():
     "Two workers; the rest takes as much longer than the table says as what is done did"
     import plan
-    p = plan.Plan(SimpleNamespace(cache=None))
-    p.names, p.seconds = ['a', 'b', 'c', 'd'], dict(a=60, b=60, c=60, d=60)
-    assert p.left(now=100) == 240                       # nobody has begun, so one worker is as far as we know
-    p.running = dict(a=100, b=100)
-    assert p.left(now=110) == (50 + 50 + 120)/2
-    p.took['a'], p.running = 150, dict(b=100, c=250)    # twice as slow as the table says, less a start of thirty seconds
-    assert p.left(now=250) == (0 + 120 + 120)/2
 
+    p = plan.Plan(SimpleNamespace(cache=None))
+    p.names = ['a', 'b', 'c', 'd']
+    p.seconds = dict(a=60, b=60, c=60, d=60)
+    assert p.left(now=100) == 240  # nobody has begun, so one worker is as far as we know
+    p.running = dict(a=100, b=100)
+    assert p.left(now=110) == (50 + 50 + 120) / 2
+    p.took['a'], p.running = (
+        150,
+        dict(b=100, c=250),
+    )  # twice as slow as the table says, less a start of thirty seconds
+    assert p.left(now=250) == (0 + 120 + 120) / 2
 
 
 def test_the_longest_runs_first_and_a_dear_fixture_is_made_once(tmp_path):
-    (tmp_path/'conftest.py').write_text(f'import sys\nsys.path.insert(0, {str(ROOT/"tools")!r})\nimport plan\n'
-                                        'plan.hints = lambda: {"test_a.py::test_long": 9, "test_a.py::test_alone[3]": 8}\n'
-                                        'def pytest_configure(config): config.pluginmanager.register(plan.Plan(config, every=.5))\n')
-    (tmp_path/'test_a.py').write_text(TESTS)
-    (tmp_path/'pytest.ini').write_text('[pytest]\n')
-    run = lambda *args: subprocess.run([sys.executable, '-m', 'pytest', '-n', '2', '--dist', 'loadgroup', '--no-loadscope-reorder', *args],
-                                       cwd=tmp_path, capture_output=True, text=True)
+    (tmp_path / 'conftest.py').write_text(
+        f'import sys\nsys.path.insert(0, {str(ROOT / "tools")!r})\nimport plan\n'
+        'plan.hints = lambda: {"test_a.py::test_long": 9, "test_a.py::test_alone[3]": 8}\n'
+        'def pytest_configure(config): config.pluginmanager.register(plan.Plan(config, every=.5))\n'
+    )
+    (tmp_path / 'test_a.py').write_text(TESTS)
+    (tmp_path / 'pytest.ini').write_text('[pytest]\n')
+    run = lambda *args: subprocess.run(
+        [
+            sys.executable,
+            '-m',
+            'pytest',
+            '-n',
+            '2',
+            '--dist',
+            'loadgroup',
+            '--no-loadscope-reorder',
+            *args,
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     out = run()
-    notes = (tmp_path/'notes').read_text().splitlines()
+    notes = (tmp_path / 'notes').read_text().splitlines()
     assert out.returncode == 0 and '13 passed' in out.stdout, out.stdout + out.stderr
     assert notes.count('made') == 1 and len({o for o in notes if o.startswith('shares')}) == 1
-    begins = {o.split()[-1]: o for o in reversed(notes) if o != 'made'}     # what each worker ran first
+    begins = {
+        o.split()[-1]: o for o in reversed(notes) if o != 'made'
+    }  # what each worker ran first
     assert {o.rsplit(' ', 1)[0] for o in begins.values()} == {'long', 'alone 3'}, notes
     assert 'of 13 tests in 0:' in out.stdout and 'still running: test_a.py::test_long' in out.stdout
-    kept = json.loads((tmp_path/'.pytest_cache'/'v'/'llm_lab'/'seconds').read_text())
+    kept = json.loads((tmp_path / '.pytest_cache' / 'v' / 'llm_lab' / 'seconds').read_text())
     assert len(kept) == 13 and kept['test_a.py::test_long'] >= 3
     assert '1 passed' in run('-k', 'long').stdout
 
 
 # ---- clean
 
+
 def test_clean_drops_saved_widgets_and_keeps_ids(tmp_path):
-    nb = json.loads(notebook(tmp_path/'a.ipynb', 'x', 'y').read_text())
+    nb = json.loads(notebook(tmp_path / 'a.ipynb', 'x', 'y').read_text())
     nb['metadata']['widgets'] = {'state': 1}
-    view = {'output_type': 'display_data', 'metadata': {}, 'data': {clean.WIDGET: {}, 'text/plain': ['IntSlider()']}}
-    nb['cells'][0].update(outputs=[view], execution_count=7, metadata={'scrolled': True, 'tags': ['t']})
-    nb['cells'][1]['outputs'] = [{**view, 'data': {clean.WIDGET: {}, 'image/png': 'AAAA\n', 'text/plain': ['x']}}]
-    (tmp_path/'a.ipynb').write_text(json.dumps(nb))
-    assert tool('clean.py', '--check', tmp_path/'a.ipynb').returncode == 1
-    assert tool('clean.py', tmp_path/'a.ipynb').returncode == 0
-    assert tool('clean.py', '--check', tmp_path/'a.ipynb').returncode == 0
-    a, b = json.loads((tmp_path/'a.ipynb').read_text())['cells']
-    assert (a['id'], b['id'], a['outputs'], a['execution_count'], a['metadata']) == ('c0', 'c1', [], None, {'tags': ['t']})
+    view = {
+        'output_type': 'display_data',
+        'metadata': {},
+        'data': {clean.WIDGET: {}, 'text/plain': ['IntSlider()']},
+    }
+    nb['cells'][0].update(
+        outputs=[view], execution_count=7, metadata={'scrolled': True, 'tags': ['t']}
+    )
+    nb['cells'][1]['outputs'] = [
+        {**view, 'data': {clean.WIDGET: {}, 'image/png': 'AAAA\n', 'text/plain': ['x']}}
+    ]
+    (tmp_path / 'a.ipynb').write_text(json.dumps(nb))
+    assert tool('clean.py', '--check', tmp_path / 'a.ipynb').returncode == 1
+    assert tool('clean.py', tmp_path / 'a.ipynb').returncode == 0
+    assert tool('clean.py', '--check', tmp_path / 'a.ipynb').returncode == 0
+    a, b = json.loads((tmp_path / 'a.ipynb').read_text())['cells']
+    assert (a['id'], b['id'], a['outputs'], a['execution_count'], a['metadata']) == (
+        'c0',
+        'c1',
+        [],
+        None,
+        {'tags': ['t']},
+    )
     assert b['outputs'][0]['data'] == {'image/png': 'AAAA', 'text/plain': ['x']}
 
 
 # ---- book
 
+
 def test_book_saves_what_cells_show(tmp_path):
-    p = notebook(tmp_path/'a.ipynb', '# A', 'import os; print(os.environ["LLM_LAB_STILL"], "x", end="")', '#| slow\n1/0', 'print("y")\n1+1')
+    p = notebook(
+        tmp_path / 'a.ipynb',
+        '# A',
+        'import os; print(os.environ["LLM_LAB_STILL"], "x", end="")',
+        '#| slow\n1/0',
+        'print("y")\n1+1',
+    )
     out = tool('book.py', p)
     assert out.returncode == 0 and '(changed)' in out.stdout, out.stdout + out.stderr
-    once, cells = p.read_text(), json.loads(p.read_text())['cells']
-    assert [c['id'] for c in cells] == ['c0', 'c1', 'c2', 'c3'] and cells[1]['outputs'][0]['text'] == ['1 x'] and cells[2]['outputs'] == []
+    once = p.read_text()
+    cells = json.loads(p.read_text())['cells']
+    assert (
+        [c['id'] for c in cells] == ['c0', 'c1', 'c2', 'c3']
+        and cells[1]['outputs'][0]['text'] == ['1 x']
+        and cells[2]['outputs'] == []
+    )
     assert cells[3]['outputs'][1]['data']['text/plain'] == ['2'] and clean.clean(once) == once
     assert '(changed)' not in tool('book.py', p).stdout and p.read_text() == once
 
 
 def test_book_leaves_a_notebook_that_fails(tmp_path):
-    bad, told = notebook(tmp_path/'bad.ipynb', 'print(1)', '1/0'), notebook(tmp_path/'told.ipynb', 'import sys; print(sys.prefix)')
+    bad = notebook(tmp_path / 'bad.ipynb', 'print(1)', '1/0')
+    told = notebook(tmp_path / 'told.ipynb', 'import sys; print(sys.prefix)')
     old = bad.read_text(), told.read_text()
     out = tool('book.py', bad, told)
-    assert out.returncode == 1 and 'ZeroDivisionError' in out.stdout and 'an output names' in out.stdout
+    assert (
+        out.returncode == 1
+        and 'ZeroDivisionError' in out.stdout
+        and 'an output names' in out.stdout
+    )
     assert (bad.read_text(), told.read_text()) == old
 
 
 def test_book_skips_marked_cells():
     flags = {'slow', 'gpu'}
-    assert all(book.skip(o, flags) for o in ('#| slow\nx', '#| eval: false\nx', 'import nbdev; nbdev.nbdev_export()'))
+    assert all(
+        book.skip(o, flags)
+        for o in ('#| slow\nx', '#| eval: false\nx', 'import nbdev; nbdev.nbdev_export()')
+    )
     assert not book.skip('#| export\n#| hide\nslow = 1', flags)
 
 
 # ---- readme
 
+
 def test_readme_moves_links_and_shows_code():
-    code = dict(cell_type='code', source=['#| eval: false\n', 'f(1)'], outputs=[dict(output_type='stream', name='stdout', text=['one\n'])])
-    prose = '# T\n[a](00_lab.ipynb) [b](https://x.y/z) [c](#d) [e](../LICENSE) ![p](images/p.png "t")\n```sh\n[k](v)\n```'
+    code = dict(
+        cell_type='code',
+        source=['#| eval: false\n', 'f(1)'],
+        outputs=[dict(output_type='stream', name='stdout', text=['one\n'])],
+    )
+    prose = (
+        '# T\n[a](00_lab.ipynb) [b](https://x.y/z) [c](#d) [e](../LICENSE) '
+        '![p](images/p.png "t")\n```sh\n[k](v)\n```'
+    )
     hidden = dict(cell_type='code', source='#| hide\nx', outputs=[])
     text = readme.readme(dict(cells=[dict(cell_type='markdown', source=prose), code, hidden]))
-    for words in ('[a](nbs/00_lab.ipynb)', '[b](https://x.y/z)', '[c](#d)', '[e](LICENSE)', '![p](nbs/images/p.png "t")', '\n[k](v)\n',
-                  '```python\nf(1)\n```\n\n```text\none\n```'): assert words in text
+    for words in (
+        '[a](nbs/00_lab.ipynb)',
+        '[b](https://x.y/z)',
+        '[c](#d)',
+        '[e](LICENSE)',
+        '![p](nbs/images/p.png "t")',
+        '\n[k](v)\n',
+        '```python\nf(1)\n```\n\n```text\none\n```',
+    ):
+        assert words in text
     assert 'x\n' not in text
 
 
 # ---- start
 
+
 @pytest.fixture
 def empty(tmp_path, monkeypatch):
     "start.py in a folder of its own, without .venv"
-    for o in ('settings.ini', 'setup.py', 'pyproject.toml', 'constraints.txt'): (tmp_path/o).write_text(o)
-    venv = tmp_path/'.venv'
-    for name, value in dict(ROOT=tmp_path, VENV=venv, BIN=venv/'bin', PYTHON=venv/'bin'/'python').items():
+    for o in ('settings.ini', 'setup.py', 'pyproject.toml', 'constraints.txt'):
+        (tmp_path / o).write_text(o)
+    venv = tmp_path / '.venv'
+    for name, value in dict(
+        ROOT=tmp_path, VENV=venv, BIN=venv / 'bin', PYTHON=venv / 'bin' / 'python'
+    ).items():
         monkeypatch.setattr(start, name, value)
     return tmp_path
 
 
 def test_an_old_python_is_named(monkeypatch):
     monkeypatch.setattr(start.sys, 'version_info', (3, 9, 2))
-    with pytest.raises(SystemExit, match=r'Python 3\.9 is too old, the lab needs 3\.11'): start.main(['tour'])
+    with pytest.raises(SystemExit, match=r'Python 3\.9 is too old, the lab needs 3\.11'):
+        start.main(['tour'])
 
 
 def test_a_missing_venv_module_is_named(empty, monkeypatch):
-    monkeypatch.setattr(start.importlib.util, 'find_spec', lambda o: None if o == 'ensurepip' else 1)
-    with pytest.raises(SystemExit, match='apt install python3-venv'): start.main(['dev'])
-    assert not (empty/'.venv').exists()
+    monkeypatch.setattr(
+        start.importlib.util, 'find_spec', lambda o: None if o == 'ensurepip' else 1
+    )
+    with pytest.raises(SystemExit, match='apt install python3-venv'):
+        start.main(['dev'])
+    assert not (empty / '.venv').exists()
 
 
 class Pip:
     "Stands in for subprocess.run: `venv` makes a folder, `pip` answers as told"
-    def __init__(self): self.codes, self.calls = {}, []
+
+    def __init__(self):
+        self.codes, self.calls = {}, []
 
     def __call__(self, cmd, **kw):
         what = 'venv' if 'venv' in cmd else 'version' if '--version' in cmd else 'install'
@@ -209,21 +326,33 @@ def pip(monkeypatch):
 
 def test_set_up_happens_once(empty, pip):
     start.install('tour')
-    assert pip.calls == ['venv', 'version', 'install'] and start.ready('tour') and not start.ready('dev')
+    assert (
+        pip.calls == ['venv', 'version', 'install']
+        and start.ready('tour')
+        and not start.ready('dev')
+    )
     start.install('tour')
     assert len(pip.calls) == 3
     start.install('dev')
     assert pip.calls[3:] == ['version', 'install'] and start.ready('tour')
-    (empty/'constraints.txt').write_text('torch==0')
+    (empty / 'constraints.txt').write_text('torch==0')
     assert not start.ready('tour')
     start.install('tour')
     assert start.ready('dev'), 'what was dev stays dev'
 
 
-@pytest.mark.parametrize('what,words', [('venv', r'could not make \.venv'), ('version', 'no pip'), ('install', 'pip could not install')])
+@pytest.mark.parametrize(
+    'what,words',
+    [
+        ('venv', r'could not make \.venv'),
+        ('version', 'no pip'),
+        ('install', 'pip could not install'),
+    ],
+)
 def test_a_failed_set_up_leaves_no_stamp(empty, pip, what, words):
     pip.codes[what] = 1
-    with pytest.raises(SystemExit, match=words): start.install('tour')
+    with pytest.raises(SystemExit, match=words):
+        start.install('tour')
     assert not start.ready('tour')
     pip.codes.clear()
     start.install('tour')
@@ -232,34 +361,47 @@ def test_a_failed_set_up_leaves_no_stamp(empty, pip, what, words):
 
 def test_a_moved_folder_gets_a_new_venv(empty, pip):
     start.install('tour')
-    (empty/'.venv'/'llm-lab-root').write_text('/elsewhere')
-    (empty/'.venv'/'llm-lab-tour').write_text('of another place')
+    (empty / '.venv' / 'llm-lab-root').write_text('/elsewhere')
+    (empty / '.venv' / 'llm-lab-tour').write_text('of another place')
     start.install('tour')
     assert pip.calls.count('venv') == 2
 
 
 @pytest.fixture
 def called(empty, monkeypatch):
-    "What start.py calls, with the environment of that moment; nothing is installed, and the environment is put back"
+    """What start.py calls, with the environment of that moment; nothing is installed, and the
+    environment is put back"""
     for name in ('LLM_LAB_EXAMPLES', 'LLM_LAB_NOTEBOOK_FLAGS', 'OMP_NUM_THREADS'):
         monkeypatch.setenv(name, 'put back later')
         os.environ.pop(name)
     monkeypatch.setenv('PATH', os.environ['PATH'])
     monkeypatch.setattr(start, 'install', lambda kind: None)
     seen = []
-    monkeypatch.setattr(start, 'call', lambda *cmd, cwd: seen.append(([*map(str, cmd)], dict(os.environ))) or 0)
+    monkeypatch.setattr(
+        start, 'call', lambda *cmd, cwd: seen.append(([*map(str, cmd)], dict(os.environ))) or 0
+    )
     return seen
 
 
-@pytest.mark.parametrize('do,before,examples', [
-    ('test', None, None), ('nightly', None, '20000'), ('nightly', '70', '70'), ('test', '70', '70')])
+@pytest.mark.parametrize(
+    'do,before,examples',
+    [
+        ('test', None, None),
+        ('nightly', None, '20000'),
+        ('nightly', '70', '70'),
+        ('test', '70', '70'),
+    ],
+)
 def test_nightly_asks_for_more_examples(called, do, before, examples):
     "Slow tests, slow cells and 20,000 examples, unless somebody has asked for another number"
-    if before: os.environ['LLM_LAB_EXAMPLES'] = before
+    if before:
+        os.environ['LLM_LAB_EXAMPLES'] = before
     assert start.main([do]) == 0
-    (cmd, env), = called
+    ((cmd, env),) = called
     slow = do == 'nightly'
-    assert env.get('LLM_LAB_EXAMPLES') == examples and env.get('LLM_LAB_NOTEBOOK_FLAGS') == ('slow' if slow else None)
+    assert env.get('LLM_LAB_EXAMPLES') == examples and env.get('LLM_LAB_NOTEBOOK_FLAGS') == (
+        'slow' if slow else None
+    )
     assert ('-m' in cmd[3:]) == slow
 
 
@@ -269,66 +411,87 @@ def test_tests_run_side_by_side_on_one_thread_each_and_arguments_go_to_pytest(ca
     start.main(['test'])
     (cmd, env), (_, given) = called
     assert cmd[1:3] == ['-m', 'pytest'] and cmd[-2:] == ['-k', 'cache']
-    assert cmd[cmd.index('-n') + 1] == str(run_notebooks.workers() + 1) and env['OMP_NUM_THREADS'] == '1'
+    assert (
+        cmd[cmd.index('-n') + 1] == str(run_notebooks.workers() + 1)
+        and env['OMP_NUM_THREADS'] == '1'
+    )
     assert given['OMP_NUM_THREADS'] == '3', 'what the user has set stays'
 
 
 def test_what_experiments_import_is_in_an_extra():
     "Their own comparisons are in `[experiments]`; nothing of it is needed by the others"
     config = ConfigParser(delimiters=['='])
-    config.read(ROOT/'settings.ini', encoding='utf-8')
-    groups = {k: {re.match(r'[\w-]+', o)[0].replace('-', '_') for o in shlex.split(v)}
-              for k, v in config['DEFAULT'].items() if k.endswith('requirements')}
+    config.read(ROOT / 'settings.ini', encoding='utf-8')
+    groups = {
+        k: {re.match(r'[\w-]+', o)[0].replace('-', '_') for o in shlex.split(v)}
+        for k, v in config['DEFAULT'].items()
+        if k.endswith('requirements')
+    }
     here, wanted = {'llm_lab', *sys.stdlib_module_names}, set()
-    for path in (ROOT/'experiments').glob('*/*.py'):
-        here.add(path.stem)                                         # a module beside run.py
+    for path in (ROOT / 'experiments').glob('*/*.py'):
+        here.add(path.stem)  # a module beside run.py
         for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
-            if isinstance(node, ast.Import): wanted |= {o.name.partition('.')[0] for o in node.names}
-            if isinstance(node, ast.ImportFrom) and not node.level: wanted.add(node.module.partition('.')[0])
-            if isinstance(node, ast.Call) and getattr(node.func, 'id', '') == 'need': wanted.add(node.args[0].value.partition('.')[0])
+            if isinstance(node, ast.Import):
+                wanted |= {o.name.partition('.')[0] for o in node.names}
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                wanted.add(node.module.partition('.')[0])
+            if isinstance(node, ast.Call) and getattr(node.func, 'id', '') == 'need':
+                wanted.add(node.args[0].value.partition('.')[0])
     assert {'torch', 'rustbpe', 'local_attention'} <= wanted
-    assert wanted - here <= groups['requirements'] | groups['experiments_requirements'], 'not in an extra'
+    assert wanted - here <= groups['requirements'] | groups['experiments_requirements'], (
+        'not in an extra'
+    )
 
 
 def test_without_network_loopback_is_up_and_nothing_else_is_reached(tmp_path):
-    probe = tmp_path/'probe.py'
+    probe = tmp_path / 'probe.py'
     probe.write_text("""
 import socket
-with socket.create_server(('127.0.0.1', 0)) as server: socket.create_connection(server.getsockname()).close()
-try: socket.create_connection(('192.0.2.1', 80), 30)
-except OSError as e: print(e.errno, socket.if_nameindex())
+with socket.create_server(('127.0.0.1', 0)) as server:
+    socket.create_connection(server.getsockname()).close()
+try:
+    socket.create_connection(('192.0.2.1', 80), 30)
+except OSError as e:
+    print(e.errno, socket.if_nameindex())
 """)
-    cmd = [sys.executable, str(ROOT/'.ci'/'offline.py')]
+    cmd = [sys.executable, str(ROOT / '.ci' / 'offline.py')]
     out = subprocess.run([*cmd, sys.executable, str(probe)], capture_output=True, text=True)
-    if out.returncode == 125: pytest.skip(out.stderr.strip())
-    assert out.stdout == "101 [(1, 'lo')]\n", out.stdout + out.stderr      # 101: the network is unreachable
+    if out.returncode == 125:
+        pytest.skip(out.stderr.strip())
+    assert out.stdout == "101 [(1, 'lo')]\n", (
+        out.stdout + out.stderr
+    )  # 101: the network is unreachable
     assert subprocess.run([*cmd, 'sh', '-c', 'exit 7']).returncode == 7
 
 
 def test_where_no_namespace_can_be_made_a_line_says_so(tmp_path):
-    cmd = [sys.executable, str(ROOT/'.ci'/'offline.py'), 'true']
+    cmd = [sys.executable, str(ROOT / '.ci' / 'offline.py'), 'true']
     out = subprocess.run(cmd, capture_output=True, text=True, env={'PATH': str(tmp_path)})
     assert out.returncode == 125 and 'no network namespace' in out.stderr
 
 
 @pytest.mark.skipif(not shutil.which('bash'), reason='no bash')
 def test_the_script_of_all_checks_can_be_read_by_bash():
-    assert subprocess.run(['bash', '-n', str(ROOT/'.ci'/'run')]).returncode == 0
+    assert subprocess.run(['bash', '-n', str(ROOT / '.ci' / 'run')]).returncode == 0
 
 
-def test_a_wrong_word_shows_the_usage(capsys): assert start.main(['turn']) == 2 and 'start.py tour' in capsys.readouterr().err
+def test_a_wrong_word_shows_the_usage(capsys):
+    assert start.main(['turn']) == 2 and 'start.py tour' in capsys.readouterr().err
 
 
 def test_every_break_of_make_mutants_still_fits():
     "Its text stands in its module once, and the test that should notice it exists"
     import mutants
+
     assert len(mutants.MUTANTS) >= 6 and list(mutants.wrong()) == []
 
 
 def test_a_break_that_fits_no_more_is_told(tmp_path):
     import mutants
-    for name in ('llm_lab', 'tests'): (tmp_path/name).mkdir()
+
+    for name in ('llm_lab', 'tests'):
+        (tmp_path / name).mkdir()
     for module, *_, test in mutants.MUTANTS.values():
-        (tmp_path/'llm_lab'/f'{module}.py').write_text('')
-        (tmp_path/'tests'/test.partition('::')[0]).write_text('')
-    assert len(list(mutants.wrong(tmp_path))) == 2*len(mutants.MUTANTS)
+        (tmp_path / 'llm_lab' / f'{module}.py').write_text('')
+        (tmp_path / 'tests' / test.partition('::')[0]).write_text('')
+    assert len(list(mutants.wrong(tmp_path))) == 2 * len(mutants.MUTANTS)

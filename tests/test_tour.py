@@ -1,4 +1,7 @@
-"The tour's promises: what three minutes on two cores reach. Slow, so only `make nightly` keeps them."
+"""The tour's promises: what three minutes on two cores reach.
+
+Slow, so only `make nightly` keeps them."""
+
 import math
 import pytest
 
@@ -13,7 +16,13 @@ def trained_on(corpus, characters):
     "The tour's model after so many characters, at most"
     setup = prepare(_plan((), corpus), corpus)
     recipe = setup.recipe
-    run = fit(setup.model, setup.batch, characters//(recipe.batch_size*recipe.block_len), recipe.lr, recipe.weight_decay)
+    run = fit(
+        setup.model,
+        setup.batch,
+        characters // (recipe.batch_size * recipe.block_len),
+        recipe.lr,
+        recipe.weight_decay,
+    )
     assert run.tokens <= characters
     return setup
 
@@ -22,25 +31,33 @@ def trained_on(corpus, characters):
 @pytest.mark.data
 def test_three_million_characters_of_shakespeare_end_below_1_80():
     "nanoGPT's recipe for a CPU ends at 1.898 nats per character after 1.5 million"
-    try: corpus = load_corpus('tiny_shakespeare')
-    except LabError as e: pytest.skip(f'the text is not at hand: {e}')
+    try:
+        corpus = load_corpus('tiny_shakespeare')
+    except LabError as e:
+        pytest.skip(f'the text is not at hand: {e}')
     setup = trained_on(corpus, 3_000_000)
     assert evaluate(setup.model, setup.tokenizer, corpus).loss <= 1.80
 
 
 @pytest.mark.slow
 def test_two_and_a_half_million_characters_of_tales_end_near_the_floor():
-    "Less than three minutes of two cores: within 45 % of the floor in all, within 15 % on what need not be remembered"
+    """Less than three minutes of two cores: within 45 % of the floor in all, within 15 % on what
+    need not be remembered"""
     corpus = load_corpus('tiny_tales')
     setup = trained_on(corpus, 2_500_000)
-    score, parts = evaluate(setup.model, setup.tokenizer, corpus), excess(setup.model, setup.tokenizer, corpus, n=200)
-    assert 0 < score.above <= .45
-    assert parts['choice'] + parts['literal'] <= .15*score.floor
+    score = evaluate(setup.model, setup.tokenizer, corpus)
+    parts = excess(setup.model, setup.tokenizer, corpus, n=200)
+    assert 0 < score.above <= 0.45
+    assert parts['choice'] + parts['literal'] <= 0.15 * score.floor
 
 
 @pytest.mark.slow
 def test_the_tour_learns():
-    "The same recipe, 150 steps: far below an even guess already. Chapter 27 and test_process.py let shorter tours learn"
+    """The same recipe, 150 steps: far below an even guess already.
+
+    Chapter 27 and test_process.py let shorter tours learn"""
     corpus = load_corpus('tiny_tales')
     setup = trained_on(corpus, 172_800)
-    assert evaluate(setup.model, setup.tokenizer, corpus, most=10_000).loss < .6*math.log(setup.tokenizer.vocab_size)
+    assert evaluate(setup.model, setup.tokenizer, corpus, most=10_000).loss < 0.6 * math.log(
+        setup.tokenizer.vocab_size
+    )

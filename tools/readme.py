@@ -1,11 +1,14 @@
 """Write README.md from nbs/index.ipynb.
 
-    python tools/readme.py [--check]
+python tools/readme.py [--check]
 
-Prose stays prose, code becomes a fenced block, printed text another; pictures an output draws are left out. `--check` changes nothing
-and exits 1 when README.md is stale.
-"""
-import json, posixpath, re, sys
+Prose stays prose, code becomes a fenced block, printed text another; pictures an output draws
+are left out. `--check` changes nothing and exits 1 when README.md is stale."""
+
+import json
+import posixpath
+import re
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -15,23 +18,32 @@ FROM, TO = 'nbs/index.ipynb', 'README.md'
 def link(m):
     "A link as seen from the root: `00_lab.ipynb` is `nbs/00_lab.ipynb` there"
     to = m[2]
-    return m[0] if re.match(r'[a-z]+:|[#/]', to) else f'{m[1]}{posixpath.normpath("nbs/" + to)}{m[3]}'
+    return (
+        m[0] if re.match(r'[a-z]+:|[#/]', to) else f'{m[1]}{posixpath.normpath("nbs/" + to)}{m[3]}'
+    )
 
 
 def prose(text):
     "Markdown with its links moved, code blocks untouched"
     parts = re.split(r'(^```.*?^```)', text, flags=re.M | re.S)
     for i in range(0, len(parts), 2):
-        for form in (r'(\]\()([^)\s]+)([^)]*\))', r'((?:src|href)=")([^"]+)(")'): parts[i] = re.sub(form, link, parts[i])
+        for form in (r'(\]\()([^)\s]+)([^)]*\))', r'((?:src|href)=")([^"]+)(")'):
+            parts[i] = re.sub(form, link, parts[i])
     return ''.join(parts)
 
 
 def shown(o):
     "What an output says in text"
-    if o['output_type'] == 'stream': return f'```text\n{"".join(o["text"]).rstrip()}\n```' if o['name'] == 'stdout' else ''
+    if o['output_type'] == 'stream':
+        return f'```text\n{"".join(o["text"]).rstrip()}\n```' if o['name'] == 'stdout' else ''
     data = o.get('data', {})
-    if 'text/markdown' in data: return prose(''.join(data['text/markdown']).strip())
-    return '' if set(data) != {'text/plain'} else f'```text\n{"".join(data["text/plain"]).rstrip()}\n```'
+    if 'text/markdown' in data:
+        return prose(''.join(data['text/markdown']).strip())
+    return (
+        ''
+        if set(data) != {'text/plain'}
+        else f'```text\n{"".join(data["text/plain"]).rstrip()}\n```'
+    )
 
 
 def readme(nb):
@@ -39,24 +51,30 @@ def readme(nb):
     out = [f'<!-- Written from {FROM} by `make book`: edit that. -->']
     for c in nb['cells']:
         src = ''.join(c['source']).strip()
-        if c['cell_type'] == 'markdown': out.append(prose(src))
-        if c['cell_type'] != 'code': continue
+        if c['cell_type'] == 'markdown':
+            out.append(prose(src))
+        if c['cell_type'] != 'code':
+            continue
         words = {o.replace(' ', '') for o in re.findall(r'^#\|\s*(.+?)\s*$', src, re.M)}
-        if words & {'hide', 'include:false'}: continue
+        if words & {'hide', 'include:false'}:
+            continue
         code = '\n'.join(o for o in src.splitlines() if not o.startswith('#|')).strip()
-        if code and 'echo:false' not in words: out.append(f'```python\n{code}\n```')
-        if 'output:false' not in words: out += [shown(o) for o in c.get('outputs', [])]
+        if code and 'echo:false' not in words:
+            out.append(f'```python\n{code}\n```')
+        if 'output:false' not in words:
+            out += [shown(o) for o in c.get('outputs', [])]
     return '\n\n'.join(o for o in out if o) + '\n'
 
 
 def main(check):
-    new = readme(json.loads((ROOT/FROM).read_text(encoding='utf-8')))
-    old = (ROOT/TO).read_text(encoding='utf-8') if (ROOT/TO).exists() else None
-    if new == old: return 0
+    new = readme(json.loads((ROOT / FROM).read_text(encoding='utf-8')))
+    old = (ROOT / TO).read_text(encoding='utf-8') if (ROOT / TO).exists() else None
+    if new == old:
+        return 0
     if check:
         print(f'readme: {TO} is not what {FROM} says: run `python tools/readme.py`')
         return 1
-    (ROOT/TO).write_text(new, encoding='utf-8', newline='\n')
+    (ROOT / TO).write_text(new, encoding='utf-8', newline='\n')
     return 0
 
 

@@ -1,19 +1,26 @@
-"""What does this processor gain by each of the ways of the lab? All ratios side by side, in one run of less than four minutes.
+"""What does this processor gain by each of the ways of the lab?
 
-    python experiments/both_processors/run.py [--rounds 6] [--only products,rows,muon,step,decode] [--save]
+All ratios side by side, in one run of less than four minutes.
 
-Processors differ in what they are quick at: some multiply bf16 several times as fast as float32, some lose half of their speed in
-the library that PyTorch takes for float32, some read memory as fast as they can with any kernel. So nothing here is compared
-between machines but ratios, each measured in turns and in a new random order every round; medians.
+python experiments/both_processors/run.py [--rounds 6] [--only products,rows,muon,step,decode]
+[--save]
 
-- products: of matrices as a training step has them, in billions of operations a second, by PyTorch's choice, by oneDNN, in bf16
-- rows: one row and a matrix, as writing a token has them, in billions of weights a second, by each kernel there is
+Processors differ in what they are quick at: some multiply bf16 several times as fast as float32,
+some lose half of their speed in the library that PyTorch takes for float32, some read memory as
+fast as they can with any kernel. So nothing here is compared between machines but ratios, each
+measured in turns and in a new random order every round; medians.
+
+- products: of matrices as a training step has them, in billions of operations a second, by
+  PyTorch's choice, by oneDNN, in bf16
+- rows: one row and a matrix, as writing a token has them, in billions of weights a second, by each
+  kernel there is
 - muon: the rounds of `orthogonalized` for the matrices of the step, beside float32
 - step: nanoGPT's shape of `speed_step`, beside the plain loop; each loop in a process of its own
-- decode: the shapes of `speed_decode`, beside `generate` of transformers; each way in a process of its own
+- decode: the shapes of `speed_decode`, beside `generate` of transformers; each way in a process of
+  its own
 
-The last line is JSON; `--save` keeps it in result.json with date and machine.
-"""
+The last line is JSON; `--save` keeps it in result.json with date and machine."""
+
 import argparse
 import json
 import platform
@@ -36,10 +43,20 @@ from llm_lab.llama import llama
 from llm_lab.optim import PRECISIONS, orthogonalized, short_precision
 
 HERE = Path(__file__).resolve().parent
-STEP, DECODE = HERE.parent/'speed_step'/'run.py', HERE.parent/'speed_decode'/'run.py'
-LOOPS = {'plain': 'plain eager GPT-2', 'ours': 'llm_lab', 'compiled': 'llm_lab, compiled', 'bf16': 'llm_lab, bf16',
-         'Muon': 'llm_lab, Muon', 'no oneDNN': 'llm_lab, no oneDNN'}
-WAYS = {'15M': ('transformers', 'fast', 'compiled', 'int8', 'int8_compiled'), '110M': ('transformers', 'fast', 'compiled', 'int8')}
+STEP = HERE.parent / 'speed_step' / 'run.py'
+DECODE = HERE.parent / 'speed_decode' / 'run.py'
+LOOPS = {
+    'plain': 'plain eager GPT-2',
+    'ours': 'llm_lab',
+    'compiled': 'llm_lab, compiled',
+    'bf16': 'llm_lab, bf16',
+    'Muon': 'llm_lab, Muon',
+    'no oneDNN': 'llm_lab, no oneDNN',
+}
+WAYS = {
+    '15M': ('transformers', 'fast', 'compiled', 'int8', 'int8_compiled'),
+    '110M': ('transformers', 'fast', 'compiled', 'int8'),
+}
 luck = random.Random(0)
 
 
@@ -48,18 +65,22 @@ def processor():
     info = Path('/proc/cpuinfo')
     flags = re.search(r'^flags\s*:(.*)$', info.read_text(), re.M) if info.exists() else None
     known = sorted(f for f in (flags[1].split() if flags else ()) if re.match(r'avx|amx|fma', f))
-    return dict(capability=torch.backends.cpu.get_cpu_capability(), machine=platform.machine(), flags=known)
+    return dict(
+        capability=torch.backends.cpu.get_cpu_capability(), machine=platform.machine(), flags=known
+    )
 
 
 def in_turns(ways, rounds, calls=1):
     "{name: median seconds of a call}; every way is called once before"
     taken = {name: [] for name in ways}
-    for work in ways.values(): work()
+    for work in ways.values():
+        work()
     for _ in range(rounds):
         for name in luck.sample([*ways], len(ways)):
             start = time.perf_counter()
-            for _ in range(calls): ways[name]()
-            taken[name].append((time.perf_counter() - start)/calls)
+            for _ in range(calls):
+                ways[name]()
+            taken[name].append((time.perf_counter() - start) / calls)
     return {name: median(t) for name, t in taken.items()}
 
 
@@ -68,7 +89,10 @@ def table(title, rows, unit):
     print(f'\n{title} ({unit}, and beside the first)')
     for row, found in rows.items():
         first = next(iter(found.values()))
-        print(f'  {row:18}' + ''.join(f'  {way} {x:.4g} ({x/first:.2f}×)' for way, x in found.items()))
+        print(
+            f'  {row:18}'
+            + ''.join(f'  {way} {x:.4g} ({x / first:.2f}×)' for way, x in found.items())
+        )
 
 
 def products(rounds):
@@ -77,28 +101,42 @@ def products(rounds):
     for m, k, n in ((768, 128, 384), (768, 512, 128), (2048, 256, 1024), (1024, 1024, 1024)):
         a, b = torch.randn(m, k), torch.randn(k, n)
         short, turned = a.bfloat16(), b.bfloat16()
-        ways = {'PyTorch': lambda a=a, b=b: a @ b, 'oneDNN': lambda a=a, b=b: by_onednn(torch.mm)(a, b),
-                'bf16': lambda a=short, b=turned: a @ b}
-        took = in_turns(ways, 6*rounds)
-        out[f'{m} × {k} × {n}'] = {way: round(2*m*k*n/s/1e9, 1) for way, s in took.items()}
+        ways = {
+            'PyTorch': lambda a=a, b=b: a @ b,
+            'oneDNN': lambda a=a, b=b: by_onednn(torch.mm)(a, b),
+            'bf16': lambda a=short, b=turned: a @ b,
+        }
+        took = in_turns(ways, 6 * rounds)
+        out[f'{m} × {k} × {n}'] = {
+            way: round(2 * m * k * n / s / 1e9, 1) for way, s in took.items()
+        }
     table('products', out, 'billions of operations a second')
     return out
 
 
 def rows(rounds):
-    "{shape: {way: billions of weights a second}}; many copies, so that no weight waits in a nearby memory"
+    """{shape: {way: billions of weights a second}}; many copies, so that no weight waits in a
+    nearby memory"""
     out = {}
     for k, n in ((288, 864), (768, 2304), (2048, 768), (288, 32_000)):
-        x, many = torch.randn(1, k), max(2, 30_000_000//(k*n))
+        x, many = torch.randn(1, k), max(2, 30_000_000 // (k * n))
         by_out = [torch.randn(n, k) for _ in range(many)]
-        by_in, eight = [w.T.contiguous() for w in by_out], [(30*w).round().clamp(-127, 127).to(torch.int8) for w in by_out]
-        short, half, scale = x.bfloat16(), [w.bfloat16() for w in by_out], torch.ones(n).bfloat16()
-        kinds = {'linear': (lambda w, x=x: F.linear(x, w), by_out), 'turned': (lambda w, x=x: torch.mm(x, w), by_in),
-                 'turned, oneDNN': (lambda w, x=x: by_onednn(torch.mm)(x, w), by_in),
-                 'bf16': (lambda w, x=short: F.linear(x, w), half),
-                 'int8': (lambda w, x=short, s=scale: torch._weight_int8pack_mm(x, w, s), eight)}
-        took = in_turns({name: lambda f=f, ws=ws: [f(w) for w in ws] for name, (f, ws) in kinds.items()}, rounds)
-        out[f'{k} → {n}'] = {name: round(many*k*n/s/1e9, 2) for name, s in took.items()}
+        by_in = [w.T.contiguous() for w in by_out]
+        eight = [(30 * w).round().clamp(-127, 127).to(torch.int8) for w in by_out]
+        short = x.bfloat16()
+        half = [w.bfloat16() for w in by_out]
+        scale = torch.ones(n).bfloat16()
+        kinds = {
+            'linear': (lambda w, x=x: F.linear(x, w), by_out),
+            'turned': (lambda w, x=x: torch.mm(x, w), by_in),
+            'turned, oneDNN': (lambda w, x=x: by_onednn(torch.mm)(x, w), by_in),
+            'bf16': (lambda w, x=short: F.linear(x, w), half),
+            'int8': (lambda w, x=short, s=scale: torch._weight_int8pack_mm(x, w, s), eight),
+        }
+        took = in_turns(
+            {name: lambda f=f, ws=ws: [f(w) for w in ws] for name, (f, ws) in kinds.items()}, rounds
+        )
+        out[f'{k} → {n}'] = {name: round(many * k * n / s / 1e9, 2) for name, s in took.items()}
     table('one row', out, 'billions of weights a second')
     return out
 
@@ -107,22 +145,36 @@ def muon(rounds):
     "{way: milliseconds} for the matrices of four blocks of width 128"
     shapes = ((384, 128), (128, 128), (512, 128), (128, 512))
     stacks = [torch.randn(4, *s, generator=rng(0, f'{s}')) for s in shapes]
-    took = in_turns({'float32': lambda: [orthogonalized(g) for g in stacks],
-                     'bf16': lambda: [orthogonalized(g, dtype=torch.bfloat16) for g in stacks],
-                     'as Muon has it': lambda: [orthogonalized(g, dtype=PRECISIONS[short_precision()]) for g in stacks]}, 4*rounds)
-    out = {way: round(1000*s, 2) for way, s in took.items()}
+    took = in_turns(
+        {
+            'float32': lambda: [orthogonalized(g) for g in stacks],
+            'bf16': lambda: [orthogonalized(g, dtype=torch.bfloat16) for g in stacks],
+            'as Muon has it': lambda: [
+                orthogonalized(g, dtype=PRECISIONS[short_precision()]) for g in stacks
+            ],
+        },
+        4 * rounds,
+    )
+    out = {way: round(1000 * s, 2) for way, s in took.items()}
     table('orthogonalized', {'four blocks': out}, 'ms')
     return out
 
 
 class Child:
     "A process that works when a line comes, and answers with a line of JSON"
+
     def __init__(self, script, *words):
-        self.proc = subprocess.Popen([sys.executable, str(script), *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                     stderr=subprocess.DEVNULL, text=True)
+        self.proc = subprocess.Popen(
+            [sys.executable, str(script), *words],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
 
     def read(self):
-        if not (line := self.proc.stdout.readline()): raise RuntimeError(f'{self.proc.args} ended')
+        if not (line := self.proc.stdout.readline()):
+            raise RuntimeError(f'{self.proc.args} ended')
         return json.loads(line)
 
     def turn(self):
@@ -137,11 +189,14 @@ class Child:
 
 def in_child_turns(kids, rounds, label):
     "[what each child answered], by name; they open together, then one works while the others wait"
-    for kid in progress(kids.values(), f'{label}: opening, compiling'): kid.read()
+    for kid in progress(kids.values(), f'{label}: opening, compiling'):
+        kid.read()
     told = {name: [] for name in kids}
     for _ in progress(range(rounds), label):
-        for name in luck.sample([*kids], len(kids)): told[name].append(kids[name].turn())
-    for kid in kids.values(): kid.end()
+        for name in luck.sample([*kids], len(kids)):
+            told[name].append(kids[name].turn())
+    for kid in kids.values():
+        kid.end()
     return told
 
 
@@ -149,8 +204,15 @@ def step(rounds):
     "{loop: milliseconds of a step}"
     kids = {name: Child(STEP, '--loop', loop) for name, loop in LOOPS.items()}
     told = in_child_turns(kids, rounds + 3, 'step')
-    ms = {name: round(1000*median(t for ten in lists[3:] for t in ten), 2) for name, lists in told.items()}      # three warm up
-    table('a step of training', {'12 × 64 tokens': {name: 1000/t for name, t in ms.items()}}, 'a second')
+    ms = {
+        name: round(1000 * median(t for ten in lists[3:] for t in ten), 2)
+        for name, lists in told.items()
+    }  # three warm up
+    table(
+        'a step of training',
+        {'12 × 64 tokens': {name: 1000 / t for name, t in ms.items()}},
+        'a second',
+    )
     return ms
 
 
@@ -158,15 +220,24 @@ def decode(rounds):
     "{shape: {way: tokens a second}}"
     out = {}
     import importlib.util
+
     spec = importlib.util.spec_from_file_location('speed_decode', DECODE)
     shapes = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(shapes)
     for shape, ways in WAYS.items():
         with tempfile.TemporaryDirectory() as folder:
-            to_hf(f'{folder}/m', MiniGPT(llama(shapes.V, max_len=512, tie=True, **shapes.SHAPES[shape])).eval())
+            to_hf(
+                f'{folder}/m',
+                MiniGPT(llama(shapes.V, max_len=512, tie=True, **shapes.SHAPES[shape])).eval(),
+            )
             kids = {way: Child(DECODE, '--child', way, f'{folder}/m') for way in ways}
-            told = in_child_turns(kids, max(2, rounds//2 if shape == '15M' else rounds//4), shape)
-        out[shape] = {way: round(shapes.N/median(t['seconds'] for t in turns), 1) for way, turns in told.items()}
+            told = in_child_turns(
+                kids, max(2, rounds // 2 if shape == '15M' else rounds // 4), shape
+            )
+        out[shape] = {
+            way: round(shapes.N / median(t['seconds'] for t in turns), 1)
+            for way, turns in told.items()
+        }
     table('writing', out, 'tokens a second')
     return out
 
@@ -175,20 +246,32 @@ PARTS = dict(products=products, rows=rows, muon=muon, step=step, decode=decode)
 
 
 def main():
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     ap.add_argument('--rounds', type=int, default=6)
-    ap.add_argument('--only', default=','.join(PARTS), help='parts to measure, with commas between (default all)')
+    ap.add_argument(
+        '--only',
+        default=','.join(PARTS),
+        help='parts to measure, with commas between (default all)',
+    )
     ap.add_argument('--save', action='store_true', help='keep the last line in result.json')
     a = ap.parse_args()
     keep_memory()
     start = time.time()
     about = dict(processor(), quick_products=quick_products(), short_precision=short_precision())
     print(f'{machine()["cpu"]}, {torch.get_num_threads()} threads; ' + ' '.join(about['flags']))
-    print(f'products by oneDNN: {about["quick_products"]}; Muon counts in {about["short_precision"]}')
+    print(
+        f'products by oneDNN: {about["quick_products"]}; Muon counts in {about["short_precision"]}'
+    )
     found = {name: PARTS[name](a.rounds) for name in a.only.split(',')}
-    line = json.dumps(dict(found, **about, rounds=a.rounds, seconds=round(time.time() - start), **machine()))
-    if a.save: (HERE/'result.json').write_text(line + '\n', encoding='utf-8')
+    line = json.dumps(
+        dict(found, **about, rounds=a.rounds, seconds=round(time.time() - start), **machine())
+    )
+    if a.save:
+        (HERE / 'result.json').write_text(line + '\n', encoding='utf-8')
     print(line)
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()

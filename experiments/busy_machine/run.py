@@ -1,16 +1,20 @@
 """What does a training step cost beside other programs, and how should the threads of OpenMP wait?
 
-    python experiments/busy_machine/run.py [--rounds 8] [--steps 12] [--save]
+python experiments/busy_machine/run.py [--rounds 8] [--steps 12] [--save]
 
-A step of a small GPT (8 × 128 characters, 4 layers, width 128, AdamW, float32). Every setting has a process of its own, because
-OpenMP reads its environment once, when PyTorch is loaded; the processes take turns, a few steps at a time, in a new random order
-each round: idle, beside one busy program, beside as many as there are cores. The table gives the median step in milliseconds and
-its ratio to the default's idle step. The last line is JSON; `--save` keeps it in result.json with date and machine.
+A step of a small GPT (8 × 128 characters, 4 layers, width 128, AdamW, float32). Every setting
+has a process of its own, because OpenMP reads its environment once, when PyTorch is loaded; the
+processes take turns, a few steps at a time, in a new random order each round: idle, beside one
+busy program, beside as many as there are cores. The table gives the median step in milliseconds
+and its ratio to the default's idle step. The last line is JSON; `--save` keeps it in result.json
+with date and machine.
 
-OpenMP's threads meet at a barrier after each operation, and a thread that waits there spins: it asks again and again, and keeps
-its core. Alone this is the fastest way to wait. Beside a busy program the spinning thread holds the very core that the thread it
-waits for would need. GOMP_SPINCOUNT says how often a thread of GNU's OpenMP asks before it sleeps; OMP_WAIT_POLICY=passive is 0.
-"""
+OpenMP's threads meet at a barrier after each operation, and a thread that waits there spins: it
+asks again and again, and keeps its core. Alone this is the fastest way to wait. Beside a busy
+program the spinning thread holds the very core that the thread it waits for would need.
+GOMP_SPINCOUNT says how often a thread of GNU's OpenMP asks before it sleeps;
+OMP_WAIT_POLICY=passive is 0."""
+
 import argparse
 import json
 import os
@@ -23,20 +27,26 @@ from statistics import median
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 SPINS = (100, 500, 1_000, 2_000, 4_000, 10_000, 100_000)
-SETTINGS = {'as it comes': {}, 'passive': {'OMP_WAIT_POLICY': 'passive'},
-            **{f'spin {n:,}': {'GOMP_SPINCOUNT': str(n)} for n in SPINS},
-            'as the lab sets it': None, 'one thread': {'OMP_NUM_THREADS': '1'}}
+SETTINGS = {
+    'as it comes': {},
+    'passive': {'OMP_WAIT_POLICY': 'passive'},
+    **{f'spin {n:,}': {'GOMP_SPINCOUNT': str(n)} for n in SPINS},
+    'as the lab sets it': None,
+    'one thread': {'OMP_NUM_THREADS': '1'},
+}
 BUSY = {'idle': 0, 'beside one': 1, f'beside {CORES}': CORES}
 WAITS = ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT', 'OMP_NUM_THREADS', 'KMP_BLOCKTIME')
 
 
 def worker(lab_first):
     "Makes as many steps as each line of stdin asks for; answers with their seconds"
-    if lab_first: import llm_lab  # noqa: F401 its choice must be there before PyTorch is
+    if lab_first:
+        import llm_lab  # noqa: F401 its choice must be there before PyTorch is
     import torch
     from llm_lab.gpt import Config, MiniGPT, quick_linear
     from llm_lab.lab import keep_memory
     from llm_lab.train import adamw, random_crops, train_step
+
     torch.manual_seed(0)
     keep_memory()
     model = MiniGPT(Config(vocab_size=65, max_len=128))
@@ -56,8 +66,13 @@ class Worker:
     def __init__(self, setting):
         env = {k: v for k, v in os.environ.items() if k not in WAITS} | (setting or {})
         kind = 'plain' if setting is not None else 'lab'
-        self.proc = subprocess.Popen([sys.executable, str(Path(__file__).resolve()), '--worker', kind], env=env, text=True,
-                                     stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.proc = subprocess.Popen(
+            [sys.executable, str(Path(__file__).resolve()), '--worker', kind],
+            env=env,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
         self.steps(3)
 
     def steps(self, n):
@@ -79,36 +94,50 @@ def measure(rounds, steps):
     for turn in range(rounds):
         for state, n in luck.sample(sorted(BUSY.items()), len(BUSY)):
             others = busy(n)
-            time.sleep(.3)                     # until they run
+            time.sleep(0.3)  # until they run
             for name in luck.sample(sorted(workers), len(workers)):
                 times[name][state] += workers[name].steps(steps)[1:]
-                last = 1000*median(times[name][state])
-                print(f'round {turn + 1} of {rounds}, {state}: {name} {last:.0f} ms', file=sys.stderr)
+                last = 1000 * median(times[name][state])
+                print(
+                    f'round {turn + 1} of {rounds}, {state}: {name} {last:.0f} ms', file=sys.stderr
+                )
             for other in others:
                 other.kill()
                 other.wait()
     for w in workers.values():
         w.proc.kill()
-    return {name: {state: median(t) for state, t in by_state.items()} for name, by_state in times.items()}
+    return {
+        name: {state: median(t) for state, t in by_state.items()}
+        for name, by_state in times.items()
+    }
 
 
 def main():
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     ap.add_argument('--rounds', type=int, default=8)
     ap.add_argument('--steps', type=int, default=12)
     ap.add_argument('--save', action='store_true')
     ap.add_argument('--worker', help=argparse.SUPPRESS)
     a = ap.parse_args()
-    if a.worker: return worker(a.worker == 'lab')
+    if a.worker:
+        return worker(a.worker == 'lab')
     found = measure(a.rounds, a.steps)
     base = found['as it comes']['idle']
     print(f'{"":20}' + ''.join(f'{state:>22}' for state in BUSY))
     for name, by_state in found.items():
-        print(f'{name:20}' + ''.join(f'{1000*t:12.1f} ms {t/base:5.2f} ×' for t in by_state.values()))
+        print(
+            f'{name:20}'
+            + ''.join(f'{1000 * t:12.1f} ms {t / base:5.2f} ×' for t in by_state.values())
+        )
     from llm_lab.lab import machine
+
     result = dict(machine=machine(), rounds=a.rounds, steps=a.steps, seconds=found)
-    if a.save: Path(__file__).with_name('result.json').write_text(json.dumps(result, indent=1) + '\n')
+    if a.save:
+        Path(__file__).with_name('result.json').write_text(json.dumps(result, indent=1) + '\n')
     print(json.dumps(result))
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()

@@ -1,12 +1,16 @@
-"""Does the learning rate follow the dial? `llama(depth=1, 2, 3)`, six rates each, two seeds, the same batches for all.
+"""Does the learning rate follow the dial?
 
-    python experiments/depth_dial/run.py [--steps 300] [--jobs 2] [--save]
+`llama(depth=1, 2, 3)`, six rates each, two seeds, the same batches for all.
 
-Tiny Tales, rows of 4 × 288 characters, Muon for the blocks and AdamW for the rest. For each depth the mean losses are drawn as a
-parabola over the logarithm of the rate, through the best rate and its two neighbours; its lowest point is the rate that suits the
-depth. It is compared with `llm_lab.llama.rate`. Each cell of the grid is kept in runs/ and is not run again. Every run has one thread;
-`--jobs` run at a time. The last line is JSON; `--save` keeps it in result.json with date and machine. About ten minutes on two cores.
-"""
+python experiments/depth_dial/run.py [--steps 300] [--jobs 2] [--save]
+
+Tiny Tales, rows of 4 × 288 characters, Muon for the blocks and AdamW for the rest. For each
+depth the mean losses are drawn as a parabola over the logarithm of the rate, through the best
+rate and its two neighbours; its lowest point is the rate that suits the depth. It is compared
+with `llm_lab.llama.rate`. Each cell of the grid is kept in runs/ and is not run again. Every run
+has one thread; `--jobs` run at a time. The last line is JSON; `--save` keeps it in result.json
+with date and machine. About ten minutes on two cores."""
+
 import argparse
 import json
 import math
@@ -22,50 +26,70 @@ from llm_lab.llama import llama, rate
 from llm_lab.optim import muon
 from llm_lab.train import Recipe, fit, prepare
 
-HERE, DEPTHS, RATES, SEEDS = Path(__file__).parent, (1, 2, 3), tuple(.00125*2**k for k in range(6)), (1, 2)
+HERE = Path(__file__).parent
+DEPTHS = (1, 2, 3)
+RATES = tuple(0.00125 * 2**k for k in range(6))
+SEEDS = (1, 2)
 
 
 def cell(depth, lr, seed, steps):
     "The loss of one run in bits per character; kept in a file"
-    file = HERE/'runs'/f'{depth}-{lr:g}-{seed}-{steps}.json'
-    if file.exists(): return json.loads(file.read_text())
+    file = HERE / 'runs' / f'{depth}-{lr:g}-{seed}-{steps}.json'
+    if file.exists():
+        return json.loads(file.read_text())
     torch.set_num_threads(1)
-    setup = prepare(Recipe('tiny_tales', steps, 4, 288, seed=seed, model=(('d_model', 8), ('n_layers', 1))))
+    setup = prepare(
+        Recipe('tiny_tales', steps, 4, 288, seed=seed, model=(('d_model', 8), ('n_layers', 1)))
+    )
     setup.model = MiniGPT(llama(setup.tokenizer.vocab_size, depth=depth, max_len=288), seed)
     fit(setup.model, setup.batch, steps, opt=muon(setup.model, lr=lr), seed=seed)
-    loss = setup.loss(most=40_000)/math.log(2)
-    with written(file) as f: f.write_text(json.dumps(loss))
+    loss = setup.loss(most=40_000) / math.log(2)
+    with written(file) as f:
+        f.write_text(json.dumps(loss))
     return loss
 
 
 def lowest(losses):
-    "The rate at the lowest point of the parabola through the best rate and its neighbours; the best itself at an end"
+    """The rate at the lowest point of the parabola through the best rate and its neighbours; the
+    best itself at an end"""
     best = min(losses, key=losses.get)
     n = RATES.index(best)
-    if n in (0, len(RATES) - 1): return best
-    a, b, c = (losses[r] for r in RATES[n - 1:n + 2])
-    return best*2**(.5*(a - c)/(a - 2*b + c))
+    if n in (0, len(RATES) - 1):
+        return best
+    a, b, c = (losses[r] for r in RATES[n - 1 : n + 2])
+    return best * 2 ** (0.5 * (a - c) / (a - 2 * b + c))
 
 
 def main(steps, jobs):
     grid = [(d, lr, s, steps) for d in DEPTHS for lr in RATES for s in SEEDS]
-    with ProcessPoolExecutor(jobs) as pool: runs = dict(zip(grid, progress(pool.map(cell, *zip(*grid)), 'runs', len(grid))))
+    with ProcessPoolExecutor(jobs) as pool:
+        runs = dict(zip(grid, progress(pool.map(cell, *zip(*grid)), 'runs', len(grid))))
     losses = {d: {lr: mean(runs[d, lr, s, steps] for s in SEEDS) for lr in RATES} for d in DEPTHS}
     print('depth ', *(f'{lr:>9g}' for lr in RATES), '   suits  the rule says')
     said = {}
     for d, row in losses.items():
-        said[d] = dict(losses={f'{lr:g}': round(v, 4) for lr, v in row.items()}, suits=round(lowest(row), 5),
-                       rule=round(rate(llama(depth=d)), 5))
-        print(f'{d:5} ', *(f'{v:9.4f}' for v in row.values()), f'{said[d]["suits"]:8.4f} {said[d]["rule"]:8.4f}')
+        said[d] = dict(
+            losses={f'{lr:g}': round(v, 4) for lr, v in row.items()},
+            suits=round(lowest(row), 5),
+            rule=round(rate(llama(depth=d)), 5),
+        )
+        print(
+            f'{d:5} ',
+            *(f'{v:9.4f}' for v in row.values()),
+            f'{said[d]["suits"]:8.4f} {said[d]["rule"]:8.4f}',
+        )
     return dict(steps=steps, depths=said, jobs=jobs, **{**machine(), 'threads': 1})
 
 
 if __name__ == '__main__':
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     ap.add_argument('--steps', type=int, default=300)
     ap.add_argument('--jobs', type=int, default=2, help='runs at a time, one thread each')
     ap.add_argument('--save', action='store_true', help='keep the last line in result.json')
     a = ap.parse_args()
     line = json.dumps(main(a.steps, a.jobs))
-    if a.save: (HERE/'result.json').write_text(line + '\n', encoding='utf-8')
+    if a.save:
+        (HERE / 'result.json').write_text(line + '\n', encoding='utf-8')
     print(line)

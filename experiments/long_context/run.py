@@ -1,25 +1,32 @@
-"""What does sparse attention buy on long texts? Recall of a pair, and a language whose facts return, by how long ago they were told.
+"""What does sparse attention buy on long texts?
 
-    python experiments/long_context/run.py [--jobs 2] [--save] [--dry] [--full]
+Recall of a pair, and a language whose facts return, by how long ago they were told.
 
-Models differ only in who may read whom: `dense` reads all of the past, `window` the last 64 tokens, `expander` these and 6 links drawn
-for each query, head and layer from all of the past beyond; in `mixed` layers take turns, a window, all of the past, a window, and in
-`global_first` they begin with all of the past. They have the same first weights and see the same rows, in three paired seeds; they
-learn on texts of 512 tokens and are tested on 512 to 4,096. None is told positions: neither task needs any, and Rope trained at 512
-is lost beyond (LOG.md).
+python experiments/long_context/run.py [--jobs 2] [--save] [--dry] [--full]
 
-First they learn `recall`: 32 pairs of a key and one of 8 values, one token each, lie among random words; later each key is asked, and
-its value comes next. In training the distance is drawn log-uniformly, and only answers count. A guess is right 1 time in 8. Then the
-same models learn a language, `facts`: words that follow each other by known odds, and keys as common as 1/rank^1.5; when a key comes
-first it is a pair, whose value is drawn; after that it is asked and the value comes next. All odds are known, so the entropy is
-exact: a value that returns costs nothing to who has it, and log2(8) = 3 bits to who has not; its distance is to its last mention.
+Models differ only in who may read whom: `dense` reads all of the past, `window` the last 64
+tokens, `expander` these and 6 links drawn for each query, head and layer from all of the past
+beyond; in `mixed` layers take turns, a window, all of the past, a window, and in `global_first`
+they begin with all of the past. They have the same first weights and see the same rows, in three
+paired seeds; they learn on texts of 512 tokens and are tested on 512 to 4,096. None is told
+positions: neither task needs any, and Rope trained at 512 is lost beyond (LOG.md).
 
-Beside the recall stands whether the pair could be read directly, in which layers a link of any head joins it to its question; and what
-share of the past `reached` finds after each layer. Each cell is kept in runs/ when it is done, and is not run again; every run has one
-thread. The last line is JSON; `--save` keeps it in result.json. `--dry` builds every model and a batch and trains nothing. `--full` is
-for a GPU: 12 layers of width 512, longer texts, more pairs, Rope on half of the channels where layers are not global, and books of
-PG-19 as a third lesson. About 25 minutes on two cores.
-"""
+First they learn `recall`: 32 pairs of a key and one of 8 values, one token each, lie among
+random words; later each key is asked, and its value comes next. In training the distance is
+drawn log-uniformly, and only answers count. A guess is right 1 time in 8. Then the same models
+learn a language, `facts`: words that follow each other by known odds, and keys as common as
+1/rank^1.5; when a key comes first it is a pair, whose value is drawn; after that it is asked and
+the value comes next. All odds are known, so the entropy is exact: a value that returns costs
+nothing to who has it, and log2(8) = 3 bits to who has not; its distance is to its last mention.
+
+Beside the recall stands whether the pair could be read directly, in which layers a link of any
+head joins it to its question; and what share of the past `reached` finds after each layer. Each
+cell is kept in runs/ when it is done, and is not run again; every run has one thread. The last
+line is JSON; `--save` keeps it in result.json. `--dry` builds every model and a batch and trains
+nothing. `--full` is for a GPU: 12 layers of width 512, longer texts, more pairs, Rope on half of
+the channels where layers are not global, and books of PG-19 as a third lesson. About 25 minutes
+on two cores."""
+
 import argparse
 import hashlib
 import json
@@ -43,45 +50,90 @@ from llm_lab.llama import Rope, llama
 from llm_lab.optim import muon
 from llm_lab.sparse import cycle, either, expander, reached
 from llm_lab.train import fit, next_token_loss
-from texts import FULL, Size, bin_of, bins, books, books_batch, facts_batch, facts_row, recall_batch, recall_loss, recall_row
+from texts import (
+    FULL,
+    Size,
+    bin_of,
+    bins,
+    books,
+    books_batch,
+    facts_batch,
+    facts_row,
+    recall_batch,
+    recall_loss,
+    recall_row,
+)
 
 HERE, SEEDS = Path(__file__).parent, (1, 2, 3)
 NEAR = part(window, size=64)
 LINKED = part(either, of=(NEAR, part(expander, degree=6, beyond=64)))
-PATTERNS = dict(dense=(part(causal),), window=(NEAR,), expander=(LINKED,), mixed=(NEAR, part(causal)),
-                global_first=(part(causal), NEAR))
+PATTERNS = dict(
+    dense=(part(causal),),
+    window=(NEAR,),
+    expander=(LINKED,),
+    mixed=(NEAR, part(causal)),
+    global_first=(part(causal), NEAR),
+)
 
 
-def layers(name, size): return [PATTERNS[name][n % len(PATTERNS[name])] for n in range(size.n_layers)]
+def layers(name, size):
+    return [PATTERNS[name][n % len(PATTERNS[name])] for n in range(size.n_layers)]
+
 
 def model(name, size, seed):
-    steps = lambda p: (part(Rope, partial=.5),) if size.full and p != part(causal) else ()
-    attn = part(cycle, of=[part(SparseAttention, pattern=p, steps=steps(p)) for p in PATTERNS[name]])
-    return MiniGPT(llama(max(size.asks + size.keys, 256*size.full), attn=attn, d_model=size.d_model, n_layers=size.n_layers,
-                         n_heads=size.n_heads, max_len=size.T), seed)
+    steps = lambda p: (part(Rope, partial=0.5),) if size.full and p != part(causal) else ()
+    attn = part(
+        cycle, of=[part(SparseAttention, pattern=p, steps=steps(p)) for p in PATTERNS[name]]
+    )
+    return MiniGPT(
+        llama(
+            max(size.asks + size.keys, 256 * size.full),
+            attn=attn,
+            d_model=size.d_model,
+            n_layers=size.n_layers,
+            n_heads=size.n_heads,
+            max_len=size.T,
+        ),
+        seed,
+    )
 
 
 def direct(name, size, asked):
     "For each question: which layers let it read its pair itself, by any head, as '010'"
     i = torch.tensor([i for i, _ in asked])
-    seen = [visible(p, i, i - torch.tensor([d for _, d in asked]), size.n_heads, n).expand(1, size.n_heads, len(i), len(i))
-            for n, p in enumerate(layers(name, size))]
-    return [''.join(map(str, one)) for one in zip(*[s[0].any(0).diagonal().int().tolist() for s in seen])]
+    seen = [
+        visible(p, i, i - torch.tensor([d for _, d in asked]), size.n_heads, n).expand(
+            1, size.n_heads, len(i), len(i)
+        )
+        for n, p in enumerate(layers(name, size))
+    ]
+    return [
+        ''.join(map(str, one))
+        for one in zip(*[s[0].any(0).diagonal().int().tolist() for s in seen])
+    ]
 
 
 def recall_test(net, name, size, T):
-    "{distance: [right, asked, linked in any layer]}, and of far ones {layers that have a link: [right, asked]}"
-    by, links = {d: [0, 0, 0] for d in bins(T)}, {}
+    """{distance: [right, asked, linked in any layer]}, and of far ones {layers that have a link:
+    [right, asked]}"""
+    by = {d: [0, 0, 0] for d in bins(T)}
+    links = {}
     for n in range(size.texts):
         r = Random(f'test/{T}/{n}')
-        ids, asked = recall_row(T, [r.randint(d*3//4, d - 4) for d in (bins(T)*size.keys)[n:n + size.keys]], size, n)
+        ids, asked = recall_row(
+            T,
+            [r.randint(d * 3 // 4, d - 4) for d in (bins(T) * size.keys)[n : n + size.keys]],
+            size,
+            n,
+        )
         ids = torch.tensor(ids, device=device())
         right = (net(ids[None, :-1])[0].argmax(-1) == ids[1:]).tolist()
         for (i, d), seen in zip(asked, direct(name, size, asked)):
             far = links.setdefault(seen, [0, 0]) if d >= 64 else [0, 0]
             for k, x in enumerate((right[i], 1, '1' in seen)):
                 by[bin_of(d)][k] += x
-                if k < 2: far[k] += x
+                if k < 2:
+                    far[k] += x
     return dict(by=by, links=links)
 
 
@@ -90,66 +142,122 @@ def bits_test(net, texts):
     by = {}
     for ids, exact, kinds in texts:
         ids = torch.tensor(ids, device=device()).long()
-        losses = F.cross_entropy(net(ids[None, :-1])[0], ids[1:], reduction='none').double()/math.log(2)
+        losses = F.cross_entropy(
+            net(ids[None, :-1])[0], ids[1:], reduction='none'
+        ).double() / math.log(2)
         for x in zip(losses.tolist(), exact[1:], kinds[1:]):
-            got = by.setdefault(str(x[2] if isinstance(x[2], str) else bin_of(x[2])), [0., 0., 0])
-            for k, v in enumerate((*x[:2], 1)): got[k] += v
+            got = by.setdefault(str(x[2] if isinstance(x[2], str) else bin_of(x[2])), [0.0, 0.0, 0])
+            for k, v in enumerate((*x[:2], 1)):
+                got[k] += v
     return by
 
 
-def facts_test(net, name, size, T): return bits_test(net, [facts_row(T, size, f'test/{T}/{n}') for n in range(size.texts)])
-
-def books_test(net, name, size, T): # by place in the text: does more past help?
-    cut = books('val', 50)[:size.texts*(T + 1)].view(-1, T + 1).tolist()
-    return bits_test(net, [(ids, [0.]*(T + 1), range(T + 1)) for ids in cut])
+def facts_test(net, name, size, T):
+    return bits_test(net, [facts_row(T, size, f'test/{T}/{n}') for n in range(size.texts)])
 
 
-LESSONS = dict(recall=(recall_batch, recall_loss, recall_test, 1, 1),       # one after the other; shares of steps and rate
-               facts=(facts_batch, next_token_loss, facts_test, 1, .4),
-               books=(books_batch, next_token_loss, books_test, 1, .5))
+def books_test(net, name, size, T):  # by place in the text: does more past help?
+    cut = books('val', 50)[: size.texts * (T + 1)].view(-1, T + 1).tolist()
+    return bits_test(net, [(ids, [0.0] * (T + 1), range(T + 1)) for ids in cut])
+
+
+LESSONS = dict(
+    recall=(
+        recall_batch,
+        recall_loss,
+        recall_test,
+        1,
+        1,
+    ),  # one after the other; shares of steps and rate
+    facts=(facts_batch, next_token_loss, facts_test, 1, 0.4),
+    books=(books_batch, next_token_loss, books_test, 1, 0.5),
+)
+
 
 def cell(kind, name, seed, size):
-    "One lesson and its tests on all lengths; kept in a file, with the weights that the next lesson goes on from"
+    """One lesson and its tests on all lengths; kept in a file, with the weights that the next
+    lesson goes on from"""
+
     def at(kind, end):
-        key = hashlib.sha256(repr((size, PATTERNS[name], LESSONS[kind][3:])).encode()).hexdigest()[:8]
-        return HERE/'runs'/f'{kind}-{name}-{key}-{seed}.{end}'
-    if at(kind, 'json').exists(): return json.loads(at(kind, 'json').read_text())
+        key = hashlib.sha256(repr((size, PATTERNS[name], LESSONS[kind][3:])).encode()).hexdigest()[
+            :8
+        ]
+        return HERE / 'runs' / f'{kind}-{name}-{key}-{seed}.{end}'
+
+    if at(kind, 'json').exists():
+        return json.loads(at(kind, 'json').read_text())
     torch.set_num_threads(1)
     net = model(name, size, seed)
-    if kind == 'facts': net.load_state_dict(load_file(at('recall', 'safetensors')))
+    if kind == 'facts':
+        net.load_state_dict(load_file(at('recall', 'safetensors')))
     batch, loss, test, steps, lr = LESSONS[kind]
-    run = fit(net.to(device()), batch(size, seed), int(steps*size.steps), opt=muon(net, lr=lr*size.lr), seed=seed,
-              loss=partial(loss, size) if kind == 'recall' else loss)
-    with torch.no_grad(): tests = {T: test(net.eval(), name, size, T) for T in size.lengths}
-    with written(at(kind, 'safetensors')) as f: save_file(net.state_dict(), f)
+    run = fit(
+        net.to(device()),
+        batch(size, seed),
+        int(steps * size.steps),
+        opt=muon(net, lr=lr * size.lr),
+        seed=seed,
+        loss=partial(loss, size) if kind == 'recall' else loss,
+    )
+    with torch.no_grad():
+        tests = {T: test(net.eval(), name, size, T) for T in size.lengths}
+    with written(at(kind, 'safetensors')) as f:
+        save_file(net.state_dict(), f)
     with written(at(kind, 'json')) as f:
-        f.write_text(json.dumps(dict(tests=tests, losses=run.losses[::10], params=net.n_params, train_s=round(run.seconds, 1))))
+        f.write_text(
+            json.dumps(
+                dict(
+                    tests=tests,
+                    losses=run.losses[::10],
+                    params=net.n_params,
+                    train_s=round(run.seconds, 1),
+                )
+            )
+        )
     return json.loads(at(kind, 'json').read_text())
 
 
 def reach_table(name, size, T):
     "Share of the past that the last token has heard of after each layer, in all and by distance"
-    found = reached(layers(name, size), T, n_heads=size.n_heads).flip(1)                # by distance
-    return dict(all=[round(x, 4) for x in found.float().mean(1).tolist()],
-                by={d: [round(x, 4) for x in found[1:, 3*d//4:d].float().mean(1).tolist()] for d in bins(T)})
+    found = reached(layers(name, size), T, n_heads=size.n_heads).flip(1)  # by distance
+    return dict(
+        all=[round(x, 4) for x in found.float().mean(1).tolist()],
+        by={
+            d: [round(x, 4) for x in found[1:, 3 * d // 4 : d].float().mean(1).tolist()]
+            for d in bins(T)
+        },
+    )
 
 
 def rows_of(cells, name, size):
-    "What one pattern did: means over seeds with half of the 95 % interval (Student's t), and what can be reached"
+    """What one pattern did: means over seeds with half of the 95 % interval (Student's t), and what
+    can be reached"""
     one, t = cells['recall'][0], {2: 12.706, 3: 4.303}
-    interval = lambda xs: [round(mean(xs), 4), round(t[len(xs)]*stdev(xs)/len(xs)**.5, 4)]
-    said = dict(params=one['params'], train_s={k: round(mean(c['train_s'] for c in cs), 1) for k, cs in cells.items()},
-                losses={k: [c['losses'] for c in cs] for k, cs in cells.items()},
-                recall={}, asked={}, linked={}, links={}, **{k: {} for k in cells if k != 'recall'})
+    interval = lambda xs: [round(mean(xs), 4), round(t[len(xs)] * stdev(xs) / len(xs) ** 0.5, 4)]
+    said = dict(
+        params=one['params'],
+        train_s={k: round(mean(c['train_s'] for c in cs), 1) for k, cs in cells.items()},
+        losses={k: [c['losses'] for c in cs] for k, cs in cells.items()},
+        recall={},
+        asked={},
+        linked={},
+        links={},
+        **{k: {} for k in cells if k != 'recall'},
+    )
     for T in map(str, size.lengths):
         by, links = ([c['tests'][T][k] for c in cells['recall']] for k in ('by', 'links'))
-        said['recall'][T] = {d: interval([b[d][0]/b[d][1] for b in by]) for d in by[0]}
+        said['recall'][T] = {d: interval([b[d][0] / b[d][1] for b in by]) for d in by[0]}
         said['asked'][T] = {d: b[1] for d, b in by[0].items()}
-        said['linked'][T] = {d: round(b[2]/b[1], 4) for d, b in by[0].items()}
-        said['links'][T] = {k: [sum(l[k][n] for l in links) for n in (0, 1)] for k in sorted(links[0])}
-        for kind in cells.keys() - {'recall'}:                 # mean, ±, exact bits, tokens
+        said['linked'][T] = {d: round(b[2] / b[1], 4) for d, b in by[0].items()}
+        said['links'][T] = {
+            k: [sum(l[k][n] for l in links) for n in (0, 1)] for k in sorted(links[0])
+        }
+        for kind in cells.keys() - {'recall'}:  # mean, ±, exact bits, tokens
             tests = [c['tests'][T] for c in cells[kind]]
-            said[kind][T] = {k: [*interval([t[k][0]/v[2] for t in tests]), round(v[1]/v[2], 4), v[2]] for k, v in tests[0].items()}
+            said[kind][T] = {
+                k: [*interval([t[k][0] / v[2] for t in tests]), round(v[1] / v[2], 4), v[2]]
+                for k, v in tests[0].items()
+            }
     said['reach'] = {T: reach_table(name, size, T) for T in size.lengths if T <= 4096}
     return said
 
@@ -157,14 +265,29 @@ def rows_of(cells, name, size):
 def show(rows):
     "Tables for people"
     for name, r in rows.items():
-        print(f'\n{name}: right answers by distance, 95 % over seeds ({r["params"]:,} weights, {r["train_s"]} s a training)')
-        for T, by in r['recall'].items(): print(f'{T:>6}' + ''.join(f'{d:>6}: {m:.2f}±{pm:.2f}' for d, (m, pm) in by.items()))
+        print(
+            f'\n{name}: right answers by distance, 95 % over seeds ({r["params"]:,} weights, '
+            f'{r["train_s"]} s a training)'
+        )
+        for T, by in r['recall'].items():
+            print(f'{T:>6}' + ''.join(f'{d:>6}: {m:.2f}±{pm:.2f}' for d, (m, pm) in by.items()))
         print('  bits of values that return, by distance; of the rest, with its exact entropy')
         for T, by in r['facts'].items():
-            print(f'{T:>6}' + ''.join(f'{k:>6}: {m:.2f}±{pm:.2f}' for k, (m, pm, *_) in by.items()) + f' ({by["rest"][2]:.2f})')
-        print('  the last of 4,096 tokens has heard of', ', '.join(f'{x:.1%}' for x in r['reach'][4096]['all']), 'after 0, 1, 2, … layers')
+            print(
+                f'{T:>6}'
+                + ''.join(f'{k:>6}: {m:.2f}±{pm:.2f}' for k, (m, pm, *_) in by.items())
+                + f' ({by["rest"][2]:.2f})'
+            )
+        print(
+            '  the last of 4,096 tokens has heard of',
+            ', '.join(f'{x:.1%}' for x in r['reach'][4096]['all']),
+            'after 0, 1, 2, … layers',
+        )
     for T, by in rows.get('expander', {}).get('links', {}).items():
-        print(f'expander at {T}, far pairs by layers that link them: ' + ', '.join(f'{k} {a}/{n}' for k, (a, n) in by.items()))
+        print(
+            f'expander at {T}, far pairs by layers that link them: '
+            + ', '.join(f'{k} {a}/{n}' for k, (a, n) in by.items())
+        )
 
 
 def dry(size):
@@ -173,29 +296,51 @@ def dry(size):
     print(*(f'batch {tuple(r.shape)}, ids below {size.asks + size.keys}' for r in rows))
     for name in PATTERNS:
         net = model(name, size, 1).to(device())
-        with torch.no_grad(): print(f'{name}: {net.n_params:,} weights, first loss {recall_loss(size, net, rows[0][:1, :513]):.2f}')
+        with torch.no_grad():
+            print(
+                f'{name}: {net.n_params:,} weights, first loss '
+                f'{recall_loss(size, net, rows[0][:1, :513]):.2f}'
+            )
 
 
 def main(jobs, size):
-    cells, kinds = {}, [*LESSONS][:2 + size.full]
+    cells, kinds = {}, [*LESSONS][: 2 + size.full]
     with ProcessPoolExecutor(jobs) as pool:
         for kind in kinds:
             grid = [(kind, n, s, size) for s in SEEDS for n in PATTERNS]
-            cells |= zip([g[:3] for g in grid], progress((map if size.full else pool.map)(cell, *zip(*grid)), kind, len(grid)))
-    rows = {n: rows_of({k: [cells[k, n, s] for s in SEEDS] for k in kinds}, n, size) for n in PATTERNS}
+            cells |= zip(
+                [g[:3] for g in grid],
+                progress((map if size.full else pool.map)(cell, *zip(*grid)), kind, len(grid)),
+            )
+    rows = {
+        n: rows_of({k: [cells[k, n, s] for s in SEEDS] for k in kinds}, n, size) for n in PATTERNS
+    }
     show(rows)
-    return dict(chance=1/size.values, size=asdict(size), seeds=SEEDS, rows=rows, jobs=jobs, **{**machine(), 'threads': 1})
+    return dict(
+        chance=1 / size.values,
+        size=asdict(size),
+        seeds=SEEDS,
+        rows=rows,
+        jobs=jobs,
+        **{**machine(), 'threads': 1},
+    )
 
 
 if __name__ == '__main__':
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     ap.add_argument('--jobs', type=int, default=2, help='runs at a time, one thread each')
     ap.add_argument('--full', action='store_true', help='sizes for a GPU, and PG-19')
-    ap.add_argument('--dry', action='store_true', help='build every model and a batch, train nothing')
+    ap.add_argument(
+        '--dry', action='store_true', help='build every model and a batch, train nothing'
+    )
     ap.add_argument('--save', action='store_true', help='keep the last line in result.json')
     a = ap.parse_args()
     size = FULL if a.full else Size()
-    if a.dry: raise SystemExit(dry(size))
+    if a.dry:
+        raise SystemExit(dry(size))
     line = json.dumps(main(1 if a.full else a.jobs, size))
-    if a.save: (HERE/'result.json').write_text(line + '\n', encoding='utf-8')
+    if a.save:
+        (HERE / 'result.json').write_text(line + '\n', encoding='utf-8')
     print(line)

@@ -1,4 +1,6 @@
-"""The texts of run.py: pairs among random words, a language whose facts return, books; how large all is."""
+"""The texts of run.py: pairs among random words, a language whose facts return, books; how large
+all is."""
+
 import math
 from dataclasses import dataclass
 from functools import cache
@@ -13,7 +15,11 @@ from llm_lab.lab import device
 from llm_lab.llama import llama, rate
 from llm_lab.train import random_crops
 
-WORDS, NEXT, OFTEN, ODDS = 24, (1, 2, 3, 7), .4, 1.5           # words, steps to the next one, share of keys, how unlike they are
+# words, steps to the next one, share of keys, how unlike they are
+WORDS = 24
+NEXT = (1, 2, 3, 7)
+OFTEN = 0.4
+ODDS = 1.5
 
 
 @dataclass(frozen=True)
@@ -25,67 +31,103 @@ class Size:
     n_heads: int = 4
     steps: int = 140
     batch: int = 8
-    lr: float = .015
+    lr: float = 0.015
     keys: int = 32
     values: int = 8
-    texts: int = 32                                            # of a test
-    full: bool = False                                         # the sizes for a GPU, with Rope and books?
+    texts: int = 32  # of a test
+    full: bool = False  # the sizes for a GPU, with Rope and books?
 
     @property
-    def pairs(self): return WORDS + self.values                # the first pair; before it the values, before them the words
+    def pairs(self):
+        return WORDS + self.values  # the first pair; before it the values, before them the words
+
     @property
-    def asks(self): return self.pairs + self.keys*self.values  # the first question
+    def asks(self):
+        return self.pairs + self.keys * self.values  # the first question
 
 
-FULL = Size(2048, (2048, 4096, 8192, 16384, 32768), 512, 12, 8, 6000, 32, rate(llama(depth=8)), 128, 32, 32, True)
+FULL = Size(
+    2048,
+    (2048, 4096, 8192, 16384, 32768),
+    512,
+    12,
+    8,
+    6000,
+    32,
+    rate(llama(depth=8)),
+    128,
+    32,
+    32,
+    True,
+)
 
 
-def bins(T): return [2**n for n in range(4, 20) if 2**n <= T]
-def bin_of(d): return max(16, 2**math.ceil(math.log2(d)))      # a distance belongs to the first bin that is not smaller
+def bins(T):
+    return [2**n for n in range(4, 20) if 2**n <= T]
+
+
+def bin_of(d):
+    return max(
+        16, 2 ** math.ceil(math.log2(d))
+    )  # a distance belongs to the first bin that is not smaller
 
 
 def recall_row(T, distances, size, seed):
     "ids (T + 1); [(place of a question, distance of its pair)]"
     r, asked = Random(seed), []
-    ids, free = [r.randrange(WORDS) for _ in range(T + 1)], [True]*(T + 1)
+    ids = [r.randrange(WORDS) for _ in range(T + 1)]
+    free = [True] * (T + 1)
     for k, d in zip(r.sample(range(size.keys), size.keys), distances):
         for _ in range(50):
             i = r.randrange(d, T)
-            if free[i] and free[i + 1] and free[i - d]: break
-        else: continue                                         # no room: this key is left out
+            if free[i] and free[i + 1] and free[i - d]:
+                break
+        else:
+            continue  # no room: this key is left out
         v = r.randrange(size.values)
-        ids[i - d], ids[i], ids[i + 1] = size.pairs + k*size.values + v, size.asks + k, WORDS + v
+        ids[i - d], ids[i], ids[i + 1] = size.pairs + k * size.values + v, size.asks + k, WORDS + v
         free[i - d] = free[i] = free[i + 1] = False
         asked.append((i, d))
     return ids, asked
 
 
 def facts_row(T, size, seed):
-    "ids (T + 1), the exact surprisal of each in bits, and its kind: 'rest', or the distance to its last mention"
+    """ids (T + 1), the exact surprisal of each in bits, and its kind: 'rest', or the distance to
+    its last mention"""
     r, V, told, word = Random(seed), size.values, {}, 0
-    odds = list(accumulate((n + 1)**-ODDS for n in range(size.keys)))
+    odds = list(accumulate((n + 1) ** -ODDS for n in range(size.keys)))
     ids, bits, kinds = [], [], []
     while len(ids) <= T:
         if r.random() < OFTEN:
             k = r.choices(range(size.keys), cum_weights=odds)[0]
-            first, cost = k not in told, -math.log2(OFTEN*(k + 1)**-ODDS/odds[-1])
+            first = k not in told
+            cost = -math.log2(OFTEN * (k + 1) ** -ODDS / odds[-1])
             if first:
                 told[k] = r.randrange(V), len(ids)
-                ids.append(size.pairs + k*V + told[k][0]); bits.append(cost + math.log2(V)); kinds.append('rest')
+                ids.append(size.pairs + k * V + told[k][0])
+                bits.append(cost + math.log2(V))
+                kinds.append('rest')
             else:
-                kinds += ['rest', len(ids) - told[k][1]]; bits += [cost, 0.]
-                told[k] = told[k][0], len(ids) + 1; ids += [size.asks + k, WORDS + told[k][0]]
+                kinds += ['rest', len(ids) - told[k][1]]
+                bits += [cost, 0.0]
+                told[k] = told[k][0], len(ids) + 1
+                ids += [size.asks + k, WORDS + told[k][0]]
         else:
-            word = (5*word + r.choice(NEXT)) % WORDS
-            ids.append(word); bits.append(math.log2(len(NEXT)/(1 - OFTEN))); kinds.append('rest')
-    return ids[:T + 1], bits[:T + 1], kinds[:T + 1]
+            word = (5 * word + r.choice(NEXT)) % WORDS
+            ids.append(word)
+            bits.append(math.log2(len(NEXT) / (1 - OFTEN)))
+            kinds.append('rest')
+    return ids[: T + 1], bits[: T + 1], kinds[: T + 1]
 
 
 def recall_batch(size, seed):
     def batch(step):
         r = Random(f'recall/{seed}/{step}')
-        far = lambda: [int((size.T - 2)**r.random()) for _ in range(size.keys)]
-        return torch.tensor([recall_row(size.T, far(), size, r.random())[0] for _ in range(size.batch)]).to(device())
+        far = lambda: [int((size.T - 2) ** r.random()) for _ in range(size.keys)]
+        return torch.tensor(
+            [recall_row(size.T, far(), size, r.random())[0] for _ in range(size.batch)]
+        ).to(device())
+
     return batch
 
 
@@ -96,7 +138,9 @@ def recall_loss(size, net, rows):
 
 
 def facts_batch(size, seed):
-    return lambda step: torch.tensor([facts_row(size.T, size, f'{seed}/{step}/{n}')[0] for n in range(size.batch)]).to(device())
+    return lambda step: torch.tensor(
+        [facts_row(size.T, size, f'{seed}/{step}/{n}')[0] for n in range(size.batch)]
+    ).to(device())
 
 
 @cache
@@ -106,4 +150,5 @@ def books(split, n):
     return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
 
-def books_batch(size, seed): return random_crops(books('train', 500), size.batch, size.T, seed, device())
+def books_batch(size, seed):
+    return random_crops(books('train', 500), size.batch, size.T, seed, device())

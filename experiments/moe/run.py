@@ -1,17 +1,21 @@
 """Does a mixture of experts beat the dense model that works as much for each token?
 
-    python experiments/moe/run.py [--seeds 5] [--steps 700] [--text tiny_tales] [--save] [--full]
+python experiments/moe/run.py [--seeds 5] [--steps 700] [--text tiny_tales] [--save] [--full]
 
-Llama's block, 3 layers of width 64, 4 heads, 256 characters, 8 rows a step, AdamW at 0.004 for all. Dense has a SwiGLU of width 176; with k
-experts for each token, each has width 176/k, so every model multiplies as much for a token, but for the router, whose share is printed. 4,
-8 and 16 experts, one or two for each token, kept in balance by losses (0.01, and z at 0.001); with 8 and two also without both losses, and
-with sigmoid scores and a bias in their place (DeepSeek-V3's way). One expert for each token keeps its softmax share as its weight, two are
-renormalised. Seeds are paired: the same batches, from windows that are cut anywhere, in training and in judging; so a story's beginning may
-be missing, and the corpus's floor cannot be reached. At the end: the validation loss in bits per character, its difference to the dense
-model of the same seed with a 95 % interval (Student's t), and the loads on validation text, as multiples of an even share. Two cells run
-side by side, one thread each, and cells resume. `--full` is for a GPU: 6 layers of width 256, 4,000 steps of 64 rows. One line of JSON at
-the end; `--save` keeps it in result.json.
-"""
+Llama's block, 3 layers of width 64, 4 heads, 256 characters, 8 rows a step, AdamW at 0.004 for
+all. Dense has a SwiGLU of width 176; with k experts for each token, each has width 176/k, so
+every model multiplies as much for a token, but for the router, whose share is printed. 4, 8 and
+16 experts, one or two for each token, kept in balance by losses (0.01, and z at 0.001); with 8
+and two also without both losses, and with sigmoid scores and a bias in their place
+(DeepSeek-V3's way). One expert for each token keeps its softmax share as its weight, two are
+renormalised. Seeds are paired: the same batches, from windows that are cut anywhere, in training
+and in judging; so a story's beginning may be missing, and the corpus's floor cannot be reached.
+At the end: the validation loss in bits per character, its difference to the dense model of the
+same seed with a 95 % interval (Student's t), and the loads on validation text, as multiples of
+an even share. Two cells run side by side, one thread each, and cells resume. `--full` is for a
+GPU: 6 layers of width 256, 4,000 steps of 64 rows. One line of JSON at the end; `--save` keeps
+it in result.json."""
+
 import argparse
 import json
 import math
@@ -31,72 +35,124 @@ from llm_lab.moe import MoE, Router, sigmoid_top_k, softmax_top_k, top_k_softmax
 from llm_lab.train import fit, mean_loss, next_token_loss, random_crops
 
 HERE = Path(__file__).parent
-SIZES = dict(small=dict(d_model=64, n_layers=3, rows=8, width=176), full=dict(d_model=256, n_layers=6, rows=64, width=688))
-CELLS = {'dense': None, **{f'{e} experts, {k} each': dict(e=e, k=k) for k in (1, 2) for e in (4, 8, 16)},
-         '8 experts, 2 each, no balance': dict(e=8, k=2, balance=0., z=0.),
-         '8 experts, 2 each, bias': dict(e=8, k=2, balance=0., z=0., bias_rate=.001)}
-T975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}    # n values: n − 1 degrees
+SIZES = dict(
+    small=dict(d_model=64, n_layers=3, rows=8, width=176),
+    full=dict(d_model=256, n_layers=6, rows=64, width=688),
+)
+CELLS = {
+    'dense': None,
+    **{f'{e} experts, {k} each': dict(e=e, k=k) for k in (1, 2) for e in (4, 8, 16)},
+    '8 experts, 2 each, no balance': dict(e=8, k=2, balance=0.0, z=0.0),
+    '8 experts, 2 each, bias': dict(e=8, k=2, balance=0.0, z=0.0, bias_rate=0.001),
+}
+T975 = {
+    2: 12.706,
+    3: 4.303,
+    4: 3.182,
+    5: 2.776,
+    6: 2.571,
+    7: 2.447,
+    8: 2.365,
+    9: 2.306,
+    10: 2.262,
+}  # n values: n − 1 degrees
 
 
 def mlp(width, e, k, **router):
     "A recipe of experts that together are as wide, for each token, as one MLP of `width`"
-    choose = part(sigmoid_top_k) if 'bias_rate' in router else part(top_k_softmax) if k > 1 else part(softmax_top_k, renormalise=False)
-    return part(MoE, n_experts=e, top_k=k, expert=part(SwiGLU, d_ff=width//k), router=part(Router, choose=choose, **router))
+    choose = (
+        part(sigmoid_top_k)
+        if 'bias_rate' in router
+        else part(top_k_softmax)
+        if k > 1
+        else part(softmax_top_k, renormalise=False)
+    )
+    return part(
+        MoE,
+        n_experts=e,
+        top_k=k,
+        expert=part(SwiGLU, d_ff=width // k),
+        router=part(Router, choose=choose, **router),
+    )
 
 
 def build(name, size, vocab_size, seed=0):
     s, how = SIZES[size], CELLS[name]
     recipe = part(SwiGLU, d_ff=s['width']) if how is None else mlp(s['width'], **how)
-    return MiniGPT(llama(vocab_size, d_model=s['d_model'], n_layers=s['n_layers'], n_heads=4, max_len=256, mlp=recipe), seed)
+    return MiniGPT(
+        llama(
+            vocab_size,
+            d_model=s['d_model'],
+            n_layers=s['n_layers'],
+            n_heads=4,
+            max_len=256,
+            mlp=recipe,
+        ),
+        seed,
+    )
 
 
 @torch.no_grad()
 def loads(model, ids):
     "Each layer's loads on a text, as multiples of an even share, (L, E)"
-    aux, rows = Aux(), ids[:16*256].view(-1, 256)
+    aux, rows = Aux(), ids[: 16 * 256].view(-1, 256)
     model.eval()(rows.to(next(model.parameters()).device), aux=aux)
-    return [(x['load']*len(x['load'])).tolist() for x in aux.said.values()]
+    return [(x['load'] * len(x['load'])).tolist() for x in aux.said.values()]
 
 
 def cell(text, name, size, seed, steps):
     "One run: loss, speed, loads at the end and on the way"
     where = device() if size == 'full' else 'cpu'
-    if where == 'cpu': torch.set_num_threads(1); keep_memory()
+    if where == 'cpu':
+        torch.set_num_threads(1)
+        keep_memory()
     corpus = load_corpus(text)
     tok = CharTokenizer.train(''.join(map(corpus.text, corpus.splits)))
-    ids = {s: torch.tensor(tok.encode(corpus.text(s)[:n])) for s, n in (('train', 4_000_000), ('val', 40_000))}
-    model, seen = build(name, size, tok.vocab_size, seed).to(where), []
+    ids = {
+        s: torch.tensor(tok.encode(corpus.text(s)[:n]))
+        for s, n in (('train', 4_000_000), ('val', 40_000))
+    }
+    model = build(name, size, tok.vocab_size, seed).to(where)
+    seen = []
     batch = random_crops(ids['train'], SIZES[size]['rows'], 256, seed, where)
     run = fit(model, batch, steps, every={50: lambda run: seen.append(model.metrics())})
-    out = dict(bits=mean_loss(model.eval(), ids['val'])/math.log(2), params=model.n_params, seconds=run.seconds)
-    if CELLS[name]: out |= dict(loads=loads(model, ids['val']), seen=seen)
+    out = dict(
+        bits=mean_loss(model.eval(), ids['val']) / math.log(2),
+        params=model.n_params,
+        seconds=run.seconds,
+    )
+    if CELLS[name]:
+        out |= dict(loads=loads(model, ids['val']), seen=seen)
     return out
 
 
 def one(job):
     "A cell that is kept under its name"
-    path = HERE/'runs'/('-'.join(map(str, job)).replace(' ', '_').replace(',', '') + '.json')
+    path = HERE / 'runs' / ('-'.join(map(str, job)).replace(' ', '_').replace(',', '') + '.json')
     if not path.exists():
         out = cell(*job)
         path.parent.mkdir(exist_ok=True)
-        with written(path) as new: new.write_text(json.dumps(out), encoding='utf-8')
+        with written(path) as new:
+            new.write_text(json.dumps(out), encoding='utf-8')
     return json.loads(path.read_text(encoding='utf-8'))
 
 
 def work(name, size):
     "Operations that a token takes, forward and backward"
-    model, rows = build(name, size, 64), torch.zeros(1, 257, dtype=torch.int64)
-    return flops(lambda: next_token_loss(model, rows).backward())/256
+    model = build(name, size, 64)
+    rows = torch.zeros(1, 257, dtype=torch.int64)
+    return flops(lambda: next_token_loss(model, rows).backward()) / 256
 
 
 def interval(x):
     "Mean of some numbers, and the half width of its 95 % interval"
-    return mean(x), T975[len(x)]*stdev(x)/len(x)**.5 if len(x) > 1 else math.nan
+    return mean(x), T975[len(x)] * stdev(x) / len(x) ** 0.5 if len(x) > 1 else math.nan
 
 
 def main(text, seeds, steps, size, names):
     jobs = [(text, name, size, seed, steps) for seed in range(seeds) for name in names]
-    if size == 'full': found = [one(j) for j in progress(jobs, 'cells')]
+    if size == 'full':
+        found = [one(j) for j in progress(jobs, 'cells')]
     else:
         with ProcessPoolExecutor(2, mp_context=get_context('spawn')) as pool:
             found = [*progress(pool.map(one, jobs), 'cells', total=len(jobs))]
@@ -106,19 +162,35 @@ def main(text, seeds, steps, size, names):
     print(f'{"":32}{"parameters":>11}{"work":>7}{"bits":>8}{"less than dense":>22}{"loads":>16}')
     for name, r in rows.items():
         gain, half = interval([b['bits'] - x['bits'] for b, x in zip(base, r)])
-        all_loads = [v for x in r for layer in x.get('loads', []) for v in layer] or [1.]
-        out.append(dict(name=name, params=r[0]['params'], work=round(work(name, size)/work('dense', size), 4), bits=[x['bits'] for x in r],
-                        gain=gain, half=half, load_min=min(all_loads), load_max=max(all_loads), seconds=mean(x['seconds'] for x in r)))
+        all_loads = [v for x in r for layer in x.get('loads', []) for v in layer] or [1.0]
+        out.append(
+            dict(
+                name=name,
+                params=r[0]['params'],
+                work=round(work(name, size) / work('dense', size), 4),
+                bits=[x['bits'] for x in r],
+                gain=gain,
+                half=half,
+                load_min=min(all_loads),
+                load_max=max(all_loads),
+                seconds=mean(x['seconds'] for x in r),
+            )
+        )
         o = out[-1]
-        print(f'{name:32}{o["params"]:11,}{o["work"]:7.3f}{mean(o["bits"]):8.4f}{gain:14.4f} ± {half:.4f}'
-              f'{o["load_min"]:9.2f}–{o["load_max"]:.2f}')
+        print(
+            f'{name:32}{o["params"]:11,}{o["work"]:7.3f}{mean(o["bits"]):8.4f}{gain:14.4f} ± '
+            f'{half:.4f}'
+            f'{o["load_min"]:9.2f}–{o["load_max"]:.2f}'
+        )
     seen = {n: rows[n][0]['seen'] for n in names if n.startswith('8 experts, 2')}
     loads = {n: rows[n][0]['loads'] for n in names if n.startswith('8 experts, 2')}
     return dict(text=text, cells=out, steps=steps, seeds=seeds, seen=seen, loads=loads, **machine())
 
 
 if __name__ == '__main__':
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     ap.add_argument('--seeds', type=int, default=5)
     ap.add_argument('--steps', type=int)
     ap.add_argument('--text', default='tiny_tales')
@@ -127,7 +199,10 @@ if __name__ == '__main__':
     ap.add_argument('--save', action='store_true', help='keep the last line in result.json')
     a = ap.parse_args()
     names = [n for n in CELLS if n == 'dense' or not a.only or n in a.only]
-    result = main(a.text, a.seeds, a.steps or (4000 if a.full else 700), 'full' if a.full else 'small', names)
-    name = 'result' + '_full'*a.full + ('' if a.text == 'tiny_tales' else f'_{a.text}') + '.json'
-    if a.save: (HERE/name).write_text(json.dumps(result) + '\n', encoding='utf-8')
+    result = main(
+        a.text, a.seeds, a.steps or (4000 if a.full else 700), 'full' if a.full else 'small', names
+    )
+    name = 'result' + '_full' * a.full + ('' if a.text == 'tiny_tales' else f'_{a.text}') + '.json'
+    if a.save:
+        (HERE / name).write_text(json.dumps(result) + '\n', encoding='utf-8')
     print(json.dumps(result))

@@ -1,13 +1,17 @@
-"""What does a model learn from a small text that it reads many times? Blocks that stand still, blocks that move, random crops.
+"""What does a model learn from a small text that it reads many times?
 
-    python experiments/small_text/run.py [--steps 1000] [--only WAY] [--save]
+Blocks that stand still, blocks that move, random crops.
 
-The model and the optimiser of the config `golden` on the first 60,000 characters of tiny_shakespeare: 54,000 to learn from, read 14 times
-in 1,000 steps of 12 × 64 tokens; 6,000 to judge by. The same steps three times, with other batches: blocks cut at the same places in each
-epoch; `BatchStream`, which cuts at others each time; rows from random places. Written down are the training loss of the last 50 steps, the
-validation loss at the end, and the lowest validation loss on the way, looked at every 250 steps. The last line is JSON; `--save` keeps it.
-Ways that are done are kept, and not done again.
-"""
+python experiments/small_text/run.py [--steps 1000] [--only WAY] [--save]
+
+The model and the optimiser of the config `golden` on the first 60,000 characters of
+tiny_shakespeare: 54,000 to learn from, read 14 times in 1,000 steps of 12 × 64 tokens; 6,000 to
+judge by. The same steps three times, with other batches: blocks cut at the same places in each
+epoch; `BatchStream`, which cuts at others each time; rows from random places. Written down are
+the training loss of the last 50 steps, the validation loss at the end, and the lowest validation
+loss on the way, looked at every 250 steps. The last line is JSON; `--save` keeps it. Ways that
+are done are kept, and not done again."""
+
 import argparse
 import json
 from functools import partial
@@ -30,9 +34,12 @@ from llm_lab.train import Run, fit, mean_loss, random_crops
 HERE = Path(__file__).parent
 WAYS = {
     # documents of one block each: their rows begin with them, and stay
-    'blocks, the same each epoch': lambda ids, B, T: BatchStream(ids, B, T, starts=np.arange(0, len(ids), T)),
+    'blocks, the same each epoch': lambda ids, B, T: BatchStream(
+        ids, B, T, starts=np.arange(0, len(ids), T)
+    ),
     'blocks, the cut moves': BatchStream,
-    'random crops': random_crops}
+    'random crops': random_crops,
+}
 
 
 def learned(way, steps, threads=1):
@@ -44,37 +51,61 @@ def learned(way, steps, threads=1):
     tok = CharTokenizer.train(''.join(text.values()))
     train, val = (torch.tensor(tok.encode(text[s])) for s in ('train', 'val'))
     model = MiniGPT(model_config(cfg, tok.vocab_size), t.seed)
-    run = Run(model, steps, opt=OPTIMISERS[t.optimiser](model, lr=t.lr, weight_decay=t.weight_decay))
+    run = Run(
+        model, steps, opt=OPTIMISERS[t.optimiser](model, lr=t.lr, weight_decay=t.weight_decay)
+    )
     vals = {}
 
-    def look(run): vals[run.step] = mean_loss(model, val)
-    fit(model, WAYS[way](train, t.batch_size, d.block_len), steps, clip=t.clip, run=run,
-        schedule=partial(SCHEDULES[t.schedule], warmup=t.warmup), every={250: look, (steps,): look})
+    def look(run):
+        vals[run.step] = mean_loss(model, val)
+
+    fit(
+        model,
+        WAYS[way](train, t.batch_size, d.block_len),
+        steps,
+        clip=t.clip,
+        run=run,
+        schedule=partial(SCHEDULES[t.schedule], warmup=t.warmup),
+        every={250: look, (steps,): look},
+    )
     best = min(vals, key=vals.get)
-    return dict(train=round(mean(run.losses[-50:]), 4), val=round(vals[steps], 4), best=round(vals[best], 4), best_step=best)
+    return dict(
+        train=round(mean(run.losses[-50:]), 4),
+        val=round(vals[steps], 4),
+        best=round(vals[best], 4),
+        best_step=best,
+    )
 
 
 def main(steps, only=None):
-    done, made = {}, HERE/'runs'/f'ways-{steps}.json'
-    if made.exists(): done = json.loads(made.read_text())
+    done, made = {}, HERE / 'runs' / f'ways-{steps}.json'
+    if made.exists():
+        done = json.loads(made.read_text())
     for way in [only] if only else WAYS:
-        if way in done: continue
+        if way in done:
+            continue
         done[way] = learned(way, steps)
         made.parent.mkdir(exist_ok=True)
         made.write_text(json.dumps(done))
     done = {way: done[way] for way in WAYS if way in done}
     print(f'{"":28}{"training":>10}{"at the end":>12}{"lowest":>8}{"at step":>9}')
     for way, told in done.items():
-        print(f'{way:28}{told["train"]:10.2f}{told["val"]:12.2f}{told["best"]:8.2f}{told["best_step"]:9,}')
+        print(
+            f'{way:28}{told["train"]:10.2f}{told["val"]:12.2f}'
+            f'{told["best"]:8.2f}{told["best_step"]:9,}'
+        )
     return dict(nats=done, steps=steps, **machine())
 
 
 if __name__ == '__main__':
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     ap.add_argument('--steps', type=int, default=1000)
     ap.add_argument('--only', choices=WAYS, help='one way only')
     ap.add_argument('--save', action='store_true', help='keep the last line in result.json')
     a = ap.parse_args()
     line = json.dumps(main(a.steps, a.only))
-    if a.save: (HERE/'result.json').write_text(line + '\n', encoding='utf-8')
+    if a.save:
+        (HERE / 'result.json').write_text(line + '\n', encoding='utf-8')
     print(line)

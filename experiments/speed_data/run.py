@@ -1,12 +1,13 @@
 """What does a batch cost beside a training step, and how fast is a text packed?
 
-    python experiments/speed_data/run.py [--rounds 40] [--save]
+python experiments/speed_data/run.py [--rounds 40] [--save]
 
-A batch of nanoGPT's CPU shape, 12 × 64 tokens, from a packed text of four million tokens, made in two ways: one look-up (`BatchStream`),
-and slices cut from the memory map and stacked, row by row. They take turns with a training step of the model of that shape (4 layers,
-width 128, float32), in one process; the medians go into the table. The last line is JSON; `--save` keeps it in result.json with date
-and machine.
-"""
+A batch of nanoGPT's CPU shape, 12 × 64 tokens, from a packed text of four million tokens, made
+in two ways: one look-up (`BatchStream`), and slices cut from the memory map and stacked, row by
+row. They take turns with a training step of the model of that shape (4 layers, width 128,
+float32), in one process; the medians go into the table. The last line is JSON; `--save` keeps it
+in result.json with date and machine."""
+
 import argparse
 import json
 import tempfile
@@ -32,57 +33,78 @@ def packed(folder, documents=4000, letters=1000):
     tok = CharTokenizer(map(chr, range(60, 60 + V)))
     ids = torch.randint(1, V, (documents, letters), generator=rng(0, 'text'))
     text = chr(60).join(tok.decode(row.tolist()) for row in ids)
-    return PackedTokens(pack(Corpus('noise', dict(train=text), separator=chr(60)), tok, folder).folder)
+    return PackedTokens(
+        pack(Corpus('noise', dict(train=text), separator=chr(60)), tok, folder).folder
+    )
 
 
 def stacked(tokens, stream):
     "The way everybody writes it, over a memory map, with the same blocks"
-    array = np.memmap(tokens.folder/'train.bin', '<i4', 'r')
+    array = np.memmap(tokens.folder / 'train.bin', '<i4', 'r')
 
     def cut(k):
-        row = array[k:k + T + 1]
-        if len(row) <= T: row = np.concatenate([row, array[:T + 1 - len(row)]])      # over the end, into the beginning
+        row = array[k : k + T + 1]
+        if len(row) <= T:
+            row = np.concatenate(
+                [row, array[: T + 1 - len(row)]]
+            )  # over the end, into the beginning
         return torch.from_numpy(row.astype(np.int64))
 
-    def batch(step): return torch.stack([cut(k) for k in stream.blocks_of(step).tolist()])
+    def batch(step):
+        return torch.stack([cut(k) for k in stream.blocks_of(step).tolist()])
+
     return batch
 
 
 def main(rounds):
     with tempfile.TemporaryDirectory() as folder:
-        tokens = packed(Path(folder)/'noise')
+        tokens = packed(Path(folder) / 'noise')
         stream = BatchStream(tokens, B, T)
         model = MiniGPT(Config(vocab_size=V, max_len=T, d_model=C, n_layers=L, n_heads=H)).train()
         opt, fixed = adamw(model, 1e-3), stream(0)
         slices = stacked(tokens, stream)
         assert (slices(5) == stream(5)).all()
-        ways, times = {'BatchStream': stream, 'slices stacked': slices}, {'training step': []}
-        for n in progress(range(rounds*10), 'steps'):
-            for name, way in ways.items():                                   # each right after a step, as in a training run
-                for what, do in (('training step', lambda n: train_step(model, opt, fixed)), (name, way)):
+        ways = {'BatchStream': stream, 'slices stacked': slices}
+        times = {'training step': []}
+        for n in progress(range(rounds * 10), 'steps'):
+            for name, way in ways.items():  # each right after a step, as in a training run
+                for what, do in (
+                    ('training step', lambda n: train_step(model, opt, fixed)),
+                    (name, way),
+                ):
                     start = time.perf_counter()
                     do(n)
-                    if n >= 20: times.setdefault(what, []).append(time.perf_counter() - start)
-        alone = []                                                           # with nothing between, the caches stay warm
+                    if n >= 20:
+                        times.setdefault(what, []).append(time.perf_counter() - start)
+        alone = []  # with nothing between, the caches stay warm
         for n in range(2000):
             start = time.perf_counter()
             stream(n)
             alone.append(time.perf_counter() - start)
-    us = {name: 1e6*median(t) for name, t in times.items()}
-    us['BatchStream, nothing between'] = 1e6*median(alone)
-    mean = 1e6*sum(alone)/len(alone)
-    for name in us: print(f'{name:30}{us[name]:10.1f} µs{us[name]/us["training step"]:10.3%} of a step')
+    us = {name: 1e6 * median(t) for name, t in times.items()}
+    us['BatchStream, nothing between'] = 1e6 * median(alone)
+    mean = 1e6 * sum(alone) / len(alone)
+    for name in us:
+        print(f'{name:30}{us[name]:10.1f} µs{us[name] / us["training step"]:10.3%} of a step')
     print(f'mean of a BatchStream batch, the working out of the order included: {mean:.1f} µs')
-    return dict(us={k: round(v, 2) for k, v in us.items()}, mean_us=round(mean, 2),
-                share_of_step=round(us['BatchStream']/us['training step'], 6),
-                faster_than_slices=round(us['slices stacked']/us['BatchStream'], 2), tokens=B*T, **machine())
+    return dict(
+        us={k: round(v, 2) for k, v in us.items()},
+        mean_us=round(mean, 2),
+        share_of_step=round(us['BatchStream'] / us['training step'], 6),
+        faster_than_slices=round(us['slices stacked'] / us['BatchStream'], 2),
+        tokens=B * T,
+        **machine(),
+    )
 
 
 if __name__ == '__main__':
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     ap.add_argument('--rounds', type=int, default=40, help='ten steps in a round')
     ap.add_argument('--save', action='store_true', help='keep the last line in result.json')
     a = ap.parse_args()
     line = json.dumps(main(a.rounds))
-    if a.save: (Path(__file__).parent/'result.json').write_text(line + '\n', encoding='utf-8')
+    if a.save:
+        (Path(__file__).parent / 'result.json').write_text(line + '\n', encoding='utf-8')
     print(line)

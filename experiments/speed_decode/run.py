@@ -1,15 +1,19 @@
-"""How fast is one token, beside `generate` of transformers and beside what this machine's memory allows?
+"""How fast is one token, beside `generate` of transformers and beside what this machine's memory
+allows?
 
-    python experiments/speed_decode/run.py [--rounds 12] [--save]
+python experiments/speed_decode/run.py [--rounds 12] [--save]
 
-One text, float32, the likeliest token each time, and the same random Llama weights for all: 15M (width 288, 6 layers, 6 heads) and 110M
-(width 768, 12 layers, 12 heads), both with a vocabulary of 32,000 and a shared table. The contenders take turns, each in a process of its
-own: transformers' `generate`; ours with a cache (chapter 18); ours fast (chapter 19), with 32 and with 8 bits, as it is and compiled. A
-turn is 64 tokens after a prompt of 16, and the clock runs over all of it. While one runs, the others wait. The medians go into the table,
-with the time to the first token after a prompt of 256, and what each process has in memory more than before it opened the model. The ids
-must be those of transformers. (With 8 bits some differ; on random weights, where all tokens are about equally likely, that says nothing.
-Chapter 19 asks a trained model.) The last line is JSON; `--save` keeps it in result.json.
-"""
+One text, float32, the likeliest token each time, and the same random Llama weights for all: 15M
+(width 288, 6 layers, 6 heads) and 110M (width 768, 12 layers, 12 heads), both with a vocabulary
+of 32,000 and a shared table. The contenders take turns, each in a process of its own:
+transformers' `generate`; ours with a cache (chapter 18); ours fast (chapter 19), with 32 and
+with 8 bits, as it is and compiled. A turn is 64 tokens after a prompt of 16, and the clock runs
+over all of it. While one runs, the others wait. The medians go into the table, with the time to
+the first token after a prompt of 256, and what each process has in memory more than before it
+opened the model. The ids must be those of transformers. (With 8 bits some differ; on random
+weights, where all tokens are about equally likely, that says nothing. Chapter 19 asks a trained
+model.) The last line is JSON; `--save` keeps it in result.json."""
+
 import argparse
 import gc
 import json
@@ -31,38 +35,59 @@ from llm_lab.llama import SwiGLU, llama
 from llm_lab.sample import generate
 
 V, PROMPT, LONG, N = 32_000, 16, 256, 64
-SHAPES = {'15M': dict(d_model=288, n_layers=6, n_heads=6, mlp=part(SwiGLU, d_ff=768)),
-          '110M': dict(d_model=768, n_layers=12, n_heads=12, mlp=part(SwiGLU, d_ff=2048))}
-OURS = {'cached': cached, 'fast': fast, 'compiled': lambda m: fast(m, compile=True), 'int8': lambda m: fast(m, 'int8'),
-        'int8_compiled': lambda m: fast(m, 'int8', compile=True)}
+SHAPES = {
+    '15M': dict(d_model=288, n_layers=6, n_heads=6, mlp=part(SwiGLU, d_ff=768)),
+    '110M': dict(d_model=768, n_layers=12, n_heads=12, mlp=part(SwiGLU, d_ff=2048)),
+}
+OURS = {
+    'cached': cached,
+    'fast': fast,
+    'compiled': lambda m: fast(m, compile=True),
+    'int8': lambda m: fast(m, 'int8'),
+    'int8_compiled': lambda m: fast(m, 'int8', compile=True),
+}
 
 
-def prompt(n): return torch.randint(V, (1, n), generator=rng(0, 'prompt'))
+def prompt(n):
+    return torch.randint(V, (1, n), generator=rng(0, 'prompt'))
 
 
 def resident():
     "Bytes of this process in memory"
     gc.collect()
     pages = int(Path('/proc/self/statm').read_text().split()[1])
-    return pages*4096
+    return pages * 4096
 
 
 def theirs(folder):
     from transformers import AutoModelForCausalLM
+
     before = resident()
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
+
     def write(n, length):
         ids = prompt(length)
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, min_new_tokens=n, do_sample=False,
-                             eos_token_id=None, pad_token_id=0)
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=n,
+            min_new_tokens=n,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
         return out[0, length:].tolist()
+
     return before, write
 
 
 def ours(folder, make):
     before = resident()
     model = make(from_hf(folder).model)
-    def write(n, length): return torch.cat(list(generate(model, prompt(length), n, temperature=0))).tolist()
+
+    def write(n, length):
+        return torch.cat(list(generate(model, prompt(length), n, temperature=0))).tolist()
+
     return before, write
 
 
@@ -70,11 +95,14 @@ def child(name, folder):
     "Write when it is our turn, and tell how it went"
     out, sys.stdout = sys.stdout, sys.stderr
     before, write = theirs(folder) if name == 'transformers' else ours(folder, OURS[name])
+
     def turn(n, length):
         start = time.perf_counter()
         ids = write(n, length)
         return time.perf_counter() - start, ids
-    for _ in range(3): turn(N, PROMPT)                         # warm, and compiled
+
+    for _ in range(3):
+        turn(N, PROMPT)  # warm, and compiled
     turn(1, LONG)
     print(json.dumps(dict(memory=resident() - before)), file=out, flush=True)
     for _line in sys.stdin:
@@ -90,46 +118,83 @@ def measure(shape, rounds):
         to_hf(f'{folder}/m', model)
         kids = {}
         for name in progress(names, f'{shape}: opening, compiling'):
-            kids[name] = subprocess.Popen([sys.executable, __file__, '--child', name, f'{folder}/m'], stdin=subprocess.PIPE,
-                                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-            kids[name].memory = json.loads(kids[name].stdout.readline())['memory']       # one after the other
+            kids[name] = subprocess.Popen(
+                [sys.executable, __file__, '--child', name, f'{folder}/m'],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
+            kids[name].memory = json.loads(kids[name].stdout.readline())[
+                'memory'
+            ]  # one after the other
         turns = {name: [] for name in names}
         for _ in progress(range(rounds), f'{shape}: rounds'):
             for name, kid in kids.items():
-                kid.stdin.write('go\n'); kid.stdin.flush()
+                kid.stdin.write('go\n')
+                kid.stdin.flush()
                 turns[name].append(json.loads(kid.stdout.readline()))
-        for kid in kids.values(): kid.stdin.close(); kid.wait()
+        for kid in kids.values():
+            kid.stdin.close()
+            kid.wait()
     want = turns['transformers'][0]['ids']
-    rate = {n: N/median(t['seconds'] for t in ts) for n, ts in turns.items()}
-    out = dict(params=model.n_params, tokens_per_s={n: round(r, 1) for n, r in rate.items()},
-               ratio={n: round(r/rate['transformers'], 2) for n, r in rate.items()},
-               first_token_ms={n: round(1000*median(t['first'] for t in ts), 1) for n, ts in turns.items()},
-               memory_mb={n: round(kid.memory/1e6) for n, kid in kids.items()},
-               same_ids={n: all(t['ids'] == want for t in ts) for n, ts in turns.items() if 'int8' not in n},
-               limit=round(bandwidth()/fetched(model), 1), limit_int8=round(bandwidth()/fetched(fast(model, 'int8')), 1))
-    print(f'\n{shape}: {model.n_params/1e6:.1f}M weights; memory allows {out["limit"]:.0f} tokens/s, in 8 bits {out["limit_int8"]:.0f}')
+    rate = {n: N / median(t['seconds'] for t in ts) for n, ts in turns.items()}
+    out = dict(
+        params=model.n_params,
+        tokens_per_s={n: round(r, 1) for n, r in rate.items()},
+        ratio={n: round(r / rate['transformers'], 2) for n, r in rate.items()},
+        first_token_ms={
+            n: round(1000 * median(t['first'] for t in ts), 1) for n, ts in turns.items()
+        },
+        memory_mb={n: round(kid.memory / 1e6) for n, kid in kids.items()},
+        same_ids={
+            n: all(t['ids'] == want for t in ts) for n, ts in turns.items() if 'int8' not in n
+        },
+        limit=round(bandwidth() / fetched(model), 1),
+        limit_int8=round(bandwidth() / fetched(fast(model, 'int8')), 1),
+    )
+    print(
+        f'\n{shape}: {model.n_params / 1e6:.1f}M weights; memory allows {out["limit"]:.0f} '
+        f'tokens/s, in 8 bits {out["limit_int8"]:.0f}'
+    )
     print(f'{"":16}tokens/s      ×   first token   memory   same ids')
     for n in names:
         first, mb = (out[k][n] for k in ('first_token_ms', 'memory_mb'))
-        print(f'{n:16}{rate[n]:8.1f}{out["ratio"][n]:7.2f}{first:11.1f} ms{mb:6} MB   {out["same_ids"].get(n, "not asked")}')
+        print(
+            f'{n:16}{rate[n]:8.1f}{out["ratio"][n]:7.2f}{first:11.1f} ms{mb:6} MB   '
+            f'{out["same_ids"].get(n, "not asked")}'
+        )
     for n in ('cached', 'fast', 'compiled'):
-        if not out['same_ids'][n]: raise SystemExit(f'{shape}: {n} wrote other ids than transformers')
+        if not out['same_ids'][n]:
+            raise SystemExit(f'{shape}: {n} wrote other ids than transformers')
     return out
 
 
 def main(rounds):
     out = {shape: measure(shape, rounds) for shape in SHAPES}
-    return dict(**out, prompt=PROMPT, long_prompt=LONG, tokens=N, rounds=rounds, bandwidth_gb_s=round(bandwidth()/1e9, 1), **machine())
+    return dict(
+        **out,
+        prompt=PROMPT,
+        long_prompt=LONG,
+        tokens=N,
+        rounds=rounds,
+        bandwidth_gb_s=round(bandwidth() / 1e9, 1),
+        **machine(),
+    )
 
 
 if __name__ == '__main__':
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     ap.add_argument('--rounds', type=int, default=12, help='turns of each contender')
     ap.add_argument('--save', action='store_true', help='keep the last line in result.json')
     ap.add_argument('--child', nargs=2, help=argparse.SUPPRESS)
     a = ap.parse_args()
-    if a.child: child(*a.child)
+    if a.child:
+        child(*a.child)
     else:
         line = json.dumps(main(a.rounds))
-        if a.save: (Path(__file__).parent/'result.json').write_text(line + '\n', encoding='utf-8')
+        if a.save:
+            (Path(__file__).parent / 'result.json').write_text(line + '\n', encoding='utf-8')
         print(line)

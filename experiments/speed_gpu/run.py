@@ -1,12 +1,14 @@
 """How near to its peak does a GPU train GPT-2's 85 million weights in bf16, compiled?
 
-    python experiments/speed_gpu/run.py [--batch 32] [--steps 100] [--save]
+python experiments/speed_gpu/run.py [--batch 32] [--steps 100] [--save]
 
-12 layers of width 768, 12 heads, contexts of 1,024 bytes; `fit` with `Step(precision='bf16', compile=True)` and without compilation, and
-the same for Muon. Time is taken over `--steps` steps after 20 for warming up; work is counted as products of matrices in float32 shapes
-(`flops`), the peak is the best product of 8,192 × 8,192 matrices in bf16 on this machine. The last line is JSON; `--save` keeps it.
-`--small` runs a tiny model of the same kind anywhere, to try the script.
-"""
+12 layers of width 768, 12 heads, contexts of 1,024 bytes; `fit` with `Step(precision='bf16',
+compile=True)` and without compilation, and the same for Muon. Time is taken over `--steps` steps
+after 20 for warming up; work is counted as products of matrices in float32 shapes (`flops`), the
+peak is the best product of 8,192 × 8,192 matrices in bf16 on this machine. The last line is
+JSON; `--save` keeps it. `--small` runs a tiny model of the same kind anywhere, to try the
+script."""
+
 import argparse
 import json
 from pathlib import Path
@@ -26,35 +28,60 @@ def seconds(cfg, batch_size, steps, where, step, optimiser):
     ids = torch.randint(cfg.vocab_size, (2_000_000,), generator=rng(0, 'ids'))
     model = MiniGPT(cfg).to(where)
     batch = random_crops(ids, batch_size, cfg.max_len, device=where)
-    run = fit(model, batch, WARM + steps, opt=OPTIMISERS[optimiser](model, lr=1e-4), step=step,
-              every={(WARM, WARM + steps): lambda run: dict(at=run.seconds)})
-    return (run.notes[1]['at'] - run.notes[0]['at'])/steps
+    run = fit(
+        model,
+        batch,
+        WARM + steps,
+        opt=OPTIMISERS[optimiser](model, lr=1e-4),
+        step=step,
+        every={(WARM, WARM + steps): lambda run: dict(at=run.seconds)},
+    )
+    return (run.notes[1]['at'] - run.notes[0]['at']) / steps
 
 
 def main(batch_size, steps, small):
     where = device()
     cfg = Config(256, 64, 64, 2, 2) if small else Config(256, 1024, 768, 12, 12)
-    model, row = MiniGPT(cfg), torch.zeros(1, cfg.max_len + 1, dtype=torch.int64)
-    work = batch_size*flops(lambda: next_token_loss(model, row).backward())
+    model = MiniGPT(cfg)
+    row = torch.zeros(1, cfg.max_len + 1, dtype=torch.int64)
+    work = batch_size * flops(lambda: next_token_loss(model, row).backward())
     peak = peak_flops(where, torch.bfloat16)
-    result = dict(params=model.n_params, batch=batch_size, context=cfg.max_len, tflop_a_step=round(work/1e12, 4),
-                  peak_tflops=round(peak/1e12, 2))
-    for name, step, optimiser in (('eager', Step(precision='bf16'), 'adamw'), ('compiled', Step(precision='bf16', compile=True), 'adamw'),
-                                  ('compiled, Muon', Step(precision='bf16', compile=True), 'muon')):
+    result = dict(
+        params=model.n_params,
+        batch=batch_size,
+        context=cfg.max_len,
+        tflop_a_step=round(work / 1e12, 4),
+        peak_tflops=round(peak / 1e12, 2),
+    )
+    for name, step, optimiser in (
+        ('eager', Step(precision='bf16'), 'adamw'),
+        ('compiled', Step(precision='bf16', compile=True), 'adamw'),
+        ('compiled, Muon', Step(precision='bf16', compile=True), 'muon'),
+    ):
         s = seconds(cfg, batch_size, steps, where, step, optimiser)
-        result[name] = dict(step_ms=round(1000*s, 2), tokens_per_s=round(batch_size*cfg.max_len/s), mfu=round(work/s/peak, 3))
-        print(f'{name:16}{1000*s:8.1f} ms a step {batch_size*cfg.max_len/s:12,.0f} tokens/s   MFU {work/s/peak:.1%}')
+        result[name] = dict(
+            step_ms=round(1000 * s, 2),
+            tokens_per_s=round(batch_size * cfg.max_len / s),
+            mfu=round(work / s / peak, 3),
+        )
+        print(
+            f'{name:16}{1000 * s:8.1f} ms a step {batch_size * cfg.max_len / s:12,.0f} '
+            f'tokens/s   MFU {work / s / peak:.1%}'
+        )
     gpu = torch.cuda.get_device_name() if where == 'cuda' else None
     return {**result, **machine(), 'gpu': gpu}
 
 
 if __name__ == '__main__':
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     ap.add_argument('--batch', type=int, default=32, help='rows in a batch')
     ap.add_argument('--steps', type=int, default=100)
     ap.add_argument('--small', action='store_true', help='a tiny model, to try the script anywhere')
     ap.add_argument('--save', action='store_true', help='keep the last line in result.json')
     a = ap.parse_args()
     line = json.dumps(main(a.batch, a.steps, a.small))
-    if a.save: (Path(__file__).parent/'result.json').write_text(line + '\n', encoding='utf-8')
+    if a.save:
+        (Path(__file__).parent / 'result.json').write_text(line + '\n', encoding='utf-8')
     print(line)

@@ -1,14 +1,16 @@
-"""How fast is a training step beside a plain loop, how near to the machine's peak, and how soon does the first token come?
+"""How fast is a training step beside a plain loop, how near to the machine's peak, and how soon
+does the first token come?
 
-    python experiments/speed_step/run.py [--rounds 40] [--save]
+python experiments/speed_step/run.py [--rounds 40] [--save]
 
-nanoGPT's CPU shape: 12 × 64 tokens, 4 layers, width 128, float32. Loops with the same sizes take turns, ten steps at a time, each in
-a process of its own, as a user would have it: ours is `fit` itself, eager and compiled, with AdamW; a plain eager GPT-2 with
-`torch.optim.AdamW` as it comes; `transformers`' GPT-2 with the same AdamW. Beside them, ours without oneDNN's products (as on
-processors that gain nothing by it), in bf16, and with Muon; and Llama's block with two key heads, ours and `transformers`'. While one
-runs, the others wait. The median of each goes into the table. The last line is JSON; `--save` keeps it in result.json with date and
-machine.
-"""
+nanoGPT's CPU shape: 12 × 64 tokens, 4 layers, width 128, float32. Loops with the same sizes take
+turns, ten steps at a time, each in a process of its own, as a user would have it: ours is `fit`
+itself, eager and compiled, with AdamW; a plain eager GPT-2 with `torch.optim.AdamW` as it comes;
+`transformers`' GPT-2 with the same AdamW. Beside them, ours without oneDNN's products (as on
+processors that gain nothing by it), in bf16, and with Muon; and Llama's block with two key
+heads, ours and `transformers`'. While one runs, the others wait. The median of each goes into
+the table. The last line is JSON; `--save` keeps it in result.json with date and machine."""
+
 import argparse
 import json
 import subprocess
@@ -42,12 +44,20 @@ class PlainBlock(nn.Module):
     def __init__(self):
         super().__init__()
         self.n1, self.n2 = nn.LayerNorm(C), nn.LayerNorm(C)
-        self.qkv, self.proj, self.up, self.down = nn.Linear(C, 3*C), nn.Linear(C, C), nn.Linear(C, 4*C), nn.Linear(4*C, C)
+        self.qkv = nn.Linear(C, 3 * C)
+        self.proj = nn.Linear(C, C)
+        self.up = nn.Linear(C, 4 * C)
+        self.down = nn.Linear(4 * C, C)
 
     def forward(self, x):
         q, k, v = self.qkv(self.n1(x)).split(C, dim=2)
-        q, k, v = (t.view(*x.shape[:2], H, C//H).transpose(1, 2) for t in (q, k, v))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).contiguous().view(*x.shape)
+        q, k, v = (t.view(*x.shape[:2], H, C // H).transpose(1, 2) for t in (q, k, v))
+        y = (
+            F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            .transpose(1, 2)
+            .contiguous()
+            .view(*x.shape)
+        )
         x = x + self.proj(y)
         return x + self.down(F.gelu(self.up(self.n2(x)), approximate='tanh'))
 
@@ -55,34 +65,41 @@ class PlainBlock(nn.Module):
 class PlainGPT(nn.Module):
     def __init__(self):
         super().__init__()
-        self.tok, self.pos, self.norm, self.head = nn.Embedding(V, C), nn.Embedding(T, C), nn.LayerNorm(C), nn.Linear(C, V, bias=False)
+        self.tok = nn.Embedding(V, C)
+        self.pos = nn.Embedding(T, C)
+        self.norm = nn.LayerNorm(C)
+        self.head = nn.Linear(C, V, bias=False)
         self.blocks = nn.ModuleList(PlainBlock() for _ in range(L))
 
     def forward(self, ids):
         x = self.tok(ids) + self.pos(torch.arange(ids.shape[1]))
-        for block in self.blocks: x = block(x)
+        for block in self.blocks:
+            x = block(x)
         return self.head(self.norm(x))
 
 
-def text(): return torch.randint(V, (1_000_000,), generator=rng(0, 'text'))
+def text():
+    return torch.randint(V, (1_000_000,), generator=rng(0, 'text'))
 
 
 def plain_loop(model, logits_of, turn):
     "The loop everybody writes"
-    opt, ids = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(.9, .99), weight_decay=.1), text()
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1)
+    ids = text()
     for n in range(1_000_000):
         turn(n)
         starts = torch.randint(len(ids) - T - 1, (B,))
-        x = torch.stack([ids[s:s + T] for s in starts])
-        y = torch.stack([ids[s + 1:s + T + 1] for s in starts])
+        x = torch.stack([ids[s : s + T] for s in starts])
+        y = torch.stack([ids[s + 1 : s + T + 1] for s in starts])
         loss = F.cross_entropy(logits_of(model(x)).view(-1, V), y.view(-1))
         opt.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         opt.step()
 
 
-def small(): return MiniGPT(Config(vocab_size=V, max_len=T, d_model=C, n_layers=L, n_heads=H))
+def small():
+    return MiniGPT(Config(vocab_size=V, max_len=T, d_model=C, n_layers=L, n_heads=H))
 
 
 def small_llama():
@@ -91,102 +108,192 @@ def small_llama():
 
 
 def our_loop(turn, step=train_step, opt=None, onednn=True, make=small):
-    if not onednn: gpt.quick_products = lambda: False
+    if not onednn:
+        gpt.quick_products = lambda: False
     rows, model = random_crops(text(), B, T), make()
-    def batch(n): turn(n); return rows(n)
+
+    def batch(n):
+        turn(n)
+        return rows(n)
+
     fit(model, batch, 1_000_000, lr=1e-3, step=step, opt=opt and opt(model))
 
 
 def transformers_loop(turn):
     from transformers import GPT2Config, GPT2LMHeadModel
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=V, n_positions=T, n_embd=C, n_layer=L, n_head=H, resid_pdrop=0., embd_pdrop=0.,
-                                       attn_pdrop=0., bos_token_id=0, eos_token_id=0, tie_word_embeddings=False))
+
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=V,
+            n_positions=T,
+            n_embd=C,
+            n_layer=L,
+            n_head=H,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=0,
+            eos_token_id=0,
+            tie_word_embeddings=False,
+        )
+    )
     plain_loop(model.train(), lambda out: out.logits, turn)
 
 
 def transformers_llama(turn):
     from transformers import LlamaConfig, LlamaForCausalLM
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=V, max_position_embeddings=T, hidden_size=C, intermediate_size=344, num_hidden_layers=L,
-                                         num_attention_heads=H, num_key_value_heads=2, tie_word_embeddings=False))
+
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=V,
+            max_position_embeddings=T,
+            hidden_size=C,
+            intermediate_size=344,
+            num_hidden_layers=L,
+            num_attention_heads=H,
+            num_key_value_heads=2,
+            tie_word_embeddings=False,
+        )
+    )
     plain_loop(model.train(), lambda out: out.logits, turn)
 
 
-LOOPS = {'llm_lab': our_loop, 'llm_lab, compiled': lambda turn: our_loop(turn, Step(compile=True)),
-         'plain eager GPT-2': lambda turn: plain_loop(PlainGPT().train(), lambda out: out, turn),
-         'transformers GPT-2': transformers_loop,
-         'llm_lab, no oneDNN': lambda turn: our_loop(turn, onednn=False),
-         'llm_lab, bf16': lambda turn: our_loop(turn, Step(precision='bf16')),
-         'llm_lab, Muon': lambda turn: our_loop(turn, opt=muon),
-         'llm_lab Llama': lambda turn: our_loop(turn, make=small_llama), 'transformers Llama': transformers_llama}
+LOOPS = {
+    'llm_lab': our_loop,
+    'llm_lab, compiled': lambda turn: our_loop(turn, Step(compile=True)),
+    'plain eager GPT-2': lambda turn: plain_loop(PlainGPT().train(), lambda out: out, turn),
+    'transformers GPT-2': transformers_loop,
+    'llm_lab, no oneDNN': lambda turn: our_loop(turn, onednn=False),
+    'llm_lab, bf16': lambda turn: our_loop(turn, Step(precision='bf16')),
+    'llm_lab, Muon': lambda turn: our_loop(turn, opt=muon),
+    'llm_lab Llama': lambda turn: our_loop(turn, make=small_llama),
+    'transformers Llama': transformers_llama,
+}
 
 
 def child(name):
-    "Run a loop; before each CHUNK steps tell how long the last ones took, and wait until it is our turn"
+    """Run a loop; before each CHUNK steps tell how long the last ones took, and wait until it is
+    our turn"""
     out, sys.stdout = sys.stdout, sys.stderr
     times = []
+
     def turn(n):
         now = time.perf_counter()
-        if n: times.append(now - turn.start)
+        if n:
+            times.append(now - turn.start)
         if n % CHUNK == 0:
             print(json.dumps(times[-CHUNK:]), file=out, flush=True)
-            if not sys.stdin.readline(): raise SystemExit
+            if not sys.stdin.readline():
+                raise SystemExit
         turn.start = time.perf_counter()
+
     LOOPS[name](turn)
 
 
 def first_token(rounds=5):
-    "Seconds from 'imports done' to the first token of a saved model, each in a fresh process; the median"
-    code = ("import sys, time, torch\nfrom llm_lab.package import open_model\n"
-            "from llm_lab.sample import stream\nstart = time.perf_counter()\n"
-            "model, tok, _ = open_model(sys.argv[1]); next(stream(model, tok, 'ab')); print(time.perf_counter() - start)")
-    tour_size, letters = Config(vocab_size=65, max_len=128, d_model=160, n_heads=5), CharTokenizer(map(chr, range(60, 125)))
+    """Seconds from 'imports done' to the first token of a saved model, each in a fresh process; the
+    median"""
+    code = (
+        "import sys, time, torch\nfrom llm_lab.package import open_model\n"
+        "from llm_lab.sample import stream\nstart = time.perf_counter()\n"
+        "model, tok, _ = open_model(sys.argv[1]); next(stream(model, tok, 'ab')); "
+        "print(time.perf_counter() - start)"
+    )
+    tour_size = Config(vocab_size=65, max_len=128, d_model=160, n_heads=5)
+    letters = CharTokenizer(map(chr, range(60, 125)))
     with tempfile.TemporaryDirectory() as folder:
-        save_package(Path(folder)/'m', MiniGPT(tour_size), letters)
-        return median(float(subprocess.check_output([sys.executable, '-c', code, f'{folder}/m'])) for _ in range(rounds))
+        save_package(Path(folder) / 'm', MiniGPT(tour_size), letters)
+        return median(
+            float(subprocess.check_output([sys.executable, '-c', code, f'{folder}/m']))
+            for _ in range(rounds)
+        )
 
 
 def main(rounds):
-    kids = {name: subprocess.Popen([sys.executable, __file__, '--loop', name], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                   stderr=subprocess.DEVNULL, text=True) for name in LOOPS}
+    kids = {
+        name: subprocess.Popen(
+            [sys.executable, __file__, '--loop', name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        for name in LOOPS
+    }
+
     def ten(name):
-        kids[name].stdin.write('go\n'); kids[name].stdin.flush()
+        kids[name].stdin.write('go\n')
+        kids[name].stdin.flush()
         return json.loads(kids[name].stdout.readline())
+
     times = {name: [] for name in LOOPS}
     for name in progress(LOOPS, 'set-up, compiling'):
-        if json.loads(kids[name].stdout.readline()) != []: raise RuntimeError(f'{name}: its first word should be an empty list')
-        for _ in range(3): ten(name)                                     # the first steps warm up
+        if json.loads(kids[name].stdout.readline()) != []:
+            raise RuntimeError(f'{name}: its first word should be an empty list')
+        for _ in range(3):
+            ten(name)  # the first steps warm up
     peaks = []
     for _ in progress(range(rounds), 'rounds'):
-        for name in LOOPS: times[name] += ten(name)
-        peaks.append(peak_flops(seconds=.05))
-    for kid in kids.values(): kid.stdin.close(); kid.wait()
-    def work_of(model): return flops(lambda: next_token_loss(model, torch.zeros(B, T + 1, dtype=torch.int64)).backward())
-    gpt2_work, llama_work, peak = work_of(small()), work_of(small_llama()), median(peaks)
-    ms = {name: 1000*median(t) for name, t in times.items()}
+        for name in LOOPS:
+            times[name] += ten(name)
+        peaks.append(peak_flops(seconds=0.05))
+    for kid in kids.values():
+        kid.stdin.close()
+        kid.wait()
+
+    def work_of(model):
+        return flops(
+            lambda: next_token_loss(model, torch.zeros(B, T + 1, dtype=torch.int64)).backward()
+        )
+
+    gpt2_work = work_of(small())
+    llama_work = work_of(small_llama())
+    peak = median(peaks)
+    ms = {name: 1000 * median(t) for name, t in times.items()}
     base = ms['plain eager GPT-2']
-    mfu = {name: (llama_work if 'Llama' in name else gpt2_work)/(t/1000)/peak for name, t in ms.items()}
+    mfu = {
+        name: (llama_work if 'Llama' in name else gpt2_work) / (t / 1000) / peak
+        for name, t in ms.items()
+    }
     for name, t in ms.items():
-        print(f'{name:20}{t:7.2f} ms a step{B*T/t*1000:9,.0f} tokens/s{base/t:7.3f}× the plain loop   MFU {mfu[name]:.0%}')
-    print(f'{gpt2_work/1e9:.2f} GFLOP a step, Llama {llama_work/1e9:.2f}; the best matrix product here makes {peak/1e9:.0f} GFLOP/s')
+        print(
+            f'{name:20}{t:7.2f} ms a step{B * T / t * 1000:9,.0f} tokens/s{base / t:7.3f}× '
+            f'the plain loop   MFU {mfu[name]:.0%}'
+        )
+    print(
+        f'{gpt2_work / 1e9:.2f} GFLOP a step, Llama {llama_work / 1e9:.2f}; the best matrix '
+        f'product here makes {peak / 1e9:.0f} GFLOP/s'
+    )
     token = first_token()
     print(f'first token of a saved model after imports: {token:.2f} s')
-    return dict(step_ms={k: round(v, 3) for k, v in ms.items()}, speed_vs_plain=round(base/ms['llm_lab'], 3),
-                compiled_vs_plain=round(base/ms['llm_lab, compiled'], 3),
-                speed_vs_transformers=round(ms['transformers GPT-2']/ms['llm_lab'], 3),
-                compiled_vs_transformers=round(ms['transformers GPT-2']/ms['llm_lab, compiled'], 3),
-                llama_vs_transformers=round(ms['transformers Llama']/ms['llm_lab Llama'], 3),
-                mfu={k: round(v, 3) for k, v in mfu.items()}, gflop_a_step=round(gpt2_work/1e9, 3), peak_gflops=round(peak/1e9, 1),
-                first_token_s=round(token, 3), tokens=B*T, **machine())
+    return dict(
+        step_ms={k: round(v, 3) for k, v in ms.items()},
+        speed_vs_plain=round(base / ms['llm_lab'], 3),
+        compiled_vs_plain=round(base / ms['llm_lab, compiled'], 3),
+        speed_vs_transformers=round(ms['transformers GPT-2'] / ms['llm_lab'], 3),
+        compiled_vs_transformers=round(ms['transformers GPT-2'] / ms['llm_lab, compiled'], 3),
+        llama_vs_transformers=round(ms['transformers Llama'] / ms['llm_lab Llama'], 3),
+        mfu={k: round(v, 3) for k, v in mfu.items()},
+        gflop_a_step=round(gpt2_work / 1e9, 3),
+        peak_gflops=round(peak / 1e9, 1),
+        first_token_s=round(token, 3),
+        tokens=B * T,
+        **machine(),
+    )
 
 
 if __name__ == '__main__':
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     ap.add_argument('--rounds', type=int, default=40, help='ten steps of each loop in a round')
     ap.add_argument('--save', action='store_true', help='keep the last line in result.json')
     ap.add_argument('--loop', choices=LOOPS, help=argparse.SUPPRESS)
     a = ap.parse_args()
-    if a.loop: child(a.loop)
+    if a.loop:
+        child(a.loop)
     else:
         line = json.dumps(main(a.rounds))
-        if a.save: (Path(__file__).parent/'result.json').write_text(line + '\n', encoding='utf-8')
+        if a.save:
+            (Path(__file__).parent / 'result.json').write_text(line + '\n', encoding='utf-8')
         print(line)

@@ -1,14 +1,18 @@
-"""What keeps attention from breaking when the step is too large? QK-norm, orthogonal first weights, bound singular values.
+"""What keeps attention from breaking when the step is too large?
 
-    python experiments/stability/run.py [--seeds 2] [--steps 150] [--save]
+QK-norm, orthogonal first weights, bound singular values.
 
-Llama's block, 3 layers of width 64, 4 heads, a window of 64 with 6 links, 256 characters of Tiny Tales, 8 rows a step, AdamW, gradients
-clipped to 1. The learning rate of chapter 8 (0.004), and 8 and 32 times that. Each of the 2³ models sees the same batches. At the end: the
-validation loss in bits per character (the floor is known), the largest attention score, the lowest entropy of a layer as a share of the
-most that is possible, and how many heads look at one key only (chapter 21's gauges, read on validation text). A model is broken if its
-loss is no number, or above that of the counts of single characters, or if half of its heads look at one key only. One line of JSON at the
-end; `--save` keeps it. Cells resume.
-"""
+python experiments/stability/run.py [--seeds 2] [--steps 150] [--save]
+
+Llama's block, 3 layers of width 64, 4 heads, a window of 64 with 6 links, 256 characters of Tiny
+Tales, 8 rows a step, AdamW, gradients clipped to 1. The learning rate of chapter 8 (0.004), and
+8 and 32 times that. Each of the 2³ models sees the same batches. At the end: the validation loss
+in bits per character (the floor is known), the largest attention score, the lowest entropy of a
+layer as a share of the most that is possible, and how many heads look at one key only (chapter
+21's gauges, read on validation text). A model is broken if its loss is no number, or above that
+of the counts of single characters, or if half of its heads look at one key only. One line of
+JSON at the end; `--save` keeps it. Cells resume."""
+
 import argparse
 import json
 import math
@@ -28,7 +32,9 @@ from llm_lab.cache import window
 from llm_lab.sparse import either, expander
 from llm_lab.train import fit, mean_loss, random_crops
 
-HERE, T, RATES = Path(__file__).parent, 256, (.004, .032, .128)
+HERE = Path(__file__).parent
+T = 256
+RATES = (0.004, 0.032, 0.128)
 NAMES = ('QK-norm', 'orthogonal', 'spectral')
 PATTERN = part(either, of=(part(window, size=64), part(expander, degree=6, beyond=64)))
 
@@ -36,59 +42,118 @@ PATTERN = part(either, of=(part(window, size=64), part(expander, degree=6, beyon
 def text():
     corpus = load_corpus('tiny_tales')
     tok = CharTokenizer.train(corpus.text('train')[:100_000])
-    ids = {s: torch.tensor(tok.encode(corpus.text(s)[:n])) for s, n in (('train', 1_000_000), ('val', 20_000))}
+    ids = {
+        s: torch.tensor(tok.encode(corpus.text(s)[:n]))
+        for s, n in (('train', 1_000_000), ('val', 20_000))
+    }
     return corpus, tok, ids
 
 
 def cell(tok, ids, qk, orthogonal, spectral, lr, seed, steps):
     init = part(scaled_init, orthogonal=bool(orthogonal))
-    attn = part(SparseAttention, pattern=PATTERN, steps=(part(QKNorm),)*qk + (part(Rope),))
-    model = MiniGPT(llama(tok.vocab_size, d_model=64, n_heads=4, n_layers=3, max_len=T, attn=attn,
-                          init=part(spectral_init, first=init) if spectral else init), seed)
-    try: run = fit(model, random_crops(ids['train'], 8, T, seed), steps, lr=lr)
-    except LabError as e: return dict(loss=None, why=str(e)[:80])
-    loss = mean_loss(model.eval(), ids['val'])/math.log(2)
+    attn = part(SparseAttention, pattern=PATTERN, steps=(part(QKNorm),) * qk + (part(Rope),))
+    model = MiniGPT(
+        llama(
+            tok.vocab_size,
+            d_model=64,
+            n_heads=4,
+            n_layers=3,
+            max_len=T,
+            attn=attn,
+            init=part(spectral_init, first=init) if spectral else init,
+        ),
+        seed,
+    )
+    try:
+        run = fit(model, random_crops(ids['train'], 8, T, seed), steps, lr=lr)
+    except LabError as e:
+        return dict(loss=None, why=str(e)[:80])
+    loss = mean_loss(model.eval(), ids['val']) / math.log(2)
     said = model.metrics()
     each = lambda name: [v for k, v in said.items() if k.endswith(name)]
-    return dict(loss=loss if math.isfinite(loss) else None,
-                worst=max(run.losses[min(20, steps - 1):])/math.log(2), max_logit=max(each('max_logit')),
-                entropy=min(each('entropy')), collapsed=mean(each('collapsed')), far=mean(each('far')))
+    return dict(
+        loss=loss if math.isfinite(loss) else None,
+        worst=max(run.losses[min(20, steps - 1) :]) / math.log(2),
+        max_logit=max(each('max_logit')),
+        entropy=min(each('entropy')),
+        collapsed=mean(each('collapsed')),
+        far=mean(each('far')),
+    )
 
 
 def main(seeds, steps):
     corpus, tok, ids = text()
-    share = torch.bincount(ids['train']).double()/len(ids['train'])
-    single = -(share*share.clamp_min(1e-30).log2()).sum().item()
-    done, made = {}, HERE/'runs'/f'cells-{steps}.json'
-    if made.exists(): done = json.loads(made.read_text())
-    cells = [(*on, lr, seed) for lr in RATES for seed in range(seeds) for on in product((0, 1), repeat=3)]
+    share = torch.bincount(ids['train']).double() / len(ids['train'])
+    single = -(share * share.clamp_min(1e-30).log2()).sum().item()
+    done, made = {}, HERE / 'runs' / f'cells-{steps}.json'
+    if made.exists():
+        done = json.loads(made.read_text())
+    cells = [
+        (*on, lr, seed) for lr in RATES for seed in range(seeds) for on in product((0, 1), repeat=3)
+    ]
     for c in progress(cells, 'cells'):
         key = '/'.join(map(str, c))
-        if key in done: continue
+        if key in done:
+            continue
         done[key] = cell(tok, ids, *c, steps)
-        made.parent.mkdir(exist_ok=True); made.write_text(json.dumps(done))
+        made.parent.mkdir(exist_ok=True)
+        made.write_text(json.dumps(done))
     out = []
-    print(f'floor {corpus.floor:.3f}, single characters {single:.3f} bits per character; {steps} steps, {seeds} seeds')
-    print(f'{"rate":>6}  {"":32}{"loss":>7}{"broken":>8}{"largest score":>15}{"entropy":>9}{"one key":>9}')
+    print(
+        f'floor {corpus.floor:.3f}, single characters {single:.3f} bits per character; '
+        f'{steps} steps, {seeds} seeds'
+    )
+    print(
+        f'{"rate":>6}  '
+        f'{"":32}{"loss":>7}{"broken":>8}{"largest score":>15}{"entropy":>9}{"one key":>9}'
+    )
     for lr in RATES:
         for on in product((0, 1), repeat=3):
             rows = [done['/'.join(map(str, (*on, lr, s)))] for s in range(seeds)]
             good = [r for r in rows if r['loss'] is not None]
-            said = {k: round(mean(r[k] for r in good), 4) for k in ('loss', 'max_logit', 'entropy', 'collapsed', 'far')} if good else {}
-            broken = sum(r['loss'] is None or r['loss'] > single or r['collapsed'] >= .5 for r in rows)
-            out.append(dict(rate=lr, **dict(zip(NAMES, on)), broken=broken, seeds=seeds, losses=[r['loss'] for r in rows], **said))
+            said = (
+                {
+                    k: round(mean(r[k] for r in good), 4)
+                    for k in ('loss', 'max_logit', 'entropy', 'collapsed', 'far')
+                }
+                if good
+                else {}
+            )
+            broken = sum(
+                r['loss'] is None or r['loss'] > single or r['collapsed'] >= 0.5 for r in rows
+            )
+            out.append(
+                dict(
+                    rate=lr,
+                    **dict(zip(NAMES, on)),
+                    broken=broken,
+                    seeds=seeds,
+                    losses=[r['loss'] for r in rows],
+                    **said,
+                )
+            )
             name = ', '.join(n for n, x in zip(NAMES, on) if x) or 'plain'
-            gauges = f'{said["max_logit"]:12.1f}{said["entropy"]:9.3f}{said["collapsed"]:9.0%}' if good else ''
-            print(f'{lr:6}  {name:32}{said["loss"] if good else math.nan:7.3f}{broken:5} of {seeds}{gauges}')
+            gauges = (
+                f'{said["max_logit"]:12.1f}{said["entropy"]:9.3f}{said["collapsed"]:9.0%}'
+                if good
+                else ''
+            )
+            print(
+                f'{lr:6}  {name:32}{said["loss"] if good else math.nan:7.3f}{broken:5} of '
+                f'{seeds}{gauges}'
+            )
     return dict(cells=out, floor=corpus.floor, single=round(single, 4), steps=steps, **machine())
 
 
 if __name__ == '__main__':
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     ap.add_argument('--seeds', type=int, default=2)
     ap.add_argument('--steps', type=int, default=150)
     ap.add_argument('--save', action='store_true', help='keep the last line in result.json')
     a = ap.parse_args()
     line = json.dumps(main(a.seeds, a.steps))
-    if a.save: (HERE/'result.json').write_text(line + '\n', encoding='utf-8')
+    if a.save:
+        (HERE / 'result.json').write_text(line + '\n', encoding='utf-8')
     print(line)

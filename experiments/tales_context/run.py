@@ -1,11 +1,13 @@
 """What do a longer context and more minutes buy on Tiny Tales?
 
-    python experiments/tales_context/run.py [--minutes 3] [--long 10] [--save]
+python experiments/tales_context/run.py [--minutes 3] [--long 10] [--save]
 
-The tour itself, with nothing changed but the context (and the batch, so that a step reads as many characters), and then with less and
-with more time. Stories are at most some 300 characters long: a context of 288 holds 99 of 100 of them whole. Each cell is kept under
-runs/ and not repeated; delete that folder to measure anew. The last line is JSON; `--save` keeps it in result.json.
-"""
+The tour itself, with nothing changed but the context (and the batch, so that a step reads as
+many characters), and then with less and with more time. Stories are at most some 300 characters
+long: a context of 288 holds 99 of 100 of them whole. Each cell is kept under runs/ and not
+repeated; delete that folder to measure anew. The last line is JSON; `--save` keeps it in
+result.json."""
+
 import argparse
 import json
 import os
@@ -23,39 +25,66 @@ CONTEXTS = 72, 144, 288, 576
 
 def cell(context, minutes):
     "The tour's figures, measured once and kept with what it printed"
-    path = HERE/'runs'/f'{context}-{minutes:g}.json'
+    path = HERE / 'runs' / f'{context}-{minutes:g}.json'
     if not path.exists():
         with tempfile.TemporaryDirectory() as home, redirect_stdout(StringIO()) as said:
             os.environ['LLM_LAB_HOME'] = home
-            result = tour('tiny_tales', minutes, [('block_len', context), ('batch_size', round(1024/context))])
+            result = tour(
+                'tiny_tales',
+                minutes,
+                [('block_len', context), ('batch_size', round(1024 / context))],
+            )
         path.parent.mkdir(exist_ok=True)
-        with written(path) as new: new.write_text(json.dumps(dict(result, said=said.getvalue(), **machine())), encoding='utf-8')
+        with written(path) as new:
+            new.write_text(
+                json.dumps(dict(result, said=said.getvalue(), **machine())), encoding='utf-8'
+            )
     return json.loads(path.read_text(encoding='utf-8'))
 
 
 def row(context, minutes):
     "Above the floor, as shares of the floor: in all, and by what was not understood"
     r = cell(context, minutes)
-    part = lambda *names: sum(v for k, v in r['excess_bits'].items() if k.startswith(names))/r['floor']
-    shares = dict(total=r['above_floor'], choices_literals=part('choice', 'literal'), near=part('recall ≤'), far=part('recall >'))
+    part = lambda *names: (
+        sum(v for k, v in r['excess_bits'].items() if k.startswith(names)) / r['floor']
+    )
+    shares = dict(
+        total=r['above_floor'],
+        choices_literals=part('choice', 'literal'),
+        near=part('recall ≤'),
+        far=part('recall >'),
+    )
     line = ''.join(f'{v:10.1%}' for v in shares.values())
-    print(f'{context:7}{minutes:9g}{r["tokens"]/1e6:10.2f}M{r["bits"]:11.3f}{line}', flush=True)
-    return dict(context=context, minutes=minutes, tokens=r['tokens'], bits=r['bits'], floor=r['floor'], **shares)
+    print(f'{context:7}{minutes:9g}{r["tokens"] / 1e6:10.2f}M{r["bits"]:11.3f}{line}', flush=True)
+    return dict(
+        context=context,
+        minutes=minutes,
+        tokens=r['tokens'],
+        bits=r['bits'],
+        floor=r['floor'],
+        **shares,
+    )
 
 
 def main(minutes, long):
-    print('context  minutes    chars   bits/char     total    ch.+lit.   rec≤128   rec>128   (above the floor)')
+    print(
+        'context  minutes    chars   bits/char     total    ch.+lit.   rec≤128   rec>128   '
+        '(above the floor)'
+    )
     rows = [row(c, minutes) for c in CONTEXTS]
-    rows += [row(288, m) for m in (minutes/3, long)]
+    rows += [row(288, m) for m in (minutes / 3, long)]
     return dict(rows=rows, **machine())
 
 
 if __name__ == '__main__':
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     ap.add_argument('--minutes', type=float, default=3)
     ap.add_argument('--long', type=float, default=10)
     ap.add_argument('--save', action='store_true', help='keep the last line in result.json')
     a = ap.parse_args()
     line = json.dumps(main(a.minutes, a.long))
-    if a.save: (HERE/'result.json').write_text(line + '\n', encoding='utf-8')
+    if a.save:
+        (HERE / 'result.json').write_text(line + '\n', encoding='utf-8')
     print(line)

@@ -1,13 +1,16 @@
-"""falcon, condor and tinystories_baseline in one table: parameters, active ones, operations, and what a short run learns.
+"""falcon, condor and tinystories_baseline in one table: parameters, active ones, operations, and
+what a short run learns.
 
-    python experiments/three_configs/run.py [--steps 300] [--text tiny_shakespeare] [--save] [--full]
+python experiments/three_configs/run.py [--steps 300] [--text tiny_shakespeare] [--save] [--full]
 
-The configurations as they are but for the text, the context (128 tokens), the batch (8 rows) and the optimiser (AdamW at 0.001): a look on
-a laptop, not a verdict; at full length they train for 20,000 steps on TinyStories (`--full`: on a GPU, with nothing changed). All three
-read the same tokens (BPE of 8,192) in the same order. The loss is that of the validation split in bits per byte; loads and drops are of
-the last training batch. Each is an ordinary run of the lab, kept under its config's name as `three-…`; a finished one is not
-repeated. One line of JSON at the end; `--save` keeps it.
-"""
+The configurations as they are but for the text, the context (128 tokens), the batch (8 rows) and
+the optimiser (AdamW at 0.001): a look on a laptop, not a verdict; at full length they train for
+20,000 steps on TinyStories (`--full`: on a GPU, with nothing changed). All three read the same
+tokens (BPE of 8,192) in the same order. The loss is that of the validation split in bits per
+byte; loads and drops are of the last training batch. Each is an ordinary run of the lab, kept
+under its config's name as `three-…`; a finished one is not repeated. One line of JSON at the
+end; `--save` keeps it."""
+
 import argparse
 import json
 from pathlib import Path
@@ -20,47 +23,97 @@ from llm_lab.gpt import MiniGPT, config_from
 from llm_lab.lab import flops, home, machine
 from llm_lab.run import train_config
 
-HERE, NAMES = Path(__file__).parent, ('condor', 'tinystories_baseline', 'falcon')
-SHORT = ('data.block_len=128', 'train.batch_size=8', 'train.optimiser=adamw', 'train.lr=.001', 'train.warmup=30',
-         'eval.every=100', 'eval.tokens=20_000', 'eval.sample_every=1000', 'log.checkpoint_every=100')
+HERE = Path(__file__).parent
+NAMES = ('condor', 'tinystories_baseline', 'falcon')
+SHORT = (
+    'data.block_len=128',
+    'train.batch_size=8',
+    'train.optimiser=adamw',
+    'train.lr=.001',
+    'train.warmup=30',
+    'eval.every=100',
+    'eval.tokens=20_000',
+    'eval.sample_every=1000',
+    'log.checkpoint_every=100',
+)
 
 
 def one(name, run, changes):
     "The run's last row and its result, trained if need be"
-    folder = home()/'experiments'/name/'runs'/run
-    if not (folder/'result.json').exists():
-        train_config(name, *changes, run=None if folder.exists() else run, resume=str(folder) if folder.exists() else None)
-    rows = [json.loads(line) for line in (folder/'metrics.jsonl').read_text().splitlines()]
-    return next(r for r in reversed(rows) if 'val' in r), json.loads((folder/'result.json').read_text())
+    folder = home() / 'experiments' / name / 'runs' / run
+    if not (folder / 'result.json').exists():
+        train_config(
+            name,
+            *changes,
+            run=None if folder.exists() else run,
+            resume=str(folder) if folder.exists() else None,
+        )
+    rows = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+    return next(r for r in reversed(rows) if 'val' in r), json.loads(
+        (folder / 'result.json').read_text()
+    )
 
 
 def main(steps, text, full):
     changes = (f'data.corpus={text}', f'train.steps={steps}', *SHORT) if not full else ()
     out = []
-    print(f'{"":22}{"parameters":>12}{"active":>12}{"Mflop a token":>15}{"bits per byte":>15}{"loads":>14}{"drops":>8}')
+    print(
+        f'{"":22}{"parameters":>12}{"active":>12}{"Mflop a token":>15}{"bits per byte":>15}'
+        f'{"loads":>14}{"drops":>8}'
+    )
     for name in NAMES:
         cfg = read_config(name, changes)
-        model = MiniGPT(config_from(model_data(cfg.model) | dict(vocab_size=cfg.data.vocab_size, max_len=cfg.data.block_len)))
-        work = flops(lambda: model(torch.zeros(1, cfg.data.block_len, dtype=torch.int64)))/cfg.data.block_len/1e6
+        model = MiniGPT(
+            config_from(
+                model_data(cfg.model)
+                | dict(vocab_size=cfg.data.vocab_size, max_len=cfg.data.block_len)
+            )
+        )
+        work = (
+            flops(lambda: model(torch.zeros(1, cfg.data.block_len, dtype=torch.int64)))
+            / cfg.data.block_len
+            / 1e6
+        )
         row, result = one(name, f'three-{text}-{steps}' if changes else 'three-full', changes)
         each = lambda kind: [v for k, v in row.items() if k.startswith('moe') and k.endswith(kind)]
-        out.append(dict(name=name, params=model.n_params, active=active_params(model), mflop=round(work, 2),
-                        bits_per_byte=result['scores']['val']['bits_per_byte'],
-                        load_min=min(each('load_min'), default=None), load_max=max(each('load_max'), default=None),
-                        drops=max(each('drops'), default=None)))
+        out.append(
+            dict(
+                name=name,
+                params=model.n_params,
+                active=active_params(model),
+                mflop=round(work, 2),
+                bits_per_byte=result['scores']['val']['bits_per_byte'],
+                load_min=min(each('load_min'), default=None),
+                load_max=max(each('load_max'), default=None),
+                drops=max(each('drops'), default=None),
+            )
+        )
         o = out[-1]
-        loads = f'{o["load_min"]:9.2f}–{o["load_max"]:.2f}{o["drops"]:8.1%}' if o['load_min'] is not None else ''
-        print(f'{name:22}{o["params"]:12,}{o["active"]:12,}{work:15.1f}{o["bits_per_byte"]:15.3f}' + loads, flush=True)
+        loads = (
+            f'{o["load_min"]:9.2f}–{o["load_max"]:.2f}{o["drops"]:8.1%}'
+            if o['load_min'] is not None
+            else ''
+        )
+        print(
+            f'{name:22}{o["params"]:12,}{o["active"]:12,}{work:15.1f}{o["bits_per_byte"]:15.3f}'
+            + loads,
+            flush=True,
+        )
     return dict(configs=out, steps=steps, text=text, **machine())
 
 
 if __name__ == '__main__':
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     ap.add_argument('--steps', type=int, default=300)
     ap.add_argument('--text', default='tiny_shakespeare')
     ap.add_argument('--full', action='store_true', help='the configurations as they are, on a GPU')
     ap.add_argument('--save', action='store_true', help='keep the last line in result.json')
     a = ap.parse_args()
     line = json.dumps(main(a.steps, a.text, a.full))
-    if a.save: (HERE/('result_full.json' if a.full else 'result.json')).write_text(line + '\n', encoding='utf-8')
+    if a.save:
+        (HERE / ('result_full.json' if a.full else 'result.json')).write_text(
+            line + '\n', encoding='utf-8'
+        )
     print(line)
