@@ -345,17 +345,13 @@ def load(
         warnings.warn(f'{why}: it is left out')
         self.left_out.add(state['step'])
         return self.load(run)
+    processes = len(self.gather(None))  # here: where one is gone, no checkpoint is to blame
     try:
-        self.restore(run, state, tensors)
+        self.restore(run, state, tensors, processes)
     except LabError:
         raise
-    except (
-        AttributeError,
-        LookupError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as e:  # sealed, and yet not ours
+    # sealed, and yet not ours
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
         raise LabError(
             f'{path} is no checkpoint of this run ({type(e).__name__}: '
             f'{short(str(e), 100)}): go on from another one'
@@ -399,7 +395,7 @@ def _check_state(state, path):
 
 
 @patch
-def restore(self: Checkpoints, run, state: dict, tensors: dict):
+def restore(self: Checkpoints, run, state: dict, tensors: dict, processes: int):
     """Optimiser, history, parts and streams as they were;
 
     `tensors` are those of optimizer.safetensors"""
@@ -412,7 +408,7 @@ def restore(self: Checkpoints, run, state: dict, tensors: dict):
     run.history[:, : state['step']] = history
     for k in ('step', 'tokens', 'seconds', 'notes'):
         setattr(run, k, state[k])
-    self.restore_streams(run, state)
+    self.restore_streams(run, state, processes)
 
 # %% ../nbs/13_checkpoint.ipynb #b2c80e01
 def read_state(path) -> dict:  # what it says, and `about`: what its package says of itself
@@ -427,15 +423,14 @@ def read_state(path) -> dict:  # what it says, and `about`: what its package say
 
 # %% ../nbs/13_checkpoint.ipynb #c741f4b5
 @patch
-def restore_streams(self: Checkpoints, run, state):
+def restore_streams(self: Checkpoints, run, state, processes: int):
     "Let dropout go on with the stream of this process; warns where the bits cannot be the same"
-    mine = self.gather(None)
-    random = _states(state['random'][self.rank]) if len(mine) == len(state['random']) else {}
+    random = _states(state['random'][self.rank]) if processes == len(state['random']) else {}
     known = streams(run.history.device)
     run.random = {k: v for k, v in random.items() if k in known}
     if odd := [k for k, v in run.random.items() if v.shape != known[k].shape]:
         raise ValueError(f'the stream of {odd[0]} is torn')
-    now = _made(run, len(mine))
+    now = _made(run, processes)
     made = state['made'].items()
     if other := [f'{k} was {v}, is {now[k]}' for k, v in made if v != now.get(k, v)]:
         warnings.warn(

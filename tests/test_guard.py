@@ -1269,7 +1269,7 @@ WRITERS = {
 
 
 def survives(root, calls, seed, monkeypatch):
-    "How calls end of random writers at random places of a user's folder, half of them killed"
+    "How calls end of random writers at random places of a user's folder, most of them killed"
     luck = random.Random(seed)
     home = root / 'home'
     home_of_a_user(home, luck)
@@ -1284,7 +1284,7 @@ def survives(root, calls, seed, monkeypatch):
         name = [*WRITERS][n % len(WRITERS)] if n < len(WRITERS) else luck.choice([*WRITERS])
         new = luck.choice(places) / 'new', home / 'artifacts' / 'new'
         at = luck.choice([home, *places, *places, *new, Path('.'), Path('..'), Path('m')])
-        kill = luck.choice([0, 0, luck.randint(1, 40), luck.randint(1, 400)])
+        kill = luck.choice([0, luck.randint(1, 40), luck.randint(1, 40), luck.randint(1, 400)])
         codes.append((name, ended(begin_in_a_child(lambda: WRITERS[name](at), kill))))
         now = files(home)
         assert {p: v for p, v in before.items() if now.get(p) != v} == {}, (n, name, at, kill)

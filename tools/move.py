@@ -25,6 +25,7 @@ import ast
 import builtins
 import json
 import re
+import symtable
 import sys
 from pathlib import Path
 
@@ -71,9 +72,20 @@ def imported(text):
 
 
 def used(text):
-    "Names that a cell reads"
-    nodes = [*ast.walk(tree(text))]
-    return {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+    "Names that a cell reads and that are none of a function's own"
+
+    def of(table):
+        top = table.get_type() == 'module'
+        for s in table.get_symbols():
+            if s.is_referenced() and (top or s.is_global()):
+                yield s.get_name()
+        for inner in table.get_children():
+            yield from of(inner)
+
+    try:
+        return set(of(symtable.symtable(text, 'cell', 'exec')))
+    except SyntaxError:
+        return set()
 
 
 class Book:
