@@ -28,9 +28,10 @@ import torch
 from llm_lab.chars import CharTokenizer
 from llm_lab.checkpoint import Checkpoints
 from llm_lab.gpt import Config, MiniGPT
-from llm_lab.lab import LabError
-from llm_lab.optim import Step, muon
-from llm_lab.pack import BatchStream
+from llm_lab.core import LabError
+from llm_lab.efficient import Step
+from llm_lab.optim import muon
+from llm_lab.batching import BatchStream
 from llm_lab.package import open_model
 from llm_lab.train import Run, fit
 

@@ -24,7 +24,7 @@ import torch._dynamo
 import torch.distributed
 import accelerate  # noqa: F401 so that no child has to
 
-from llm_lab import checkpoint, cli, evaluate, optim, pack, run, sample, train
+from llm_lab import batching, checkpoint, cli, efficient, evaluation, packing, runs, sampling, train
 from llm_lab.checkpoint import Checkpoints, Metrics
 
 torch.set_num_threads(1)
@@ -36,16 +36,16 @@ def to(pattern):
 
 # where a life can end: who is called there, and with what
 PLACES = dict(
-    packing=(pack, '_write'),
+    packing=(packing, '_write'),
     packed=(os, 'replace', to(r'/packed/[^/]+$')),
     cutting_rows=(Metrics, 'cut'),
-    describing=(run, '_describe'),
+    describing=(runs, '_describe'),
     noting=(os, 'replace', to(r'/(config\.yaml|run\.json|runs/latest)$')),
     rewriting=(os, 'replace', to(r'/(metrics|samples)\.\w+$')),
     taking_up=(Checkpoints, 'load'),
-    stepping=(optim, 'update'),
+    stepping=(efficient, 'update'),
     validating=(train, 'token_losses'),
-    sampling=(sample, 'drawn'),
+    sampling=(sampling, 'drawn'),
     writing_rows=(Metrics, '_add'),
     tearing_rows=(Metrics, '_add'),
     syncing=(Metrics, 'sync'),
@@ -55,7 +55,7 @@ PLACES = dict(
     naming=(os, 'replace', to(r'/runs/[^/]+/(latest|best)$')),
     pruning=(os, 'replace', to(r'\.gone$')),
     half_pruning=(shutil, 'rmtree', lambda path, *_: str(path).endswith('.gone')),
-    judging=(evaluate, 'token_losses'),
+    judging=(evaluation, 'token_losses'),
     concluding=(os, 'replace', to(r'/result\.json$')),
 )
 
@@ -113,8 +113,8 @@ class Fate:
     def watch(self):
         for place, (owner, name, *here) in PLACES.items():
             setattr(owner, name, self.wrapped(place, getattr(owner, name), *here))
-        blocks = pack.BatchStream.blocks_of
-        validate = run.Job.validate
+        blocks = batching.BatchStream.blocks_of
+        validate = runs.Job.validate
 
         def blocks_of(stream, step):
             found = blocks(stream, step)
@@ -126,9 +126,9 @@ class Fate:
             torch.manual_seed(1)
             return validate(job, state)
 
-        pack.BatchStream.blocks_of = blocks_of
+        batching.BatchStream.blocks_of = blocks_of
         if self.careless:
-            run.Job.validate = careless
+            runs.Job.validate = careless
 
 
 def live(argv, log, env=(), fate=None, path=()):
@@ -142,8 +142,8 @@ def live(argv, log, env=(), fate=None, path=()):
     os.environ.update(env)
     os.chdir(os.environ['LLM_LAB_HOME'])
     sys.argv, sys.path[:0] = ['llm-lab'], path
-    peak, fate = run.peak_flops, Fate(**fate or {})
-    run.peak_flops = lambda *a: peak(
+    peak, fate = runs.peak_flops, Fate(**fate or {})
+    runs.peak_flops = lambda *a: peak(
         *a, size=64, seconds=0
     )  # it takes a third of a second, and only `mfu` needs it
     fate.watch()

@@ -14,21 +14,17 @@ import torch
 from cases import ALL
 from torch.nn import functional as F
 
-from llm_lab import gpt, lab, optim, run
+from llm_lab import efficient, gpt, hardware, optim, runs
 from llm_lab.config import RunConfig, TrainKeys, config_of, gone_on, read_config
-from llm_lab.gpt import Config, MiniGPT, attend, part, quick_linear
-from llm_lab.lab import (
-    LabError,
-    by_onednn,
-    exact_by_onednn,
-    fastest_threads,
-    home,
-    quick_products,
-    race,
-    rng,
-)
-from llm_lab.optim import Muon, Step, adamw, muon, short_precision, step_memory
-from llm_lab.run import Alone, set_precision, set_threads, train_config
+from llm_lab.self_attention import Attention
+from llm_lab.gpt import Config, MiniGPT, quick_linear
+from llm_lab.self_attention import attend
+from llm_lab.parts import part
+from llm_lab.core import LabError, home, rng
+from llm_lab.hardware import by_onednn, exact_by_onednn, fastest_threads, quick_products, race
+from llm_lab.optim import Muon, adamw, muon, short_precision
+from llm_lab.efficient import Step, step_memory
+from llm_lab.runs import Alone, set_precision, set_threads, train_config
 from llm_lab.train import next_token_loss, train_step
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -80,7 +76,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(lab.time, 'perf_counter', clock)
+    monkeypatch.setattr(hardware.time, 'perf_counter', clock)
     return clock
 
 
@@ -105,8 +101,8 @@ def took(usual, quick):
 def test_the_library_for_products_is_chosen_by_what_was_measured(
     monkeypatch, usual, quick, exact, chosen
 ):
-    monkeypatch.setattr(lab, 'exact_by_onednn', lambda: exact)
-    monkeypatch.setattr(lab, 'least_seconds', took(usual, quick))
+    monkeypatch.setattr(hardware, 'exact_by_onednn', lambda: exact)
+    monkeypatch.setattr(hardware, 'least_seconds', took(usual, quick))
     assert quick_products() is chosen
 
 
@@ -118,12 +114,12 @@ def test_short_numbers_are_those_of_the_hardware(monkeypatch, bf16, amx, chosen)
     "By the instructions that there are: a clock would not say the same in every process"
     monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: bf16)
     monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda: amx)
-    monkeypatch.setattr(lab, 'least_seconds', lambda *args, **kw: pytest.fail('measured'))
+    monkeypatch.setattr(hardware, 'least_seconds', lambda *args, **kw: pytest.fail('measured'))
     assert short_precision() == chosen
 
 
 def test_no_kernel_is_chosen_by_a_makers_name():
-    for module in (lab, gpt, optim, run):
+    for module in (hardware, gpt, optim, efficient, runs):
         assert not {'AuthenticAMD', 'GenuineIntel', 'vendor_id'} & set(
             open(module.__file__).read().split("'")
         )
@@ -142,7 +138,7 @@ def test_what_is_measured_is_real_whatever_mode_the_caller_is_in(monkeypatch):
         seen.extend(type(work()) for work in ways.values())
         return dict.fromkeys(ways, 1.0)
 
-    monkeypatch.setattr(lab, 'least_seconds', look)
+    monkeypatch.setattr(hardware, 'least_seconds', look)
     plain = exact_by_onednn()
     exact_by_onednn.cache_clear()
     with (
@@ -161,7 +157,7 @@ def test_least_seconds_are_the_least(clock):
     def jumpy():
         clock.now += 1.0 if next(n) == 7 else 9.0  # other programs, all but once
 
-    assert lab.least_seconds(dict(slow=slow, jumpy=jumpy)) == dict(slow=3.0, jumpy=1.0)
+    assert hardware.least_seconds(dict(slow=slow, jumpy=jumpy)) == dict(slow=3.0, jumpy=1.0)
 
 
 @needs_onednn
@@ -367,8 +363,8 @@ ASKED = dict(
 
 def raced(monkeypatch, float32, bf16):
     "A processor on which a step takes so long"
-    monkeypatch.setattr(run, 'short_precision', lambda device='cpu': 'bf16')
-    monkeypatch.setattr(run, 'race', lambda ways, *rest: dict(float32=float32, bf16=bf16))
+    monkeypatch.setattr(runs, 'short_precision', lambda device='cpu': 'bf16')
+    monkeypatch.setattr(runs, 'race', lambda ways, *rest: dict(float32=float32, bf16=bf16))
 
 
 @pytest.mark.parametrize(
@@ -401,7 +397,7 @@ def test_short_numbers_that_make_another_step_are_not_chosen(monkeypatch, what):
 
         yield work
 
-    monkeypatch.setattr(run, '_trial', trial)
+    monkeypatch.setattr(runs, '_trial', trial)
     cfg, why = set_precision(config_of(ASKED), 65, Alone())
     assert cfg.train.precision == 'float32' and 'in bf16' in why and '\n' not in why
 
@@ -419,17 +415,17 @@ def test_dropout_does_not_look_like_a_difference(monkeypatch):
 
 
 def test_without_hardware_nothing_is_tried(monkeypatch):
-    monkeypatch.setattr(run, 'short_precision', lambda device='cpu': 'float32')
-    monkeypatch.setattr(run, '_trial', None)
+    monkeypatch.setattr(runs, 'short_precision', lambda device='cpu': 'float32')
+    monkeypatch.setattr(runs, '_trial', None)
     cfg, why = set_precision(config_of(ASKED), 65, Alone())
     assert cfg.train.precision == 'float32' and 'no hardware' in why
 
 
 @pytest.mark.parametrize('best', ['bf16', 'fp16', 'float32'])
 def test_another_device_is_asked_and_not_raced(monkeypatch, best):
-    monkeypatch.setattr(run, 'short_precision', lambda device: best)
-    monkeypatch.setattr(run, 'race', None)
-    monkeypatch.setattr(run, 'gathered', lambda engine, x: [x])
+    monkeypatch.setattr(runs, 'short_precision', lambda device: best)
+    monkeypatch.setattr(runs, 'race', None)
+    monkeypatch.setattr(runs, 'gathered', lambda engine, x: [x])
     engine = Alone()
     engine.device = torch.device('meta')
     cfg, why = set_precision(config_of(ASKED), 65, engine)
@@ -449,7 +445,7 @@ def test_one_process_chooses_for_all(monkeypatch):
             )
             return torch.cat([first[None], x])
 
-    monkeypatch.setattr(run, '_measured_precision', None)
+    monkeypatch.setattr(runs, '_measured_precision', None)
     cfg, why = set_precision(config_of(ASKED), 65, Second())
     assert (cfg.train.precision, why) == ('bf16', 'twice as fast')
 
@@ -465,14 +461,14 @@ def test_a_trial_is_the_step_of_the_run_and_leaves_no_trace():
         )
     )
     before = torch.get_rng_state()
-    with run._trial(cfg, 20, 'float32') as work:
+    with runs._trial(cfg, 20, 'float32') as work:
         found = [work() for _ in range(2)]
     assert torch.equal(torch.get_rng_state(), before)
     assert all(math.isfinite(x) for pair in found for x in pair)
-    with run._trial(cfg, 20, 'bf16') as work:
+    with runs._trial(cfg, 20, 'bf16') as work:
         short = work()
     assert short[0] == pytest.approx(found[0][0], rel=0.3)
-    model = MiniGPT(run.model_config(cfg, 20), cfg.train.seed)
+    model = MiniGPT(runs.model_config(cfg, 20), cfg.train.seed)
     rows = torch.randint(20, (4, 17), generator=rng(0, 'trial'))
     loss, length = train_step(model.eval(), adamw(model), rows)
     assert found[0][0] == pytest.approx(loss.item(), rel=0.2)
@@ -482,7 +478,7 @@ def test_a_trial_is_the_step_of_the_run_and_leaves_no_trace():
 
 
 def test_auto_threads_are_raced_and_null_are_those_there_are(monkeypatch):
-    monkeypatch.setattr(run, 'fastest_threads', lambda work: work() and 3)
+    monkeypatch.setattr(runs, 'fastest_threads', lambda work: work() and 3)
     old = torch.get_num_threads()
 
     def of(said, tune=False, engine=Alone()):
@@ -512,7 +508,7 @@ def test_auto_threads_are_raced_and_null_are_those_there_are(monkeypatch):
 
 def test_whoever_sets_the_variable_decides(monkeypatch):
     monkeypatch.setenv('OMP_NUM_THREADS', '1')
-    monkeypatch.setattr(lab, 'race', None)
+    monkeypatch.setattr(hardware, 'race', None)
     assert fastest_threads(lambda: None) == torch.get_num_threads()
 
 
@@ -605,7 +601,7 @@ def test_a_step_in_bf16_is_near_the_step_in_float32(pattern):
     def near(i, j, size=5):
         return (j <= i) & (i - j < size)
 
-    attn = part(gpt.Attention, pattern=part(near)) if pattern else Config().attn
+    attn = part(Attention, pattern=part(near)) if pattern else Config().attn
     model = MiniGPT(Config(vocab_size=20, max_len=32, d_model=32, n_layers=2, n_heads=4, attn=attn))
     rows = torch.randint(20, (4, 33), generator=rng(1, 'r'))
     next_token_loss(model, rows).backward()

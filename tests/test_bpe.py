@@ -39,7 +39,7 @@ from llm_lab import bpe
 from llm_lab.bpe import GPT2, BPETokenizer, from_letters, to_letters
 from llm_lab.chars import load_tokenizer
 from llm_lab.corpora import digest, load_corpus, read_text
-from llm_lab.lab import LabError
+from llm_lab.core import LabError
 
 hypothesis = pytest.importorskip('hypothesis')
 from hypothesis import HealthCheck, example, given, settings, strategies as st
@@ -1104,7 +1104,7 @@ def test_a_model_with_this_tokenizer_is_packed_opened_and_writes(tok, tmp_path):
     torch = pytest.importorskip('torch')
     from llm_lab.gpt import Config, MiniGPT
     from llm_lab.package import open_model, save_package
-    from llm_lab.sample import generate, sample, stream
+    from llm_lab.sampling import generate, sample, stream
 
     torch.manual_seed(0)
     model = MiniGPT(

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / 'tools'))
 import shot  # noqa: E402
 
-SHORT, LONG = 'nbs/03_chars.ipynb', 'nbs/06_gpt.ipynb'
+SHORT, LONG = 'nbs/11_chars.ipynb', 'nbs/22_gpt.ipynb'
 NOTEBOOKS = os.environ.get('LLM_LAB_BROWSER_NOTEBOOK', '').split() or [
     SHORT,
     pytest.param(LONG, marks=pytest.mark.slow),
@@ -146,20 +146,20 @@ def redrawn(page):
 def test_a_knob_redraws_its_picture(opened, tmp_path):
     """`explore` in a live notebook: the real slider is moved, the kernel answers with another
     picture, and pictures have words"""
-    with opened(upto('00_lab', 'explore(picture', tmp_path)) as page:
+    with opened(upto('01_core', 'explore(picture', tmp_path)) as page:
         shot.run_all(page, WAIT)
         redrawn(page)
         assert page.locator('.widget-readout').first.inner_text() == '0.2'
-        page.screenshot(path=str(OUT / '00_lab.knob.png'))
+        page.screenshot(path=str(OUT / '01_core.knob.png'))
         assert shot.seen(page)['error'] == []
 
 
 @pytest.mark.data
 def test_merges_can_be_scrubbed_and_texts_typed(opened, tmp_path):
-    "Chapter 4: the slider cuts the words anew, and what is typed is shown under four tokenizers"
+    "`bpe`: the slider cuts the words anew, and what is typed is shown under four tokenizers"
     from playwright.sync_api import expect
 
-    with opened(upto('04_bpe', 'explore(compare', tmp_path), width=1000, height=1000) as page:
+    with opened(upto('12_bpe', 'explore(compare', tmp_path), width=1000, height=1000) as page:
         shot.run_all(page, WAIT)
         assert shot.seen(page)['error'] == []
         said = page.locator('.widget-output p', has_text='bytes a token').last
@@ -181,20 +181,20 @@ def test_merges_can_be_scrubbed_and_texts_typed(opened, tmp_path):
         expect(table).to_contain_text('is not among the')  # characters refuse, bytes do not
         expect(table.locator('tr').nth(2)).to_contain_text('12')
         said.scroll_into_view_if_needed()
-        page.screenshot(path=str(OUT / '04_bpe.typed.png'))
+        page.screenshot(path=str(OUT / '12_bpe.typed.png'))
         assert shot.seen(page)['error'] == []
 
 
 def test_a_clicked_token_shows_what_it_can_have_heard_of(opened, tmp_path):
-    """The live graph of chapter 20: a click on a token, or into the graph, changes lines and words;
+    """The live graph of `sparse`: a click on a token, or into the graph, changes lines and words;
     the numbers are those of `reached`"""
     from playwright.sync_api import expect
-    from llm_lab.cache import window
-    from llm_lab.gpt import part
+    from llm_lab.kv_cache import window
+    from llm_lab.parts import part
     from llm_lab.sparse import either, expander, reached, said
 
     patterns = [part(either, of=(part(window, size=4), part(expander, degree=2, beyond=4)))] * 3
-    with opened(upto('20_sparse', 'reach_map(small', tmp_path), width=900, height=900) as page:
+    with opened(upto('41_sparse', 'reach_map(small', tmp_path), width=900, height=900) as page:
         shot.run_all(page, WAIT)
         assert shot.seen(page)['error'] == []
         box = page.locator('.reach')
@@ -203,7 +203,7 @@ def test_a_clicked_token_shows_what_it_can_have_heard_of(opened, tmp_path):
         )
         expect(words).to_have_text(said(reached(patterns, 32, 26), 26))
         box.scroll_into_view_if_needed()
-        page.screenshot(path=str(OUT / '20_sparse.reach.png'))
+        page.screenshot(path=str(OUT / '41_sparse.reach.png'))
         for t in (9, 0, 31):
             tokens.nth(t).click()
             expect(words).to_have_text(said(reached(patterns, 32, t), t))
@@ -217,12 +217,12 @@ def test_a_clicked_token_shows_what_it_can_have_heard_of(opened, tmp_path):
 
 
 def test_an_expert_is_left_out_and_a_text_typed(opened, tmp_path):
-    """The microscope of chapter 23: a layer's expert is forbidden and nobody goes there, then
+    """The microscope of `experts`: a layer's expert is forbidden and nobody goes there, then
     another text is typed"""
     from playwright.sync_api import expect
 
     with opened(
-        upto('23_experts', 'explore(microscope', tmp_path, less=('steps=600', 'steps=40')),
+        upto('52_experts', 'explore(microscope', tmp_path, less=('steps=600', 'steps=40')),
         width=1000,
         height=900,
     ) as page:
@@ -236,7 +236,7 @@ def test_an_expert_is_left_out_and_a_text_typed(opened, tmp_path):
         expect(area).to_contain_text(f'bits per character, without {busy}')
         assert chips() and not any(f'expert {busy}:' in t for t in chips())
         area.scroll_into_view_if_needed()
-        page.screenshot(path=str(OUT / '23_experts.left_out.png'))
+        page.screenshot(path=str(OUT / '52_experts.left_out.png'))
         field = page.locator('.widget-text input').last
         field.fill('Mia <b>')
         field.press('Tab')
@@ -255,9 +255,9 @@ def test_an_expert_is_left_out_and_a_text_typed(opened, tmp_path):
 @pytest.mark.parametrize(
     'name,knobs',
     [
-        ('16_llama', 'explore(clock'),
-        ('17_gqa', 'explore(sharing'),
-        ('18_cache', 'explore(bytes_picture'),
+        ('31_positions', 'explore(clock'),
+        ('34_gqa', 'explore(sharing'),
+        ('35_kv_cache', 'explore(bytes_picture'),
     ],
 )
 def test_the_knobs_of_a_chapter_redraw_its_picture(opened, name, knobs, tmp_path):
@@ -272,14 +272,14 @@ def test_the_knobs_of_a_chapter_redraw_its_picture(opened, name, knobs, tmp_path
 
 
 def test_a_touched_token_says_where_it_looks(opened, tmp_path):
-    """The live map of chapter 11: mouse, keys and buttons change the words, the kernel's own words
+    """The live map of `looking`: mouse, keys and buttons change the words, the kernel's own words
     agree, and nothing comes from outside"""
     from playwright.sync_api import expect
 
     sys.path.insert(0, str(ROOT))
     asked = []
     with opened(
-        upto('11_look', 'attention_map(*look(model', tmp_path, shows='HTML(heads_html('),
+        upto('27_looking', 'attention_map(*look(model', tmp_path, shows='HTML(heads_html('),
         width=700,
         height=900,
     ) as page:
@@ -290,8 +290,8 @@ def test_a_touched_token_says_where_it_looks(opened, tmp_path):
         words, tokens, knobs = (box.locator(f'.look-{o}') for o in ('words', 'token', 'knob'))
         box.scroll_into_view_if_needed()
 
-        from llm_lab.look import look, looks_at, mean_distance
-        from llm_lab.train import trained
+        from llm_lab.looking import look, looks_at, mean_distance
+        from llm_lab.package import trained
 
         model, tokenizer, _ = trained('tales')  # kept by the run above
         text = ''.join(tokens.all_text_contents()).replace('↵\n', '\n')
@@ -323,7 +323,7 @@ def test_a_touched_token_says_where_it_looks(opened, tmp_path):
         assert [
             o.inner_text() for o in knobs.all() if o.get_attribute('aria-pressed') == 'true'
         ] == ['1', '2']
-        page.screenshot(path=str(OUT / '11_look.light.png'))
+        page.screenshot(path=str(OUT / '27_looking.light.png'))
 
         # the small maps: each a button that chooses layer and head; the large one follows, and can
         # be touched too
@@ -363,7 +363,7 @@ def test_a_touched_token_says_where_it_looks(opened, tmp_path):
         large.click(position=dict(x=20, y=size * 30.5 / T))
         page.mouse.move(1, 1)
         says(1, 0, 30)
-        page.screenshot(path=str(OUT / '11_look.maps.png'))
+        page.screenshot(path=str(OUT / '27_looking.maps.png'))
         thumbs.nth(H + 2).click()
         tokens.nth(9).click()
         says(1, 2, 9)
@@ -388,7 +388,7 @@ def test_a_touched_token_says_where_it_looks(opened, tmp_path):
         )
         page.wait_for_selector('body[data-jp-theme-light=false]', state='attached')
         page.wait_for_timeout(500)
-        page.screenshot(path=str(OUT / '11_look.dark.png'))
+        page.screenshot(path=str(OUT / '27_looking.dark.png'))
         small = page.locator('td details', has=page.locator('summary[title^="layer 1, head 3:"]'))
         assert not small.locator('img').nth(1).is_visible()
         small.locator('summary').click()
@@ -399,7 +399,7 @@ def test_a_touched_token_says_where_it_looks(opened, tmp_path):
             .evaluate('e => e.naturalWidth >= e.width - 40 && e.width > 200')
         )
         expect(small).to_contain_text(' looks at ')
-        page.screenshot(path=str(OUT / '11_look.heads.png'))
+        page.screenshot(path=str(OUT / '27_looking.heads.png'))
         ink, ground = (
             page.evaluate(f'getComputedStyle(document.querySelector("{o}")).{p}')
             for o, p in (('.look', 'color'), ('.jp-Notebook', 'backgroundColor'))
@@ -415,16 +415,18 @@ def test_a_touched_token_says_where_it_looks(opened, tmp_path):
     assert [o for o in asked if not re.match(r'(https?|ws)://127\.0\.0\.1:|data:|blob:', o)] == []
     assert not re.search(
         'TypeError|ReferenceError|anywidget',
-        (OUT / '11_look.console.txt').read_text(encoding='utf-8'),
+        (OUT / '27_looking.console.txt').read_text(encoding='utf-8'),
     )
 
 
 # the second one is the same widget on another form of the model
-@pytest.mark.parametrize('name', ['10_sample', pytest.param('19_fast', marks=pytest.mark.slow)])
-def test_the_playground_writes_stops_and_tells(opened, name, tmp_path):
-    """The real widget of chapter 10: a slider moves the bars, Generate writes, Stop stops, the
+@pytest.mark.parametrize(
+    'words', ['playground(model', pytest.param('playground(fast(', marks=pytest.mark.slow)]
+)
+def test_the_playground_writes_stops_and_tells(opened, words, tmp_path):
+    """The real widget of `play`: a slider moves the bars, Generate writes, Stop stops, the
     mouse over a token tells its odds"""
-    with opened(upto(name, 'playground(', tmp_path)) as page:
+    with opened(upto('85_play', words, tmp_path)) as page:
         shot.run_all(page, WAIT)
         box = page.locator(
             '.jp-OutputArea-output .widget-vbox', has=page.get_by_role('button', name='Generate')
@@ -467,7 +469,7 @@ def test_the_playground_writes_stops_and_tells(opened, name, tmp_path):
                 '([e, n]) => e.innerText.length > n', arg=[text.element_handle(), sizes[-1]]
             )
             sizes.append(length())
-        box.screenshot(path=str(OUT / f'{name}.writing.png'))
+        box.screenshot(path=str(OUT / '85_play.writing.png'))
         box.get_by_role('button', name='Stop').click()
         box.get_by_text('stopped after').wait_for()
         page.wait_for_timeout(500)
@@ -494,7 +496,7 @@ def test_the_playground_writes_stops_and_tells(opened, name, tmp_path):
         assert turn('top-p', 'ArrowLeft', 30) == '0.65'
         page.wait_for_timeout(500)
         assert node.evaluate('e => e.isConnected'), 'a knob has redrawn the text under the mouse'
-        box.screenshot(path=str(OUT / f'{name}.stopped.png'))
+        box.screenshot(path=str(OUT / '85_play.stopped.png'))
 
         turn('length', 'Home')
         box.get_by_role('button', name='Generate').click()

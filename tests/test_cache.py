@@ -1,4 +1,4 @@
-"""Chapter 18: decoding with a cache is decoding without, at every length, for every kind of
+"""`kv_cache`: decoding with a cache is decoding without, at every length, for every kind of
 attention, padded, in pieces, in windows.
 
 The models are shaken: random biases and norms, large weights. A wrong mask or position is then
@@ -12,7 +12,7 @@ import torch
 from cases import cases, crossed, some
 
 from llm_lab.bpe import BPETokenizer
-from llm_lab.cache import (
+from llm_lab.kv_cache import (
     Cached,
     Completion,
     KVCache,
@@ -24,13 +24,16 @@ from llm_lab.cache import (
     window,
 )
 from llm_lab.chars import CharTokenizer
-from llm_lab.gpt import Attention, Config, MiniGPT, causal, config_from, part, to_data
+from llm_lab.self_attention import Attention, causal
+from llm_lab.gpt import Config, MiniGPT, config_from, to_data
+from llm_lab.parts import part
 from llm_lab.gqa import GQA, kv_bytes
-from llm_lab.lab import LabError, rng
-from llm_lab.llama import Capped, QKNorm, RMSNorm, Rope, Sinusoidal, linear_scaling, llama
-from llm_lab.look import attention_maps
+from llm_lab.core import LabError, rng
+from llm_lab.llama_block import Capped, QKNorm, RMSNorm, llama
+from llm_lab.positions import Rope, Sinusoidal, linear_scaling
+from llm_lab.looking import attention_maps
 from llm_lab.package import open_model, save_package
-from llm_lab.sample import Reader, drawn, generate, prompt_ids, sample, stream
+from llm_lab.sampling import Reader, drawn, generate, prompt_ids, sample, stream
 
 T = 40
 SIZE = dict(vocab_size=30, d_model=32, n_heads=4, n_layers=3, max_len=T)

@@ -32,7 +32,7 @@ from safetensors.torch import load as tensors_from
 from safetensors.torch import save as tensor_bytes
 
 from cases import some
-from llm_lab import cli, run
+from llm_lab import cli, runs
 from llm_lab.checkpoint import CLOCKS
 from llm_lab.config import SECTIONS, as_data, read_config, write_config
 from llm_lab.package import seal
@@ -110,8 +110,8 @@ class World:
                     os.environ.update({k: v}) if v is not None else os.environ.pop(k, None)
                 os.chdir(cwd or self.work)
                 sys.argv = ['llm-lab']
-                run._git = lambda *a: ''
-                run.Job.measure = lambda job: vars(job).update(work=1, peak=1)
+                runs._git = lambda *a: ''
+                runs.Job.measure = lambda job: vars(job).update(work=1, peak=1)
                 before()
                 code = cli.main([str(a) for a in argv])
             except SystemExit as e:
@@ -164,14 +164,14 @@ class World:
 
 def stop_at(step, number=signal.SIGTERM):
     "In a fork: the system asks the run to end after that step, or kills it"
-    real = run.Job.record
+    real = runs.Job.record
 
     def record(job, state):
         if state.step == step:
             os.kill(os.getpid(), number)
         return real(job, state)
 
-    run.Job.record = record
+    runs.Job.record = record
 
 
 @pytest.fixture(scope='module')
@@ -1208,7 +1208,7 @@ def test_a_run_of_an_older_version_goes_on(world):
 def test_a_warm_up_of_an_older_version_is_as_long_as_it_was(steps, tmp_path):
     """Its config.yaml says 100, of which runs of fewer than 1,000 steps took a tenth: that is what
     none means now"""
-    from llm_lab.run import _own_config
+    from llm_lab.runs import _own_config
 
     cfg = read_config('smoke', [f'train.steps={steps}', 'train.warmup=null'])
     path = tmp_path / 'config.yaml'
@@ -1246,7 +1246,7 @@ def test_a_model_that_has_diverged_is_not_saved(world):
     world.again()
 
     def poison():
-        real = run.Job.save
+        real = runs.Job.save
 
         def save(job, state):
             if state.step == 6:
@@ -1254,7 +1254,7 @@ def test_a_model_that_has_diverged_is_not_saved(world):
                     state.model.head.weight[0, 0] = torch.nan
             real(job, state)
 
-        run.Job.save = save
+        runs.Job.save = save
 
     code, out, err = world.life('train', 'my.yaml', '--run', 'wild', before=poison)
     assert code == 1 and err.count('\n') == 1 and 'head.weight is no number after step 6' in err, (
@@ -1309,7 +1309,7 @@ def run_folders(w):
     old = os.environ.get('LLM_LAB_HOME')
     os.environ['LLM_LAB_HOME'] = str(w.home)
     try:
-        return run.runs_of('my')
+        return runs.runs_of('my')
     finally:
         os.environ.pop('LLM_LAB_HOME') if old is None else os.environ.update(LLM_LAB_HOME=old)
 

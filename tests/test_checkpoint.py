@@ -1,4 +1,4 @@
-"""What chapter 13 promises and no notebook shows: each step resumed, each system call of a save
+"""What `checkpoint` promises and no notebook shows: each step resumed, each system call of a save
 made to fail, each file damaged."""
 
 import ast
@@ -29,14 +29,18 @@ from torch.nn import functional as F
 from llm_lab import checkpoint, package
 from llm_lab.chars import CharTokenizer
 from llm_lab.checkpoint import Checkpoints, optimiser_state
-from llm_lab.gpt import Config, MiniGPT, part
+from llm_lab.gpt import Config, MiniGPT
+from llm_lab.parts import part
 from llm_lab.gqa import GQA
-from llm_lab.lab import LabError
-from llm_lab.llama import Capped, QKNorm, Rope, llama, spectral_init
-from llm_lab.optim import OPTIMISERS, Step, muon
-from llm_lab.pack import BatchStream
+from llm_lab.core import LabError
+from llm_lab.llama_block import Capped, QKNorm, llama
+from llm_lab.positions import Rope
+from llm_lab.init import spectral_init
+from llm_lab.optim import OPTIMISERS, muon
+from llm_lab.efficient import Step
+from llm_lab.batching import BatchStream
 from llm_lab.package import chosen, open_model, seal
-from llm_lab.sample import sample
+from llm_lab.sampling import sample
 from llm_lab.train import Run, fit, mean_loss, next_token_loss
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -714,7 +718,7 @@ def test_nothing_in_this_project_reads_what_can_run_code():
         'tools',
         'tests',
         'experiments',
-        '13_checkpoint.ipynb',
+        '81_checkpoint.ipynb',
     }
     found = {(where, f) for where, tree in seen for f in that_run_code(tree)}
     known = {
@@ -767,7 +771,7 @@ def test_the_search_for_such_readers_can_fail(source):
         'import pickle\npickle.dumps(x)',
         'from safetensors.torch import load\nload(f)',
         'import torch\ntorch.save(x, f)',
-        'from llm_lab.lab import load',
+        'from llm_lab.core import load',
     ],
 )
 def test_plain_readers_are_left_alone(source):

@@ -8,7 +8,7 @@ from threading import Thread
 import pytest
 
 from llm_lab.corpora import fetch, load_corpus
-from llm_lab.lab import LabError
+from llm_lab.core import LabError
 
 pooch = pytest.importorskip('pooch', reason='pooch is not installed: pip install pooch')
 GOOD = b'Now is the winter of our discontent\n' * 3000

@@ -1,4 +1,4 @@
-"""Chapter 19: the fast form of a model writes the same, whatever the parts, and eight bits cost
+"""`inference`: the fast form of a model writes the same, whatever the parts, and eight bits cost
 what they are said to cost."""
 
 import shutil
@@ -11,15 +11,20 @@ from cases import crossed
 from torch import nn
 from test_cache import KINDS, SIZE, T, TOK, ids_of, near, plain, shaken
 
-from llm_lab.cache import Cached, cached, complete, window
-from llm_lab.fast import Int8, Wide, fast, fetched, speed
-from llm_lab.gpt import Attention, Config, MiniGPT, part
+from llm_lab.kv_cache import Cached, cached, complete, window
+from llm_lab.inference import Int8, Wide, fast, fetched, speed
+from llm_lab.self_attention import Attention
+from llm_lab.gpt import Config, MiniGPT
+from llm_lab.parts import part
 from llm_lab.gqa import GQA
-from llm_lab.lab import LabError, exact_by_onednn, rng
-from llm_lab.llama import QKNorm, Rope, llama, spectral_init
-from llm_lab.look import attention_maps, logit_lens, without_head
+from llm_lab.core import LabError, rng
+from llm_lab.hardware import exact_by_onednn
+from llm_lab.llama_block import QKNorm, llama
+from llm_lab.positions import Rope
+from llm_lab.init import spectral_init
+from llm_lab.looking import attention_maps, logit_lens, without_head
 from llm_lab.package import save_package
-from llm_lab.sample import Reader, generate, sample
+from llm_lab.sampling import Reader, generate, sample
 
 each = pytest.mark.parametrize('kind', KINDS)
 OLD_ROAD = {'heads look apart'}  # a pattern that only the old road knows
@@ -125,7 +130,7 @@ def test_a_pattern_with_holes_takes_the_old_road(pattern):
 
 
 def test_who_looks_on_is_asked():
-    "The watching steps of chapter 11 work on the fast form, also while it writes"
+    "The watching steps of `looking` work on the fast form, also while it writes"
     model, ids = shaken(KINDS['2 heads']), ids_of(6, 1)
     quick = fast(model)
     with without_head(model, 1, 1):
@@ -173,7 +178,7 @@ def mixed(cfg, layer=0, *, near, far):
     not exact_by_onednn(), reason="oneDNN's other way is not there, or is not float32's"
 )
 def test_threads_leave_the_settings_of_torch_as_they_were(monkeypatch):
-    monkeypatch.setattr('llm_lab.fast.quick_products', lambda: True)
+    monkeypatch.setattr('llm_lab.inference.quick_products', lambda: True)
     quick = fast(MiniGPT(llama(2000, d_model=512, n_layers=1, n_heads=4, max_len=64)))
     prompt = torch.randint(2000, (1, 5), generator=rng(0, 'prompt'))
     want = torch.cat(list(generate(quick, prompt, 20))).tolist()

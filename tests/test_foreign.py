@@ -31,14 +31,15 @@ torch = pytest.importorskip('torch')
 from safetensors.torch import load_file, save_file
 
 from llm_lab.bpe import BPETokenizer
-from llm_lab.cache import cached, complete
+from llm_lab.kv_cache import cached, complete
 from llm_lab.chars import CharTokenizer, load_tokenizer, tokenizer_from
-from llm_lab.gpt import Config, MiniGPT, part
+from llm_lab.gpt import Config, MiniGPT
+from llm_lab.parts import part
 from llm_lab.gqa import GQA
 from llm_lab.hub import from_hf, to_hf
-from llm_lab.lab import LabError, rng
-from llm_lab.llama import llama
-from llm_lab.sample import Decoder, prompt_ids, sample
+from llm_lab.core import LabError, rng
+from llm_lab.llama_block import llama
+from llm_lab.sampling import Decoder, prompt_ids, sample
 
 SAID = (
     'The cat sat on the mat.\nA café, 12 naïve cats — and 家! Hello, hello  wörld\t"it\'s" '
@@ -982,8 +983,8 @@ def test_random_indexes_are_read_or_are_one_line(sharded, tmp_path):
 
 def test_a_tokenizer_of_another_kind_is_packed_and_scored(tmp_path):
     "In files of tokens, in a package, in evaluation"
-    from llm_lab.evaluate import evaluate
-    from llm_lab.pack import PackedTokens, pack
+    from llm_lab.evaluation import evaluate
+    from llm_lab.packing import PackedTokens, pack
     from llm_lab.package import open_model, save_package
     from llm_lab.tales import tiny_tales
 

@@ -18,20 +18,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm_lab import lab
+from llm_lab import files as guard
 from llm_lab.bpe import BPETokenizer
 from llm_lab.chars import CharTokenizer
 from llm_lab.checkpoint import COLUMNS, Checkpoints, Metrics
 from llm_lab.config import read_config, write_config
-from llm_lab.corpora import Corpus, HubData, fetch
+from llm_lab.corpora import Corpus, fetch
+from llm_lab.hubdata import HubData
 from llm_lab.gpt import Config, MiniGPT
 from llm_lab.hub import to_hf
-from llm_lab.lab import LabError, list_files, locked, replaceable, require_inside, require_name
-from llm_lab.lab import restored, save_picture, snapshot, unused, written
-from llm_lab.llama import llama
-from llm_lab.pack import pack
+from llm_lab.core import LabError, pyplot, require_inside, require_name
+from llm_lab.files import list_files, locked, replaceable
+from llm_lab.files import restored, save_picture, snapshot, unused, written
+from llm_lab.llama_block import llama
+from llm_lab.packing import pack
 from llm_lab.package import open_model, save_package
-from llm_lab.run import held, train_config
+from llm_lab.runs import held, train_config
 from llm_lab.train import Run
 
 pytestmark = [
@@ -376,7 +378,7 @@ def test_a_link_stays_a_link(tmp_path):
             save(tmp_path / name, width)
         assert (tmp_path / name).is_symlink() and open_model(tmp_path / name).model.cfg.d_model == 8
     assert sorted(p.name for p in (tmp_path / 'disk').iterdir()) == ['m', 'new']
-    os.replace(tmp_path / 'disk' / 'm', tmp_path / 'disk' / f'.m.{lab._mark()}.old')
+    os.replace(tmp_path / 'disk' / 'm', tmp_path / 'disk' / f'.m.{guard._mark()}.old')
     assert open_model(tmp_path / 'full') and (tmp_path / 'full').is_symlink()
     written_by(tmp_path / 'theirs', thesis__tex='years')
     (tmp_path / 'out').symlink_to('theirs')
@@ -552,7 +554,7 @@ def test_a_config_with_a_comment_stays(tmp_path):
 
 
 def test_a_picture_replaces_a_picture_of_ours_only(tmp_path):
-    fig = lab.pyplot().figure()
+    fig = pyplot().figure()
     for kind, head in dict(png=b'\x89PNG', svg=b'<?xml', pdf=b'%PDF').items():
         path = tmp_path / f'c.{kind}'
         for _ in range(2):
@@ -570,7 +572,7 @@ def test_a_picture_replaces_a_picture_of_ours_only(tmp_path):
     for name in ('thesis.tex', 'a.py', 'b.xyz'):
         refused(lambda: save_picture(fig, tmp_path / name), tmp_path, 'a picture is')
     assert save_picture(fig, tmp_path / 'plain') == tmp_path / 'plain.png'
-    lab.pyplot().close(fig)
+    pyplot().close(fig)
 
 
 def begun():
@@ -661,11 +663,11 @@ def test_checkpoints_leave_alone_what_is_not_theirs(tmp_path):
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     "An empty home, and a text that a run can learn from"
-    from llm_lab import run
+    from llm_lab import runs
 
     monkeypatch.setenv('LLM_LAB_HOME', str(tmp_path / 'home'))
     monkeypatch.delenv('LLM_LAB_DATA', raising=False)
-    monkeypatch.setattr(run, 'peak_flops', lambda *a: 1e9)
+    monkeypatch.setattr(runs, 'peak_flops', lambda *a: 1e9)
     (tmp_path / 'home').mkdir()
     (tmp_path / 'poem.txt').write_text('the cat sat on the mat.\n' * 200)
     return tmp_path / 'home'
@@ -762,7 +764,7 @@ WRITER = """
 import os, signal, sys
 from functools import partial
 from pathlib import Path
-from llm_lab.lab import written
+from llm_lab.files import written
 with written('m') as new:
     new.mkdir()
     (new/'big.bin').write_bytes(bytes(100_000))
@@ -805,7 +807,7 @@ def test_the_next_writer_sweeps_what_a_killed_one_left_and_not_what_a_live_one_w
 
 def marks():
     "{what: (mark of a writer, is it dead?)}"
-    own, ended = lab._mark(), subprocess.Popen(['true'])
+    own, ended = guard._mark(), subprocess.Popen(['true'])
     began, kernel = int(own[16:28]), own[:6]
     zombie = subprocess.Popen([sys.executable, '-c', ''])
     ended.wait()
@@ -816,8 +818,8 @@ def marks():
         'a number that is used again': (mark(kernel, os.getppid(), began + 10**6), True),
         'number 1, before a new start of a container': (mark(kernel, 1, began + 10**6), True),
         'ended': (mark(kernel, ended.pid, began), True),
-        'a zombie': (mark(kernel, zombie.pid, lab._began(os.getpid())), True),
-        'alive': (mark(kernel, os.getppid(), lab._began(os.getppid())), False),
+        'a zombie': (mark(kernel, zombie.pid, guard._began(os.getpid())), True),
+        'alive': (mark(kernel, os.getppid(), guard._began(os.getppid())), False),
         'of another machine': (mark(f'{(int(kernel) + 1) % 10**6:06d}', os.getpid(), began), False),
     }, zombie
 
@@ -883,7 +885,7 @@ def test_a_folder_of_a_user_is_not_brought_back(tmp_path):
 
 def test_where_capitals_do_not_count_a_name_is_one_in_any_of_them(tmp_path):
     "Emulated: such a file system finds each file under its name with other capitals, too"
-    mark = lab._mark()
+    mark = guard._mark()
     left = written_by(tmp_path / f'.Model.{mark}.new', half='half')
     (tmp_path / f'.mODEL.{mark}.NEW').symlink_to(left.name)
     save(tmp_path / 'model')
@@ -906,7 +908,7 @@ def test_two_who_save_at_the_same_time_do_not_hurt_each_other(tmp_path):
 def test_a_view_across_two_writers_is_looked_at_again(when, tmp_path, monkeypatch):
     "Emulated: the folder was away while its lists were read, and is back when its files are"
     save(tmp_path / 'm')
-    real, calls = lab._sealed, []
+    real, calls = guard._sealed, []
 
     def sealed(path):
         if path.parent == tmp_path / 'm':
@@ -915,7 +917,7 @@ def test_a_view_across_two_writers_is_looked_at_again(when, tmp_path, monkeypatc
                 return None
         return real(path)
 
-    monkeypatch.setattr(lab, '_sealed', sealed)
+    monkeypatch.setattr(guard, '_sealed', sealed)
     save(tmp_path / 'm', 16)
     assert len(calls) > when and [p.name for p in tmp_path.iterdir()] == ['m']
 
@@ -935,11 +937,11 @@ def test_the_only_whole_copy_is_never_removed(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError):
         save(tmp_path / 'm', 16)
     assert files(tmp_path / 'm') == before
-    monkeypatch.setattr(lab, 'restored', lambda path: path)  # as if bringing it back failed, too
+    monkeypatch.setattr(guard, 'restored', lambda path: path)  # as if bringing it back failed, too
     with pytest.raises(FileNotFoundError):
         save(tmp_path / 'm', 16)
     monkeypatch.undo()
-    lab._sweep(tmp_path / 'm')
+    guard._sweep(tmp_path / 'm')
     assert files(restored(tmp_path / 'm')) == before
 
 
@@ -976,7 +978,7 @@ def test_what_comes_between_the_two_renames_is_seen(theirs, tmp_path, monkeypatc
 
 @pytest.fixture
 def silent(monkeypatch):
-    monkeypatch.setattr(lab, '_said', set())
+    monkeypatch.setattr(guard, '_said', set())
 
 
 def failing(real, when, code):
@@ -1024,8 +1026,8 @@ def test_a_folder_that_cannot_be_synced_is_no_obstacle_and_said_once(
         ),
         code,
     )
-    monkeypatch.setattr(lab, '_said', set())
-    monkeypatch.setattr(lab.os, 'open', no_open)
+    monkeypatch.setattr(guard, '_said', set())
+    monkeypatch.setattr(guard.os, 'open', no_open)
     with warnings.catch_warnings(record=True, action='always', category=UserWarning) as said:
         save(tmp_path / 'm')
     assert len(said) == 1
@@ -1225,17 +1227,17 @@ def rows(path):
 
 
 def plot(path):
-    fig = lab.pyplot().figure()
+    fig = pyplot().figure()
     try:
         save_picture(fig, path)
     finally:
-        lab.pyplot().close(fig)
+        pyplot().close(fig)
 
 
 def small_run(name, **kw):
-    from llm_lab import run
+    from llm_lab import runs
 
-    run.peak_flops = lambda *a: 1e9
+    runs.peak_flops = lambda *a: 1e9
     words = [
         f'data.corpus={os.environ["LLM_LAB_HOME"]}/../poem.txt',
         'data.block_len=16',
@@ -1311,8 +1313,8 @@ def test_a_thousand_files_survive_two_hundred_calls(seed, tmp_path, monkeypatch)
 def test_the_guard_of_a_package_reads_each_file_once(tmp_path, monkeypatch):
     "So a save costs about what it did: the old package is hashed, and not copied"
     save(tmp_path / 'm')
-    read, real = [], lab._hash_of
-    monkeypatch.setattr(lab, '_hash_of', lambda path: read.append(path.name) or real(path))
+    read, real = [], guard._hash_of
+    monkeypatch.setattr(guard, '_hash_of', lambda path: read.append(path.name) or real(path))
     save(tmp_path / 'm')
     assert sorted(read) == ['README.md', 'llm_lab.json', 'model.safetensors', 'tokenizer.json']
     assert replaceable(tmp_path / 'm') == tmp_path / 'm'

@@ -1,5 +1,5 @@
-"""Chapters 23 and 24 against the models that the world uses: weights, logits, gradients, texts and
-defaults of transformers.
+"""`families` and `hub` against published models: weights, logits, gradients, texts and defaults of
+transformers.
 
 Five random models of each family, drawn by seed (one of each in `make test`, see cases.py). Each
 is made by transformers, saved, opened by us, saved by us and opened by transformers."""
@@ -19,27 +19,21 @@ from torch import nn
 from torch.nn import functional as F
 
 from llm_lab.bpe import BPETokenizer
-from llm_lab.cache import Cached, RollingCache, cached, window
+from llm_lab.kv_cache import Cached, RollingCache, cached, window
 from llm_lab.chars import CharTokenizer
 from llm_lab.families import ACTS, DEFAULTS, NAMES, config_from_hf, hf_config, normal, views
-from llm_lab.fast import fast
-from llm_lab.gpt import MLP, Attention, Aux, Config, MiniGPT, causal, part
+from llm_lab.inference import fast
+from llm_lab.gpt import MLP, Config, MiniGPT
+from llm_lab.self_attention import Attention, causal
+from llm_lab.parts import Aux, part
 from llm_lab.gqa import GQA
 from llm_lab.hub import from_hf, to_hf
 from llm_lab.kernels import SparseAttention, way
-from llm_lab.lab import LabError, rng
-from llm_lab.llama import (
-    QKNorm,
-    RMSNorm,
-    Rope,
-    SwiGLU,
-    half_split,
-    linear_scaling,
-    llama,
-    llama3_scaling,
-)
+from llm_lab.core import LabError, rng
+from llm_lab.llama_block import QKNorm, RMSNorm, SwiGLU, llama
+from llm_lab.positions import Rope, half_split, linear_scaling, llama3_scaling
 from llm_lab.moe import MoE, Router, balance_loss, softmax_top_k, top_k_softmax
-from llm_lab.sample import generate
+from llm_lab.sampling import generate
 from llm_lab.sparse import cycle
 
 transformers = pytest.importorskip('transformers', reason='pip install transformers')

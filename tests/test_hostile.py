@@ -24,8 +24,8 @@ import pytest
 import torch
 from torch import nn
 
-from llm_lab import lab
-from llm_lab.lab import HOLDS, SLOTS, LabError, address, check_recipe, lookup
+from llm_lab import core
+from llm_lab.core import HOLDS, SLOTS, LabError, address, check_recipe, lookup
 
 ROOT = Path(__file__).resolve().parent.parent
 CHAPTERS = sorted(p.stem for p in (ROOT / 'llm_lab').glob('*.py') if p.stem[0] != '_')
@@ -66,8 +66,8 @@ def names(r):
                     'os',
                     'system',
                     '',
-                    'llm_lab.lab:os',
-                    'llm_lab.lab:os.system',
+                    'llm_lab.core:os',
+                    'llm_lab.core:os.system',
                     'llm_lab.gpt:MLP.__init__',
                     'llm_lab.gpt:__builtins__',
                     'llm_lab..gpt:MLP',
@@ -83,8 +83,8 @@ def names(r):
                     'LLM_LAB.GPT:MLP',
                     '../model_code:run',
                     'llm_lab.gpt:MLP\n',
-                    'llm_lab.lab:need',
-                    'llm_lab.corpora:dolly',
+                    'llm_lab.core:need',
+                    'llm_lab.hubdata:dolly',
                     'tiny_tales',
                     'CharTokenizer',
                     'llm_lab.cli:main',
@@ -108,7 +108,7 @@ def places(word, **kw):
         ('head', dict(head=x)),
         ('init', dict(init=x)),
         ('act', dict(mlp=of('MLP', act=x))),
-        ('act', dict(mlp=of('llm_lab.llama:SwiGLU', act=x))),
+        ('act', dict(mlp=of('llm_lab.llama_block:SwiGLU', act=x))),
         ('mask', dict(attn=of('Attention', pattern=x))),
         ('transform', dict(attn=of('Attention', steps=[of('Rope'), x]))),
         ('scaling', dict(attn=of('Attention', steps=[of('Rope', scale=x)]))),
@@ -716,7 +716,7 @@ def hub(folder, r, base):
 
 
 def packed(folder, r, base):
-    from llm_lab.pack import _seal
+    from llm_lab.packing import _seal
 
     shutil.rmtree(folder)
     shutil.copytree(base, folder)
@@ -802,11 +802,13 @@ def honest(folder):
     from llm_lab.checkpoint import Checkpoints
     from llm_lab.chars import CharTokenizer
     from llm_lab.corpora import Corpus
-    from llm_lab.gpt import Config, MiniGPT, part
+    from llm_lab.gpt import Config, MiniGPT
+    from llm_lab.parts import part
     from llm_lab.hub import to_hf
-    from llm_lab.llama import QKNorm, Rope, SwiGLU, llama
+    from llm_lab.llama_block import QKNorm, SwiGLU, llama
+    from llm_lab.positions import Rope
     from llm_lab.moe import MoE, Router, softmax_top_k
-    from llm_lab.pack import pack
+    from llm_lab.packing import pack
     from llm_lab.package import save_package
     from llm_lab.train import Run, adamw
 
@@ -825,7 +827,7 @@ def honest(folder):
         expert=part(SwiGLU, d_ff=8),
         router=part(Router, z=0.0, choose=part(softmax_top_k)),
     )
-    from llm_lab.gpt import Attention
+    from llm_lab.self_attention import Attention
 
     qk = part(Attention, steps=(part(QKNorm), part(Rope)), bias=False)
     for name, cfg in dict(
@@ -959,9 +961,9 @@ def attempt(maker, place, run):
     from llm_lab.config import read_config
     from llm_lab.corpora import corpus_of
     from llm_lab.hub import from_hf
-    from llm_lab.pack import PackedTokens
+    from llm_lab.packing import PackedTokens
     from llm_lab.package import open_model
-    from llm_lab.run import _affordable, model_config
+    from llm_lab.runs import _affordable, model_config
 
     if maker is config:
         return _affordable(model_config(read_config(place), 65))
@@ -1164,7 +1166,7 @@ def test_every_part_that_a_chapter_makes_public_is_declared():
 def test_every_keyword_that_holds_recipes_is_declared():
     "A default that is a recipe, or a keyword whose prose says so"
     from inspect import signature
-    from llm_lab.gpt import part
+    from llm_lab.parts import part
 
     for slot, _, a in entries():
         if slot in ('corpus', 'tokenizer'):
@@ -1178,11 +1180,12 @@ def test_every_keyword_that_holds_recipes_is_declared():
 def test_what_the_repository_names_can_be_named():
     files = [*ROOT.glob('experiments/*/config.yaml'), ROOT / 'README.md', *ROOT.glob('nbs/*.ipynb')]
     wrong = {
-        'llm_lab.lab:need',
+        'llm_lab.core:need',
         'llm_lab.gpt:Nothing',
         'torch.nn:Embedding',
         'torch.nn:NAME',
         'llm_lab.CHAPTER:NAME',
+        'llm_lab.gpt:Attention',  # the first edition's address
     }  # examples of what is refused
     for path in files:
         text = path.read_text(encoding='utf-8')
@@ -1249,8 +1252,9 @@ def test_honest_packages_of_all_parts_open(tmp_path):
 
 def test_what_the_reader_registers_may_stand_anywhere_and_hold_anything(tmp_path):
     from llm_lab.chars import CharTokenizer
-    from llm_lab.gpt import MLP, Config, MiniGPT, config_from, part, register, to_data
-    from llm_lab.llama import ReLU2
+    from llm_lab.gpt import MLP, Config, MiniGPT, config_from, to_data
+    from llm_lab.parts import part, register
+    from llm_lab.llama_block import ReLU2
     from llm_lab.package import open_model, save_package
 
     class Twice(nn.Module):
@@ -1290,7 +1294,7 @@ def test_what_the_reader_registers_may_stand_anywhere_and_hold_anything(tmp_path
             with pytest.raises(LabError, match='names no part'):
                 config_from(dict(mlp=bad))
     finally:
-        lab.REGISTERED.pop('Twice', None)
+        core.REGISTERED.pop('Twice', None)
     with pytest.raises(LabError, match="'Twice' names no part"):
         config_from(dict(mlp=dict(part='Twice')))
 
@@ -1346,14 +1350,14 @@ def test_the_case_that_began_it(tmp_path):
         {},
     )
     honest = (gift / 'llm_lab.json').read_text()
-    for slot, told in places('llm_lab.lab:need', module='gift.model_code'):
+    for slot, told in places('llm_lab.core:need', module='gift.model_code'):
         (gift / 'llm_lab.json').write_text(honest)
         with_config(gift, told)
         with pytest.raises(LabError) as e:
             open_model(gift)
         assert '\n' not in str(e.value) and str(gift / 'llm_lab.json') in str(e.value), told
         if slot:
-            assert f"'llm_lab.lab:need' names no part that can be {slot}" in str(e.value), told
+            assert f"'llm_lab.core:need' names no part that can be {slot}" in str(e.value), told
 
 
 @needs_linux
@@ -1416,7 +1420,7 @@ def test_a_name_may_stand_in_its_own_place_only(slot):
 def test_a_config_is_refused_when_it_is_read_before_any_data():
     from llm_lab.config import read_config
 
-    for slot, told in places('llm_lab.lab:need', module='x'):
+    for slot, told in places('llm_lab.core:need', module='x'):
         if {'d_model', 'tie'} & set(told):
             continue
         with pytest.raises(LabError, match=r'^model\.') as e:

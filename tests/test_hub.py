@@ -17,9 +17,10 @@ import hubstub
 import huggingface_hub as hf
 from cases import HANG
 
-from llm_lab import corpora
-from llm_lab.corpora import MARK, digest, dolly, from_path, load_corpus
-from llm_lab.lab import LabError
+from llm_lab import hubdata
+from llm_lab.corpora import MARK, digest, from_path, load_corpus
+from llm_lab.hubdata import dolly
+from llm_lab.core import LabError
 
 NAMES = 'tinystories', 'dolly', 'pg19'
 
@@ -326,7 +327,7 @@ def test_what_a_killed_download_leaves_is_checked_too(hub, tmp_path, monkeypatch
         raise KeyboardInterrupt
 
     with monkeypatch.context() as m:
-        m.setattr(corpora, '_wrong', killed)
+        m.setattr(hubdata, '_wrong', killed)
         with pytest.raises(KeyboardInterrupt):
             load_corpus('dolly')
     assert kept(tmp_path, 'dolly') == []
@@ -342,7 +343,7 @@ def test_what_a_killed_download_leaves_is_checked_too(hub, tmp_path, monkeypatch
 
 def test_no_room_on_the_disk(hub, monkeypatch):
     usage = namedtuple('usage', 'total used free')
-    monkeypatch.setattr(corpora.shutil, 'disk_usage', lambda path: usage(1, 1, 1000))
+    monkeypatch.setattr(hubdata.shutil, 'disk_usage', lambda path: usage(1, 1, 1000))
     with pytest.raises(
         LabError, match='tinystories needs .* GB, .* free in .*make room, or use stream=True'
     ):
@@ -359,7 +360,7 @@ def test_a_full_disk_in_the_middle(hub, tmp_path, monkeypatch):
         replace(old, new)
 
     with monkeypatch.context() as m:
-        m.setattr(corpora.os, 'replace', full)
+        m.setattr(hubdata.os, 'replace', full)
         with pytest.raises(LabError, match='No space left on device'):
             load_corpus('dolly')
     assert kept(tmp_path, 'dolly') == [] and len(contents(load_corpus('dolly'))['train']) > 300

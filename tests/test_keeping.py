@@ -19,12 +19,12 @@ from pathlib import Path
 
 import pytest
 
-from llm_lab import tour as chapter
+from llm_lab import first_tour as chapter
 from llm_lab.cli import main
-from llm_lab.lab import LabError, stoppable
+from llm_lab.core import LabError, stoppable
 from llm_lab.package import open_model
-from llm_lab.run import Alone, Job, train_config
-from llm_lab.tour import surviving_output, tour
+from llm_lab.runs import Alone, Job, train_config
+from llm_lab.first_tour import surviving_output, tour
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 SMALL = [('block_len', 16), ('d_model', 16), ('n_layers', 1), ('n_heads', 2)]
@@ -93,17 +93,17 @@ def names(folder):
 
 AFTERWARDS = {
     'the evaluation': (
-        'llm_lab.evaluate.evaluate',
+        'llm_lab.evaluation.evaluate',
         RuntimeError('out of\nmemory'),
         'the score is refused',
     ),
     'a score below the floor': (
-        'llm_lab.evaluate.evaluate',
+        'llm_lab.evaluation.evaluate',
         LabError('below the floor'),
         'the score is refused',
     ),
     'what is above the floor': (
-        'llm_lab.evaluate.excess',
+        'llm_lab.evaluation.excess',
         ValueError('not told'),
         'the score is refused',
     ),
@@ -118,10 +118,10 @@ AFTERWARDS = {
         'no loss.png: matplotlib',
     ),
     'the card': ('llm_lab.package.card', KeyError('licence'), ''),
-    'result.json': ('llm_lab.tour.json.dumps', TypeError('not plain'), ''),
-    'a look': ('llm_lab.sample.sample', MemoryError('no room'), 'no look at step'),
+    'result.json': ('llm_lab.first_tour.json.dumps', TypeError('not plain'), ''),
+    'a look': ('llm_lab.sampling.sample', MemoryError('no room'), 'no look at step'),
     'the next steps': (
-        'llm_lab.tour._what_next',
+        'llm_lab.first_tour._what_next',
         FileNotFoundError('no working folder'),
         'kept in',
     ),
@@ -159,7 +159,7 @@ def test_whatever_fails_afterwards_the_model_is_there(what, home, poem, monkeypa
 
 
 def test_ctrl_c_in_the_evaluation_leaves_the_package(home, poem, monkeypatch):
-    monkeypatch.setattr('llm_lab.evaluate.evaluate', raises(KeyboardInterrupt()))
+    monkeypatch.setattr('llm_lab.evaluation.evaluate', raises(KeyboardInterrupt()))
     assert main(['tour', '--corpus', str(poem), *(f'{k}={v}' for k, v in SMALL)]) == 0
     opened(home / 'artifacts' / 'tour')
 
@@ -216,7 +216,7 @@ def test_a_file_named_like_a_corpus_is_a_file(name, home, monkeypatch, capsys):
     "Which text it is, its hash decides: it is no Tiny Tales, and `eval` reads the file again"
     (home / name).write_text(POEM, encoding='utf-8')
     taken_for_tales = []
-    monkeypatch.setattr('llm_lab.evaluate.excess', lambda *a, **kw: taken_for_tales.append(a))
+    monkeypatch.setattr('llm_lab.evaluation.excess', lambda *a, **kw: taken_for_tales.append(a))
     result = tour(os.path.join('.', name), 1, SMALL)
     assert taken_for_tales == []
     assert (
@@ -501,7 +501,7 @@ def run_settings(poem, **more):
 
 
 def test_a_run_foresees_what_would_fail_later(home, poem, monkeypatch):
-    monkeypatch.setattr('llm_lab.run.fit', raises(AssertionError('it was not found out')))
+    monkeypatch.setattr('llm_lab.runs.fit', raises(AssertionError('it was not found out')))
     with pytest.raises(LabError, match="^eval.prompt='漢': the character '漢'"):
         train_config('smoke', *run_settings(poem, **{'eval.prompt': '漢'}))
     monkeypatch.setenv('LLM_LAB_DEVICE', 'toaster')
@@ -510,21 +510,21 @@ def test_a_run_foresees_what_would_fail_later(home, poem, monkeypatch):
 
 
 def test_a_run_whose_evaluation_fails_says_where_it_is(home, poem, monkeypatch):
-    real = sys.modules['llm_lab.run'].evaluate
-    monkeypatch.setattr('llm_lab.run.evaluate', raises(RuntimeError('below\nthe floor')))
-    monkeypatch.setattr('llm_lab.run.peak_flops', lambda *a: 1.0)
+    real = sys.modules['llm_lab.runs'].evaluate
+    monkeypatch.setattr('llm_lab.runs.evaluate', raises(RuntimeError('below\nthe floor')))
+    monkeypatch.setattr('llm_lab.runs.peak_flops', lambda *a: 1.0)
     with pytest.raises(
         LabError, match='runs/x is trained and kept, but its evaluation failed: below; mend that'
     ) as e:
         train_config('smoke', *run_settings(poem), run='x')
     folder = Path(str(e.value).partition(' is trained')[0])
     assert open_model(folder).about['step'] == 4 and not (folder / 'result.json').exists()
-    monkeypatch.setattr('llm_lab.run.evaluate', real)
+    monkeypatch.setattr('llm_lab.runs.evaluate', real)
     assert train_config(resume=folder).result['steps'] == 4  # and it is evaluated when it can be
 
 
 def test_a_tracker_that_fails_at_the_end_is_a_warning():
-    from llm_lab.run import _end
+    from llm_lab.runs import _end
 
     engine = Alone()
     engine.end_training = raises(ConnectionError('no network'))
@@ -661,7 +661,7 @@ def child(home, argv, said, how):
 @pytest.fixture(scope='module')
 def nursery():
     "A server of forks that has PyTorch; made before a test has a temporary folder of its own"
-    CHILDREN.set_forkserver_preload(['pytest', 'torch._dynamo', 'llm_lab.run', 'llm_lab.cli'])
+    CHILDREN.set_forkserver_preload(['pytest', 'torch._dynamo', 'llm_lab.runs', 'llm_lab.cli'])
     multiprocessing.util.get_temp_dir()
     first = CHILDREN.Process(target=int)
     first.start()

@@ -1,4 +1,4 @@
-"""Chapters 20 and 21: what skips work says the same as what does all of it, for every pattern,
+"""`sparse` and `kernels`: what skips work says the same as what does all of it, for every pattern,
 shape, way back and model.
 
 The oracle is a softmax over all pairs in float64, masked by the pattern asked pair by pair. No
@@ -11,9 +11,11 @@ import pytest
 import torch
 from cases import cases, some
 
-from llm_lab.cache import cached, reach, window
+from llm_lab.kv_cache import cached, reach, window
 from llm_lab.corpora import Corpus
-from llm_lab.gpt import Config, MiniGPT, attend, causal, config_from, part, to_data, visible
+from llm_lab.gpt import Config, MiniGPT, config_from, to_data
+from llm_lab.self_attention import attend, causal, visible
+from llm_lab.parts import part
 from llm_lab.gqa import GQA, kv_heads
 from llm_lab.kernels import (
     Plan,
@@ -27,13 +29,15 @@ from llm_lab.kernels import (
     planned,
     way,
 )
-from llm_lab.lab import LabError, flops, rng
-from llm_lab.llama import QKNorm, Rope, llama
-from llm_lab.look import attention_maps, stepped
-from llm_lab.optim import checkpointed
+from llm_lab.core import LabError, rng
+from llm_lab.hardware import flops
+from llm_lab.llama_block import QKNorm, llama
+from llm_lab.positions import Rope
+from llm_lab.looking import attention_maps, stepped
+from llm_lab.efficient import checkpointed
 from llm_lab.package import open_model, save_package
 from llm_lab.chars import CharTokenizer
-from llm_lab.sample import Reader, generate
+from llm_lab.sampling import Reader, generate
 from llm_lab.sparse import (
     both,
     cycle,
@@ -334,7 +338,7 @@ def test_gauges_are_of_the_texts_that_are_asked_about():
 
 
 def test_a_run_reads_its_gauges_in_validation_only(tmp_path):
-    from llm_lab.run import Job
+    from llm_lab.runs import Job
 
     class Here:  # what `validate` asks of a job
         asks = dict(sample_every=1, prompt='a', sample_tokens=30, at_once=None)
@@ -588,9 +592,9 @@ def test_wrong_recipes_are_told():
 
 
 def test_a_window_is_no_shorter_road_than_it_was():
-    """Chapter 19's fast form knows SparseAttention by a window, and refuses to cut corners with
+    """`inference`'s fast form knows SparseAttention by a window, and refuses to cut corners with
     sinks"""
-    from llm_lab.fast import fast
+    from llm_lab.inference import fast
 
     ids = torch.randint(30, (1, 20), generator=rng(0, 'ids'))
     for sink, simple in ((False, True), (True, False)):

@@ -1,4 +1,4 @@
-"""Tools of chapter 0 where a plain run of the chapter cannot see a slip: other devices, notebooks,
+"""Tools of `hardware` where a plain run of the chapter cannot see a slip: other devices, notebooks,
 containers, large files"""
 
 from pathlib import Path
@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm_lab import lab
-from llm_lab.lab import LabError, check_size, json_of, memory_left, progress, seeded
+from llm_lab import core, files, hardware
+from llm_lab.core import LabError, progress, seeded
+from llm_lab.files import check_size, json_of
+from llm_lab.hardware import memory_left
 
 
 def test_a_seed_for_the_processor_moves_no_other_device(monkeypatch):
@@ -32,8 +34,8 @@ def test_progress_needs_no_length(notebook, monkeypatch):
         def close(self, text):
             told.append(text)
 
-    monkeypatch.setattr(lab, 'in_notebook', lambda: notebook)
-    monkeypatch.setattr(lab, 'Live', Live)
+    monkeypatch.setattr(core, 'in_notebook', lambda: notebook)
+    monkeypatch.setattr(core, 'Live', Live)
     assert [*progress((n for n in range(3)), 'count')] == [0, 1, 2]
     assert not notebook or told[-1] == 'count: 3'
     assert [*progress([7, 8], 'count')] == [7, 8] and (not notebook or told[-1] == 'count: 2 of 2')
@@ -49,7 +51,7 @@ def test_files_that_were_read_are_no_used_memory(tmp_path, monkeypatch):
         ('memory.stat', 'anon 300\ninactive_file 600\n'),
     ):
         (group / name).write_text(text)
-    monkeypatch.setattr(lab, 'Path', lambda p: group if p == '/sys/fs/cgroup' else Path(p))
+    monkeypatch.setattr(hardware, 'Path', lambda p: group if p == '/sys/fs/cgroup' else Path(p))
     assert memory_left() == 700
     (group / 'memory.max').write_text('max')
     assert memory_left() > 1000
@@ -65,7 +67,7 @@ WIDE = (
 def test_what_json_would_take_is_known_before_it_is_read(data):
     """Both are smaller than the largest file that is read, and would take more than five times as
     much"""
-    assert len(data) < lab.MOST_JSON
+    assert len(data) < files.MOST_JSON
     with pytest.raises(LabError, match='more than any file of its kind'):
         check_size(data)
 

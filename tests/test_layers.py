@@ -178,6 +178,8 @@ def homes(root):
     for stem, p in modules(root).items():
         body = tree_of(p).body
         for n in public_names(p):
+            if n in modules(root):
+                bad.append(f'{n}: is public in {stem}, and the stem of a module')
             if n in home:
                 bad.append(f'{n}: defined in {home[n]} and in {stem}')
             home.setdefault(n, stem)
@@ -237,9 +239,12 @@ def statements(root):
 
 
 def links(root):
-    "Each link to a notebook is followed"
+    "No chapter is called by its number, and each link to a notebook is followed"
     bad = []
     for p in sorted((root / 'nbs').glob('*.ipynb')):
+        for text in (*cells(p, 'markdown'), *cells(p)):
+            for said in re.findall(r'\b[Cc]hapters? \d+', text):
+                bad.append(f'{p.name}: {said} is a number, give the title with a link')
         for text in cells(p, 'markdown'):
             for target in re.findall(r'\]\(([^)#:]+\.ipynb)', text):
                 if not (p.parent / target).is_file():
@@ -397,6 +402,11 @@ def test_a_poor_page_is_seen(tmp_path):
         assert words in said
 
 
+def test_a_public_name_that_is_a_stem_is_seen(tmp_path):
+    said = homes(toy(tmp_path, module='__all__ = ["a"]\na = 1\n'))
+    assert said == ['a: is public in b, and the stem of a module']
+
+
 def test_a_page_needs_no_module(tmp_path):
     root = toy(tmp_path)
     page = [dict(cell_type='markdown', source='# A page\n> why', id='a')]
@@ -427,6 +437,16 @@ def test_a_dead_link_is_seen(tmp_path):
     )
     root = toy(tmp_path, head=head)
     assert links(root) == ['02_b.ipynb: links to 02_z.ipynb, which is not there']
+
+
+def test_a_chapter_that_is_called_by_its_number_is_seen(tmp_path):
+    root = toy(
+        tmp_path, head='# A title\n> why\n\nAs chapter 3 told', code='x = 1  # see Chapters 4 to 6'
+    )
+    assert [o.partition(': ')[2].partition(' is')[0] for o in links(root)] == [
+        'chapter 3',
+        'Chapters 4',
+    ]
 
 
 @pytest.mark.parametrize('inside', [True, False])

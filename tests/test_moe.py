@@ -1,4 +1,4 @@
-"""Chapter 22: a mixture of experts says what each expert says by itself, weighted, and so do its
+"""`moe`: a mixture of experts says what each expert says by itself, weighted, and so do its
 gradients, whatever carries it.
 
 The oracle asks every expert about every token and weighs what it was not asked for by zero: no
@@ -24,23 +24,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from llm_lab.cache import cached
+from llm_lab.kv_cache import cached
 from llm_lab.chars import CharTokenizer
 from llm_lab.checkpoint import Checkpoints, optimiser_state
-from llm_lab.fast import fast
-from llm_lab.gpt import (
-    MLP,
-    Aux,
-    Config,
-    MiniGPT,
-    config_from,
-    part,
-    quick_linear,
-    register,
-    to_data,
-)
-from llm_lab.lab import LabError, exact_by_onednn, flops, rng
-from llm_lab.llama import RMSNorm, SwiGLU, llama
+from llm_lab.inference import fast
+from llm_lab.gpt import MLP, Config, MiniGPT, config_from, quick_linear, to_data
+from llm_lab.parts import Aux, part, register
+from llm_lab.core import LabError, rng
+from llm_lab.hardware import exact_by_onednn, flops
+from llm_lab.llama_block import RMSNorm, SwiGLU, llama
 from llm_lab.moe import (
     PAD,
     MoE,
@@ -54,10 +46,11 @@ from llm_lab.moe import (
     top_k_softmax,
     z_loss,
 )
-from llm_lab.optim import OPTIMISERS, Step, checkpointed, step_memory
-from llm_lab.pack import BatchStream
+from llm_lab.optim import OPTIMISERS
+from llm_lab.efficient import Step, checkpointed, step_memory
+from llm_lab.batching import BatchStream
 from llm_lab.package import open_model, save_package
-from llm_lab.sample import generate
+from llm_lab.sampling import generate
 from llm_lab.sparse import cycle
 from llm_lab.train import Run, adamw, fit, mean_loss, next_token_loss, train_step
 
@@ -865,12 +858,12 @@ def test_a_block_that_runs_twice_is_counted_as_one_that_runs_once():
 
 
 def test_a_run_writes_load_entropy_and_drops_beside_each_validation(tmp_path, monkeypatch):
-    from llm_lab.run import train_config
+    from llm_lab.runs import train_config
 
     monkeypatch.setenv('LLM_LAB_HOME', str(tmp_path))
     job = train_config(
         'smoke',
-        'model.mlp={part: "llm_lab.moe:MoE", n_experts: 4, capacity: 1}',
+        'model.mlp={part: "MoE", n_experts: 4, capacity: 1}',
         'train.steps=20',
         'eval.every=10',
     )
@@ -1120,7 +1113,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from llm_lab.gpt import MiniGPT
 from test_moe import ROWS, shaken, small
-from llm_lab.optim import checkpointed
+from llm_lab.efficient import checkpointed
 from llm_lab.train import next_token_loss
 
 torch.set_num_threads(1)

@@ -15,7 +15,7 @@ import run_notebooks  # noqa: E402
 FLAGS = os.environ.get(
     'LLM_LAB_NOTEBOOK_FLAGS', ''
 )  # `make nightly` runs the cells marked `slow`, too
-DATA = '01_corpora', '04_bpe'  # what they show is another text where $LLM_LAB_DATA is set
+DATA = '04_corpora', '12_bpe'  # what they show is another text where $LLM_LAB_DATA is set
 
 
 def chapters():
@@ -26,9 +26,9 @@ def chapters():
 
 
 def test_the_model_that_chapters_share_is_trained():
-    "First of all, so that nobody waits for it; it learned what chapter 8 promises"
+    "First of all, so that nobody waits for it; it learned what `train` promises"
     from llm_lab.corpora import load_corpus
-    from llm_lab.train import trained
+    from llm_lab.package import trained
 
     about = trained('tales')[2]
     floor = load_corpus('tiny_tales').floor * math.log(2)

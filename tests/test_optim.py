@@ -1,4 +1,4 @@
-"""What chapters 8 and 12 promise and no notebook shows: compilers, fresh processes, other
+"""What `train` and `efficient` promise and no notebook shows: compilers, fresh processes, other
 optimisers, low precision in whole runs."""
 
 import copy
@@ -15,20 +15,10 @@ from torch.nn import functional as F
 
 from llm_lab import gpt
 from llm_lab.gpt import Config, MiniGPT, _QuickLinear, quick_linear
-from llm_lab.lab import LabError, exact_by_onednn, rng
-from llm_lab.optim import (
-    OPTIMISERS,
-    SCHEDULES,
-    Muon,
-    Step,
-    Together,
-    adamw,
-    checkpointed,
-    compiled,
-    largest_batch,
-    muon,
-    step_memory,
-)
+from llm_lab.core import LabError, rng
+from llm_lab.hardware import exact_by_onednn
+from llm_lab.optim import OPTIMISERS, SCHEDULES, Muon, Together, adamw, muon
+from llm_lab.efficient import Step, checkpointed, compiled, largest_batch, step_memory
 from llm_lab.train import fit, next_token_loss, random_crops, train_step, update
 
 SMALL = Config(vocab_size=20, max_len=16, d_model=32, n_layers=2, n_heads=2)
@@ -117,8 +107,8 @@ def test_a_compiled_step_is_the_same_step(capsys, monkeypatch):
 def test_without_a_compiler_the_run_goes_on_and_says_so_once(tmp_path):
     "A fresh process whose C++ compiler does not exist"
     code = (
-        "import torch\nfrom llm_lab.gpt import *\nfrom llm_lab.train import *\nfrom "
-        "llm_lab.optim import *\n"
+        "import torch\nfrom llm_lab.gpt import Config, MiniGPT\nfrom llm_lab.train import *\nfrom "
+        "llm_lab.efficient import *\n"
         "m = MiniGPT(Config(vocab_size=20, max_len=16, d_model=32, n_layers=1, n_heads=2))\n"
         "run = fit(m, random_crops(torch.arange(400) % 20, 4, 16), 3, "
         "step=Step(compile=True))\nprint(run.step)"
@@ -139,7 +129,7 @@ def test_keep_memory_ends_the_handing_out_of_pages():
     "With tensors that glibc would else always give back: more than 32 MB"
     code = (
         "import json, sys, torch\nfrom resource import getrusage, RUSAGE_SELF\nfrom "
-        "llm_lab.lab import keep_memory\n"
+        "llm_lab.hardware import keep_memory\n"
         "if sys.argv[1] == 'keep': assert keep_memory()\n"
         "def many(): return [torch.ones(10_000_000) for n in range(2)]\n"
         "for n in range(6): many()\n"
@@ -305,7 +295,7 @@ def test_memory_is_a_line_in_the_batch_and_the_search_finds_its_end():
 
 def test_the_finder_backs_off_where_the_device_says_no(monkeypatch):
     "An accelerator that refuses more than seven rows, played by the processor"
-    from llm_lab import optim
+    from llm_lab import efficient
 
     asked = []
 
@@ -313,7 +303,7 @@ def test_the_finder_backs_off_where_the_device_says_no(monkeypatch):
         asked.append(n)
         return n <= 7
 
-    monkeypatch.setattr(optim, '_runs', runs)
+    monkeypatch.setattr(efficient, '_runs', runs)
     assert (
         largest_batch(SMALL, memory=step_memory(SMALL, 40), device='cuda') <= 7 and asked[0] == 40
     )

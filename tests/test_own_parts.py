@@ -13,38 +13,40 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize, parametrizations, prune
 
-import llm_lab.run as run_module
-from llm_lab.cache import Cached, KVCache, RollingCache, cached, complete, picked, window
+import llm_lab.runs as run_module
+from llm_lab.kv_cache import Cached, KVCache, RollingCache, cached, complete, picked, window
 from llm_lab.chars import CharTokenizer
 from llm_lab.checkpoint import Checkpoints
 from llm_lab.config import BLOCKS, ModelKeys, config_of, model_data, read_config, write_config
-from llm_lab.fast import fast
+from llm_lab.inference import fast
 from llm_lab.gpt import (
     MLP,
-    Attention,
     Block,
     Config,
     Learned,
     MiniGPT,
     config_from,
     own_in,
-    part,
     quick_linear,
-    register,
     require_as_said,
     sketch,
     to_data,
     tried,
 )
+from llm_lab.self_attention import Attention
+from llm_lab.parts import part, register
 from llm_lab.gqa import GQA, grouped
 from llm_lab.hub import to_hf
-from llm_lab.lab import REGISTERED, LabError, flops, rng
-from llm_lab.llama import RMSNorm, Rope, SwiGLU, freed, half_split, llama, spectral_init
+from llm_lab.core import REGISTERED, LabError, rng
+from llm_lab.hardware import flops
+from llm_lab.llama_block import RMSNorm, SwiGLU, llama
+from llm_lab.positions import Rope, half_split
+from llm_lab.init import freed, spectral_init
 from llm_lab.moe import MoE, Router, routes
-from llm_lab.optim import Step, checkpointed, step_memory
+from llm_lab.efficient import Step, checkpointed, step_memory
 from llm_lab.package import open_model, save_package
-from llm_lab.run import model_config, train_config
-from llm_lab.sample import Reader, generate
+from llm_lab.runs import model_config, train_config
+from llm_lab.sampling import Reader, generate
 from llm_lab.sparse import cycle
 from llm_lab.train import adamw, fit, next_token_loss, random_crops, train_step
 
@@ -344,9 +346,9 @@ def test_llama_adds_nothing_to_a_mixer_of_ones_own():
             attn=dict(part='sparse:cycle', of=[dict(part='Mine'), dict(part='Attention')]),
         )
     )
-    assert config_from(
-        {**said, 'attn': said['attn'] | {'part': 'llm_lab.sparse:cycle'}}
-    ).attn == part(cycle, of=(part(Mine), full))
+    assert config_from({**said, 'attn': said['attn'] | {'part': 'cycle'}}).attn == part(
+        cycle, of=(part(Mine), full)
+    )
 
 
 # ---- a model that is not what its configuration says
@@ -924,9 +926,9 @@ def test_the_balance_is_of_each_row_however_it_is_read():
 
 
 def test_a_loop_by_hand_is_told(monkeypatch):
-    import llm_lab.lab
+    import llm_lab.files
 
-    monkeypatch.setattr(llm_lab.lab, '_said', set())
+    monkeypatch.setattr(llm_lab.files, '_said', set())
     model = MiniGPT(MIXED)
     model(ids_of())  # who only looks is not
     with pytest.warns(
@@ -938,9 +940,11 @@ def test_a_loop_by_hand_is_told(monkeypatch):
 @pytest.mark.slow
 def test_a_compiled_loss_of_ones_own_keeps_the_balance(monkeypatch):
     "Slow: the compiler reads the model twice"
-    import llm_lab.optim
+    import llm_lab.efficient
 
-    monkeypatch.setattr(llm_lab.optim, 'compiled', lambda f: torch.compile(f, backend='aot_eager'))
+    monkeypatch.setattr(
+        llm_lab.efficient, 'compiled', lambda f: torch.compile(f, backend='aot_eager')
+    )
     ends = []
     for loss in (next_token_loss, own_loss):
         torch._dynamo.reset()
@@ -1004,12 +1008,12 @@ IN_A_FILE = {  # {key=value: words of the answer}
     'model.mlp={part: MLP, act: {part: RMSNorm}}': ["act='RMSNorm'", 'belongs into norm'],
     'model.attn={part: Attention, steps: [Rope]}': [
         "model.attn.steps[0]='Rope'",
-        'llm_lab.llama:Rope',
+        'Rope',
     ],
     'model.attn={part: Attention, steps: Rope}': [
         "model.attn.steps='Rope'",
         'in a list',
-        'llm_lab.llama:Rope',
+        'Rope',
     ],
     'model.attn={part: Attention, steps: {part: Rope}}': ['model.attn.steps=', 'in a list'],
     'model.attn={part: Attention, steps: [{part: Ropr}]}': [
@@ -1021,7 +1025,7 @@ IN_A_FILE = {  # {key=value: words of the answer}
     'model.norm=RMSNorm': ["model.norm='RMSNorm'", 'recipe'],
     'model.norm={part: layernorm}': ["model.norm='layernorm'", "did you mean 'LayerNorm'"],
     'model.attn=GQA': ["model.attn='GQA'", 'recipe'],
-    'model.attn={GQA: {n_kv_heads: 1}}': ['model.attn=', 'llm_lab.gqa:GQA'],
+    'model.attn={GQA: {n_kv_heads: 1}}': ['model.attn=', 'GQA'],
     'model.attn={part: GQA, n_kv_head: 1}': [
         'model.attn',
         "'n_kv_head'",
@@ -1040,7 +1044,7 @@ IN_A_FILE = {  # {key=value: words of the answer}
     'model.pos={part: Rope}': ["model.pos='Rope'", 'belongs into attn.steps'],
     'model.attn={part: Attention, pattern: causal}': [
         "model.attn.pattern='causal'",
-        'llm_lab.gpt:causal',
+        'causal',
     ],
     'model.attn={part: Attention, pattern: {part: window}}': ['size=None', 'whole number'],
     'model.attn={part: Attention, pattern: {part: window, size: wide}}': [
@@ -1051,7 +1055,7 @@ IN_A_FILE = {  # {key=value: words of the answer}
     'model.mlp={part: MLP, d_ff: 2.5}': ['d_ff=2.5'],
     'model.mlp={part: MoE, n_experts: 4, router: Router}': [
         "model.mlp.router='Router'",
-        'llm_lab.moe:Router',
+        'Router',
     ],
     'model.mlp={part: MoE, n_experts: 2, top_k: 3}': ['top_k=3', 'there are 2 experts'],
     'model.mlp={part: MoE, experts: 4}': ['model.mlp', "'experts'", 'did you mean'],
@@ -1208,7 +1212,7 @@ def test_null_means_none(home, monkeypatch):
         assert replace(read_config(home / 'x.yaml'), name='smoke') == cfg
     old = dict.fromkeys(('attn', 'mlp', 'norm', 'pos', 'head', 'init'))
     assert config_of(dict(model=old)) == config_of(dict(model={}))
-    recipe = dict(part='llm_lab.gpt:MLP')
+    recipe = dict(part='MLP')
     assert (
         config_of(dict(model=old | dict(mlp=recipe))).model
         == config_of(dict(model=dict(mlp=recipe))).model

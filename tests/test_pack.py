@@ -18,12 +18,13 @@ import pytest
 import torch
 from cases import ALL, EXAMPLES, HANG, some
 
-from llm_lab import pack as P
+from llm_lab import packing as P
 from llm_lab.bpe import BPETokenizer
 from llm_lab.chars import CharTokenizer
 from llm_lab.corpora import Corpus
-from llm_lab.lab import LabError
-from llm_lab.pack import BatchStream, PackedTokens, pack, shuffled
+from llm_lab.core import LabError
+from llm_lab.batching import BatchStream, shuffled
+from llm_lab.packing import PackedTokens, pack
 from llm_lab.tales import tiny_tales
 
 hypothesis = pytest.importorskip('hypothesis')
@@ -463,7 +464,7 @@ import sys
 import time
 from pathlib import Path
 
-from llm_lab import pack as P
+from llm_lab import packing as P
 from llm_lab.corpora import Corpus
 
 P.PIECE = 2000

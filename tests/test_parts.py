@@ -10,39 +10,19 @@ from cases import covering
 from torch import nn
 
 from llm_lab.chars import CharTokenizer
-from llm_lab.gpt import (
-    MLP,
-    Attention,
-    Config,
-    Learned,
-    MiniGPT,
-    causal,
-    config_from,
-    part,
-    quick_linear,
-    to_data,
-)
+from llm_lab.gpt import MLP, Config, Learned, MiniGPT, config_from, quick_linear, to_data
+from llm_lab.self_attention import Attention, causal
+from llm_lab.parts import part
 from llm_lab.gqa import GQA
-from llm_lab.lab import rng
-from llm_lab.llama import (
-    Capped,
-    QKNorm,
-    ReLU2,
-    RMSNorm,
-    Rope,
-    Sinusoidal,
-    SwiGLU,
-    linear_scaling,
-    llama,
-    llama3_scaling,
-    projections,
-    scaled_init,
-    spectral_init,
-)
-from llm_lab.look import attention_maps
-from llm_lab.optim import Step, checkpointed, muon
+from llm_lab.core import rng
+from llm_lab.llama_block import Capped, QKNorm, ReLU2, RMSNorm, SwiGLU, llama
+from llm_lab.positions import Rope, Sinusoidal, linear_scaling, llama3_scaling
+from llm_lab.init import projections, scaled_init, spectral_init
+from llm_lab.looking import attention_maps
+from llm_lab.efficient import Step, checkpointed
+from llm_lab.optim import muon
 from llm_lab.package import open_model, save_package
-from llm_lab.sample import generate
+from llm_lab.sampling import generate
 from llm_lab.train import next_token_loss, train_step
 
 T = 12

@@ -17,7 +17,8 @@ from cases import HANG
 from llm_lab.bpe import BPETokenizer
 from llm_lab.corpora import load_corpus
 from llm_lab.gpt import Config, MiniGPT
-from llm_lab.pack import BatchStream, PackedTokens, pack
+from llm_lab.batching import BatchStream
+from llm_lab.packing import PackedTokens, pack
 from llm_lab.tales import tiny_tales
 from llm_lab.train import Recipe, fit, prepare as made_ready
 
@@ -206,7 +207,7 @@ def test_every_mistake_is_one_line(home, typed):
 
 
 def test_a_recipe_takes_the_tokenizer_of_a_packed_folder(home):
-    "Chapter 8 reads a split as chapter 5 has packed it, with one mark more at its beginning"
+    "`train` reads a split as `packing` has packed it, with one mark more at its beginning"
     tales = tiny_tales(200)
     tokens = PackedTokens(pack(tales, 400).folder)
     setup = made_ready(

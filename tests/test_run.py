@@ -1,5 +1,5 @@
-"""What chapters 13 to 15 promise and no notebook shows: runs killed everywhere, in one process and
-in two; slips of the finger."""
+"""What `checkpoint`, `config` and `runs` promise and no notebook shows: runs killed everywhere, in
+one process and in two; slips of the finger."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ import pytest
 from cases import ALL, HANG
 
 from llm_lab.config import _PATHS, CONFIGS, SECTIONS, config_of, read_config, write_config
-from llm_lab.lab import LabError
+from llm_lab.core import LabError
 
 pytestmark = pytest.mark.skipif(
     not hasattr(os, 'fork'), reason='lives are forks, and end by signals that Windows does not have'
@@ -585,7 +585,7 @@ def test_two_processes_learn_what_one_learns(rows, nursery, home, text):
 @pytest.mark.parametrize('rows', ['blocks', 'documents'])
 def test_over_an_epoch_two_processes_read_each_block_once(rows, text, home, monkeypatch):
     "Epoch after epoch, also where an epoch ends in the middle of a batch"
-    from llm_lab.run import _starts, batches_of, texts_of
+    from llm_lab.runs import _starts, batches_of, texts_of
 
     monkeypatch.setenv('LLM_LAB_HOME', str(home))
     cfg = read_config(
@@ -1126,13 +1126,13 @@ ODD = [
     {'part': 5},
     {'part': ''},
     {'part': 'os:system'},
-    {'part': 'llm_lab.gpt:MLP; import os'},
+    {'part': 'MLP; import os'},
     {'part': None},
 ]
 
 
 def fits(f, value):
-    "Does the key `f` take this value? Written from the table of chapter 14 and from nothing else"
+    "Does the key `f` take this value? Written from the table of `config` and from nothing else"
     least, most, of = (f.metadata.get(k) for k in ('least', 'most', 'of'))
     kind = (
         str(f.type)

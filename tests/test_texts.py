@@ -19,8 +19,9 @@ from cases import ALL, EXAMPLES, cases, some
 
 from llm_lab.cli import main
 from llm_lab.corpora import MARK, corpus_of, from_path, kept_path, load_corpus
-from llm_lab.lab import LabError
-from llm_lab.pack import BatchStream, PackedTokens, pack
+from llm_lab.core import LabError
+from llm_lab.batching import BatchStream
+from llm_lab.packing import PackedTokens, pack
 
 hypothesis = pytest.importorskip('hypothesis')
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -54,11 +55,11 @@ def home(tmp_path, monkeypatch):
 @pytest.fixture
 def typed(home, capsys, monkeypatch):
     "What a command prints, (stdout, stderr); an error is one line"
-    from llm_lab import run
+    from llm_lab import runs
 
-    peak = run.peak_flops
+    peak = runs.peak_flops
     monkeypatch.setattr(
-        run, 'peak_flops', lambda *a: peak(*a, size=64, seconds=0)
+        runs, 'peak_flops', lambda *a: peak(*a, size=64, seconds=0)
     )  # only `mfu` needs it
 
     def call(*argv, code=0):
@@ -374,7 +375,7 @@ def test_line_ends_of_records_are_plain(tmp_path):
 
 def test_a_verdict_on_a_file_of_records_reads_its_documents(home):
     from llm_lab.chars import CharTokenizer
-    from llm_lab.evaluate import evaluate_file
+    from llm_lab.evaluation import evaluate_file
     from llm_lab.gpt import Config, MiniGPT
 
     docs = sentences(20)

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from llm_lab.lab import fastest_threads
+from llm_lab.hardware import fastest_threads
 
 CHOICES = ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT', 'OMP_NUM_THREADS')
 

@@ -253,13 +253,13 @@ def test_readme_moves_links_and_shows_code():
         outputs=[dict(output_type='stream', name='stdout', text=['one\n'])],
     )
     prose = (
-        '# T\n[a](00_lab.ipynb) [b](https://x.y/z) [c](#d) [e](../LICENSE) '
+        '# T\n[a](01_core.ipynb) [b](https://x.y/z) [c](#d) [e](../LICENSE) '
         '![p](images/p.png "t")\n```sh\n[k](v)\n```'
     )
     hidden = dict(cell_type='code', source='#| hide\nx', outputs=[])
     text = readme.readme(dict(cells=[dict(cell_type='markdown', source=prose), code, hidden]))
     for words in (
-        '[a](nbs/00_lab.ipynb)',
+        '[a](nbs/01_core.ipynb)',
         '[b](https://x.y/z)',
         '[c](#d)',
         '[e](LICENSE)',
@@ -495,3 +495,78 @@ def test_a_break_that_fits_no_more_is_told(tmp_path):
         (tmp_path / 'llm_lab' / f'{module}.py').write_text('')
         (tmp_path / 'tests' / test.partition('::')[0]).write_text('')
     assert len(list(mutants.wrong(tmp_path))) == 2 * len(mutants.MUTANTS)
+
+
+# ---- moving chapters and cells
+
+
+def book_to_move(root):
+    "Two chapters: 01_old with two functions, 02_user that needs both; and a test that does, too"
+
+    def chapter(name, *cells):
+        made = [dict(cell_type='markdown', id=f'{name}-t', metadata={}, source='# T\n\n> why')]
+        for n, text in enumerate([f'#| default_exp {name[3:]}', '#| hide\nimport sys', *cells]):
+            cell = dict(cell_type='code', id=f'{name}-{n}', metadata={}, outputs=[], source=text)
+            made.append(cell | dict(execution_count=None))
+        nb = dict(metadata={}, nbformat=4, nbformat_minor=5, cells=made)
+        (root / 'nbs' / f'{name}.ipynb').write_text(json.dumps(nb))
+
+    (root / 'nbs').mkdir()
+    (root / 'tests').mkdir()
+    chapter(
+        '01_old',
+        '#| export\nimport math\nfrom pathlib import Path',
+        '#| export\ndef low(size):\n    path = size\n    return math.sqrt(path)',
+        '#| export\ndef high(x):\n    return low(x), Path(x)',
+    )
+    use = 'from llm_lab.old import high, low as l\nassert "llm_lab.old.high" and "llm_lab.old:low"'
+    chapter('02_user', f'#| export\n{use}', 'SCRIPT = "from llm_lab.old import low; low(1)"')
+    (root / 'tests' / 'test_a.py').write_text('def f():\n    from llm_lab.old import high\n')
+    return {
+        '11_first': {'from': '01_old', 'cells': [f'01_old-{n}' for n in ('t', 0, 1, 2, 3)]},
+        '12_second': {'from': '01_old', 'cells': ['01_old-4'], 'title': '# S\n\n> so'},
+        '21_reader': '02_user',
+    }
+
+
+def moved(root, plan):
+    plan['11_first']['main'] = True
+    (root / 'plan.json').write_text(json.dumps(plan))
+    out = tool('move.py', root / 'plan.json', root)
+    cells = {}
+    for p in sorted((root / 'nbs').glob('*.ipynb')):
+        cells[p.stem] = [''.join(c['source']) for c in json.loads(p.read_text())['cells']]
+    return out, cells
+
+
+def test_a_chapter_is_taken_apart_and_its_imports_follow(tmp_path):
+    out, cells = moved(tmp_path, book_to_move(tmp_path))
+    assert out.returncode == 0 and out.stdout == '', out.stdout + out.stderr
+    assert [*cells] == ['11_first', '12_second', '21_reader']
+    assert '#| export\nimport math' in cells['11_first']  # and not Path, which it does not need
+    second = cells['12_second']
+    assert second[:2] == ['# S\n\n> so', '#| default_exp second'] and second[2].startswith(
+        '#| hide'
+    )
+    assert '#| export\nfrom pathlib import Path\nfrom llm_lab.first import low' in second
+    text = '\n'.join(cells['21_reader'])
+    assert 'from llm_lab.second import high\nfrom llm_lab.first import low as l\n' in text
+    assert '"llm_lab.second.high" and "llm_lab.first:low"' in text
+    assert '"from llm_lab.first import low; low(1)"' in text and 'default_exp reader' in text
+    said = (tmp_path / 'tests' / 'test_a.py').read_text()
+    assert said == 'def f():\n    from llm_lab.second import high\n'
+
+
+def test_a_plan_that_forgets_a_cell_is_refused_and_nothing_is_moved(tmp_path):
+    plan = book_to_move(tmp_path)
+    plan['11_first']['cells'].pop()
+    out, cells = moved(tmp_path, plan)
+    assert out.returncode == 1 and "01_old: missing {'01_old-3'}" in out.stderr
+    assert [*cells] == ['01_old', '02_user']
+
+
+def test_what_a_program_cannot_decide_is_told(tmp_path):
+    plan = book_to_move(tmp_path)
+    (tmp_path / 'tests' / 'test_a.py').write_text('from llm_lab import old\n')
+    out, _ = moved(tmp_path, plan)
+    assert out.stdout == 'by hand: tests/test_a.py: from llm_lab import old\n'

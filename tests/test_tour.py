@@ -5,10 +5,10 @@ Slow, so only `make nightly` keeps them."""
 import math
 import pytest
 
-from llm_lab.tour import _plan
+from llm_lab.first_tour import _plan
 from llm_lab.corpora import load_corpus
-from llm_lab.evaluate import evaluate, excess
-from llm_lab.lab import LabError
+from llm_lab.evaluation import evaluate, excess
+from llm_lab.core import LabError
 from llm_lab.train import fit, prepare
 
 
@@ -55,7 +55,7 @@ def test_two_and_a_half_million_characters_of_tales_end_near_the_floor():
 def test_the_tour_learns():
     """The same recipe, 150 steps: far below an even guess already.
 
-    Chapter 27 and test_process.py let shorter tours learn"""
+    `first_tour` and test_process.py let shorter tours learn"""
     corpus = load_corpus('tiny_tales')
     setup = trained_on(corpus, 172_800)
     assert evaluate(setup.model, setup.tokenizer, corpus, most=10_000).loss < 0.6 * math.log(

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from llm_lab import train
-from llm_lab.train import Recipe, trained
+from llm_lab import package
+from llm_lab.train import Recipe
+from llm_lab.package import trained
 
 ROOT = Path(__file__).resolve().parent.parent
 ASK = """
@@ -16,14 +17,15 @@ import sys
 import time
 from pathlib import Path
 
-from llm_lab import train
-from llm_lab.train import Recipe, trained
+from llm_lab import package
+from llm_lab.train import Recipe
+from llm_lab.package import trained
 
 sizes = ('d_model', 16), ('n_layers', 1), ('n_heads', 1)
-train.RECIPES['tiny'] = Recipe(
+package.RECIPES['tiny'] = Recipe(
     f'{sys.argv[1]}/text.txt', steps=3, batch_size=2, block_len=32, model=sizes
 )
-fit, here = train.fit, Path(sys.argv[1])
+fit, here = package.fit, Path(sys.argv[1])
 
 
 def told(*args, **kw):
@@ -35,7 +37,7 @@ def told(*args, **kw):
     return fit(*args, **kw)
 
 
-train.fit = told
+package.fit = told
 (here / f'came-{sys.argv[2]}').touch()
 trained('tiny')
 """
@@ -76,8 +78,8 @@ def test_where_the_disk_has_no_locks_it_is_trained_all_the_same(text, tmp_path, 
     monkeypatch.setattr(filelock.FileLock, '_acquire', none)
     sizes = (('d_model', 16), ('n_layers', 1), ('n_heads', 1))
     monkeypatch.setitem(
-        train.RECIPES, 'tiny', Recipe(str(text), steps=3, batch_size=2, block_len=32, model=sizes)
+        package.RECIPES, 'tiny', Recipe(str(text), steps=3, batch_size=2, block_len=32, model=sizes)
     )
     assert trained('tiny')[2]['steps'] == 3
-    monkeypatch.setattr(train, 'fit', lambda *args, **kw: pytest.fail('it was trained again'))
+    monkeypatch.setattr(package, 'fit', lambda *args, **kw: pytest.fail('it was trained again'))
     assert trained('tiny')[2]['steps'] == 3

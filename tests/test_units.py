@@ -28,13 +28,13 @@ from llm_lab.bpe import BPETokenizer
 from llm_lab.chars import CharTokenizer
 from llm_lab.config import _PATHS, config_of, read_config, smaller, write_config
 from llm_lab.corpora import MARK, Corpus
-from llm_lab.evaluate import UNITS, Score, compare, evaluate, evaluate_file
+from llm_lab.evaluation import UNITS, Score, compare, evaluate, evaluate_file
 from llm_lab.gpt import Config, MiniGPT
-from llm_lab.lab import LabError
+from llm_lab.core import LabError
 from llm_lab.optim import SCHEDULES
-from llm_lab.pack import PackedTokens, end_mark, pack
-from llm_lab.run import _check_launch, _require_device, schedule_of, train_config
-from llm_lab.tour import verdict
+from llm_lab.packing import PackedTokens, end_mark, pack
+from llm_lab.runs import _check_launch, _require_device, schedule_of, train_config
+from llm_lab.first_tour import verdict
 from llm_lab.train import fit, mean_loss, read_split, token_losses, windows_at_once
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -121,9 +121,7 @@ def test_the_name_of_a_part_is_a_text_too():
     for text in ('[]', '{a: b}', 'null', '5', 'x: y', 'GQA:'):
         with pytest.raises(LabError, match=r'^model\.mlp'):
             read_config('smoke', [f'model.mlp.part={text}'])
-    assert read_config('smoke', ['model.mlp.part=llm_lab.gpt:MLP']).model.mlp == dict(
-        part='llm_lab.gpt:MLP'
-    )
+    assert read_config('smoke', ['model.mlp.part=MLP']).model.mlp == dict(part='MLP')
 
 
 def test_numbers_and_recipes_are_still_read():
@@ -828,7 +826,7 @@ def test_training_and_verdict_read_the_same_ids(many, tmp_path):
 def test_a_folder_that_was_packed_with_another_mark_is_not_used(tmp_path, monkeypatch):
     corpus = play()
     with monkeypatch.context() as m:
-        m.setattr('llm_lab.pack.end_mark', lambda corpus, tok: tok.encode('x'))
+        m.setattr('llm_lab.packing.end_mark', lambda corpus, tok: tok.encode('x'))
         pack(corpus, 300, tmp_path / 'p', processes=1)
     with pytest.raises(LabError, match='the end mark in .* pack it again'):
         pack(corpus, 300, tmp_path / 'p', processes=1)
@@ -877,12 +875,12 @@ def test_less_memory_means_fewer_windows_and_none_is_a_line(monkeypatch):
     model, seen = model_for(pairs_of(tales()), max_len=256), []
     for left in (math.inf, 1e9, 1e7, 3e6, 1e6):
         monkeypatch.setattr('llm_lab.train.memory_left', lambda: left)
-        monkeypatch.setattr('llm_lab.lab.memory_left', lambda: left)
+        monkeypatch.setattr('llm_lab.hardware.memory_left', lambda: left)
         seen.append(windows_at_once(model, 256))
     assert (
         seen[0] == 64 and seen[-1] == 1 and seen == sorted(seen, reverse=True) and len({*seen}) > 2
     )
-    monkeypatch.setattr('llm_lab.lab.memory_left', lambda: 1000.0)
+    monkeypatch.setattr('llm_lab.hardware.memory_left', lambda: 1000.0)
     with pytest.raises(LabError, match=r'a window of 256 tokens, \d+ numbers for each, needs'):
         windows_at_once(model, 256)
     chosen = token_losses(model, torch.randint(250, (9,)), torch.tensor([[0, 1, 9]]), batch_size=2)
@@ -914,7 +912,7 @@ def trained_home(tmp_path_factory):
     (home / 'de.txt').write_text(f'\n{MARK}\n'.join(stories(600)), encoding='utf-8')
     with pytest.MonkeyPatch.context() as m:
         m.setenv('LLM_LAB_HOME', str(home))
-        m.setattr('llm_lab.run.peak_flops', lambda *a: 1.0)
+        m.setattr('llm_lab.runs.peak_flops', lambda *a: 1.0)
         with redirect_stdout(io.StringIO()):
             job = train_config(
                 'smoke',
@@ -1046,7 +1044,7 @@ def test_eval_says_when_the_text_has_changed(at_home):
 
 def test_a_prompt_that_cannot_be_read_ends_before_step_1(at_home, monkeypatch):
     home, _ = at_home
-    monkeypatch.setattr('llm_lab.run.fit', lambda *a, **kw: pytest.fail('it was not found out'))
+    monkeypatch.setattr('llm_lab.runs.fit', lambda *a, **kw: pytest.fail('it was not found out'))
     for prompt in ('漢', 'ROMEO: 漢', '[漢]'):
         code, _, err = typed(
             'train', 'smoke', f'data.corpus={home / "de.txt"}', *SMALL, f'eval.prompt={prompt}'

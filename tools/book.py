@@ -1,6 +1,6 @@
 """Run chapters from the first cell to the last in a fresh kernel, and save what they show.
 
-python tools/book.py [nbs/06_gpt.ipynb …] [--jobs 2] [--timeout 0]
+python tools/book.py [nbs/22_gpt.ipynb …] [--jobs 2] [--timeout 0]
 
 As many run at a time as there are cores, each on one thread, as the tests run them. Widgets show
 their still picture (LLM_LAB_STILL=1). Cells marked by a word of `tst_flags` keep what they

@@ -1,6 +1,6 @@
 """Clean notebooks as `nbdev_clean` does, and of saved widgets, too; cell ids stay.
 
-python tools/clean.py [--check] [nbs/06_gpt.ipynb …]
+python tools/clean.py [--check] [nbs/22_gpt.ipynb …]
 
 A saved widget is a view without a kernel: it shows nothing, and some readers refuse the whole
 page. `--check` changes nothing and exits 1 when a notebook would change."""

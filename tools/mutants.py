@@ -66,7 +66,7 @@ MUTANTS = {  # name: (module, what stands there, what it becomes, the test that 
         ONLOOKERS,
     ),
     'rows not cut': (
-        'run',
+        'runs',
         'self.metrics.cut(run.step, start and start.parent.parent)',
         'pass',
         KILLED,
@@ -78,19 +78,19 @@ MUTANTS = {  # name: (module, what stands there, what it becomes, the test that 
         RUN + 'when_one_of_two_is_killed_the_other_ends_and_both_go_on',
     ),
     'every process reads all': (
-        'pack',
+        'batching',
         'self.rank :: self.world_size',
         '::1',
         RUN + 'two_processes_learn_what_one_learns',
     ),
     'no lock': (
-        'lab',
+        'files',
         'lock.acquire(blocking=False)',
         'pass',
         RUN + 'two_do_not_write_into_one_folder',
     ),
     'nobody is asked': (
-        'run',
+        'runs',
         'float(self.asked == r) for r in reasons',
         '0. for r in reasons',
         RUN + 'when_one_of_two_is_asked_to_end_both_end_at_the_same_step',
@@ -102,7 +102,7 @@ MUTANTS = {  # name: (module, what stands there, what it becomes, the test that 
         RUN + 'every_slip_is_answered_by_one_line_that_names_the_key',
     ),
     'config not kept': (
-        'run',
+        'runs',
         "known = state.get('facts', {}).get('config') or decided",
         'known = None',
         CHANGES,
@@ -114,14 +114,14 @@ MUTANTS = {  # name: (module, what stands there, what it becomes, the test that 
         CHANGES,
     ),
     'log cleared': (
-        'run',
+        'runs',
         'if named or max(starts) > starts[0] or reached',
         'if False and reached',
         CHANGES,
     ),
-    'any text': ('run', 'if sha256 and corpus.sha256 != sha256:', 'if False:', CHANGES),
+    'any text': ('runs', 'if sha256 and corpus.sha256 != sha256:', 'if False:', CHANGES),
     'any config of the name': (
-        'run',
+        'runs',
         "if 'source' not in record or same_config(record, config)",
         'if True',
         CHANGES,

@@ -16,7 +16,7 @@ FROM, TO = 'nbs/index.ipynb', 'README.md'
 
 
 def link(m):
-    "A link as seen from the root: `00_lab.ipynb` is `nbs/00_lab.ipynb` there"
+    "A link as seen from the root: `01_core.ipynb` is `nbs/01_core.ipynb` there"
     to = m[2]
     return (
         m[0] if re.match(r'[a-z]+:|[#/]', to) else f'{m[1]}{posixpath.normpath("nbs/" + to)}{m[3]}'

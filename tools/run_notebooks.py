@@ -1,7 +1,7 @@
 """Test the notebooks: each in a process of its own, as many at a time as there are cores, and a
 count at the end.
 
-python tools/run_notebooks.py [nbs/06_gpt.ipynb …] [--flags slow] [--timeout 0] [--jobs 2]
+python tools/run_notebooks.py [nbs/22_gpt.ipynb …] [--flags slow] [--timeout 0] [--jobs 2]
 
 The cells run as `nbdev_test` runs them: in the notebook's folder, with IN_TEST=1, without the
 cells marked by `tst_flags`. There is no time limit unless one is given, because a slow machine

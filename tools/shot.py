@@ -1,6 +1,6 @@
 """Run a notebook in JupyterLab, in a real browser, and take pictures of the page.
 
-python tools/shot.py nbs/06_gpt.ipynb [OUT_FOLDER] [--width 1200] [--height 1900] [--keep]
+python tools/shot.py nbs/22_gpt.ipynb [OUT_FOLDER] [--width 1200] [--height 1900] [--keep]
 
 Writes OUT_FOLDER/NAME-01.png, -02.png …: the whole notebook, cut between cells. Default folder:
 artifacts/browser. The notebook itself is not touched: a copy runs. `--keep` shows the saved

@@ -38,9 +38,11 @@ from torch.nn import functional as F
 
 from llm_lab.gpt import MiniGPT
 from llm_lab.hub import to_hf
-from llm_lab.lab import by_onednn, keep_memory, machine, progress, quick_products, rng
-from llm_lab.llama import llama
-from llm_lab.optim import PRECISIONS, orthogonalized, short_precision
+from llm_lab.hardware import by_onednn, keep_memory, machine, quick_products
+from llm_lab.core import progress, rng
+from llm_lab.llama_block import llama
+from llm_lab.efficient import PRECISIONS
+from llm_lab.optim import orthogonalized, short_precision
 
 HERE = Path(__file__).resolve().parent
 STEP = HERE.parent / 'speed_step' / 'run.py'

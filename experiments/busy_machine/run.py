@@ -44,7 +44,7 @@ def worker(lab_first):
         import llm_lab  # noqa: F401 its choice must be there before PyTorch is
     import torch
     from llm_lab.gpt import Config, MiniGPT, quick_linear
-    from llm_lab.lab import keep_memory
+    from llm_lab.hardware import keep_memory
     from llm_lab.train import adamw, random_crops, train_step
 
     torch.manual_seed(0)
@@ -131,7 +131,7 @@ def main():
             f'{name:20}'
             + ''.join(f'{1000 * t:12.1f} ms {t / base:5.2f} ×' for t in by_state.values())
         )
-    from llm_lab.lab import machine
+    from llm_lab.hardware import machine
 
     result = dict(machine=machine(), rounds=a.rounds, steps=a.steps, seconds=found)
     if a.save:

@@ -7,9 +7,9 @@ python experiments/depth_dial/run.py [--steps 300] [--jobs 2] [--save]
 Tiny Tales, rows of 4 × 288 characters, Muon for the blocks and AdamW for the rest. For each
 depth the mean losses are drawn as a parabola over the logarithm of the rate, through the best
 rate and its two neighbours; its lowest point is the rate that suits the depth. It is compared
-with `llm_lab.llama.rate`. Each cell of the grid is kept in runs/ and is not run again. Every run
-has one thread; `--jobs` run at a time. The last line is JSON; `--save` keeps it in result.json
-with date and machine. About ten minutes on two cores."""
+with `llm_lab.llama_block.rate`. Each cell of the grid is kept in runs/ and is not run again.
+Every run has one thread; `--jobs` run at a time. The last line is JSON; `--save` keeps it in
+result.json with date and machine. About ten minutes on two cores."""
 
 import argparse
 import json
@@ -21,8 +21,10 @@ from statistics import mean
 import torch
 
 from llm_lab.gpt import MiniGPT
-from llm_lab.lab import machine, progress, written
-from llm_lab.llama import llama, rate
+from llm_lab.hardware import machine
+from llm_lab.core import progress
+from llm_lab.files import written
+from llm_lab.llama_block import llama, rate
 from llm_lab.optim import muon
 from llm_lab.train import Recipe, fit, prepare
 

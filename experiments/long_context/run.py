@@ -42,11 +42,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from llm_lab.cache import window
-from llm_lab.gpt import MiniGPT, causal, part, visible
+from llm_lab.kv_cache import window
+from llm_lab.gpt import MiniGPT
+from llm_lab.self_attention import causal, visible
+from llm_lab.parts import part
 from llm_lab.kernels import SparseAttention
-from llm_lab.lab import device, machine, progress, written
-from llm_lab.llama import Rope, llama
+from llm_lab.hardware import device, machine
+from llm_lab.core import progress
+from llm_lab.files import written
+from llm_lab.positions import Rope
+from llm_lab.llama_block import llama
 from llm_lab.optim import muon
 from llm_lab.sparse import cycle, either, expander, reached
 from llm_lab.train import fit, next_token_loss

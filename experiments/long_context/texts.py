@@ -10,9 +10,9 @@ from random import Random
 import torch
 from torch.nn import functional as F
 
-from llm_lab.corpora import pg19
-from llm_lab.lab import device
-from llm_lab.llama import llama, rate
+from llm_lab.hubdata import pg19
+from llm_lab.hardware import device
+from llm_lab.llama_block import llama, rate
 from llm_lab.train import random_crops
 
 # words, steps to the next one, share of keys, how unlike they are

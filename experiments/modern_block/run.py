@@ -27,20 +27,16 @@ from statistics import mean, median, stdev
 import torch
 from torch import nn
 
-from llm_lab.gpt import MLP, Attention, Learned, MiniGPT, part, quick_linear
+from llm_lab.gpt import MLP, Learned, MiniGPT, quick_linear
+from llm_lab.self_attention import Attention
+from llm_lab.parts import part
 from llm_lab.gqa import GQA
-from llm_lab.lab import keep_memory, machine, progress, rng, written
-from llm_lab.llama import (
-    Capped,
-    QKNorm,
-    ReLU2,
-    Rope,
-    Sinusoidal,
-    SwiGLU,
-    llama,
-    scaled_init,
-    spectral_init,
-)
+from llm_lab.hardware import keep_memory, machine
+from llm_lab.core import progress, rng
+from llm_lab.files import written
+from llm_lab.llama_block import Capped, QKNorm, ReLU2, SwiGLU, llama
+from llm_lab.positions import Rope, Sinusoidal
+from llm_lab.init import scaled_init, spectral_init
 from llm_lab.optim import muon
 from llm_lab.train import Recipe, fit, prepare, train_step
 

@@ -28,9 +28,12 @@ import torch
 
 from llm_lab.chars import CharTokenizer
 from llm_lab.corpora import load_corpus
-from llm_lab.gpt import Aux, MiniGPT, part
-from llm_lab.lab import device, flops, keep_memory, machine, progress, written
-from llm_lab.llama import SwiGLU, llama
+from llm_lab.parts import Aux, part
+from llm_lab.gpt import MiniGPT
+from llm_lab.hardware import device, flops, keep_memory, machine
+from llm_lab.core import progress
+from llm_lab.files import written
+from llm_lab.llama_block import SwiGLU, llama
 from llm_lab.moe import MoE, Router, sigmoid_top_k, softmax_top_k, top_k_softmax
 from llm_lab.train import fit, mean_loss, next_token_loss, random_crops
 

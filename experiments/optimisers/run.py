@@ -21,7 +21,9 @@ from statistics import mean, stdev
 
 import torch
 
-from llm_lab.lab import machine, progress, written
+from llm_lab.hardware import machine
+from llm_lab.core import progress
+from llm_lab.files import written
 from llm_lab.optim import OPTIMISERS
 from llm_lab.train import Recipe, fit, prepare
 

@@ -22,8 +22,9 @@ from pathlib import Path
 from statistics import median
 
 from llm_lab.config import read_config
-from llm_lab.lab import machine, progress
-from llm_lab.run import Alone, Job, engine_of
+from llm_lab.hardware import machine
+from llm_lab.core import progress
+from llm_lab.runs import Alone, Job, engine_of
 from llm_lab.train import fit
 
 HERE, NEVER, TURN = Path(__file__).parent, 10**9, 100

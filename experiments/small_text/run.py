@@ -25,10 +25,10 @@ from llm_lab.chars import CharTokenizer
 from llm_lab.config import read_config
 from llm_lab.corpora import cut, load_corpus
 from llm_lab.gpt import MiniGPT
-from llm_lab.lab import machine
+from llm_lab.hardware import machine
 from llm_lab.optim import OPTIMISERS, SCHEDULES
-from llm_lab.pack import BatchStream
-from llm_lab.run import model_config
+from llm_lab.batching import BatchStream
+from llm_lab.runs import model_config
 from llm_lab.train import Run, fit, mean_loss, random_crops
 
 HERE = Path(__file__).parent

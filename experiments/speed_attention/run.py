@@ -7,7 +7,7 @@ One text, 8 heads of 64 channels, float32, forward and backward. The contenders 
 the clock runs over both ways. Dense is PyTorch's own causal kernel. `masked` is the same kernel
 with the window as a mask, which is how models with windows are run on a CPU by default;
 `local-attention` (PyPI) cuts the text into blocks, as sparse attention is often done. Ours is
-chapter 21: the kernel is chosen by length. For each pattern and length the keys of every query,
+`kernels`: the kernel is chosen by length. For each pattern and length the keys of every query,
 counted from what the kernel is given, are compared with the definition. A process of its own
 measures the most memory that a call adds. The exponent is the slope of log time over log length
 from 1,024 tokens on. `--gpu` compares with dense in bf16 from 4,096 to 32,768 tokens on a CUDA
@@ -27,10 +27,12 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from llm_lab.cache import window
-from llm_lab.gpt import part, visible
+from llm_lab.kv_cache import window
+from llm_lab.parts import part
+from llm_lab.self_attention import visible
 from llm_lab.kernels import Plan, attended, planned, way
-from llm_lab.lab import keep_memory, machine, need, progress, rng
+from llm_lab.hardware import keep_memory, machine
+from llm_lab.core import need, progress, rng
 from llm_lab.sparse import either, expander
 
 H, D = 8, 64

@@ -36,8 +36,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from llm_lab.bpe import GPT2, BPETokenizer, from_letters
 from llm_lab.corpora import Corpus, load_corpus
-from llm_lab.lab import LabError, machine
-from llm_lab.pack import PackedTokens, pack
+from llm_lab.core import LabError
+from llm_lab.hardware import machine
+from llm_lab.packing import PackedTokens, pack
 from llm_lab.tales import tiny_tales, write
 
 try:

@@ -21,8 +21,10 @@ import torch
 from llm_lab.chars import CharTokenizer
 from llm_lab.corpora import Corpus
 from llm_lab.gpt import Config, MiniGPT
-from llm_lab.lab import machine, progress, rng
-from llm_lab.pack import BatchStream, PackedTokens, pack
+from llm_lab.hardware import machine
+from llm_lab.core import progress, rng
+from llm_lab.batching import BatchStream
+from llm_lab.packing import PackedTokens, pack
 from llm_lab.train import adamw, train_step
 
 B, T, V, C, L, H = 12, 64, 65, 128, 4, 4

@@ -6,12 +6,12 @@ python experiments/speed_decode/run.py [--rounds 12] [--save]
 One text, float32, the likeliest token each time, and the same random Llama weights for all: 15M
 (width 288, 6 layers, 6 heads) and 110M (width 768, 12 layers, 12 heads), both with a vocabulary
 of 32,000 and a shared table. The contenders take turns, each in a process of its own:
-transformers' `generate`; ours with a cache (chapter 18); ours fast (chapter 19), with 32 and
+transformers' `generate`; ours with a cache (`kv_cache`); ours fast (`inference`), with 32 and
 with 8 bits, as it is and compiled. A turn is 64 tokens after a prompt of 16, and the clock runs
 over all of it. While one runs, the others wait. The medians go into the table, with the time to
 the first token after a prompt of 256, and what each process has in memory more than before it
 opened the model. The ids must be those of transformers. (With 8 bits some differ; on random
-weights, where all tokens are about equally likely, that says nothing. Chapter 19 asks a trained
+weights, where all tokens are about equally likely, that says nothing. `inference` asks a trained
 model.) The last line is JSON; `--save` keeps it in result.json."""
 
 import argparse
@@ -26,13 +26,15 @@ from statistics import median
 
 import torch
 
-from llm_lab.cache import cached
-from llm_lab.fast import bandwidth, fast, fetched
-from llm_lab.gpt import MiniGPT, part
+from llm_lab.kv_cache import cached
+from llm_lab.inference import bandwidth, fast, fetched
+from llm_lab.gpt import MiniGPT
+from llm_lab.parts import part
 from llm_lab.hub import from_hf, to_hf
-from llm_lab.lab import machine, progress, rng
-from llm_lab.llama import SwiGLU, llama
-from llm_lab.sample import generate
+from llm_lab.hardware import machine
+from llm_lab.core import progress, rng
+from llm_lab.llama_block import SwiGLU, llama
+from llm_lab.sampling import generate
 
 V, PROMPT, LONG, N = 32_000, 16, 256, 64
 SHAPES = {

@@ -16,8 +16,10 @@ from pathlib import Path
 import torch
 
 from llm_lab.gpt import Config, MiniGPT
-from llm_lab.lab import device, flops, machine, peak_flops, rng
-from llm_lab.optim import OPTIMISERS, Step
+from llm_lab.hardware import device, flops, machine, peak_flops
+from llm_lab.core import rng
+from llm_lab.optim import OPTIMISERS
+from llm_lab.efficient import Step
 from llm_lab.train import fit, next_token_loss, random_crops
 
 WARM = 20

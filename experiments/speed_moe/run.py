@@ -4,11 +4,11 @@ as much for each token?
 python experiments/speed_moe/run.py [--rounds 81] [--save] [--gpu]
 
 8 experts, 2 for each token, width 256, experts of width 512, 2,048 tokens, float32, forward and
-backward, gradients of the weights and of the input. Ours is chapter 22; it multiplies by oneDNN
+backward, gradients of the weights and of the input. Ours is `moe`; it multiplies by oneDNN
 where that is quicker, as a training run does. Mixtral is transformers' block as it comes
 (`eager`) and its grouped form (`grouped_mm`), with the same weights; before the clock runs, all
 three must give the same outputs and gradients. Dense is one SwiGLU of width 1,024, the same
-number of multiplications, plainly and as a training run has it (`quick_linear`, chapter 6).
+number of multiplications, plainly and as a training run has it (`quick_linear`, `gpt`).
 Contenders take turns in random order; each turn has new tokens, so the experts' shares differ
 from turn to turn, as they do in training. Medians. `even` shares the tokens out evenly; `skewed`
 lets a quarter of the experts have most of them. `--gpu` compares in bf16 on a CUDA device. The
@@ -23,9 +23,11 @@ from statistics import median
 
 import torch
 
-from llm_lab.gpt import Config, part, quick_linear
-from llm_lab.lab import keep_memory, machine, need, rng
-from llm_lab.llama import SwiGLU
+from llm_lab.gpt import Config, quick_linear
+from llm_lab.parts import part
+from llm_lab.hardware import keep_memory, machine
+from llm_lab.core import need, rng
+from llm_lab.llama_block import SwiGLU
 from llm_lab.moe import MoE, Router
 
 E, K, C, F, N = 8, 2, 256, 512, 2048

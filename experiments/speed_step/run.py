@@ -26,11 +26,14 @@ from torch.nn import functional as F
 
 from llm_lab import gpt
 from llm_lab.chars import CharTokenizer
-from llm_lab.gpt import Config, MiniGPT, part
+from llm_lab.gpt import Config, MiniGPT
+from llm_lab.parts import part
 from llm_lab.gqa import GQA
-from llm_lab.lab import flops, machine, peak_flops, progress, rng
-from llm_lab.llama import SwiGLU, llama
-from llm_lab.optim import Step, muon
+from llm_lab.hardware import flops, machine, peak_flops
+from llm_lab.core import progress, rng
+from llm_lab.llama_block import SwiGLU, llama
+from llm_lab.efficient import Step
+from llm_lab.optim import muon
 from llm_lab.package import save_package
 from llm_lab.train import fit, next_token_loss, random_crops, train_step
 
@@ -195,7 +198,7 @@ def first_token(rounds=5):
     median"""
     code = (
         "import sys, time, torch\nfrom llm_lab.package import open_model\n"
-        "from llm_lab.sample import stream\nstart = time.perf_counter()\n"
+        "from llm_lab.sampling import stream\nstart = time.perf_counter()\n"
         "model, tok, _ = open_model(sys.argv[1]); next(stream(model, tok, 'ab')); "
         "print(time.perf_counter() - start)"
     )

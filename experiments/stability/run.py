@@ -5,7 +5,7 @@ QK-norm, orthogonal first weights, bound singular values.
 python experiments/stability/run.py [--seeds 2] [--steps 150] [--save]
 
 Llama's block, 3 layers of width 64, 4 heads, a window of 64 with 6 links, 256 characters of Tiny
-Tales, 8 rows a step, AdamW, gradients clipped to 1. The learning rate of chapter 8 (0.004), and
+Tales, 8 rows a step, AdamW, gradients clipped to 1. The learning rate of `train` (0.004), and
 8 and 32 times that. Each of the 2³ models sees the same batches. At the end: the validation loss
 in bits per character (the floor is known), the largest attention score, the lowest entropy of a
 layer as a share of the most that is possible, and how many heads look at one key only (chapter
@@ -24,11 +24,15 @@ import torch
 
 from llm_lab.chars import CharTokenizer
 from llm_lab.corpora import load_corpus
-from llm_lab.gpt import MiniGPT, part
+from llm_lab.gpt import MiniGPT
+from llm_lab.parts import part
 from llm_lab.kernels import SparseAttention
-from llm_lab.lab import LabError, machine, progress
-from llm_lab.llama import QKNorm, Rope, llama, scaled_init, spectral_init
-from llm_lab.cache import window
+from llm_lab.core import LabError, progress
+from llm_lab.hardware import machine
+from llm_lab.llama_block import QKNorm, llama
+from llm_lab.positions import Rope
+from llm_lab.init import scaled_init, spectral_init
+from llm_lab.kv_cache import window
 from llm_lab.sparse import either, expander
 from llm_lab.train import fit, mean_loss, random_crops
 

@@ -16,8 +16,9 @@ from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 
-from llm_lab.tour import tour
-from llm_lab.lab import machine, written
+from llm_lab.first_tour import tour
+from llm_lab.hardware import machine
+from llm_lab.files import written
 
 HERE = Path(__file__).parent
 CONTEXTS = 72, 144, 288, 576

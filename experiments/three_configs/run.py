@@ -20,8 +20,9 @@ import torch
 from llm_lab.config import model_data, read_config
 from llm_lab.experts import active_params
 from llm_lab.gpt import MiniGPT, config_from
-from llm_lab.lab import flops, home, machine
-from llm_lab.run import train_config
+from llm_lab.hardware import flops, machine
+from llm_lab.core import home
+from llm_lab.runs import train_config
 
 HERE = Path(__file__).parent
 NAMES = ('condor', 'tinystories_baseline', 'falcon')

@@ -1,4 +1,4 @@
-// The attention view of chapter 11: a text to touch, and below it the maps of all heads.
+// The attention view of `looking`: a text to touch, and below it the maps of all heads.
 //
 // The model is what Python shares: `tokens`, `shape` (layers, heads, tokens), `data` (all maps as
 // float32, one after another), and what is chosen: `layer`, `head` and `query`.

@@ -1,4 +1,4 @@
-// The reach view of chapter 20: who can have told whom, and the mask of each layer.
+// The reach view of `sparse`: who can have told whom, and the mask of each layer.
 //
 // The model is what Python shares: `size` (tokens), `layers`, `data` (the masks, a byte for each
 // layer, query and key), and the token that is chosen: `query`.
