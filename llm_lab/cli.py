@@ -13,7 +13,7 @@ import sys
 import warnings
 from pathlib import Path
 from . import __version__
-from .core import LabError, home, need
+from .core import LabError, home, require
 from .files import bytes_in, json_of, pointed, save_picture
 from .hardware import usable_device
 from .config import CONFIGS, read_config, stated
@@ -112,17 +112,19 @@ def write_from(
 ):
     """Print `prompt` and what the model makes of it, as it comes; each token is read once if the
     model can keep a cache (`kv_cache`)"""
-    from llm_lab.kv_cache import cached
-    from llm_lab.package import open_model
+    from llm_lab.kv_cache import with_kv_cache
+    from llm_lab.package import load
     from llm_lab.sampling import stream
 
     place = _place(path)
-    model, tokenizer, _ = open_model(place, usable_device())
+    model, tokenizer, _ = load(place, usable_device())
     best, last = _which(place)
     if best != last:
         _say(f'the best model of this run writes, {best}; {last} is the last')
     with warnings.catch_warnings(record=True, action='always') as notes:
-        pieces = stream(cached(model, strict=False), tokenizer, prompt, n, seed, stop, **choice)
+        pieces = stream(
+            with_kv_cache(model, strict=False), tokenizer, prompt, n, seed, stop, **choice
+        )
     for note in notes:
         print(note.message, file=sys.stderr)  # the prompt is longer than the context
     print(prompt, end='', flush=True)
@@ -257,10 +259,10 @@ def _train(a):
         read_config(named[0], settings)  # a slip is answered before PyTorch is there
     elif named:
         stated(named[0])
-    from llm_lab.runs import train_config
+    from llm_lab.runs import train_run
 
     warnings.showwarning = lambda message, *rest: print(message, file=sys.stderr)
-    job = train_config(
+    job = train_run(
         *named or [None],
         *settings,
         resume=resume and _place(resume),
@@ -327,11 +329,11 @@ def _eval(a):
     "Judge a saved model on a whole split, or on a text of your own"
     from llm_lab.corpora import corpus_of, load_corpus
     from llm_lab.evaluation import evaluate, evaluate_file
-    from llm_lab.core import Live
-    from llm_lab.package import open_model
+    from llm_lab.core import StatusLine
+    from llm_lab.package import load
 
     place = _place(a.path)
-    model, tokenizer, about = open_model(place, usable_device())
+    model, tokenizer, about = load(place, usable_device())
     if a.text:
         score = evaluate_file(model, tokenizer, a.text, a.stride, a.batch_size, field=a.field)
     else:
@@ -341,7 +343,7 @@ def _eval(a):
             print(
                 f'{corpus.name} is not the text it was trained on, or has changed', file=sys.stderr
             )
-        live = Live()
+        live = StatusLine()
         score = evaluate(model, tokenizer, corpus, a.split, None, a.stride, a.batch_size, live)
         live.close(f'{score.tokens:,} tokens of {corpus.name}, each asked once')
     best, last = _which(place)
@@ -362,7 +364,7 @@ def _eval(a):
 # %% ../nbs/89_cli.ipynb #77a3965a
 def _check_picture(path):
     "Raises `LabError` where matplotlib is missing, writes no such file, or the folder is not there"
-    known = need('matplotlib.backend_bases').FigureCanvasBase.get_supported_filetypes()
+    known = require('matplotlib.backend_bases').FigureCanvasBase.get_supported_filetypes()
     end = Path(path).suffix.lower()[1:]
     if end and end not in known:
         raise LabError(f'--plot {path}: there is no picture format {end!r}; use .png, .svg or .pdf')

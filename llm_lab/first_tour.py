@@ -21,13 +21,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import chain, count
 from pathlib import Path
-from .core import LabError, home, pyplot, stoppable
+from .core import LabError, home, pyplot, graceful_interrupt
 from .hardware import device, usable_device
-from .files import written
+from .files import atomic_write
 
 # %% ../nbs/86_first_tour.ipynb #e10cc89d
 TOUR = dict(batch_size=8, block_len=128, lr=3e-3)  # beside the defaults of `Recipe`
-SIZE = dict(d_model=160)  # and of `Config`; a head for every 32 channels
+SIZE = dict(d_model=160)  # and of `GPTConfig`; a head for every 32 channels
 
 
 def _context(corpus):
@@ -44,11 +44,13 @@ def _plan(settings, corpus):
     nobody knows"""
     from dataclasses import fields
     from difflib import get_close_matches
-    from llm_lab.gpt import Config
+    from llm_lab.gpt import GPTConfig
     from llm_lab.train import Recipe
 
     runs = {f.name for f in fields(Recipe)} - {'corpus', 'steps', 'model'}
-    sizes = {'d_model', 'n_layers', 'n_heads', 'dropout', 'tie'} & {f.name for f in fields(Config)}
+    sizes = {'d_model', 'n_layers', 'n_heads', 'dropout', 'tie'} & {
+        f.name for f in fields(GPTConfig)
+    }
     for key, _ in settings:
         if key not in runs | sizes:
             near = get_close_matches(key, runs | sizes, 1, 0.5)
@@ -77,10 +79,10 @@ def _time_step(setup):
     from itertools import count
     from statistics import median
     from llm_lab.gpt import quick_linear
-    from llm_lab.hardware import fastest_threads, keep_memory, use_threads
+    from llm_lab.hardware import fastest_threads, keep_freed_memory, use_threads
     from llm_lab.train import adamw, train_step
 
-    keep_memory()
+    keep_freed_memory()
     model = deepcopy(setup.model)
     opt, step, times = adamw(model, lr=1e-4), count(), []
 
@@ -114,7 +116,7 @@ def _budget(minutes, per_step, recipe, n_val):
 
 # %% ../nbs/86_first_tour.ipynb #fb5ba8e8
 def _room(folder, need):
-    "Is there room for `need` bytes at `folder`, which is made? Raises `LabError` if not"
+    "Is there room for `require` bytes at `folder`, which is made? Raises `LabError` if not"
     folder.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(folder).free) < need:
         raise LabError(
@@ -339,11 +341,11 @@ class _Keeper:
 
     def save(self, run, folder=None):
         "Write the package, all of it or nothing"
-        from llm_lab.package import save_package
+        from llm_lab.package import save
 
         folder = folder or self.folder
         about = _about(self.setup, run, self.data)
-        save_package(folder, self.setup.model, self.setup.tokenizer, about, self.folder.name)
+        save(folder, self.setup.model, self.setup.tokenizer, about, self.folder.name)
         self.folder, self.step = folder, run.step
 
     def forget(self):
@@ -412,14 +414,14 @@ def _tells_tales(corpus):
 
 def _validate(setup):
     "(`Score` on the whole validation text, what is left above the floor); None if not known"
-    from llm_lab.evaluation import evaluate, excess
-    from llm_lab.core import Live
+    from llm_lab.evaluation import evaluate, excess_by_kind
+    from llm_lab.core import StatusLine
 
-    live, score, parts = Live(), None, None
+    live, score, parts = StatusLine(), None, None
     try:
         score = evaluate(setup.model, setup.tokenizer, setup.corpus, live=live)
         if _tells_tales(setup.corpus):
-            parts = excess(setup.model, setup.tokenizer, setup.corpus, n=200)
+            parts = excess_by_kind(setup.model, setup.tokenizer, setup.corpus, n=200)
     except KeyboardInterrupt:
         pass
     # below the floor, no memory, a mistake of ours: none of them may take the model away
@@ -499,9 +501,9 @@ def _picture(setup, run, result):
     val, floor = result['val_loss'], setup.corpus.floor
     end = val and (f'{val / math.log(2):.2f} bits' if floor else f'{val:.2f} nats')
     try:
-        from llm_lab.train import loss_picture
+        from llm_lab.train import plot_loss
 
-        fig = loss_picture(run, floor, val and f'on the whole validation text: {end} per character')
+        fig = plot_loss(run, floor, val and f'on the whole validation text: {end} per character')
         fig.savefig(png := io.BytesIO(), format='png')
         pyplot().close(fig)
     except Exception as e:  # no matplotlib, a broken one, …
@@ -517,7 +519,7 @@ def _complete(keeper, setup, run, result):
     png = _picture(setup, run, result)
     about = {**_about(setup, run, keeper.data), **result}
     try:
-        with written(keeper.folder) as new:
+        with atomic_write(keeper.folder) as new:
             write_package(new, setup.model, setup.tokenizer, about, keeper.folder.name)
             (new / 'result.json').write_text(json.dumps(result, indent=1) + '\n', encoding='utf-8')
             if png:
@@ -591,12 +593,12 @@ def _settle(run, keeper):
 
 
 def _learned(setup, keeper, minutes):
-    "Train for these minutes and keep the model; returns the `Run`"
+    "Train for these minutes and keep the model; returns the `TrainState`"
     from llm_lab.hardware import use_threads
-    from llm_lab.train import Run, fit
+    from llm_lab.train import TrainState, fit
 
     recipe = setup.recipe
-    run = Run(setup.model.train(), 0)
+    run = TrainState(setup.model.train(), 0)
     training = False
 
     def stop(why):
@@ -604,11 +606,11 @@ def _learned(setup, keeper, minutes):
             raise KeyboardInterrupt(why)  # there is nothing to keep yet
         run.stop(why)
 
-    with stoppable(stop):
+    with graceful_interrupt(stop):
         try:
             keeper.begin(run)
             steps, part, per_step, threads = _planned(setup, minutes)
-            run = Run(setup.model.train(), steps)
+            run = TrainState(setup.model.train(), steps)
             often = max(
                 1, int(min(5, KEEP_EVERY / 2) / per_step)
             )  # asks for the time every few seconds

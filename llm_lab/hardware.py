@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['memory_left', 'must_fit', 'device', 'usable_device', 'machine', 'flops', 'by_onednn', 'once', 'exact_by_onednn',
-           'least_seconds', 'quick_products', 'peak_flops', 'time_by_kind', 'keep_memory', 'use_threads', 'race',
+           'least_seconds', 'quick_products', 'peak_flops', 'time_by_kind', 'keep_freed_memory', 'use_threads', 'race',
            'fastest_threads']
 
 # %% ../nbs/03_hardware.ipynb #f115a95e
@@ -270,7 +270,7 @@ def time_by_kind(
     return {k: v / calls for k, v in sorted(spent.items(), key=lambda kv: -kv[1])}
 
 # %% ../nbs/03_hardware.ipynb #ece56c23
-def keep_memory() -> bool:  # could it be asked?
+def keep_freed_memory() -> bool:  # could it be asked?
     """Ask the C library (glibc) to keep freed memory for the next tensor: fresh pages cost more
     than a sum over them"""
     import ctypes

@@ -16,15 +16,15 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from .core import LabError, short
-from .files import bytes_in, check_size, file_in, is_name, json_of, replaceable, written
+from .files import bytes_in, check_size, file_in, is_name, json_of, replaceable, atomic_write
 from .hardware import must_fit
 from .chars import CharTokenizer, begins, load_tokenizer
 from .gpt import MiniGPT, require_as_said, sketch
 from .package import Opened
-from .families import config_from_hf, hf_config, least_tensors, views
+from .families import config_from_hf, hf_config, least_tensors, hf_views
 from copy import copy
 from unicodedata import category
-from .bpe import BPETokenizer, to_letters
+from .bpe import BPETokenizer, bytes_to_printable
 
 # %% ../nbs/72_hub.ipynb #f0a2c4e6
 _PADS = (
@@ -46,7 +46,7 @@ def _pad(tokenizer):  # (token, its id), or (token, None) where a typed text may
     if found := next((s for s in _PADS if s in special), None):
         return found, special[found]
     if isinstance(tokenizer, BPETokenizer):
-        return to_letters(b'\xff'), tokenizer.ids[b'\xff']
+        return bytes_to_printable(b'\xff'), tokenizer.ids[b'\xff']
     if not isinstance(tokenizer, CharTokenizer):
         return None, None
     rank = lambda c: _COMMON.index(category(c)) if category(c) in _COMMON else 99
@@ -89,7 +89,7 @@ def to_hf(
     folder,  # made, or replaced as a whole if all in it was written by `to_hf`
     model: MiniGPT,
     tokenizer=None,  # of the model; it goes along, with its marks and what a prompt begins with
-    family: str = None,  # a key of `NAMES`; the first that fits if none
+    family: str = None,  # a key of `TENSOR_NAMES`; the first that fits if none
 ) -> Path:  # `folder`
     """Write a folder that transformers can open, with a list of its files beside them.
 
@@ -99,9 +99,9 @@ def to_hf(
     require_as_said(model)  # else its file would be another model's
     replaceable(folder)  # before the tensors are made ready
     said = hf_config(model.cfg, family)
-    state = {n: w.contiguous() for n, w in views(model, said['model_type']).items()}
+    state = {n: w.contiguous() for n, w in hf_views(model, said['model_type']).items()}
     said['dtype'] = str(model.tok.weight.dtype).removeprefix('torch.')
-    with written(folder) as new:
+    with atomic_write(folder) as new:
         new.mkdir()
         if tokenizer is not None:
             said |= _add_tokenizer(new, tokenizer, model.cfg)
@@ -292,7 +292,7 @@ def from_hf(
                 f'{len(found):,}: copy it again'
             )
         model = sketch(cfg)  # shapes only, until the dtype is known
-        names = _matched(views(model, family), found, cfg.tie, folder)
+        names = _matched(hf_views(model, family), found, cfg.tie, folder)
         kinds = {_KINDS[found[o].get_slice(o).get_dtype()] for o in names.values()}
         model.to(reduce(torch.promote_types, kinds))  # of several, one that holds them all
         must_fit(
@@ -302,7 +302,7 @@ def from_hf(
         model.to_empty(device='cpu')
         if cfg.tie:
             model.head.weight = model.tok.weight
-        for n, place in views(model, family).items():
+        for n, place in hf_views(model, family).items():
             place.copy_(found[names[n]].get_tensor(names[n]))
     about = dict(family=family, dtype=str(model.tok.weight.dtype).removeprefix('torch.'))
     try:

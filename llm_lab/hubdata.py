@@ -18,14 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
 from tqdm import tqdm
-from .corpora import Afresh, Corpus, MARK, side, stories
-from .core import LabError, Live, home, need, require_inside, require_name
-from .files import json_of, made_folder, require_ours, written
+from .corpora import Reiterable, Corpus, END_OF_TEXT, assign_split, parse_documents
+from .core import LabError, StatusLine, home, require, require_inside, require_name
+from .files import json_of, made_folder, require_ours, atomic_write
 
 # %% ../nbs/05_hubdata.ipynb #fd942735
 def _ask(name, do):
     "What `do()` gets from the hub, tried three times; a fault that stays becomes one line"
-    e = need('huggingface_hub.errors')
+    e = require('huggingface_hub.errors')
     gone = e.RepositoryNotFoundError, e.RevisionNotFoundError, e.RemoteEntryNotFoundError
     copy = f'try again, or put a copy into {home() / "data" / name} or $LLM_LAB_DATA/{name}'
     for wait in (1, 3, 0):
@@ -102,7 +102,7 @@ def _listing(
         kept = _sound(told, path)
         if (kept.get('repo'), kept.get('revision')) == (data.repo, data.revision):
             return kept
-    api = need('huggingface_hub').HfApi()
+    api = require('huggingface_hub').HfApi()
     info = _ask(
         data.name,
         lambda: api.dataset_info(
@@ -125,7 +125,7 @@ def _listing(
             )
     kept = dict(repo=data.repo, revision=data.revision, commit=info.sha, files=files)
     require_ours(path := home() / 'data' / data.name / 'hub.json', _about_hub)
-    with written(path) as f:
+    with atomic_write(path) as f:
         f.write_text(json.dumps(kept, indent=1))
     return kept
 
@@ -145,7 +145,7 @@ class _Bar(tqdm):
     "The progress bar huggingface_hub is given: our one live line"
 
     def __init__(self, *args, **kw):
-        self.live = Live()
+        self.live = StatusLine()
         super().__init__(*args, **{**kw, 'disable': False, 'file': io.StringIO()})
 
     def display(self, *args, **kw):
@@ -164,7 +164,7 @@ def _require_part(part):
 
 def _get(data, listing, file, path):
     "Bring one listed file of the data set to `path`"
-    hub = need('huggingface_hub')
+    hub = require('huggingface_hub')
     part = home() / 'data' / data.name / '.part'
 
     def once():
@@ -227,7 +227,7 @@ def _opened(data, stream):
 def _rows(data, paths, at_once=100):
     "The records of some files, as dicts, in the files' order"
     # books are long
-    datasets = need('datasets')
+    datasets = require('datasets')
     few = dict(batch_size=at_once) if data.kind == 'parquet' else {}
     try:
         table = datasets.load_dataset(
@@ -236,7 +236,9 @@ def _rows(data, paths, at_once=100):
         for b in table.iter(at_once):
             yield from (dict(zip(b, row)) for row in zip(*b.values()))
     except Exception as e:
-        need('huggingface_hub').HfFileSystem.clear_instance_cache()  # it remembers what has failed
+        require(
+            'huggingface_hub'
+        ).HfFileSystem.clear_instance_cache()  # it remembers what has failed
         raise LabError(
             f'cannot read {data.name}: {shorten(str(e) or type(e).__name__, 140)}; try again, '
             'or without stream'
@@ -260,25 +262,25 @@ class HubData:
     def _picked(self, split, at):
         given = split != 'train' and split in at
         for r in _rows(self, at[split if given else 'train']):
-            if given or side(self.text(r), self.cuts) == split:
+            if given or assign_split(self.text(r), self.cuts) == split:
                 yield r
 
     def records(self, split: str, stream=False) -> Iterable[dict]:
         "The publisher's records of a split, as dicts"
-        return Afresh(self._picked, split, _opened(self, stream)[1])
+        return Reiterable(self._picked, split, _opened(self, stream)[1])
 
     def __call__(self, stream=False) -> Corpus:
         "The corpus; its files fetched, checked and read from disk, or streamed"
         listing, at = _opened(self, stream)
 
         def documents(split):
-            return (s for r in self._picked(split, at) for s in stories(self.text(r)))
+            return (s for r in self._picked(split, at) for s in parse_documents(self.text(r)))
 
         sha256 = hashlib.sha256(json.dumps([listing['files'], self.cuts]).encode()).hexdigest()
         return Corpus(
             self.name,
-            {s: Afresh(documents, s) for s in ('train', 'val', 'test')},
-            f'\n{MARK}\n',
+            {s: Reiterable(documents, s) for s in ('train', 'val', 'test')},
+            f'\n{END_OF_TEXT}\n',
             self.licence,
             f"hf://datasets/{self.repo}@{listing['commit']}",
             sha256,

@@ -12,13 +12,14 @@ import time
 import torch
 from fastcore.basics import patch
 from torch import Tensor
-from .core import LabError, need, widgets_live
-from .sampling import Reader, _written, choices, prompt_ids, too_long
+from .core import LabError, require, widgets_live
+from .sampling import DecodingState, _written, sampling_probs, prompt_ids, truncation_note
 
 # %% ../nbs/85_play.ipynb #d1e3ea26
 def _likeliest(logits, k, **choice):
     "The `k` likeliest ids of `logits` (V,), as `next_tokens` gives them"
-    p, q = choices(logits), choices(logits, **choice)
+    p = sampling_probs(logits)
+    q = sampling_probs(logits, **choice)
     top = p.topk(min(k, len(p))).indices
     return list(zip(top.tolist(), p[top].tolist(), q[top].tolist()))
 
@@ -30,7 +31,7 @@ def next_tokens(
     **choice,  # how many; temperature, top_k, top_p, repetition_penalty
 ) -> list:  # of (id, probability as the model says, probability after the filters)
     "The `k` likeliest next tokens, the likeliest first"
-    return _likeliest(Reader(model, len(ids))(ids[None])[0], k, ids=ids.cpu(), **choice)
+    return _likeliest(DecodingState(model, len(ids))(ids[None])[0], k, ids=ids.cpu(), **choice)
 
 # %% ../nbs/85_play.ipynb #be993bb4
 def _name(tokenizer, id):
@@ -52,8 +53,8 @@ def _percent(p):
 def _piece(tokenizer, text, id, logits, **choice):
     """What `written_html` shows of a new token: text, probability as the model says, words under
     the mouse"""
-    p = choices(logits)[id].item()
-    q = choices(logits, **choice)[id].item()
+    p = sampling_probs(logits)[id].item()
+    q = sampling_probs(logits, **choice)[id].item()
     row = lambda i, p, q: f'{_name(tokenizer, i)}  {_percent(p)} → {_percent(q)}'
     rivals = [row(*r) for r in _likeliest(logits, 6, **choice) if r[0] != id][:5]
     return (
@@ -132,7 +133,7 @@ class Playground:
         self.after = prompt
         self.logits = None
         self.thread, self.halt = None, threading.Event()  # who writes, and the sign to end
-        self.build(need('ipywidgets'), prompt)
+        self.build(require('ipywidgets'), prompt)
         for knob in self.knobs.values():
             knob.observe(self.turn, 'value')
         self.prompt.observe(self.ask, 'value')
@@ -213,8 +214,8 @@ def ask(self: Playground, _=None):
     except LabError as e:
         return self.show(str(e))
     self.given = self.after = self.prompt.value
-    self.pieces, self.logits = [], Reader(self.model, ids.shape[1])(ids)[0]
-    self.show(too_long(self.model, ids))
+    self.pieces, self.logits = [], DecodingState(self.model, ids.shape[1])(ids)[0]
+    self.show(truncation_note(self.model, ids))
 
 # %% ../nbs/85_play.ipynb #659aa2d6
 @patch
@@ -223,7 +224,7 @@ def write(self: Playground, halt, prompt, n, seed, **choice):
     ids = prompt_ids(self.model, self.tokenizer, prompt)
     tail = prompt
     due = 0.0
-    note = f'{note}; ' if (note := too_long(self.model, ids)) else ''
+    note = f'{note}; ' if (note := truncation_note(self.model, ids)) else ''
     self.given, self.pieces = prompt, []
     for text, id, logits in _written(self.model, self.tokenizer, ids, n, seed, **choice):
         if halt.wait(0.01):
@@ -236,13 +237,13 @@ def write(self: Playground, halt, prompt, n, seed, **choice):
         if time.monotonic() > due:
             self.show(f'{note}{len(self.pieces)} of {n} tokens')
             due = time.monotonic() + 0.1
-    self.after, self.logits = tail, Reader(self.model, ids.shape[1])(ids)[0]
+    self.after, self.logits = tail, DecodingState(self.model, ids.shape[1])(ids)[0]
     self.show(f'{note}{"stopped after" if halt.is_set() else "done:"} {len(self.pieces)} tokens')
 
 # %% ../nbs/85_play.ipynb #a2887952
 @patch
 def run(self: Playground, *args, **choice):
-    "`write`, and tell what goes wrong"
+    "`write_tale`, and tell what goes wrong"
     try:
         self.write(*args, **choice)
     except Exception as e:
@@ -286,4 +287,4 @@ def playground(
     tokens as bars"""
     if widgets_live():
         return Playground(model, tokenizer, prompt).view
-    return need('IPython.display').HTML(_still(model, tokenizer, prompt))
+    return require('IPython.display').HTML(_still(model, tokenizer, prompt))

@@ -26,14 +26,14 @@ from pathlib import Path
 import torch
 
 from llm_lab.chars import CharTokenizer
-from llm_lab.checkpoint import Checkpoints
-from llm_lab.gpt import Config, MiniGPT
+from llm_lab.checkpoint import CheckpointManager
+from llm_lab.gpt import GPTConfig, MiniGPT
 from llm_lab.core import LabError
-from llm_lab.efficient import Step
+from llm_lab.efficient import StepRunner
 from llm_lab.optim import muon
 from llm_lab.batching import BatchStream
-from llm_lab.package import open_model
-from llm_lab.train import Run, fit
+from llm_lab.package import load
+from llm_lab.train import TrainState, fit
 
 FAULTS = dict(SIGKILL='signal=SIGKILL', ENOSPC='error=ENOSPC', EIO='error=EIO')
 TEXT = 'the cat sat on the mat. the dog sat on the log.\n' * 20
@@ -43,11 +43,11 @@ BATCH = BatchStream(torch.tensor(TOK.encode(TEXT)), 4, 16)
 
 def begin():
     model = MiniGPT(
-        Config(
+        GPTConfig(
             vocab_size=TOK.vocab_size, max_len=16, d_model=16, n_layers=1, n_heads=2, dropout=0.1
         )
     )
-    return Run(model, 30, opt=muon(model))
+    return TrainState(model, 30, opt=muon(model))
 
 
 def trained(steps):
@@ -55,11 +55,11 @@ def trained(steps):
     run = begin()
     calls = {10: lambda run: dict(val=3 - run.step / 10), (steps,): lambda run: run.stop('here')}
     with redirect_stdout(sys.stderr):
-        return fit(run.model, BATCH, 30, run=run, step=Step(accumulate=2), every=calls)
+        return fit(run.model, BATCH, 30, run=run, step=StepRunner(accumulate=2), every=calls)
 
 
 def keeper(folder, *mine):
-    saves = Checkpoints(folder, TOK, keep=1, data=BATCH)
+    saves = CheckpointManager(folder, TOK, keep=1, data=BATCH)
     saves.mine |= {*mine}
     return saves
 
@@ -81,9 +81,8 @@ def waiting(save, run):
         os.close(write)
         return pid, read
     try:
-        ctypes.CDLL(None).prctl(
-            0x59616D61, ctypes.c_ulong(-1), 0, 0, 0
-        )  # Ubuntu: others may trace this process
+        # Ubuntu: others may trace this process
+        ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_ulong(-1), 0, 0, 0)
         signal.alarm(1800)  # nobody waits for ever
         signal.sigwait({signal.SIGUSR1})
         save(run)
@@ -121,7 +120,7 @@ def judged(folder, ended, said, thirty, right):
         return 0, f'it says {said}'
     saves = keeper(folder)
     run = begin()
-    model = open_model(folder)
+    model = load(folder)
     step = saves.load(run)['step']
     if step not in (10, 20) or (ended == 0 and step != 20):
         return step, 'the checkpoint that was reported is not there'

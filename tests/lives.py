@@ -25,7 +25,7 @@ import torch.distributed
 import accelerate  # noqa: F401 so that no child has to
 
 from llm_lab import batching, checkpoint, cli, efficient, evaluation, packing, runs, sampling, train
-from llm_lab.checkpoint import Checkpoints, Metrics
+from llm_lab.checkpoint import CheckpointManager, MetricsLog
 
 torch.set_num_threads(1)
 
@@ -38,19 +38,19 @@ def to(pattern):
 PLACES = dict(
     packing=(packing, '_write'),
     packed=(os, 'replace', to(r'/packed/[^/]+$')),
-    cutting_rows=(Metrics, 'cut'),
+    cutting_rows=(MetricsLog, 'cut'),
     describing=(runs, '_describe'),
     noting=(os, 'replace', to(r'/(config\.yaml|run\.json|runs/latest)$')),
     rewriting=(os, 'replace', to(r'/(metrics|samples)\.\w+$')),
-    taking_up=(Checkpoints, 'load'),
+    taking_up=(CheckpointManager, 'load'),
     stepping=(efficient, 'update'),
     validating=(train, 'token_losses'),
-    sampling=(sampling, 'drawn'),
-    writing_rows=(Metrics, '_add'),
-    tearing_rows=(Metrics, '_add'),
-    syncing=(Metrics, 'sync'),
+    sampling=(sampling, 'sample_next'),
+    writing_rows=(MetricsLog, '_add'),
+    tearing_rows=(MetricsLog, '_add'),
+    syncing=(MetricsLog, 'sync'),
     saving=(checkpoint, 'write_package'),
-    sealing=(checkpoint, 'seal'),
+    sealing=(checkpoint, 'write_manifest'),
     committing=(os, 'replace', to(r'/step-\d+$')),
     naming=(os, 'replace', to(r'/runs/[^/]+/(latest|best)$')),
     pruning=(os, 'replace', to(r'\.gone$')),
@@ -70,9 +70,8 @@ def half_removed(path, *_):
     min(Path(path).iterdir()).unlink()
 
 
-HALF = dict(
-    tearing_rows=torn, half_pruning=half_removed
-)  # what is done before a signal in the middle of it
+# what is done before a signal in the middle of it
+HALF = dict(tearing_rows=torn, half_pruning=half_removed)
 
 
 class Fate:
@@ -114,7 +113,7 @@ class Fate:
         for place, (owner, name, *here) in PLACES.items():
             setattr(owner, name, self.wrapped(place, getattr(owner, name), *here))
         blocks = batching.BatchStream.blocks_of
-        validate = runs.Job.validate
+        validate = runs.TrainingRun.validate
 
         def blocks_of(stream, step):
             found = blocks(stream, step)
@@ -128,24 +127,22 @@ class Fate:
 
         batching.BatchStream.blocks_of = blocks_of
         if self.careless:
-            runs.Job.validate = careless
+            runs.TrainingRun.validate = careless
 
 
 def live(argv, log, env=(), fate=None, path=()):
     "The life of a child, to its end"
     for n, end in enumerate(('.out', '.err'), 1):
         os.dup2(os.open(log + end, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), n)
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # whoever began all this may have been in the background
+    # whoever began all this may have been in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ.update(env)
     os.chdir(os.environ['LLM_LAB_HOME'])
     sys.argv, sys.path[:0] = ['llm-lab'], path
     peak, fate = runs.peak_flops, Fate(**fate or {})
-    runs.peak_flops = lambda *a: peak(
-        *a, size=64, seconds=0
-    )  # it takes a third of a second, and only `mfu` needs it
+    # it takes a third of a second, and only `mfu` needs it
+    runs.peak_flops = lambda *a: peak(*a, size=64, seconds=0)
     fate.watch()
     try:
         code = cli.main(argv)

@@ -15,16 +15,16 @@ from cases import ALL
 from torch.nn import functional as F
 
 from llm_lab import efficient, gpt, hardware, optim, runs
-from llm_lab.config import RunConfig, TrainKeys, config_of, gone_on, read_config
+from llm_lab.config import RunConfig, TrainConfig, config_from_dict, check_resumable, read_config
 from llm_lab.self_attention import Attention
-from llm_lab.gpt import Config, MiniGPT, quick_linear
-from llm_lab.self_attention import attend
+from llm_lab.gpt import GPTConfig, MiniGPT, quick_linear
+from llm_lab.self_attention import scaled_dot_product
 from llm_lab.parts import part
 from llm_lab.core import LabError, home, rng
 from llm_lab.hardware import by_onednn, exact_by_onednn, fastest_threads, quick_products, race
 from llm_lab.optim import Muon, adamw, muon, short_precision
-from llm_lab.efficient import Step, step_memory
-from llm_lab.runs import Alone, set_precision, set_threads, train_config
+from llm_lab.efficient import StepRunner, step_memory
+from llm_lab.runs import SingleProcess, set_precision, set_threads, train_run
 from llm_lab.train import next_token_loss, train_step
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -165,7 +165,7 @@ def test_least_seconds_are_the_least(clock):
 def test_a_model_by_onednn_is_the_model(monkeypatch, compile):
     """Where this processor would not choose it, too: gradients of the whole model, and the layers
     are as they were"""
-    model = MiniGPT(Config(vocab_size=20, max_len=16, d_model=32, n_layers=2, tie=True))
+    model = MiniGPT(GPTConfig(vocab_size=20, max_len=16, d_model=32, n_layers=2, tie=True))
     rows = torch.randint(20, (3, 17), generator=rng(0, 'r'))
     loss = torch.compile(next_token_loss) if compile else next_token_loss
 
@@ -225,19 +225,19 @@ def test_attention_to_a_short_text_keeps_its_digits(asked, heads, mask):
     if mask == 'numbers':
         seen = torch.zeros(40, 40, dtype=asked).masked_fill(~seen, -math.inf)
     with torch.autocast('cpu', asked):
-        found = attend(q, k, v, seen)
+        found = scaled_dot_product(q, k, v, seen)
     assert found.dtype == torch.float32 and (found - exactly(q, k, v, seen)).abs().max() < 1e-5
 
 
 def test_attention_to_a_long_text_and_in_other_numbers_is_as_it_is_asked():
     long = torch.randn(3, 1, 1, 600, 8, generator=rng(0, 'long'))
     with torch.autocast('cpu', torch.bfloat16):
-        assert attend(*long).dtype == torch.bfloat16
-        assert attend(*long[..., :30, :].double()).dtype == torch.float64
+        assert scaled_dot_product(*long).dtype == torch.bfloat16
+        assert scaled_dot_product(*long[..., :30, :].double()).dtype == torch.float64
         assert torch.is_autocast_enabled('cpu')
     assert (
-        attend(*long[..., :30, :]).dtype == torch.float32
-        and attend(*long[..., :30, :].bfloat16()).dtype == torch.bfloat16
+        scaled_dot_product(*long[..., :30, :]).dtype == torch.float32
+        and scaled_dot_product(*long[..., :30, :].bfloat16()).dtype == torch.bfloat16
     )
 
 
@@ -260,7 +260,9 @@ def test_muon_counts_in_what_the_processor_is_quick_at(monkeypatch):
 
 
 def test_a_plan_of_muons_memory_measures_nothing_that_is_not_there(fresh):
-    assert step_memory(Config(vocab_size=20, max_len=16, d_model=32, n_layers=1), 2, opt=muon) > 0
+    assert (
+        step_memory(GPTConfig(vocab_size=20, max_len=16, d_model=32, n_layers=1), 2, opt=muon) > 0
+    )
     assert short_precision() in ('bf16', 'float32')
 
 
@@ -279,9 +281,8 @@ def test_a_race_tells_the_median_of_each_and_leaves_out_who_is_far_behind(clock)
 
     taken = race({n: counted(n, clock.way(s)) for n, s in dict(slow=0.4, quick=0.1).items()}, 0.2)
     assert taken == pytest.approx(dict(slow=0.4, quick=0.1))
-    assert (
-        calls['slow'] == 3 and calls['quick'] == 9
-    )  # a call to warm up and two, once and three times
+    # a call to warm up and two, once and three times
+    assert calls['slow'] == 3 and calls['quick'] == 9
 
 
 def test_each_way_of_a_race_stands_in_its_own_context():
@@ -318,7 +319,7 @@ def test_each_way_of_a_race_stands_in_its_own_context():
 )
 def test_a_wrong_choice_is_one_line(key, value):
     with pytest.raises(LabError, match=rf'^train\.{key}=') as e:
-        config_of(dict(train={key: value}))
+        config_from_dict(dict(train={key: value}))
     assert '\n' not in str(e.value) and ('auto' in str(e.value).partition(': ')[2]) == (
         key in ('threads', 'precision')
     )
@@ -333,23 +334,23 @@ def test_auto_can_be_given_in_a_file_and_on_the_command_line(way, tmp_path):
         tmp_path / 'c.yaml', () if way == 'file' else ('train.threads=auto', 'precision=auto')
     )
     assert (cfg.train.threads, cfg.train.precision) == ('auto', 'auto')
-    assert read_config(tmp_path / 'c.yaml', ('threads=null', 'precision=bf16')).train == TrainKeys(
-        precision='bf16'
-    )
+    assert read_config(
+        tmp_path / 'c.yaml', ('threads=null', 'precision=bf16')
+    ).train == TrainConfig(precision='bf16')
 
 
 def test_it_is_off_unless_asked_for():
-    assert (TrainKeys().threads, TrainKeys().precision) == (None, 'float32')
+    assert (TrainConfig().threads, TrainConfig().precision) == (None, 'float32')
     with pytest.raises(LabError, match='choose from float32, bf16, fp16'):
-        Step(precision='auto')
+        StepRunner(precision='auto')
 
 
 def test_who_goes_on_keeps_what_was_chosen():
-    old = RunConfig('x', train=TrainKeys(threads=3, precision='bf16'))
-    asked = RunConfig('x', train=TrainKeys(threads='auto', precision='auto', steps=2000))
-    assert gone_on(old, asked).train == TrainKeys(threads=3, precision='bf16', steps=2000)
+    old = RunConfig('x', train=TrainConfig(threads=3, precision='bf16'))
+    asked = RunConfig('x', train=TrainConfig(threads='auto', precision='auto', steps=2000))
+    assert check_resumable(old, asked).train == TrainConfig(threads=3, precision='bf16', steps=2000)
     with pytest.raises(LabError, match="^train.precision='float32': it was 'bf16'"):
-        gone_on(old, RunConfig('x'))
+        check_resumable(old, RunConfig('x'))
 
 
 # --- precision
@@ -375,7 +376,7 @@ def test_short_numbers_are_chosen_where_a_step_is_faster_by_a_margin(
     monkeypatch, float32, bf16, chosen
 ):
     raced(monkeypatch, float32, bf16)
-    cfg, why = set_precision(config_of(ASKED), 65, Alone())
+    cfg, why = set_precision(config_from_dict(ASKED), 65, SingleProcess())
     assert cfg.train.precision == chosen and f'{float32 / bf16:.2f} times as fast' in why
 
 
@@ -398,7 +399,7 @@ def test_short_numbers_that_make_another_step_are_not_chosen(monkeypatch, what):
         yield work
 
     monkeypatch.setattr(runs, '_trial', trial)
-    cfg, why = set_precision(config_of(ASKED), 65, Alone())
+    cfg, why = set_precision(config_from_dict(ASKED), 65, SingleProcess())
     assert cfg.train.precision == 'float32' and 'in bf16' in why and '\n' not in why
 
 
@@ -410,14 +411,16 @@ def test_dropout_does_not_look_like_a_difference(monkeypatch):
         kind = dict(
             ASKED, model=dict(ASKED['model'], dropout=0.9), train=dict(ASKED['train'], batch_size=1)
         )
-        assert set_precision(config_of(kind), 20, Alone())[0].train.precision == 'bf16'
+        assert (
+            set_precision(config_from_dict(kind), 20, SingleProcess())[0].train.precision == 'bf16'
+        )
     torch.set_rng_state(before)
 
 
 def test_without_hardware_nothing_is_tried(monkeypatch):
     monkeypatch.setattr(runs, 'short_precision', lambda device='cpu': 'float32')
     monkeypatch.setattr(runs, '_trial', None)
-    cfg, why = set_precision(config_of(ASKED), 65, Alone())
+    cfg, why = set_precision(config_from_dict(ASKED), 65, SingleProcess())
     assert cfg.train.precision == 'float32' and 'no hardware' in why
 
 
@@ -425,17 +428,17 @@ def test_without_hardware_nothing_is_tried(monkeypatch):
 def test_another_device_is_asked_and_not_raced(monkeypatch, best):
     monkeypatch.setattr(runs, 'short_precision', lambda device: best)
     monkeypatch.setattr(runs, 'race', None)
-    monkeypatch.setattr(runs, 'gathered', lambda engine, x: [x])
-    engine = Alone()
+    monkeypatch.setattr(runs, 'all_gather_json', lambda engine, x: [x])
+    engine = SingleProcess()
     engine.device = torch.device('meta')
-    cfg, why = set_precision(config_of(ASKED), 65, engine)
+    cfg, why = set_precision(config_from_dict(ASKED), 65, engine)
     assert cfg.train.precision == best and 'meta' in why
 
 
 def test_one_process_chooses_for_all(monkeypatch):
     "The second one hears it, though it would have found another answer"
 
-    class Second(Alone):
+    class Second(SingleProcess):
         is_main_process, process_index, num_processes = False, 1, 2
 
         def gather(self, x):
@@ -446,14 +449,14 @@ def test_one_process_chooses_for_all(monkeypatch):
             return torch.cat([first[None], x])
 
     monkeypatch.setattr(runs, '_measured_precision', None)
-    cfg, why = set_precision(config_of(ASKED), 65, Second())
+    cfg, why = set_precision(config_from_dict(ASKED), 65, Second())
     assert (cfg.train.precision, why) == ('bf16', 'twice as fast')
 
 
 def test_a_trial_is_the_step_of_the_run_and_leaves_no_trace():
     """Same loss and gradient as the first step of a run; the streams, the model's layers and the
     weights of others stay"""
-    cfg = config_of(
+    cfg = config_from_dict(
         dict(
             data=dict(block_len=16),
             model=dict(d_model=16, n_layers=1, n_heads=2, dropout=0.5),
@@ -481,8 +484,8 @@ def test_auto_threads_are_raced_and_null_are_those_there_are(monkeypatch):
     monkeypatch.setattr(runs, 'fastest_threads', lambda work: work() and 3)
     old = torch.get_num_threads()
 
-    def of(said, tune=False, engine=Alone()):
-        cfg = config_of(
+    def of(said, tune=False, engine=SingleProcess()):
+        cfg = config_from_dict(
             dict(
                 data=dict(block_len=8),
                 model=dict(d_model=8, n_layers=1, n_heads=1),
@@ -501,7 +504,7 @@ def test_auto_threads_are_raced_and_null_are_those_there_are(monkeypatch):
         == (3, 3)
     )
     assert of({}) == (old, old) and of(dict(threads=2), tune=True) == (2, 2)
-    two = Alone()
+    two = SingleProcess()
     two.num_processes = 2
     assert of(dict(threads='auto'), engine=two) == (old, old)  # the others would be measured, too
 
@@ -536,24 +539,24 @@ def test_a_run_says_what_it_chose_writes_it_down_and_goes_on_with_it(
     raced(monkeypatch, float32, bf16)
     chosen = 'bf16' if bf16 < float32 else 'float32'
     auto = (*TINY, 'train.precision=auto', 'train.threads=auto')
-    whole = train_config('smoke', *auto, run='whole')
+    whole = train_run('smoke', *auto, run='whole')
     said = capsys.readouterr().out
     assert f'1 threads, {chosen}' in said and 'times as fast' in said
     text = (whole.folder / 'config.yaml').read_text()
     assert f'precision: {chosen}\n' in text and 'threads: 1\n' in text and 'auto' not in text
     assert whole.step.precision == chosen
-    half = train_config('smoke', *auto, 'train.steps=2', run='half')
+    half = train_run('smoke', *auto, 'train.steps=2', run='half')
     raced(monkeypatch, bf16, float32)  # another measurement would say the opposite
-    again = train_config(
+    again = train_run(
         'smoke', 'train.steps=4', 'train.precision=auto', 'train.threads=auto', resume=half.folder
     )
     assert again.run.step == 4 and again.cfg.train.precision == chosen == again.step.precision
     assert 'times as fast' not in capsys.readouterr().out.partition('half')[2].partition('half')[2]
-    bare = train_config('smoke', 'train.steps=4', resume=again.folder)
+    bare = train_run('smoke', 'train.steps=4', resume=again.folder)
     assert bare.cfg.train == again.cfg.train
     # a schedule is made for its steps, so the whole run is not the half one: the same steps again
     # from the start are
-    other = train_config('smoke', *TINY, f'train.precision={chosen}', run='named')
+    other = train_run('smoke', *TINY, f'train.precision={chosen}', run='named')
     assert torch.equal(weights(other), weights(whole))
 
 
@@ -601,8 +604,10 @@ def test_a_step_in_bf16_is_near_the_step_in_float32(pattern):
     def near(i, j, size=5):
         return (j <= i) & (i - j < size)
 
-    attn = part(Attention, pattern=part(near)) if pattern else Config().attn
-    model = MiniGPT(Config(vocab_size=20, max_len=32, d_model=32, n_layers=2, n_heads=4, attn=attn))
+    attn = part(Attention, pattern=part(near)) if pattern else GPTConfig().attn
+    model = MiniGPT(
+        GPTConfig(vocab_size=20, max_len=32, d_model=32, n_layers=2, n_heads=4, attn=attn)
+    )
     rows = torch.randint(20, (4, 33), generator=rng(1, 'r'))
     next_token_loss(model, rows).backward()
     full = torch.cat([p.grad.flatten() for p in model.parameters()])
@@ -618,9 +623,9 @@ def test_a_compiled_step_in_bf16_keeps_attention_in_float32(capsys):
     rows = torch.randint(20, (4, 17), generator=rng(2, 'r'))
 
     def after(compile):
-        model = MiniGPT(Config(vocab_size=20, max_len=16, d_model=32, n_layers=1, n_heads=2))
+        model = MiniGPT(GPTConfig(vocab_size=20, max_len=16, d_model=32, n_layers=1, n_heads=2))
         opt = adamw(model, lr=1e-3)
-        step = Step(precision='bf16', compile=compile)
+        step = StepRunner(precision='bf16', compile=compile)
         losses = [step(model, opt, rows)[0].item() for _ in range(3)]
         return losses, torch.cat([p.detach().flatten() for p in model.parameters()])
 

@@ -36,7 +36,7 @@ import texts
 from cases import ALL, EXAMPLES, cases
 
 from llm_lab import bpe
-from llm_lab.bpe import GPT2, BPETokenizer, from_letters, to_letters
+from llm_lab.bpe import GPT2, BPETokenizer, printable_to_bytes, bytes_to_printable
 from llm_lab.chars import load_tokenizer
 from llm_lab.corpora import digest, load_corpus, read_text
 from llm_lab.core import LabError
@@ -108,7 +108,7 @@ def rust(text, vocab_size, least=0):
         ),
     )
     return theirs, [
-        tuple(map(from_letters, m)) for m in json.loads(theirs.to_str())['model']['merges']
+        tuple(map(printable_to_bytes, m)) for m in json.loads(theirs.to_str())['model']['merges']
     ]
 
 
@@ -136,7 +136,7 @@ def test_merges_are_those_of_tokenizers(text, script):
             rust(text, 256 + n),
         )
         assert len(merges) == n and ours.merges == merges
-        assert {to_letters(t): i for i, t in ours.vocab.items()} == theirs.get_vocab()
+        assert {bytes_to_printable(t): i for i, t in ours.vocab.items()} == theirs.get_vocab()
     assert theirs.encode(text[:100_000]).ids == ours.encode(text[:100_000])
 
 
@@ -308,7 +308,7 @@ def test_a_file_teaches_what_its_text_teaches(tmp_path, script, monkeypatch):
     for size in (None, 1, 1000):
         if size:
             monkeypatch.setattr(bpe, '_pieces', small(size))
-            monkeypatch.setattr(bpe, 'read_parts', reading(size + 2))
+            monkeypatch.setattr(bpe, 'iter_text', reading(size + 2))
         got = BPETokenizer.train([tmp_path / 'a.txt', plain[1]], 800, SPECIAL)
         assert (got.merges, got.vocab, got.meta) == (want.merges, want.vocab, want.meta), size
     assert want.meta['sha256'] == digest(plain) and want.meta['documents'] == 2
@@ -344,7 +344,7 @@ def test_texts_in_pieces_teach_what_they_teach_as_a_whole(docs, size, part):
     want = quietly(docs, 300, SPECIAL, min_frequency=1)
     with pytest.MonkeyPatch.context() as m:
         m.setattr(bpe, '_pieces', small(size))
-        m.setattr(bpe, 'read_parts', reading(part))
+        m.setattr(bpe, 'iter_text', reading(part))
         got = quietly(docs, 300, SPECIAL, min_frequency=1)
     assert (got.merges, got.meta) == (want.merges, want.meta) and got.meta['sha256'] == digest(docs)
 
@@ -486,17 +486,15 @@ def test_old_characters_have_the_same_class_everywhere():
         and {'a', '\x00', '\u00a0', '家', '\U00010330', '\U0001f600'} <= {*old}
     )
     young = [c for c in old if unicodedata.ucd_3_2_0.category(c) == 'Cn']
-    assert len(young) > 1000 and not any(
-        regex.match(r'[\p{L}\p{N}\s]', c) for c in young
-    )  # signs and faces only
+    # signs and faces only
+    assert len(young) > 1000 and not any(regex.match(r'[\p{L}\p{N}\s]', c) for c in young)
     line = ''.join(old)
     ranks = {bytes([b]): b for b in range(256)}
     for kind in (r'\s', r'\p{L}', r'\p{N}'):
         ours = {*regex.findall(kind, line)}
         rusty = tiktoken.Encoding('kind', pat_str=kind, mergeable_ranks=ranks, special_tokens={})
-        assert {*rusty.decode(rusty.encode_ordinary(line))} == ours, (
-            kind
-        )  # only what matches is encoded
+        # only what matches is encoded
+        assert {*rusty.decode(rusty.encode_ordinary(line))} == ours, kind
         keep = pre_tokenizers.Split(tokenizers.Regex(kind), 'removed', invert=True)
         assert {
             c
@@ -593,9 +591,8 @@ def test_a_batch_takes_the_fast_way_only_where_it_is_the_same(tok):
     for t in (twice, never):
         assert t._tiktoken() == () and t.encode_batch(['abc ab bc']) == [t.encode('abc ab bc')]
     assert never.encode('abc') == [97, 256]
-    moved = BPETokenizer(
-        {300 - n: t for n, t in tok.vocab.items() if n < 290}, tok.merges[:34], []
-    )  # ids in another order
+    # ids in another order
+    moved = BPETokenizer({300 - n: t for n, t in tok.vocab.items() if n < 290}, tok.merges[:34], [])
     assert moved._tiktoken() and moved.encode_batch(['a house, 家']) == [
         moved.encode('a house, 家')
     ]
@@ -792,11 +789,13 @@ def test_a_text_without_a_safe_place_is_searched_seldom(tok):
 
 def theirs_of(tok, pre, normalizer=None, special=(), plain=(), whole=False, first=()):
     "A tokenizer of Hugging Face's library with our merges"
-    vocab = {to_letters(tok.vocab[n]): n for n in range(256 + len(tok.merges))}
+    vocab = {bytes_to_printable(tok.vocab[n]): n for n in range(256 + len(tok.merges))}
     if first:
         vocab = {s: n for n, s in enumerate(first)} | {t: n + len(first) for t, n in vocab.items()}
     t = Tokenizer(
-        models.BPE(vocab, [tuple(map(to_letters, m)) for m in tok.merges], ignore_merges=whole)
+        models.BPE(
+            vocab, [tuple(map(bytes_to_printable, m)) for m in tok.merges], ignore_merges=whole
+        )
     )
     t.pre_tokenizer, t.decoder = pre, decoders.ByteLevel()
     if normalizer:
@@ -872,9 +871,8 @@ def test_files_of_others_give_their_ids(tok, strings, script, tmp_path, shape):
     (tmp_path / 'tokenizer.json').write_text(json.dumps(data, ensure_ascii=False), encoding='utf-8')
     ours = BPETokenizer.load(tmp_path / 'tokenizer.json')
     added = [t['content'] for t in data['added_tokens']]
-    assert ours.kind == (
-        'foreign' if shape == 'qwen' else 'bpe'
-    )  # it has added words that are not special
+    # it has added words that are not special
+    assert ours.kind == ('foreign' if shape == 'qwen' else 'bpe')
     assert [*ours.special_tokens] == [t['content'] for t in data['added_tokens'] if t['special']]
     assert ours.vocab_size == theirs.get_vocab_size()
     n, m = cases(1500), cases(2000)
@@ -1048,9 +1046,8 @@ def test_what_bpe_cannot_follow_has_its_library_s_ids_or_is_refused_in_one_line(
     assert not bad, '\n'.join(bad)
     with pytest.raises(LabError, match='nowhere'):
         BPETokenizer.load(tmp_path / 'nowhere')
-    assert BPETokenizer.from_json(good).encode('abc') == tok.encode(
-        'abc'
-    )  # and the one they were made from is right
+    # and the one they were made from is right
+    assert BPETokenizer.from_json(good).encode('abc') == tok.encode('abc')
 
 
 # ---- saved, sent, used
@@ -1102,16 +1099,16 @@ def test_saved_or_sent_it_stays_the_same(tok, more, tmp_path, strings):
 
 def test_a_model_with_this_tokenizer_is_packed_opened_and_writes(tok, tmp_path):
     torch = pytest.importorskip('torch')
-    from llm_lab.gpt import Config, MiniGPT
-    from llm_lab.package import open_model, save_package
+    from llm_lab.gpt import GPTConfig, MiniGPT
+    from llm_lab.package import load, save
     from llm_lab.sampling import generate, sample, stream
 
     torch.manual_seed(0)
     model = MiniGPT(
-        Config(vocab_size=tok.vocab_size, max_len=32, d_model=16, n_layers=1, n_heads=2)
+        GPTConfig(vocab_size=tok.vocab_size, max_len=32, d_model=16, n_layers=1, n_heads=2)
     )
-    save_package(tmp_path / 'm', model, tok)
-    model, back, _ = open_model(tmp_path / 'm')
+    save(tmp_path / 'm', model, tok)
+    model, back, _ = load(tmp_path / 'm')
     assert same(tok, back)
     assert len([*generate(model, torch.tensor([tok.encode('the house 家')]), 20)]) == 20
     assert len(''.join(stream(model, back, 'the house 家', n=20))) > 0
@@ -1141,7 +1138,7 @@ def test_a_model_with_this_tokenizer_is_packed_opened_and_writes(tok, tmp_path):
             )
 
     words = 'né 家🏠👩‍🚀, x'
-    single = [tok.letter_ids[c] for c in to_letters(words)]  # every byte a token
+    single = [tok.letter_ids[c] for c in bytes_to_printable(words)]  # every byte a token
     for ids in (single, tok.encode(words)):
         told = lambda: Scripted([*ids, tok.eos_id, *ids], 1)
         pieces = [*stream(told(), tok, '', n=len(ids) + 3, temperature=0)]

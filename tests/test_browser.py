@@ -187,11 +187,11 @@ def test_merges_can_be_scrubbed_and_texts_typed(opened, tmp_path):
 
 def test_a_clicked_token_shows_what_it_can_have_heard_of(opened, tmp_path):
     """The live graph of `sparse`: a click on a token, or into the graph, changes lines and words;
-    the numbers are those of `reached`"""
+    the numbers are those of `receptive_field`"""
     from playwright.sync_api import expect
     from llm_lab.kv_cache import window
     from llm_lab.parts import part
-    from llm_lab.sparse import either, expander, reached, said
+    from llm_lab.sparse import either, expander, receptive_field, said
 
     patterns = [part(either, of=(part(window, size=4), part(expander, degree=2, beyond=4)))] * 3
     with opened(upto('41_sparse', 'reach_map(small', tmp_path), width=900, height=900) as page:
@@ -201,18 +201,18 @@ def test_a_clicked_token_shows_what_it_can_have_heard_of(opened, tmp_path):
         words, tokens, lines = (
             box.locator(o) for o in ('.reach-words', '.reach-token', 'svg line')
         )
-        expect(words).to_have_text(said(reached(patterns, 32, 26), 26))
+        expect(words).to_have_text(said(receptive_field(patterns, 32, 26), 26))
         box.scroll_into_view_if_needed()
         page.screenshot(path=str(OUT / '41_sparse.reach.png'))
         for t in (9, 0, 31):
             tokens.nth(t).click()
-            expect(words).to_have_text(said(reached(patterns, 32, t), t))
+            expect(words).to_have_text(said(receptive_field(patterns, 32, t), t))
             assert tokens.nth(t).get_attribute('aria-pressed') == 'true'
             if t == 0:
                 expect(lines).to_have_count(3)
         graph = box.locator('svg').bounding_box()
         page.mouse.click(graph['x'] + graph['width'] * 12.5 / 32, graph['y'] + 20)
-        expect(words).to_have_text(said(reached(patterns, 32, 12), 12))
+        expect(words).to_have_text(said(receptive_field(patterns, 32, 12), 12))
         assert box.locator('canvas').count() == 3
 
 
@@ -240,9 +240,8 @@ def test_an_expert_is_left_out_and_a_text_typed(opened, tmp_path):
         field = page.locator('.widget-text input').last
         field.fill('Mia <b>')
         field.press('Tab')
-        expect(area).to_contain_text(
-            'is not among the'
-        )  # a character that the tales do not have is said in a line
+        # a character that the tales do not have is said in a line
+        expect(area).to_contain_text('is not among the')
         field.fill('Mia')
         field.press('Tab')
         expect(area.locator('span[title]')).to_have_count(3)
@@ -290,14 +289,14 @@ def test_a_touched_token_says_where_it_looks(opened, tmp_path):
         words, tokens, knobs = (box.locator(f'.look-{o}') for o in ('words', 'token', 'knob'))
         box.scroll_into_view_if_needed()
 
-        from llm_lab.looking import look, looks_at, mean_distance
-        from llm_lab.package import trained
+        from llm_lab.looking import attention_of, describe_row, mean_distance
+        from llm_lab.package import load_or_train
 
-        model, tokenizer, _ = trained('tales')  # kept by the run above
+        model, tokenizer, _ = load_or_train('tales')  # kept by the run above
         text = ''.join(tokens.all_text_contents()).replace('↵\n', '\n')
-        weights, names = look(model, tokenizer, text)
+        weights, names = attention_of(model, tokenizer, text)
         says = lambda layer, head, query: expect(words).to_have_text(
-            looks_at(weights[layer, head], names, query)
+            describe_row(weights[layer, head], names, query)
         )
 
         kept = int(
@@ -308,9 +307,8 @@ def test_a_touched_token_says_where_it_looks(opened, tmp_path):
         says(0, 0, kept)
         tokens.nth(5).hover()
         says(0, 0, 5)
-        assert (
-            tokens.nth(6).evaluate('e => getComputedStyle(e).opacity') == '0.5'
-        )  # the future is pale
+        # the future is pale
+        assert tokens.nth(6).evaluate('e => getComputedStyle(e).opacity') == '0.5'
         page.mouse.move(1, 1)
         says(0, 0, kept)  # whoever leaves finds what was kept
         tokens.nth(9).click()
@@ -406,10 +404,11 @@ def test_a_touched_token_says_where_it_looks(opened, tmp_path):
         )
         light = lambda colour: sum(map(int, re.findall(r'\d+', colour)[:3])) / 765
         assert light(ink) - light(ground) > 0.6, (ink, ground)
+        # the server keeps it
         page.evaluate(
             "window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab "
             "Light'})"
-        )  # the server keeps it
+        )
         page.wait_for_selector('body[data-jp-theme-light=true]', state='attached')
         assert shot.seen(page)['error'] == [] and 'Error displaying widget' not in page.content()
     assert [o for o in asked if not re.match(r'(https?|ws)://127\.0\.0\.1:|data:|blob:', o)] == []

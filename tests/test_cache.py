@@ -17,23 +17,23 @@ from llm_lab.kv_cache import (
     Completion,
     KVCache,
     RollingCache,
-    cached,
+    with_kv_cache,
     complete,
-    kept_bytes,
-    picked,
+    held_cache_bytes,
+    select_rows,
     window,
 )
 from llm_lab.chars import CharTokenizer
 from llm_lab.self_attention import Attention, causal
-from llm_lab.gpt import Config, MiniGPT, config_from, to_data
+from llm_lab.gpt import GPTConfig, MiniGPT, config_from, to_data
 from llm_lab.parts import part
-from llm_lab.gqa import GQA, kv_bytes
+from llm_lab.gqa import GQA, planned_cache_bytes
 from llm_lab.core import LabError, rng
 from llm_lab.llama_block import Capped, QKNorm, RMSNorm, llama
 from llm_lab.positions import Rope, Sinusoidal, linear_scaling
 from llm_lab.looking import attention_maps
-from llm_lab.package import open_model, save_package
-from llm_lab.sampling import Reader, drawn, generate, prompt_ids, sample, stream
+from llm_lab.package import load, save
+from llm_lab.sampling import DecodingState, sample_next, generate, prompt_ids, sample, stream
 
 T = 40
 SIZE = dict(vocab_size=30, d_model=32, n_heads=4, n_layers=3, max_len=T)
@@ -53,10 +53,10 @@ def fade(i, j, h, layer):
 
 
 KINDS = {
-    'GPT-2': Config(**SIZE),
-    'no positions': Config(**SIZE, pos=None),
-    'sines': Config(**SIZE, pos=part(Sinusoidal)),
-    'tied': Config(**SIZE, tie=True, norm=part(RMSNorm)),
+    'GPT-2': GPTConfig(**SIZE),
+    'no positions': GPTConfig(**SIZE, pos=None),
+    'sines': GPTConfig(**SIZE, pos=part(Sinusoidal)),
+    'tied': GPTConfig(**SIZE, tie=True, norm=part(RMSNorm)),
     'Llama': llama(**SIZE),
     'soft cap': llama(**SIZE, head=part(Capped)),
     'interleaved, half': llama(**SIZE, rope=part(Rope, interleaved=True, partial=0.5)),
@@ -71,8 +71,8 @@ KINDS = {
     'window of 13': modern(4, pattern=part(window, size=13)),
     'window of 39': modern(2, pattern=part(window, size=T - 1)),
     'window beyond': modern(2, pattern=part(window, size=99)),
-    'window, learned': Config(**SIZE, attn=part(Attention, pattern=part(window, size=6))),
-    'window, none': Config(**SIZE, pos=None, attn=part(Attention, pattern=part(window, size=6))),
+    'window, learned': GPTConfig(**SIZE, attn=part(Attention, pattern=part(window, size=6))),
+    'window, none': GPTConfig(**SIZE, pos=None, attn=part(Attention, pattern=part(window, size=6))),
 }
 each = pytest.mark.parametrize('kind', KINDS)
 plain = torch.no_grad()(lambda model, *args, **ctx: model(*args, **ctx))
@@ -99,7 +99,7 @@ def near(a, b, eps=1e-5):
 
 def in_pieces(model, ids, cut, pad=None):
     "All logits, read in pieces"
-    quick = model if 'cache' in model.words else cached(model)
+    quick = model if 'cache' in model.words else with_kv_cache(model)
     cache, at, out = quick.cache(len(ids), ids.shape[1]), 0, []
     for piece in ids.split(cut, 1):
         i = torch.arange(at, at := at + piece.shape[1])
@@ -147,8 +147,8 @@ def test_a_reader_reads_what_the_plain_model_reads(kind, n):
     endless = 'window' in kind and model.cfg.pos is None
     pad = torch.tensor([0, 5, 2])
     for chunk in (7, 512):
-        quick = Reader(cached(model), n, pad, chunk)
-        simple = Reader(model, n, pad)
+        quick = DecodingState(with_kv_cache(model), n, pad, chunk)
+        simple = DecodingState(model, n, pad)
         for piece in ids.split([n - 6, 1, 3, 1, 1], 1):
             got, slow = quick(piece), simple(piece)
         if not endless or n <= T:
@@ -164,7 +164,7 @@ def test_a_reader_reads_what_the_plain_model_reads(kind, n):
 def test_the_text_is_the_same_and_each_token_goes_through_once(kind):
     model, prompt = shaken(KINDS[kind], 4), ids_of(4, 2, 9)
     texts, seen = [], []
-    for m in (model, cached(model)):
+    for m in (model, with_kv_cache(model)):
         hook = m.tok.register_forward_hook(lambda m, args, out: seen.append(args[0].numel()))
         texts.append(
             [
@@ -182,10 +182,10 @@ def test_the_text_is_the_same_and_each_token_goes_through_once(kind):
 @each
 def test_picked_rows_go_on_as_themselves(kind):
     model, ids = shaken(KINDS[kind], 5), ids_of(5, 4)
-    reader = Reader(cached(model), T, torch.tensor([0, 3, 9, 1]))
+    reader = DecodingState(with_kv_cache(model), T, torch.tensor([0, 3, 9, 1]))
     rows = [2, 0, 2]
     reader(ids[:, :20])
-    picked(reader, rows)
+    select_rows(reader, rows)
     got = [reader(ids[rows, t : t + 1]) for t in range(20, 25)][-1]
     near(got, torch.cat([plain(model, ids[b : b + 1, [0, 3, 9, 1][b] : 25])[:, -1] for b in rows]))
 
@@ -193,7 +193,7 @@ def test_picked_rows_go_on_as_themselves(kind):
 @each
 def test_maps_through_a_cache_are_rows_of_the_maps_of_the_whole(kind):
     model, ids = shaken(KINDS[kind], 7), ids_of(7, 2)
-    want, quick = attention_maps(model, ids), cached(model)
+    want, quick = attention_maps(model, ids), with_kv_cache(model)
     cache, at = quick.cache(2, T), 0
     for piece in ids.split([20, 1, 1, 5, 13], 1):
         end = at + piece.shape[1]
@@ -207,11 +207,11 @@ def test_a_cache_is_a_recipe_like_any_other(kind, tmp_path):
     if 'apart' in kind:
         return  # its pattern lives in this file and has no address to save
     model = shaken(KINDS[kind], 6)
-    quick = cached(model)
-    assert config_from(to_data(quick.cfg)) == quick.cfg and cached(quick) is quick
+    quick = with_kv_cache(model)
+    assert config_from(to_data(quick.cfg)) == quick.cfg and with_kv_cache(quick) is quick
     assert str(MiniGPT(quick.cfg)) == str(quick)
-    save_package(tmp_path / 'p', quick, TOK)
-    again, tok, _ = open_model(tmp_path / 'p')
+    save(tmp_path / 'p', quick, TOK)
+    again, tok, _ = load(tmp_path / 'p')
     assert sample(again, tok, 'ab', 20, seed=1) == sample(model, TOK, 'ab', 20, seed=1)
     assert [type(c) for c in again.cache(1, 9).values()] == [
         type(c) for c in quick.cache(1, 9).values()
@@ -231,7 +231,7 @@ def test_random_recipes():
 def test_the_weights_are_shared_and_the_model_is_left_alone():
     model, ids = shaken(KINDS['Llama']), ids_of(7, 1)
     before, said = str(model), plain(model, ids)
-    quick = cached(model.train())
+    quick = with_kv_cache(model.train())
     assert quick.training and str(model) == before and model.words == set()
     assert all(a is b for a, b in zip(model.parameters(), quick.parameters()))
     quick(ids).sum().backward()
@@ -239,7 +239,7 @@ def test_the_weights_are_shared_and_the_model_is_left_alone():
     with torch.no_grad():
         quick.head.weight.mul_(2)
     near(plain(model.eval(), ids), 2 * said)
-    tied = cached(shaken(KINDS['tied']))
+    tied = with_kv_cache(shaken(KINDS['tied']))
     assert tied.head.weight is tied.tok.weight
 
 
@@ -249,9 +249,9 @@ def test_bfloat16_rounds_and_nothing_more():
         want, small = plain(model, ids), model.bfloat16()
         noise = (plain(small, ids).float() - want).abs().max()
         assert 0 < (in_pieces(small, ids, [20] + [1] * 20).float() - want).abs().max() < 2 * noise
-        cache = cached(small).cache(2, 9)
-        plain(cached(small), ids[:, :4], cache=cache)
-        assert kept_bytes(cache) == kv_bytes(
+        cache = with_kv_cache(small).cache(2, 9)
+        plain(with_kv_cache(small), ids[:, :4], cache=cache)
+        assert held_cache_bytes(cache) == planned_cache_bytes(
             replace(small.cfg, attn=part(small.cfg.attn, pattern=part(causal))),
             4,
             2,
@@ -322,17 +322,17 @@ def test_places_and_rings():
             seen = gj >= 0
             assert (gk[0, 0, seen, 0] == gj[seen]).all() and (gv == -gk)[0, 0, seen].all()
             at += n
-    assert kept_bytes({0: ring}) == 2 * 8 * 4
+    assert held_cache_bytes({0: ring}) == 2 * 8 * 4
 
 
 def test_bytes_are_those_of_the_formula():
     for kind in ('GPT-2', '2 heads', '1 head, QK-norm', 'wide heads'):
-        model = cached(shaken(KINDS[kind]))
+        model = with_kv_cache(shaken(KINDS[kind]))
         cache = model.cache(2, T)
-        assert kept_bytes(cache) == 0
+        assert held_cache_bytes(cache) == 0
         for n in (7, 1, 20):
             plain(model, ids_of(0, 2, n), i=torch.arange(n) + cache[0].n, cache=cache)
-            assert kept_bytes(cache) == kv_bytes(model.cfg, cache[0].n, 2)
+            assert held_cache_bytes(cache) == planned_cache_bytes(model.cfg, cache[0].n, 2)
 
 
 def test_wrong_recipes_are_refused():
@@ -358,9 +358,8 @@ def test_wrong_recipes_are_refused():
             Attention, pattern=part(window, size=5), steps=(part(Rope), part(Cached, size=9))
         ),
     )
-    near(
-        in_pieces(shaken(wide), ids_of(1, 1), [1] * T), plain(shaken(wide), ids_of(1, 1))
-    )  # more than needed is fine
+    # more than needed is fine
+    near(in_pieces(shaken(wide), ids_of(1, 1), [1] * T), plain(shaken(wide), ids_of(1, 1)))
 
 
 # ---- complete
@@ -391,7 +390,7 @@ def test_completions_are_the_samples_of_each_alone(kind, how):
     model = shaken(KINDS[kind], 11)
     prompts = ['', 'a', 'some words', 'one more, and this one is much longer', 'ab' * 30]
     for tok in (TOK, Marked(TOK.chars)):
-        got = complete(cached(model), tok, prompts, 30, samples=3, seed=5, **how)
+        got = complete(with_kv_cache(model), tok, prompts, 30, samples=3, seed=5, **how)
         ended = [c.ended for row in got for c in row]
         assert len(got) == 5 and all(len(row) == 3 for row in got)
         if tok is TOK:
@@ -400,7 +399,7 @@ def test_completions_are_the_samples_of_each_alone(kind, how):
             assert 'eos' in ended
         for p, row in zip(prompts, got):
             for s, c in enumerate(row):
-                alone = ''.join(stream(cached(model), tok, p, 30, seed=5 + s, **how))
+                alone = ''.join(stream(with_kv_cache(model), tok, p, 30, seed=5 + s, **how))
                 assert c.text == alone and len(c.ids) == len(c.logprobs) <= 30
                 assert (c.ended == 'length') == (len(c.ids) == 30) or c.ended == 'stop'
                 ids = torch.tensor(c.ids, dtype=torch.long)
@@ -415,7 +414,7 @@ def test_completions_are_the_samples_of_each_alone(kind, how):
 def test_bytes_make_whole_characters_in_a_batch():
     text = 'Où est le café ? Il est là-bas, à côté. ☕ «ça va» 😀 ' * 20
     tok = BPETokenizer.train(text, 300)
-    model = cached(shaken(llama(**SIZE | dict(vocab_size=tok.vocab_size, max_len=99))))
+    model = with_kv_cache(shaken(llama(**SIZE | dict(vocab_size=tok.vocab_size, max_len=99))))
     for prompt, (c, d) in zip(
         ('é', 'Où est'),
         complete(model, tok, ['é', 'Où est'], 40, samples=2, seed=2, temperature=1.5),
@@ -426,7 +425,7 @@ def test_bytes_make_whole_characters_in_a_batch():
 
 def test_misuse_is_told_in_one_line():
     model, ids = shaken(KINDS['2 heads']), ids_of(12, 1)
-    quick = cached(model)
+    quick = with_kv_cache(model)
     cache = quick.cache(1, T)
     plain(quick, ids[:, :5], cache=cache)
     for call, word in (
@@ -435,15 +434,18 @@ def test_misuse_is_told_in_one_line():
             lambda: quick(ids_of(1, 2, 1), torch.tensor([5]), cache=cache),
             'holds 1 texts, 2 are given',
         ),
-        (lambda: cached(torch.nn.Linear(2, 2)), 'a MiniGPT is needed'),
-        (lambda: cached(MiniGPT(Config(**SIZE, attn=part(hidden)))), 'no attention is found'),
+        (lambda: with_kv_cache(torch.nn.Linear(2, 2)), 'a MiniGPT is needed'),
+        (
+            lambda: with_kv_cache(MiniGPT(GPTConfig(**SIZE, attn=part(hidden)))),
+            'no attention is found',
+        ),
         (
             lambda: complete(quick, TOK, 'a', samples=0),
             'samples=0: give a whole number of at least 1',
         ),
         (lambda: complete(quick, TOK, 'a', 2.5), 'n=2.5: give a whole number'),
         (lambda: complete(quick, TOK, 'a', stop=[3]), 'give a text to end at'),
-        (lambda: Reader(quick, 9)(ids[:, :0]), 'an empty text'),
+        (lambda: DecodingState(quick, 9)(ids[:, :0]), 'an empty text'),
     ):
         with pytest.raises(LabError, match=word):
             call()
@@ -458,7 +460,7 @@ def hidden(cfg, layer=0):
 def test_a_reader_survives_a_mistake():
     "Half a step is not kept: what comes after is right"
     model, ids = shaken(KINDS['2 heads']), ids_of(13, 1)
-    for reader in (Reader(cached(model), T), Reader(model, T)):
+    for reader in (DecodingState(with_kv_cache(model), T), DecodingState(model, T)):
         reader(ids[:, :5])
         with pytest.raises(IndexError):
             reader(torch.tensor([[999]]))
@@ -466,7 +468,7 @@ def test_a_reader_survives_a_mistake():
 
 
 def test_nothing_to_write():
-    model = cached(shaken(KINDS['2 heads']))
+    model = with_kv_cache(shaken(KINDS['2 heads']))
     assert complete(model, TOK, []) == [] and complete(model, TOK, 'a', 0, samples=2) == [
         [Completion(), Completion()]
     ]
@@ -495,7 +497,7 @@ def test_a_padded_batch_is_transformers_own(family, penalty, tmp_path):
         transformers.AutoConfig.for_model(family, **said)
     ).eval()
     theirs.save_pretrained(tmp_path / 'hf')
-    ours = cached(from_hf(tmp_path / 'hf')[0])
+    ours = with_kv_cache(from_hf(tmp_path / 'hf')[0])
     V, lengths = ours.cfg.vocab_size, (9, 2, 6)
     texts = [torch.randint(V, (n,), generator=rng(n, 'prompt')) for n in lengths]
     pad = torch.tensor([9 - n for n in lengths])
@@ -517,10 +519,10 @@ def test_a_padded_batch_is_transformers_own(family, penalty, tmp_path):
             list(generate(ours, text[None], 30, temperature=0, repetition_penalty=penalty)), 1
         )
         assert got[0].tolist() == want[b].tolist()
-    reader, new, out = Reader(ours, 39, pad), ids, []  # together
+    reader, new, out = DecodingState(ours, 39, pad), ids, []  # together
     for _ in range(30):
         out.append(
-            new := drawn(
+            new := sample_next(
                 reader(new), reader.ids, rng(0, 'x'), temperature=0, repetition_penalty=penalty
             )
         )

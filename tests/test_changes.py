@@ -35,7 +35,7 @@ from cases import some
 from llm_lab import cli, runs
 from llm_lab.checkpoint import CLOCKS
 from llm_lab.config import SECTIONS, as_data, read_config, write_config
-from llm_lab.package import seal
+from llm_lab.package import write_manifest
 
 pytestmark = [
     pytest.mark.usefixtures('one_thread'),
@@ -111,7 +111,7 @@ class World:
                 os.chdir(cwd or self.work)
                 sys.argv = ['llm-lab']
                 runs._git = lambda *a: ''
-                runs.Job.measure = lambda job: vars(job).update(work=1, peak=1)
+                runs.TrainingRun.measure = lambda job: vars(job).update(work=1, peak=1)
                 before()
                 code = cli.main([str(a) for a in argv])
             except SystemExit as e:
@@ -164,14 +164,14 @@ class World:
 
 def stop_at(step, number=signal.SIGTERM):
     "In a fork: the system asks the run to end after that step, or kills it"
-    real = runs.Job.record
+    real = runs.TrainingRun.record
 
     def record(job, state):
         if state.step == step:
             os.kill(os.getpid(), number)
         return real(job, state)
 
-    runs.Job.record = record
+    runs.TrainingRun.record = record
 
 
 @pytest.fixture(scope='module')
@@ -343,14 +343,16 @@ def poisoned(w, step, luck):
     weights[first][0, 0] = luck.choice([float('nan'), float('inf')])
     (place / 'model.safetensors').write_bytes(tensor_bytes(weights))
     said = json.loads((place / 'package.json').read_text())
-    seal(
+    write_manifest(
         place,
         'package.json',
         said['files'],
         **{k: v for k, v in said.items() if k not in ('format', 'files', 'sha256')},
     )
     files = [f for f in json.loads((place / 'manifest.json').read_text())['files']]
-    seal(place, 'manifest.json', files, sizes={f: (place / f).stat().st_size for f in files})
+    write_manifest(
+        place, 'manifest.json', files, sizes={f: (place / f).stat().st_size for f in files}
+    )
 
 
 def from_the_decoy(w, step):
@@ -1188,7 +1190,7 @@ def test_a_run_of_an_older_version_goes_on(world):
         del state['facts']
         (place / 'state.json').write_text(json.dumps(state))
         said = json.loads((place / 'manifest.json').read_text())
-        seal(place, 'manifest.json', said['files'], sizes=said['sizes'])
+        write_manifest(place, 'manifest.json', said['files'], sizes=said['sizes'])
     told = json.loads((world.run / 'run.json').read_text())
     for key in ('config', 'sha256'):
         del told[key]
@@ -1229,9 +1231,8 @@ def test_what_was_edited_is_remembered(world):
     )
     code, out, _ = world.life('train', '--resume', 'x', 'train.steps=16')
     assert code == 0 and world.left()[0] == 'step-000016'
-    code, out, _ = world.life(
-        'train', 'my.yaml', '--resume'
-    )  # the file says 14, as it did when it was last read
+    # the file says 14, as it did when it was last read
+    code, out, _ = world.life('train', 'my.yaml', '--resume')
     assert code == 0 and 'goes on from step 16 of experiments/my/runs/x, its last one' in out, out
     rewritten(world.work / 'my.yaml', 'train.weight_decay', 0.3)
     code, _, err = world.life('train', 'my.yaml', '--resume')
@@ -1246,7 +1247,7 @@ def test_a_model_that_has_diverged_is_not_saved(world):
     world.again()
 
     def poison():
-        real = runs.Job.save
+        real = runs.TrainingRun.save
 
         def save(job, state):
             if state.step == 6:
@@ -1254,7 +1255,7 @@ def test_a_model_that_has_diverged_is_not_saved(world):
                     state.model.head.weight[0, 0] = torch.nan
             real(job, state)
 
-        runs.Job.save = save
+        runs.TrainingRun.save = save
 
     code, out, err = world.life('train', 'my.yaml', '--run', 'wild', before=poison)
     assert code == 1 and err.count('\n') == 1 and 'head.weight is no number after step 6' in err, (

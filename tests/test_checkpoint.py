@@ -28,20 +28,20 @@ from torch.nn import functional as F
 
 from llm_lab import checkpoint, package
 from llm_lab.chars import CharTokenizer
-from llm_lab.checkpoint import Checkpoints, optimiser_state
-from llm_lab.gpt import Config, MiniGPT
+from llm_lab.checkpoint import CheckpointManager, optimizer_state
+from llm_lab.gpt import GPTConfig, MiniGPT
 from llm_lab.parts import part
 from llm_lab.gqa import GQA
 from llm_lab.core import LabError
 from llm_lab.llama_block import Capped, QKNorm, llama
 from llm_lab.positions import Rope
 from llm_lab.init import spectral_init
-from llm_lab.optim import OPTIMISERS, muon
-from llm_lab.efficient import Step
+from llm_lab.optim import OPTIMIZERS, muon
+from llm_lab.efficient import StepRunner
 from llm_lab.batching import BatchStream
-from llm_lab.package import chosen, open_model, seal
+from llm_lab.package import resolve, load, write_manifest
 from llm_lab.sampling import sample
-from llm_lab.train import Run, fit, mean_loss, next_token_loss
+from llm_lab.train import TrainState, fit, mean_loss, next_token_loss
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = ''.join(random.Random(0).choices('abcdefgh .\n', k=1200))
@@ -53,7 +53,7 @@ WEIGHTS, MEMORY = 'model.safetensors', 'optimizer.safetensors'
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 
-def begin(opt=muon, steps=40, dropout=0.2, make=Config, **parts):
+def begin(opt=muon, steps=40, dropout=0.2, make=GPTConfig, **parts):
     "(a run at its beginning, its batches)"
     model = MiniGPT(
         make(
@@ -66,19 +66,25 @@ def begin(opt=muon, steps=40, dropout=0.2, make=Config, **parts):
             **parts,
         )
     )
-    return Run(model, steps, opt=opt(model)), BatchStream(IDS, 6, 16, seed=1)
+    return TrainState(model, steps, opt=opt(model)), BatchStream(IDS, 6, 16, seed=1)
 
 
 def go(run, batch, *saves, step=None, every=None, **kw):
     every = {**(every or {}), **{(n,): f for n, f in saves}}
     return fit(
-        run.model, batch, run.steps, run=run, step=step or Step(accumulate=3), every=every, **kw
+        run.model,
+        batch,
+        run.steps,
+        run=run,
+        step=step or StepRunner(accumulate=3),
+        every=every,
+        **kw,
     )
 
 
 def bits(run):
     "All that a run is, as bytes, by name"
-    tensors, groups = optimiser_state(run.model, run.opt)
+    tensors, groups = optimizer_state(run.model, run.opt)
     tensors = {
         **run.model.state_dict(),
         **{f'optimiser/{k}': v for k, v in tensors.items()},
@@ -99,7 +105,7 @@ def digests(place):
 def resumed(folder, at, *saves, begin=begin, then=lambda run: None, **kw):
     "A fresh run that goes on from the checkpoint of step `at`"
     run, batch = begin()
-    Checkpoints(folder, TOK, data=batch).load(run, folder / 'checkpoints' / f'step-{at:06d}')
+    CheckpointManager(folder, TOK, data=batch).load(run, folder / 'checkpoints' / f'step-{at:06d}')
     assert run.step == at
     then(run)
     return go(run, batch, *saves, **kw)
@@ -126,7 +132,7 @@ def looked():
 def kept(tmp_path_factory, looked):
     "(folder, the finished run) of 40 steps, a checkpoint of each"
     folder, (run, batch) = tmp_path_factory.mktemp('kept') / 'run', begin()
-    go(run, batch, every={**looked, 1: Checkpoints(folder, TOK, keep=99, data=batch)})
+    go(run, batch, every={**looked, 1: CheckpointManager(folder, TOK, keep=99, data=batch)})
     return folder, run
 
 
@@ -137,7 +143,7 @@ def test_a_run_ends_with_the_same_bits_wherever_it_is_resumed(kept, looked):
     whole = bits(run)
     assert 40 * 6 > 3 * begin()[1].per_epoch and len(run.notes) == 10
     assert same(bits(go(*begin())), whole)  # neither looking nor saving changed it
-    assert Checkpoints(folder, TOK).steps() == [*range(1, 41)]
+    assert CheckpointManager(folder, TOK).steps() == [*range(1, 41)]
     for at in some(range(1, 41), 5):
         again = resumed(folder, at, every=looked)
         assert same(bits(again), whole), at
@@ -156,37 +162,41 @@ def test_without_the_streams_of_chance_the_bits_differ(kept):
         assert [k for k in again if k not in ('facts', 'history') and again[k] != bits(run)[k]], at
     calm = lambda: begin(dropout=0.0)
     run, batch = calm()
-    go(run, batch, (20, Checkpoints(folder.parent / 'calm', TOK, data=batch)))
+    go(run, batch, (20, CheckpointManager(folder.parent / 'calm', TOK, data=batch)))
     assert same(bits(resumed(folder.parent / 'calm', 20, begin=calm, then=forget)), bits(run))
 
 
 def test_a_run_that_is_resumed_again_and_again_ends_with_the_same_files(kept, tmp_path):
     "Each life saves into the folder that it found"
     run, batch = begin()
-    first = Checkpoints(tmp_path, TOK, data=batch)
+    first = CheckpointManager(tmp_path, TOK, data=batch)
     go(run, batch, every={(13,): first, 13: lambda run: run.stop('here')})
     for at, until in ((13, 29), (29, 40)):
         run, batch = begin()
-        saves = Checkpoints(tmp_path, TOK, data=batch)
+        saves = CheckpointManager(tmp_path, TOK, data=batch)
         assert saves.load(run)['step'] == at
         go(run, batch, every={(until,): saves, until: lambda run: run.stop('here')})
     assert same(bits(run), bits(kept[1]))
-    assert digests(saves.place(40)) == digests(Checkpoints(kept[0], TOK).place(40))
+    assert digests(saves.place(40)) == digests(CheckpointManager(kept[0], TOK).place(40))
 
 
-@pytest.mark.parametrize('name,precision', crossed(OPTIMISERS, ['float32', 'bf16']))
+@pytest.mark.parametrize('name,precision', crossed(OPTIMIZERS, ['float32', 'bf16']))
 def test_every_optimiser_is_resumed_bit_by_bit(name, precision, tmp_path):
-    start = lambda: begin(OPTIMISERS[name], steps=24)
+    start = lambda: begin(OPTIMIZERS[name], steps=24)
     run, batch = start()
     go(
         run,
         batch,
-        every={1: Checkpoints(tmp_path, TOK, keep=99, data=batch)},
-        step=Step(accumulate=3, precision=precision),
+        every={1: CheckpointManager(tmp_path, TOK, keep=99, data=batch)},
+        step=StepRunner(accumulate=3, precision=precision),
     )
     for at in some((1, 11, 23, 2), 2):
         assert same(
-            bits(resumed(tmp_path, at, begin=start, step=Step(accumulate=3, precision=precision))),
+            bits(
+                resumed(
+                    tmp_path, at, begin=start, step=StepRunner(accumulate=3, precision=precision)
+                )
+            ),
             bits(run),
         ), at
 
@@ -209,27 +219,27 @@ def test_the_modern_block_is_resumed_bit_by_bit(parts, tmp_path):
     a package opens to the same logits"""
     start = lambda: begin(steps=12, make=llama, **parts)
     run, batch = start()
-    saves = Checkpoints(tmp_path, TOK, keep=99, data=batch)
+    saves = CheckpointManager(tmp_path, TOK, keep=99, data=batch)
     go(run, batch, every={1: saves})
     for at in (1, 5, 11):
         assert same(bits(resumed(tmp_path, at, begin=start)), bits(run)), at
     assert torch.equal(
-        open_model(saves.place(12)).model(IDS[None, :16]), run.model.eval()(IDS[None, :16])
+        load(saves.place(12)).model(IDS[None, :16]), run.model.eval()(IDS[None, :16])
     )
 
 
-@pytest.mark.parametrize('name', OPTIMISERS)
+@pytest.mark.parametrize('name', OPTIMIZERS)
 def test_the_scale_of_fp16_comes_along_as_a_part(name, tmp_path):
     """It grows every third step until a gradient is too long for fp16: the step that is then left
     out is the same one"""
 
     def start():
-        step = Step(accumulate=2, precision='fp16')
+        step = StepRunner(accumulate=2, precision='fp16')
         step.scaler = torch.amp.GradScaler('cpu', init_scale=2.0**14, growth_interval=3)
-        return *begin(OPTIMISERS[name], steps=24), step
+        return *begin(OPTIMIZERS[name], steps=24), step
 
     def parts(batch, step):
-        return Checkpoints(tmp_path, TOK, keep=99, data=batch, scaler=step.scaler)
+        return CheckpointManager(tmp_path, TOK, keep=99, data=batch, scaler=step.scaler)
 
     run, batch, step = start()
     go(run, batch, every={1: parts(batch, step)}, step=step)
@@ -273,13 +283,13 @@ def test_evaluating_or_sampling_during_a_run_changes_no_weight(kept, tmp_path):
 
     careless = dict(zip((1, 2, 3, 4, 5), (evaluates, samples, draws, seeds, trains_on_nothing)))
     run, batch = begin()
-    saves = Checkpoints(tmp_path, TOK, keep=99, data=batch)
+    saves = CheckpointManager(tmp_path, TOK, keep=99, data=batch)
     go(run, batch, every={**careless, (12, 20): draws, (12, 20, 40): saves})
     assert same(bits(run), bits(kept[1])) and run.model.training
     assert len(said) == 20 and len(run.notes) == 40 and len({n['val'] for n in run.notes}) > 30
     for at in (12, 20):
         assert same(bits(resumed(tmp_path, at)), bits(kept[1])), at
-    assert digests(saves.place(40)) == digests(Checkpoints(kept[0], TOK).place(40))
+    assert digests(saves.place(40)) == digests(CheckpointManager(kept[0], TOK).place(40))
 
 
 def test_a_draw_inside_a_step_does_change_the_weights(kept):
@@ -340,9 +350,8 @@ def in_order(trace):
         for line in trace[:commit]
         if (m := re.match(rf'f\w*sync\(\d+<.*/{hidden}/?([^/>]*)>', line))
     }
-    synced = {
-        name for name in synced if not re.fullmatch(r'\.tokenizer\.json\.\d+\.new', name)
-    }  # before it has its own name
+    # before it has its own name
+    synced = {name for name in synced if not re.fullmatch(r'\.tokenizer\.json\.\d+\.new', name)}
     assert synced == {
         '',
         'llm_lab.json',
@@ -380,10 +389,11 @@ def no_checkpoint_is_lost(counts, tried, expected):
         assert {c['newest'] for c in tried if c['fault'] == fault} == {10, 20}
         assert {c['call'] for c in tried if c['fault'] == fault} == {*counts}
     assert {c['ended'] for c in tried if c['fault'] == 'SIGKILL'} == {-signal.SIGKILL}
+    # an error may be of no account: is a file there, a terminal?
     assert {c['ended'] for c in tried if c['fault'] != 'SIGKILL'} == {
         0,
         3,
-    }  # an error may be of no account: is a file there, a terminal?
+    }
 
 
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='strace is a tool of Linux')
@@ -434,7 +444,7 @@ def test_a_run_that_outlives_an_error_of_the_disk_saves_again(name, tmp_path, mo
     found = []
     for n in range(1, 99, 3 if name == 'fsync' and not ALL else 1):
         run = begin()[0]
-        saves = Checkpoints(tmp_path / str(n), TOK, keep=1)
+        saves = CheckpointManager(tmp_path / str(n), TOK, keep=1)
         saves(at_step(run, 10, 3.0))
         left[0] = n
         try:
@@ -443,7 +453,7 @@ def test_a_run_that_outlives_an_error_of_the_disk_saves_again(name, tmp_path, mo
         except OSError:
             done = False
         came, left[0] = left[0] <= 0, math.inf
-        found.append(Checkpoints(saves.folder, TOK).load(begin()[0])['step'])
+        found.append(CheckpointManager(saves.folder, TOK).load(begin()[0])['step'])
         assert came or done
         if not came:
             break
@@ -462,7 +472,7 @@ def good(kept, tmp_path):
         kept[0] / 'checkpoints' / 'step-000020', tmp_path / 'checkpoints' / 'step-000020'
     )
     run, batch = begin()
-    saves = Checkpoints(tmp_path, TOK, data=batch)
+    saves = CheckpointManager(tmp_path, TOK, data=batch)
     return place, lambda: saves.load(run)
 
 
@@ -586,9 +596,11 @@ def evil(tmp_path):
 def resealed(place):
     "What an attacker does after changing a file"
     said = json.loads((place / 'package.json').read_text())
-    seal(place, 'package.json', said['files'], about=said['about'], torch=said['torch'])
+    write_manifest(place, 'package.json', said['files'], about=said['about'], torch=said['torch'])
     files = sorted(f.name for f in place.iterdir() if f.name != 'manifest.json')
-    seal(place, 'manifest.json', files, sizes={f: (place / f).stat().st_size for f in files})
+    write_manifest(
+        place, 'manifest.json', files, sizes={f: (place / f).stat().st_size for f in files}
+    )
 
 
 @pytest.mark.parametrize('suffix', ['.pt', '.pth', '.bin', '.pkl', '.ckpt', '.safetensors', ''])
@@ -597,7 +609,7 @@ def test_a_pickle_in_the_place_of_a_folder_is_refused_unread(suffix, evil, tmp_p
     path = tmp_path / f'model{suffix}'
     path.write_bytes(data)
     run = begin()[0]
-    for read in (chosen, open_model, lambda path: Checkpoints(tmp_path, TOK).load(run, path)):
+    for read in (resolve, load, lambda path: CheckpointManager(tmp_path, TOK).load(run, path)):
         # noqa: B023
         said = fails(lambda: read(path), str(path), 'give the folder of a saved model')
         assert suffix in ('.safetensors', '') or 'may be a pickle' in said
@@ -627,11 +639,11 @@ def test_a_pickle_in_the_place_of_any_file_of_a_sealed_checkpoint_is_refused(evi
             if f in (WEIGHTS, MEMORY, 'state.json', 'manifest.json'):
                 fails(load, str(place / f))
             if f in opens | {'package.json'}:
-                fails(lambda: open_model(place), f)
+                fails(lambda: load(place), f)
             for p, content in old.items():
                 p.write_bytes(content)
     load()
-    open_model(place)
+    load(place)
     assert not marker.exists()
 
 
@@ -676,7 +688,7 @@ def that_run_code(tree):
         if isinstance(o, ast.Attribute):
             return f'{name(o.value)}.{o.attr}'
         imports = isinstance(o, ast.Call) and name(o.func).endswith(
-            ('import_module', '__import__', 'need')
+            ('import_module', '__import__', 'require')
         )
         if imports and o.args and isinstance(o.args[0], ast.Constant):
             return str(o.args[0].value)
@@ -788,7 +800,7 @@ def test_the_newest_and_the_best_stay_through_any_number_of_lives(tmp_path):
         folder = tmp_path / str(n)
         keep = luck.randint(1, 3)
         run = begin()[0]
-        saves, vals = Checkpoints(folder, TOK, keep=keep), {}
+        saves, vals = CheckpointManager(folder, TOK, keep=keep), {}
         for step in sorted(luck.sample(range(1, 41), 7)):
             vals[step] = luck.choice(
                 [None, math.nan, math.inf, -math.inf, 2.0, 2.0, 1.5, luck.random()]
@@ -804,18 +816,19 @@ def test_the_newest_and_the_best_stay_through_any_number_of_lives(tmp_path):
                 else not (folder / 'best').exists()
             )
             assert (
-                chosen(folder) == saves.place(best[0] if best else step)
-                and open_model(folder).about['step'] == (best or [step])[0]
+                resolve(folder) == saves.place(best[0] if best else step)
+                and load(folder).about['step'] == (best or [step])[0]
             )
             if luck.random() < 0.4:
                 run = begin()[0]
-                saves = Checkpoints(folder, TOK, keep=keep)
+                saves = CheckpointManager(folder, TOK, keep=keep)
                 saves.load(run)
         assert [p.name for p in folder.rglob('.*')] == []
 
 
 def test_remains_of_killed_writers_go_with_the_next_save_and_nothing_else(tmp_path):
-    saves, run = Checkpoints(tmp_path, TOK, keep=1), begin()[0]
+    saves = CheckpointManager(tmp_path, TOK, keep=1)
+    run = begin()[0]
     saves(at_step(run, 10, 1.0))
     for name in ('.step-000020.77.new', '..step-000020.77.new.77.new', '.step-000005.gone'):
         (tmp_path / 'checkpoints' / name / 'deep').mkdir(parents=True)
@@ -853,7 +866,7 @@ def test_a_checkpoint_that_is_half_removed_is_no_checkpoint(tmp_path, monkeypatc
         return rmtree
 
     for gone in some(range(9), 4):
-        saves = Checkpoints(tmp_path / str(gone), TOK, keep=1)
+        saves = CheckpointManager(tmp_path / str(gone), TOK, keep=1)
         run = begin()[0]
         saves(at_step(run, 10))
         with monkeypatch.context() as m, pytest.raises(Killed):
@@ -863,7 +876,7 @@ def test_a_checkpoint_that_is_half_removed_is_no_checkpoint(tmp_path, monkeypatc
             '.step-000010.gone'
         ] and saves.steps() == [20]
         again = begin()[0]
-        saves = Checkpoints(tmp_path / str(gone), TOK, keep=1)
+        saves = CheckpointManager(tmp_path / str(gone), TOK, keep=1)
         assert saves.load(again)['step'] == 20
         saves(at_step(again, 30))
         assert saves.steps() == [30] and [*saves.folder.rglob('.*')] == []
@@ -872,17 +885,18 @@ def test_a_checkpoint_that_is_half_removed_is_no_checkpoint(tmp_path, monkeypatc
 def test_two_runs_do_not_share_a_folder(tmp_path):
     """Neither a new one, nor a second heir of the same checkpoint; who saves the step that it has
     saved does nothing"""
-    first, run = Checkpoints(tmp_path, TOK), begin()[0]
+    first, run = CheckpointManager(tmp_path, TOK), begin()[0]
     first(at_step(run, 10))
     before = digests(first.place(10))
     first(run)
     for step in (5, 10, 20):
+        # noqa: B023
         fails(
-            lambda: Checkpoints(tmp_path, TOK)(at_step(begin()[0], step)),
+            lambda: CheckpointManager(tmp_path, TOK)(at_step(begin()[0], step)),
             'step-000010',
             f'on the way to step {step}',
-        )  # noqa: B023
-    heirs = [(Checkpoints(tmp_path, TOK), begin()[0]) for _ in range(2)]
+        )
+    heirs = [(CheckpointManager(tmp_path, TOK), begin()[0]) for _ in range(2)]
     for saves, heir in heirs:
         saves.load(heir)
     heirs[0][0](at_step(heirs[0][1], 20))
@@ -899,8 +913,8 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
 def test_a_relative_path_names_the_same_run(tmp_path, monkeypatch):
     "Loaded by one spelling of its path, saved by another"
     monkeypatch.chdir(tmp_path)
-    Checkpoints('run', TOK)(at_step(begin()[0], 10))
-    saves, run = Checkpoints('run', TOK), begin()[0]
+    CheckpointManager('run', TOK)(at_step(begin()[0], 10))
+    saves, run = CheckpointManager('run', TOK), begin()[0]
     saves.load(run, tmp_path / 'run' / 'checkpoints' / 'step-000010')
     saves(at_step(run, 20))
     assert saves.steps() == [10, 20]
@@ -955,7 +969,7 @@ def test_three_kills_at_random_cost_steps_and_not_one_bit(tmp_path):
     for (_, died), (born, _) in zip(lives, lives[1:]):
         assert 1 < born <= died + 1 and died - born < 6
     run, batch = begin(steps=120)
-    go(run, batch, (120, Checkpoints(tmp_path / 'calm', TOK, data=batch)))
+    go(run, batch, (120, CheckpointManager(tmp_path / 'calm', TOK, data=batch)))
     assert lives[0][0] == 1 and lives[-1][1] == 120
     assert digests(tmp_path / 'killed' / 'checkpoints' / 'step-000120') == digests(
         tmp_path / 'calm' / 'checkpoints' / 'step-000120'

@@ -21,9 +21,8 @@ def serve(tmp_path, monkeypatch):
     is (status, promised length, body)"""
     monkeypatch.setenv('LLM_LAB_HOME', str(tmp_path))
     monkeypatch.delenv('LLM_LAB_DATA', raising=False)
-    monkeypatch.setattr(
-        pooch.core.time, 'sleep', lambda seconds: None
-    )  # pooch waits between its tries
+    # pooch waits between its tries
+    monkeypatch.setattr(pooch.core.time, 'sleep', lambda seconds: None)
     servers = []
 
     def start(*answers):

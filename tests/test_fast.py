@@ -11,10 +11,16 @@ from cases import crossed
 from torch import nn
 from test_cache import KINDS, SIZE, T, TOK, ids_of, near, plain, shaken
 
-from llm_lab.kv_cache import Cached, cached, complete, window
-from llm_lab.inference import Int8, Wide, fast, fetched, speed
+from llm_lab.kv_cache import Cached, with_kv_cache, complete, window
+from llm_lab.inference import (
+    Int8Linear,
+    TransposedLinear,
+    for_inference,
+    bytes_per_token,
+    benchmark_decode,
+)
 from llm_lab.self_attention import Attention
-from llm_lab.gpt import Config, MiniGPT
+from llm_lab.gpt import GPTConfig, MiniGPT
 from llm_lab.parts import part
 from llm_lab.gqa import GQA
 from llm_lab.core import LabError, rng
@@ -22,9 +28,9 @@ from llm_lab.hardware import exact_by_onednn
 from llm_lab.llama_block import QKNorm, llama
 from llm_lab.positions import Rope
 from llm_lab.init import spectral_init
-from llm_lab.looking import attention_maps, logit_lens, without_head
-from llm_lab.package import save_package
-from llm_lab.sampling import Reader, generate, sample
+from llm_lab.looking import attention_maps, logit_lens, ablate_head
+from llm_lab.package import save
+from llm_lab.sampling import DecodingState, generate, sample
 
 each = pytest.mark.parametrize('kind', KINDS)
 OLD_ROAD = {'heads look apart'}  # a pattern that only the old road knows
@@ -36,10 +42,11 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 @pytest.mark.parametrize('kind,pad', crossed(KINDS, [None, (0, 5, 2)]))
 def test_every_token_is_that_of_the_plain_model(kind, pad):
     model, ids = shaken(KINDS[kind]), ids_of(0, 3)
-    quick, pad = fast(model), pad and torch.tensor(pad)
+    quick, pad = for_inference(model), pad and torch.tensor(pad)
     assert quick.simple == (kind not in OLD_ROAD)
     for cut in ([7] + [1] * (T - 7), [1] * T, [20, 1, 1, 5, 1, 1, 11]):
-        reader, slow = Reader(quick, T, pad), Reader(model, T, pad)
+        reader = DecodingState(quick, T, pad)
+        slow = DecodingState(model, T, pad)
         for piece in ids.split(cut, 1):
             near(reader(piece), slow(piece))
 
@@ -52,11 +59,11 @@ def test_the_text_is_the_same(kind):
         return torch.stack(list(generate(m, prompt, 50, **kw)), 1).tolist()  # past max_len, too
 
     for kw in (dict(temperature=0), dict(seed=3, top_k=9)):
-        assert write(fast(model), **kw) == write(cached(model), **kw)
+        assert write(for_inference(model), **kw) == write(with_kv_cache(model), **kw)
     prompts = ['a', 'more words']
-    assert [p + c.text for p, (c,) in zip(prompts, complete(fast(model), TOK, prompts, 20))] == [
-        sample(model, TOK, p, 20) for p in prompts
-    ]
+    assert [
+        p + c.text for p, (c,) in zip(prompts, complete(for_inference(model), TOK, prompts, 20))
+    ] == [sample(model, TOK, p, 20) for p in prompts]
 
 
 @pytest.mark.parametrize(
@@ -69,8 +76,8 @@ def test_wide_layers_of_all_sizes(shape, bias):
     layer = nn.Linear(K, N, bias)
     for rows in ((1, 1), (3, 1), (2, 17), (130, 1)):
         x = torch.randn(*rows, K, generator=rng(0, 'x'))
-        near(plain(Wide(layer), x), plain(layer, x))
-    assert plain(Wide(layer), x).shape == (130, 1, N)
+        near(plain(TransposedLinear(layer), x), plain(layer, x))
+    assert plain(TransposedLinear(layer), x).shape == (130, 1, N)
 
 
 def test_a_model_as_wide_as_real_ones():
@@ -78,7 +85,8 @@ def test_a_model_as_wide_as_real_ones():
     cfg = llama(2048, max_len=64, d_model=512, n_layers=2, n_heads=8, attn=attn, tie=True)
     model = MiniGPT(cfg).eval()
     ids = torch.randint(2048, (1, 40), generator=rng(0, 'ids'))
-    reader, want = Reader(fast(model), 40), plain(model, ids)
+    reader = DecodingState(for_inference(model), 40)
+    want = plain(model, ids)
     for t, piece in zip((9, *range(10, 40)), ids.split([10] + [1] * 30, 1)):
         near(reader(piece), want[:, t])
 
@@ -96,9 +104,9 @@ def test_the_short_road_is_not_taken_where_it_is_wrong():
             **SIZE, attn=part(Attention, steps=steps, **(dict(pattern=pattern) if pattern else {}))
         )
         model, ids = shaken(cfg), ids_of(2, 2)
-        quick = fast(model)
+        quick = for_inference(model)
         quick = quick if quick.model.cfg == cfg else type(quick)(model, lambda old, head: old)
-        reader, want = Reader(quick, T), plain(model, ids)
+        reader, want = DecodingState(quick, T), plain(model, ids)
         for t, piece in zip((9, *range(10, T)), ids.split([10] + [1] * 30, 1)):
             near(reader(piece), want[:, t])
         assert quick.simple == (pattern is None and quick.model.cfg != cfg)
@@ -122,8 +130,8 @@ def test_a_pattern_with_holes_takes_the_old_road(pattern):
         llama(**SIZE, attn=part(Attention, steps=(part(Rope),), pattern=part(pattern, size=7)))
     )
     ids = ids_of(2, 2)
-    quick, want = fast(model), plain(model, ids)
-    reader = Reader(quick, T)
+    quick, want = for_inference(model), plain(model, ids)
+    reader = DecodingState(quick, T)
     for t, piece in zip((9, *range(10, T)), ids.split([10] + [1] * 30, 1)):
         near(reader(piece), want[:, t])
     assert not quick.simple and quick.cache(1, 9)[0].endless
@@ -132,11 +140,11 @@ def test_a_pattern_with_holes_takes_the_old_road(pattern):
 def test_who_looks_on_is_asked():
     "The watching steps of `looking` work on the fast form, also while it writes"
     model, ids = shaken(KINDS['2 heads']), ids_of(6, 1)
-    quick = fast(model)
-    with without_head(model, 1, 1):
+    quick = for_inference(model)
+    with ablate_head(model, 1, 1):
         want = plain(model, ids)
-    with without_head(quick, 1, 1):
-        reader = Reader(quick, T)
+    with ablate_head(quick, 1, 1):
+        reader = DecodingState(quick, T)
         for t, piece in zip((9, *range(10, T)), ids.split([10] + [1] * 30, 1)):
             near(reader(piece), want[:, t])
     cache = quick.cache(1, T)
@@ -152,7 +160,7 @@ def test_dropout_training_and_low_precision(dtype):
     ids = ids_of(7, 2)
     want, model = plain(model, ids), model.to(dtype).train()
     noise = (plain(model.eval(), ids).float() - want).abs().max() + 1e-5
-    reader = Reader(fast(model.train()), T)
+    reader = DecodingState(for_inference(model.train()), T)
     for t, piece in zip((9, *range(10, T)), ids.split([10] + [1] * 30, 1)):
         assert (reader(piece).float() - want[:, t]).abs().max() < 2 * noise
     assert model.training
@@ -163,9 +171,9 @@ def test_layers_with_rings_of_different_sizes():
     far = part(GQA, n_kv_heads=2, steps=(part(Rope, base=100.0),))
     model = shaken(replace(llama(**SIZE), attn=part(mixed, near=near_by, far=far)))
     ids = ids_of(8, 2)
-    quick, want = fast(model), plain(model, ids)
+    quick, want = for_inference(model), plain(model, ids)
     assert quick.simple and [c.length for c in quick.cache(1, 9).values()] == [5, 9, 5]
-    reader = Reader(quick, T)
+    reader = DecodingState(quick, T)
     for t, piece in zip((9, *range(10, T)), ids.split([10] + [1] * 30, 1)):
         near(reader(piece), want[:, t])
 
@@ -179,7 +187,7 @@ def mixed(cfg, layer=0, *, near, far):
 )
 def test_threads_leave_the_settings_of_torch_as_they_were(monkeypatch):
     monkeypatch.setattr('llm_lab.inference.quick_products', lambda: True)
-    quick = fast(MiniGPT(llama(2000, d_model=512, n_layers=1, n_heads=4, max_len=64)))
+    quick = for_inference(MiniGPT(llama(2000, d_model=512, n_layers=1, n_heads=4, max_len=64)))
     prompt = torch.randint(2000, (1, 5), generator=rng(0, 'prompt'))
     want = torch.cat(list(generate(quick, prompt, 20))).tolist()
     got = []
@@ -197,15 +205,15 @@ def test_threads_leave_the_settings_of_torch_as_they_were(monkeypatch):
 
 
 def test_what_a_fast_model_is_not_for(tmp_path):
-    quick = fast(MiniGPT(Config(**SIZE)))
+    quick = for_inference(MiniGPT(GPTConfig(**SIZE)))
     with pytest.raises(LabError, match='fast already'):
-        fast(quick)
+        for_inference(quick)
     with pytest.raises(LabError, match='a Fast is not saved'):
-        save_package(tmp_path / 'p', quick, TOK)
+        save(tmp_path / 'p', quick, TOK)
     with pytest.raises(LabError, match="no part of this model reads 'doc'"):
         quick(ids_of(0, 1), doc=1)
     with pytest.raises(LabError, match='no more tokens than the model sees'):
-        speed(quick, prompt=30, n=30)
+        benchmark_decode(quick, prompt=30, n=30)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -217,14 +225,14 @@ def test_the_model_is_left_alone_and_bound_weights_are_read():
     ):
         model, ids = MiniGPT(cfg).eval(), ids_of(3, 1)
         before, said = str(model), plain(model, ids)
-        quick = fast(model)
+        quick = for_inference(model)
         assert str(model) == before and torch.equal(plain(model, ids), said) and not quick.training
         near(plain(quick, ids), said)
         assert next(quick.parameters()).device.type == 'cpu'
 
 
 def test_a_full_cache_is_told_of():
-    quick = fast(shaken(KINDS['Llama']))
+    quick = for_inference(shaken(KINDS['Llama']))
     cache = quick.cache(1, 3)
     plain(quick, ids_of(0, 1, 2), cache=cache)
     plain(quick, ids_of(0, 1, 1), torch.tensor([2]), cache=cache)
@@ -237,7 +245,7 @@ def test_eight_bits_are_the_nearest_of_255():
     with torch.no_grad():
         layer.weight[3] = 0
         layer.weight[4] *= 1e4
-    small = Int8(layer)
+    small = Int8Linear(layer)
     off = (small.weight[:, :40] * small.scale.float()[:, None] - layer.weight).abs()
     assert (off <= 0.505 * small.scale.float()[:, None]).all() and small.weight.dtype == torch.int8
     x = torch.randn(5, 1, 40, generator=rng(0, 'x'))
@@ -257,19 +265,19 @@ def test_eight_bits_of_any_size(K, N):
     layer = nn.Linear(K, N)
     for rows in (1, 2, 5, 33):
         x = torch.randn(rows, 1, K, generator=rng(rows, 'x'))
-        got, want = plain(Int8(layer), x), plain(layer, x)
+        got, want = plain(Int8Linear(layer), x), plain(layer, x)
         assert got.shape == want.shape and (got - want).norm() < 0.03 * want.norm() + 0.01
 
 
 def test_eight_bits_in_a_model():
     model, ids = MiniGPT(KINDS['2 heads']).eval(), ids_of(4, 4)
-    quick = fast(model, 'int8')
-    assert sum(isinstance(m, Int8) for m in quick.modules()) == 4 * 3 and isinstance(
-        quick.model.head, Wide
+    quick = for_inference(model, 'int8')
+    assert sum(isinstance(m, Int8Linear) for m in quick.modules()) == 4 * 3 and isinstance(
+        quick.model.head, TransposedLinear
     )
     a, b = plain(quick, ids), plain(model, ids)
     assert 1e-4 < (a - b).norm() / b.norm() < 0.03
-    reader = Reader(quick, T)
+    reader = DecodingState(quick, T)
     for t, piece in zip((9, *range(10, T)), ids.split([10] + [1] * 30, 1)):
         near(reader(piece), a[:, t], 0.02)
 
@@ -279,17 +287,17 @@ def test_bytes_that_a_token_reads():
     for tie in (True, False):
         model = MiniGPT(llama(V, max_len=32, d_model=C, n_layers=2, n_heads=4, tie=tie))
         whole = 4 * (model.n_params - (0 if tie else V * C))
-        assert fetched(model) == fetched(fast(model)) == whole
+        assert bytes_per_token(model) == bytes_per_token(for_inference(model)) == whole
         blocks = whole - 4 * V * C - 4 * C * 5
-        assert whole - blocks < fetched(fast(model, 'int8')) < whole - 0.7 * blocks
-    said = speed(fast(model), n=4, rounds=1)
+        assert whole - blocks < bytes_per_token(for_inference(model, 'int8')) < whole - 0.7 * blocks
+    said = benchmark_decode(for_inference(model), n=4, rounds=1)
     assert said['bytes'] == whole and 0 < said['tokens_per_s'] and said['limit'] > 0
 
 
 def test_wrong_words_are_refused():
     for word in ('int4', None, 8):
         with pytest.raises(LabError, match='choose from float32, int8'):
-            fast(MiniGPT(Config(**SIZE)), word)
+            for_inference(MiniGPT(GPTConfig(**SIZE)), word)
 
 
 @pytest.mark.skipif(
@@ -300,9 +308,10 @@ def test_wrong_words_are_refused():
 def test_compiled_is_the_same(kind):
     model = shaken(replace(KINDS[kind], n_layers=1))
     ids = ids_of(5, 1)
-    quick = fast(model, compile=True)
+    quick = for_inference(model, compile=True)
     for _ in range(2):
-        reader, slow = Reader(quick, T), Reader(model, T)
+        reader = DecodingState(quick, T)
+        slow = DecodingState(model, T)
         for piece in ids.split([5] + [1] * 30 + [5], 1):
             near(reader(piece), slow(piece))
     assert quick.step is not quick.token

@@ -31,15 +31,15 @@ torch = pytest.importorskip('torch')
 from safetensors.torch import load_file, save_file
 
 from llm_lab.bpe import BPETokenizer
-from llm_lab.kv_cache import cached, complete
-from llm_lab.chars import CharTokenizer, load_tokenizer, tokenizer_from
-from llm_lab.gpt import Config, MiniGPT
+from llm_lab.kv_cache import with_kv_cache, complete
+from llm_lab.chars import CharTokenizer, load_tokenizer, tokenizer_from_json
+from llm_lab.gpt import GPTConfig, MiniGPT
 from llm_lab.parts import part
 from llm_lab.gqa import GQA
 from llm_lab.hub import from_hf, to_hf
 from llm_lab.core import LabError, rng
 from llm_lab.llama_block import llama
-from llm_lab.sampling import Decoder, prompt_ids, sample
+from llm_lab.sampling import DecodeStream, prompt_ids, sample
 
 SAID = (
     'The cat sat on the mat.\nA café, 12 naïve cats — and 家! Hello, hello  wörld\t"it\'s" '
@@ -576,7 +576,7 @@ def test_bert_is_no_bpe_and_unknown_ids_are_named(tmp_path):
         data = json.loads((tmp_path / 'tokenizer.json').read_text())
         data['model']['vocab']['[MASK]'] = data['added_tokens'][-1]['id']
         data['pre_tokenizer'] = dict(type='WhitespaceSplit')
-        tokenizer_from(data).encode('The [MASK] sat')
+        tokenizer_from_json(data).encode('The [MASK] sat')
 
 
 def test_the_later_of_two_equal_merges_counts(tmp_path):
@@ -595,7 +595,7 @@ def test_the_later_of_two_equal_merges_counts(tmp_path):
 
 
 def test_special_tokens_are_allowed_by_name():
-    tok = tokenizer_from(
+    tok = tokenizer_from_json(
         json.loads(
             added(
                 lambda: octets(pre_tokenizers.ByteLevel()), ('<a>', True, {}), ('<b>', True, {})
@@ -617,14 +617,14 @@ def test_special_tokens_are_allowed_by_name():
     'name', ['llama 2', 'unigram with bytes', 'bytes, prefix space', 'wordpiece', 'unigram']
 )
 def test_text_that_comes_token_by_token_is_the_text(name):
-    tok = tokenizer_from(json.loads(KINDS[name]().to_str()))
+    tok = tokenizer_from_json(json.loads(KINDS[name]().to_str()))
     rnd = random.Random(name)
     for text in ['Où est ☕? 😀 «ça va»', 'ééé 家家', *some_texts(rnd, 30)]:
         ids = answer(tok.encode, text)
         if ids is LabError:
             continue  # a mark was typed
         for at in {0, min(1, len(ids)), min(5, len(ids))}:
-            decoder = Decoder(tok, ids[:at])
+            decoder = DecodeStream(tok, ids[:at])
             whole = tok.decode(ids)
             if not whole.endswith('\ufffd'):
                 assert tok.decode(ids[:at]) + ''.join(
@@ -644,7 +644,7 @@ def mine(*special, **kw):
 
 
 def foreign(t):
-    return tokenizer_from(json.loads(t.to_str()))
+    return tokenizer_from_json(json.loads(t.to_str()))
 
 
 TOKENIZERS = {
@@ -673,7 +673,7 @@ def loud(model, seed):
 
 
 def gpt(V):
-    return Config(vocab_size=V, d_model=32, n_heads=4, n_layers=2, max_len=64)
+    return GPTConfig(vocab_size=V, d_model=32, n_heads=4, n_layers=2, max_len=64)
 
 
 def lama(V):
@@ -741,7 +741,7 @@ def test_the_same_text_goes_on_the_same_way_in_transformers(name, make, tmp_path
             :, batch.input_ids.shape[1] :
         ].tolist()
     for text, row in zip(said, out):
-        ours = complete(cached(model), tok, text, 20, temperature=0)[0][0]
+        ours = complete(with_kv_cache(model), tok, text, 20, temperature=0)[0][0]
         assert row[: len(ours.ids)] == ours.ids and (
             len(ours.ids) == 20 or row[len(ours.ids)] == tok.eos_id
         )
@@ -791,9 +791,8 @@ def test_a_folder_of_the_world_begins_as_its_file_says(tmp_path):
                 == theirs.encode(text).ids
             )
             assert theirs.encode(text).tokens[: len(want)] == want
-        assert prompt_ids(opened.model, opened.tokenizer, '')[0].tolist() == [
-            t.token_to_id('<s>')
-        ]  # something must be there
+        # something must be there
+        assert prompt_ids(opened.model, opened.tokenizer, '')[0].tolist() == [t.token_to_id('<s>')]
 
 
 def test_a_model_without_a_tokenizer_says_so(tmp_path):
@@ -932,10 +931,11 @@ def test_an_index_of_any_shape_is_read_or_is_one_line(sharded, tmp_path):
     )
     index.write_text(right)
     mine = {n: w for n, w in state.items() if place[n] == SHARDS[0]}
+    # a tensor in two files
     save_file(
         mine | {next(n for n in place if place[n] == SHARDS[1]): torch.ones(2)},
         tmp_path / 'x' / SHARDS[0],
-    )  # a tensor in two files
+    )
     says(right, 'which the index places in b.safetensors')
     (tmp_path / 'x' / SHARDS[0]).unlink()
     (tmp_path / 'x' / SHARDS[0]).mkdir()
@@ -985,7 +985,7 @@ def test_a_tokenizer_of_another_kind_is_packed_and_scored(tmp_path):
     "In files of tokens, in a package, in evaluation"
     from llm_lab.evaluation import evaluate
     from llm_lab.packing import PackedTokens, pack
-    from llm_lab.package import open_model, save_package
+    from llm_lab.package import load, save
     from llm_lab.tales import tiny_tales
 
     tales = tiny_tales(20)
@@ -995,7 +995,7 @@ def test_a_tokenizer_of_another_kind_is_packed_and_scored(tmp_path):
     first = tok.encode(tales.documents('val')[0])
     assert val.ids[: len(first)].tolist() == first and val.tokenizer.kind == 'foreign'
     model = MiniGPT(gpt(tok.vocab_size)).eval()
-    back = open_model(save_package(tmp_path / 'm', model, tok))
+    back = load(save(tmp_path / 'm', model, tok))
     assert back.tokenizer.kind == 'foreign'
     for t in ('The cat', '家'):
         assert back.tokenizer.encode(t) == tok.encode(t)

@@ -21,20 +21,20 @@ import torch
 from llm_lab import files as guard
 from llm_lab.bpe import BPETokenizer
 from llm_lab.chars import CharTokenizer
-from llm_lab.checkpoint import COLUMNS, Checkpoints, Metrics
+from llm_lab.checkpoint import COLUMNS, CheckpointManager, MetricsLog
 from llm_lab.config import read_config, write_config
 from llm_lab.corpora import Corpus, fetch
 from llm_lab.hubdata import HubData
-from llm_lab.gpt import Config, MiniGPT
+from llm_lab.gpt import GPTConfig, MiniGPT
 from llm_lab.hub import to_hf
 from llm_lab.core import LabError, pyplot, require_inside, require_name
 from llm_lab.files import list_files, locked, replaceable
-from llm_lab.files import restored, save_picture, snapshot, unused, written
+from llm_lab.files import recover, save_picture, snapshot, unused, atomic_write
 from llm_lab.llama_block import llama
 from llm_lab.packing import pack
-from llm_lab.package import open_model, save_package
-from llm_lab.runs import held, train_config
-from llm_lab.train import Run
+from llm_lab.package import load, save
+from llm_lab.runs import run_lock, train_run
+from llm_lab.train import TrainState
 
 pytestmark = [
     pytest.mark.usefixtures('one_thread'),
@@ -47,15 +47,15 @@ BPE = BPETokenizer.train('the cat sat on the mat. ' * 30, 270)
 
 
 def model(width=8):
-    return MiniGPT(Config(vocab_size=3, d_model=width, n_layers=1, n_heads=1, max_len=8))
+    return MiniGPT(GPTConfig(vocab_size=3, d_model=width, n_layers=1, n_heads=1, max_len=8))
 
 
 def for_others():
     return MiniGPT(llama(vocab_size=3, d_model=8, n_layers=1, n_heads=1, max_len=8))
 
 
-def save(path, width=8):
-    return save_package(path, model(width), TOK)
+def keep(path, width=8):
+    return save(path, model(width), TOK)
 
 
 def export(path):
@@ -137,7 +137,7 @@ def ended(pid):
 
 
 @pytest.mark.parametrize('kind', ['docs', 'web project', 'model clone'])
-@pytest.mark.parametrize('write', [save, export, 'here'])
+@pytest.mark.parametrize('write', [keep, export, 'here'])
 def test_a_folder_of_somebody_else_is_not_replaced(kind, write, tmp_path, monkeypatch):
     extra = {
         'docs': {},
@@ -153,7 +153,7 @@ def test_a_folder_of_somebody_else_is_not_replaced(kind, write, tmp_path, monkey
     if write == 'here':
         monkeypatch.chdir(folder)
         for path in ('.', '', folder.name and '../' + folder.name, '..', folder, folder.parent):
-            refused(lambda: save(path), tmp_path, 'is the working folder, or lies above it')
+            refused(lambda: keep(path), tmp_path, 'is the working folder, or lies above it')
     else:
         refused(lambda: write(folder), tmp_path, f'{folder} holds ')
 
@@ -187,12 +187,12 @@ CHANGES = {
 
 
 @pytest.mark.parametrize('change', CHANGES)
-@pytest.mark.parametrize('write', [save, export])
+@pytest.mark.parametrize('write', [keep, export])
 def test_what_a_user_adds_or_changes_stays(change, write, tmp_path):
     write(tmp_path / 'm')
     write(tmp_path / 'm')
     do, words = CHANGES[change]
-    name = 'package.json' if write is save else 'llm_lab_files.json'
+    name = 'package.json' if write is keep else 'llm_lab_files.json'
     if write is export:
         if change == 'its list':
             return
@@ -211,30 +211,30 @@ def test_what_a_user_adds_or_changes_stays(change, write, tmp_path):
 
 
 def test_what_is_missing_or_left_by_a_finder_is_no_obstacle(tmp_path):
-    save(tmp_path / 'm')
+    keep(tmp_path / 'm')
     (tmp_path / 'm' / 'README.md').unlink()
     (tmp_path / 'm' / '.DS_Store').write_text('icons')
-    save(tmp_path / 'm', 16)
+    keep(tmp_path / 'm', 16)
     (tmp_path / 'empty').mkdir()
-    save(tmp_path / 'empty')
-    assert open_model(tmp_path / 'm').model.cfg.d_model == 16
+    keep(tmp_path / 'empty')
+    assert load(tmp_path / 'm').model.cfg.d_model == 16
 
 
 def test_the_name_of_a_folder_need_not_be_utf8(tmp_path):
     for _ in range(2):
-        save(tmp_path / os.fsdecode(b'\xff\xfe'))
-    assert open_model(tmp_path / os.fsdecode(b'\xff\xfe'))
+        keep(tmp_path / os.fsdecode(b'\xff\xfe'))
+    assert load(tmp_path / os.fsdecode(b'\xff\xfe'))
 
 
 def test_an_improved_card_still_opens(tmp_path):
-    save(tmp_path / 'm')
+    keep(tmp_path / 'm')
     (tmp_path / 'm' / 'README.md').write_text('# A cat among models')
-    open_model(tmp_path / 'm')
+    load(tmp_path / 'm')
 
 
 def older(folder, tokenizer=TOK, **beside):
     "A package as the first edition wrote it: three files in its list, others beside"
-    save_package(folder, model(), tokenizer, dict(corpus='none', loss=1.5, interval=[1, 2]))
+    save(folder, model(), tokenizer, dict(corpus='none', loss=1.5, interval=[1, 2]))
     said = json.loads((folder / 'package.json').read_text())
     said['files'] = {
         n: said['files'][n] for n in ('llm_lab.json', 'tokenizer.json', 'model.safetensors')
@@ -247,20 +247,20 @@ def older(folder, tokenizer=TOK, **beside):
 
 @pytest.mark.parametrize('tokenizer', [TOK, BPE], ids=['chars', 'bpe'])
 def test_a_package_of_the_first_edition_is_replaced_if_its_card_is_as_it_was(tokenizer, tmp_path):
-    save(older(tmp_path / 'm', tokenizer))
+    keep(older(tmp_path / 'm', tokenizer))
     card = older(tmp_path / 'n', tokenizer) / 'README.md'
     card.write_text(card.read_text().replace('- loss: 1.5', '- loss: 1.5 (seed 3 was better)'))
-    refused(lambda: save(tmp_path / 'n'), tmp_path, 'holds README.md, so')
+    refused(lambda: keep(tmp_path / 'n'), tmp_path, 'holds README.md, so')
     for name in ('loss__png', 'result__json'):
         folder = older(tmp_path / name, tokenizer, **{name: 'a picture'})
-        refused(lambda: save(folder), tmp_path, 'holds ' + name.replace('__', '.'))
+        refused(lambda: keep(folder), tmp_path, 'holds ' + name.replace('__', '.'))
 
 
 def test_a_folder_is_replaced_by_its_like(tmp_path):
     "A checkpoint, a package, a folder for others, packed tokens: none takes the place of another"
-    saves = Checkpoints(tmp_path / 'run', TOK)
+    saves = CheckpointManager(tmp_path / 'run', TOK)
     saves(at_step(begun(), 1))
-    makers = dict(package=save, hf=export, packed=lambda p: pack(CORPUS, TOK, p, force=True))
+    makers = dict(package=keep, hf=export, packed=lambda p: pack(CORPUS, TOK, p, force=True))
     places = {n: tmp_path / n for n in makers}
     for name, make in makers.items():
         make(places[name])
@@ -272,25 +272,25 @@ def test_a_folder_is_replaced_by_its_like(tmp_path):
 
 
 def test_a_stranger_that_comes_while_a_save_is_written_stays(tmp_path):
-    save(tmp_path / 'm')
-    with pytest.raises(LabError, match='holds notes.txt'), written(tmp_path / 'm') as new:
+    keep(tmp_path / 'm')
+    with pytest.raises(LabError, match='holds notes.txt'), atomic_write(tmp_path / 'm') as new:
         new.mkdir()
         (tmp_path / 'm' / 'notes.txt').write_text('mine')
-    assert (tmp_path / 'm' / 'notes.txt').read_text() == 'mine' and open_model(tmp_path / 'm')
+    assert (tmp_path / 'm' / 'notes.txt').read_text() == 'mine' and load(tmp_path / 'm')
     with (
         pytest.raises(LabError, match='is there already'),
-        written(tmp_path / 'late', replace=False) as new,
+        atomic_write(tmp_path / 'late', replace=False) as new,
     ):
         new.mkdir()
         shutil.copytree(
             tmp_path / 'm', tmp_path / 'late', ignore=shutil.ignore_patterns('notes.txt')
         )
-    assert open_model(tmp_path / 'late')
+    assert load(tmp_path / 'late')
 
 
 def test_a_name_that_is_not_taken(tmp_path):
     assert unused(tmp_path / 'tour') == tmp_path / 'tour'
-    save(tmp_path / 'tour')
+    keep(tmp_path / 'tour')
     (tmp_path / 'tour-2').symlink_to('nowhere')
     (tmp_path / 'tour-3').write_text('')
     assert unused(tmp_path / 'tour') == tmp_path / 'tour-4'
@@ -321,7 +321,7 @@ def odd_places(tmp_path):
     }
 
 
-@pytest.mark.parametrize('write', [save, export])
+@pytest.mark.parametrize('write', [keep, export])
 def test_an_odd_place_is_one_line(write, tmp_path, monkeypatch):
     (tmp_path / 'here').mkdir()
     monkeypatch.chdir(tmp_path / 'here')
@@ -350,39 +350,39 @@ def test_homes_and_disks_are_never_replaced(tmp_path, monkeypatch):
     for name, word in dict(
         lab='home', user='home', disk='is a disk', above='working folder'
     ).items():
-        refused(lambda: save(tmp_path / name), tmp_path, word)
+        refused(lambda: keep(tmp_path / name), tmp_path, word)
 
 
 def test_where_one_may_not_write(tmp_path, monkeypatch):
     "The rights are asked of the system; the administrator, who may everything, is told so here"
     (tmp_path / 'locked').mkdir()
     monkeypatch.setattr(os, 'access', lambda path, how: Path(path) != tmp_path / 'locked')
-    refused(lambda: save(tmp_path / 'locked' / 'm'), tmp_path, 'you may not write into')
+    refused(lambda: keep(tmp_path / 'locked' / 'm'), tmp_path, 'you may not write into')
 
     def mkdir(path, *a):
         raise PermissionError(errno.EACCES, 'Permission denied', str(path))
 
     monkeypatch.setattr(os, 'mkdir', mkdir)
-    refused(lambda: save(tmp_path / 'new' / 'm'), tmp_path, 'you may not make')
+    refused(lambda: keep(tmp_path / 'new' / 'm'), tmp_path, 'you may not make')
 
 
 def test_a_link_stays_a_link(tmp_path):
     "To a folder, to one that is not there yet, to a link; also after a kill between the renames"
     (tmp_path / 'disk').mkdir()
-    save(tmp_path / 'disk' / 'm')
+    keep(tmp_path / 'disk' / 'm')
     for name, to in dict(
         full=tmp_path / 'disk' / 'm', dangling=Path('disk') / 'new', twice=Path('dangling')
     ).items():
         (tmp_path / name).symlink_to(to)
         for width in (16, 8):
-            save(tmp_path / name, width)
-        assert (tmp_path / name).is_symlink() and open_model(tmp_path / name).model.cfg.d_model == 8
+            keep(tmp_path / name, width)
+        assert (tmp_path / name).is_symlink() and load(tmp_path / name).model.cfg.d_model == 8
     assert sorted(p.name for p in (tmp_path / 'disk').iterdir()) == ['m', 'new']
     os.replace(tmp_path / 'disk' / 'm', tmp_path / 'disk' / f'.m.{guard._mark()}.old')
-    assert open_model(tmp_path / 'full') and (tmp_path / 'full').is_symlink()
+    assert load(tmp_path / 'full') and (tmp_path / 'full').is_symlink()
     written_by(tmp_path / 'theirs', thesis__tex='years')
     (tmp_path / 'out').symlink_to('theirs')
-    refused(lambda: save(tmp_path / 'out'), tmp_path, 'holds thesis.tex')
+    refused(lambda: keep(tmp_path / 'out'), tmp_path, 'holds thesis.tex')
 
 
 # ---- names
@@ -466,8 +466,8 @@ def test_no_name_leads_out_of_its_folder(tmp_path, monkeypatch):
     monkeypatch.setenv('LLM_LAB_HOME', str(home))
     monkeypatch.delenv('LLM_LAB_DATA', raising=False)
     for name in [n for n in BAD if isinstance(n, str)]:
-        refused(lambda: train_config('smoke', run=name), tmp_path, '--run')
-        refused(lambda: train_config('smoke', run=name, resume=''), tmp_path, '--run')
+        refused(lambda: train_run('smoke', run=name), tmp_path, '--run')
+        refused(lambda: train_run('smoke', run=name, resume=''), tmp_path, '--run')
         refused(lambda: fetch(name, 'file:///nowhere', '0' * 64, 1), tmp_path, 'the file')
         data = HubData(name, 'a/b', dict(train='*.parquet'), {}, '', '')
         refused(data, tmp_path, 'the data set')
@@ -486,7 +486,7 @@ def test_no_name_leads_out_of_its_folder(tmp_path, monkeypatch):
         )
     for stem in ('con', '.x', 'a*b'):
         (tmp_path / f'{stem}.yaml').write_text('train: {steps: 1}\n')
-        refused(lambda: train_config(tmp_path / f'{stem}.yaml'), tmp_path, 'the config')
+        refused(lambda: train_run(tmp_path / f'{stem}.yaml'), tmp_path, 'the config')
     monkeypatch.chdir(tmp_path)
     for name in ('../../x', 'con', 'ü' * 300, '..'):  # of a corpus: made harmless, or one line
         try:
@@ -577,7 +577,7 @@ def test_a_picture_replaces_a_picture_of_ours_only(tmp_path):
 
 def begun():
     a_model = model()
-    return Run(a_model, 99, opt=torch.optim.SGD(a_model.parameters(), 1.0))
+    return TrainState(a_model, 99, opt=torch.optim.SGD(a_model.parameters(), 1.0))
 
 
 def at_step(run, step):
@@ -617,23 +617,24 @@ def test_rows_go_into_files_of_a_run_only(name, tmp_path):
         if text == 'step':
             continue  # a head that a kill has torn
         folder = written_by(tmp_path / f'{n}', **{name.replace('.', '__'): text})
-        write = Metrics(folder).keep if name[0] == 's' else Metrics(folder).write
+        write = MetricsLog(folder).keep if name[0] == 's' else MetricsLog(folder).write
         refused(lambda: write(ROW), tmp_path, name)
-        refused(lambda: Metrics(folder).cut(0), tmp_path, name)
+        refused(lambda: MetricsLog(folder).cut(0), tmp_path, name)
     table = written_by(
         tmp_path / 'table', metrics__csv=HEAD + ','.join(['1'] * len(COLUMNS)) + '\n'
     )
-    refused(
-        lambda: Metrics(table).cut(0), tmp_path, 'metrics.csv'
-    )  # rows, and nothing to make them anew from
+    # rows, and nothing to make them anew from
+    refused(lambda: MetricsLog(table).cut(0), tmp_path, 'metrics.csv')
 
 
 def test_checkpoints_leave_alone_what_is_not_theirs(tmp_path):
     for name in ('latest', 'best'):
         for text in ('v1.2\n', 'step-000010', ''):
             written_by(tmp_path / name, **{name: text})
-            refused(lambda: Checkpoints(tmp_path / name, TOK)(at_step(begun(), 1)), tmp_path, name)
-    saves = Checkpoints(tmp_path / 'run', TOK, keep=1)
+            refused(
+                lambda: CheckpointManager(tmp_path / name, TOK)(at_step(begun(), 1)), tmp_path, name
+            )
+    saves = CheckpointManager(tmp_path / 'run', TOK, keep=1)
     run = begun()
     mine = [
         tmp_path / 'run' / n
@@ -682,7 +683,7 @@ def tiny(home, *more, **kw):
         'eval.tokens=100',
         *more,
     ]
-    return train_config('smoke', *words, **kw)
+    return train_run('smoke', *words, **kw)
 
 
 def test_a_run_called_smoke_survives(home, capsys):
@@ -751,10 +752,10 @@ def test_what_a_user_changes_in_a_run_is_told_before_it_goes_on(home, capsys):
 def test_a_folder_with_a_config_is_no_run(home, capsys):
     folder = written_by(home / 'mine', notes__txt='mine')
     write_config(read_config('smoke'), folder / 'config.yaml')
-    refused(lambda: train_config(resume=folder), folder, 'is neither a run')
+    refused(lambda: train_run(resume=folder), folder, 'is neither a run')
     (folder / '.pid').write_text('a process of mine')
     with pytest.raises(LabError, match='.pid is not by'):
-        held(folder)
+        run_lock(folder)
     assert (folder / '.pid').read_text() == 'a process of mine'
 
 
@@ -764,8 +765,8 @@ WRITER = """
 import os, signal, sys
 from functools import partial
 from pathlib import Path
-from llm_lab.files import written
-with written('m') as new:
+from llm_lab.files import atomic_write
+with atomic_write('m') as new:
     new.mkdir()
     (new/'big.bin').write_bytes(bytes(100_000))
     print(new.name, flush=True)
@@ -796,8 +797,8 @@ def test_the_next_writer_sweeps_what_a_killed_one_left_and_not_what_a_live_one_w
     dead, left = writer(tmp_path, 'die')
     live, its = writer(tmp_path, 'wait')  # which sweeps as well
     assert dead.wait(60) == -signal.SIGKILL and hidden(tmp_path) == [its] != [left]
-    save(tmp_path / 'other')
-    save(tmp_path / 'm')
+    keep(tmp_path / 'other')
+    keep(tmp_path / 'm')
     assert hidden(tmp_path) == [its] and (tmp_path / its / 'big.bin').stat().st_size == 100_000
     (tmp_path / 'm').rename(tmp_path / 'n')
     live.stdin.write('\n')
@@ -833,18 +834,18 @@ def test_whose_writer_is_dead(tmp_path):
         for end in ('new', 'old'):
             left = written_by(tmp_path / what / f'.m.{mark}.{end}', half='half')
             written_by(tmp_path / what / 'm').mkdir()
-            save(tmp_path / what / 'm')
+            keep(tmp_path / what / 'm')
             assert left.exists() != dead, (what, end)
             shutil.rmtree(tmp_path / what)
     zombie.wait()
     left = written_by(tmp_path / f'.m.{cases["of another machine"][0]}.new', half='half')
     long_ago = time.time() - 2 * 24 * 60 * 60
     os.utime(left, (long_ago, long_ago))
-    save(tmp_path / 'm')
+    keep(tmp_path / 'm')
     assert left.exists()  # something in it is younger than a day
     for path in (left / 'half', left):
         os.utime(path, (long_ago, long_ago))
-    save(tmp_path / 'm')
+    keep(tmp_path / 'm')
     assert not left.exists()
 
 
@@ -865,21 +866,20 @@ def test_remains_of_the_first_edition_go_if_they_are_ours(tmp_path):
         written_by(tmp_path / '.m.7.8.new', a='x'),
         written_by(tmp_path / '.mm.7.new', model__safetensors='x'),
     ]
-    stay += [
-        written_by(tmp_path / '.M.7.new', model__safetensors='x')
-    ]  # where capitals count, it is another's
-    save(tmp_path / 'm')
+    # where capitals count, it is another's
+    stay += [written_by(tmp_path / '.M.7.new', model__safetensors='x')]
+    keep(tmp_path / 'm')
     assert [p for p in ours if p.exists()] == [] and [p for p in stay if not p.exists()] == []
     os.utime(stay[2], (1, 1))
     os.utime(stay[2] / 'model.safetensors', (1, 1))
-    save(tmp_path / 'm')
+    keep(tmp_path / 'm')
     assert not stay[2].exists()
 
 
 def test_a_folder_of_a_user_is_not_brought_back(tmp_path):
     mine = written_by(tmp_path / '.m.7.old', notes__txt='mine')
-    assert not restored(tmp_path / 'm').exists()
-    save(tmp_path / 'm')
+    assert not recover(tmp_path / 'm').exists()
+    keep(tmp_path / 'm')
     assert (mine / 'notes.txt').read_text() == 'mine'
 
 
@@ -888,26 +888,26 @@ def test_where_capitals_do_not_count_a_name_is_one_in_any_of_them(tmp_path):
     mark = guard._mark()
     left = written_by(tmp_path / f'.Model.{mark}.new', half='half')
     (tmp_path / f'.mODEL.{mark}.NEW').symlink_to(left.name)
-    save(tmp_path / 'model')
+    keep(tmp_path / 'model')
     assert not left.exists()
 
 
 def saves_often(folder):
     for _ in range(25):
-        save(folder / 'm')
+        keep(folder / 'm')
 
 
 def test_two_who_save_at_the_same_time_do_not_hurt_each_other(tmp_path):
     both = [begin_in_a_child(partial(saves_often, tmp_path)) for _ in range(2)]
     saves_often(tmp_path)  # a third one, which also brings back what is missing
     assert [ended(pid) for pid in both] == [0, 0]
-    assert open_model(tmp_path / 'm') and [p.name for p in tmp_path.iterdir()] == ['m']
+    assert load(tmp_path / 'm') and [p.name for p in tmp_path.iterdir()] == ['m']
 
 
 @pytest.mark.parametrize('when', range(8))
 def test_a_view_across_two_writers_is_looked_at_again(when, tmp_path, monkeypatch):
     "Emulated: the folder was away while its lists were read, and is back when its files are"
-    save(tmp_path / 'm')
+    keep(tmp_path / 'm')
     real, calls = guard._sealed, []
 
     def sealed(path):
@@ -918,14 +918,14 @@ def test_a_view_across_two_writers_is_looked_at_again(when, tmp_path, monkeypatc
         return real(path)
 
     monkeypatch.setattr(guard, '_sealed', sealed)
-    save(tmp_path / 'm', 16)
+    keep(tmp_path / 'm', 16)
     assert len(calls) > when and [p.name for p in tmp_path.iterdir()] == ['m']
 
 
 def test_the_only_whole_copy_is_never_removed(tmp_path, monkeypatch):
     """The new folder vanishes between the two renames: the old one comes back, or stays beside its
     place"""
-    save(tmp_path / 'm')
+    keep(tmp_path / 'm')
     before, real = files(tmp_path / 'm'), os.replace
 
     def replace(a, b):
@@ -935,21 +935,21 @@ def test_the_only_whole_copy_is_never_removed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, 'replace', replace)
     with pytest.raises(FileNotFoundError):
-        save(tmp_path / 'm', 16)
+        keep(tmp_path / 'm', 16)
     assert files(tmp_path / 'm') == before
-    monkeypatch.setattr(guard, 'restored', lambda path: path)  # as if bringing it back failed, too
+    monkeypatch.setattr(guard, 'recover', lambda path: path)  # as if bringing it back failed, too
     with pytest.raises(FileNotFoundError):
-        save(tmp_path / 'm', 16)
+        keep(tmp_path / 'm', 16)
     monkeypatch.undo()
     guard._sweep(tmp_path / 'm')
-    assert files(restored(tmp_path / 'm')) == before
+    assert files(recover(tmp_path / 'm')) == before
 
 
 @pytest.mark.parametrize('theirs', ['a package', 'the old one', 'thesis'])
 def test_what_comes_between_the_two_renames_is_seen(theirs, tmp_path, monkeypatch):
     "Another writer's package is the old one then; a reader may bring back ours; a stranger stays"
-    save(tmp_path / 'm')
-    save(tmp_path / 'other', 16)
+    keep(tmp_path / 'm')
+    keep(tmp_path / 'other', 16)
     written_by(tmp_path / 'thesis', chapter1__tex='years')
     real, left = os.replace, [1]
 
@@ -957,7 +957,7 @@ def test_what_comes_between_the_two_renames_is_seen(theirs, tmp_path, monkeypatc
         if str(a).endswith('.new') and str(b) == str(tmp_path / 'm') and left[0]:
             left[0] = 0
             if theirs == 'the old one':
-                restored(tmp_path / 'm')
+                recover(tmp_path / 'm')
             else:
                 real(tmp_path / ('other' if theirs == 'a package' else theirs), b)
         return real(a, b)
@@ -965,11 +965,11 @@ def test_what_comes_between_the_two_renames_is_seen(theirs, tmp_path, monkeypatc
     monkeypatch.setattr(os, 'replace', replace)
     if theirs == 'thesis':
         with pytest.raises(LabError, match='holds chapter1.tex'):
-            save(tmp_path / 'm', 8)
+            keep(tmp_path / 'm', 8)
         assert (tmp_path / 'm' / 'chapter1.tex').read_text() == 'years'
     else:
-        save(tmp_path / 'm', 8)
-        assert open_model(tmp_path / 'm').model.cfg.d_model == 8
+        keep(tmp_path / 'm', 8)
+        assert load(tmp_path / 'm').model.cfg.d_model == 8
     assert not left[0] and hidden(tmp_path) == []
 
 
@@ -993,13 +993,13 @@ def failing(real, when, code):
 def all_writers(folder):
     "Whatever waits for the disk"
     checkpoints(folder / 'run')
-    rows = Metrics(folder / 'run')
+    rows = MetricsLog(folder / 'run')
     rows.write(ROW)
     rows.keep(ROW)
     rows.sync()
     rows.cut(1)
     for _ in range(2):
-        save(folder / 'm')
+        keep(folder / 'm')
         export(folder / 'hf')
         write_config(read_config('smoke'), folder / 'c.yaml')
         BPE.save(folder / 'tok')
@@ -1029,14 +1029,14 @@ def test_a_folder_that_cannot_be_synced_is_no_obstacle_and_said_once(
     monkeypatch.setattr(guard, '_said', set())
     monkeypatch.setattr(guard.os, 'open', no_open)
     with warnings.catch_warnings(record=True, action='always', category=UserWarning) as said:
-        save(tmp_path / 'm')
+        keep(tmp_path / 'm')
     assert len(said) == 1
 
 
 @pytest.mark.parametrize('code', ['EIO', 'ENOSPC', 'EDQUOT'])
 def test_an_error_that_means_lost_bytes_is_raised(code, tmp_path, monkeypatch, silent):
     code = getattr(errno, code)
-    save(tmp_path / 'm')
+    keep(tmp_path / 'm')
     for folders in (True, False):
         with monkeypatch.context() as m:
             m.setattr(
@@ -1045,15 +1045,15 @@ def test_an_error_that_means_lost_bytes_is_raised(code, tmp_path, monkeypatch, s
                 failing(os.fsync, lambda h: stat.S_ISDIR(os.fstat(h).st_mode) == folders, code),
             )
             with pytest.raises(OSError) as e:
-                save(tmp_path / 'm')
+                keep(tmp_path / 'm')
             assert e.value.errno == code
-        assert open_model(tmp_path / 'm') and hidden(tmp_path) == []
+        assert load(tmp_path / 'm') and hidden(tmp_path) == []
     with monkeypatch.context() as m:  # a file that cannot say is another thing than a folder
         m.setattr(
             os, 'fsync', failing(os.fsync, lambda h: stat.S_ISREG(os.fstat(h).st_mode), errno.EBADF)
         )
         with pytest.raises(OSError):
-            save(tmp_path / 'm')
+            keep(tmp_path / 'm')
 
 
 @pytest.mark.parametrize('code', ['ENOLCK', 'ENOSYS', 'EOPNOTSUPP', 'ENOTSUP'])
@@ -1063,7 +1063,7 @@ def test_without_locks_it_works_and_is_said_once(code, tmp_path, monkeypatch, si
     monkeypatch.setattr(fcntl, 'flock', failing(fcntl.flock, lambda *a: True, getattr(errno, code)))
     with warnings.catch_warnings(record=True, action='always', category=UserWarning) as said:
         for _ in range(2):
-            held(tmp_path / 'run').release()
+            run_lock(tmp_path / 'run').release()
         for force in (False, True):
             pack(CORPUS, TOK, tmp_path / 'run' / 'p', force=force)
     assert len(said) == 1 and 'has no locks' in str(said[0].message), [str(w.message) for w in said]
@@ -1084,9 +1084,9 @@ def test_where_folders_cannot_be_renamed_they_are_copied(code, tmp_path, monkeyp
     monkeypatch.setattr(os, 'replace', replace)
     with warnings.catch_warnings(record=True, action='always', category=UserWarning) as said:
         for width in (8, 16, 8):
-            save(tmp_path / 'm', width)
+            keep(tmp_path / 'm', width)
     assert len(said) == 1 and 'cannot rename folders' in str(said[0].message)
-    assert open_model(tmp_path / 'm').model.cfg.d_model == 8 and hidden(tmp_path) == []
+    assert load(tmp_path / 'm').model.cfg.d_model == 8 and hidden(tmp_path) == []
     copy = shutil.copyfile
 
     def copyfile(a, b, **kw):  # the disk is full in the middle of a copy
@@ -1099,12 +1099,12 @@ def test_where_folders_cannot_be_renamed_they_are_copied(code, tmp_path, monkeyp
     for when in range(1, 99):  # noqa: B007
         fill[0] = 0
         try:
-            save(tmp_path / 'm', 16)
+            keep(tmp_path / 'm', 16)
         except OSError:
-            assert open_model(tmp_path / 'm').model.cfg.d_model == 8 and hidden(tmp_path) == []
+            assert load(tmp_path / 'm').model.cfg.d_model == 8 and hidden(tmp_path) == []
         else:
             break
-    assert when > 8 and open_model(tmp_path / 'm').model.cfg.d_model == 16
+    assert when > 8 and load(tmp_path / 'm').model.cfg.d_model == 16
 
 
 # ---- a folder of a thousand files
@@ -1207,19 +1207,19 @@ def home_of_a_user(root, luck):
 
 def keep(path, name='tour'):
     "What the tour does at its end"
-    with written(unused(path), replace=False) as new:
-        save_package(new, model(), TOK)
+    with atomic_write(unused(path), replace=False) as new:
+        save(new, model(), TOK)
         (new / 'result.json').write_text('{}')
 
 
 def checkpoints(path):
-    saves, run = Checkpoints(path, TOK, keep=1), begun()
+    saves, run = CheckpointManager(path, TOK, keep=1), begun()
     for step in (1, 2, 3):
         saves(at_step(run, step))
 
 
 def rows(path):
-    log = Metrics(path)
+    log = MetricsLog(path)
     log.write(ROW)
     log.keep(ROW)
     log.sync()
@@ -1245,12 +1245,12 @@ def small_run(name, **kw):
         'model.n_heads=1',
         'steps=3',
     ]
-    train_config('smoke', *words, **kw, **({} if name is None else dict(run=name)))
+    train_run('smoke', *words, **kw, **({} if name is None else dict(run=name)))
 
 
 WRITERS = {
-    'package': save,
-    'package of bpe': lambda p: save_package(p, model(), BPE),
+    'package': keep,
+    'package of bpe': lambda p: save(p, model(), BPE),
     'hf': export,
     'chars': TOK.save,
     'bpe': BPE.save,
@@ -1266,7 +1266,7 @@ WRITERS = {
     'try': lambda p: small_run(None, smoke=True),
     'resume': lambda p: small_run(None, resume=p),
     'fetch': lambda p: fetch(p.name, 'file:///nowhere', '0' * 64, 9),
-    'lock': lambda p: held(p).release(),
+    'lock': lambda p: run_lock(p).release(),
 }
 
 
@@ -1312,10 +1312,10 @@ def test_a_thousand_files_survive_two_hundred_calls(seed, tmp_path, monkeypatch)
 
 def test_the_guard_of_a_package_reads_each_file_once(tmp_path, monkeypatch):
     "So a save costs about what it did: the old package is hashed, and not copied"
-    save(tmp_path / 'm')
+    keep(tmp_path / 'm')
     read, real = [], guard._hash_of
     monkeypatch.setattr(guard, '_hash_of', lambda path: read.append(path.name) or real(path))
-    save(tmp_path / 'm')
+    keep(tmp_path / 'm')
     assert sorted(read) == ['README.md', 'llm_lab.json', 'model.safetensors', 'tokenizer.json']
     assert replaceable(tmp_path / 'm') == tmp_path / 'm'
     assert snapshot(tmp_path / 'm').keys() == {p.name for p in (tmp_path / 'm').iterdir()}

@@ -19,16 +19,24 @@ from torch import nn
 from torch.nn import functional as F
 
 from llm_lab.bpe import BPETokenizer
-from llm_lab.kv_cache import Cached, RollingCache, cached, window
+from llm_lab.kv_cache import Cached, RollingCache, with_kv_cache, window
 from llm_lab.chars import CharTokenizer
-from llm_lab.families import ACTS, DEFAULTS, NAMES, config_from_hf, hf_config, normal, views
-from llm_lab.inference import fast
-from llm_lab.gpt import MLP, Config, MiniGPT
+from llm_lab.families import (
+    HF_ACTIVATIONS,
+    DEFAULTS,
+    TENSOR_NAMES,
+    config_from_hf,
+    hf_config,
+    canonical,
+    hf_views,
+)
+from llm_lab.inference import for_inference
+from llm_lab.gpt import MLP, GPTConfig, MiniGPT
 from llm_lab.self_attention import Attention, causal
 from llm_lab.parts import Aux, part
 from llm_lab.gqa import GQA
 from llm_lab.hub import from_hf, to_hf
-from llm_lab.kernels import SparseAttention, way
+from llm_lab.kernels import SparseAttention, choose_kernel
 from llm_lab.core import LabError, rng
 from llm_lab.llama_block import QKNorm, RMSNorm, SwiGLU, llama
 from llm_lab.positions import Rope, half_split, linear_scaling, llama3_scaling
@@ -40,7 +48,7 @@ transformers = pytest.importorskip('transformers', reason='pip install transform
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
-FAMILIES, SEEDS, T, NEW = list(NAMES), range(5), 24, 50
+FAMILIES, SEEDS, T, NEW = list(TENSOR_NAMES), range(5), 24, 50
 SCALED = dict(rope_type='llama3', factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
 EVERY = [(f, s) for f in FAMILIES for s in SEEDS]
 KINDS = crossed(FAMILIES, SEEDS)
@@ -231,7 +239,7 @@ def both_ways(theirs, ours, family, ids):
     for model, out in zip((ours, theirs), logits):
         model.zero_grad()
         F.cross_entropy(out[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
-    mine = views(ours, family, {n: p.grad for n, p in ours.named_parameters()})
+    mine = hf_views(ours, family, {n: p.grad for n, p in ours.named_parameters()})
     other = filed(family, {n: p.grad for n, p in theirs.named_parameters()})
     assert mine.keys() == other.keys()  # no weight is forgotten on either side
     return *logits, mine, other
@@ -290,10 +298,9 @@ def test_the_hands_stand_at_the_same_bits_far_out(base):
             rope_parameters=rope | dict(rope_theta=base),
         )
         theirs = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(cfg)
-        ours = Rope(Config(d_model=128, n_heads=1), base=base, scale=scale)
-        same = (
-            dict(rtol=0, atol=0) if rope['rope_type'] != 'llama3' else dict(rtol=2e-7, atol=0)
-        )  # there the formula is rewritten
+        ours = Rope(GPTConfig(d_model=128, n_heads=1), base=base, scale=scale)
+        # there the formula is rewritten
+        same = dict(rtol=0, atol=0) if rope['rope_type'] != 'llama3' else dict(rtol=2e-7, atol=0)
         torch.testing.assert_close(ours.freq[64:], theirs.inv_freq, **same)
         if rope['rope_type'] != 'llama3':
             c, s = ours.hands(far, torch.ones(()))
@@ -329,7 +336,7 @@ def test_there_and_back_is_the_same_file(pair, tmp_path, family, seed):
     if family == 'phi3':
         want['head_dim'] = want['hidden_size'] // want['num_attention_heads']  # it may stay unsaid
     act = 'activation_function' if family == 'gpt2' else 'hidden_act'
-    assert ACTS[got[act]] == ACTS[want.pop(act)]  # some have two names
+    assert HF_ACTIVATIONS[got[act]] == HF_ACTIVATIONS[want.pop(act)]  # some have two names
     assert {k: got.get(k) for k in names - {act}} == {k: want.get(k) for k in names - {act}}
     ids = torch.randint(ours.cfg.vocab_size, (2, T), generator=rng(seed, 'ids'))
     with torch.no_grad():
@@ -379,7 +386,9 @@ def changed(model, **kw):
 
 
 def test_both_kernels_are_asked():
-    assert [way(near(size), 100)[0] for size in (1, 7, 16, 40)] == ['folds'] * 3 + ['dense']
+    assert [choose_kernel(near(size), 100)[0] for size in (1, 7, 16, 40)] == ['folds'] * 3 + [
+        'dense'
+    ]
 
 
 @windowed
@@ -402,16 +411,15 @@ def test_a_window_is_theirs(narrow, family, size, seed):
 @pytest.mark.parametrize('prompt', [3, 60] if ALL else [60])
 def test_fifty_tokens_through_a_window_are_theirs(narrow, family, size, seed, prompt):
     theirs, _, ours = narrow(family, size, seed)
-    ids, kept = text(ours, prompt, 1), cached(ours)
+    ids, kept = text(ours, prompt, 1), with_kv_cache(ours)
     with torch.no_grad():
         sliding = theirs(ids, use_cache=True).past_key_values
     assert all(layer.is_sliding for layer in sliding.layers)  # theirs forgets, too
-    want = their_greedy(
-        theirs, ids, use_cache=size > 1
-    )  # at 1, their cache keeps all keys (−1 + 1 is not the end)
+    # at 1, their cache keeps all keys (−1 + 1 is not the end)
+    want = their_greedy(theirs, ids, use_cache=size > 1)
     assert {(type(c), c.length) for c in kept.cache(2, 128).values()} == {(RollingCache, size)}
-    assert fast(ours).simple
-    for model in (ours, kept, fast(ours)):
+    assert for_inference(ours).simple
+    for model in (ours, kept, for_inference(ours)):
         assert greedy(model, ids) == want
 
 
@@ -463,7 +471,7 @@ def test_words_that_a_family_does_not_read(narrow):
     other = loud(theirs_of('mistral', **drawn('mistral', 1) | dict(sliding_window=7)), 1)
     with torch.no_grad():
         assert torch.equal(theirs(ids := text(ours, 60)).logits, other(ids).logits)
-    assert config_from_hf(hf_config(MiniGPT(llama()).cfg) | dict(sliding_window=8)) == normal(
+    assert config_from_hf(hf_config(MiniGPT(llama()).cfg) | dict(sliding_window=8)) == canonical(
         llama()
     )
 
@@ -548,19 +556,19 @@ def test_experts_are_theirs(mixture, family, E, k, norm):
 def test_experts_lie_in_files_as_theirs(mixture, tmp_path, family, E, k, norm):
     theirs, folder, ours = mixture(family, E, k, norm)
     to_hf(tmp_path / 'back', ours, family=family)
-    same_file(
-        folder, tmp_path / 'back'
-    )  # names, shapes and bits are what their save_pretrained wrote
+    # names, shapes and bits are what their save_pretrained wrote
+    same_file(folder, tmp_path / 'back')
     at = {
         n: [int(w.untyped_storage().data_ptr()), tuple(w.shape)]
-        for n, w in views(ours, family).items()
+        for n, w in hf_views(ours, family).items()
     }
     assert {n: tuple(s) for n, (_, s) in at.items()} == {
         n: tuple(w.shape) for n, w in load_file(folder / 'model.safetensors').items()
     }
+    # views, no copies
     assert {p for p, _ in at.values()} == {
         p.untyped_storage().data_ptr() for p in ours.parameters()
-    }  # views, no copies
+    }
     back, info = load(tmp_path / 'back')
     assert {k: list(v) for k, v in info.items()} == dict.fromkeys(info, []) and len(info) >= 4
     again = from_hf(tmp_path / 'back').model
@@ -575,7 +583,7 @@ def test_experts_lie_in_files_as_theirs(mixture, tmp_path, family, E, k, norm):
 def test_experts_write_what_theirs_write(mixture, family, E, k, norm):
     theirs, _, ours = mixture(family, E, k, norm)
     ids = text(ours, 7, 2)
-    got = torch.stack(list(generate(cached(ours), ids, 20, temperature=0)), 1).tolist()
+    got = torch.stack(list(generate(with_kv_cache(ours), ids, 20, temperature=0)), 1).tolist()
     want = theirs.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -607,9 +615,10 @@ def test_the_balance_loss_is_theirs(mixture, family, E, k, norm):
     torch.testing.assert_close(pooled, out.aux_loss, rtol=1e-6, atol=0)
     whole = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()) + 0.03 * pooled
     torch.testing.assert_close(whole, out.loss, rtol=1e-6, atol=0)
+    # ours: a sum over layers
     torch.testing.assert_close(
         aux.loss(), 0.03 * balance_loss(loads, shares).sum(), rtol=1e-6, atol=0
-    )  # ours: a sum over layers
+    )
 
 
 @pytest.mark.parametrize('family,k', crossed(['mixtral', 'qwen3_moe'], [1, 2, 3]))
@@ -692,16 +701,15 @@ def oss_with(size=16, T=400):
     model = loud(modeling_gpt_oss.GptOssModel(cfg), 0)
     with torch.no_grad():
         for layer in model.layers:
-            layer.self_attn.sinks.copy_(
-                torch.tensor([-30.0, -1.5, 1.5, 4.0])
-            )  # weak, as any key, strong
+            # weak, as any key, strong
+            layer.self_attn.sinks.copy_(torch.tensor([-30.0, -1.5, 1.5, 4.0]))
     return model
 
 
 def ours_for(attn, size, sink=lambda s, D: s, last=()):
     "Our reader with the weights of theirs"
     H, D = len(attn.sinks), attn.head_dim
-    cfg = Config(d_model=32, n_heads=H, d_head=D, max_len=400, pos=None)
+    cfg = GPTConfig(d_model=32, n_heads=H, d_head=D, max_len=400, pos=None)
     new = SparseAttention(
         cfg,
         attn.layer_idx,
@@ -789,10 +797,12 @@ def test_sinks_are_those_of_gpt_oss(size, T):
 
 
 def test_both_kernels_are_asked_for_sinks():
-    assert [way(near(16), T)[0] for T in (30, 64, 300)] == ['dense', 'dense', 'folds'] and way(
-        part(causal), 300
-    )[0] == 'dense'
-    assert way(near(40), 300)[0] == way(near(1), 64)[0] == 'folds'
+    assert [choose_kernel(near(16), T)[0] for T in (30, 64, 300)] == [
+        'dense',
+        'dense',
+        'folds',
+    ] and choose_kernel(part(causal), 300)[0] == 'dense'
+    assert choose_kernel(near(40), 300)[0] == choose_kernel(near(1), 64)[0] == 'folds'
 
 
 @pytest.mark.parametrize('T', [40, 300])
@@ -926,8 +936,8 @@ def our_draws():
             tie=r.random() < 0.5,
         )
         if seed < 3:
-            mlp = part(MLP, d_ff=r.randint(8, 60), act=r.choice([*ACTS.values()]))
-            yield Config(
+            mlp = part(MLP, d_ff=r.randint(8, 60), act=r.choice([*HF_ACTIVATIONS.values()]))
+            yield GPTConfig(
                 **size, dropout=r.choice([0.0, 0.2]), mlp=mlp, norm=part(nn.LayerNorm, eps=1e-4)
             )
             continue
@@ -955,7 +965,7 @@ def our_draws():
         )
 
 
-@pytest.mark.parametrize('seed,cfg', some(enumerate(map(normal, our_draws())), 6))
+@pytest.mark.parametrize('seed,cfg', some(enumerate(map(canonical, our_draws())), 6))
 def test_ours_comes_back_bit_by_bit(tmp_path, seed, cfg):
     model = loud(MiniGPT(cfg), seed)
     opened = from_hf(to_hf(tmp_path / 'x', model))
@@ -1006,7 +1016,7 @@ def test_bfloat16_and_a_mixture_of_types(tmp_path, pair):
         for n, w in load_file(folder / 'model.safetensors').items()
     }
     save_file(state, tmp_path / 'mixed' / 'model.safetensors')
-    mixed = views(from_hf(tmp_path / 'mixed').model, 'llama')
+    mixed = hf_views(from_hf(tmp_path / 'mixed').model, 'llama')
     for n, w in state.items():
         assert mixed[n].dtype == torch.float32 and torch.equal(mixed[n], w.float()), n
 
@@ -1117,7 +1127,7 @@ def test_every_activation_is_theirs():
     from transformers.activations import ACT2FN
 
     x = torch.linspace(-5, 5, 101)
-    for name, ours in ACTS.items():
+    for name, ours in HF_ACTIVATIONS.items():
         torch.testing.assert_close(ours()(x), ACT2FN[name](x), rtol=0, atol=1e-6, msg=name)
 
 
@@ -1354,16 +1364,15 @@ def test_pickles_stay_closed(tmp_path, pair):
     assert not (tmp_path / 'boom').exists()
 
 
-@pytest.mark.parametrize('make', [Config, llama])
+@pytest.mark.parametrize('make', [GPTConfig, llama])
 def test_a_tokenizer_goes_along(tmp_path, make):
     tok = CharTokenizer('\n abcdefg')
     model = MiniGPT(make(vocab_size=tok.vocab_size, d_model=16, n_heads=2, n_layers=1))
     opened = from_hf(to_hf(tmp_path / 'x', model, tok))
     assert opened.tokenizer.chars == tok.chars
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / 'x')
-    assert theirs('bad cafe\n').input_ids == tok.encode(
-        '\nbad cafe\n'
-    )  # after what begins a prompt
+    # after what begins a prompt
+    assert theirs('bad cafe\n').input_ids == tok.encode('\nbad cafe\n')
     assert theirs('bad cafe\n', add_special_tokens=False).input_ids == tok.encode('bad cafe\n')
     assert theirs.decode(tok.encode('a  bad')) == 'a  bad'
 

@@ -83,7 +83,7 @@ def names(r):
                     'LLM_LAB.GPT:MLP',
                     '../model_code:run',
                     'llm_lab.gpt:MLP\n',
-                    'llm_lab.core:need',
+                    'llm_lab.core:require',
                     'llm_lab.hubdata:dolly',
                     'tiny_tales',
                     'CharTokenizer',
@@ -277,9 +277,9 @@ def deep_dumps(x):
 
 
 def sealed(folder, **about):
-    from llm_lab.package import seal
+    from llm_lab.package import write_manifest
 
-    seal(
+    write_manifest(
         folder, 'package.json', ('llm_lab.json', 'tokenizer.json', 'model.safetensors'), about=about
     )
 
@@ -567,7 +567,7 @@ YAML = [
     '\x00',
     '%YAML 9.9\n---\na: b',
     'model: {pos: {part: Learned, cfg: 5}}',
-    'model: {init: {part: "llm_lab.package:open_model", path: x}}',
+    'model: {init: {part: "llm_lab.package:load", path: x}}',
 ]
 
 
@@ -589,7 +589,7 @@ def config(folder, r):
 
 def checkpoint(folder, r, base):
     "A whole checkpoint of the honest run, changed and sealed again"
-    from llm_lab.package import seal
+    from llm_lab.package import write_manifest
 
     for p in folder.iterdir():
         p.unlink()
@@ -624,7 +624,7 @@ def checkpoint(folder, r, base):
             lambda: extra.append('/dev/zero'),
         ]
     )()
-    seal(
+    write_manifest(
         folder,
         'manifest.json',
         sorted(p.name for p in folder.iterdir() if p.name != 'manifest.json'),
@@ -787,9 +787,8 @@ MAKERS = [
     (about, 5),
 ]
 CASES = [(maker, seed) for maker, n in MAKERS for seed in range(n)]
-FEW = [
-    n for n, (maker, seed) in enumerate(CASES) if seed % 10 == 1 and seed < 100
-]  # a tenth, of each kind
+# a tenth, of each kind
+FEW = [n for n, (maker, seed) in enumerate(CASES) if seed % 10 == 1 and seed < 100]
 assert len(CASES) == 300 and len(FEW) == 30
 
 
@@ -799,26 +798,26 @@ assert len(CASES) == 300 and len(FEW) == 30
 def honest(folder):
     """A package, a checkpoint, Hugging Face folders and packed tokens of tiny models, to be copied
     and changed"""
-    from llm_lab.checkpoint import Checkpoints
+    from llm_lab.checkpoint import CheckpointManager
     from llm_lab.chars import CharTokenizer
     from llm_lab.corpora import Corpus
-    from llm_lab.gpt import Config, MiniGPT
+    from llm_lab.gpt import GPTConfig, MiniGPT
     from llm_lab.parts import part
     from llm_lab.hub import to_hf
     from llm_lab.llama_block import QKNorm, SwiGLU, llama
     from llm_lab.positions import Rope
     from llm_lab.moe import MoE, Router, softmax_top_k
     from llm_lab.packing import pack
-    from llm_lab.package import save_package
-    from llm_lab.train import Run, adamw
+    from llm_lab.package import save
+    from llm_lab.train import TrainState, adamw
 
     size = dict(vocab_size=4, max_len=8, d_model=8, n_layers=2, n_heads=2)
     tok = CharTokenizer('abc\n')
-    model = MiniGPT(Config(**size))
-    save_package(folder / 'package', model, tok, {})
-    run = Run(model, 10, opt=adamw(model))
+    model = MiniGPT(GPTConfig(**size))
+    save(folder / 'package', model, tok, {})
+    run = TrainState(model, 10, opt=adamw(model))
     run.step = 2
-    saves = Checkpoints(folder / 'run', tok)
+    saves = CheckpointManager(folder / 'run', tok)
     saves(run)
     moe = part(
         MoE,
@@ -831,7 +830,7 @@ def honest(folder):
 
     qk = part(Attention, steps=(part(QKNorm), part(Rope)), bias=False)
     for name, cfg in dict(
-        gpt2=Config(**size),
+        gpt2=GPTConfig(**size),
         llama=llama(**size),
         mixtral=llama(**size, mlp=moe),
         qwen3_moe=llama(**size, mlp=moe, attn=qk),
@@ -957,18 +956,18 @@ def rss(word):
 def attempt(maker, place, run):
     "Open it as a user would"
     from llm_lab.chars import load_tokenizer
-    from llm_lab.checkpoint import Checkpoints
+    from llm_lab.checkpoint import CheckpointManager
     from llm_lab.config import read_config
     from llm_lab.corpora import corpus_of
     from llm_lab.hub import from_hf
     from llm_lab.packing import PackedTokens
-    from llm_lab.package import open_model
+    from llm_lab.package import load
     from llm_lab.runs import _affordable, model_config
 
     if maker is config:
         return _affordable(model_config(read_config(place), 65))
     if maker is checkpoint:
-        return Checkpoints(place.parent / 'run', None).load(run, place)
+        return CheckpointManager(place.parent / 'run', None).load(run, place)
     if maker is hub:
         return from_hf(place)
     if maker is packed:
@@ -977,7 +976,7 @@ def attempt(maker, place, run):
         return corpus_of(json.loads((place / 'about.json').read_text()))
     if maker is tokenizer:
         load_tokenizer(place)
-    return open_model(place)
+    return load(place)
 
 
 def child(folder, numbers):
@@ -1001,9 +1000,8 @@ def child(folder, numbers):
     calm.mkdir()
     (calm / 'config.yaml').write_text('model: {d_model: 32}')
     attempt(config, calm, run)
-    resource.setrlimit(
-        resource.RLIMIT_AS, (rss('VmSize') + (6 << 30),) * 2
-    )  # a fault of ours must not take the machine down
+    # a fault of ours must not take the machine down
+    resource.setrlimit(resource.RLIMIT_AS, (rss('VmSize') + (6 << 30),) * 2)
     seen, on = [], []
     watch(seen, on)
     sys.path.insert(0, '')
@@ -1135,6 +1133,7 @@ def test_a_name_means_one_thing_in_all_places():
 
 def test_every_part_that_a_chapter_makes_public_is_declared():
     "A new layer, norm or pattern must stand in the table, or here with a reason"
+    # the whole, its frame, what parts are made of, or turned into
     apart = {
         'MiniGPT',
         'Block',
@@ -1143,7 +1142,7 @@ def test_every_part_that_a_chapter_makes_public_is_declared():
         'Wide',
         'Fast',
         'Int8',
-    }  # the whole, its frame, what parts are made of, or turned into
+    }
     declared = {a for _, _, a in entries()}
     for stem in CHAPTERS:
         module = importlib.import_module(f'llm_lab.{stem}')
@@ -1179,14 +1178,15 @@ def test_every_keyword_that_holds_recipes_is_declared():
 
 def test_what_the_repository_names_can_be_named():
     files = [*ROOT.glob('experiments/*/config.yaml'), ROOT / 'README.md', *ROOT.glob('nbs/*.ipynb')]
+    # examples of what is refused
     wrong = {
-        'llm_lab.core:need',
+        'llm_lab.core:require',
         'llm_lab.gpt:Nothing',
         'torch.nn:Embedding',
         'torch.nn:NAME',
         'llm_lab.CHAPTER:NAME',
         'llm_lab.gpt:Attention',  # the first edition's address
-    }  # examples of what is refused
+    }
     for path in files:
         text = path.read_text(encoding='utf-8')
         for word in {*re.findall(r'\b(?:llm_lab\.[a-z]\w*|torch\.nn):[A-Za-z]\w*', text)} - wrong:
@@ -1202,7 +1202,7 @@ def test_the_configs_of_the_repository_are_read():
 
 def everything():
     "Configurations that name each entry of the table at least once"
-    from llm_lab.gpt import Config, config_from
+    from llm_lab.gpt import GPTConfig, config_from
 
     more = {
         'cycle': dict(of=[dict(part='Attention'), dict(part='GQA', n_kv_heads=1)]),
@@ -1230,20 +1230,20 @@ def everything():
                 size | json.loads(json.dumps(told).replace('{"part": "?"}', json.dumps(x)))
             ),
         )
-    assert Config is not None
+    assert GPTConfig is not None
 
 
 def test_honest_packages_of_all_parts_open(tmp_path):
     from llm_lab.chars import CharTokenizer
     from llm_lab.gpt import MiniGPT
-    from llm_lab.package import open_model, save_package
+    from llm_lab.package import load, save
 
     tok = CharTokenizer('abc\n')
     ids = torch.tensor([[0, 1, 2, 3, 1, 1]])
     seen = 0
     for n, (name, cfg) in enumerate(everything()):
         model = MiniGPT(cfg, seed=n).eval()
-        again = open_model(save_package(tmp_path / f'p{n}', model, tok)).model
+        again = load(save(tmp_path / f'p{n}', model, tok)).model
         assert again.cfg == cfg, name
         assert torch.equal(again(ids), model(ids)), name
         seen += 1
@@ -1252,10 +1252,10 @@ def test_honest_packages_of_all_parts_open(tmp_path):
 
 def test_what_the_reader_registers_may_stand_anywhere_and_hold_anything(tmp_path):
     from llm_lab.chars import CharTokenizer
-    from llm_lab.gpt import MLP, Config, MiniGPT, config_from, to_data
+    from llm_lab.gpt import MLP, GPTConfig, MiniGPT, config_from, to_data
     from llm_lab.parts import part, register
     from llm_lab.llama_block import ReLU2
-    from llm_lab.package import open_model, save_package
+    from llm_lab.package import load, save
 
     class Twice(nn.Module):
         "An MLP of one's own that holds another, and a number that is no parameter"
@@ -1268,7 +1268,7 @@ def test_what_the_reader_registers_may_stand_anywhere_and_hold_anything(tmp_path
         def forward(self, x, **ctx):
             return self.scale * self.inner(x)
 
-    cfg = Config(
+    cfg = GPTConfig(
         vocab_size=4,
         max_len=8,
         d_model=8,
@@ -1283,7 +1283,7 @@ def test_what_the_reader_registers_may_stand_anywhere_and_hold_anything(tmp_path
         assert config_from(to_data(cfg)) == cfg
         model, ids = MiniGPT(cfg).eval(), torch.tensor([[0, 1, 2, 3]])
         assert torch.equal(
-            open_model(save_package(tmp_path / 'p', model, CharTokenizer('abc\n'))).model(ids),
+            load(save(tmp_path / 'p', model, CharTokenizer('abc\n'))).model(ids),
             model(ids),
         )
         for bad in (
@@ -1340,32 +1340,32 @@ def test_a_safe_pattern_is_fast_and_an_unsafe_one_comes_to_an_end():
 def test_the_case_that_began_it(tmp_path):
     "A package names a public function and all its keywords; so do its siblings in other places"
     from llm_lab.chars import CharTokenizer
-    from llm_lab.gpt import Config, MiniGPT
-    from llm_lab.package import open_model, save_package
+    from llm_lab.gpt import GPTConfig, MiniGPT
+    from llm_lab.package import load, save
 
-    gift = save_package(
+    gift = save(
         tmp_path / 'gift',
-        MiniGPT(Config(vocab_size=4, max_len=8, d_model=8, n_layers=1, n_heads=1)),
+        MiniGPT(GPTConfig(vocab_size=4, max_len=8, d_model=8, n_layers=1, n_heads=1)),
         CharTokenizer('abc\n'),
         {},
     )
     honest = (gift / 'llm_lab.json').read_text()
-    for slot, told in places('llm_lab.core:need', module='gift.model_code'):
+    for slot, told in places('llm_lab.core:require', module='gift.model_code'):
         (gift / 'llm_lab.json').write_text(honest)
         with_config(gift, told)
         with pytest.raises(LabError) as e:
-            open_model(gift)
+            load(gift)
         assert '\n' not in str(e.value) and str(gift / 'llm_lab.json') in str(e.value), told
         if slot:
-            assert f"'llm_lab.core:need' names no part that can be {slot}" in str(e.value), told
+            assert f"'llm_lab.core:require' names no part that can be {slot}" in str(e.value), told
 
 
 @needs_linux
 def test_links_into_the_cache_of_hugging_face_are_followed_and_no_others(tmp_path):
-    from llm_lab.gpt import Config, MiniGPT
+    from llm_lab.gpt import GPTConfig, MiniGPT
     from llm_lab.hub import from_hf, to_hf
 
-    model = MiniGPT(Config(vocab_size=4, max_len=8, d_model=8, n_layers=1, n_heads=2)).eval()
+    model = MiniGPT(GPTConfig(vocab_size=4, max_len=8, d_model=8, n_layers=1, n_heads=2)).eval()
     ids = torch.tensor([[0, 1, 2]])
     snapshot = tmp_path / 'models--x' / 'snapshots' / 'abc'
     blobs = tmp_path / 'models--x' / 'blobs'
@@ -1420,7 +1420,7 @@ def test_a_name_may_stand_in_its_own_place_only(slot):
 def test_a_config_is_refused_when_it_is_read_before_any_data():
     from llm_lab.config import read_config
 
-    for slot, told in places('llm_lab.core:need', module='x'):
+    for slot, told in places('llm_lab.core:require', module='x'):
         if {'d_model', 'tie'} & set(told):
             continue
         with pytest.raises(LabError, match=r'^model\.') as e:
@@ -1445,15 +1445,15 @@ def test_a_text_counts_only_with_the_hash_that_was_saved(tmp_path):
 def test_no_memory_is_taken_for_a_model_that_is_not_in_the_file(tmp_path, monkeypatch):
     from llm_lab import package
     from llm_lab.chars import CharTokenizer
-    from llm_lab.gpt import Config, MiniGPT
+    from llm_lab.gpt import GPTConfig, MiniGPT
 
-    place = package.save_package(
+    place = package.save(
         tmp_path / 'p',
-        MiniGPT(Config(vocab_size=4, max_len=8, d_model=8, n_layers=1, n_heads=1)),
+        MiniGPT(GPTConfig(vocab_size=4, max_len=8, d_model=8, n_layers=1, n_heads=1)),
         CharTokenizer('abc\n'),
         {},
     )
-    package.open_model(place)
+    package.load(place)
 
     def taken(*args):
         raise AssertionError('memory was taken')
@@ -1471,7 +1471,7 @@ def test_no_memory_is_taken_for_a_model_that_is_not_in_the_file(tmp_path, monkey
         (place / 'llm_lab.json').write_text(honest)
         with_config(place, lie)
         with pytest.raises(LabError, match='the weights do not fit the configuration'):
-            package.open_model(place)
+            package.load(place)
 
 
 def test_check_recipe_counts_and_address_is_static():

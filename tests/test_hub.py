@@ -18,7 +18,7 @@ import huggingface_hub as hf
 from cases import HANG
 
 from llm_lab import hubdata
-from llm_lab.corpora import MARK, digest, from_path, load_corpus
+from llm_lab.corpora import END_OF_TEXT, digest, from_path, load_corpus
 from llm_lab.hubdata import dolly
 from llm_lab.core import LabError
 
@@ -46,9 +46,8 @@ def hub(tmp_path, monkeypatch):
         hub.patience = patience
         patience(HANG)  # a busy machine is no fault; 'slow' sets less
         monkeypatch.setattr(datasets.config, 'STREAMING_READ_MAX_RETRIES', 2)
-        monkeypatch.setattr(
-            time, 'sleep', lambda seconds: None
-        )  # the libraries wait between their tries
+        # the libraries wait between their tries
+        monkeypatch.setattr(time, 'sleep', lambda seconds: None)
         monkeypatch.setenv('LLM_LAB_HOME', str(tmp_path / 'home'))
         monkeypatch.delenv('LLM_LAB_DATA', raising=False)
         hf.HfFileSystem.clear_instance_cache()
@@ -88,7 +87,7 @@ def test_whole_and_streamed_are_one_corpus(hub, tmp_path, name):
     assert list(told) == ['train', 'val', 'test'] and all(told.values())
     assert (
         whole.independent
-        and whole.separator.strip() == MARK
+        and whole.separator.strip() == END_OF_TEXT
         and whole.text('val').split(whole.separator) == told['val']
     )
 
@@ -413,4 +412,6 @@ def test_the_real_sample_file():
     corpus = from_path(path)
     told = contents(corpus)
     assert [len(told[s]) for s in ('train', 'val')] == [4, 1] and corpus.independent
-    assert all(t == t.strip() and MARK not in t and '\n' in t for t in sum(told.values(), []))
+    assert all(
+        t == t.strip() and END_OF_TEXT not in t and '\n' in t for t in sum(told.values(), [])
+    )

@@ -21,9 +21,9 @@ import pytest
 
 from llm_lab import first_tour as chapter
 from llm_lab.cli import main
-from llm_lab.core import LabError, stoppable
-from llm_lab.package import open_model
-from llm_lab.runs import Alone, Job, train_config
+from llm_lab.core import LabError, graceful_interrupt
+from llm_lab.package import load
+from llm_lab.runs import SingleProcess, TrainingRun, train_run
 from llm_lab.first_tour import surviving_output, tour
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -80,7 +80,7 @@ def raises(error):
 
 def opened(folder, steps=STEPS):
     "The model opens, all hashes right, and says that it was trained so long"
-    model, tokenizer, about = open_model(folder)
+    model, tokenizer, about = load(folder)
     assert about['steps'] == steps and all(p.isfinite().all() for p in model.parameters())
     return about
 
@@ -103,12 +103,12 @@ AFTERWARDS = {
         'the score is refused',
     ),
     'what is above the floor': (
-        'llm_lab.evaluation.excess',
+        'llm_lab.evaluation.excess_by_kind',
         ValueError('not told'),
         'the score is refused',
     ),
     'the picture': (
-        'llm_lab.train.loss_picture',
+        'llm_lab.train.plot_loss',
         ImportError('a broken library'),
         'no loss.png: ImportError',
     ),
@@ -117,7 +117,7 @@ AFTERWARDS = {
         LabError('matplotlib is not installed'),
         'no loss.png: matplotlib',
     ),
-    'the card': ('llm_lab.package.card', KeyError('licence'), ''),
+    'the card': ('llm_lab.package.model_card', KeyError('licence'), ''),
     'result.json': ('llm_lab.first_tour.json.dumps', TypeError('not plain'), ''),
     'a look': ('llm_lab.sampling.sample', MemoryError('no room'), 'no look at step'),
     'the next steps': (
@@ -216,7 +216,9 @@ def test_a_file_named_like_a_corpus_is_a_file(name, home, monkeypatch, capsys):
     "Which text it is, its hash decides: it is no Tiny Tales, and `eval` reads the file again"
     (home / name).write_text(POEM, encoding='utf-8')
     taken_for_tales = []
-    monkeypatch.setattr('llm_lab.evaluation.excess', lambda *a, **kw: taken_for_tales.append(a))
+    monkeypatch.setattr(
+        'llm_lab.evaluation.excess_by_kind', lambda *a, **kw: taken_for_tales.append(a)
+    )
     result = tour(os.path.join('.', name), 1, SMALL)
     assert taken_for_tales == []
     assert (
@@ -349,7 +351,7 @@ def test_a_folder_that_becomes_read_only(temporary, disk, poem, monkeypatch, cap
 
 def test_where_nothing_can_be_written_the_loss_is_said(home, poem, monkeypatch):
     def fails():
-        monkeypatch.setattr('llm_lab.package.save_package', raises(OSError(errno.EIO, 'broken')))
+        monkeypatch.setattr('llm_lab.package.save', raises(OSError(errno.EIO, 'broken')))
 
     monkeypatch.setattr(chapter, '_watcher', at_step(5, fails))
     with pytest.raises(LabError, match='the model is lost, no folder takes it: .*broken'):
@@ -503,10 +505,10 @@ def run_settings(poem, **more):
 def test_a_run_foresees_what_would_fail_later(home, poem, monkeypatch):
     monkeypatch.setattr('llm_lab.runs.fit', raises(AssertionError('it was not found out')))
     with pytest.raises(LabError, match="^eval.prompt='漢': the character '漢'"):
-        train_config('smoke', *run_settings(poem, **{'eval.prompt': '漢'}))
+        train_run('smoke', *run_settings(poem, **{'eval.prompt': '漢'}))
     monkeypatch.setenv('LLM_LAB_DEVICE', 'toaster')
     with pytest.raises(LabError, match="the device 'toaster' cannot be used"):
-        train_config('smoke', *run_settings(poem))
+        train_run('smoke', *run_settings(poem))
 
 
 def test_a_run_whose_evaluation_fails_says_where_it_is(home, poem, monkeypatch):
@@ -516,17 +518,17 @@ def test_a_run_whose_evaluation_fails_says_where_it_is(home, poem, monkeypatch):
     with pytest.raises(
         LabError, match='runs/x is trained and kept, but its evaluation failed: below; mend that'
     ) as e:
-        train_config('smoke', *run_settings(poem), run='x')
+        train_run('smoke', *run_settings(poem), run='x')
     folder = Path(str(e.value).partition(' is trained')[0])
-    assert open_model(folder).about['step'] == 4 and not (folder / 'result.json').exists()
+    assert load(folder).about['step'] == 4 and not (folder / 'result.json').exists()
     monkeypatch.setattr('llm_lab.runs.evaluate', real)
-    assert train_config(resume=folder).result['steps'] == 4  # and it is evaluated when it can be
+    assert train_run(resume=folder).result['steps'] == 4  # and it is evaluated when it can be
 
 
 def test_a_tracker_that_fails_at_the_end_is_a_warning():
     from llm_lab.runs import _end
 
-    engine = Alone()
+    engine = SingleProcess()
     engine.end_training = raises(ConnectionError('no network'))
     with pytest.warns(UserWarning, match='log.tracker=wandb: no network'):
         _end(engine, 'wandb')
@@ -645,13 +647,13 @@ def child(home, argv, said, how):
             os.kill(os.getpid(), number)
 
     chapter._watcher = at_step(5, then)
-    record = Job.record
+    record = TrainingRun.record
 
     def recorded(job, run):
         then()
         return record(job, run)
 
-    Job.record = recorded
+    TrainingRun.record = recorded
     code = main(argv)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
@@ -714,7 +716,7 @@ def test_who_asks_a_tour_to_end_gets_the_model(signals, ignored, code, word, bor
     p = born(signals=signals, ignored=ignored)
     p.join(600)
     assert p.exitcode == code, born.said.read_text()
-    about = open_model(home / 'artifacts' / 'tour').about
+    about = load(home / 'artifacts' / 'tour').about
     assert 5 <= about['steps'] < about['planned'] == 1_000_000 and about['stopped'] == word
     assert json.loads((home / 'artifacts' / 'tour' / 'result.json').read_text())['stopped'] == word
     assert f'stopped {word}, what was learned is kept' in born.said.read_text()
@@ -746,7 +748,7 @@ def close_the_terminal(born, home, **how):
 def test_a_terminal_that_is_closed_leaves_the_model(born, home):
     "The real thing: its end is SIGHUP, and an error for each word from then on"
     assert close_the_terminal(born, home) == 129
-    about = open_model(home / 'artifacts' / 'tour').about
+    about = load(home / 'artifacts' / 'tour').about
     assert about['steps'] >= 5 and about['stopped'] == 'by SIGHUP'
     assert 'result.json' in names(home / 'artifacts' / 'tour')
 
@@ -763,7 +765,7 @@ def test_a_terminal_that_is_closed_leaves_the_run(born, home, poem):
         },
     )
     assert close_the_terminal(born, home, argv=['train', 'smoke', *settings, '--run', 'x']) == 129
-    assert open_model(home / 'experiments' / 'smoke' / 'runs' / 'x').about['step'] >= 1
+    assert load(home / 'experiments' / 'smoke' / 'runs' / 'x').about['step'] >= 1
 
 
 @posix
@@ -780,7 +782,7 @@ def test_a_power_cut_in_a_long_tour_takes_what_came_after_the_last_package(born,
     p = born(minutes='0.000001', keep_every=0, signals=[signal.SIGKILL])
     p.join(600)
     assert p.exitcode == -signal.SIGKILL, born.said.read_text()
-    about = open_model(home / 'artifacts' / 'tour').about
+    about = load(home / 'artifacts' / 'tour').about
     assert 1 <= about['steps'] <= 5 and about['planned'] == 1_000_000
 
 
@@ -796,18 +798,18 @@ def test_a_hang_up_is_heard_once():
 
     try:
         signal.signal(signal.SIGHUP, breaks)
-        with stoppable(lambda why: asked.append(f'outer {why}')):
-            with stoppable(asked.append):
+        with graceful_interrupt(lambda why: asked.append(f'outer {why}')):
+            with graceful_interrupt(asked.append):
                 for _ in range(2):
                     signal.raise_signal(signal.SIGHUP)
             signal.raise_signal(signal.SIGHUP)
         signal.raise_signal(signal.SIGHUP)
         assert asked == ['by SIGHUP'] and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-        with stoppable(asked.append):
+        with graceful_interrupt(asked.append):
             signal.raise_signal(signal.SIGHUP)
         assert asked == ['by SIGHUP'] and broken == []
         signal.signal(signal.SIGHUP, breaks)
-        with stoppable(asked.append):
+        with graceful_interrupt(asked.append):
             pass
         assert signal.getsignal(signal.SIGHUP) is breaks
     finally:

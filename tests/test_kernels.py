@@ -11,33 +11,33 @@ import pytest
 import torch
 from cases import cases, some
 
-from llm_lab.kv_cache import cached, reach, window
+from llm_lab.kv_cache import with_kv_cache, reach, window
 from llm_lab.corpora import Corpus
-from llm_lab.gpt import Config, MiniGPT, config_from, to_data
-from llm_lab.self_attention import attend, causal, visible
+from llm_lab.gpt import GPTConfig, MiniGPT, config_from, to_data
+from llm_lab.self_attention import scaled_dot_product, causal, dense_mask
 from llm_lab.parts import part
 from llm_lab.gqa import GQA, kv_heads
 from llm_lab.kernels import (
     Plan,
     SparseAttention,
-    attended,
+    sparse_attention,
     block_mask,
     cover,
-    dense,
-    flexed,
-    folded,
-    planned,
-    way,
+    masked_attention,
+    flex_kernel,
+    tiled_attention,
+    get_plan,
+    choose_kernel,
 )
 from llm_lab.core import LabError, rng
 from llm_lab.hardware import flops
 from llm_lab.llama_block import QKNorm, llama
 from llm_lab.positions import Rope
-from llm_lab.looking import attention_maps, stepped
-from llm_lab.efficient import checkpointed
-from llm_lab.package import open_model, save_package
+from llm_lab.looking import attention_maps, intervene
+from llm_lab.efficient import apply_activation_checkpointing
+from llm_lab.package import load, save
 from llm_lab.chars import CharTokenizer
-from llm_lab.sampling import Reader, generate
+from llm_lab.sampling import DecodingState, generate
 from llm_lab.sparse import (
     both,
     cycle,
@@ -116,7 +116,7 @@ def exact(q, k, v, pattern, layer=0, sink=None, **ctx):
     G = k.shape[1]
     D = q.shape[3]
     i = torch.arange(q.shape[2])
-    seen = visible(pattern, i, i, H, layer, **ctx)
+    seen = dense_mask(pattern, i, i, H, layer, **ctx)
     q, k, v = (
         x.double() for x in (q, k.repeat_interleave(H // G, 1), v.repeat_interleave(H // G, 1))
     )
@@ -141,7 +141,7 @@ def drawn(B, H, G, T, D, seed=0, sink=False):
 
 def agree(plan, inputs, g, tolerance=3e-6, **ctx):
     want = grads(lambda q, k, v, s: exact(q, k, v, plan.pattern, plan.layer, s, **ctx), inputs, g)
-    got = grads(lambda q, k, v, s: folded(q, k, v, plan, s), inputs, g)
+    got = grads(lambda q, k, v, s: tiled_attention(q, k, v, plan, s), inputs, g)
     for a, b in zip(got, want):
         assert (a - b).abs().max() <= tolerance * max(1, b.abs().max()), (a - b).abs().max()
 
@@ -173,7 +173,7 @@ def test_the_keys_of_the_plan_are_those_of_the_pattern(kind):
     for T, H, layer in some([(300, 3, 2), (1, 1, 0), (47, 2, 1)], 1):
         i = torch.arange(T)
         plan = Plan(PATTERNS[kind], T, H, layer).make()
-        want = visible(PATTERNS[kind], i, i, H, layer).expand(1, H, T, T).sum(-1)
+        want = dense_mask(PATTERNS[kind], i, i, H, layer).expand(1, H, T, T).sum(-1)
         assert plan.keys().expand(1, H, T).equal(want)
         assert int(want.max()) <= plan.touched  # and never more than it multiplies
 
@@ -182,8 +182,8 @@ def test_the_keys_of_the_plan_are_those_of_the_pattern(kind):
 def test_nothing_is_read_from_the_future_and_everything_from_the_pattern(kind):
     T, pattern = 60, PATTERNS[kind]
     inputs, _ = drawn(1, 2, 2, T, 8)
-    out = folded(*inputs[:3], Plan(pattern, T, 2))
-    seen = visible(pattern, torch.arange(T), torch.arange(T), 2).expand(1, 2, T, T)[0]
+    out = tiled_attention(*inputs[:3], Plan(pattern, T, 2))
+    seen = dense_mask(pattern, torch.arange(T), torch.arange(T), 2).expand(1, 2, T, T)[0]
     for t in some((31, 0, 7, 59), 2):
         gv = (
             torch.autograd.grad(out[0, :, t].sum(), inputs[2], retain_graph=True)[0][0]
@@ -213,11 +213,11 @@ def test_one_plan_says_the_same_to_every_kernel(kind):
         (q, k, v, s), _ = drawn(1, H, G, T, 16, sink=sink)
         plan = Plan(PATTERNS[kind], T, H, 1)
         assert (
-            dense(q, k, v, plan.mask(), s) - exact(q, k, v, PATTERNS[kind], 1, s)
+            masked_attention(q, k, v, plan.mask(), s) - exact(q, k, v, PATTERNS[kind], 1, s)
         ).abs().max() < 3e-6
         assert plan.flops(16) == 4 * 16 * int(plan.mask().expand(1, H, T, T).sum())
         with torch.no_grad():
-            got = flexed(*(x if x is None else x.detach() for x in (q, k, v)), plan, s)
+            got = flex_kernel(*(x if x is None else x.detach() for x in (q, k, v)), plan, s)
         want = exact(q, k, v, PATTERNS[kind], 1, s)
         assert (got - want).abs().max() < 3e-6
     blocks = block_mask(Plan(near(100), 1024))
@@ -238,14 +238,13 @@ def test_documents_in_one_row_do_not_read_each_other():
             plan.make()
             .keys()
             .expand(2, 4, T)
-            .equal(visible(pattern, i, i, 4, doc=docs).expand(2, 4, T, T).sum(-1))
+            .equal(dense_mask(pattern, i, i, 4, doc=docs).expand(2, 4, T, T).sum(-1))
         )
         with torch.no_grad():
-            got = flexed(*(x.detach() for x in inputs[:3]), Plan(pattern, T, 4, doc=docs))
+            got = flex_kernel(*(x.detach() for x in inputs[:3]), Plan(pattern, T, 4, doc=docs))
         assert (got - exact(*inputs[:3], pattern, doc=docs)).abs().max() < 3e-6
-    alone = [
-        x[:, :, docs[0] == 1][:1] for x in inputs[:3]
-    ]  # window and document: as if the second text stood alone
+    # window and document: as if the second text stood alone
+    alone = [x[:, :, docs[0] == 1][:1] for x in inputs[:3]]
     whole = exact(*inputs[:3], all_of(near(30), part(document)), doc=docs)[0][:, docs[0] == 1]
     assert (exact(*alone, near(30))[0] - whole).abs().max() < 1e-12
 
@@ -255,13 +254,15 @@ def test_double_precision_and_numerical_derivatives():
         (q, k, v, s), _ = drawn(1, 2, 1, 20, 4, sink=sink)
         plan = Plan(pattern, 20, 2)
         inputs = [x.detach().double().requires_grad_() for x in (q, k, v, s) if x is not None]
-        assert torch.autograd.gradcheck(lambda q, k, v, s=None: folded(q, k, v, plan, s), inputs)
+        assert torch.autograd.gradcheck(
+            lambda q, k, v, s=None: tiled_attention(q, k, v, plan, s), inputs
+        )
 
 
 def test_low_precision_stays_close_and_keeps_its_kind():
     (q, k, v, _), g = drawn(1, 2, 2, 100, 16)
     for kind in (torch.bfloat16, torch.float16):
-        got = folded(*(x.to(kind) for x in (q, k, v)), Plan(far(16), 100, 2))
+        got = tiled_attention(*(x.to(kind) for x in (q, k, v)), Plan(far(16), 100, 2))
         assert got.dtype == kind and (got.float() - exact(q, k, v, far(16))).abs().max() < 0.03
 
 
@@ -269,9 +270,9 @@ def test_long_texts_are_read_in_pieces():
     T = 4500  # several pieces of folds, and a last one that is not full
     (q, k, v, _), g = drawn(1, 2, 1, T, 8)
     for pattern in (near(40), far(33)):
-        seen = visible(pattern, torch.arange(T), torch.arange(T), 2)
-        want = grads(lambda q, k, v: attend(q, k, v, seen), (q, k, v), g)
-        got = grads(lambda q, k, v: folded(q, k, v, Plan(pattern, T, 2)), (q, k, v), g)
+        seen = dense_mask(pattern, torch.arange(T), torch.arange(T), 2)
+        want = grads(lambda q, k, v: scaled_dot_product(q, k, v, seen), (q, k, v), g)
+        got = grads(lambda q, k, v: tiled_attention(q, k, v, Plan(pattern, T, 2)), (q, k, v), g)
         for a, b in zip(got, want):
             assert (a - b).abs().max() < 1e-5 * max(1, b.abs().max())
 
@@ -283,7 +284,7 @@ def test_both_ways_know_double_precision_and_queries_that_read_nothing(T):
         inputs = [x.detach().double().requires_grad_() for x in (q, k, v)]
         want = grads(lambda q, k, v: exact(q, k, v, pattern), inputs, g.double())
         for a, b in zip(
-            grads(lambda q, k, v: attended(q, k, v, pattern), inputs, g.double()), want
+            grads(lambda q, k, v: sparse_attention(q, k, v, pattern), inputs, g.double()), want
         ):
             assert (a - b).abs().max() < 1e-12
 
@@ -296,7 +297,7 @@ def test_threads_may_share_a_new_plan():
     with ThreadPoolExecutor(6) as pool, torch.no_grad():
         for _ in range(10):
             plan = Plan(far(16), 300, 2)
-            for out in pool.map(lambda _, plan=plan: folded(q, k, v, plan), range(6)):
+            for out in pool.map(lambda _, plan=plan: tiled_attention(q, k, v, plan), range(6)):
                 assert (out - want).abs().max() < 1e-5
 
 
@@ -338,7 +339,7 @@ def test_gauges_are_of_the_texts_that_are_asked_about():
 
 
 def test_a_run_reads_its_gauges_in_validation_only(tmp_path):
-    from llm_lab.runs import Job
+    from llm_lab.runs import TrainingRun
 
     class Here:  # what `validate` asks of a job
         asks = dict(sample_every=1, prompt='a', sample_tokens=30, at_once=None)
@@ -351,7 +352,7 @@ def test_a_run_reads_its_gauges_in_validation_only(tmp_path):
     run = type('', (), dict(step=1, steps=2, notes=[], model=shaken(models(far(16))).eval()))
     Here.texts['val'] = type('', (), dict(meta=dict(tokenizer=dict(end=[0])), tokenizer=TOK))
     Here.texts['corpus'] = Corpus('some', dict(val=['a']))
-    said = [Job.validate(Here, run) for _ in range(2)]
+    said = [TrainingRun.validate(Here, run) for _ in range(2)]
     assert said[0] == said[1] and 'attn0_far' in said[0]
 
 
@@ -377,9 +378,8 @@ def test_slips_are_seen():
             agree(plan, inputs, g)
 
     wrong(lambda p: setattr(p, 'bias', p.bias.roll(1, -1)))
-    wrong(
-        lambda p: p.bias[..., 0, -p.block].fill_(-math.inf)
-    )  # the first query of each fold does not read itself
+    # the first query of each fold does not read itself
+    wrong(lambda p: p.bias[..., 0, -p.block].fill_(-math.inf))
     wrong(lambda p: p.far.fill_(-math.inf))
     wrong(lambda p: setattr(p, 'far', torch.zeros_like(p.far)))  # links that are not there are read
     wrong(lambda p: p.idx[:, 1].copy_(p.idx[:, 0]))  # a head takes the links of another
@@ -390,19 +390,22 @@ def test_slips_are_seen():
 
 
 def test_the_choice_is_told():
-    assert way(part(causal), 4096) == ('dense', 'the pattern may read all of the past')
-    assert way(near(256), 4096) == (
+    assert choose_kernel(part(causal), 4096) == ('dense', 'the pattern may read all of the past')
+    assert choose_kernel(near(256), 4096) == (
         'folds',
         '32 folds of 128 queries, 384 keys a query instead of 4,096',
     )
-    assert way(near(256), 256)[0] == 'dense' and way(near(64), 4096, 'mps') == (
+    assert choose_kernel(near(256), 256)[0] == 'dense' and choose_kernel(near(64), 4096, 'mps') == (
         'dense',
         'no sparse kernel for mps',
     )
     assert (
-        way(near(64), 4096, dropout=0.1)[0] == 'dense' and way(far(64), 4096, 'cuda')[0] == 'flex'
+        choose_kernel(near(64), 4096, dropout=0.1)[0] == 'dense'
+        and choose_kernel(far(64), 4096, 'cuda')[0] == 'flex'
     )
-    assert way(part(document), 4096)[0] == 'dense' and cover(all_of(part(document), near(9))) == (
+    assert choose_kernel(part(document), 4096)[0] == 'dense' and cover(
+        all_of(part(document), near(9))
+    ) == (
         9,
         [],
     )
@@ -449,7 +452,7 @@ def test_a_model_is_the_same_with_and_without(kind):
     ids = torch.randint(30, (2, 200), generator=rng(1, 'ids'))
     sparse = models(MODELS[kind])
     sparse.load_state_dict(plain.state_dict())
-    assert way(MODELS[kind], 199)[0] == 'folds'
+    assert choose_kernel(MODELS[kind], 199)[0] == 'folds'
     for model in (plain, sparse):
         next_token_loss(model, ids).backward()
     big = max(p.grad.abs().max() for p in plain.parameters())
@@ -469,7 +472,7 @@ def test_writing_with_a_cache_is_writing_without(kind, sink):
     with torch.no_grad():
         want = model(ids)
     for pieces in ([140, 1, 1, 1, 1, 6], [1] * 20 + [130], [150]):
-        reader = Reader(cached(model), 150)
+        reader = DecodingState(with_kv_cache(model), 150)
         got = torch.cat([reader(piece)[:, None] for piece in ids.split(pieces, 1)], 1)
         ends = torch.tensor(pieces).cumsum(0) - 1
         assert (got - want[:, ends]).abs().max() < 1e-5 * want.abs().max()
@@ -484,7 +487,7 @@ def test_a_map_leaves_out_what_the_sink_takes(kind):
         b.attn.sink.data.copy_(torch.tensor([-30.0, -1.0, 1.0, 3.0]))
     maps = attention_maps(model, ids).double()
     with (
-        stepped(
+        intervene(
             model, lambda attn, q, k, v, *at, **ctx: notes.append((attn, q, k)) or (q, k, v, *at)
         ),
         torch.no_grad(),
@@ -492,7 +495,7 @@ def test_a_map_leaves_out_what_the_sink_takes(kind):
         model(ids[None])
     for weights, (attn, q, k) in zip(maps, notes, strict=True):
         scores = (q[0].double() @ k[0].repeat_interleave(2, 0).double().mT) / 8**0.5
-        seen = visible(PATTERNS[kind], i, i, 4, attn.layer).expand(1, 4, 60, 60)[0]
+        seen = dense_mask(PATTERNS[kind], i, i, 4, attn.layer).expand(1, 4, 60, 60)[0]
         taken = (attn.sink[:, None] - scores.masked_fill(~seen, -math.inf).logsumexp(-1)).sigmoid()
         assert (
             ((1 - weights.sum(-1)) - taken).abs().max() < 1e-6
@@ -505,9 +508,9 @@ def test_a_map_leaves_out_what_the_sink_takes(kind):
 
 
 def test_plans_are_kept_by_layer_and_length():
-    a = planned(far(16), 200, 2, 0)
-    b = planned(far(16), 200, 2, 1)
-    assert a is planned(far(16), 200, 2, 0) and not a.idx.equal(b.idx) and a.bias is b.bias
+    a = get_plan(far(16), 200, 2, 0)
+    b = get_plan(far(16), 200, 2, 1)
+    assert a is get_plan(far(16), 200, 2, 0) and not a.idx.equal(b.idx) and a.bias is b.bias
 
 
 def test_gradient_checkpointing_counting_and_files(tmp_path):
@@ -516,12 +519,12 @@ def test_gradient_checkpointing_counting_and_files(tmp_path):
     next_token_loss(model, ids).backward()
     want = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
-    next_token_loss(checkpointed(model), ids).backward()
+    next_token_loss(apply_activation_checkpointing(model), ids).backward()
     for a, p in zip(want, model.parameters()):
         assert a.equal(p.grad)
-    save_package(tmp_path / 'm', model, TOK, {})
+    save(tmp_path / 'm', model, TOK, {})
     with torch.no_grad():
-        assert open_model(tmp_path / 'm').model(ids[:, :-1]).equal(model.eval()(ids[:, :-1]))
+        assert load(tmp_path / 'm').model(ids[:, :-1]).equal(model.eval()(ids[:, :-1]))
     assert str(config_from(to_data(model.cfg))) == str(model.cfg)
 
 
@@ -536,12 +539,12 @@ def test_operations_are_counted_as_they_are_done():
 
     a, b = count(near(64), 1024), count(near(64), 2048)
     assert 1.9 < b / a < 2.1  # and not four times as many
+    # 3 layers, 4·T·keys·C
     assert (
         count(part(causal), 2048) - b == 3 * 4 * 2048 * (2048 - Plan(near(64), 2048).touched) * 32
-    )  # 3 layers, 4·T·keys·C
-    assert (
-        planned(near(64), 1024, 4, 0).keys()[0, 0].equal(torch.arange(1, 1025).clamp_max(64))
-    )  # real numbers stay real
+    )
+    # real numbers stay real
+    assert get_plan(near(64), 1024, 4, 0).keys()[0, 0].equal(torch.arange(1, 1025).clamp_max(64))
 
 
 def test_layers_take_turns():
@@ -556,12 +559,12 @@ def test_layers_take_turns():
     ) == str(cfg)
     ids = torch.randint(30, (1, 12), generator=rng(0, 'ids'))
     plain = torch.cat(list(generate(shaken(model).eval(), ids, 40, temperature=0)))
-    kept = cached(model)
+    kept = with_kv_cache(model)
     assert [c.length for c in kept.cache(1, 64).values()] == [8, 64, 8, 64, 8]
     assert torch.cat(list(generate(kept, ids, 40, temperature=0))).equal(plain)
     for bad in ((), ('x',)):
         with pytest.raises(LabError, match='give recipes'):
-            Config(attn=part(cycle, of=bad))
+            GPTConfig(attn=part(cycle, of=bad))
 
 
 def test_wrong_recipes_are_told():
@@ -582,24 +585,24 @@ def test_wrong_recipes_are_told():
     }
     for said, recipe in wrong.items():
         with pytest.raises(LabError, match=said):
-            Config(attn=part(SparseAttention, pattern=recipe))
+            GPTConfig(attn=part(SparseAttention, pattern=recipe))
     with pytest.raises(LabError, match='n_kv_heads=3'):
-        Config(attn=part(SparseAttention, pattern=near(3), n_kv_heads=3))
-    model = MiniGPT(Config(attn=part(SparseAttention, pattern=all_of(near(8), part(document)))))
+        GPTConfig(attn=part(SparseAttention, pattern=near(3), n_kv_heads=3))
+    model = MiniGPT(GPTConfig(attn=part(SparseAttention, pattern=all_of(near(8), part(document)))))
     with pytest.raises(LabError, match="needs the word 'doc'"):
         model(torch.zeros(1, 9, dtype=torch.int64))
-    assert kv_heads(Config(attn=part(SparseAttention, pattern=near(3), n_kv_heads=2))) == 2
+    assert kv_heads(GPTConfig(attn=part(SparseAttention, pattern=near(3), n_kv_heads=2))) == 2
 
 
 def test_a_window_is_no_shorter_road_than_it_was():
     """`inference`'s fast form knows SparseAttention by a window, and refuses to cut corners with
     sinks"""
-    from llm_lab.inference import fast
+    from llm_lab.inference import for_inference
 
     ids = torch.randint(30, (1, 20), generator=rng(0, 'ids'))
     for sink, simple in ((False, True), (True, False)):
         model = shaken(models(near(7), sink=sink)).eval()
-        quick = fast(model)
+        quick = for_inference(model)
         assert quick.simple == simple
         assert torch.cat(list(generate(quick, ids, 60, temperature=0))).equal(
             torch.cat(list(generate(model, ids, 60, temperature=0)))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from llm_lab import core, files, hardware
-from llm_lab.core import LabError, progress, seeded
+from llm_lab.core import LabError, progress, seeded_rng
 from llm_lab.files import check_size, json_of
 from llm_lab.hardware import memory_left
 
@@ -16,9 +16,9 @@ def test_a_seed_for_the_processor_moves_no_other_device(monkeypatch):
     "`torch.manual_seed` would: it reaches every GPU, whose stream is not put back afterwards"
     monkeypatch.setattr(torch, 'manual_seed', lambda seed: pytest.fail('all devices were moved'))
     before = torch.get_rng_state()
-    with seeded(0, 'dropout'):
+    with seeded_rng(0, 'dropout'):
         first = torch.rand(3)
-    with seeded(0, 'dropout'):
+    with seeded_rng(0, 'dropout'):
         assert torch.equal(torch.rand(3), first)
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -35,7 +35,7 @@ def test_progress_needs_no_length(notebook, monkeypatch):
             told.append(text)
 
     monkeypatch.setattr(core, 'in_notebook', lambda: notebook)
-    monkeypatch.setattr(core, 'Live', Live)
+    monkeypatch.setattr(core, 'StatusLine', Live)
     assert [*progress((n for n in range(3)), 'count')] == [0, 1, 2]
     assert not notebook or told[-1] == 'count: 3'
     assert [*progress([7, 8], 'count')] == [7, 8] and (not notebook or told[-1] == 'count: 2 of 2')
@@ -58,9 +58,8 @@ def test_files_that_were_read_are_no_used_memory(tmp_path, monkeypatch):
 
 
 NUMBERS = b'[' + b'999,' * 9_000_000 + b'9]'
-WIDE = (
-    '["' + 'x' * 60_000_000 + '\U0001f600"' + ',""' * 2_000_000 + ']'
-)  # one such letter: four bytes for each
+# one such letter: four bytes for each
+WIDE = '["' + 'x' * 60_000_000 + '\U0001f600"' + ',""' * 2_000_000 + ']'
 
 
 @pytest.mark.parametrize('data', [NUMBERS, WIDE.encode()], ids=['numbers', 'wide letters'])

@@ -24,11 +24,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from llm_lab.kv_cache import cached
+from llm_lab.kv_cache import with_kv_cache
 from llm_lab.chars import CharTokenizer
-from llm_lab.checkpoint import Checkpoints, optimiser_state
-from llm_lab.inference import fast
-from llm_lab.gpt import MLP, Config, MiniGPT, config_from, quick_linear, to_data
+from llm_lab.checkpoint import CheckpointManager, optimizer_state
+from llm_lab.inference import for_inference
+from llm_lab.gpt import MLP, GPTConfig, MiniGPT, config_from, quick_linear, to_data
 from llm_lab.parts import Aux, part, register
 from llm_lab.core import LabError, rng
 from llm_lab.hardware import exact_by_onednn, flops
@@ -39,20 +39,20 @@ from llm_lab.moe import (
     Router,
     balance_loss,
     grouped_mm,
-    moe_spec,
-    placed,
+    moe_reference,
+    sort_by_expert,
     sigmoid_top_k,
     softmax_top_k,
     top_k_softmax,
     z_loss,
 )
-from llm_lab.optim import OPTIMISERS
-from llm_lab.efficient import Step, checkpointed, step_memory
+from llm_lab.optim import OPTIMIZERS
+from llm_lab.efficient import StepRunner, apply_activation_checkpointing, step_memory
 from llm_lab.batching import BatchStream
-from llm_lab.package import open_model, save_package
+from llm_lab.package import load, save
 from llm_lab.sampling import generate
 from llm_lab.sparse import cycle
-from llm_lab.train import Run, adamw, fit, mean_loss, next_token_loss, train_step
+from llm_lab.train import TrainState, adamw, fit, mean_loss, next_token_loss, train_step
 
 ROOT = Path(__file__).resolve().parent.parent
 CHOICES = {
@@ -88,7 +88,7 @@ def shaken(model, seed=0):
 
 def mixture(seed=0, E=4, k=2, C=8, router=part(Router), dtype=torch.float64, **kw):
     return shaken(
-        MoE(Config(d_model=C, n_heads=1), 0, n_experts=E, top_k=k, router=router, **kw), seed
+        MoE(GPTConfig(d_model=C, n_heads=1), 0, n_experts=E, top_k=k, router=router, **kw), seed
     ).to(dtype)
 
 
@@ -110,7 +110,7 @@ def dense(moe, x, kept=True):
     flat, (w, chosen), E = x.flatten(0, -2), chosen_by(moe, x), moe.n_experts
     d_ff = moe.experts.out.weight.shape[2]
     plain = type(moe.experts)(
-        Config(d_model=x.shape[-1], n_heads=1), 0, d_ff, bias=moe.experts.up.bias is not None
+        GPTConfig(d_model=x.shape[-1], n_heads=1), 0, d_ff, bias=moe.experts.up.bias is not None
     )
     y = sum(s(flat) for s in moe.shared)
     for e in range(E):
@@ -148,7 +148,7 @@ def agree(got, want, tolerance):
         )
 
 
-def small(make=Config, **kw):
+def small(make=GPTConfig, **kw):
     "A model whose MLPs are mixtures"
     layers = kw.pop('n_layers', 2)
     router = part(
@@ -213,7 +213,7 @@ def test_the_groups_say_what_each_expert_says_and_so_do_all_gradients(choose):
         got = grads(moe, moe, x)
         agree(got, grads(lambda x: dense(moe, x), moe, x), 1e-11)
         if N < 6:
-            agree(got, grads(lambda x: moe_spec(moe, x), moe, x), 1e-11)
+            agree(got, grads(lambda x: moe_reference(moe, x), moe, x), 1e-11)
         asked = chosen_by(moe, x)[1].unique()
         asleep = [e for e in range(E) if e not in asked]
         idle += len(asleep)
@@ -263,7 +263,7 @@ def test_no_token_at_all():
 
 
 def test_one_expert_is_the_mlp_and_k_of_k_experts_that_are_alike_are_it_too():
-    cfg, x = Config(d_model=8, n_heads=1), tokens(20)
+    cfg, x = GPTConfig(d_model=8, n_heads=1), tokens(20)
     for expert in EXPERTS.values():
         plain = shaken(expert(cfg)).double()
         for E, k in ((1, 1), (4, 2), (4, 4)):
@@ -308,23 +308,23 @@ def test_places_are_distinct_and_each_expert_has_its_own_side_by_side():
         E, N = r.randint(1, 9), r.choice([1, 2, 7, 40, 100])
         k, most = r.randint(1, E), r.choice([None, None, 1, 4, 33])
         chosen = torch.rand(N, E, generator=rng(seed, 'e')).topk(k).indices
-        place, rows, filled, M = placed(chosen, E, most)
+        place, rows, filled, M = sort_by_expert(chosen, E, most)
         # few pairs are not filled up
         last = M - 1
         who = chosen.t().flatten()
         pad = PAD if N * k > E * PAD else 1
         count = Counter(who.tolist())
         assert filled.tolist() == [min(count[e], N * k if most is None else most) for e in range(E)]
+        # the last row is nobody's
         assert (
             rows.tolist() == [-(-n // pad) * pad for n in filled.tolist()]
             and int(rows.sum()) <= last
-        )  # the last row is nobody's
+        )
         start = rows.cumsum(0) - rows
         for e in range(E):
             mine = place[(who == e) & (place != last)]
-            assert mine.tolist() == [
-                *range(int(start[e]), int(start[e] + filled[e]))
-            ]  # in the order in which they came
+            # in the order in which they came
+            assert mine.tolist() == [*range(int(start[e]), int(start[e] + filled[e]))]
 
 
 # ---- places are few
@@ -474,9 +474,8 @@ def test_weights_are_in_order_sum_to_one_and_do_not_feel_the_bias(choose):
     else:
         torch.testing.assert_close(w, p.gather(1, e))
     same = f(logits, 3, torch.full((6,), 0.7, dtype=torch.float64))
-    assert torch.equal(same[0], f(logits, 3)[0]) and torch.equal(
-        same[1], f(logits, 3)[1]
-    )  # what all have moves nobody
+    # what all have moves nobody
+    assert torch.equal(same[0], f(logits, 3)[0]) and torch.equal(same[1], f(logits, 3)[1])
 
 
 def test_choices_are_those_of_mixtral_qwen3_and_deepseek():
@@ -522,7 +521,7 @@ def test_choices_are_those_of_mixtral_qwen3_and_deepseek():
         (deepseek, part(sigmoid_top_k, scale=2.5), correction),
     ):
         ours = Router(
-            Config(d_model=16, n_heads=1),
+            GPTConfig(d_model=16, n_heads=1),
             n_experts=10,
             top_k=3,
             choose=choose,
@@ -564,9 +563,8 @@ def test_balance_pushes_from_the_busy_to_the_idle():
     logits = (torch.tensor([3.0, 1.0, 0.0, -1.0]) + torch.zeros(50, 4)).requires_grad_()
     _, chosen, p = softmax_top_k(logits, 1)
     balance_loss(torch.bincount(chosen.flatten(), minlength=4) / 50, p.mean(0)).backward()
-    assert (
-        (chosen == 0).all() and (logits.grad[:, 0] > 0).all() and (logits.grad[:, 1:] < 0).all()
-    )  # a step goes against it
+    # a step goes against it
+    assert (chosen == 0).all() and (logits.grad[:, 0] > 0).all() and (logits.grad[:, 1:] < 0).all()
     moe = mixture(E=6, k=1, router=part(Router, balance=1.0, z=0.0))
     x = tokens(300)
     with torch.no_grad():
@@ -654,11 +652,12 @@ def test_the_loss_is_the_bits_of_the_cross_entropy_and_the_gradient_that_of_all_
     (pure + sum(said['loss'] for said in aux.said.values())).backward()
     agree(got, gradients(model), 1e-6)
     model.zero_grad()
-    next_token_loss(checkpointed(model), ROWS).backward()
+    next_token_loss(apply_activation_checkpointing(model), ROWS).backward()
     agree(gradients(model), got, 1e-6)
     model.zero_grad()
     F.cross_entropy(
-        checkpointed(model, False)(ROWS[:, :-1]).flatten(0, 1), ROWS[:, 1:].flatten()
+        apply_activation_checkpointing(model, False)(ROWS[:, :-1]).flatten(0, 1),
+        ROWS[:, 1:].flatten(),
     ).backward()
     router = 'blocks.0.mlp.router.weight'
     assert (gradients(model)[router] - got[router]).norm() > 0.01  # so this can fail
@@ -673,9 +672,9 @@ def test_the_loss_is_the_bits_of_the_cross_entropy_and_the_gradient_that_of_all_
 def test_the_bias_moves_once_a_step_by_its_rate_toward_balance(way):
     model = shaken(MiniGPT(small(bias_rate=0.01, balance=0, z=0)))
     if 'checkpoints' in way:
-        checkpointed(model)
-    opt = OPTIMISERS['muon' if way == 'Muon' else 'adamw'](model)
-    step = Step(
+        apply_activation_checkpointing(model)
+    opt = OPTIMIZERS['muon' if way == 'Muon' else 'adamw'](model)
+    step = StepRunner(
         accumulate=3 if 'three' in way else 1, precision='bf16' if way == 'bf16' else 'float32'
     )
     want = [torch.zeros(4) for _ in range(2)]
@@ -733,7 +732,7 @@ def test_a_run_that_is_resumed_ends_with_the_same_bits(name, tmp_path):
 
     def begin():
         model = MiniGPT(replace(small(llama, bias_rate=0.01, capacity=0.8), dropout=0.2))
-        return Run(model, 12, opt=OPTIMISERS[name](model)), BatchStream(IDS, 6, 16, seed=1)
+        return TrainState(model, 12, opt=OPTIMIZERS[name](model)), BatchStream(IDS, 6, 16, seed=1)
 
     def go(run, batch, every=()):
         return fit(
@@ -741,20 +740,20 @@ def test_a_run_that_is_resumed_ends_with_the_same_bits(name, tmp_path):
             batch,
             12,
             run=run,
-            step=Step(accumulate=3),
+            step=StepRunner(accumulate=3),
             every={2: lambda run: run.model.metrics(), **dict(every)},
         )
 
     def bits(run):
         tensors = {
             **run.model.state_dict(),
-            **optimiser_state(run.model, run.opt)[0],
+            **optimizer_state(run.model, run.opt)[0],
             'history': run.history,
         }
         return {k: v.numpy().tobytes() for k, v in tensors.items()}
 
     run, batch = begin()
-    saves = Checkpoints(tmp_path, TOK, keep=99, data=batch)
+    saves = CheckpointManager(tmp_path, TOK, keep=99, data=batch)
     whole = bits(go(run, batch, every={1: saves}))
     bias = run.model.state_dict()['blocks.0.mlp.router.bias']
     noted = {
@@ -764,7 +763,7 @@ def test_a_run_that_is_resumed_ends_with_the_same_bits(name, tmp_path):
     for at in (1, 6, 11):
         for forget in (False, True):
             again, batch = begin()
-            Checkpoints(tmp_path, TOK, data=batch).load(again, saves.place(at))
+            CheckpointManager(tmp_path, TOK, data=batch).load(again, saves.place(at))
             if forget:
                 again.model.blocks[0].mlp.router.bias.zero_()
             assert (bits(go(again, batch)) == whole) != forget, at
@@ -772,12 +771,12 @@ def test_a_run_that_is_resumed_ends_with_the_same_bits(name, tmp_path):
                 assert [n for n in again.notes if n['step'] > at] == [
                     n for n in run.notes if n['step'] > at
                 ]
-    assert torch.equal(open_model(saves.place(12)).model.blocks[0].mlp.router.bias, bias)
+    assert torch.equal(load(saves.place(12)).model.blocks[0].mlp.router.bias, bias)
 
 
 @pytest.mark.parametrize('choose', CHOICES)
 def test_who_is_left_out_stays_out_whatever_the_bias_says(choose):
-    from llm_lab.experts import left_out
+    from llm_lab.experts import without_experts
 
     model = shaken(MiniGPT(small(n_layers=1, choose=CHOICES[choose], bias_rate=0.1))).eval()
     router = model.blocks[0].mlp.router
@@ -788,9 +787,9 @@ def test_who_is_left_out_stays_out_whatever_the_bias_says(choose):
         return set(router(x)[1].flatten().tolist())
 
     assert 0 in asked()
-    with left_out(model, 0, 0):
+    with without_experts(model, 0, 0):
         assert asked() == {1, 2, 3}
-        with left_out(model, 0, 1):
+        with without_experts(model, 0, 1):
             assert asked() == {2, 3}  # one inside the other
         assert asked() == {1, 2, 3}
     assert 0 in asked()
@@ -850,7 +849,7 @@ def test_metrics_are_a_count_by_hand_of_the_last_batch():
 
 def test_a_block_that_runs_twice_is_counted_as_one_that_runs_once():
     cfg, told = small(capacity=0.8), []
-    for prepare in (lambda m: m, checkpointed):
+    for prepare in (lambda m: m, apply_activation_checkpointing):
         model = prepare(MiniGPT(cfg))
         train_step(model, adamw(model), ROWS)
         told.append(model.metrics())
@@ -858,10 +857,10 @@ def test_a_block_that_runs_twice_is_counted_as_one_that_runs_once():
 
 
 def test_a_run_writes_load_entropy_and_drops_beside_each_validation(tmp_path, monkeypatch):
-    from llm_lab.runs import train_config
+    from llm_lab.runs import train_run
 
     monkeypatch.setenv('LLM_LAB_HOME', str(tmp_path))
-    job = train_config(
+    job = train_run(
         'smoke',
         'model.mlp={part: "MoE", n_experts: 4, capacity: 1}',
         'train.steps=20',
@@ -918,7 +917,7 @@ def test_a_choice_keeps_its_digits_in_low_precision(choose):
 def test_low_precision_learns():
     for precision in ('float32', 'bf16', 'fp16'):
         model = MiniGPT(small(llama, bias_rate=0.001, capacity=1.25))
-        step = Step(precision=precision)
+        step = StepRunner(precision=precision)
         opt = adamw(model, lr=0.01)
         losses = [step(model, opt, ROWS)[0].item() for _ in range(15)]
         assert losses[-1] < 0.8 * losses[0], precision
@@ -951,9 +950,9 @@ def test_nothing_is_calculated_to_plan_a_step():
             train_step(model, adamw(model), torch.zeros(3, 10, dtype=torch.int64))
         memory = step_memory(cfg, 4)
         weights = 4 * MiniGPT(cfg).n_params
-        assert 4 * weights < memory and step_memory(cfg, 64, prepare=checkpointed) < step_memory(
-            cfg, 64
-        )
+        assert 4 * weights < memory and step_memory(
+            cfg, 64, prepare=apply_activation_checkpointing
+        ) < step_memory(cfg, 64)
 
 
 def test_what_the_compiler_sees_is_the_same_step():
@@ -1026,7 +1025,9 @@ def test_the_compiler_loses_nothing_whatever_the_choice(choose, kw):
 
 @pytest.mark.slow
 @needs_compiler
-@pytest.mark.parametrize('prepare', [lambda m: m, checkpointed], ids=['plain', 'checkpoints'])
+@pytest.mark.parametrize(
+    'prepare', [lambda m: m, apply_activation_checkpointing], ids=['plain', 'checkpoints']
+)
 @pytest.mark.parametrize('precision', ['float32', 'bf16'])
 def test_a_compiled_step_is_the_same_step(precision, prepare, capsys, monkeypatch):
     "Slow: a compiler makes half a minute of C++ for each"
@@ -1036,7 +1037,7 @@ def test_a_compiled_step_is_the_same_step(precision, prepare, capsys, monkeypatc
     for compile in (False, True):
         model = prepare(shaken(MiniGPT(small(bias_rate=0.01, capacity=1.25))))
         opt = adamw(model, lr=1e-3)
-        step = Step(compile=compile, precision=precision)
+        step = StepRunner(compile=compile, precision=precision)
         with quick_linear(model):
             losses = [step(model, opt, ROWS)[0].item() for _ in range(3)]
         told.append(
@@ -1085,17 +1086,17 @@ def test_a_model_comes_back_from_its_folder_and_writes_the_same_in_its_fast_form
     assert {m.layer for m in mixtures(model)} == (
         {1, 3} if kind == 'every_other' else {*range(cfg.n_layers)}
     )
-    save_package(tmp_path / 'model', model.eval(), TOK)
-    again = open_model(tmp_path / 'model').model
+    save(tmp_path / 'model', model.eval(), TOK)
+    again = load(tmp_path / 'model').model
     assert again.cfg == cfg and torch.equal(again(ROWS[:, :-1]), model(ROWS[:, :-1]))
 
     def text(m):
         return torch.stack([*generate(m, ROWS[:2, :4], 12, temperature=0)], 1)
 
-    assert torch.equal(text(fast(model)), text(cached(model))) and torch.equal(
-        text(cached(model)), text(model)
+    assert torch.equal(text(for_inference(model)), text(with_kv_cache(model))) and torch.equal(
+        text(with_kv_cache(model)), text(model)
     )
-    logits = fast(model)(ROWS[:1, :9])
+    logits = for_inference(model)(ROWS[:1, :9])
     torch.testing.assert_close(logits, model(ROWS[:1, :9]), rtol=1e-4, atol=1e-4)
 
 
@@ -1113,7 +1114,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from llm_lab.gpt import MiniGPT
 from test_moe import ROWS, shaken, small
-from llm_lab.efficient import checkpointed
+from llm_lab.efficient import apply_activation_checkpointing
 from llm_lab.train import next_token_loss
 
 torch.set_num_threads(1)
@@ -1151,7 +1152,7 @@ def far(a, b):
     )
 
 
-team = checkpointed(make(), job['checkpoints'])
+team = apply_activation_checkpointing(make(), job['checkpoints'])
 if job['kind'] == 'DDP':
     team = DistributedDataParallel(team)
 else:

@@ -12,9 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / 'tools'))
 import run_notebooks  # noqa: E402
 
-FLAGS = os.environ.get(
-    'LLM_LAB_NOTEBOOK_FLAGS', ''
-)  # `make nightly` runs the cells marked `slow`, too
+# `make nightly` runs the cells marked `slow`, too
+FLAGS = os.environ.get('LLM_LAB_NOTEBOOK_FLAGS', '')
 DATA = '04_corpora', '12_bpe'  # what they show is another text where $LLM_LAB_DATA is set
 
 
@@ -28,9 +27,9 @@ def chapters():
 def test_the_model_that_chapters_share_is_trained():
     "First of all, so that nobody waits for it; it learned what `train` promises"
     from llm_lab.corpora import load_corpus
-    from llm_lab.package import trained
+    from llm_lab.package import load_or_train
 
-    about = trained('tales')[2]
+    about = load_or_train('tales')[2]
     floor = load_corpus('tiny_tales').floor * math.log(2)
     assert floor < about['val_loss'] < 2 * floor
 

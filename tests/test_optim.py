@@ -14,14 +14,20 @@ from cases import ALL, HANG
 from torch.nn import functional as F
 
 from llm_lab import gpt
-from llm_lab.gpt import Config, MiniGPT, _QuickLinear, quick_linear
+from llm_lab.gpt import GPTConfig, MiniGPT, _QuickLinear, quick_linear
 from llm_lab.core import LabError, rng
 from llm_lab.hardware import exact_by_onednn
-from llm_lab.optim import OPTIMISERS, SCHEDULES, Muon, Together, adamw, muon
-from llm_lab.efficient import Step, checkpointed, compiled, largest_batch, step_memory
+from llm_lab.optim import OPTIMIZERS, SCHEDULES, Muon, CombinedOptimizer, adamw, muon
+from llm_lab.efficient import (
+    StepRunner,
+    apply_activation_checkpointing,
+    try_compile,
+    largest_batch,
+    step_memory,
+)
 from llm_lab.train import fit, next_token_loss, random_crops, train_step, update
 
-SMALL = Config(vocab_size=20, max_len=16, d_model=32, n_layers=2, n_heads=2)
+SMALL = GPTConfig(vocab_size=20, max_len=16, d_model=32, n_layers=2, n_heads=2)
 IDS = torch.randint(20, (4000,), generator=rng(0, 'ids'))
 BATCH = random_crops(IDS, 6, 16)
 
@@ -36,7 +42,7 @@ def trained(step=train_step, opt=adamw, steps=6, cfg=SMALL, prepare=lambda m: m,
     return flat(model), run
 
 
-@pytest.mark.parametrize('name', OPTIMISERS)
+@pytest.mark.parametrize('name', OPTIMIZERS)
 def test_every_optimiser_learns_under_every_way_of_stepping(name):
     "In float32 the ways agree; in short numbers they come near"
     torch.manual_seed(0)
@@ -44,28 +50,28 @@ def test_every_optimiser_learns_under_every_way_of_stepping(name):
 
     def loss_after(step, prepare=lambda m: m):
         model = prepare(MiniGPT(SMALL))
-        opt = OPTIMISERS[name](model, lr=dict(adamw=0.01, muon=0.01, sgd=0.3)[name])
+        opt = OPTIMIZERS[name](model, lr=dict(adamw=0.01, muon=0.01, sgd=0.3)[name])
         fit(model, random_crops(text, 6, 16), 120, opt=opt, step=step)
         return next_token_loss(model.eval(), text[:17][None]).item()
 
     ways = [
         loss_after(train_step),
-        loss_after(Step(accumulate=3)),
-        loss_after(train_step, checkpointed),
-        loss_after(Step(precision='bf16')),
-        loss_after(Step(precision='fp16', accumulate=2)),
+        loss_after(StepRunner(accumulate=3)),
+        loss_after(train_step, apply_activation_checkpointing),
+        loss_after(StepRunner(precision='bf16')),
+        loss_after(StepRunner(precision='fp16', accumulate=2)),
     ]
     assert all(w < 0.3 for w in ways), ways
 
 
-@pytest.mark.parametrize('opt', OPTIMISERS.values())
+@pytest.mark.parametrize('opt', OPTIMIZERS.values())
 def test_parts_and_checkpoints_give_the_weights_of_the_whole(opt):
     whole, run = trained(opt=opt)
     way = (whole - flat(MiniGPT(SMALL))).norm()
     for step, prepare in (
-        (Step(accumulate=2), lambda m: m),
-        (Step(accumulate=4), lambda m: m),
-        (train_step, checkpointed),
+        (StepRunner(accumulate=2), lambda m: m),
+        (StepRunner(accumulate=4), lambda m: m),
+        (train_step, apply_activation_checkpointing),
     ):
         parts, again = trained(step, opt, prepare=prepare)
         assert (parts - whole).norm() < (
@@ -75,17 +81,18 @@ def test_parts_and_checkpoints_give_the_weights_of_the_whole(opt):
 
 
 def test_checkpointing_is_bitwise_also_with_dropout():
-    cfg = Config(vocab_size=20, max_len=16, d_model=32, n_layers=2, n_heads=2, dropout=0.3)
-    assert torch.equal(trained(cfg=cfg)[0], trained(cfg=cfg, prepare=checkpointed)[0])
+    cfg = GPTConfig(vocab_size=20, max_len=16, d_model=32, n_layers=2, n_heads=2, dropout=0.3)
+    assert torch.equal(
+        trained(cfg=cfg)[0], trained(cfg=cfg, prepare=apply_activation_checkpointing)[0]
+    )
     assert not torch.equal(trained(cfg=cfg, seed=1)[0], trained(cfg=cfg)[0])
 
 
 def test_a_compiled_step_is_the_same_step(capsys, monkeypatch):
     "Also with the quick linear layers, which are operations of our own, and with checkpoints"
     monkeypatch.setattr(gpt, 'quick_products', exact_by_onednn)
-    cfg = (
-        SMALL if ALL else replace(SMALL, n_layers=1)
-    )  # a second block takes as long again to compile
+    # a second block takes as long again to compile
+    cfg = SMALL if ALL else replace(SMALL, n_layers=1)
 
     def one(step, prepare=lambda m: m):
         model = prepare(MiniGPT(cfg))
@@ -96,8 +103,10 @@ def test_a_compiled_step_is_the_same_step(capsys, monkeypatch):
 
     plain = one(train_step)
     way = (plain[0] - flat(MiniGPT(cfg))).norm()
-    for prepare in (checkpointed, lambda m: m) if ALL else (checkpointed,):
-        fast = one(Step(compile=True), prepare)
+    for prepare in (
+        (apply_activation_checkpointing, lambda m: m) if ALL else (apply_activation_checkpointing,)
+    ):
+        fast = one(StepRunner(compile=True), prepare)
         assert 'not compiled' not in capsys.readouterr().out
         assert (fast[0] - plain[0]).norm() < 2e-3 * way and fast[1] == pytest.approx(
             plain[1], abs=1e-5
@@ -208,12 +217,12 @@ def test_a_state_is_saved_and_loaded_as_one(tmp_path):
     assert isinstance(again, torch.optim.Optimizer) and len(again.state_dict()['state']) == len(
         [*model.parameters()]
     )
-    assert isinstance(again, Together)
+    assert isinstance(again, CombinedOptimizer)
 
 
 def test_nothing_of_a_clipped_step_stays_in_the_optimiser():
     "Who calls `step` by hand afterwards gets a whole step"
-    for make in OPTIMISERS.values():
+    for make in OPTIMIZERS.values():
         model = MiniGPT(SMALL)
         opt = make(model)
         train_step(model, opt, BATCH(0), clip=1e-9)
@@ -226,7 +235,7 @@ def test_nothing_of_a_clipped_step_stays_in_the_optimiser():
 
 def test_frozen_weights_stay():
     "A part that asks for no gradient is not moved, not even by decay"
-    for make in OPTIMISERS.values():
+    for make in OPTIMIZERS.values():
         model = MiniGPT(SMALL)
         for p in model.blocks[0].parameters():
             p.requires_grad_(False)
@@ -270,7 +279,7 @@ def test_a_loss_that_is_no_number_is_traced(capsys):
 
 
 def test_fp16_scaling_of_a_run_can_be_seen_and_goes_on():
-    step = Step(precision='fp16')
+    step = StepRunner(precision='fp16')
     weights, run = trained(step, steps=4)
     assert (
         weights.isfinite().all()
@@ -287,10 +296,9 @@ def test_memory_is_a_line_in_the_batch_and_the_search_finds_its_end():
     assert largest_batch(SMALL, memory=int(room)) == 96 + 500
     with pytest.raises(LabError, match='one row takes'):
         largest_batch(SMALL, memory=10)
-    assert step_memory(SMALL, 32, opt=muon) < step_memory(
-        SMALL, 32, opt=adamw
-    )  # one average instead of two
-    assert step_memory(SMALL, 32, step=Step(accumulate=8)) < step_memory(SMALL, 32)
+    # one average instead of two
+    assert step_memory(SMALL, 32, opt=muon) < step_memory(SMALL, 32, opt=adamw)
+    assert step_memory(SMALL, 32, step=StepRunner(accumulate=8)) < step_memory(SMALL, 32)
 
 
 def test_the_finder_backs_off_where_the_device_says_no(monkeypatch):
@@ -345,4 +353,4 @@ def test_a_mistake_of_the_caller_is_told_by_the_function_itself():
         raise LabError('give me something else')
 
     with pytest.raises(LabError, match='something else'):
-        compiled(f)(torch.ones(2))
+        try_compile(f)(torch.ones(2))

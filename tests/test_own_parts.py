@@ -14,15 +14,30 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize, parametrizations, prune
 
 import llm_lab.runs as run_module
-from llm_lab.kv_cache import Cached, KVCache, RollingCache, cached, complete, picked, window
+from llm_lab.kv_cache import (
+    Cached,
+    KVCache,
+    RollingCache,
+    with_kv_cache,
+    complete,
+    select_rows,
+    window,
+)
 from llm_lab.chars import CharTokenizer
-from llm_lab.checkpoint import Checkpoints
-from llm_lab.config import BLOCKS, ModelKeys, config_of, model_data, read_config, write_config
-from llm_lab.inference import fast
+from llm_lab.checkpoint import CheckpointManager
+from llm_lab.config import (
+    BLOCKS,
+    ModelConfig,
+    config_from_dict,
+    model_data,
+    read_config,
+    write_config,
+)
+from llm_lab.inference import for_inference
 from llm_lab.gpt import (
     MLP,
     Block,
-    Config,
+    GPTConfig,
     Learned,
     MiniGPT,
     config_from,
@@ -35,18 +50,18 @@ from llm_lab.gpt import (
 )
 from llm_lab.self_attention import Attention
 from llm_lab.parts import part, register
-from llm_lab.gqa import GQA, grouped
+from llm_lab.gqa import GQA, to_gqa
 from llm_lab.hub import to_hf
 from llm_lab.core import REGISTERED, LabError, rng
 from llm_lab.hardware import flops
 from llm_lab.llama_block import RMSNorm, SwiGLU, llama
 from llm_lab.positions import Rope, half_split
-from llm_lab.init import freed, spectral_init
-from llm_lab.moe import MoE, Router, routes
-from llm_lab.efficient import Step, checkpointed, step_memory
-from llm_lab.package import open_model, save_package
-from llm_lab.runs import model_config, train_config
-from llm_lab.sampling import Reader, generate
+from llm_lab.init import merge_spectral, spectral_init
+from llm_lab.moe import MoE, Router, routing
+from llm_lab.efficient import StepRunner, apply_activation_checkpointing, step_memory
+from llm_lab.package import load, save
+from llm_lab.runs import model_config, train_run
+from llm_lab.sampling import DecodingState, generate
 from llm_lab.sparse import cycle
 from llm_lab.train import adamw, fit, next_token_loss, random_crops, train_step
 
@@ -218,7 +233,7 @@ def test_a_cache_is_whole_or_not_used(kind):
     want = model(ids).detach()
     assert (model.cache(2, T) is not None) == has
     for cut in ([1] * T, [7, 1, 1, 9, 1, 1, 1, 1, 2]):
-        reader, at = Reader(model, T), 0
+        reader, at = DecodingState(model, T), 0
         for piece in ids.split(cut, 1):
             at += piece.shape[1]
             near(reader(piece), want[:, at - 1])
@@ -227,25 +242,24 @@ def test_a_cache_is_whole_or_not_used(kind):
 
 @pytest.mark.parametrize('kind', some(CACHES, 8))
 def test_what_is_written_is_the_same_in_every_form(kind):
-    """`cached` and `fast` write the letters of the plain model, or refuse in one line; rows that
-    are picked go on"""
+    """`with_kv_cache` and `for_inference` write the letters of the plain model, or refuse in one
+    line; rows that are picked go on"""
     cfg, has = CACHES[kind]
     model = shaken(cfg, 1)
-    text = lambda m, **kw: torch.stack(
-        list(generate(m, ids_of(2, 5), 30, **kw)), 1
-    )  # past max_len, too
+    # past max_len, too
+    text = lambda m, **kw: torch.stack(list(generate(m, ids_of(2, 5), 30, **kw)), 1)
     want = [text(model, temperature=0), text(model, seed=3, top_k=5)]
-    forms = [fast(model), cached(model, strict=False)]
+    forms = [for_inference(model), with_kv_cache(model, strict=False)]
     try:
-        forms.append(cached(model))
+        forms.append(with_kv_cache(model))
     except LabError as e:
         assert '\n' not in str(e) and not has
     for m in forms:
         for a, b in zip(want, (text(m, temperature=0), text(m, seed=3, top_k=5))):
             assert torch.equal(a, b)
-    reader, ids = Reader(forms[1], T), ids_of(3)
+    reader, ids = DecodingState(forms[1], T), ids_of(3)
     reader(ids[:, :9])
-    picked(reader, [2, 0])
+    select_rows(reader, [2, 0])
     near(reader(ids[[2, 0], 9:10]), model(ids[[2, 0], :10])[:, -1])
     texts = [c.text for (c,) in complete(model, TOK, ['a', 'fine'], 9, temperature=0)]
     assert texts == [c.text for (c,) in complete(forms[1], TOK, ['a', 'fine'], 9, temperature=0)]
@@ -253,23 +267,24 @@ def test_what_is_written_is_the_same_in_every_form(kind):
 
 def test_a_mixer_without_a_cache_is_named():
     one_line(
-        lambda: cached(shaken(turns(part(Plain), bare))),
+        lambda: with_kv_cache(shaken(turns(part(Plain), bare))),
         'can have no cache',
         'Plain of layer 0 keeps nothing',
     )
     one_line(
-        lambda: cached(shaken(llama(**SIZE, attn=bare, mlp=part(Remembers)))),
+        lambda: with_kv_cache(shaken(llama(**SIZE, attn=bare, mlp=part(Remembers)))),
         'keeps under 0',
         'give it a `key`',
     )
     one_line(
-        lambda: cached(shaken(llama(**SIZE, attn=bare, mlp=part(Before)))), 'one by one otherwise'
+        lambda: with_kv_cache(shaken(llama(**SIZE, attn=bare, mlp=part(Before)))),
+        'one by one otherwise',
     )
-    good = cached(shaken(llama(**SIZE, attn=bare, mlp=part(Keyed))))
+    good = with_kv_cache(shaken(llama(**SIZE, attn=bare, mlp=part(Keyed))))
     assert sorted(map(str, good.cache(1, 9))) == sorted(
         map(str, [0, 1, (0, 'before'), (1, 'before')])
     )
-    assert isinstance(cached(shaken(turns(rolls))).cache(1, 9)[0], RollingCache)
+    assert isinstance(with_kv_cache(shaken(turns(rolls))).cache(1, 9)[0], RollingCache)
 
 
 def test_the_proof_disturbs_nothing():
@@ -304,13 +319,14 @@ def test_fast_takes_any_mixer():
         part(Pair, one=keeps, two=part(Folded)),
     ):
         model = shaken(llama(**SIZE, attn=attn))
-        quick, reader = fast(model), Reader(fast(model), T)
+        quick = for_inference(model)
+        reader = DecodingState(for_inference(model), T)
         near(quick(ids_of(2)).detach(), model(ids_of(2)).detach())
         for t in range(9):
             near(reader(ids_of()[:, t : t + 1]), model(ids_of()[:, : t + 1])[:, -1])
     watched = shaken(llama(**SIZE))
     watched.blocks[0].attn.register_forward_hook(lambda m, args, y: 2 * y)
-    reader = Reader(fast(watched), T)
+    reader = DecodingState(for_inference(watched), T)
     for t in range(9):
         near(reader(ids_of()[:, t : t + 1]), watched(ids_of()[:, : t + 1])[:, -1])
 
@@ -318,7 +334,7 @@ def test_fast_takes_any_mixer():
         def forward(self, ids, i=None, **ctx):
             return 2 * super().forward(ids, i, **ctx)
 
-    one_line(lambda: fast(Loud(llama(**SIZE))), 'Loud has a forward of its own')
+    one_line(lambda: for_inference(Loud(llama(**SIZE))), 'Loud has a forward of its own')
 
 
 def test_llama_adds_nothing_to_a_mixer_of_ones_own():
@@ -338,10 +354,10 @@ def test_llama_adds_nothing_to_a_mixer_of_ones_own():
     one_line(lambda: llama(attn=part(Plain), rope=rope), 'rope=part(Rope)', 'takes no steps')
     register(Mine)
     for attn in (dict(part='Mine'), dict(part='Mine', bias=True)):
-        said = model_data(ModelKeys(block='llama', attn=attn))
+        said = model_data(ModelConfig(block='llama', attn=attn))
         assert said['attn'] == attn and said['mlp'] == BLOCKS['llama']['mlp']
     said = model_data(
-        ModelKeys(
+        ModelConfig(
             block='llama',
             attn=dict(part='sparse:cycle', of=[dict(part='Mine'), dict(part='Attention')]),
         )
@@ -436,7 +452,7 @@ def prefix(m):
 
 CHANGES = {  # {what: (change, words of the refusal)}
     'another MLP': (
-        set_at('blocks.0.mlp', lambda old: MLP(Config(**SIZE))),
+        set_at('blocks.0.mlp', lambda old: MLP(GPTConfig(**SIZE))),
         'blocks.0.mlp is a MLP, it should be a SwiGLU',
     ),
     'another bend': (
@@ -534,18 +550,18 @@ def test_a_model_that_was_changed_is_refused_by_every_save(what, tmp_path):
     require_as_said(model)
     change(model)
     saves = [
-        lambda: save_package(tmp_path / 'deep' / 'p', model, TOK),
+        lambda: save(tmp_path / 'deep' / 'p', model, TOK),
         lambda: to_hf(tmp_path / 'h', model, TOK),
-        lambda: grouped(model, 1),
+        lambda: to_gqa(model, 1),
     ]
-    for save in saves:
-        one_line(save, 'not what its configuration says', words)
+    for way in saves:
+        one_line(way, 'not what its configuration says', words)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_subclass_is_refused_where_it_does_something_else(tmp_path):
     one_line(
-        lambda: save_package(tmp_path / 'p', Parallel(llama(**SIZE)), TOK),
+        lambda: save(tmp_path / 'p', Parallel(llama(**SIZE)), TOK),
         'blocks.0 is a ParallelBlock, it should be a Block',
     )
 
@@ -562,7 +578,7 @@ def test_a_subclass_is_refused_where_it_does_something_else(tmp_path):
         'the model is a Doubled, it should be a MiniGPT',
     )
     model = Talks(llama(**SIZE))
-    again = open_model(save_package(tmp_path / 'p', model, TOK)).model
+    again = load(save(tmp_path / 'p', model, TOK)).model
     assert torch.equal(again(ids_of()), model.eval()(ids_of()))
 
 
@@ -570,21 +586,21 @@ def test_a_changed_class_of_this_library_is_seen(tmp_path, monkeypatch):
     "Another process would not have the change"
     model = MiniGPT(llama(**SIZE))
     monkeypatch.setattr(SwiGLU, 'forward', lambda self, x, **ctx: x)
-    one_line(lambda: save_package(tmp_path / 'p', model, TOK), 'blocks.0.mlp.forward was replaced')
+    one_line(lambda: save(tmp_path / 'p', model, TOK), 'blocks.0.mlp.forward was replaced')
 
 
 def test_an_untied_table_is_not_lost(tmp_path):
     model = MiniGPT(llama(**SIZE, tie=True))
-    save_package(tmp_path / 'p', model, TOK)
+    save(tmp_path / 'p', model, TOK)
     model.head.weight = nn.Parameter(model.head.weight.detach().clone())
-    one_line(lambda: save_package(tmp_path / 'q', model, TOK), 'head.weight is not shared')
+    one_line(lambda: save(tmp_path / 'q', model, TOK), 'head.weight is not shared')
 
 
 def test_checkpoints_ask_too(tmp_path):
     model = MiniGPT(llama(**SIZE))
     model.blocks[0].mlp.act = nn.ReLU()
     batch = random_crops(torch.randint(17, (200,)), 2, T - 1)
-    saved = Checkpoints(tmp_path / 'run', TOK)
+    saved = CheckpointManager(tmp_path / 'run', TOK)
     one_line(lambda: fit(model, batch, 4, every={2: saved}), 'blocks.0.mlp.act is a ReLU')
     assert [p for p in tmp_path.rglob('*') if p.is_file()] == []
 
@@ -592,7 +608,7 @@ def test_checkpoints_ask_too(tmp_path):
 def test_conversions_ask_too():
     turned = llama(**SIZE, attn=both(part(Rope, interleaved=True)))
     bound = llama(**SIZE, init=part(spectral_init))
-    for make, cfg in ((half_split, turned), (freed, bound)):
+    for make, cfg in ((half_split, turned), (merge_spectral, bound)):
         model = MiniGPT(cfg)
         make(model)
         model.blocks[0].mlp.act = nn.ReLU()
@@ -615,7 +631,7 @@ def test_what_changes_no_function_is_saved(tmp_path):
         m.metrics()
 
     ways = [
-        (llama(**SIZE), checkpointed),
+        (llama(**SIZE), apply_activation_checkpointing),
         (llama(**SIZE), watched),
         (llama(**SIZE, init=part(spectral_init)), trained),
         (llama(**SIZE, tie=True, init=part(spectral_init)), trained),
@@ -624,18 +640,18 @@ def test_what_changes_no_function_is_saved(tmp_path):
             trained,
         ),
         (llama(**SIZE, tie=True), trained),
-        (Config(**SIZE, dropout=0.5), trained),
+        (GPTConfig(**SIZE, dropout=0.5), trained),
         (llama(**SIZE), lambda m: m.requires_grad_(False)),
         (llama(**SIZE), lambda m: m.bfloat16()),
-        (Config(**SIZE), lambda m: m.eval()),
+        (GPTConfig(**SIZE), lambda m: m.eval()),
         (turns(rolls, keeps), trained),
     ]
     for cfg, change in ways:
         model = MiniGPT(cfg, seed=3)
         change(model)
         with quick_linear(model):
-            save_package(tmp_path / 'p', model, TOK)
-        again = open_model(tmp_path / 'p').model
+            save(tmp_path / 'p', model, TOK)
+        again = load(tmp_path / 'p').model
         with torch.no_grad():
             assert torch.equal(again(ids_of()), model.eval()(ids_of())), cfg
     assert seen
@@ -647,7 +663,7 @@ def test_each_tensor_comes_back_with_its_digits(tmp_path):
     for b in model.blocks:
         b.mlp.router.float()
     model.norm.float()
-    again = open_model(save_package(tmp_path / 'p', model, TOK)).model
+    again = load(save(tmp_path / 'p', model, TOK)).model
     assert {n: t.dtype for n, t in again.state_dict().items()} == {
         n: t.dtype for n, t in model.state_dict().items()
     }
@@ -661,7 +677,7 @@ def test_a_forward_of_ones_own_is_heard_in_samples():
             return super().forward(ids, i, **ctx).flip(-1)
 
     model, ids = Loud(llama(**SIZE, attn=keeps)).eval(), ids_of()
-    reader = Reader(model, T)
+    reader = DecodingState(model, T)
     for t in range(T):
         near(reader(ids[:, t : t + 1]), model(ids[:, : t + 1])[:, -1])
 
@@ -681,17 +697,15 @@ class Fixed(nn.Module):
 def test_numbers_of_an_own_part_that_no_file_holds_are_missed(tmp_path):
     register(Fixed)
     model = MiniGPT(llama(**SIZE, mlp=part(Fixed)), seed=5)
-    again = open_model(save_package(tmp_path / 'p', model, TOK)).model
+    again = load(save(tmp_path / 'p', model, TOK)).model
     assert torch.equal(again(ids_of()), model.eval()(ids_of()))
     model.blocks[0].mlp.kept = torch.ones(16)
-    said = one_line(
-        lambda: save_package(tmp_path / 'q', model, TOK), 'no parameters and no buffers'
-    )
+    said = one_line(lambda: save(tmp_path / 'q', model, TOK), 'no parameters and no buffers')
     assert said and not (tmp_path / 'q').exists()
     model.blocks[0].mlp.kept = torch.linspace(0, 1, 16)
     hidden = MiniGPT(llama(**SIZE, mlp=part(Fixed)))
     hidden.blocks[1].mlp.forward = lambda x, **ctx: x
-    one_line(lambda: save_package(tmp_path / 'q', hidden, TOK), 'blocks.1.mlp.forward was replaced')
+    one_line(lambda: save(tmp_path / 'q', hidden, TOK), 'blocks.1.mlp.forward was replaced')
 
 
 class NeedsLayer(nn.Module):
@@ -823,17 +837,17 @@ def test_a_part_whose_shapes_hang_on_numbers_trains_and_comes_back(name, home, m
     for f in (MLPRouter, CountingRouter, TokenRouter, LoopMoE, Picky):
         register(f)
     ((key, recipe),) = [(k, to_data(v)) for k, v in NUMBERS[name].items()]
-    job = train_config('smoke', *SMALL, f'model.{key}={json.dumps(recipe)}')
+    job = train_run('smoke', *SMALL, f'model.{key}={json.dumps(recipe)}')
     assert job.run.step == 4 and job.work > 0
     rows = [json.loads(line) for line in (job.folder / 'metrics.jsonl').read_text().splitlines()]
     if 'Router' in name:
         assert any(r.get('moe0_load_max', 0) >= 1 for r in rows)
-    again = open_model(job.folder).model
+    again = load(job.folder).model
     ids = torch.randint(9, (1, 12), generator=rng(0, 'ids'))
     with torch.no_grad():
         assert torch.equal(again(ids), job.run.model.eval()(ids))
     if 'Router' in name:
-        said = routes(again, ids)[0]
+        said = routing(again, ids)[0]
         assert said['chosen'].shape == (12, 2) and said['load'].sum().item() == pytest.approx(1)
 
 
@@ -889,10 +903,10 @@ MIXED = llama(**SIZE, mlp=part(MoE, n_experts=4, top_k=1, router=part(Router, ba
     'step',
     [
         train_step,
-        Step(),
-        Step(accumulate=2),
-        Step(precision='bf16'),
-        Step(accumulate=2, precision='fp16'),
+        StepRunner(),
+        StepRunner(accumulate=2),
+        StepRunner(precision='bf16'),
+        StepRunner(accumulate=2, precision='fp16'),
     ],
     ids=['plain', 'Step', 'parts', 'bf16', 'fp16'],
 )
@@ -913,7 +927,7 @@ def test_a_loss_of_ones_own_keeps_the_balance(step):
 
 
 def test_the_balance_is_of_each_row_however_it_is_read():
-    model = checkpointed(MiniGPT(MIXED))
+    model = apply_activation_checkpointing(MiniGPT(MIXED))
     fit(model, lambda step: ids_of(4, T, step), 2, loss=two_readings)
     assert model.ear is None
 
@@ -949,7 +963,7 @@ def test_a_compiled_loss_of_ones_own_keeps_the_balance(monkeypatch):
     for loss in (next_token_loss, own_loss):
         torch._dynamo.reset()
         model = MiniGPT(MIXED)
-        fit(model, lambda step: ids_of(4, T, step), 3, loss=loss, step=Step(compile=True))
+        fit(model, lambda step: ids_of(4, T, step), 3, loss=loss, step=StepRunner(compile=True))
         ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     torch.testing.assert_close(*ends)
 
@@ -1102,27 +1116,33 @@ def test_a_slip_in_a_file_is_one_line_before_anything_is_packed(item, home, monk
     ):
         register(f)
     packed = []
-    monkeypatch.setattr(run_module, 'texts_of', lambda cfg, sha256: packed.append(cfg))
-    one_line(lambda: train_config('smoke', item), *IN_A_FILE[item])
+    monkeypatch.setattr(run_module, 'load_data', lambda cfg, sha256: packed.append(cfg))
+    one_line(lambda: train_run('smoke', item), *IN_A_FILE[item])
     assert not packed
     with pytest.raises(AttributeError):
-        train_config(
-            'smoke', 'model.pos=null'
-        )  # so the test can fail: this one goes on to the texts
+        train_run('smoke', 'model.pos=null')  # so the test can fail: this one goes on to the texts
     assert packed
 
 
 def make_slips():
-    steps = lambda v: Config(attn=part(Attention, steps=v))
-    pattern = lambda v: Config(attn=part(Attention, pattern=v))
+    steps = lambda v: GPTConfig(attn=part(Attention, steps=v))
+    pattern = lambda v: GPTConfig(attn=part(Attention, pattern=v))
     return [
-        (lambda: Config(mlp=part(MLP, act='gelu')), "act='gelu'", 'act=part(GELU)'),
-        (lambda: Config(mlp=part(MLP, act='GELU')), 'act=part(GELU)'),
-        (lambda: Config(mlp=part(MLP, act=nn.GELU)), 'act=GELU', 'act=part(GELU)'),
-        (lambda: Config(mlp=part(MLP, act=nn.GELU())), 'act=GELU(…)', 'act=part(GELU)'),
-        (lambda: Config(mlp=part(MLP, act=lambda x: x)), 'act=<lambda>', 'a function with a name'),
-        (lambda: Config(mlp=part(MLP, act=None)), 'act=None'),
-        (lambda: Config(mlp=lambda cfg, layer: MLP(cfg)), 'mlp=<lambda>', 'a function with a name'),
+        (lambda: GPTConfig(mlp=part(MLP, act='gelu')), "act='gelu'", 'act=part(GELU)'),
+        (lambda: GPTConfig(mlp=part(MLP, act='GELU')), 'act=part(GELU)'),
+        (lambda: GPTConfig(mlp=part(MLP, act=nn.GELU)), 'act=GELU', 'act=part(GELU)'),
+        (lambda: GPTConfig(mlp=part(MLP, act=nn.GELU())), 'act=GELU(…)', 'act=part(GELU)'),
+        (
+            lambda: GPTConfig(mlp=part(MLP, act=lambda x: x)),
+            'act=<lambda>',
+            'a function with a name',
+        ),
+        (lambda: GPTConfig(mlp=part(MLP, act=None)), 'act=None'),
+        (
+            lambda: GPTConfig(mlp=lambda cfg, layer: MLP(cfg)),
+            'mlp=<lambda>',
+            'a function with a name',
+        ),
         (lambda: steps([Rope]), 'steps=Rope', 'steps=(part(Rope),)'),
         (lambda: steps(Rope), 'steps=Rope', 'steps=(part(Rope),)'),
         (lambda: steps('Rope'), "steps='Rope'", 'steps=(part(Rope),)'),
@@ -1130,38 +1150,43 @@ def make_slips():
         (lambda: steps(['Rope']), "steps='Rope'"),
         (lambda: steps(None), 'steps=None'),
         (lambda: steps((part(SwiGLU),)), 'SwiGLU can be mlp, not attn.steps'),
-        (lambda: Config(norm=part(nn.GroupNorm, num_groups=2)), 'norm=', 'GroupNorm', 'RMSNorm'),
-        (lambda: Config(norm=part(nn.BatchNorm1d)), 'norm=', 'BatchNorm1d', 'LayerNorm'),
-        (lambda: Config(norm=RMSNorm(128)), 'norm=RMSNorm(…)', 'norm=part(RMSNorm)'),
-        (lambda: Config(attn='GQA'), "attn='GQA'", 'attn=part(GQA)'),
-        (lambda: Config(attn=GQA), 'attn=GQA', 'attn=part(GQA)'),
+        (lambda: GPTConfig(norm=part(nn.GroupNorm, num_groups=2)), 'norm=', 'GroupNorm', 'RMSNorm'),
+        (lambda: GPTConfig(norm=part(nn.BatchNorm1d)), 'norm=', 'BatchNorm1d', 'LayerNorm'),
+        (lambda: GPTConfig(norm=RMSNorm(128)), 'norm=RMSNorm(…)', 'norm=part(RMSNorm)'),
+        (lambda: GPTConfig(attn='GQA'), "attn='GQA'", 'attn=part(GQA)'),
+        (lambda: GPTConfig(attn=GQA), 'attn=GQA', 'attn=part(GQA)'),
         (lambda: part(GQA, n_kv_head=2), "'n_kv_head'", 'n_kv_heads'),
-        (lambda: Config(attn=part(SwiGLU)), 'attn=part(SwiGLU)', 'can be mlp, not attn'),
-        (lambda: Config(mlp=part(Attention)), 'mlp=part(Attention)', 'can be attn'),
-        (lambda: Config(pos=part(Rope)), 'pos=part(Rope)', 'can be attn.steps, not pos'),
-        (lambda: Config(pos='rope'), "pos='rope'"),
-        (lambda: Config(pos=Learned), 'pos=Learned', 'part(Learned)'),
-        (lambda: Config(mlp=None), 'mlp=None', 'mlp=part(MLP)'),
-        (lambda: Config(attn=None), 'attn=None'),
-        (lambda: Config(init=None), 'init=None'),
-        (lambda: Config(mlp={'part': 'MLP'}), 'mlp={'),
+        (lambda: GPTConfig(attn=part(SwiGLU)), 'attn=part(SwiGLU)', 'can be mlp, not attn'),
+        (lambda: GPTConfig(mlp=part(Attention)), 'mlp=part(Attention)', 'can be attn'),
+        (lambda: GPTConfig(pos=part(Rope)), 'pos=part(Rope)', 'can be attn.steps, not pos'),
+        (lambda: GPTConfig(pos='rope'), "pos='rope'"),
+        (lambda: GPTConfig(pos=Learned), 'pos=Learned', 'part(Learned)'),
+        (lambda: GPTConfig(mlp=None), 'mlp=None', 'mlp=part(MLP)'),
+        (lambda: GPTConfig(attn=None), 'attn=None'),
+        (lambda: GPTConfig(init=None), 'init=None'),
+        (lambda: GPTConfig(mlp={'part': 'MLP'}), 'mlp={'),
         (lambda: pattern('causal'), "pattern='causal'", 'pattern=part(causal)'),
         (lambda: pattern(window), 'pattern=window', 'part(window)'),
         (lambda: pattern(None), 'pattern=None'),
-        (lambda: Config(n_heads=3), 'n_heads=3 does not divide d_model=128'),
-        (lambda: Config(attn=part(GQA)), 'n_kv_heads=None'),
-        (lambda: Config(mlp=part(Needs)), "'width'", 'width=…'),
-        (lambda: MiniGPT(Config(mlp=part(NoModule))), 'mlp=part(NoModule)', 'torch.nn.Module'),
+        (lambda: GPTConfig(n_heads=3), 'n_heads=3 does not divide d_model=128'),
+        (lambda: GPTConfig(attn=part(GQA)), 'n_kv_heads=None'),
+        (lambda: GPTConfig(mlp=part(Needs)), "'width'", 'width=…'),
+        (lambda: MiniGPT(GPTConfig(mlp=part(NoModule))), 'mlp=part(NoModule)', 'torch.nn.Module'),
         (lambda: part('MLP'), "part('MLP')", 'give a class'),
-        (lambda: part(MLP(Config())), 'part(MLP)', 'is made already'),
-        (lambda: Config(attn=part(NoLayer)), 'attn=part(NoLayer)', 'NoLayer(cfg, layer)'),
-        (lambda: MiniGPT(Config(mlp=part(BadName))), 'mlp=part(BadName)', 'hidden_size'),
-        (lambda: Config(attn=part(cycle, of=(part(Attention), GQA))), 'of=', 'GQA', 'give recipes'),
-        (lambda: tried(Config(mlp=part(GivesTwo))), 'mlp=part(GivesTwo) makes tuple'),
-        (lambda: tried(Config(attn=part(NoPlaces))), 'attn=part(NoPlaces) cannot read'),
-        (lambda: MiniGPT(Config(tie=True, head=part(Headless))), 'tie=True', 'has no weight'),
+        (lambda: part(MLP(GPTConfig())), 'part(MLP)', 'is made already'),
+        (lambda: GPTConfig(attn=part(NoLayer)), 'attn=part(NoLayer)', 'NoLayer(cfg, layer)'),
+        (lambda: MiniGPT(GPTConfig(mlp=part(BadName))), 'mlp=part(BadName)', 'hidden_size'),
         (
-            lambda: to_data(Config(mlp=part(lambda cfg, layer=0: MLP(cfg)))),
+            lambda: GPTConfig(attn=part(cycle, of=(part(Attention), GQA))),
+            'of=',
+            'GQA',
+            'give recipes',
+        ),
+        (lambda: tried(GPTConfig(mlp=part(GivesTwo))), 'mlp=part(GivesTwo) makes tuple'),
+        (lambda: tried(GPTConfig(attn=part(NoPlaces))), 'attn=part(NoPlaces) cannot read'),
+        (lambda: MiniGPT(GPTConfig(tie=True, head=part(Headless))), 'tie=True', 'has no weight'),
+        (
+            lambda: to_data(GPTConfig(mlp=part(lambda cfg, layer=0: MLP(cfg)))),
             '<lambda>',
             "register(f, 'a_name')",
         ),
@@ -1211,10 +1236,10 @@ def test_null_means_none(home, monkeypatch):
         write_config(cfg, home / 'x.yaml')  # it knows its own files
         assert replace(read_config(home / 'x.yaml'), name='smoke') == cfg
     old = dict.fromkeys(('attn', 'mlp', 'norm', 'pos', 'head', 'init'))
-    assert config_of(dict(model=old)) == config_of(dict(model={}))
+    assert config_from_dict(dict(model=old)) == config_from_dict(dict(model={}))
     recipe = dict(part='MLP')
     assert (
-        config_of(dict(model=old | dict(mlp=recipe))).model
-        == config_of(dict(model=dict(mlp=recipe))).model
+        config_from_dict(dict(model=old | dict(mlp=recipe))).model
+        == config_from_dict(dict(model=dict(mlp=recipe))).model
     )
-    one_line(lambda: config_of(dict(model=dict(mlp=None))), 'model.mlp=None')
+    one_line(lambda: config_from_dict(dict(model=dict(mlp=None))), 'model.mlp=None')

@@ -23,7 +23,7 @@ from llm_lab.bpe import BPETokenizer
 from llm_lab.chars import CharTokenizer
 from llm_lab.corpora import Corpus
 from llm_lab.core import LabError
-from llm_lab.batching import BatchStream, shuffled
+from llm_lab.batching import BatchStream, permuted_index
 from llm_lab.packing import PackedTokens, pack
 from llm_lab.tales import tiny_tales
 
@@ -50,7 +50,7 @@ def whole(tales, tmp_path_factory):
 
 def test_every_n_up_to_300_is_read_once_an_epoch():
     for n in some(range(1, 301)):
-        order = shuffled(np.arange(3 * n), n, seed=n).reshape(3, n)
+        order = permuted_index(np.arange(3 * n), n, seed=n).reshape(3, n)
         assert (np.sort(order, 1) == np.arange(n)).all(), n
 
 
@@ -60,27 +60,26 @@ def test_every_n_up_to_300_is_read_once_an_epoch():
 )
 def test_the_order_is_one_to_one_anywhere(n, seed, at, size):
     places = np.arange(at, at + size)
-    blocks = shuffled(places, n, seed)
+    blocks = permuted_index(places, n, seed)
     assert blocks.min() >= 0 and blocks.max() < n
     epochs = places // n
-    assert (
-        len({*zip(epochs.tolist(), blocks.tolist())}) == size
-    )  # within an epoch, no block comes twice
+    # within an epoch, no block comes twice
+    assert len({*zip(epochs.tolist(), blocks.tolist())}) == size
     k = size // 2
-    assert shuffled(at + k, n, seed) == blocks[k]  # each place alone says the same
+    assert permuted_index(at + k, n, seed) == blocks[k]  # each place alone says the same
 
 
 def test_seeds_and_epochs_differ():
-    one, two = shuffled(np.arange(2000), 1000, seed=0).reshape(2, 1000)
+    one, two = permuted_index(np.arange(2000), 1000, seed=0).reshape(2, 1000)
     assert (one == two).mean() < 0.02 and (
-        one == shuffled(np.arange(1000), 1000, seed=1)
+        one == permuted_index(np.arange(1000), 1000, seed=1)
     ).mean() < 0.02
 
 
 @pytest.mark.parametrize('n', some([3, 5, 16, 100]))
 def test_every_block_is_equally_likely_at_every_place(n):
     epochs = 400 * n
-    seen = shuffled(np.arange(epochs * n), n, seed=7).reshape(epochs, n)
+    seen = permuted_index(np.arange(epochs * n), n, seed=7).reshape(epochs, n)
     counts = np.stack([np.bincount(seen[:, k], minlength=n) for k in range(n)])  # (place, block)
     chi2, free = ((counts - 400) ** 2 / 400).sum(), (n - 1) ** 2
     assert abs(chi2 - free) < 5 * (2 * free) ** 0.5, (chi2, free)
@@ -88,7 +87,7 @@ def test_every_block_is_equally_likely_at_every_place(n):
 
 @pytest.mark.parametrize('n', [64, 1000])
 def test_neighbours_in_the_order_are_no_neighbours_in_the_text(n):
-    jumps = np.diff(shuffled(np.arange(500 * n), n, seed=3).reshape(500, n), axis=1) % n
+    jumps = np.diff(permuted_index(np.arange(500 * n), n, seed=3).reshape(500, n), axis=1) % n
     counts = np.bincount(jumps.ravel(), minlength=n)[1:]
     expected = counts.sum() / (n - 1)
     assert ((counts - expected) ** 2 / expected).sum() < n + 6 * (2 * n) ** 0.5
@@ -565,11 +564,12 @@ def test_a_kill_leaves_no_folder(tmp_path, who):
         ), err
     out, err = build(tmp_path, tmp_path / 'f', 3000).communicate(timeout=HANG)
     assert 'built' in out, err
+    # and the remains are swept away
     assert sorted(f.name for f in tmp_path.iterdir()) == [
         '.f.lock',
         'f',
         'script.py',
-    ]  # and the remains are swept away
+    ]
 
 
 def test_ctrl_c_while_workers_start_ends_those_that_have_started(whole, monkeypatch):

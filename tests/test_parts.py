@@ -10,7 +10,7 @@ from cases import covering
 from torch import nn
 
 from llm_lab.chars import CharTokenizer
-from llm_lab.gpt import MLP, Config, Learned, MiniGPT, config_from, quick_linear, to_data
+from llm_lab.gpt import MLP, GPTConfig, Learned, MiniGPT, config_from, quick_linear, to_data
 from llm_lab.self_attention import Attention, causal
 from llm_lab.parts import part
 from llm_lab.gqa import GQA
@@ -19,9 +19,9 @@ from llm_lab.llama_block import Capped, QKNorm, ReLU2, RMSNorm, SwiGLU, llama
 from llm_lab.positions import Rope, Sinusoidal, linear_scaling, llama3_scaling
 from llm_lab.init import projections, scaled_init, spectral_init
 from llm_lab.looking import attention_maps
-from llm_lab.efficient import Step, checkpointed
+from llm_lab.efficient import StepRunner, apply_activation_checkpointing
 from llm_lab.optim import muon
-from llm_lab.package import open_model, save_package
+from llm_lab.package import load, save
 from llm_lab.sampling import generate
 from llm_lab.train import next_token_loss, train_step
 
@@ -53,7 +53,7 @@ def drawn(seed):
         ]
     )
     first = part(scaled_init, out=r.choice(['depth', 'plain']), orthogonal=r.choice([True, False]))
-    return Config(
+    return GPTConfig(
         vocab_size=TOK.vocab_size,
         max_len=T,
         d_model=16,
@@ -116,8 +116,8 @@ def test_parts_of_any_kind_make_a_model(seed, tmp_path):
     ] == []
     model.zero_grad()
     with quick_linear(model):
-        next_token_loss(checkpointed(model), ids).backward()
-    checkpointed(model, False)
+        next_token_loss(apply_activation_checkpointing(model), ids).backward()
+    apply_activation_checkpointing(model, False)
     for n, p in model.named_parameters():
         torch.testing.assert_close(p.grad, plain[n], rtol=1e-4, atol=1e-6, msg=n)
     model.zero_grad()
@@ -127,8 +127,8 @@ def test_parts_of_any_kind_make_a_model(seed, tmp_path):
         losses.append(train_step(model, opt, ids)[0].item())
     assert losses[-1] < 0.8 * losses[0]
 
-    save_package(tmp_path / 'model', model.eval(), TOK)
-    again = open_model(tmp_path / 'model').model
+    save(tmp_path / 'model', model.eval(), TOK)
+    again = load(tmp_path / 'model').model
     assert again.cfg == cfg and torch.equal(again(ids), model(ids))
     assert len(list(generate(again, ids[:1, :3], 3, temperature=0))) == 3
     maps = attention_maps(again, ids[0])
@@ -161,11 +161,11 @@ def test_a_model_that_turns_reads_the_same_at_any_place_and_one_that_adds_does_n
 def test_speeds_stay_exact_in_low_precision():
     """The hands are no buffer: a model in bfloat16 turns by the same angles, far from the beginning
     of the text, too"""
-    rope = Rope(Config(d_model=16, n_heads=1)).to(torch.bfloat16)
+    rope = Rope(GPTConfig(d_model=16, n_heads=1)).to(torch.bfloat16)
     assert rope.freq.dtype == torch.float32 and not list(rope.buffers())
     q = torch.ones(1, 1, 1, 16, dtype=torch.bfloat16)
     far = torch.tensor([5001])
-    exact = Rope(Config(d_model=16, n_heads=1))(q.float(), q.float(), q.float(), far, far)[0]
+    exact = Rope(GPTConfig(d_model=16, n_heads=1))(q.float(), q.float(), q.float(), far, far)[0]
     torch.testing.assert_close(rope(q, q, q, far, far)[0].float(), exact, atol=0.02, rtol=0)
 
 
@@ -185,7 +185,7 @@ def test_the_modern_block_learns_in_low_precision_and_is_judged_in_full(init):
         )
     )
     ids = ids_of(0)
-    step = Step(precision='bf16')
+    step = StepRunner(precision='bf16')
     opt = muon(model, lr=0.02)
     full = model(ids)
     with torch.autocast('cpu', torch.bfloat16):

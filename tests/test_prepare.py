@@ -16,7 +16,7 @@ from cases import HANG
 
 from llm_lab.bpe import BPETokenizer
 from llm_lab.corpora import load_corpus
-from llm_lab.gpt import Config, MiniGPT
+from llm_lab.gpt import GPTConfig, MiniGPT
 from llm_lab.batching import BatchStream
 from llm_lab.packing import PackedTokens, pack
 from llm_lab.tales import tiny_tales
@@ -118,7 +118,7 @@ def test_from_the_hub_to_three_steps(home):
         'the draw, and no other story'
     )
     model = MiniGPT(
-        Config(
+        GPTConfig(
             vocab_size=tokens.tokenizer.vocab_size, max_len=32, d_model=32, n_layers=1, n_heads=2
         )
     )
@@ -191,12 +191,10 @@ def test_every_mistake_is_one_line(home, typed):
     ]:
         assert said in typed(*words, code=code), words
     assert not (home / 'data' / 'packed').exists()
-    assert 'vocabulary' not in typed(
-        'a.txt', '--vocab-size', 257
-    )  # bytes and the end mark, nothing to learn
-    assert '257 ids' not in typed(
-        'a.txt', '--vocab-size', 9999
-    )  # the text ends first, and that is no error
+    # bytes and the end mark, nothing to learn
+    assert 'vocabulary' not in typed('a.txt', '--vocab-size', 257)
+    # the text ends first, and that is no error
+    assert '257 ids' not in typed('a.txt', '--vocab-size', 9999)
     (home / 'a.txt').write_text('another text. ' * 50)
     assert 'packed in' in typed('a.txt', '--vocab-size', 257)  # edited: beside the first one
     assert 'packed in' in typed('a.txt', '--vocab-size', 257, '--force')
@@ -239,9 +237,8 @@ def test_no_token_lies_across_two_documents(training):
             train='\n\n'.join(training) if '\n\n' not in ''.join(training) else [*training]
         ),
     )
-    bpe = BPETokenizer.train(
-        ['e two\n\n three\n\n four' * 50, 'a\n\n\n\nb\n\nc' * 50], 300
-    )  # no end mark: the separator does it
+    # no end mark: the separator does it
+    bpe = BPETokenizer.train(['e two\n\n three\n\n four' * 50, 'a\n\n\n\nb\n\nc' * 50], 300)
     assert bpe.eos_id is None
     ids, starts = read_split(corpus, bpe, 'train')
     mark = bpe.encode('\n\n')

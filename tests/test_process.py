@@ -13,8 +13,8 @@ import pytest
 from cases import HANG, cases
 
 from llm_lab.chars import CharTokenizer
-from llm_lab.gpt import Config, MiniGPT
-from llm_lab.package import open_model, save_package
+from llm_lab.gpt import GPTConfig, MiniGPT
+from llm_lab.package import load, save
 
 SMALL = ['block_len=32', 'd_model=32', 'n_layers=1', 'n_heads=2']
 RUN = [sys.executable, '-m', 'llm_lab.cli']
@@ -120,7 +120,7 @@ def test_ctrl_c_stops_and_keeps_what_was_learned(tmp_path, poem):
         < json.loads((tmp_path / 'artifacts' / 'tour' / 'result.json').read_text())['steps']
         < planned
     )
-    open_model(tmp_path / 'artifacts' / 'tour')
+    load(tmp_path / 'artifacts' / 'tour')
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='needs a limit on file sizes')
@@ -152,12 +152,12 @@ def tiny_disk(tmp_path):
 def test_a_full_disk_keeps_the_old_package(tiny_disk):
     tok = CharTokenizer('abc')
     model = lambda width: MiniGPT(
-        Config(vocab_size=3, d_model=width, n_layers=1, n_heads=1, max_len=8)
+        GPTConfig(vocab_size=3, d_model=width, n_layers=1, n_heads=1, max_len=8)
     )
-    save_package(tiny_disk / 'model', model(16), tok)
+    save(tiny_disk / 'model', model(16), tok)
     with pytest.raises(OSError, match='No space left'):
-        save_package(tiny_disk / 'model', model(128), tok)
-    assert open_model(tiny_disk / 'model').model.cfg.d_model == 16
+        save(tiny_disk / 'model', model(128), tok)
+    assert load(tiny_disk / 'model').model.cfg.d_model == 16
     assert [p.name for p in tiny_disk.iterdir()] == ['model']
 
 
@@ -192,7 +192,7 @@ def test_sigkill_before_every_rename_of_an_overwrite(tmp_path):
     """Killed before the first, second, … rename: what opens afterwards is the old package or the
     new one, every hash right"""
     old, new = (
-        MiniGPT(Config(vocab_size=3, d_model=width, n_layers=1, n_heads=1)) for width in (16, 32)
+        MiniGPT(GPTConfig(vocab_size=3, d_model=width, n_layers=1, n_heads=1)) for width in (16, 32)
     )
 
     def killed(renames):
@@ -205,14 +205,14 @@ def test_sigkill_before_every_rename_of_an_overwrite(tmp_path):
             return real(*args)
 
         os.replace = replace  # in the child alone
-        save_package(tmp_path / 'model', new, CharTokenizer('abc'))
+        save(tmp_path / 'model', new, CharTokenizer('abc'))
 
     widths = []
     for renames in range(20):
-        save_package(tmp_path / 'model', old, CharTokenizer('abc'))
+        save(tmp_path / 'model', old, CharTokenizer('abc'))
         code = ended(life(lambda renames=renames: killed(renames)))
         assert code in (0, -signal.SIGKILL)
-        widths.append(open_model(tmp_path / 'model').model.cfg.d_model)
+        widths.append(load(tmp_path / 'model').model.cfg.d_model)
         if code == 0:
             break
     assert (
@@ -224,20 +224,20 @@ def test_sigkill_before_every_rename_of_an_overwrite(tmp_path):
     (
         tmp_path / '.model.1.old'
     ).mkdir()  # and what a kill after the renames leaves is cleared by the next writer
-    save_package(tmp_path / 'model', old, CharTokenizer('abc'))
+    save(tmp_path / 'model', old, CharTokenizer('abc'))
     assert [d.name for d in tmp_path.iterdir() if d.name.endswith('.old')] == []
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='Windows has no SIGKILL')
 def test_sigkill_at_random_moments_of_an_overwrite(tmp_path):
-    model = MiniGPT(Config(vocab_size=3, d_model=256, n_layers=4))
+    model = MiniGPT(GPTConfig(vocab_size=3, d_model=256, n_layers=4))
     tok = CharTokenizer('abc')
 
     def saves(first):
-        save_package(tmp_path / 'model', model, tok)
+        save(tmp_path / 'model', model, tok)
         first.touch()
         while True:
-            save_package(tmp_path / 'model', model, tok)
+            save(tmp_path / 'model', model, tok)
 
     for n in range(cases(10, 5)):
         first = tmp_path / f'first-{n}'
@@ -248,12 +248,14 @@ def test_sigkill_at_random_moments_of_an_overwrite(tmp_path):
         time.sleep(0.02 + 0.013 * n)  # whatever it is doing then
         os.kill(pid, signal.SIGKILL)
         assert ended(pid) == -signal.SIGKILL  # it was alive, and in the middle of a save
-        open_model(tmp_path / 'model')
+        load(tmp_path / 'model')
 
 
 def test_an_error_between_the_renames_keeps_the_old_package(tmp_path, monkeypatch):
-    old, new = (MiniGPT(Config(vocab_size=3, d_model=w, n_layers=1, n_heads=1)) for w in (16, 32))
-    save_package(tmp_path / 'model', old, CharTokenizer('abc'))
+    old, new = (
+        MiniGPT(GPTConfig(vocab_size=3, d_model=w, n_layers=1, n_heads=1)) for w in (16, 32)
+    )
+    save(tmp_path / 'model', old, CharTokenizer('abc'))
     real = os.replace
 
     def replace(a, b):
@@ -263,8 +265,8 @@ def test_an_error_between_the_renames_keeps_the_old_package(tmp_path, monkeypatc
 
     monkeypatch.setattr(os, 'replace', replace)
     with pytest.raises(KeyboardInterrupt):
-        save_package(tmp_path / 'model', new, CharTokenizer('abc'))
-    assert open_model(tmp_path / 'model').model.cfg.d_model == 16
+        save(tmp_path / 'model', new, CharTokenizer('abc'))
+    assert load(tmp_path / 'model').model.cfg.d_model == 16
     assert [d.name for d in tmp_path.iterdir()] == ['model']
 
 
@@ -287,9 +289,9 @@ def test_a_wrong_hash_is_one_line(tmp_path):
 
 
 def test_a_closed_pipe_is_no_traceback(tmp_path):
-    save_package(
+    save(
         tmp_path / 'm',
-        MiniGPT(Config(vocab_size=3, d_model=16, n_layers=1, n_heads=1, max_len=8)),
+        MiniGPT(GPTConfig(vocab_size=3, d_model=16, n_layers=1, n_heads=1, max_len=8)),
         CharTokenizer('ab\n'),
     )
     p = subprocess.Popen(

@@ -21,19 +21,20 @@ import pytest
 
 from cases import ALL, HANG
 
-from llm_lab.config import _PATHS, CONFIGS, SECTIONS, config_of, read_config, write_config
+from llm_lab.config import _PATHS, CONFIGS, SECTIONS, config_from_dict, read_config, write_config
 from llm_lab.core import LabError
 
 pytestmark = pytest.mark.skipif(
     not hasattr(os, 'fork'), reason='lives are forks, and end by signals that Windows does not have'
 )
 ROOT = Path(__file__).resolve().parent.parent
+# all that may differ between two runs of a config
 CLOCKS = {
     'seconds',
     'tokens_per_s',
     'mfu',
     'peak_memory',
-}  # all that may differ between two runs of a config
+}
 ENV = {k: v for k, v in os.environ.items() if k not in ('LLM_LAB_DATA', 'LLM_LAB_HOME')} | dict(
     OMP_NUM_THREADS='1',
     PYTHONPATH=os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')])),
@@ -287,7 +288,7 @@ def survive(nursery, desk, text, whole, kills, seed):
     """Runs that die of each chain of fates and go on;
 
     (deaths by place, lives that were not ended, seconds)"""
-    from llm_lab.package import open_model
+    from llm_lab.package import load
 
     (same, met, seconds, kept), luck, died, escaped, start = (
         whole,
@@ -310,7 +311,7 @@ def survive(nursery, desk, text, whole, kills, seed):
             code = life['code']
             assert code == 0 or (fate and code == -signal.SIGKILL), (fate, life)
             if (folder_of(home) / 'latest').exists():
-                open_model(folder_of(home))  # whatever happened, it can be opened
+                load(folder_of(home))  # whatever happened, it can be opened
             if code:
                 died[fate.get('place', 'a random moment')] += 1
                 fates.pop(0)
@@ -575,9 +576,8 @@ def test_two_processes_learn_what_one_learns(rows, nursery, home, text):
     each = [[*x, *y] for (_, x), (_, y) in zip(*(o['read'] for o in lives))]
     assert [sorted(x) for x in each] == [sorted(x) for _, x in one['read']]
     assert [step for step, _ in lives[1]['read']] == [*range(50)]
-    assert (
-        lives[1]['out'] == lives[1]['err'] == '' and 'on 2 × cpu' in lives[0]['out']
-    )  # the first one speaks
+    # the first one speaks
+    assert lives[1]['out'] == lives[1]['err'] == '' and 'on 2 × cpu' in lives[0]['out']
     vals = [[r['val'] for r in rows_of(folder_of(h)) if 'val' in r] for h in (alone, both)]
     assert len(vals[0]) == 13 and vals[1] == pytest.approx(vals[0], abs=1e-5)
 
@@ -585,14 +585,14 @@ def test_two_processes_learn_what_one_learns(rows, nursery, home, text):
 @pytest.mark.parametrize('rows', ['blocks', 'documents'])
 def test_over_an_epoch_two_processes_read_each_block_once(rows, text, home, monkeypatch):
     "Epoch after epoch, also where an epoch ends in the middle of a batch"
-    from llm_lab.runs import _starts, batches_of, texts_of
+    from llm_lab.runs import _starts, make_batches, load_data
 
     monkeypatch.setenv('LLM_LAB_HOME', str(home))
     cfg = read_config(
         'smoke', settings(text, train__batch_size=8, train__accumulate=2, data__rows=rows)[1:]
     )
-    texts = texts_of(cfg)
-    ranks = [batches_of(cfg, texts['corpus'], texts['train'], r, 2) for r in (0, 1)]
+    texts = load_data(cfg)
+    ranks = [make_batches(cfg, texts['corpus'], texts['train'], r, 2) for r in (0, 1)]
     n = ranks[0].per_epoch
     assert n % 8 and n > 100
     order = [
@@ -787,9 +787,8 @@ def test_a_run_that_gets_no_better_ends_and_its_best_model_counts(nursery, home,
         on['code'] == 0 and len(on['read']) == 4 and 'eval.patience=None (it was 2)' in on['out']
     ), on
 
-    fates = dict(
-        place='stepping', k=best + 2, signal=signal.SIGTERM
-    )  # between the best look and the last one
+    # between the best look and the last one
+    fates = dict(place='stepping', k=best + 2, signal=signal.SIGTERM)
     assert (
         nursery.live(home, 'train', *settings(text, **EARLY), '--run', 'x', fate=fates)['code']
         == 143
@@ -995,7 +994,7 @@ def disk(tmp_path):
 def test_a_disk_that_fills_up_ends_the_run_and_room_lets_it_go_on(disk, nursery, text, whole):
     """At any moment, again and again: one line, the last checkpoint can be opened, and the bits are
     those of one run"""
-    from llm_lab.package import open_model
+    from llm_lab.package import load
 
     steps, ended, kb, home = [], [], 60, None
     while not ended or ended[-1] != 0:
@@ -1013,11 +1012,11 @@ def test_a_disk_that_fills_up_ends_the_run_and_room_lets_it_go_on(disk, nursery,
             )
         if (folder_of(home) / 'checkpoints').exists() and (found := steps_of(folder_of(home))):
             assert (
-                open_model(folder_of(home) / 'checkpoints' / f'step-{found[-1]:06d}').about['step']
+                load(folder_of(home) / 'checkpoints' / f'step-{found[-1]:06d}').about['step']
                 == found[-1]
             )
             if (folder_of(home) / 'latest').exists():
-                open_model(folder_of(home))
+                load(folder_of(home))
             steps.append(found[-1])
         kb += 60 if ALL else 120
         assert kb < 6000
@@ -1045,10 +1044,10 @@ def test_a_run_that_has_diverged_is_judged_like_any_other(nursery, home, text):
 
 
 def test_every_command_takes_a_run(nursery, desk, text, whole, home):
-    from llm_lab.package import open_model
+    from llm_lab.package import load
 
     run = folder_of(desk / 'whole')
-    model, tokenizer, about = open_model(run)
+    model, tokenizer, about = load(run)
     assert not model.training and (about['data'], about['run']) == (str(text), 'x')
     assert tokenizer.decode(tokenizer.encode('the cat')) == 'the cat'
 
@@ -1312,9 +1311,8 @@ def slips(folder):
                 lambda p=section, k=key, v=v: read_config({p: {k: v}}),
                 [path],
             )
-            free = f.type is str and not f.metadata.get(
-                'of'
-            )  # typed, anything is a text: see test_units.py
+            # typed, anything is a text: see test_units.py
+            free = f.type is str and not f.metadata.get('of')
             if not free and (not isinstance(v, str) or v.strip()):
                 text = (
                     dump({'v': v})[3:].strip() if not isinstance(v, (dict, list)) else json.dumps(v)
@@ -1407,6 +1405,7 @@ def test_what_is_odd_but_right_is_taken(home):
     """So the test above can fail: all values at the border, each word of a choice, null where it
     may be, and what is written is read again"""
     taken = 0
+    # None: as many
     besides = {
         'data.vocab_size': {'data.tokenizer': 'bpe'},
         'train.accumulate': {'train.batch_size': None},
@@ -1417,7 +1416,7 @@ def test_what_is_odd_but_right_is_taken(home):
         'train.min_lr': {'train.lr': None},
         'train.warmup': {'train.steps': None},
         'data.block_len': {'eval.tokens': 10**9},
-    }  # None: as many
+    }
     for path, f in _PATHS.items():
         section, _, key = path.partition('.')
         for v in values_of(f):
@@ -1427,7 +1426,7 @@ def test_what_is_odd_but_right_is_taken(home):
             for other, w in besides.get(path, {}).items():
                 part, _, word = other.partition('.')
                 data.setdefault(part, {})[word] = (v or 1) if w is None else w
-            cfg = config_of(data, 'x')
+            cfg = config_from_dict(data, 'x')
             assert getattr(getattr(cfg, section), key) == v and type(
                 getattr(getattr(cfg, section), key)
             ) in (type(v), float)
@@ -1438,4 +1437,4 @@ def test_what_is_odd_but_right_is_taken(home):
     for name in CONFIGS:
         assert read_config(name).name == name
     (home / 'empty.yaml').write_text('# nothing yet\n')
-    assert read_config(home / 'empty.yaml') == config_of({}, 'empty')
+    assert read_config(home / 'empty.yaml') == config_from_dict({}, 'empty')

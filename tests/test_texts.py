@@ -18,7 +18,7 @@ import torch
 from cases import ALL, EXAMPLES, cases, some
 
 from llm_lab.cli import main
-from llm_lab.corpora import MARK, corpus_of, from_path, kept_path, load_corpus
+from llm_lab.corpora import END_OF_TEXT, corpus_of, from_path, kept_path, load_corpus
 from llm_lab.core import LabError
 from llm_lab.batching import BatchStream
 from llm_lab.packing import PackedTokens, pack
@@ -58,9 +58,8 @@ def typed(home, capsys, monkeypatch):
     from llm_lab import runs
 
     peak = runs.peak_flops
-    monkeypatch.setattr(
-        runs, 'peak_flops', lambda *a: peak(*a, size=64, seconds=0)
-    )  # only `mfu` needs it
+    # only `mfu` needs it
+    monkeypatch.setattr(runs, 'peak_flops', lambda *a: peak(*a, size=64, seconds=0))
 
     def call(*argv, code=0):
         capsys.readouterr()
@@ -276,7 +275,7 @@ documents = st.lists(
     )
     .map(lambda t: t.replace('\r', '\n').strip())
     .filter(bool)
-    .filter(lambda t: MARK not in t),
+    .filter(lambda t: END_OF_TEXT not in t),
     min_size=2,
     max_size=9,
 )
@@ -288,7 +287,7 @@ def test_the_same_documents_make_the_same_corpus_as_every_kind_of_file(
     docs, field, tmp_path_factory
 ):
     folder = tmp_path_factory.getbasetemp() / 'kinds'
-    want = from_path(write(folder / 'a.txt', f'\n{MARK}\n'.join([*docs, ''])))
+    want = from_path(write(folder / 'a.txt', f'\n{END_OF_TEXT}\n'.join([*docs, ''])))
     assert [*want.documents('train'), *want.documents('val')] == docs and want.independent
     for path in as_records(folder, docs, field):
         got = from_path(path, field)
@@ -376,14 +375,14 @@ def test_line_ends_of_records_are_plain(tmp_path):
 def test_a_verdict_on_a_file_of_records_reads_its_documents(home):
     from llm_lab.chars import CharTokenizer
     from llm_lab.evaluation import evaluate_file
-    from llm_lab.gpt import Config, MiniGPT
+    from llm_lab.gpt import GPTConfig, MiniGPT
 
     docs = sentences(20)
-    tok = CharTokenizer.train(f'\n{MARK}\n'.join(docs))
+    tok = CharTokenizer.train(f'\n{END_OF_TEXT}\n'.join(docs))
     model = MiniGPT(
-        Config(vocab_size=tok.vocab_size, max_len=16, d_model=16, n_layers=1, n_heads=2)
+        GPTConfig(vocab_size=tok.vocab_size, max_len=16, d_model=16, n_layers=1, n_heads=2)
     )
-    want = evaluate_file(model, tok, write(home / 'a.txt', f'\n{MARK}\n'.join([*docs, ''])))
+    want = evaluate_file(model, tok, write(home / 'a.txt', f'\n{END_OF_TEXT}\n'.join([*docs, ''])))
     for path in as_records(home, docs, 'body'):
         got = evaluate_file(model, tok, path, field='body')
         assert (got.loss, got.chars) == (want.loss, want.chars), path
@@ -680,9 +679,9 @@ def test_a_tour_tells_where_its_text_is(home, typed, monkeypatch):
         'n_layers=1',
         'n_heads=2',
     )
-    from llm_lab.package import open_model
+    from llm_lab.package import load
 
-    about = open_model(home / 'artifacts' / 'tour').about
+    about = load(home / 'artifacts' / 'tour').about
     assert (about['data'], about['field']) == ('sub/my.csv', 'body')
     monkeypatch.chdir(home)
     assert 'nats' in typed('eval', 'artifacts/tour')[0]
@@ -707,9 +706,8 @@ def test_a_path_is_kept_and_found_again(home, monkeypatch):
     write(home / 'elsewhere' / 'a b' / 'ü.txt', 'other')
     assert load_corpus('a b/ü.txt').text('train') == 'othe'
     sha = load_corpus(home / 'a b' / 'ü.txt').sha256
-    assert (
-        corpus_of(dict(data='a b/ü.txt', corpus_sha256=sha)).text('train') == 'tex'
-    )  # by its hash
+    # by its hash
+    assert corpus_of(dict(data='a b/ü.txt', corpus_sha256=sha)).text('train') == 'tex'
     for wrong in (5, ['text'], {}):
         about = dict(data='a b/ü.txt', corpus_sha256=sha, field=wrong)
         if wrong:
@@ -742,12 +740,10 @@ def test_rows_of_documents_begin_with_them_and_every_token_is_asked(lengths, fir
         begins = [owner[b] for b in rows[:, 0].tolist()]
         for a, length in zip(starts, lengths):
             mine = sorted(k for doc, k in begins if doc == a)
-            assert mine[0] == 0 and len(mine) == -(
-                -length // T
-            )  # the beginning, and as many rows as ever
-            assert (
-                all(y - x <= T for x, y in zip(mine, mine[1:])) and mine[-1] + T >= length
-            )  # without a gap, to its end
+            # the beginning, and as many rows as ever
+            assert mine[0] == 0 and len(mine) == -(-length // T)
+            # without a gap, to its end
+            assert all(y - x <= T for x, y in zip(mine, mine[1:])) and mine[-1] + T >= length
 
 
 @many
@@ -824,11 +820,11 @@ def test_a_small_text_is_learned_and_not_its_blocks():
     better reader"""
     from functools import partial
 
-    from llm_lab.gpt import Config, MiniGPT
+    from llm_lab.gpt import GPTConfig, MiniGPT
     from llm_lab.optim import SCHEDULES, muon
     from llm_lab.tales import tiny_tales
     from llm_lab.chars import CharTokenizer
-    from llm_lab.train import Run, fit, mean_loss
+    from llm_lab.train import TrainState, fit, mean_loss
 
     text = tiny_tales(400).text('train')[:20_000]
     tok = CharTokenizer.train(text)
@@ -839,9 +835,9 @@ def test_a_small_text_is_learned_and_not_its_blocks():
         np.arange(0, len(train), 64),
     ):  # of documents of one block each, rows stand still
         model = MiniGPT(
-            Config(vocab_size=tok.vocab_size, max_len=64, d_model=64, n_layers=2, n_heads=4)
+            GPTConfig(vocab_size=tok.vocab_size, max_len=64, d_model=64, n_layers=2, n_heads=4)
         )
-        run = Run(model, 500, opt=muon(model, lr=0.004))
+        run = TrainState(model, 500, opt=muon(model, lr=0.004))
         fit(
             model,
             BatchStream(train, 12, 64, starts=starts),

@@ -120,10 +120,11 @@ def test_time_left_is_the_table_until_more_is_known():
     assert p.left(now=100) == 240  # nobody has begun, so one worker is as far as we know
     p.running = dict(a=100, b=100)
     assert p.left(now=110) == (50 + 50 + 120) / 2
+    # twice as slow as the table says, less a start of thirty seconds
     p.took['a'], p.running = (
         150,
         dict(b=100, c=250),
-    )  # twice as slow as the table says, less a start of thirty seconds
+    )
     assert p.left(now=250) == (0 + 120 + 120) / 2
 
 
@@ -155,9 +156,8 @@ def test_the_longest_runs_first_and_a_dear_fixture_is_made_once(tmp_path):
     notes = (tmp_path / 'notes').read_text().splitlines()
     assert out.returncode == 0 and '13 passed' in out.stdout, out.stdout + out.stderr
     assert notes.count('made') == 1 and len({o for o in notes if o.startswith('shares')}) == 1
-    begins = {
-        o.split()[-1]: o for o in reversed(notes) if o != 'made'
-    }  # what each worker ran first
+    # what each worker ran first
+    begins = {o.split()[-1]: o for o in reversed(notes) if o != 'made'}
     assert {o.rsplit(' ', 1)[0] for o in begins.values()} == {'long', 'alone 3'}, notes
     assert 'of 13 tests in 0:' in out.stdout and 'still running: test_a.py::test_long' in out.stdout
     kept = json.loads((tmp_path / '.pytest_cache' / 'v' / 'llm_lab' / 'seconds').read_text())
@@ -458,9 +458,8 @@ except OSError as e:
     out = subprocess.run([*cmd, sys.executable, str(probe)], capture_output=True, text=True)
     if out.returncode == 125:
         pytest.skip(out.stderr.strip())
-    assert out.stdout == "101 [(1, 'lo')]\n", (
-        out.stdout + out.stderr
-    )  # 101: the network is unreachable
+    # 101: the network is unreachable
+    assert out.stdout == "101 [(1, 'lo')]\n", out.stdout + out.stderr
     assert subprocess.run([*cmd, 'sh', '-c', 'exit 7']).returncode == 7
 
 
@@ -570,3 +569,120 @@ def test_what_a_program_cannot_decide_is_told(tmp_path):
     (tmp_path / 'tests' / 'test_a.py').write_text('from llm_lab import old\n')
     out, _ = moved(tmp_path, plan)
     assert out.stdout == 'by hand: tests/test_a.py: from llm_lab import old\n'
+
+
+# ---- giving names other names
+
+
+def renamed(root, names, module, test='', prose='', second='pass'):
+    "What a book of one chapter `files` and one test is after the renaming"
+    sources = ['#| default_exp files', '#| export\n' + module, second]
+    cells = [dict(cell_type='markdown', id='t', metadata={}, source='# T\n\n> why\n\n' + prose)]
+    for n, text in enumerate(sources):
+        cell = dict(cell_type='code', id=str(n), metadata={}, outputs=[], source=text)
+        cells.append(cell | dict(execution_count=None))
+    (root / 'nbs').mkdir()
+    (root / 'tests').mkdir()
+    path = root / 'nbs' / '02_files.ipynb'
+    path.write_text(json.dumps(dict(metadata={}, cells=cells, nbformat=4, nbformat_minor=5)))
+    (root / 'tests' / 'test_a.py').write_text(test)
+    (root / 'names.json').write_text(json.dumps(names))
+    out = tool('rename.py', root / 'names.json', root)
+    assert out.returncode == 0, out.stderr
+    texts = [''.join(c['source']) for c in json.loads(path.read_text())['cells']]
+    return out.stdout, texts, (root / 'tests' / 'test_a.py').read_text()
+
+
+NAMES = {'files.cut': 'split_text', 'files.Live': 'StatusLine'}
+
+
+def test_a_name_is_changed_where_it_is_that_name_and_nowhere_else(tmp_path):
+    module = '''class Live:
+    cut = 1  # a name of its own
+
+    def Live(self, cut=2):
+        return self.cut + cut
+
+
+def cut(text, Live=None):
+    "`split_text` makes pieces"
+    cut.said = [cut for cut in text] or [cut(x) for x in text]
+    return lambda cut: Live
+
+
+def other(x):
+    cut = x
+    return f'{cut} {x.cut} {Live(cut=3)}', dict(cut=4)
+
+
+def another(x: Live = cut) -> Live:
+    return f'{cut(x)} and {x!r}'
+'''
+    said, cells, _ = renamed(
+        tmp_path, NAMES, module, prose='As `split_text(x)` and `files.StatusLine`, not cut.'
+    )
+    assert said == ''
+    assert (
+        cells[2]
+        == '#| export\n'
+        + '''class StatusLine:
+    cut = 1  # a name of its own
+
+    def Live(self, cut=2):
+        return self.cut + cut
+
+
+def split_text(text, Live=None):
+    "`split_text` makes pieces"
+    split_text.said = [cut for cut in text] or [split_text(x) for x in text]
+    return lambda cut: Live
+
+
+def other(x):
+    cut = x
+    return f'{cut} {x.cut} {StatusLine(cut=3)}', dict(cut=4)
+
+
+def another(x: StatusLine = split_text) -> StatusLine:
+    return f'{split_text(x)} and {x!r}'
+'''
+    )
+    assert cells[0].endswith('As `split_text(x)` and `files.StatusLine`, not cut.')
+
+
+def test_imports_modules_strings_and_scripts_follow(tmp_path):
+    test = '''from llm_lab import files as f
+from llm_lab.files import Live, cut as c
+
+SCRIPT = """
+from llm_lab.files import cut
+print(cut('a'), "cut")
+"""
+
+
+def test_it(monkeypatch):
+    from llm_lab.files import cut
+
+    monkeypatch.setattr(f, 'cut', c)
+    monkeypatch.setattr('llm_lab.files.cut', cut)
+    assert f.cut is f.Live and Live and 'cut'
+'''
+    said, _, got = renamed(tmp_path, NAMES, 'def cut(): pass\n\n\nclass Live: pass', test)
+    assert said == ''
+    assert got == test.replace(
+        'import Live, cut as c', 'import StatusLine, split_text as c'
+    ).replace('import cut', 'import split_text').replace(
+        "print(cut('a')", "print(split_text('a')"
+    ).replace("f, 'cut'", "f, 'split_text'").replace(
+        'llm_lab.files.cut', 'llm_lab.files.split_text'
+    ).replace(', cut)', ', split_text)').replace('f.cut', 'f.split_text').replace(
+        'f.Live and Live', 'f.StatusLine and StatusLine'
+    )
+
+
+def test_a_new_name_that_is_taken_is_told(tmp_path):
+    test = 'from llm_lab.files import cut\n\n\ndef split_text():\n    return cut\n'
+    said, _, _ = renamed(tmp_path, NAMES, 'def cut(): pass', test)
+    assert said == (
+        'by hand: tests/test_a.py: split_text is there already, cut would be called so\n'
+    )

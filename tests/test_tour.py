@@ -7,7 +7,7 @@ import pytest
 
 from llm_lab.first_tour import _plan
 from llm_lab.corpora import load_corpus
-from llm_lab.evaluation import evaluate, excess
+from llm_lab.evaluation import evaluate, excess_by_kind
 from llm_lab.core import LabError
 from llm_lab.train import fit, prepare
 
@@ -46,7 +46,7 @@ def test_two_and_a_half_million_characters_of_tales_end_near_the_floor():
     corpus = load_corpus('tiny_tales')
     setup = trained_on(corpus, 2_500_000)
     score = evaluate(setup.model, setup.tokenizer, corpus)
-    parts = excess(setup.model, setup.tokenizer, corpus, n=200)
+    parts = excess_by_kind(setup.model, setup.tokenizer, corpus, n=200)
     assert 0 < score.above <= 0.45
     assert parts['choice'] + parts['literal'] <= 0.15 * score.floor
 

@@ -9,7 +9,7 @@ import pytest
 
 from llm_lab import package
 from llm_lab.train import Recipe
-from llm_lab.package import trained
+from llm_lab.package import load_or_train
 
 ROOT = Path(__file__).resolve().parent.parent
 ASK = """
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from llm_lab import package
 from llm_lab.train import Recipe
-from llm_lab.package import trained
+from llm_lab.package import load_or_train
 
 sizes = ('d_model', 16), ('n_layers', 1), ('n_heads', 1)
 package.RECIPES['tiny'] = Recipe(
@@ -39,7 +39,7 @@ def told(*args, **kw):
 
 package.fit = told
 (here / f'came-{sys.argv[2]}').touch()
-trained('tiny')
+load_or_train('tiny')
 """
 
 
@@ -80,6 +80,6 @@ def test_where_the_disk_has_no_locks_it_is_trained_all_the_same(text, tmp_path, 
     monkeypatch.setitem(
         package.RECIPES, 'tiny', Recipe(str(text), steps=3, batch_size=2, block_len=32, model=sizes)
     )
-    assert trained('tiny')[2]['steps'] == 3
+    assert load_or_train('tiny')[2]['steps'] == 3
     monkeypatch.setattr(package, 'fit', lambda *args, **kw: pytest.fail('it was trained again'))
-    assert trained('tiny')[2]['steps'] == 3
+    assert load_or_train('tiny')[2]['steps'] == 3

@@ -26,14 +26,14 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from llm_lab import cli
 from llm_lab.bpe import BPETokenizer
 from llm_lab.chars import CharTokenizer
-from llm_lab.config import _PATHS, config_of, read_config, smaller, write_config
-from llm_lab.corpora import MARK, Corpus
+from llm_lab.config import _PATHS, config_from_dict, read_config, smoke_config, write_config
+from llm_lab.corpora import END_OF_TEXT, Corpus
 from llm_lab.evaluation import UNITS, Score, compare, evaluate, evaluate_file
-from llm_lab.gpt import Config, MiniGPT
+from llm_lab.gpt import GPTConfig, MiniGPT
 from llm_lab.core import LabError
 from llm_lab.optim import SCHEDULES
-from llm_lab.packing import PackedTokens, end_mark, pack
-from llm_lab.runs import _check_launch, _require_device, schedule_of, train_config
+from llm_lab.packing import PackedTokens, document_end_ids, pack
+from llm_lab.runs import _check_launch, _require_device, schedule_of, train_run
 from llm_lab.first_tour import verdict
 from llm_lab.train import fit, mean_loss, read_split, token_losses, windows_at_once
 
@@ -501,7 +501,7 @@ def test_the_rates_of_a_run_are_those_of_torch(warmup, min_lr):
 
 def tiny_model(**more):
     return MiniGPT(
-        Config(**{**dict(vocab_size=9, d_model=8, n_layers=1, n_heads=1, max_len=8), **more})
+        GPTConfig(**{**dict(vocab_size=9, d_model=8, n_layers=1, n_heads=1, max_len=8), **more})
     )
 
 
@@ -520,9 +520,8 @@ def test_fit_obeys_warmup_and_min_lr():
     )
     rates.clear()
     fit(tiny_model(), lambda n: rows, 50, lr=0.01, step=step)
-    assert rates[:5] == pytest.approx(
-        [0.002, 0.004, 0.006, 0.008, 0.01]
-    )  # none is given: a tenth of all
+    # none is given: a tenth of all
+    assert rates[:5] == pytest.approx([0.002, 0.004, 0.006, 0.008, 0.01])
     for wrong in (dict(warmup=51), dict(warmup=-1), dict(min_lr=0.02), dict(min_lr=-1.0)):
         with pytest.raises(LabError, match=[*wrong][0]):
             fit(tiny_model(), lambda n: rows, 50, lr=0.01, **wrong)
@@ -546,7 +545,7 @@ def test_every_schedule_obeys_and_ends_where_it_should():
 
 
 def test_a_smoke_run_of_a_long_warmup_is_possible():
-    cfg = smaller(read_config('tinystories_baseline'))
+    cfg = smoke_config(read_config('tinystories_baseline'))
     assert (cfg.train.steps, cfg.train.warmup) == (20, None)
     with pytest.raises(LabError, match='^train.warmup=500: the run is over after train.steps=20'):
         read_config('tinystories_baseline', ['steps=20'])
@@ -572,7 +571,7 @@ def tales(n=40):
     return Corpus(
         'tales',
         {s: stories(n, k) for k, s in enumerate(('train', 'val'))},
-        f'\n{MARK}\n',
+        f'\n{END_OF_TEXT}\n',
         independent=True,
     )
 
@@ -590,7 +589,7 @@ def pairs_of(corpus, n=290):
 
 
 def model_for(tok, seed=0, **more):
-    cfg = Config(
+    cfg = GPTConfig(
         **{**dict(vocab_size=tok.vocab_size, d_model=16, n_layers=1, n_heads=2, max_len=16), **more}
     )
     return MiniGPT(cfg, seed=seed).eval()
@@ -608,7 +607,8 @@ def many():
 def slow_score(model, tok, corpus, split='val'):
     """By the definition, one token at a time: nats and tokens in all; nats of end marks; bits per
     byte of the documents"""
-    docs, mark = [*corpus.documents(split)], end_mark(corpus, tok)
+    docs = [*corpus.documents(split)]
+    mark = document_end_ids(corpus, tok)
     T = model.cfg.max_len
     total = 0.0
     n = 0
@@ -674,7 +674,7 @@ def test_a_model_that_knows_nothing_pays_the_same_for_a_byte_whatever_the_end_ma
     """A uniform guess: bits per byte are tokens of the documents × log₂ V / bytes; the marks stand
     beside it"""
     corpus = tales()
-    for sep in ('\n\n', f'\n{MARK}\n', '\n'):
+    for sep in ('\n\n', f'\n{END_OF_TEXT}\n', '\n'):
         for make in (letters_of, pairs_of):
             c = replace(corpus, separator=sep)
             tok = make(c)
@@ -682,7 +682,7 @@ def test_a_model_that_knows_nothing_pays_the_same_for_a_byte_whatever_the_end_ma
             for p in model.parameters():
                 p.data.zero_()
             n = sum(len(tok.encode(d)) for d in c.documents('val'))
-            each = len(end_mark(c, tok))
+            each = len(document_end_ids(c, tok))
             score = evaluate(model, tok, c)
             bits = math.log2(tok.vocab_size)
             assert score.bits_per_byte == pytest.approx(n * bits / score.bytes, rel=1e-5)
@@ -813,20 +813,20 @@ def test_training_and_verdict_read_the_same_ids(many, tmp_path):
             pack(corpus, tok, tmp_path / str(k), processes=1).folder, 'val'
         ).ids.tolist()
         ids, _ = read_split(corpus, tok, 'val')
-        mark = end_mark(corpus, tok)
+        mark = document_end_ids(corpus, tok)
         if corpus.independent:
             assert ids.tolist() == [*mark, *packed]
         else:
             assert [*ids.tolist(), *mark] == packed and ids.tolist() == tok.encode(
                 corpus.text('val')
             )
-    assert gpt2_like().encode('\n\n') == [256] and end_mark(play(), gpt2_like()) == [10, 10]
+    assert gpt2_like().encode('\n\n') == [256] and document_end_ids(play(), gpt2_like()) == [10, 10]
 
 
 def test_a_folder_that_was_packed_with_another_mark_is_not_used(tmp_path, monkeypatch):
     corpus = play()
     with monkeypatch.context() as m:
-        m.setattr('llm_lab.packing.end_mark', lambda corpus, tok: tok.encode('x'))
+        m.setattr('llm_lab.packing.document_end_ids', lambda corpus, tok: tok.encode('x'))
         pack(corpus, 300, tmp_path / 'p', processes=1)
     with pytest.raises(LabError, match='the end mark in .* pack it again'):
         pack(corpus, 300, tmp_path / 'p', processes=1)
@@ -909,12 +909,12 @@ SMALL = (
 def trained_home(tmp_path_factory):
     "A home with the run of a BPE model, of documents that stand alone"
     home = tmp_path_factory.mktemp('home')
-    (home / 'de.txt').write_text(f'\n{MARK}\n'.join(stories(600)), encoding='utf-8')
+    (home / 'de.txt').write_text(f'\n{END_OF_TEXT}\n'.join(stories(600)), encoding='utf-8')
     with pytest.MonkeyPatch.context() as m:
         m.setenv('LLM_LAB_HOME', str(home))
         m.setattr('llm_lab.runs.peak_flops', lambda *a: 1.0)
         with redirect_stdout(io.StringIO()):
-            job = train_config(
+            job = train_run(
                 'smoke',
                 f'data.corpus={home / "de.txt"}',
                 'data.tokenizer=bpe',
@@ -1076,7 +1076,7 @@ def test_sample_ends_with_its_reader(at_home, monkeypatch):
 
 def test_a_key_of_a_config_may_be_left_out_of_an_older_file(tmp_path):
     "A file of before has no min_lr and no at_once"
-    cfg = config_of(dict(train=dict(warmup=100)))
+    cfg = config_from_dict(dict(train=dict(warmup=100)))
     assert (cfg.train.warmup, cfg.train.min_lr, cfg.eval.at_once) == (100, 0.0, None)
 
 

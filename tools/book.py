@@ -74,9 +74,8 @@ def execute(path, flags, timeout):
     raw['metadata'].setdefault(
         'kernelspec', {'name': 'python3', 'display_name': 'python3', 'language': 'python'}
     )
-    lines = json.loads(
-        nbformat.writes(nbformat.from_dict(raw))
-    )  # long strings become lists of lines, as Jupyter saves them
+    # long strings become lists of lines, as Jupyter saves them
+    lines = json.loads(nbformat.writes(nbformat.from_dict(raw)))
     return clean(json.dumps(lines))
 
 

@@ -114,7 +114,8 @@ class Book:
                 continue
             ids = [i for new in parts for i in self.plan[new]['cells']]
             there = [c['id'] for c in self.old[old]['cells']]
-            missing, twice = set(there) - set(ids), {i for i in ids if ids.count(i) > 1}
+            missing = set(there) - set(ids)
+            twice = {i for i in ids if ids.count(i) > 1}
             unknown = set(ids) - set(there)
             if missing or twice or unknown:
                 raise SystemExit(f'{old}: missing {missing}, twice {twice}, unknown {unknown}')
@@ -255,7 +256,8 @@ class Book:
 
     def give_imports(self, new, nb):
         "Give a part one cell with the imports that its exported cells need"
-        origin, old = self.origin(self.plan[new]), self.origin(self.plan[new])[3:]
+        origin = self.origin(self.plan[new])
+        old = self.origin(self.plan[new])[3:]
         code = [c for c in nb['cells'] if c['cell_type'] == 'code']
         groups = {True: [], False: []}
         for cell in code:

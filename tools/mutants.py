@@ -30,7 +30,7 @@ DAMAGE = (
 MUTANTS = {  # name: (module, what stands there, what it becomes, the test that must turn red)
     'no RNG restore': (
         'train',
-        '        set_streams(run.random or {})\n',
+        '        restore_rng_state(run.random or {})\n',
         '',
         RESUME,
     ),
@@ -48,7 +48,7 @@ MUTANTS = {  # name: (module, what stands there, what it becomes, the test that 
     ),
     'in-place write': (
         'checkpoint',
-        'with written(self.place(run.step)) as new:',
+        'with atomic_write(self.place(run.step)) as new:',
         'if new := self.place(run.step):',
         FAULTS,
     ),
@@ -61,7 +61,7 @@ MUTANTS = {  # name: (module, what stands there, what it becomes, the test that 
     ),
     'eval on the global RNG': (
         'train',
-        'with kept_streams(self.run.history.device):\n                said',
+        'with preserve_rng(self.run.history.device):\n                said',
         'if True:\n                said',
         ONLOOKERS,
     ),

@@ -142,9 +142,8 @@ class Plan:
         said = {n: self.seconds.get(n, UNKNOWN) for n in self.names}
         done = [n for n in self.took if n not in self.running and n in said]
         spent = sum(self.took[n] for n in done)
-        slower = (spent + 30) / (
-            sum(said[n] for n in done) + 30
-        )  # at first, the table is all we know
+        # at first, the table is all we know
+        slower = (spent + 30) / (sum(said[n] for n in done) + 30)
         rest = sum(slower * said[n] for n in said.keys() - {*done} - self.running.keys())
         rest += sum(
             max(0.0, slower * said.get(n, UNKNOWN) - (now - t))

@@ -20,7 +20,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = 'llm_lab'
-SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
@@ -61,11 +60,9 @@ def stores(node):
 
 
 def own(scope):
-    "Names that a function, lambda, class or comprehension has for itself"
+    "Names that a function, lambda or comprehension has for itself"
     if isinstance(scope, COMPREHENSIONS):
         return {n for g in scope.generators for n in stores(g.target)}
-    if isinstance(scope, ast.ClassDef):
-        return set()  # seen by its own lines only, and those are looked at as if they were outside
     a = scope.args
     names = {x.arg for x in (*a.posonlyargs, *a.args, *a.kwonlyargs, a.vararg, a.kwarg) if x}
     if isinstance(scope, ast.Lambda):
@@ -78,6 +75,12 @@ def globals_in(node, names, hidden=frozenset()):
     "(kind, node, name) of all that means one of the global `names` below a node"
     if isinstance(node, ast.Name) and node.id in names and node.id not in hidden:
         yield 'name', node, node.id
+    if isinstance(node, ast.ClassDef):  # its own names are seen by its lines, not by its methods
+        mine = hidden | {n for s in node.body for n in stores(s)}
+        for o in ast.iter_child_nodes(node):
+            inside = o in node.body and not isinstance(o, (ast.FunctionDef, ast.AsyncFunctionDef))
+            yield from globals_in(o, names, mine if inside else hidden)
+        return
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, *COMPREHENSIONS)):
         outer = hidden
         hidden = hidden | own(node)
@@ -113,7 +116,10 @@ class File:
     "A module, a test, or all code cells of a notebook: texts that share their global names"
 
     def __init__(self, texts, names, stem='', where=''):
-        self.texts, self.names, self.stem, self.where = texts, names, stem, where
+        self.texts = texts
+        self.names = names
+        self.stem = stem
+        self.where = where
         self.notes = []
         self.trees = [tree(t) for t in texts]
         self.here = self.meant()
@@ -154,9 +160,8 @@ class File:
             text = re.sub(address, rf'\g<1>{new}', text)
             for alias, named in self.modules.items():
                 if named == module:
-                    text = re.sub(
-                        rf"\b({alias}, ')({old})'", rf"\g<1>{new}'", text
-                    )  # setattr(files, 'written', …)
+                    # setattr(files, 'written', …)
+                    text = re.sub(rf"\b({alias}, ')({old})'", rf"\g<1>{new}'", text)
             text = backticks(text, old, new)
         return text
 

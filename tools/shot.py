@@ -120,9 +120,8 @@ def jupyter(folder, log):
         PYTHONUTF8='1',
         PYTHONPATH=str(ROOT),
     )
-    env.setdefault(
-        'LLM_LAB_HOME', str(ROOT)
-    )  # the copy finds data and trained models where the chapter does
+    # the copy finds data and trained models where the chapter does
+    env.setdefault('LLM_LAB_HOME', str(ROOT))
     cmd = [
         sys.executable,
         '-m',
@@ -242,9 +241,8 @@ def opened(notebook, out, width=1200, height=1900, timeout=300, within=None):
         if within
         else lab(out / f'{notebook.stem}.server.log') as here
     ):
-        page = here.browser.new_page(
-            viewport=dict(width=width, height=height)
-        )  # with a context of its own
+        # with a context of its own
+        page = here.browser.new_page(viewport=dict(width=width, height=height))
         page.set_default_timeout(ms)
         page.on('pageerror', lambda e: complaints.append(str(e)))
         page.on('console', lambda m: complaints.append(m.text) if m.type == 'error' else None)

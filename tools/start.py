@@ -179,9 +179,8 @@ def main(args):
 
 def tests_of(do):
     "Arguments of pytest for `test` or `nightly`, and what the tests find in the environment"
-    os.environ.setdefault(
-        'OMP_NUM_THREADS', '1'
-    )  # a worker has one core, and the saved outputs are made so
+    # a worker has one core, and the saved outputs are made so
+    os.environ.setdefault('OMP_NUM_THREADS', '1')
     if do == 'nightly':
         os.environ.setdefault('LLM_LAB_EXAMPLES', '20000')
         os.environ.setdefault('LLM_LAB_NOTEBOOK_FLAGS', 'slow')
@@ -189,13 +188,14 @@ def tests_of(do):
 
     # one more than there are cores: a tenth of a worker's time is waiting, for a browser or a
     # killed run
+    # see tools/plan.py
     beside = [
         '-n',
         workers() + 1,
         '--dist',
         'loadgroup',
         '--no-loadscope-reorder',
-    ]  # see tools/plan.py
+    ]
     return beside + (['-m', ''] if do == 'nightly' else [])
 
 

@@ -14,7 +14,7 @@ measured in turns and in a new random order every round; medians.
   PyTorch's choice, by oneDNN, in bf16
 - rows: one row and a matrix, as writing a token has them, in billions of weights a second, by each
   kernel there is
-- muon: the rounds of `orthogonalized` for the matrices of the step, beside float32
+- muon: the rounds of `newton_schulz` for the matrices of the step, beside float32
 - step: nanoGPT's shape of `speed_step`, beside the plain loop; each loop in a process of its own
 - decode: the shapes of `speed_decode`, beside `generate` of transformers; each way in a process of
   its own
@@ -38,11 +38,11 @@ from torch.nn import functional as F
 
 from llm_lab.gpt import MiniGPT
 from llm_lab.hub import to_hf
-from llm_lab.hardware import by_onednn, keep_memory, machine, quick_products
+from llm_lab.hardware import by_onednn, keep_freed_memory, machine, quick_products
 from llm_lab.core import progress, rng
 from llm_lab.llama_block import llama
 from llm_lab.efficient import PRECISIONS
-from llm_lab.optim import orthogonalized, short_precision
+from llm_lab.optim import newton_schulz, short_precision
 
 HERE = Path(__file__).resolve().parent
 STEP = HERE.parent / 'speed_step' / 'run.py'
@@ -149,10 +149,10 @@ def muon(rounds):
     stacks = [torch.randn(4, *s, generator=rng(0, f'{s}')) for s in shapes]
     took = in_turns(
         {
-            'float32': lambda: [orthogonalized(g) for g in stacks],
-            'bf16': lambda: [orthogonalized(g, dtype=torch.bfloat16) for g in stacks],
+            'float32': lambda: [newton_schulz(g) for g in stacks],
+            'bf16': lambda: [newton_schulz(g, dtype=torch.bfloat16) for g in stacks],
             'as Muon has it': lambda: [
-                orthogonalized(g, dtype=PRECISIONS[short_precision()]) for g in stacks
+                newton_schulz(g, dtype=PRECISIONS[short_precision()]) for g in stacks
             ],
         },
         4 * rounds,
@@ -206,10 +206,11 @@ def step(rounds):
     "{loop: milliseconds of a step}"
     kids = {name: Child(STEP, '--loop', loop) for name, loop in LOOPS.items()}
     told = in_child_turns(kids, rounds + 3, 'step')
+    # three warm up
     ms = {
         name: round(1000 * median(t for ten in lists[3:] for t in ten), 2)
         for name, lists in told.items()
-    }  # three warm up
+    }
     table(
         'a step of training',
         {'12 × 64 tokens': {name: 1000 / t for name, t in ms.items()}},
@@ -259,7 +260,7 @@ def main():
     )
     ap.add_argument('--save', action='store_true', help='keep the last line in result.json')
     a = ap.parse_args()
-    keep_memory()
+    keep_freed_memory()
     start = time.time()
     about = dict(processor(), quick_products=quick_products(), short_precision=short_precision())
     print(f'{machine()["cpu"]}, {torch.get_num_threads()} threads; ' + ' '.join(about['flags']))

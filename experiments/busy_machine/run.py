@@ -43,13 +43,13 @@ def worker(lab_first):
     if lab_first:
         import llm_lab  # noqa: F401 its choice must be there before PyTorch is
     import torch
-    from llm_lab.gpt import Config, MiniGPT, quick_linear
-    from llm_lab.hardware import keep_memory
+    from llm_lab.gpt import GPTConfig, MiniGPT, quick_linear
+    from llm_lab.hardware import keep_freed_memory
     from llm_lab.train import adamw, random_crops, train_step
 
     torch.manual_seed(0)
-    keep_memory()
-    model = MiniGPT(Config(vocab_size=65, max_len=128))
+    keep_freed_memory()
+    model = MiniGPT(GPTConfig(vocab_size=65, max_len=128))
     opt = adamw(model)
     batch = random_crops(torch.randint(65, (100_000,)), 8, 128)
     with quick_linear(model):

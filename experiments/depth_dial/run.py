@@ -7,7 +7,7 @@ python experiments/depth_dial/run.py [--steps 300] [--jobs 2] [--save]
 Tiny Tales, rows of 4 × 288 characters, Muon for the blocks and AdamW for the rest. For each
 depth the mean losses are drawn as a parabola over the logarithm of the rate, through the best
 rate and its two neighbours; its lowest point is the rate that suits the depth. It is compared
-with `llm_lab.llama_block.rate`. Each cell of the grid is kept in runs/ and is not run again.
+with `llm_lab.llama_block.muon_lr`. Each cell of the grid is kept in runs/ and is not run again.
 Every run has one thread; `--jobs` run at a time. The last line is JSON; `--save` keeps it in
 result.json with date and machine. About ten minutes on two cores."""
 
@@ -23,8 +23,8 @@ import torch
 from llm_lab.gpt import MiniGPT
 from llm_lab.hardware import machine
 from llm_lab.core import progress
-from llm_lab.files import written
-from llm_lab.llama_block import llama, rate
+from llm_lab.files import atomic_write
+from llm_lab.llama_block import llama, muon_lr
 from llm_lab.optim import muon
 from llm_lab.train import Recipe, fit, prepare
 
@@ -46,7 +46,7 @@ def cell(depth, lr, seed, steps):
     setup.model = MiniGPT(llama(setup.tokenizer.vocab_size, depth=depth, max_len=288), seed)
     fit(setup.model, setup.batch, steps, opt=muon(setup.model, lr=lr), seed=seed)
     loss = setup.loss(most=40_000) / math.log(2)
-    with written(file) as f:
+    with atomic_write(file) as f:
         f.write_text(json.dumps(loss))
     return loss
 
@@ -73,7 +73,7 @@ def main(steps, jobs):
         said[d] = dict(
             losses={f'{lr:g}': round(v, 4) for lr, v in row.items()},
             suits=round(lowest(row), 5),
-            rule=round(rate(llama(depth=d)), 5),
+            rule=round(muon_lr(llama(depth=d)), 5),
         )
         print(
             f'{d:5} ',

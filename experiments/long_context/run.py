@@ -4,12 +4,12 @@ Recall of a pair, and a language whose facts return, by how long ago they were t
 
 python experiments/long_context/run.py [--jobs 2] [--save] [--dry] [--full]
 
-Models differ only in who may read whom: `dense` reads all of the past, `window` the last 64
-tokens, `expander` these and 6 links drawn for each query, head and layer from all of the past
-beyond; in `mixed` layers take turns, a window, all of the past, a window, and in `global_first`
-they begin with all of the past. They have the same first weights and see the same rows, in three
-paired seeds; they learn on texts of 512 tokens and are tested on 512 to 4,096. None is told
-positions: neither task needs any, and Rope trained at 512 is lost beyond (LOG.md).
+Models differ only in who may read whom: `masked_attention` reads all of the past, `window` the
+last 64 tokens, `expander` these and 6 links drawn for each query, head and layer from all of the
+past beyond; in `mixed` layers take turns, a window, all of the past, a window, and in
+`global_first` they begin with all of the past. They have the same first weights and see the same
+rows, in three paired seeds; they learn on texts of 512 tokens and are tested on 512 to 4,096.
+None is told positions: neither task needs any, and Rope trained at 512 is lost beyond (LOG.md).
 
 First they learn `recall`: 32 pairs of a key and one of 8 values, one token each, lie among
 random words; later each key is asked, and its value comes next. In training the distance is
@@ -20,12 +20,12 @@ the value comes next. All odds are known, so the entropy is exact: a value that 
 nothing to who has it, and log2(8) = 3 bits to who has not; its distance is to its last mention.
 
 Beside the recall stands whether the pair could be read directly, in which layers a link of any
-head joins it to its question; and what share of the past `reached` finds after each layer. Each
-cell is kept in runs/ when it is done, and is not run again; every run has one thread. The last
-line is JSON; `--save` keeps it in result.json. `--dry` builds every model and a batch and trains
-nothing. `--full` is for a GPU: 12 layers of width 512, longer texts, more pairs, Rope on half of
-the channels where layers are not global, and books of PG-19 as a third lesson. About 25 minutes
-on two cores."""
+head joins it to its question; and what share of the past `receptive_field` finds after each
+layer. Each cell is kept in runs/ when it is done, and is not run again; every run has one
+thread. The last line is JSON; `--save` keeps it in result.json. `--dry` builds every model and a
+batch and trains nothing. `--full` is for a GPU: 12 layers of width 512, longer texts, more
+pairs, Rope on half of the channels where layers are not global, and books of PG-19 as a third
+lesson. About 25 minutes on two cores."""
 
 import argparse
 import hashlib
@@ -44,16 +44,16 @@ from torch.nn import functional as F
 
 from llm_lab.kv_cache import window
 from llm_lab.gpt import MiniGPT
-from llm_lab.self_attention import causal, visible
+from llm_lab.self_attention import causal, dense_mask
 from llm_lab.parts import part
 from llm_lab.kernels import SparseAttention
 from llm_lab.hardware import device, machine
 from llm_lab.core import progress
-from llm_lab.files import written
+from llm_lab.files import atomic_write
 from llm_lab.positions import Rope
 from llm_lab.llama_block import llama
 from llm_lab.optim import muon
-from llm_lab.sparse import cycle, either, expander, reached
+from llm_lab.sparse import cycle, either, expander, receptive_field
 from llm_lab.train import fit, next_token_loss
 from texts import (
     FULL,
@@ -107,7 +107,7 @@ def direct(name, size, asked):
     "For each question: which layers let it read its pair itself, by any head, as '010'"
     i = torch.tensor([i for i, _ in asked])
     seen = [
-        visible(p, i, i - torch.tensor([d for _, d in asked]), size.n_heads, n).expand(
+        dense_mask(p, i, i - torch.tensor([d for _, d in asked]), size.n_heads, n).expand(
             1, size.n_heads, len(i), len(i)
         )
         for n, p in enumerate(layers(name, size))
@@ -206,9 +206,9 @@ def cell(kind, name, seed, size):
     )
     with torch.no_grad():
         tests = {T: test(net.eval(), name, size, T) for T in size.lengths}
-    with written(at(kind, 'safetensors')) as f:
+    with atomic_write(at(kind, 'safetensors')) as f:
         save_file(net.state_dict(), f)
-    with written(at(kind, 'json')) as f:
+    with atomic_write(at(kind, 'json')) as f:
         f.write_text(
             json.dumps(
                 dict(
@@ -224,7 +224,7 @@ def cell(kind, name, seed, size):
 
 def reach_table(name, size, T):
     "Share of the past that the last token has heard of after each layer, in all and by distance"
-    found = reached(layers(name, size), T, n_heads=size.n_heads).flip(1)  # by distance
+    found = receptive_field(layers(name, size), T, n_heads=size.n_heads).flip(1)  # by distance
     return dict(
         all=[round(x, 4) for x in found.float().mean(1).tolist()],
         by={

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from llm_lab.hubdata import pg19
 from llm_lab.hardware import device
-from llm_lab.llama_block import llama, rate
+from llm_lab.llama_block import llama, muon_lr
 from llm_lab.train import random_crops
 
 # words, steps to the next one, share of keys, how unlike they are
@@ -54,7 +54,7 @@ FULL = Size(
     8,
     6000,
     32,
-    rate(llama(depth=8)),
+    muon_lr(llama(depth=8)),
     128,
     32,
     32,
@@ -67,9 +67,8 @@ def bins(T):
 
 
 def bin_of(d):
-    return max(
-        16, 2 ** math.ceil(math.log2(d))
-    )  # a distance belongs to the first bin that is not smaller
+    # a distance belongs to the first bin that is not smaller
+    return max(16, 2 ** math.ceil(math.log2(d)))
 
 
 def recall_row(T, distances, size, seed):

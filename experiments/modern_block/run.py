@@ -31,9 +31,9 @@ from llm_lab.gpt import MLP, Learned, MiniGPT, quick_linear
 from llm_lab.self_attention import Attention
 from llm_lab.parts import part
 from llm_lab.gqa import GQA
-from llm_lab.hardware import keep_memory, machine
+from llm_lab.hardware import keep_freed_memory, machine
 from llm_lab.core import progress, rng
-from llm_lab.files import written
+from llm_lab.files import atomic_write
 from llm_lab.llama_block import Capped, QKNorm, ReLU2, SwiGLU, llama
 from llm_lab.positions import Rope, Sinusoidal
 from llm_lab.init import scaled_init, spectral_init
@@ -102,7 +102,7 @@ def cell(name, lr, seed, corpus, n_steps):
         training=[x / math.log(2) for x in run.losses[::20]],
         floor=setup.corpus.floor,
     )
-    with written(file) as f:
+    with atomic_write(file) as f:
         f.write_text(json.dumps(said))
     return said
 
@@ -111,7 +111,7 @@ def paces(names, rounds=15, turn=4):
     """Time of a training step beside the base's: all in turn, one thread; the median of the ratios
     within a round"""
     torch.set_num_threads(1)
-    keep_memory()
+    keep_freed_memory()
     models = {n: MiniGPT(replace(BASE, **CHOICES[n])) for n in names}
     opts = {n: muon(m) for n, m in models.items()}
     took = {n: [] for n in names}

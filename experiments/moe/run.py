@@ -30,9 +30,9 @@ from llm_lab.chars import CharTokenizer
 from llm_lab.corpora import load_corpus
 from llm_lab.parts import Aux, part
 from llm_lab.gpt import MiniGPT
-from llm_lab.hardware import device, flops, keep_memory, machine
+from llm_lab.hardware import device, flops, keep_freed_memory, machine
 from llm_lab.core import progress
-from llm_lab.files import written
+from llm_lab.files import atomic_write
 from llm_lab.llama_block import SwiGLU, llama
 from llm_lab.moe import MoE, Router, sigmoid_top_k, softmax_top_k, top_k_softmax
 from llm_lab.train import fit, mean_loss, next_token_loss, random_crops
@@ -48,6 +48,7 @@ CELLS = {
     '8 experts, 2 each, no balance': dict(e=8, k=2, balance=0.0, z=0.0),
     '8 experts, 2 each, bias': dict(e=8, k=2, balance=0.0, z=0.0, bias_rate=0.001),
 }
+# n values: n − 1 degrees
 T975 = {
     2: 12.706,
     3: 4.303,
@@ -58,7 +59,7 @@ T975 = {
     8: 2.365,
     9: 2.306,
     10: 2.262,
-}  # n values: n − 1 degrees
+}
 
 
 def mlp(width, e, k, **router):
@@ -108,7 +109,7 @@ def cell(text, name, size, seed, steps):
     where = device() if size == 'full' else 'cpu'
     if where == 'cpu':
         torch.set_num_threads(1)
-        keep_memory()
+        keep_freed_memory()
     corpus = load_corpus(text)
     tok = CharTokenizer.train(''.join(map(corpus.text, corpus.splits)))
     ids = {
@@ -135,7 +136,7 @@ def one(job):
     if not path.exists():
         out = cell(*job)
         path.parent.mkdir(exist_ok=True)
-        with written(path) as new:
+        with atomic_write(path) as new:
             new.write_text(json.dumps(out), encoding='utf-8')
     return json.loads(path.read_text(encoding='utf-8'))
 

@@ -23,8 +23,8 @@ import torch
 
 from llm_lab.hardware import machine
 from llm_lab.core import progress
-from llm_lab.files import written
-from llm_lab.optim import OPTIMISERS
+from llm_lab.files import atomic_write
+from llm_lab.optim import OPTIMIZERS
 from llm_lab.train import Recipe, fit, prepare
 
 HERE = Path(__file__).parent
@@ -41,10 +41,10 @@ def cell(optimiser, lr, seed, steps):
     torch.set_num_threads(1)
     setup = prepare(Recipe('tiny_shakespeare', steps, 12, 64, seed=seed))
     run = fit(
-        setup.model, setup.batch, steps, opt=OPTIMISERS[optimiser](setup.model, lr=lr), seed=seed
+        setup.model, setup.batch, steps, opt=OPTIMIZERS[optimiser](setup.model, lr=lr), seed=seed
     )
     said = dict(optimiser=optimiser, lr=lr, seed=seed, loss=setup.loss(), training=run.losses[::20])
-    with written(file) as f:
+    with atomic_write(file) as f:
         f.write_text(json.dumps(said))
     return said
 
@@ -82,16 +82,16 @@ def search(job):
 
 def main(steps, jobs):
     with ProcessPoolExecutor(jobs) as pool:
-        searches = pool.map(search, [(o, steps) for o in OPTIMISERS])
+        searches = pool.map(search, [(o, steps) for o in OPTIMIZERS])
         found = {
-            name: (lr, tried) for name, lr, tried in progress(searches, 'tuning', len(OPTIMISERS))
+            name: (lr, tried) for name, lr, tried in progress(searches, 'tuning', len(OPTIMIZERS))
         }
-        grid = [(o, found[o][0], seed, steps) for seed in SEEDS for o in OPTIMISERS]
+        grid = [(o, found[o][0], seed, steps) for seed in SEEDS for o in OPTIMIZERS]
         runs = list(progress(pool.map(cell, *zip(*grid)), 'runs', len(grid)))
-    losses = {o: [r['loss'] for r in runs if r['optimiser'] == o] for o in OPTIMISERS}
+    losses = {o: [r['loss'] for r in runs if r['optimiser'] == o] for o in OPTIMIZERS}
     curves = {
         o: [round(mean(v), 4) for v in zip(*(r['training'] for r in runs if r['optimiser'] == o))]
-        for o in OPTIMISERS
+        for o in OPTIMIZERS
     }
     print(f'{"optimiser":10}{"rate":>8}  validation loss, nats per character')
     for o, values in losses.items():
@@ -104,7 +104,7 @@ def main(steps, jobs):
         )
     pairs = {
         f'{o} − adamw': interval([a - b for a, b in zip(losses[o], losses['adamw'])])
-        for o in OPTIMISERS
+        for o in OPTIMIZERS
         if o != 'adamw'
     }
     for name, p in pairs.items():

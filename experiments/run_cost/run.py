@@ -5,10 +5,11 @@ The engine, the log, and a checkpoint every hundred steps.
 python experiments/run_cost/run.py [--rounds 12] [--save]
 
 nanoGPT's CPU shape (4 layers, width 128, 12 × 64 characters), AdamW. Four ways to make the same
-steps: `fit` alone; a `Job` on one process without accelerate; a `Job` on accelerate; the same
-with a checkpoint every hundred steps. Each way is a process of its own, and they take turns of a
-hundred steps; what is due in between is in the time. Medians of the rounds, ratios within a
-round; the last line is JSON, `--save` keeps it in result.json. About four minutes on two cores."""
+steps: `fit` alone; a `TrainingRun` on one process without accelerate; a `TrainingRun` on
+accelerate; the same with a checkpoint every hundred steps. Each way is a process of its own, and
+they take turns of a hundred steps; what is due in between is in the time. Medians of the rounds,
+ratios within a round; the last line is JSON, `--save` keeps it in result.json. About four
+minutes on two cores."""
 
 import argparse
 import json
@@ -24,7 +25,7 @@ from statistics import median
 from llm_lab.config import read_config
 from llm_lab.hardware import machine
 from llm_lab.core import progress
-from llm_lab.runs import Alone, Job, engine_of
+from llm_lab.runs import SingleProcess, TrainingRun, make_engine
 from llm_lab.train import fit
 
 HERE, NEVER, TURN = Path(__file__).parent, 10**9, 100
@@ -50,10 +51,10 @@ def child(way, rounds):
     )
     out = sys.stdout
     with redirect_stdout(sys.stderr):
-        job = Job(
+        job = TrainingRun(
             cfg,
             Path(os.environ['LLM_LAB_HOME']) / 'experiments' / 'cost' / 'runs' / way,
-            engine_of() if way in WAYS[2:] else Alone(),
+            make_engine() if way in WAYS[2:] else SingleProcess(),
         )
         step, seen = job.step, dict(steps=0, start=0.0)
 

@@ -23,13 +23,13 @@ import torch
 
 from llm_lab.chars import CharTokenizer
 from llm_lab.config import read_config
-from llm_lab.corpora import cut, load_corpus
+from llm_lab.corpora import split_text, load_corpus
 from llm_lab.gpt import MiniGPT
 from llm_lab.hardware import machine
-from llm_lab.optim import OPTIMISERS, SCHEDULES
+from llm_lab.optim import OPTIMIZERS, SCHEDULES
 from llm_lab.batching import BatchStream
 from llm_lab.runs import model_config
-from llm_lab.train import Run, fit, mean_loss, random_crops
+from llm_lab.train import TrainState, fit, mean_loss, random_crops
 
 HERE = Path(__file__).parent
 WAYS = {
@@ -47,12 +47,12 @@ def learned(way, steps, threads=1):
     torch.set_num_threads(threads)
     cfg = read_config('golden')
     d, t = cfg.data, cfg.train
-    text = cut(load_corpus('tiny_shakespeare').text('train')[:60_000])
+    text = split_text(load_corpus('tiny_shakespeare').text('train')[:60_000])
     tok = CharTokenizer.train(''.join(text.values()))
     train, val = (torch.tensor(tok.encode(text[s])) for s in ('train', 'val'))
     model = MiniGPT(model_config(cfg, tok.vocab_size), t.seed)
-    run = Run(
-        model, steps, opt=OPTIMISERS[t.optimiser](model, lr=t.lr, weight_decay=t.weight_decay)
+    run = TrainState(
+        model, steps, opt=OPTIMIZERS[t.optimiser](model, lr=t.lr, weight_decay=t.weight_decay)
     )
     vals = {}
 

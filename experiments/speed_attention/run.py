@@ -29,10 +29,10 @@ from torch.nn import functional as F
 
 from llm_lab.kv_cache import window
 from llm_lab.parts import part
-from llm_lab.self_attention import visible
-from llm_lab.kernels import Plan, attended, planned, way
-from llm_lab.hardware import keep_memory, machine
-from llm_lab.core import need, progress, rng
+from llm_lab.self_attention import dense_mask
+from llm_lab.kernels import Plan, sparse_attention, get_plan, choose_kernel
+from llm_lab.hardware import keep_freed_memory, machine
+from llm_lab.core import require, progress, rng
 from llm_lab.sparse import either, expander
 
 H, D = 8, 64
@@ -55,7 +55,7 @@ def qkvg(T, device='cpu', dtype=torch.float32):
 
 
 def local(size):
-    return need('local_attention', 'local-attention').LocalAttention(
+    return require('local_attention', 'local-attention').LocalAttention(
         window_size=size,
         causal=True,
         look_backward=1,
@@ -71,13 +71,15 @@ def contenders(T):
     ways = {'dense': lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)}
     i = torch.arange(T)
     if T <= OTHERS:
-        seen = visible(PATTERNS['window 256'], i, i)
+        seen = dense_mask(PATTERNS['window 256'], i, i)
         ways['masked, window 256'] = lambda q, k, v: F.scaled_dot_product_attention(
             q, k, v, attn_mask=seen
         )
         other = local(256)
         ways['local-attention, window 256'] = lambda q, k, v: other(q, k, v)
-    return ways | {name: lambda q, k, v, p=p: attended(q, k, v, p) for name, p in PATTERNS.items()}
+    return ways | {
+        name: lambda q, k, v, p=p: sparse_attention(q, k, v, p) for name, p in PATTERNS.items()
+    }
 
 
 def turn(f, q, k, v, g):
@@ -106,11 +108,14 @@ def keys_are_true(T, pieces=512):
     is multiplied"""
     out = {}
     for name, pattern in PATTERNS.items():
-        if way(pattern, T)[0] == 'dense':
+        if choose_kernel(pattern, T)[0] == 'dense':
             continue
         plan, i = Plan(pattern, T, H).make(), torch.arange(T)
         want = torch.cat(
-            [visible(pattern, some, i, H).expand(1, H, -1, -1).sum(-1) for some in i.split(pieces)],
+            [
+                dense_mask(pattern, some, i, H).expand(1, H, -1, -1).sum(-1)
+                for some in i.split(pieces)
+            ],
             -1,
         )
         got = plan.keys().expand(1, H, T)
@@ -137,9 +142,10 @@ def memory(name, T):
     """Bytes that one call, both ways, adds at its height, and those of the plan, which is made
     once; in a process of its own"""
     f, few, inputs = contenders(T)[name], qkvg(512), qkvg(T)
-    turn(lambda q, k, v: attended(q, k, v, PATTERNS['window 64']), *few)  # the libraries are loaded
+    # the libraries are loaded
+    turn(lambda q, k, v: sparse_attention(q, k, v, PATTERNS['window 64']), *few)
     before = resident()
-    if name in PATTERNS and (plan := planned(PATTERNS[name], T, H)).linked:
+    if name in PATTERNS and (plan := get_plan(PATTERNS[name], T, H)).linked:
         plan.links(1, H)
     made = resident()
     Path('/proc/self/clear_refs').write_text('5')  # the height is counted from here
@@ -154,7 +160,7 @@ def slope(lengths, out, name):
 
 
 def on_cpu(rounds, longest):
-    keep_memory()
+    keep_freed_memory()
     lengths = [T for T in LENGTHS if T <= longest]
     out = {}
     for T in progress(lengths, 'lengths'):
@@ -163,7 +169,7 @@ def on_cpu(rounds, longest):
         out[T] = dict(
             ms={n: round(1000 * s, 2) for n, s in seconds.items()},
             ratio=ratio,
-            kernel={n: way(p, T)[0] for n, p in PATTERNS.items()},
+            kernel={n: choose_kernel(p, T)[0] for n, p in PATTERNS.items()},
             keys=keys_are_true(T),
         )
         print(f'\nT = {T:,}')
@@ -199,7 +205,7 @@ def on_gpu(rounds):
         row = {}
         for name, f in {
             'dense': lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
-            **{n: lambda q, k, v, p=p: attended(q, k, v, p) for n, p in PATTERNS.items()},
+            **{n: lambda q, k, v, p=p: sparse_attention(q, k, v, p) for n, p in PATTERNS.items()},
         }.items():
             turn(f, *qkv, g)  # compiled
             torch.cuda.synchronize()

@@ -34,12 +34,12 @@ import tiktoken
 import tokenizers
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from llm_lab.bpe import GPT2, BPETokenizer, from_letters
+from llm_lab.bpe import GPT2, BPETokenizer, printable_to_bytes
 from llm_lab.corpora import Corpus, load_corpus
 from llm_lab.core import LabError
 from llm_lab.hardware import machine
 from llm_lab.packing import PackedTokens, pack
-from llm_lab.tales import tiny_tales, write
+from llm_lab.tales import tiny_tales, write_tale
 
 try:
     import rustbpe
@@ -88,7 +88,9 @@ def theirs_trained(text, vocab_size):
 
 
 def merges_of(theirs):
-    return [tuple(map(from_letters, m)) for m in json.loads(theirs.to_str())['model']['merges']]
+    return [
+        tuple(map(printable_to_bytes, m)) for m in json.loads(theirs.to_str())['model']['merges']
+    ]
 
 
 def obvious(text, n):
@@ -239,7 +241,7 @@ class Made:
         while n < self.bytes:
             rnd = random.Random(at)
             if at % 4 == 0:
-                block = [write(f'{at}/{k}') for k in range(700)]
+                block = [write_tale(f'{at}/{k}') for k in range(700)]
             elif at % 4 == 1:
                 block = texts.documents(at, 150, 1500, vocabulary=20_000)
             else:

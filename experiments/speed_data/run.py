@@ -20,7 +20,7 @@ import torch
 
 from llm_lab.chars import CharTokenizer
 from llm_lab.corpora import Corpus
-from llm_lab.gpt import Config, MiniGPT
+from llm_lab.gpt import GPTConfig, MiniGPT
 from llm_lab.hardware import machine
 from llm_lab.core import progress, rng
 from llm_lab.batching import BatchStream
@@ -47,9 +47,8 @@ def stacked(tokens, stream):
     def cut(k):
         row = array[k : k + T + 1]
         if len(row) <= T:
-            row = np.concatenate(
-                [row, array[: T + 1 - len(row)]]
-            )  # over the end, into the beginning
+            # over the end, into the beginning
+            row = np.concatenate([row, array[: T + 1 - len(row)]])
         return torch.from_numpy(row.astype(np.int64))
 
     def batch(step):
@@ -62,7 +61,9 @@ def main(rounds):
     with tempfile.TemporaryDirectory() as folder:
         tokens = packed(Path(folder) / 'noise')
         stream = BatchStream(tokens, B, T)
-        model = MiniGPT(Config(vocab_size=V, max_len=T, d_model=C, n_layers=L, n_heads=H)).train()
+        model = MiniGPT(
+            GPTConfig(vocab_size=V, max_len=T, d_model=C, n_layers=L, n_heads=H)
+        ).train()
         opt, fixed = adamw(model, 1e-3), stream(0)
         slices = stacked(tokens, stream)
         assert (slices(5) == stream(5)).all()

@@ -26,8 +26,8 @@ from statistics import median
 
 import torch
 
-from llm_lab.kv_cache import cached
-from llm_lab.inference import bandwidth, fast, fetched
+from llm_lab.kv_cache import with_kv_cache
+from llm_lab.inference import bandwidth, for_inference, bytes_per_token
 from llm_lab.gpt import MiniGPT
 from llm_lab.parts import part
 from llm_lab.hub import from_hf, to_hf
@@ -42,11 +42,11 @@ SHAPES = {
     '110M': dict(d_model=768, n_layers=12, n_heads=12, mlp=part(SwiGLU, d_ff=2048)),
 }
 OURS = {
-    'cached': cached,
-    'fast': fast,
-    'compiled': lambda m: fast(m, compile=True),
-    'int8': lambda m: fast(m, 'int8'),
-    'int8_compiled': lambda m: fast(m, 'int8', compile=True),
+    'cached': with_kv_cache,
+    'fast': for_inference,
+    'compiled': lambda m: for_inference(m, compile=True),
+    'int8': lambda m: for_inference(m, 'int8'),
+    'int8_compiled': lambda m: for_inference(m, 'int8', compile=True),
 }
 
 
@@ -127,9 +127,8 @@ def measure(shape, rounds):
                 stderr=subprocess.DEVNULL,
                 text=True,
             )
-            kids[name].memory = json.loads(kids[name].stdout.readline())[
-                'memory'
-            ]  # one after the other
+            # one after the other
+            kids[name].memory = json.loads(kids[name].stdout.readline())['memory']
         turns = {name: [] for name in names}
         for _ in progress(range(rounds), f'{shape}: rounds'):
             for name, kid in kids.items():
@@ -152,8 +151,8 @@ def measure(shape, rounds):
         same_ids={
             n: all(t['ids'] == want for t in ts) for n, ts in turns.items() if 'int8' not in n
         },
-        limit=round(bandwidth() / fetched(model), 1),
-        limit_int8=round(bandwidth() / fetched(fast(model, 'int8')), 1),
+        limit=round(bandwidth() / bytes_per_token(model), 1),
+        limit_int8=round(bandwidth() / bytes_per_token(for_inference(model, 'int8')), 1),
     )
     print(
         f'\n{shape}: {model.n_params / 1e6:.1f}M weights; memory allows {out["limit"]:.0f} '

@@ -2,7 +2,7 @@
 
 python experiments/speed_gpu/run.py [--batch 32] [--steps 100] [--save]
 
-12 layers of width 768, 12 heads, contexts of 1,024 bytes; `fit` with `Step(precision='bf16',
+12 layers of width 768, 12 heads, contexts of 1,024 bytes; `fit` with `StepRunner(precision='bf16',
 compile=True)` and without compilation, and the same for Muon. Time is taken over `--steps` steps
 after 20 for warming up; work is counted as products of matrices in float32 shapes (`flops`), the
 peak is the best product of 8,192 × 8,192 matrices in bf16 on this machine. The last line is
@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
-from llm_lab.gpt import Config, MiniGPT
+from llm_lab.gpt import GPTConfig, MiniGPT
 from llm_lab.hardware import device, flops, machine, peak_flops
 from llm_lab.core import rng
-from llm_lab.optim import OPTIMISERS
-from llm_lab.efficient import Step
+from llm_lab.optim import OPTIMIZERS
+from llm_lab.efficient import StepRunner
 from llm_lab.train import fit, next_token_loss, random_crops
 
 WARM = 20
@@ -34,7 +34,7 @@ def seconds(cfg, batch_size, steps, where, step, optimiser):
         model,
         batch,
         WARM + steps,
-        opt=OPTIMISERS[optimiser](model, lr=1e-4),
+        opt=OPTIMIZERS[optimiser](model, lr=1e-4),
         step=step,
         every={(WARM, WARM + steps): lambda run: dict(at=run.seconds)},
     )
@@ -43,7 +43,7 @@ def seconds(cfg, batch_size, steps, where, step, optimiser):
 
 def main(batch_size, steps, small):
     where = device()
-    cfg = Config(256, 64, 64, 2, 2) if small else Config(256, 1024, 768, 12, 12)
+    cfg = GPTConfig(256, 64, 64, 2, 2) if small else GPTConfig(256, 1024, 768, 12, 12)
     model = MiniGPT(cfg)
     row = torch.zeros(1, cfg.max_len + 1, dtype=torch.int64)
     work = batch_size * flops(lambda: next_token_loss(model, row).backward())
@@ -56,9 +56,9 @@ def main(batch_size, steps, small):
         peak_tflops=round(peak / 1e12, 2),
     )
     for name, step, optimiser in (
-        ('eager', Step(precision='bf16'), 'adamw'),
-        ('compiled', Step(precision='bf16', compile=True), 'adamw'),
-        ('compiled, Muon', Step(precision='bf16', compile=True), 'muon'),
+        ('eager', StepRunner(precision='bf16'), 'adamw'),
+        ('compiled', StepRunner(precision='bf16', compile=True), 'adamw'),
+        ('compiled, Muon', StepRunner(precision='bf16', compile=True), 'muon'),
     ):
         s = seconds(cfg, batch_size, steps, where, step, optimiser)
         result[name] = dict(

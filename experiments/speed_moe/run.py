@@ -23,10 +23,10 @@ from statistics import median
 
 import torch
 
-from llm_lab.gpt import Config, quick_linear
+from llm_lab.gpt import GPTConfig, quick_linear
 from llm_lab.parts import part
-from llm_lab.hardware import keep_memory, machine
-from llm_lab.core import need, rng
+from llm_lab.hardware import keep_freed_memory, machine
+from llm_lab.core import require, rng
 from llm_lab.llama_block import SwiGLU
 from llm_lab.moe import MoE, Router
 
@@ -35,7 +35,7 @@ E, K, C, F, N = 8, 2, 256, 512, 2048
 
 def mixtral(moe, kind, device):
     "transformers' block with our weights"
-    need('transformers')
+    require('transformers')
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
@@ -53,7 +53,7 @@ def mixtral(moe, kind, device):
 
 def contenders(device='cpu', dtype=torch.float32):
     torch.manual_seed(0)
-    cfg = Config(d_model=C)
+    cfg = GPTConfig(d_model=C)
     ours = MoE(
         cfg,
         n_experts=E,
@@ -128,7 +128,7 @@ def same(ways, device, dtype, most):
 
 def main(rounds, device):
     if device == 'cpu':
-        keep_memory()
+        keep_freed_memory()
     dtype = torch.float32 if device == 'cpu' else torch.bfloat16
     ways, out = contenders(device, dtype), {}
     same(ways, device, dtype, 1e-5 if device == 'cpu' else 5e-2)

@@ -26,15 +26,15 @@ from torch.nn import functional as F
 
 from llm_lab import gpt
 from llm_lab.chars import CharTokenizer
-from llm_lab.gpt import Config, MiniGPT
+from llm_lab.gpt import GPTConfig, MiniGPT
 from llm_lab.parts import part
 from llm_lab.gqa import GQA
 from llm_lab.hardware import flops, machine, peak_flops
 from llm_lab.core import progress, rng
 from llm_lab.llama_block import SwiGLU, llama
-from llm_lab.efficient import Step
+from llm_lab.efficient import StepRunner
 from llm_lab.optim import muon
-from llm_lab.package import save_package
+from llm_lab.package import save
 from llm_lab.train import fit, next_token_loss, random_crops, train_step
 
 B, T, V, C, L, H = 12, 64, 65, 128, 4, 4
@@ -102,7 +102,7 @@ def plain_loop(model, logits_of, turn):
 
 
 def small():
-    return MiniGPT(Config(vocab_size=V, max_len=T, d_model=C, n_layers=L, n_heads=H))
+    return MiniGPT(GPTConfig(vocab_size=V, max_len=T, d_model=C, n_layers=L, n_heads=H))
 
 
 def small_llama():
@@ -163,11 +163,11 @@ def transformers_llama(turn):
 
 LOOPS = {
     'llm_lab': our_loop,
-    'llm_lab, compiled': lambda turn: our_loop(turn, Step(compile=True)),
+    'llm_lab, compiled': lambda turn: our_loop(turn, StepRunner(compile=True)),
     'plain eager GPT-2': lambda turn: plain_loop(PlainGPT().train(), lambda out: out, turn),
     'transformers GPT-2': transformers_loop,
     'llm_lab, no oneDNN': lambda turn: our_loop(turn, onednn=False),
-    'llm_lab, bf16': lambda turn: our_loop(turn, Step(precision='bf16')),
+    'llm_lab, bf16': lambda turn: our_loop(turn, StepRunner(precision='bf16')),
     'llm_lab, Muon': lambda turn: our_loop(turn, opt=muon),
     'llm_lab Llama': lambda turn: our_loop(turn, make=small_llama),
     'transformers Llama': transformers_llama,
@@ -202,10 +202,10 @@ def first_token(rounds=5):
         "model, tok, _ = open_model(sys.argv[1]); next(stream(model, tok, 'ab')); "
         "print(time.perf_counter() - start)"
     )
-    tour_size = Config(vocab_size=65, max_len=128, d_model=160, n_heads=5)
+    tour_size = GPTConfig(vocab_size=65, max_len=128, d_model=160, n_heads=5)
     letters = CharTokenizer(map(chr, range(60, 125)))
     with tempfile.TemporaryDirectory() as folder:
-        save_package(Path(folder) / 'm', MiniGPT(tour_size), letters)
+        save(Path(folder) / 'm', MiniGPT(tour_size), letters)
         return median(
             float(subprocess.check_output([sys.executable, '-c', code, f'{folder}/m']))
             for _ in range(rounds)

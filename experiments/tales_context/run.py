@@ -18,7 +18,7 @@ from pathlib import Path
 
 from llm_lab.first_tour import tour
 from llm_lab.hardware import machine
-from llm_lab.files import written
+from llm_lab.files import atomic_write
 
 HERE = Path(__file__).parent
 CONTEXTS = 72, 144, 288, 576
@@ -36,7 +36,7 @@ def cell(context, minutes):
                 [('block_len', context), ('batch_size', round(1024 / context))],
             )
         path.parent.mkdir(exist_ok=True)
-        with written(path) as new:
+        with atomic_write(path) as new:
             new.write_text(
                 json.dumps(dict(result, said=said.getvalue(), **machine())), encoding='utf-8'
             )

@@ -22,7 +22,7 @@ from llm_lab.experts import active_params
 from llm_lab.gpt import MiniGPT, config_from
 from llm_lab.hardware import flops, machine
 from llm_lab.core import home
-from llm_lab.runs import train_config
+from llm_lab.runs import train_run
 
 HERE = Path(__file__).parent
 NAMES = ('condor', 'tinystories_baseline', 'falcon')
@@ -43,7 +43,7 @@ def one(name, run, changes):
     "The run's last row and its result, trained if need be"
     folder = home() / 'experiments' / name / 'runs' / run
     if not (folder / 'result.json').exists():
-        train_config(
+        train_run(
             name,
             *changes,
             run=None if folder.exists() else run,
