@@ -38,27 +38,56 @@ def permuted_index(
     epoch, x = (v.ravel() for v in np.divmod(i, np.uint64(n)))
     a = math.isqrt(n - 1) + 1
     b = -(-n // a)  # a*b ≥ n, hardly more
-    key, todo = _drawn(epoch, seed, 'blocks'), np.arange(len(x))
+    key = _drawn(epoch, seed, 'blocks')
+    todo = np.arange(len(x))  # places whose block is not found yet
     out = np.empty(len(x), np.int64)
     while len(todo):
-        half = list(np.divmod(x, np.uint64(b)))
+        half = list(np.divmod(x, np.uint64(b)))  # left, below a; right, below b
         for r in range(8):
             size, k = np.uint64((a, b)[r % 2]), _mix(key + np.uint64(r))
             half[r % 2] = (half[r % 2] + _mix(half[1 - r % 2] ^ k) % size) % size
         x = half[0] * np.uint64(b) + half[1]
-        out[todo[x < n]] = x[x < n]
-        todo, key, x = todo[x >= n], key[x >= n], x[x >= n]  # who is outside walks on
+        inside = x < n
+        out[todo[inside]] = x[inside]
+        outside = ~inside  # who is outside walks on
+        todo, key, x = todo[outside], key[outside], x[outside]
     return out.reshape(i.shape)
 
 # %% ../nbs/14_batching.ipynb #434f4196
 def _document_rows(n, T, starts):
-    "(where rows begin, how far back each may move), int64, (R,): the first of a document stays"
+    """(where rows begin, how far back each may move), int64, (R,): the first of a document stays.
+
+    n = 15, T = 4, documents at 0 and 10, of 10 and 5 tokens: they need 3 and 2 rows. The rows
+    begin at 0 4 8, 10 14; 3·4 − 10 = 2 and 2·4 − 5 = 3 tokens are too many, so they may move back
+    by at most 0 2 2, 0 3"""
     starts = np.asarray(starts, np.int64)
     lengths = np.diff(starts, append=starts[0] + n)  # the last goes on to the first
-    count = -(-lengths // T)
-    of = np.repeat(np.arange(len(starts)), count)
-    k = np.arange(len(of)) - (np.cumsum(count) - count)[of]  # the how manyth of its document
-    return starts[of] + k * T, np.where(k > 0, (count * T - lengths)[of], 0)
+    count = -(-lengths // T)  # rows of each document, rounded up
+    spare = count * T - lengths  # how far its last row reaches beyond its end
+    document = np.repeat(np.arange(len(starts)), count)  # of each row: 0 0 0 1 1
+    first_row = np.cumsum(count) - count  # of each document: 0 3
+    k = (
+        np.arange(len(document)) - first_row[document]
+    )  # of each row, within its document: 0 1 2 0 1
+    begins = starts[document] + k * T
+    room = np.where(k > 0, spare[document], 0)
+    return begins, room
+
+
+def _check_sizes(n, batch_size, block_len, rank, world_size):
+    "Raises `LabError` where no batch could be made of n tokens"
+    for k, v in dict(batch_size=batch_size, block_len=block_len, world_size=world_size).items():
+        if not isinstance(v, int) or v < 1:
+            raise LabError(f'{k}={v!r}: give a whole number above 0')
+    if n <= block_len:
+        raise LabError(
+            f'the text has {n} tokens, a block needs {block_len + 1}: '
+            'give a longer text or a smaller block_len'
+        )
+    if batch_size % world_size or not 0 <= rank < world_size:
+        raise LabError(
+            f'{batch_size=}, {rank=}: give a multiple of {world_size=}, and a rank below it'
+        )
 
 
 class BatchStream:
@@ -78,19 +107,10 @@ class BatchStream:
         device='cpu',
         starts=None,  # where documents begin, ascending, (M,)
     ):
+        import torch
+
         ids = getattr(tokens, 'ids', tokens)
-        for k, v in dict(batch_size=batch_size, block_len=block_len, world_size=world_size).items():
-            if not isinstance(v, int) or v < 1:
-                raise LabError(f'{k}={v!r}: give a whole number above 0')
-        if len(ids) <= block_len:
-            raise LabError(
-                f'the text has {len(ids)} tokens, a block needs {block_len + 1}: '
-                'give a longer text or a smaller block_len'
-            )
-        if batch_size % world_size or not 0 <= rank < world_size:
-            raise LabError(
-                f'{batch_size=}, {rank=}: give a multiple of {world_size=}, and a rank below it'
-            )
+        _check_sizes(len(ids), batch_size, block_len, rank, world_size)
         self.batch_size = batch_size
         self.rank = rank
         self.world_size = world_size
@@ -107,10 +127,10 @@ class BatchStream:
         )
         if self.rows:
             self.made_of['starts'] = hashlib.sha256(self.rows[0].tobytes()).hexdigest()
-        import torch
-
-        self.ids, self.ahead = ids, torch.arange(block_len + 1)
-        self.step, self._known = 0, (None, None)
+        self.ids = ids
+        self.ahead = torch.arange(block_len + 1)
+        self.step = 0
+        self._known = (None, None)  # (number of a part, the beginnings of its steps): `blocks_of`
 
     def __iter__(self):
         return self
@@ -126,22 +146,33 @@ class BatchStream:
 @patch
 def blocks_of(self: BatchStream, step: int):  # places in the text, int64, (B / world_size,)
     "Where the blocks begin that this rank reads at a step"
-    part, k = divmod(
-        step, ahead := max(1, 4096 // self.batch_size)
-    )  # so many are worked out together
+    # some thousand rows, a part, cost no more than one batch: they are worked out together
+    steps = max(1, 4096 // self.batch_size)
+    part, k = divmod(step, steps)
     if self._known[0] != part:
         import torch
 
-        n, T, seed = (self.made_of[key] for key in ('n', 'block_len', 'seed'))
-        places = (
-            np.arange(ahead * self.batch_size).reshape(ahead, -1) + part * ahead * self.batch_size
-        )
-        mine = places[:, self.rank :: self.world_size]
-        blocks = permuted_index(mine, self.per_epoch, seed)
-        begins, room = (blocks * T, n - 1) if self.rows is None else (r[blocks] for r in self.rows)
-        turn = _drawn(mine // self.per_epoch, seed, 'turn') % np.asarray(room + 1, np.uint64)
-        self._known = part, torch.from_numpy((begins - turn.astype(np.int64)) % n).unbind()
+        begins = self._begins(part * steps, steps)
+        self._known = part, torch.from_numpy(begins).unbind()
     return self._known[1][k]
+
+
+@patch
+def _begins(self: BatchStream, step, steps):  # int64, (steps, B / world_size)
+    "Where this rank's blocks begin, at a step and those that follow"
+    n, T, seed = (self.made_of[key] for key in ('n', 'block_len', 'seed'))
+    B = self.batch_size
+    places = np.arange(steps * B).reshape(steps, B) + step * B  # in the endless order
+    mine = places[:, self.rank :: self.world_size]
+    epochs = mine // self.per_epoch
+    blocks = permuted_index(mine, self.per_epoch, seed)
+    if self.rows is None:  # blocks side by side: the whole ring turns, by any number of tokens
+        begins = blocks * T
+        room = n - 1
+    else:  # rows of documents: each moves within its own room
+        begins, room = (values[blocks] for values in self.rows)
+    turn = _drawn(epochs, seed, 'turn') % np.asarray(room + 1, np.uint64)
+    return (begins - turn.astype(np.int64)) % n
 
 
 @patch
@@ -154,9 +185,13 @@ def batch(self: BatchStream, step: int):  # rows (B / world_size, T+1), int64
 # %% ../nbs/14_batching.ipynb #d0f49464
 def _agree(what, theirs, other, mine, remedy):
     "Raises `LabError` that names both sides, unless they are equal"
-    say = lambda v: f'{v:,}' if isinstance(v, int) else str(v)[:16]
-    if theirs != mine:
-        raise LabError(f'{what} is {say(theirs)}, {other} {say(mine)}: {remedy}')
+    if theirs == mine:
+        return
+
+    def say(value):
+        return f'{value:,}' if isinstance(value, int) else str(value)[:16]  # of a hash, enough
+
+    raise LabError(f'{what} is {say(theirs)}, {other} {say(mine)}: {remedy}')
 
 
 @patch
@@ -182,6 +217,7 @@ def load_state_dict(self: BatchStream, state: dict):
             mine,
             'make the stream as it was then',
         )
-    if not isinstance(step := state.get('step'), int) or step < 0:
+    step = state.get('step')
+    if not isinstance(step, int) or step < 0:
         raise LabError(f'step of the saved position is {step!r}: a whole number from 0 is needed')
     self.step = step

@@ -36,18 +36,25 @@ from llm_lab.chars import (
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 # %% ../nbs/12_bpe.ipynb #400e5e18
-_BYTES = sorted(
-    range(256), key=lambda b: not (32 < b < 127 or 160 < b != 173)
-)  # 188 stay; others: 256 and on
-_LETTER = {b: chr(b if n < 188 else 256 + n - 188) for n, b in enumerate(_BYTES)}
-# 324 is the letter of the first merge
+def _is_visible(byte):
+    "Is the byte, read as Latin-1, a letter that one can see? 188 are; 173 is the soft hyphen"
+    return 32 < byte < 127 or (byte > 160 and byte != 173)
+
+
+# GPT-2's order: the 188 bytes that are their own letter, then the other 68, with the letters from
+# 256 on: the space, byte 32, is chr(288), 'Ġ'
+_OWN = [b for b in range(256) if _is_visible(b)]
+_OTHER = [b for b in range(256) if not _is_visible(b)]
+_BYTES = _OWN + _OTHER
+_LETTER = {b: chr(b) for b in _OWN} | {b: chr(256 + n) for n, b in enumerate(_OTHER)}
 _BYTE = {letter: b for b, letter in _LETTER.items()}
-_MERGED = 324
+_MERGED = 256 + len(_OTHER)  # 324, the letter of the first merge; the next has 325
 
 
 def bytes_to_printable(data) -> str:
     "Bytes (or text, as UTF-8) in GPT-2's printable letters, one for each byte"
-    data = data.encode('utf-8', 'surrogateescape') if isinstance(data, str) else data
+    if isinstance(data, str):
+        data = data.encode('utf-8', 'surrogateescape')
     return data.decode('latin-1').translate(_LETTER)
 
 
@@ -56,95 +63,131 @@ def printable_to_bytes(text: str) -> bytes:
     return bytes([_BYTE[c] for c in text])
 
 # %% ../nbs/12_bpe.ipynb #d57413e1
+def _changed_neighbours(parts, pair, new):
+    """Yield (pair before, pair after) where `new` was joined between `parts` of a word.
+
+    'cabd', merge 'ab' into 'Z': the parts are 'c', 'd', the word is 'cZd'; 'ca' became 'cZ', and
+    'bd' became 'Zd'. 'ababab': four empty parts, 'ZZZ'; 'ba' became 'ZZ', twice"""
+    a, b = pair
+    for k in range(1, len(parts)):
+        left = parts[k - 1][-1:]
+        right = parts[k][:1]
+        if left:
+            yield left + a, left + new
+        elif k > 1:  # nothing between two merges: the left neighbour is `new`, too
+            yield b + a, new + new
+        if right:
+            yield b + right, new + right
+
+
 def _merge(pair, new, words, freq, pairs, where, least=1):
-    """Write `new` for `pair` in every word, keep `pairs` and `where` true; returns the pairs that
-    are new"""
-    (a, b), touched = pair, set()
+    """Write `new` for `pair` in every word, in place; returns the pairs that are new.
+
+    `pairs` (how often each occurs) and `where` (the words that may hold it) are kept true"""
     del pairs[pair]
+    touched = set()
     for i in set(where.pop(pair)):  # an array may name a word twice, and takes less room
-        parts, f = words[i].split(pair), freq[i]
+        parts = words[i].split(pair)
         words[i] = new.join(parts)
-        for k in range(1, len(parts)):
-            left, right = parts[k - 1][-1:], parts[k][:1]
-            turned = [(left + a, left + new)] if left else [(b + a, new + new)] if k > 1 else []
-            if right:
-                turned.append((b + right, new + right))
-            for old, p in turned:
-                pairs[p] += f
-                where[p].append(i)
-                touched.update((old, p))
-                if old in pairs:
-                    pairs[old] -= f
+        f = freq[i]
+        for old, born in _changed_neighbours(parts, pair, new):
+            pairs[born] += f
+            where[born].append(i)
+            touched.update((old, born))
+            if old in pairs:  # it is not where the pair overlaps itself: 'aaa' has 'aa' twice
+                pairs[old] -= f
     for p in touched:  # counts only fall: what is too rare can be forgotten
         if pairs.get(p, least) < least:
             del pairs[p], where[p]
     return {p for p in touched if new in p and p in pairs}
 
 # %% ../nbs/12_bpe.ipynb #117585ca
-def _key(ties, words, where, size):
-    "What sorts pairs that are equally common: the least goes first"
+def _tie_key(ties, words, where, tokens):
+    "What sorts pairs that are equally common: the pair with the least key goes first"
+
+    def older(pair):
+        "As it is: letters are given in the order in which tokens are made, bytes in GPT-2's order"
+        return pair
+
+    def greater(pair):
+        "Bytes upside down, so the greater go first; 256 at the end: 'abc' goes before 'ab'"
+        return [[255 - byte for byte in tokens[c]] + [256] for c in pair]
 
     def first(pair):
+        "(the first word that holds it, bytes before it): merges change letters, not bytes"
         i = min(i for i in where[pair] if pair in words[i])
-        return i, sum(
-            len(size[c]) for c in words[i][: words[i].find(pair)]
-        )  # bytes before it: these never change
+        before = words[i][: words[i].find(pair)]
+        return i, sum(len(tokens[c]) for c in before)
 
-    keys = dict(
-        tokenizers=str,
-        greater=lambda p: [[255 - x for x in size[c]] + [256] for c in p],
-        first=first,
-    )
+    keys = dict(tokenizers=older, greater=greater, first=first)
     if ties not in keys:
         raise LabError(f'ties={ties!r}: choose from {", ".join(keys)}')
     return keys[ties]
 
 # %% ../nbs/12_bpe.ipynb #f7a1ccb6
+def _pairs_in(words, freq):
+    "How often each pair of letters occurs, and the numbers of the words that hold it"
+    pairs = defaultdict(int)
+    where = defaultdict(lambda: array('I'))
+    for i, word in enumerate(words):
+        for p in map(add, word, word[1:]):  # of 'abc': 'ab', 'bc'
+            pairs[p] += freq[i]
+            where[p].append(i)
+    return pairs, where
+
+
 def _learn(counts, n: int, least: int, ties='tokenizers') -> list:  # [(bytes, bytes), …]
     """The first `n` merges of these {chunk: how often}; fewer if no pair is left that occurs
-    `least` times"""
+    `least` times.
+
+    Of {'ababab': 1}: 'ab' (3 times) becomes 'Z', the word 'ZZZ'; then 'ZZ' becomes 'Y', the word
+    'YZ'; then 'YZ'. The merges are (a, b), (ab, ab), (abab, ab)"""
     words = [bytes_to_printable(c) for c in counts]
     freq = list(counts.values())
     del counts  # they may be large, and are not needed any more
     tokens = {c: bytes([b]) for c, b in _BYTE.items()}  # letter → bytes
-    pairs = defaultdict(int)
-    where = defaultdict(lambda: array('I'))
-    merges = []
-    for i, w in enumerate(words):
-        for p in map(add, w, w[1:]):
-            pairs[p] += freq[i]
-            where[p].append(i)
-    key = _key(ties, words, where, tokens)
-    heap = [(-c, key(p), p) for p, c in pairs.items()]
+    pairs, where = _pairs_in(words, freq)
+    key = _tie_key(ties, words, where, tokens)
+
+    def entry(pair):
+        "In the heap the commonest lies on top; of equals, the one with the least key"
+        return -pairs[pair], key(pair), pair
+
+    heap = [entry(p) for p in pairs]
     heapq.heapify(heap)
+    merges = []
     while heap and len(merges) < n:
-        c, k, p = heapq.heappop(heap)
-        if pairs.get(p, 0) < least:
+        count, k, pair = heapq.heappop(heap)
+        if pairs.get(pair, 0) < least:
             continue
-        now = -pairs[p], key(p) if ties == 'first' else k, p
-        if now[:2] != (c, k):
+        # Counts only fall, so an old entry comes up too early, never too late: it goes back with
+        # what is true now. A key grows old with 'first' alone, when the first occurrence is gone.
+        now = (-pairs[pair], key(pair) if ties == 'first' else k, pair)
+        if now != (count, k, pair):
             heapq.heappush(heap, now)
             continue
         new = chr(_MERGED + len(merges))
-        merges.append((tokens[p[0]], tokens[p[1]]))
+        merges.append((tokens[pair[0]], tokens[pair[1]]))
         tokens[new] = b''.join(merges[-1])
-        for q in _merge(p, new, words, freq, pairs, where, least):
-            heapq.heappush(heap, (-pairs[q], key(q), q))
+        for born in _merge(pair, new, words, freq, pairs, where, least):
+            heapq.heappush(heap, entry(born))
     return merges
 
 # %% ../nbs/12_bpe.ipynb #c07ea964
-def _marks(special):  # {text: id} → (id of what begins a text, of what ends it)
-    first = lambda *names: next((special[s] for s in names if s in special), None)
-    return (
-        first('<|begin_of_text|>', '<s>', '<|endoftext|>'),
-        first('<|endoftext|>', '<|end_of_text|>', '</s>'),
-    )
+def _marks(special):
+    "(id of what begins a text, id of what ends it), from {text: id}; None where there is none"
+
+    def first(*names):
+        return next((special[s] for s in names if s in special), None)
+
+    begin = first('<|begin_of_text|>', '<s>', '<|endoftext|>')
+    end = first('<|endoftext|>', '<|end_of_text|>', '</s>')
+    return begin, end
 
 
 class BPETokenizer:
-    """Byte-level BPE (Sennrich et al. 2016, Radford et al.
-
-    2019): any text, no unknown characters, exact both ways"""
+    """Byte-level BPE (Sennrich et al. 2016, Radford et al. 2019): any text, no unknown characters,
+    exact both ways"""
 
     kind = 'bpe'
 
@@ -155,8 +198,8 @@ class BPETokenizer:
         special_tokens=(),
         patterns=(GPT2,),  # regular expressions that cut text into chunks, one after the other
         whole=False,  # is a chunk that is a token taken as it is (`ignore_merges`)?
-        form=None,
-        meta=None,  # Unicode normal form that text is brought into; what it was trained on
+        form=None,  # Unicode normal form that text is brought into
+        meta=None,  # what it was trained on
     ):
         self.vocab = dict(vocab)
         self.merges = [(bytes(a), bytes(b)) for a, b in merges]
@@ -165,8 +208,9 @@ class BPETokenizer:
         self.form = form
         self.meta = dict(meta or {})
         self.ids = {t: n for n, t in self.vocab.items()}  # bytes → id, without the special ones
-        self.letters = {bytes([b]): c for b, c in _LETTER.items()}
-        self.pairs, self.ranks = [], {}  # rank → (pair, its letter); pair → rank
+        self.letters = {bytes([b]): c for b, c in _LETTER.items()}  # bytes → letter
+        self.pairs = []  # rank → (pair, its letter)
+        self.ranks = {}  # pair → rank
         for rank, (a, b) in enumerate(self.merges):
             self._add(rank, a, b)
         if missing := [t for t in self.letters if t not in self.ids]:
@@ -174,19 +218,16 @@ class BPETokenizer:
                 f'the vocabulary lacks {len(missing)} tokens, among them {missing[0]!r}: '
                 'give all 256 bytes and what each merge makes'
             )
-        self.special_tokens = {
-            s: self._special(s) for s in dict.fromkeys(special_tokens)
-        }  # text → id
+        # text → id
+        self.special_tokens = {s: self._special(s) for s in dict.fromkeys(special_tokens)}
         self.vocab_size = max(self.vocab) + 1
         self.tokens = [self.vocab.get(n) for n in range(self.vocab_size)]  # id → bytes
         self.letter_ids = {c: self.ids[t] for t, c in self.letters.items()}
         self.bos_id, self.eos_id = _marks(self.special_tokens)
         self.begin = None  # ids before a prompt, from a file
-        self._find, self._chunks, self._rust = (
-            [_finder(p) for p in self.patterns],
-            _Chunks(self),
-            None,
-        )
+        self._find = [_finder(p) for p in self.patterns]
+        self._chunks = _Chunks(self)
+        self._rust = None  # `encode_batch` makes it when it is needed
 
 # %% ../nbs/12_bpe.ipynb #20e61351
 @patch
@@ -206,8 +247,9 @@ def _add(self: BPETokenizer, rank, a, b):
 def _special(self: BPETokenizer, token):
     "The id of a special token: its own, or the next one that is free"
     data = token.encode()
-    read = printable_to_bytes(token) if set(token) <= _BYTE.keys() else data  # as a file is read
-    if not token or {data, read} & self.letters.keys():
+    # A tokenizer.json writes ordinary tokens in printable letters. Read so, is it one of them?
+    read = printable_to_bytes(token) if set(token) <= _BYTE.keys() else data
+    if not token or data in self.letters or read in self.letters:
         raise LabError(f'the special token {token!r} could be typed: choose another')
     id = self.ids.pop(data, None)
     if id is None:
@@ -240,8 +282,11 @@ def __reduce__(self: BPETokenizer):
 # %% ../nbs/12_bpe.ipynb #ffb7eeb9
 @patch
 def _merged(self: BPETokenizer, word):
-    "A word in letters, after all merges"
-    while len(word) < 40:  # a short word: to look at all its pairs is fastest
+    """A word in letters, after all merges. If 'ab' was learned first, as 'Z', and then 'ZZ', as
+    'Y': 'ababab' → 'ZZZ' → 'YZ'"""
+    if len(word) >= 40:
+        return self._merged_long(word)
+    while True:  # a short word: to look at all its pairs is fastest
         best = len(self.pairs)
         for p in map(add, word, word[1:]):
             if p in self.ranks and self.ranks[p] < best:
@@ -249,14 +294,20 @@ def _merged(self: BPETokenizer, word):
         if best == len(self.pairs):
             return word
         word = word.replace(*self.pairs[best])
+
+
+@patch
+def _merged_long(self: BPETokenizer, word):
+    "As `_merged`; a heap gives the pair learned first, and each merge adds the pairs that it makes"
     todo = list({self.ranks[p] for p in map(add, word, word[1:]) if p in self.ranks})
     heapq.heapify(todo)
     while todo:
         pair, new = self.pairs[heapq.heappop(todo)]
         parts = word.split(pair)
-        if len(parts) == 1:
+        if len(parts) == 1:  # earlier merges have left none
             continue
         word = new.join(parts)
+        # its neighbours at the left, at the right, and itself: one pair too many does no harm
         born = {p[-1:] + new for p in parts[:-1]} | {new + p[:1] for p in parts[1:]} | {new + new}
         for p in born & self.ranks.keys():
             heapq.heappush(todo, self.ranks[p])
@@ -266,15 +317,18 @@ def _merged(self: BPETokenizer, word):
 class _Chunks(dict):
     "chunk → its ids; worked out when first asked for, kept while there is room"
 
-    room, longest = 100_000, 100  # chunks; characters of one that is kept
+    room = 100_000  # chunks that are kept
+    longest = 100  # characters of one that is kept
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
 
     def __missing__(self, chunk):
-        t, word = self.tokenizer, bytes_to_printable(chunk)
-        if t.whole and (data := printable_to_bytes(word)) in t.ids:
-            ids = (t.ids[data],)
+        t = self.tokenizer
+        word = bytes_to_printable(chunk)
+        whole = t.ids.get(printable_to_bytes(word)) if t.whole else None
+        if whole is not None:
+            ids = (whole,)
         else:
             ids = tuple(map(t.letter_ids.__getitem__, t._merged(word)))
         if len(chunk) <= self.longest:
@@ -291,58 +345,58 @@ _KNOWN = {
     r'\p{N}',
     r'\p{N}+',
     r'\p{N}{1,3}',
-    _SHORT + _WORDS % '{1,3}',
-    _SHORT + _WORDS % '',
-}  # GPT-4, Llama 3, Qwen 2
+    _SHORT + _WORDS % '{1,3}',  # GPT-4, Llama 3
+    _SHORT + _WORDS % '',  # Qwen 2
+}
+
+
+def _repetitions(pattern):
+    "How often a part may be repeated, if each {n,m} stands within the others: their product"
+    bounds = [n for pair in regex.findall(r'\{(\d*)(?:,(\d*))?\}', pattern) for n in pair]
+    # longer numbers are refused by themselves
+    return math.prod(int(n) or 1 for n in bounds if n.isdecimal() and len(n) < 9)
 
 
 def _bearable(pattern):
     "Raises `LabError` on a pattern that could fill the memory"
-    times = [
-        int(n)
-        for pair in regex.findall(r'\{(\d*)(?:,(\d*))?\}', pattern)
-        for n in pair
-        if n.isdecimal() and len(n) < 9
-    ]
-    if regex.search(
-        r'\(\?(?:R|&|P>|[+-]?\d)|\{[^}]*[<=]', pattern
-    ):  # of itself, or of what is only similar
+    asks_for_itself = r'\(\?(?:R|&|P>|[+-]?\d)'  # (?R) (?&name) (?P>name) (?1)
+    is_fuzzy = r'\{[^}]*[<=]'  # {e<=1}: what is only similar
+    if regex.search(f'{asks_for_itself}|{is_fuzzy}', pattern):
         raise LabError(
             f'the pattern {short(pattern)} asks for itself, or for similar texts: use a '
             'tokenizer with a simpler one'
         )
-    if (
-        len(pattern) > 4096
-        or regex.search(r'\{[^}]*\d{9}', pattern)
-        or math.prod(n or 1 for n in times) > 1000
-    ):
+    huge_number = r'\{[^}]*\d{9}'
+    if len(pattern) > 4096 or regex.search(huge_number, pattern) or _repetitions(pattern) > 1000:
         raise LabError(
             f'the pattern {short(pattern)} is too long or repeats too much: use a tokenizer '
             'with a simpler one'
         )
 
 
-def _finder(pattern):
-    "A function: text → what the pattern finds in it, and what lies between"
+def _compiled(pattern):
+    "Finds what the pattern finds, and what lies between. Raises `LabError` on an unfit pattern"
     _bearable(pattern)
     try:
-        # by itself: no bracket of ours is its own; and it finds something: what it finds without a
-        # letter is lost
-        if regex.compile(pattern).fullmatch(''):
+        # Compiled alone first, so that it closes no bracket of ours.
+        # What finds nothing, too, would find it everywhere, and lose the letters between.
+        alone = regex.compile(pattern)
+        if alone.fullmatch(''):
             raise LabError(
                 f'the pattern {short(pattern)} finds nothing, too: let it ask for a letter at least'
             )
-        compiled = regex.compile(
-            pattern if pattern == GPT2 else f'(?:{pattern})|(?:(?!{pattern})[\\s\\S])+'
-        )
+        if pattern == GPT2:
+            return alone  # nothing lies between
+        return regex.compile(f'(?:{pattern})|(?:(?!{pattern})[\\s\\S])+')
     except (regex.error, RecursionError) as e:
         raise LabError(f'the pattern {short(pattern)} cannot be read: {e}') from None
+
+
+def _finder(pattern):
+    "A function: text → what the pattern finds in it, and what lies between"
+    compiled = _compiled(pattern)
     if pattern in _KNOWN:
-        return (
-            compiled.findall
-            if not compiled.groups
-            else lambda text: [m[0] for m in compiled.finditer(text)]
-        )
+        return compiled.findall  # whole finds, since no pattern in `_KNOWN` has a group
 
     def find(text):
         try:
@@ -363,30 +417,27 @@ def _ordinary(self: BPETokenizer, text) -> list[int]:
     if self.form:
         text = normalize(self.form, text)
     chunks = [text]
-    for find in self._find:
+    for find in self._find:  # each pattern cuts the pieces of the one before
         chunks = chain.from_iterable(map(find, chunks))
     return list(chain.from_iterable(map(self._chunks.__getitem__, chunks)))
 
 # %% ../nbs/12_bpe.ipynb #0020f31e
 def _any_of(strs):
     "What finds these texts, the longest first; None if there are none"
-    return (
-        regex.compile(f"({'|'.join(map(regex.escape, sorted(strs, key=len, reverse=True)))})")
-        if strs
-        else None
-    )
+    if not strs:
+        return None
+    longest_first = sorted(strs, key=len, reverse=True)
+    return regex.compile(f'({"|".join(map(regex.escape, longest_first))})')
 
 
 @patch
 def _allowed(self: BPETokenizer, names):
     "What finds the special tokens of these names; None if there are none"
-    names = (
-        [*self.special_tokens]
-        if names == 'all'
-        else [names]
-        if isinstance(names, str)
-        else list(names)
-    )
+    if names == 'all':
+        names = self.special_tokens
+    elif isinstance(names, str):
+        names = [names]
+    names = list(names)
     if unknown := [s for s in names if s not in self.special_tokens]:
         raise LabError(
             f'{unknown[0]!r} is no special token here: choose from {[*self.special_tokens]}'
@@ -405,12 +456,10 @@ def encode(self: BPETokenizer, text, allowed_special=()) -> list[int]:
     try:
         if not special:
             return self._ordinary(text)
-        return list(
-            chain.from_iterable(
-                [self.special_tokens[p]] if n % 2 else self._ordinary(p)
-                for n, p in enumerate(special.split(text))
-            )
-        )  # ordinary, special, …
+        ids = []
+        for n, part in enumerate(special.split(text)):  # ordinary, special, ordinary, …
+            ids.extend([self.special_tokens[part]] if n % 2 else self._ordinary(part))
+        return ids
     except UnicodeEncodeError as e:
         raise LabError(
             f'the text holds half a character, {e.object[e.start]!r}: mend it at its source'
@@ -422,7 +471,7 @@ def decode_bytes(self: BPETokenizer, ids) -> bytes:
     "The exact bytes of some ids. Raises `LabError` on an id outside the vocabulary"
     ids = ids.tolist() if hasattr(ids, 'tolist') else list(ids)
     try:
-        if ids and min(ids) < 0:
+        if ids and min(ids) < 0:  # a list would count from its end
             raise IndexError
         return b''.join(map(self.tokens.__getitem__, ids))
     except (IndexError, TypeError):
@@ -449,11 +498,12 @@ def _tiktoken(self: BPETokenizer):
         import tiktoken
     except ModuleNotFoundError:
         return ()
+    if self.patterns != (GPT2,) or self.whole or self.form:
+        return ()
     made = [a + b for a, b in self.merges]
-    same = len(set(made)) == len(made) and all(
-        len(self._merged(bytes_to_printable(t))) == 1 for t in made
-    )
-    if not same or self.patterns != (GPT2,) or self.whole or self.form:
+    if len(set(made)) < len(made):  # two merges make one token: it has one rank there
+        return ()
+    if any(len(self._merged(bytes_to_printable(t))) != 1 for t in made):  # never made from bytes
         return ()
     ranks = {t: n for n, t in enumerate([bytes([b]) for b in range(256)] + made)}
     rust = tiktoken.Encoding('bpe', pat_str=GPT2, mergeable_ranks=ranks, special_tokens={})
@@ -464,9 +514,12 @@ def _settled(text):
     """Are its characters of 2002 (Unicode 3.2), or signs?
 
     And is it short? tiktoken dies of a million spaces"""
-    return len(text) < 99_999 and all(
-        category(c)[0] in 'MPS' for c in set(text) if ucd_3_2_0.category(c) in 'CnCs'
-    )
+    if text.isascii() and len(text) < 999:
+        return True  # the common case, quickly
+    if len(text) >= 99_999:
+        return False
+    young = [c for c in set(text) if ucd_3_2_0.category(c) in ('Cn', 'Cs')]  # unknown in 2002
+    return all(category(c)[0] in 'MPS' for c in young)  # marks, punctuation, symbols
 
 
 @patch
@@ -477,31 +530,44 @@ def encode_batch(self: BPETokenizer, texts, allowed_special=()) -> list[list[int
     if not self._rust or allowed_special:
         return [self.encode(t, allowed_special) for t in texts]
     rust, ids = self._rust
-    return [
-        list(map(ids.__getitem__, rust.encode_ordinary(t)))
-        if isinstance(t, str) and (t.isascii() and len(t) < 999 or _settled(t))
-        else self.encode(t)
-        for t in texts
-    ]
+
+    def encode_one(text):
+        if isinstance(text, str) and _settled(text):
+            return list(map(ids.__getitem__, rust.encode_ordinary(text)))
+        return self.encode(text)
+
+    return list(map(encode_one, texts))
 
 # %% ../nbs/12_bpe.ipynb #347bb4c5
+# Where a text may be cut, whatever comes after: before white space; (?r) searches from the end
 _SAFE = {
-    True: regex.compile(r'(?r)(?<=\S)(?=\s)'),  # for GPT-2's pattern; (?r) searches from the end
-    False: regex.compile(r'(?r)(?<=[\p{L}\p{N}])(?=\s)'),
-}  # others may take a line's end along with a sign
+    True: regex.compile(r'(?r)(?<=\S)(?=\s)'),  # for GPT-2's pattern
+    False: regex.compile(r'(?r)(?<=[\p{L}\p{N}])(?=\s)'),  # others take a line's end with a sign
+}
+
+
+def _last_safe_place(held, safe, special, longest):
+    "Where `held` may be cut, but for the last `longest` letters; 0 where it may not"
+    found = safe.search(held, 0, max(0, len(held) - longest))
+    if not found:
+        return 0
+    at = found.start()
+    if special and at:
+        for m in special.finditer(held):
+            if m.start() < at < m.end():  # within a special token: cut before it
+                at = m.start()
+    return at
 
 
 def _pieces(parts, safe, special=None, longest=0, size=1 << 18):
     "The text that comes in `parts`, in pieces that cut no chunk and no special token"
-    held, wait = '', size
+    held = ''
+    wait = size
     for part in parts:
         held += part
         if len(held) < wait:
             continue
-        at = found.start() if (found := safe.search(held, 0, max(0, len(held) - longest))) else 0
-        for m in special.finditer(held) if special and at else ():
-            if m.start() < at < m.end():
-                at = m.start()
+        at = _last_safe_place(held, safe, special, longest)
         if at:
             yield held[:at]
             held = held[at:]
@@ -521,23 +587,29 @@ def encode_iterable(self: BPETokenizer, parts, allowed_special=()):  # yields id
 
 
 def _count(sources, special, longest, meta, find=_finder(GPT2)):
-    "{chunk: how often}, by the only pass over the text; `meta` gets a hash of what was read"
+    """{chunk: how often}, by the only pass over the text; `meta` gets a hash of what was read.
+
+    The counts alone are returned, so that nobody holds them when `_learn` lets them go"""
     counts = Counter()
     seen = hashlib.sha256()
     n = 0
     size = 0
     live = StatusLine()
     started = time.monotonic()
-    for source in [sources] if isinstance(sources, (str, Path)) else sources:
+    if isinstance(sources, (str, Path)):
+        sources = [sources]
+    for source in sources:
         for piece in _pieces(iter_text(source), _SAFE[True], special, longest):
-            seen.update(data := piece.encode('utf-8', 'surrogateescape'))
+            data = piece.encode('utf-8', 'surrogateescape')
+            seen.update(data)
             size += len(data)
-            for part in special.split(piece)[::2] if special else [piece]:
+            ordinary = special.split(piece)[::2] if special else [piece]
+            for part in ordinary:
                 counts.update(find(part))
             if time.monotonic() - started > 2:
                 live(f'counted {size / 1e6:,.0f} MB, {len(counts):,} different chunks')
-        seen.update(b'\xff')
-        n += 1  # a byte that no text has
+        seen.update(b'\xff')  # a byte that no text has
+        n += 1
     meta.update(sha256=seen.hexdigest(), documents=n, bytes=size)
     return counts
 
@@ -548,21 +620,22 @@ def train(
     sources,  # texts (`str`) and files (`Path`), or one of them
     vocab_size: int,  # 256 bytes, merges and special tokens
     special_tokens=(),  # they come last; texts are cut where they stand
-    min_frequency=2,
-    ties='tokenizers',  # rarer pairs stay; between equals: 'tokenizers', 'greater' or 'first'
+    min_frequency=2,  # rarer pairs stay
+    ties='tokenizers',  # between equals: 'tokenizers', 'greater' or 'first'
 ) -> BPETokenizer:
     """Learn merges from texts. What was read stands in `meta`:
 
     SHA-256 over the documents, each followed by byte 255"""
-    if (n := vocab_size - 256 - len(special_tokens)) < 0:
+    n = vocab_size - 256 - len(special_tokens)  # merges
+    if n < 0:
         raise LabError(
             f'vocab_size={vocab_size} is too small: bytes and special tokens take {vocab_size - n}'
         )
     meta = dict(min_frequency=min_frequency, ties=ties)
     longest = max(map(len, special_tokens), default=0)
-    merges = _learn(
-        _count(sources, _any_of(special_tokens), longest, meta), n, max(1, min_frequency), ties
-    )
+    special = _any_of(special_tokens)
+    least = max(1, min_frequency)
+    merges = _learn(_count(sources, special, longest, meta), n, least, ties)
     if len(merges) < n:
         warnings.warn(
             f'the text has only {len(merges):,} pairs to merge, not {n:,}: the vocabulary is '
@@ -572,20 +645,33 @@ def train(
     return cls(dict(enumerate(tokens)), merges, special_tokens, meta=meta)
 
 # %% ../nbs/12_bpe.ipynb #c2f4a7b1
-_ONE = r"\\[pP]\{[A-Z][a-z]?\}|\\[sSrnt]|\\[^\w\s]"  # a class, white space, a sign
-_CLASS = rf"\[\^?(?:{_ONE}|[^\\\[\]&]|&(?!&))+\]"
-_PLAIN = rf"(?:{_ONE}|{_CLASS}|\(\?[:=!]|\((?!\?)|[)|]|[^\\\[\](){{}}|?*+.^$])"
-_TIMES = r"(?:[?*+]\??|\{\d+(?:,\d*)?\})(?![?*+{])"
-_PATTERN = regex.compile(f"(?:{_PLAIN}(?:{_TIMES})?)*")
+# What a pattern may be made of, so that both libraries read it alike: plain parts, each perhaps
+# repeated. Left out are groups that count or are named, anchors, `.`, `[a&&b]` and `*+`.
+_ONE = r'\\[pP]\{[A-Z][a-z]?\}|\\[sSrnt]|\\[^\w\s]'  # a class, white space, a sign
+_CLASS = rf'\[\^?(?:{_ONE}|[^\\\[\]&]|&(?!&))+\]'  # [^\r\n\p{L}]
+_PARTS_ALIKE = [
+    _ONE,
+    _CLASS,
+    r'\(\?[:=!]',  # (?:…) and a look at what follows: (?=…) (?!…)
+    r'\((?!\?)',  # (…)
+    r'[)|]',
+    r'[^\\\[\](){}|?*+.^$]',  # a letter or a sign that stands for itself
+]
+_PLAIN = f'(?:{"|".join(_PARTS_ALIKE)})'
+_TIMES = r'(?:[?*+]\??|\{\d+(?:,\d*)?\})(?![?*+{])'  # + *? {1,3}, but not two in a row
+_PATTERN = regex.compile(f'(?:{_PLAIN}(?:{_TIMES})?)*')
 
 
 def _alike(pattern) -> bool:
     "Does a pattern mean the same in `regex` and in the library that reads the world's files?"
-    if not _PATTERN.fullmatch(pattern.replace(_SHORT[:-1], '')):
+    without_contractions = pattern.replace(_SHORT[:-1], '')  # their (?i:…) is read alike
+    if not _PATTERN.fullmatch(without_contractions):
         return False
     bare = regex.sub(r'\(\?[=!][^()]*\)', '', pattern)  # without a look at what follows
+    if '(?=' in bare or '(?!' in bare:  # a look that holds groups
+        return False
     try:
-        return '(?=' not in bare and '(?!' not in bare and not regex.fullmatch(bare, '')
+        return not regex.fullmatch(bare, '')
     except regex.error:
         return False
 
@@ -607,6 +693,7 @@ def save(self: BPETokenizer, folder):
         dict(type='Split', pattern=dict(Regex=p), behavior='Isolated', invert=False)
         for p in self.patterns
     ]
+    pre_tokenizer = level if gpt2 else dict(type='Sequence', pretokenizers=[*cuts, level])
     model = dict(
         type='BPE',
         ignore_merges=self.whole,
@@ -616,8 +703,8 @@ def save(self: BPETokenizer, folder):
     write_tokenizer(
         folder,
         model,
-        level if gpt2 else dict(type='Sequence', pretokenizers=[*cuts, level]),
-        level,
+        pre_tokenizer,
+        level,  # the decoder
         self.form and dict(type=self.form),
         self.special_tokens,
         dict(self.meta, kind=self.kind),
@@ -628,7 +715,8 @@ def save(self: BPETokenizer, folder):
 def _patterns(steps):
     "The regular expressions of a file's pre-tokenizer; raises `LabError` where it does more"
     for n, s in enumerate(steps, 1):
-        kind, cut = s['type'], s.get('pattern') or {}
+        kind = s['type']
+        cut = s.get('pattern') or {}
         if kind == 'ByteLevel' and n == len(steps) and not s.get('add_prefix_space'):
             if s.get('use_regex', True):
                 yield GPT2
@@ -642,7 +730,9 @@ def _patterns(steps):
 
 def _steps(x, name):  # of a normalizer, a pre-tokenizer, a decoder
     "The steps of one: its own, or itself, or none"
-    return [] if x is None else x[name] if x.get('type') == 'Sequence' else [x]
+    if x is None:
+        return []
+    return x[name] if x.get('type') == 'Sequence' else [x]
 
 # %% ../nbs/12_bpe.ipynb #08d3958b
 _FORMS = 'NFC', 'NFD', 'NFKC', 'NFKD'
@@ -660,29 +750,35 @@ def _in_turn(vocab, added) -> bool:
 
 def _mark(t, forms) -> bool:
     "Is an added token one that only a program can write, and nothing beside it is touched?"
-    letters = set(t['content']) <= _BYTE.keys() and not t['content'].isascii()  # decoded as bytes
-    touches = forms and t.get('normalized') or any(map(t.get, ('lstrip', 'rstrip', 'single_word')))
-    return bool(t.get('special')) and not letters and not touches
+    content = t['content']
+    read_as_bytes = set(content) <= _BYTE.keys() and not content.isascii()
+    normalized = forms and t.get('normalized')
+    touches = any(map(t.get, ('lstrip', 'rstrip', 'single_word')))
+    return bool(t.get('special')) and not (read_as_bytes or normalized or touches)
+
+
+def _pair_of(merge):
+    "A merge in a file: 'a b' in older ones, ['a', 'b'] in newer"
+    return tuple(merge.split(' ') if isinstance(merge, str) else merge)
 
 
 def _followed(data) -> bool:
     "Is there nothing in a parsed tokenizer.json that `BPETokenizer` does not do exactly so?"
-    model, added = data['model'], data.get('added_tokens') or []
+    model = data['model']
+    added = data.get('added_tokens') or []
     forms = _steps(data.get('normalizer'), 'normalizers')
-    pairs = {(*m.split(' '),) if isinstance(m, str) else (*m,) for m in model['merges']}
+    if not all(_mark(t, forms) for t in added) or not _in_turn(model['vocab'], added):
+        return False
+    if any(map(model.get, ('dropout', 'continuing_subword_prefix', 'end_of_word_suffix'))):
+        return False
+    if len({_pair_of(m) for m in model['merges']}) != len(model['merges']):
+        return False  # a pair that stands there twice: which of its ranks counts?
     decoders = [d.get('type') for d in _steps(data.get('decoder'), 'decoders')]
-    odd = 'dropout', 'continuing_subword_prefix', 'end_of_word_suffix'
-    return (
-        all(_mark(t, forms) for t in added)
-        and _in_turn(model['vocab'], added)
-        and not any(model.get(k) for k in odd)
-        and len(pairs) == len(model['merges'])
-        and decoders == ['ByteLevel']
-        and len(forms) < 2
-        and all(f['type'] in _FORMS for f in forms)
-        and data.get('truncation') is None
-        and data.get('padding') is None
-    )
+    if decoders != ['ByteLevel']:
+        return False
+    if len(forms) > 1 or any(f['type'] not in _FORMS for f in forms):
+        return False
+    return data.get('truncation') is None and data.get('padding') is None
 
 
 def _check_ids(ids):
@@ -702,14 +798,14 @@ def from_json(cls: BPETokenizer, data: dict):
     try:
         if steps[-1]['type'] != 'ByteLevel' or not _followed(data):
             return None
-        if not all(map(_alike, patterns := [*_patterns(steps)])):
+        patterns = [*_patterns(steps)]
+        if not all(map(_alike, patterns)):
             return None
         special = {t['content']: t['id'] for t in data.get('added_tokens') or []}
         _check_ids([*model['vocab'].values(), *special.values()])
         vocab = {n: printable_to_bytes(t) for t, n in model['vocab'].items() if t not in special}
         vocab.update((n, s.encode()) for s, n in special.items())
-        parts = (m.split(' ') if isinstance(m, str) else m for m in model['merges'])
-        merges = [map(printable_to_bytes, m) for m in parts]
+        merges = [map(printable_to_bytes, _pair_of(m)) for m in model['merges']]
         form = next((f['type'] for f in _steps(data.get('normalizer'), 'normalizers')), None)
         tok = cls(vocab, merges, special, patterns, bool(model.get('ignore_merges')), form)
     except (LabError, AttributeError, LookupError, TypeError, ValueError):
@@ -734,7 +830,8 @@ def _grown(steps, most=1000):
     "Raises `LabError` where the steps of a normalizer may make more than `most` letters of one"
     made = 1
     for s in steps:
-        if (kind := s['type']) == 'Precompiled':  # a trie, and texts between zeros
+        kind = s['type']
+        if kind == 'Precompiled':  # a trie, and texts between zeros
             rules = base64.b64decode(s['precompiled_charsmap'])
             rules = rules[4 + int.from_bytes(rules[:4], 'little') :]
             made *= max(map(len, rules.split(b'\0')))
@@ -752,9 +849,10 @@ def _inside(x):
     "Every dict in a parsed file, the outer ones first"
     if isinstance(x, dict):
         yield x
-    parts = x.values() if isinstance(x, dict) else x if isinstance(x, list) else ()
-    for y in parts:
-        yield from _inside(y)
+        x = list(x.values())
+    if isinstance(x, list):
+        for y in x:
+            yield from _inside(y)
 
 
 def _fills(padding) -> bool:
@@ -762,9 +860,10 @@ def _fills(padding) -> bool:
     return padding['strategy'] != 'BatchLongest' or padding.get('pad_to_multiple_of') is not None
 
 
-def _check_foreign(data):
-    "Raises `LabError` on what is done at random, or to a text's length, or may never end"
-    model, padding = data['model'], data.get('padding')
+def _check_exact(data):
+    "Raises `LabError` on what is done at random, or to a text's length"
+    model = data['model']
+    padding = data.get('padding')
     found = dict(
         dropout=model.get('dropout'),
         truncation=data.get('truncation'),
@@ -775,9 +874,15 @@ def _check_foreign(data):
             raise LabError(
                 f'{name}={short(value, 200)} cannot be followed exactly: set it to null in the file'
             )
-    if (n := model.get('max_input_chars_per_word') or 0) > 1000:
+
+
+def _check_bounds(data):
+    "Raises `LabError` on what may never end, or fill the memory"
+    n = data['model'].get('max_input_chars_per_word') or 0
+    if n > 1000:
         raise LabError(f'max_input_chars_per_word={n:,} is more than any has: give 1,000 at most')
-    rules = [*_inside({k: v for k, v in data.items() if k not in ('model', 'added_tokens')})]
+    steps = {k: v for k, v in data.items() if k not in ('model', 'added_tokens')}
+    rules = [*_inside(steps)]
     if len(rules) > 500:
         raise LabError(f'{len(rules):,} steps are more than any tokenizer has: use another one')
     for d in rules:
@@ -797,30 +902,43 @@ def _answer(what, f, *args, **kw):
         raise LabError(f'{what} ({short(str(e), 150)})') from None
 
 
+def _check_vocab(vocab, added):
+    "Raises `LabError` on ids that no model has, or that two tokens share"
+    if isinstance(vocab, list):  # of Unigram: [[token, score], …]
+        vocab = {t: n for n, (t, _) in enumerate(vocab)}
+    _check_ids([*vocab.values(), *(t['id'] for t in added)])
+    if len({*vocab.values()}) < len(vocab):
+        raise LabError('two tokens have one id: save it again')
+
+
+def _check_added(added, reader):
+    "Raises `LabError` where the library counts added tokens otherwise than their file says"
+    for t in added:
+        n = reader.token_to_id(t['content'])
+        if n != t['id']:
+            raise LabError(
+                f'the added token {short(t["content"])} has id {t["id"]} in the '
+                f'file and {n} by its order: save it again'
+            )
+
+
 class ForeignTokenizer:
     "A tokenizer of any kind, read by Hugging Face's `tokenizers`, in the protocol of this book"
 
     kind = 'foreign'
 
     def __init__(self, data: dict):  # a parsed tokenizer.json
-        _check_foreign(data)
-        self.data, self.begin, self.readers = data, begin_of(data), {}
+        _check_exact(data)
+        _check_bounds(data)
+        self.data = data
+        self.begin = begin_of(data)
+        self.readers = {}  # allowed special tokens → the library's tokenizer that finds them
         model = data['model']
         self.added = data.get('added_tokens') or []
-        vocab = model['vocab']
-        if isinstance(vocab, list):
-            vocab = {t: n for n, (t, _) in enumerate(vocab)}
-        _check_ids([*vocab.values(), *(t['id'] for t in self.added)])
-        if len({*vocab.values()}) < len(vocab):
-            raise LabError('two tokens have one id: save it again')
+        _check_vocab(model['vocab'], self.added)
         self.special_tokens = {t['content']: t['id'] for t in self.added if t.get('special')}
         reader = self.reader()
-        for t in self.added:
-            if (n := reader.token_to_id(t['content'])) != t['id']:
-                raise LabError(
-                    f'the added token {short(t["content"])} has id {t["id"]} in the '
-                    f'file and {n} by its order: save it again'
-                )
+        _check_added(self.added, reader)
         self.model = type(reader.model).__name__
         self.names = {n: t for t, n in reader.get_vocab().items()}
         self.vocab_size = max(self.names, default=-1) + 1
@@ -881,7 +999,9 @@ def encode(self: ForeignTokenizer, text, allowed_special=()) -> list[int]:
     encode = self.reader(allowed).encode
     said = _answer('the tokenizer cannot write this text', encode, text, add_special_tokens=False)
     ids = said.ids
-    if typed := [self.marks[n] for n in ids if n in self.marks and self.marks[n] not in allowed]:
+    marks = self.marks
+    typed = [marks[n] for n in ids if n in marks and marks[n] not in allowed]
+    if typed:
         raise LabError(
             f'the text holds {typed[0]!r}, which this tokenizer takes for a special '
             'token: leave it out, or allow it'

@@ -29,9 +29,8 @@ class CharTokenizer:
                 f'a vocabulary needs distinct characters, at least one; got {self.chars[:20]!r}'
             )
         points = _points(self.chars)
-        self.table = np.full(
-            points.max() + 2, -1, dtype=np.int64
-        )  # code point → id; the last place is never met
+        # code point → id, −1 for none; the last place stands for all that lie beyond
+        self.table = np.full(points.max() + 2, -1, dtype=np.int64)
         self.table[points] = np.arange(len(points))
 
     @classmethod
@@ -78,6 +77,7 @@ def decode(self: CharTokenizer, ids) -> str:
     return ''.join([self.chars[i] for i in ids])
 
 # %% ../nbs/11_chars.ipynb #3665cbc8
+# of a tokenizer.json, in their order
 _PARTS = (
     'version',
     'truncation',
@@ -88,7 +88,7 @@ _PARTS = (
     'post_processor',
     'decoder',
     'model',
-)  # of a tokenizer.json, in their order
+)
 
 
 def write_data(folder, data: dict, meta=None):
@@ -150,10 +150,11 @@ def begin_of(data: dict):  # [id, …], or None where the file does not say
     post = data.get('post_processor')
     if post is None:
         return None
-    begin, several = [], post.get('type') == 'Sequence'
-    steps = post['processors'] if several else [post]
+    begin = []
+    steps = post['processors'] if post.get('type') == 'Sequence' else [post]
     for s in steps:
-        if (kind := s.get('type')) == 'ByteLevel':
+        kind = s.get('type')
+        if kind == 'ByteLevel':
             continue  # it moves offsets, and no ids
         single = s['single'] if kind == 'TemplateProcessing' else []
         if not single or 'Sequence' not in single[-1]:
@@ -220,7 +221,8 @@ def from_json(cls: CharTokenizer, data: dict):
         return None
     if any(data.get(k) != v for k, v in _EACH.items()):
         return None
-    if any(type(n) is not int for n in vocab.values()) or {*vocab.values()} != {*range(len(vocab))}:
+    ids = vocab.values()
+    if any(type(n) is not int for n in ids) or {*ids} != {*range(len(vocab))}:
         raise ValueError('the ids are not 0, 1, 2, …')
     tok = cls(''.join(sorted(vocab, key=vocab.get)))
     tok.begin = begin_of(data)
@@ -324,18 +326,19 @@ def tokens_html(
     ids = tokenizer.encode(text)
 
     def chip(n, id):
-        shown = tokenizer.decode([id])
-        raw = getattr(tokenizer, 'decode_bytes', lambda ids: None)([id])
-        if raw is not None and '\ufffd' in shown:
+        text = tokenizer.decode([id])
+        raw = tokenizer.decode_bytes([id]) if hasattr(tokenizer, 'decode_bytes') else None
+        shown = text
+        if raw is not None and '\ufffd' in text:  # half a character: its bytes
             shown = ''.join(f'⟨{b:02x}⟩' for b in raw)
         shown = html.escape(shown.replace(' ', '␣').replace('\t', '⇥').replace('\n', '↵'))
-        title = html.escape(f'id {id}: {raw or tokenizer.decode([id])!r}')
-        return f'<span style="background:{_COLOURS[n % 5]};{_CHIP}" title="{title}">{shown}</span>'
+        title = html.escape(f'id {id}: {raw or text!r}')
+        style = f'background:{_COLOURS[n % 5]};{_CHIP}'
+        line_end = '<br>' if '\n' in text else ''
+        return f'<span style="{style}" title="{title}">{shown}</span>{line_end}'
 
+    chips = [chip(n, id) for n, id in enumerate(ids[:most])]
     more = f' … {len(ids) - most:,} more' if len(ids) > most else ''
-    chips = (
-        chip(n, id) + '<br>' * ('\n' in tokenizer.decode([id])) for n, id in enumerate(ids[:most])
-    )
     return (
         '<div style="font-family:monospace;line-height:1.7;max-width:46em">'
         + ''.join(chips)

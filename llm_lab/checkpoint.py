@@ -43,30 +43,29 @@ from llm_lab.package import (
 from .evaluation import read_metrics
 
 # %% ../nbs/81_checkpoint.ipynb #634eaaa0
-def optimizer_state(
-    model, opt
-) -> tuple:  # ({'blocks.0.attn.qkv.weight/momentum': tensor, …}, groups as plain data)
+def _is_plain(value):
+    return value is None or isinstance(value, (bool, int, float, str, tuple, list))
+
+
+def optimizer_state(model, opt) -> tuple:
+    # ({'blocks.0.attn.qkv.weight/momentum': tensor, …}, groups as plain data)
     "What an optimiser remembers, and its settings; raises `LabError` on a memory that is no tensor"
+    # PyTorch numbers the parameters by their place in the groups; their names outlive a new order
     names = {id(p): name for name, p in model.named_parameters()}
-    tensors = {
-        f'{names[id(p)]}/{k}': v
-        for p, kept in opt.state.items()
-        for k, v in kept.items()
-        if v is not None
-    }
+    tensors = {}
+    for p, kept in opt.state.items():
+        for k, v in kept.items():
+            if v is not None:
+                tensors[f'{names[id(p)]}/{k}'] = v
     for k, v in tensors.items():
         if not isinstance(v, torch.Tensor):
             raise LabError(
                 f'{k} of the optimiser is {v!r}: only tensors can be kept; use another optimiser'
             )
-    plain = lambda v: v is None or isinstance(v, (bool, int, float, str, tuple, list))
-    groups = [
-        {
-            **{k: v for k, v in g.items() if k != 'params' and plain(v)},
-            'params': [names[id(p)] for p in g['params']],
-        }
-        for g in opt.param_groups
-    ]
+    groups = []
+    for g in opt.param_groups:
+        settings = {k: v for k, v in g.items() if k != 'params' and _is_plain(v)}
+        groups.append(settings | {'params': [names[id(p)] for p in g['params']]})
     return tensors, groups
 
 # %% ../nbs/81_checkpoint.ipynb #c595e636
@@ -79,24 +78,26 @@ def restore_optimizer(model, opt, tensors: dict, groups: list):
             'the optimiser that was saved moves its parameters in other groups: make the one '
             'that was used then'
         )
-    number = {name: n for n, name in enumerate(sum(mine, []))}
+    number = {name: n for n, name in enumerate(sum(mine, []))}  # as `state_dict` counts them
     state = {}
-    now = opt.state_dict()['param_groups']
     for key, v in tensors.items():
         name, _, k = key.rpartition('/')
         state.setdefault(number[name], {})[k] = v
+    now = opt.state_dict()['param_groups']
     for g, said in zip(now, groups):
-        g.update(
-            {k: tuple(v) if isinstance(v, list) else v for k, v in said.items() if k != 'params'}
-        )
+        for k, v in said.items():
+            if k != 'params':
+                g[k] = tuple(v) if isinstance(v, list) else v  # JSON has no tuples, as of betas
     opt.load_state_dict(dict(state=state, param_groups=now))
 
 # %% ../nbs/81_checkpoint.ipynb #37a2b970
 def _text(states):
+    "States of random generators, {'cpu': bytes as a tensor}, as texts that JSON can hold"
     return {k: base64.b64encode(v.cpu().numpy().tobytes()).decode() for k, v in states.items()}
 
 
 def _states(texts):
+    "What `_text` was made of"
     return {
         k: torch.frombuffer(bytearray(base64.b64decode(v)), dtype=torch.uint8)
         for k, v in texts.items()
@@ -125,9 +126,10 @@ class CheckpointManager:
         self.about = about or {}
         self.rank = rank
         self.gather = gather
+        self.facts = facts
         self.parts = parts
-        self.mine = set()
-        self.facts, self.left_out = facts, set()  # steps whose numbers are none
+        self.mine = set()  # steps on the way to this model: written by this object, or loaded
+        self.left_out = set()  # steps whose weights are not finite, see `load`
         self.wrote = {}  # step: `snapshot` of its files
 
     def __call__(self, run):  # every process calls it, the first one writes
@@ -146,7 +148,8 @@ def steps_in(folder) -> list:
     "The steps of which a run's folder has a checkpoint, in order; a copy with another name is none"
     place = Path(folder) / 'checkpoints'
     names = os.listdir(place) if place.is_dir() else []
-    return sorted(int(m[1]) for n in names if (m := re.fullmatch(r'step-(\d+)', n)))
+    matches = [re.fullmatch(r'step-(\d+)', name) for name in names]
+    return sorted(int(m[1]) for m in matches if m)
 
 
 @patch
@@ -197,7 +200,37 @@ def _diverged(model, tensors) -> str:  # '' if none has
     for name, p in model.named_parameters():
         if not p.isfinite().all():
             return name
-    return next((k for k, v in tensors.items() if k != 'history' and v.isnan().any()), '')
+    for name, v in tensors.items():
+        # `history` holds losses and gradient norms: a NaN among these came into no weight
+        if name != 'history' and v.isnan().any():
+            return name
+    return ''
+
+
+def _there_already(manager, run) -> bool:
+    "Is this step saved? Raises `LabError` where the newest checkpoint is of another run"
+    last = max(manager.steps(), default=None)
+    if last is None:
+        return False
+    if last in manager.mine and last <= run.step:
+        return last == run.step
+    raise LabError(
+        f'{manager.place(last)} was not written on the way to step {run.step}: load it, or '
+        'name another folder'
+    )
+
+
+def _write_checkpoint(manager, run, folder, state, tensors):
+    "Fill an empty folder: the package, optimizer.safetensors, state.json, and last the manifest"
+    about = {**manager.about, 'step': run.step, 'tokens': run.tokens}
+    title = f'{manager.folder.name}, step {run.step:,}'
+    write_package(folder, run.model, manager.tokenizer, about, title)
+    tensors['history'] = run.history[:, : run.step].contiguous()  # (2, steps): losses, lengths
+    (folder / 'optimizer.safetensors').write_bytes(tensor_bytes(tensors))
+    (folder / 'state.json').write_text(json.dumps(state), encoding='utf-8')
+    files = sorted(f.name for f in folder.iterdir())
+    sizes = {f: (folder / f).stat().st_size for f in files}
+    write_manifest(folder, 'manifest.json', files, sizes=sizes)
 
 
 @patch
@@ -205,13 +238,8 @@ def save(self: CheckpointManager, run, random: list):
     """Write the checkpoint of this step, all of it or nothing;
 
     `random` holds the streams of each process"""
-    if (last := max(self.steps(), default=-1)) >= run.step or last not in {-1, *self.mine}:
-        if last == run.step and last in self.mine:
-            return  # it is there
-        raise LabError(
-            f'{self.place(last)} was not written on the way to step {run.step}: load it, or '
-            'name another folder'
-        )
+    if _there_already(self, run):
+        return
     for name in ('latest', 'best'):
         require_ours(self.folder / name, _names_a_step)
     tensors, groups = optimizer_state(run.model, run.opt)
@@ -233,17 +261,7 @@ def save(self: CheckpointManager, run, random: list):
         parts={k: v.state_dict() for k, v in self.parts.items()},
     )
     with atomic_write(self.place(run.step)) as new:
-        about = {**self.about, 'step': run.step, 'tokens': run.tokens}
-        write_package(
-            new, run.model, self.tokenizer, about, f'{self.folder.name}, step {run.step:,}'
-        )
-        tensors['history'] = run.history[:, : run.step].contiguous()
-        (new / 'optimizer.safetensors').write_bytes(tensor_bytes(tensors))
-        (new / 'state.json').write_text(json.dumps(state), encoding='utf-8')
-        files = sorted(f.name for f in new.iterdir())
-        write_manifest(
-            new, 'manifest.json', files, sizes={f: (new / f).stat().st_size for f in files}
-        )
+        _write_checkpoint(self, run, new, state, tensors)
         self.mine.add(run.step)  # also if an error comes after the rename
         self.wrote[run.step] = snapshot(new)
 
@@ -254,11 +272,11 @@ _mark = r'(\.gone|(\.\d+\.(new|old))+)'
 
 def sweep_checkpoints(folder):
     "Remove what killed writers, and a killed `tidy`, have left in a run where nobody writes now"
-    for place, names in (
-        (Path(folder), 'latest|best'),
-        (Path(folder) / 'checkpoints', r'step-\d+'),
-    ):
-        for rest in place.iterdir() if place.is_dir() else ():
+    where = {Path(folder): 'latest|best', Path(folder) / 'checkpoints': r'step-\d+'}
+    for place, names in where.items():
+        if not place.is_dir():
+            continue
+        for rest in place.iterdir():
             if re.fullmatch(rf'\.+({names}){_mark}', rest.name):
                 remove(rest)
 
@@ -267,18 +285,21 @@ def val_losses(notes) -> dict:  # {step: loss}; what is not finite is infinite
     """The validation losses noted that can be compared: those on as many tokens (`of`) as the
     newest one"""
     noted = [n for n in notes if 'val' in n]
-    of = noted[-1].get('of') if noted else None
-    return {
-        n['step']: n['val'] if math.isfinite(n['val']) else math.inf
-        for n in noted
-        if n.get('of', of) == of
-    }
+    if not noted:
+        return {}
+    newest = noted[-1].get('of')
+    losses = {}
+    for n in noted:
+        if n.get('of', newest) == newest:  # an old note does not say
+            losses[n['step']] = n['val'] if math.isfinite(n['val']) else math.inf
+    return losses
 
 
 def _best(steps, notes):
     "Of these steps, the one with the lowest validation loss noted; None if none was"
-    vals = {s: val for s, val in val_losses(notes).items() if val < math.inf}
-    return min((s for s in steps if s in vals), key=vals.get, default=None)
+    losses = val_losses(notes)
+    finite = [s for s in steps if losses.get(s, math.inf) < math.inf]
+    return min(finite, key=losses.get, default=None)
 
 
 @patch
@@ -299,9 +320,12 @@ def tidy(self: CheckpointManager, run):
     steps = self.steps()
     best = _best(steps, run.notes)
     for name, step in dict(latest=max(steps), best=best).items():
-        line, path = f'step-{step or 0:06d}\n', self.folder / name
+        path = self.folder / name
         require_ours(path, _names_a_step)
-        if step is not None and not (path.is_file() and path.read_text() == line):
+        if step is None:
+            continue  # no validation yet, so no best one
+        line = f'step-{step:06d}\n'
+        if not (path.is_file() and path.read_text() == line):
             with atomic_write(path) as new:
                 new.write_text(line)
     for step in steps[: -self.keep]:
@@ -310,6 +334,32 @@ def tidy(self: CheckpointManager, run):
     sweep_checkpoints(self.folder)
 
 # %% ../nbs/81_checkpoint.ipynb #9a861791
+def _read_whole(path) -> tuple:  # (files as bytes, state, tensors of the optimiser)
+    "All of a checkpoint. Raises `LabError` where a bit of it is not as it was written"
+    data, _ = read_verified(
+        path, 'manifest.json', None, 'checkpoint', f'go on from another one in {path.parent}'
+    )
+    state = parse_json(data.get('state.json', b''), path / 'state.json', json.loads)
+    name = 'optimizer.safetensors'
+    tensors = parse_json(data.get(name, b''), path / name, tensors_from)
+    _check_state(state, path / 'state.json')
+    return data, state, tensors
+
+
+def _require_fitting(manager, run, path, state, own):
+    "Raises `LabError` unless a checkpoint stands under its name, and fits what is planned"
+    named = own and re.fullmatch(r'step-\d+', path.name)
+    if named and path.resolve() != manager.place(state['step']).resolve():
+        raise LabError(f'{path} is the checkpoint of step {state["step"]:,}: give it its name back')
+    if state['step'] > run.steps:
+        raise LabError(f'{path} is beyond the {run.steps:,} steps that are planned: plan more')
+    if unknown := state['parts'].keys() ^ manager.parts.keys():
+        raise LabError(
+            f'{path} was saved with parts {[*state["parts"]]}: {sorted(unknown)[0]!r} is '
+            'missing on one side'
+        )
+
+
 @patch
 def load(
     self: CheckpointManager,
@@ -319,38 +369,22 @@ def load(
     """Bring model, optimiser, history, streams and parts to where they were.
 
     Raises `LabError` when one bit is not as it was"""
-    if path is None and not self.steps():
+    newest = path is None
+    if newest and not self.steps():
         some = ' whose weights are numbers' if self.left_out else ''
         raise LabError(f'{self.folder} holds no checkpoint{some}: nothing to go on from')
-    given = path
-    path = self.place(max(self.steps())) if path is None else resolve(path)
-    data, _ = read_verified(
-        path, 'manifest.json', None, 'checkpoint', f'go on from another one in {path.parent}'
-    )
-    state, tensors = (
-        parse_json(data.get(f, b''), path / f, read)
-        for f, read in (('state.json', json.loads), ('optimizer.safetensors', tensors_from))
-    )
-    _check_state(state, path / 'state.json')
-    own = path.parent.resolve() == self.place(0).parent.resolve()
-    named = own and re.fullmatch(r'step-\d+', path.name)
-    if named and path.resolve() != self.place(state['step']).resolve():
-        raise LabError(f'{path} is the checkpoint of step {state["step"]:,}: give it its name back')
-    if state['step'] > run.steps:
-        raise LabError(f'{path} is beyond the {run.steps:,} steps that are planned: plan more')
-    if unknown := state['parts'].keys() ^ self.parts.keys():
-        raise LabError(
-            f'{path} was saved with parts {[*state["parts"]]}: {sorted(unknown)[0]!r} is '
-            'missing on one side'
-        )
+    path = self.place(max(self.steps())) if newest else resolve(path)
+    data, state, tensors = _read_whole(path)
+    own = path.parent.resolve() == self.place(0).parent.resolve()  # else a branch begins here
+    _require_fitting(self, run, path, state, own)
     load_weights(run.model, data.get('model.safetensors', b''), path / 'model.safetensors')
     if odd := _diverged(run.model, tensors):
         why = f'{path}: {odd} holds what is no number'
-        if given is not None:
+        if not newest:
             raise LabError(f'{why}: go on from another one in {path.parent}')
         warnings.warn(f'{why}: it is left out')
         self.left_out.add(state['step'])
-        return self.load(run)
+        return self.load(run)  # the one before it
     processes = len(self.gather(None))  # here: where one is gone, no checkpoint is to blame
     try:
         self.restore(run, state, tensors, processes)
@@ -362,10 +396,24 @@ def load(
             f'{path} is no checkpoint of this run ({type(e).__name__}: '
             f'{short(str(e), 100)}): go on from another one'
         ) from e
-    self.mine = {s for s in self.steps() if s <= run.step and own}
+    self.mine = {s for s in self.steps() if s <= run.step} if own else set()
     return state
 
 # %% ../nbs/81_checkpoint.ipynb #d0e1d25c
+def _odd_key(state, kinds) -> str:  # '' if there is none
+    "The first key of a state.json that is not of its kind, or holds what `save` never writes"
+    for key, kind in kinds.items():
+        value = state.get(key)
+        if not isinstance(value, kind) or isinstance(value, bool):  # True is an int, too
+            return key
+    if not 0 <= min(state['step'], state['tokens'], state['seconds']) < 1 << 53:
+        return 'step'
+    for key in ('notes', 'groups', 'random'):
+        if not all(isinstance(x, dict) for x in state[key]):
+            return 'notes'
+    return ''
+
+
 def _check_state(state, path):
     """Raises `LabError` unless a state.json says what `save` writes, in the kinds that are counted
     with"""
@@ -383,21 +431,8 @@ def _check_state(state, path):
     state = state if isinstance(state, dict) else {}
     if not isinstance(state.get('facts', {}), dict):
         kinds['facts'] = dict  # an old one has none
-    odd = [
-        k
-        for k, kind in kinds.items()
-        if not isinstance(state.get(k), kind) or isinstance(state[k], bool)
-    ]
-    if not odd and not 0 <= min(state['step'], state['tokens'], state['seconds']) < 1 << 53:
-        odd = ['step']
-    if not odd and not all(
-        isinstance(x, dict) for k in ('notes', 'groups', 'random') for x in state[k]
-    ):
-        odd = ['notes']
-    if odd:
-        raise LabError(
-            f'{path}: {odd[0]} is not what a checkpoint says there: go on from another one'
-        )
+    if odd := _odd_key(state, kinds):
+        raise LabError(f'{path}: {odd} is not what a checkpoint says there: go on from another one')
 
 
 @patch
@@ -419,7 +454,8 @@ def restore(self: CheckpointManager, run, state: dict, tensors: dict, processes:
 # %% ../nbs/81_checkpoint.ipynb #b2c80e01
 def read_state(path) -> dict:  # what it says, and `about`: what its package says of itself
     "The state.json of a checkpoint, without its tensors. Raises `LabError` where it is damaged"
-    path, names = Path(path), ['state.json', 'package.json']
+    path = Path(path)
+    names = ['state.json', 'package.json']
     remedy = f'go on from another one in {path.parent}'
     data, _ = read_verified(path, 'manifest.json', names, 'checkpoint', remedy)
     state, package = (parse_json(data[n], path / n) for n in names)
@@ -431,14 +467,17 @@ def read_state(path) -> dict:  # what it says, and `about`: what its package say
 @patch
 def restore_streams(self: CheckpointManager, run, state, processes: int):
     "Let dropout go on with the stream of this process; warns where the bits cannot be the same"
-    random = _states(state['random'][self.rank]) if processes == len(state['random']) else {}
+    random = {}  # of another number of processes, none is ours
+    if processes == len(state['random']):
+        random = _states(state['random'][self.rank])
     known = rng_state(run.history.device)
     run.random = {k: v for k, v in random.items() if k in known}
-    if odd := [k for k, v in run.random.items() if v.shape != known[k].shape]:
-        raise ValueError(f'the stream of {odd[0]} is torn')
+    for name, stream in run.random.items():
+        if stream.shape != known[name].shape:
+            raise ValueError(f'the stream of {name} is torn')
     now = _made(run, processes)
-    made = state['made'].items()
-    if other := [f'{k} was {v}, is {now[k]}' for k, v in made if v != now.get(k, v)]:
+    other = [f'{k} was {v}, is {now[k]}' for k, v in state['made'].items() if v != now.get(k, v)]
+    if other:
         warnings.warn(
             'from here on the bits may differ from those of one run without a stop: '
             + '; '.join(other)
@@ -461,14 +500,19 @@ COLUMNS = (
     'val_bits_per_byte',
 )
 CLOCKS = ('seconds', 'tokens_per_s', 'mfu', 'peak_memory')  # all that two equal runs may differ in
-_FILES = ('metrics.jsonl', 'samples.jsonl', 'metrics.csv')
+_FILES = ('metrics.jsonl', 'samples.jsonl', 'metrics.csv')  # the third is made from the first
+_JSON_FILES = _FILES[:2]
 
 
 def _is_number(text):
+    "Is this a number as a .csv file holds it? An empty text is, where a row has none"
+    if text == '':
+        return True
     try:
-        return text == '' or float(text) is not None
+        float(text)
     except ValueError:
         return False
+    return True
 
 
 def _is_row(line):
@@ -481,11 +525,14 @@ def _is_row(line):
 
 
 def _is_torn(line):
-    "Is this the beginning of a row, and no more?"
+    """Is this the beginning of a row, and no more?
+
+    `{"step": 1, "lo` is; a whole value such as `7` or `{}` is of somebody else"""
     try:
-        return json.loads(line) is ...
+        json.loads(line)
     except (ValueError, RecursionError):
         return line[:2] in ('{', '{"')
+    return False
 
 
 def _is_table(lines, torn):
@@ -519,8 +566,9 @@ class MetricsLog:
     `metrics.jsonl`, those that all runs have as `metrics.csv`, texts in `samples.jsonl`"""
 
     def __init__(self, folder):
-        self.folder, self.known = Path(folder), set()
-        self.seen = {name: (0, hashlib.sha256()) for name in _FILES[:2]}  # rows, and their hash
+        self.folder = Path(folder)
+        self.known = set()  # names of files that were looked into, and are ours
+        self.seen = {name: (0, hashlib.sha256()) for name in _JSON_FILES}  # rows, and their hash
 
     def _line(self, row):
         return ','.join(str(row.get(k, '')) for k in COLUMNS)
@@ -529,11 +577,12 @@ class MetricsLog:
         "Raises `LabError` if there is such a file of somebody else"
         if name in self.known:
             return
-        # a run that was killed may leave it empty
         path = self.folder / name
         lock = self.folder / '.lock'
+        # a run that was killed may leave it empty; but not before it has locked its folder
         begun = lock.exists() and path.exists() and lock.stat().st_mtime <= path.stat().st_mtime
-        require_ours(path, lambda data: (begun or data) and _by_metrics(name)(data))
+        by_metrics = _by_metrics(name)
+        require_ours(path, lambda data: (begun or data) and by_metrics(data))
         self.known.add(name)
 
     def _add(self, name, line):
@@ -543,7 +592,7 @@ class MetricsLog:
             f.write(line + '\n')
 
     def write(self, row: dict):
-        for name in _FILES[::2]:
+        for name in ('metrics.jsonl', 'metrics.csv'):
             self._require(name)  # both, before one is touched
         if not (self.folder / 'metrics.csv').exists():
             self._add('metrics.csv', ','.join(COLUMNS))
@@ -566,39 +615,51 @@ class MetricsLog:
         return {name: [n, digest.hexdigest()] for name, (n, digest) in self.seen.items()}
 
 # %% ../nbs/81_checkpoint.ipynb #52924c38
+def _drop_bare_table(folder):
+    "Remove a metrics.csv without rows, as a kill leaves it. Raises `LabError` where it has some"
+    table = folder / 'metrics.csv'
+    head = ','.join(COLUMNS) + '\n'
+    # a head at most, perhaps torn
+    if table.is_file() and not head.encode().startswith(table.read_bytes()):
+        raise LabError(
+            f'{table} has rows, and metrics.jsonl, from which it is made anew, is '
+            'gone: copy that one back, or move metrics.csv away'
+        )
+    table.unlink(missing_ok=True)
+
+
+def _write_lines(path, lines):
+    with atomic_write(path) as new:
+        new.write_text(''.join(f'{line}\n' for line in lines), encoding='utf-8')
+
+
 @patch
 def cut(self: MetricsLog, step: int, source=None):
     """Forget what came after `step`, and a line that a kill has torn;
 
     `source` is another run to begin with"""
+    source = source or self.folder
     for name in _FILES:
         self._require(name)
-    head = ','.join(COLUMNS) + '\n'
-    table = self.folder / _FILES[2]
-    if not ((source or self.folder) / _FILES[0]).exists():  # a head at most, perhaps torn
-        if table.is_file() and not head.encode().startswith(table.read_bytes()):
-            raise LabError(
-                f'{table} has rows, and metrics.jsonl, from which it is made anew, is '
-                'gone: copy that one back, or move metrics.csv away'
-            )
-        table.unlink(missing_ok=True)
-    for name in _FILES[:2]:
-        if not ((source or self.folder) / name).exists():
+    if not (source / 'metrics.jsonl').exists():
+        _drop_bare_table(self.folder)
+    for name in _JSON_FILES:
+        if not (source / name).exists():
             continue
-        rows = [r for r in read_metrics((source or self.folder) / name) if r['step'] <= step]
-        lines = {name: map(json.dumps, rows)}
+        rows = [row for row in read_metrics(source / name) if row['step'] <= step]
         self.seen[name] = 0, hashlib.sha256()
         for row in rows:
             self._count(name, row)
+        _write_lines(self.folder / name, map(json.dumps, rows))
         if name == 'metrics.jsonl':
-            lines['metrics.csv'] = [','.join(COLUMNS), *map(self._line, rows)]
-        for file, text in lines.items():
-            with atomic_write(self.folder / file) as new:
-                new.write_text(''.join(f'{line}\n' for line in text), encoding='utf-8')
+            table = [','.join(COLUMNS), *map(self._line, rows)]
+            _write_lines(self.folder / 'metrics.csv', table)
 
 
 @patch
 def sync(self: MetricsLog):
     "Wait until all of it is on the disk"
-    for path in (p for n in _FILES if (p := self.folder / n).exists()):
-        sync_to_disk(path)
+    for name in _FILES:
+        path = self.folder / name
+        if path.exists():
+            sync_to_disk(path)

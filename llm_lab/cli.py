@@ -64,18 +64,19 @@ def _number(kind, ok, remedy):
 _whole = _number(int, lambda n: n > 0, 'give a whole number above 0')
 
 # %% ../nbs/89_cli.ipynb #b53cee95
+def _number_or_truth(text):
+    "What `true`, `-3` or `1e-3` stands for; raises `ValueError`"
+    words = dict(true=True, false=False)
+    if text.lower() in words:
+        return words[text.lower()]
+    return int(text) if text.lstrip('-').isdigit() else float(text)
+
+
 def _setting(text):
     "`key=value` as (key, number or truth value)"
     key, eq, value = text.partition('=')
-    words = dict(true=True, false=False)
     try:
-        value = (
-            words[value.lower()]
-            if value.lower() in words
-            else int(value)
-            if value.lstrip('-').isdigit()
-            else float(value)
-        )
+        value = _number_or_truth(value)
     except ValueError:
         eq = ''
     if not eq:
@@ -85,13 +86,17 @@ def _setting(text):
     return key, value
 
 # %% ../nbs/89_cli.ipynb #b0c4d7e5
+def _named_in(file):
+    "The checkpoint that `best` or `latest` names; '' where there is no such file"
+    return pointed(file).name if file.is_file() else ''
+
+
 def _which(path):
     "(the checkpoint that a run's folder stands for, the last one); two empty texts if it is no run"
     path = Path(path)
     if (path / 'package.json').exists():
         return '', ''
-    named = lambda file: pointed(file).name if file.is_file() else ''
-    best, last = named(path / 'best'), named(path / 'latest')
+    best, last = _named_in(path / 'best'), _named_in(path / 'latest')
     return best or last, last or best
 
 # %% ../nbs/89_cli.ipynb #ebac8df8
@@ -168,6 +173,21 @@ def _tour_options(t):
     t.set_defaults(run=_tour)
 
 # %% ../nbs/89_cli.ipynb #312a6096
+def _sample(a):
+    "Let the model write that the command line names"
+    write_from(
+        a.path,
+        a.prompt,
+        a.tokens,
+        a.seed,
+        a.stop,
+        temperature=a.temperature,
+        top_k=a.top_k,
+        top_p=a.top_p,
+        repetition_penalty=a.repetition_penalty,
+    )
+
+
 def _sample_options(s):
     "Tell the parser `s` how a model can be asked to write"
     s.add_argument(
@@ -202,16 +222,7 @@ def _sample_options(s):
         help=r'end at this text; may be given several times; \n is a new line',
     )
     s.add_argument('--seed', type=_number(int, lambda n: True, 'give a whole number'), default=0)
-    s.set_defaults(
-        run=lambda a: write_from(
-            a.path,
-            a.prompt,
-            a.tokens,
-            a.seed,
-            a.stop,
-            **{k: getattr(a, k) for k in ('temperature', 'top_k', 'top_p', 'repetition_penalty')},
-        )
-    )
+    s.set_defaults(run=_sample)
 
 # %% ../nbs/89_cli.ipynb #d5591cfa
 def _prepare(a):
@@ -249,8 +260,11 @@ def _train(a):
     "Do what a config says"
     words, resume = a.words, a.resume
     if resume and '=' in resume and not Path(resume).exists():
-        words, resume = [*words, resume], ''
-    named, settings = ([w for w in words if ('=' in w) == yes] for yes in (False, True))
+        # `--resume train.steps=90`: a setting, and no path
+        words = [*words, resume]
+        resume = ''
+    named = [w for w in words if '=' not in w]
+    settings = [w for w in words if '=' in w]
     if len(named) > 1:
         raise LabError(f'{named[1]!r} is too much: give one config, and key=value')
     if not named and not resume:
@@ -263,9 +277,9 @@ def _train(a):
 
     warnings.showwarning = lambda message, *rest: print(message, file=sys.stderr)
     job = train_run(
-        *named or [None],
+        named[0] if named else None,
         *settings,
-        resume=resume and _place(resume),
+        resume=_place(resume) if resume else resume,  # '' is the newest run
         run=a.name,
         smoke=a.smoke,
         tune=True,
@@ -325,11 +339,26 @@ def _judges_last(run) -> bool:
     return isinstance(told, dict) and told.get('judged') == 'the last model'
 
 
+def _score_of_corpus(a, model, tokenizer, about):
+    "The `Score` on a split of the model's own corpus, or of that which is named"
+    from llm_lab.corpora import corpus_of, load_corpus
+    from llm_lab.evaluation import evaluate
+    from llm_lab.core import StatusLine
+
+    corpus = load_corpus(a.corpus, field=a.field) if a.corpus else corpus_of(about)
+    same_name = about.get('corpus') == corpus.name  # which alone tells little
+    same_text = about.get('corpus_sha256') in (None, corpus.sha256)
+    if same_name and not same_text:
+        print(f'{corpus.name} is not the text it was trained on, or has changed', file=sys.stderr)
+    live = StatusLine()
+    score = evaluate(model, tokenizer, corpus, a.split, None, a.stride, a.batch_size, live)
+    live.close(f'{score.tokens:,} tokens of {corpus.name}, each asked once')
+    return score
+
+
 def _eval(a):
     "Judge a saved model on a whole split, or on a text of your own"
-    from llm_lab.corpora import corpus_of, load_corpus
-    from llm_lab.evaluation import evaluate, evaluate_file
-    from llm_lab.core import StatusLine
+    from llm_lab.evaluation import evaluate_file
     from llm_lab.package import load
 
     place = _place(a.path)
@@ -337,25 +366,15 @@ def _eval(a):
     if a.text:
         score = evaluate_file(model, tokenizer, a.text, a.stride, a.batch_size, field=a.field)
     else:
-        corpus = load_corpus(a.corpus, field=a.field) if a.corpus else corpus_of(about)
-        known = about.get('corpus'), about.get('corpus_sha256')  # a name alone tells little
-        if known[0] == corpus.name and known[1] not in (None, corpus.sha256):
-            print(
-                f'{corpus.name} is not the text it was trained on, or has changed', file=sys.stderr
-            )
-        live = StatusLine()
-        score = evaluate(model, tokenizer, corpus, a.split, None, a.stride, a.batch_size, live)
-        live.close(f'{score.tokens:,} tokens of {corpus.name}, each asked once')
+        score = _score_of_corpus(a, model, tokenizer, about)
     best, last = _which(place)
     if best:
-        more = (
-            f'; result.json judges the last one, {last}'
-            if best != last and _judges_last(place)
-            else ''
-        )
+        more = ''
+        if best != last and _judges_last(place):
+            more = f'; result.json judges the last one, {last}'
         print(f'the best model of this run, {best}{more}')
-    ends = f' of the documents, {score.end_bits:.3f} bits for each end mark' if score.ends else ''
     print(verdict(score, of=Path(a.text).name if a.text else a.split))
+    ends = f' of the documents, {score.end_bits:.3f} bits for each end mark' if score.ends else ''
     print(
         f'perplexity {score.perplexity:.3f} per token, {score.bits_per_byte:.3f} bits per '
         f'byte{ends}'
@@ -433,31 +452,23 @@ def _parser():
     commands = top.add_subparsers(
         dest='command', required=True, metavar='tour | sample | prepare | train | eval | runs'
     )
-    _tour_options(
-        commands.add_parser(
-            'tour', help='train a small GPT while you watch', description=tour.__doc__
-        )
-    )
-    _sample_options(
-        commands.add_parser(
-            'sample', help='let a saved model write', description=write_from.__doc__
-        )
-    )
+
+    def add(name, help, description):
+        return commands.add_parser(name, help=help, description=description)
+
+    _tour_options(add('tour', 'train a small GPT while you watch', tour.__doc__))
+    _sample_options(add('sample', 'let a saved model write', write_from.__doc__))
     _prepare_options(
-        commands.add_parser(
+        add(
             'prepare',
-            help='turn a corpus into files of tokens',
-            description='Train a tokenizer and pack a corpus.',
+            'turn a corpus into files of tokens',
+            'Train a tokenizer and pack a corpus.',
         )
     )
-    _train_options(
-        commands.add_parser(
-            'train', help='do what a config says', description='From a config to a trained model.'
-        )
-    )
+    _train_options(add('train', 'do what a config says', 'From a config to a trained model.'))
     _judge_options(
-        commands.add_parser('eval', help='judge a saved model', description=_eval.__doc__),
-        commands.add_parser('runs', help='compare runs', description=_runs.__doc__),
+        add('eval', 'judge a saved model', _eval.__doc__),
+        add('runs', 'compare runs', _runs.__doc__),
     )
     return top
 

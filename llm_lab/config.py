@@ -35,9 +35,8 @@ class DataConfig:
     tokenizer: str = _key('chars', of=('chars', 'bpe'))
     vocab_size: int | None = _key(None, 257, 1 << 22)  # of bpe; 8192 if none
     block_len: int = _key(128, 1, 1 << 24)  # context, in tokens
-    rows: str = _key(
-        'blocks', of=('blocks', 'documents')
-    )  # where they begin: side by side, or at documents
+    # where they begin: side by side, or at documents
+    rows: str = _key('blocks', of=('blocks', 'documents'))
 
 # %% ../nbs/06_config.ipynb #4f33eab3
 def _recipe():
@@ -66,37 +65,32 @@ class ModelConfig:  # as `GPTConfig`; what the data decide is missing
 class TrainConfig:
     steps: int = _key(1000, 1, 10**8)
     batch_size: int = _key(16, 1, 1 << 20)  # rows of a step, of all processes together
-    accumulate: int = _key(
-        1, 1, 1 << 20
-    )  # parts of a batch that go through the model one after the other
+    # parts of a batch that go through the model one after the other
+    accumulate: int = _key(1, 1, 1 << 20)
     optimiser: str = _key('muon', of=('adamw', 'muon', 'sgd'))
     lr: float = _key(0.01, 1e-9, 10)
     weight_decay: float = _key(0.1, 0, 10)
     schedule: str = _key('cosine', of=('cosine', 'constant', 'wsd', 'step_decay'))
-    warmup: int | None = _key(
-        None, 0, 10**8
-    )  # steps of climbing; 100, a tenth of short runs, if none
+    # steps of climbing; 100, a tenth of short runs, if none
+    warmup: int | None = _key(None, 0, 10**8)
     min_lr: float = _key(0.0, 0, 10)  # where a rate that comes down ends
     clip: float = _key(1.0, 1e-6)
     precision: str = _key('float32', of=('auto', 'float32', 'bf16', 'fp16'))  # of products
     compile: bool = False
     recompute: bool = False  # keep less for the way back (`efficient`)
     seed: int = _key(0, 0, 2**31)
-    threads: int | None = _key(
-        None, 1, 1024, also='auto'
-    )  # of the CPU; if none, as many as the process has
+    # of the CPU; if none, as many as the process has
+    threads: int | None = _key(None, 1, 1024, also='auto')
 
 # %% ../nbs/06_config.ipynb #51855475
 @dataclass(frozen=True)
 class EvalConfig:
     every: int = _key(250, 1)  # steps; a checkpoint is written then, too
     tokens: int = _key(20_000, 2)  # of the validation split, from its beginning
-    patience: int | None = _key(
-        None, 1, 10**6
-    )  # looks without a better one, then the run ends early
-    at_once: int | None = _key(
-        None, 1, 1 << 20
-    )  # windows that are read together; as many as fit if none
+    # looks without a better one, then the run ends early
+    patience: int | None = _key(None, 1, 10**6)
+    # windows that are read together; as many as fit if none
+    at_once: int | None = _key(None, 1, 1 << 20)
     sample_every: int = _key(1000, 1)
     sample_tokens: int = _key(200, 1)
     prompt: str = ''
@@ -121,33 +115,33 @@ _KINDS = {
 
 def _wanted(f):
     "What a key takes, in words"
-    m, kinds = f.metadata, get_args(f.type) or (f.type,)
+    m = f.metadata
+    if m.get('of'):
+        return f'choose from {", ".join(m["of"])}'
+    kinds = get_args(f.type) or (f.type,)  # int | None is (int, NoneType)
     least, most = m.get('least'), m.get('most')
-    bounds = (
-        f' from {least:,} to {most:,}'
-        if most
-        else ''
-        if least is None
-        else f' of at least {least:,}'
-    )
+    bounds = ''
+    if most:
+        bounds = f' from {least:,} to {most:,}'
+    elif least is not None:
+        bounds = f' of at least {least:,}'
     none = f', or {m["also"]}' if m.get('also') else ''
     if type(None) in kinds:
         none += ', or null'
-    return (
-        f'choose from {", ".join(m["of"])}'
-        if m.get('of')
-        else f'give {_KINDS[kinds[0]]}{bounds}{none}'
-    )
+    return f'give {_KINDS[kinds[0]]}{bounds}{none}'
 
 # %% ../nbs/06_config.ipynb #a3ff19ba
 def _checked(path, f, value):
     "The value of a key; raises `LabError` that names its path"
-    m, kinds = f.metadata, get_args(f.type) or (f.type,)
+    m = f.metadata
+    kinds = get_args(f.type) or (f.type,)  # int | None is (int, NoneType)
     if value is not None and value == m.get('also'):
         return value
     if float in kinds and type(value) is int and abs(value) < 1e300:
         value = float(value)
-    good = type(value) in kinds and not (isinstance(value, float) and not math.isfinite(value))
+    good = type(value) in kinds  # not isinstance: True would pass for a whole number
+    if good and isinstance(value, float):
+        good = math.isfinite(value)
     if good and isinstance(value, (int, float)) and m.get('least') is not None:
         good = m['least'] <= value <= (m['most'] or math.inf)
     if good and m.get('of'):
@@ -163,7 +157,55 @@ _GQA = 'GQA'
 SECTIONS = dict(
     data=DataConfig, model=ModelConfig, train=TrainConfig, eval=EvalConfig, log=LogConfig
 )
+# {'train.lr': its field with default and bounds, …}
 _PATHS = {f'{s}.{f.name}': f for s, kind in SECTIONS.items() for f in fields(kind)}
+
+
+def _check_training(t: TrainConfig):
+    "Raises `LabError` on keys of training that do not go together"
+    if t.batch_size % t.accumulate:
+        raise LabError(
+            f'train.accumulate={t.accumulate} does not divide '
+            f'train.batch_size={t.batch_size}: give a divisor'
+        )
+    if t.warmup and t.warmup > t.steps:
+        raise LabError(
+            f'train.warmup={t.warmup}: the run is over after train.steps={t.steps}; '
+            'give fewer, or leave it out'
+        )
+    if t.min_lr > t.lr:
+        raise LabError(f'train.min_lr={t.min_lr}: it is above train.lr={t.lr}; give less')
+    if t.min_lr and t.schedule == 'constant':
+        raise LabError(
+            f'train.min_lr={t.min_lr}: train.schedule=constant never comes down; '
+            'leave one of them out'
+        )
+
+
+def _check_heads(m: ModelConfig):
+    "Raises `LabError` on numbers of heads that do not go together, or not with the attention"
+    if not m.d_head and m.d_model % m.n_heads:
+        raise LabError(
+            f'model.n_heads={m.n_heads} does not divide model.d_model={m.d_model}: give a divisor'
+        )
+    if not m.n_kv_heads:
+        return
+    if m.n_heads % m.n_kv_heads:
+        raise LabError(
+            f'model.n_kv_heads={m.n_kv_heads} does not divide model.n_heads={m.n_heads}: '
+            'give a divisor'
+        )
+    attn = m.attn or {}
+    part = address(attn.get('part', _GQA), 'mixer', 'model.attn')
+    if part not in (address(_GQA, 'mixer'), _GQA):
+        raise LabError(
+            f'model.n_kv_heads={m.n_kv_heads}: model.attn is another part; leave one of them out'
+        )
+    if attn.get('n_kv_heads', m.n_kv_heads) != m.n_kv_heads:
+        raise LabError(
+            f'model.n_kv_heads={m.n_kv_heads}: model.attn says {attn["n_kv_heads"]}; '
+            'leave one of them out'
+        )
 
 
 @dataclass(frozen=True)
@@ -178,51 +220,14 @@ class RunConfig:
     log: LogConfig = LogConfig()
 
     def __post_init__(self):
-        d, m, t = self.data, self.model, self.train
+        d = self.data
         if d.tokenizer == 'chars' and d.vocab_size:
             raise LabError(
                 f'data.vocab_size={d.vocab_size}: characters decide it themselves; '
                 'leave it out, or add data.tokenizer=bpe'
             )
-        if t.batch_size % t.accumulate:
-            raise LabError(
-                f'train.accumulate={t.accumulate} does not divide '
-                f'train.batch_size={t.batch_size}: give a divisor'
-            )
-        if t.warmup and t.warmup > t.steps:
-            raise LabError(
-                f'train.warmup={t.warmup}: the run is over after train.steps={t.steps}; '
-                'give fewer, or leave it out'
-            )
-        if t.min_lr > t.lr:
-            raise LabError(f'train.min_lr={t.min_lr}: it is above train.lr={t.lr}; give less')
-        if t.min_lr and t.schedule == 'constant':
-            raise LabError(
-                f'train.min_lr={t.min_lr}: train.schedule=constant never comes down; '
-                'leave one of them out'
-            )
-        if not m.d_head and m.d_model % m.n_heads:
-            raise LabError(
-                f'model.n_heads={m.n_heads} does not divide model.d_model={m.d_model}: give '
-                'a divisor'
-            )
-        if m.n_kv_heads and m.n_heads % m.n_kv_heads:
-            raise LabError(
-                f'model.n_kv_heads={m.n_kv_heads} does not divide model.n_heads={m.n_heads}: '
-                'give a divisor'
-            )
-        if m.n_kv_heads and address(
-            (m.attn or {}).get('part', _GQA), 'mixer', 'model.attn'
-        ) not in (address(_GQA, 'mixer'), _GQA):
-            raise LabError(
-                f'model.n_kv_heads={m.n_kv_heads}: model.attn is another part; leave one of '
-                'them out'
-            )
-        if m.n_kv_heads and m.attn and m.attn.get('n_kv_heads', m.n_kv_heads) != m.n_kv_heads:
-            raise LabError(
-                f'model.n_kv_heads={m.n_kv_heads}: model.attn says {m.attn["n_kv_heads"]}; '
-                'leave one of them out'
-            )
+        _check_training(self.train)
+        _check_heads(self.model)
         if self.eval.tokens <= d.block_len:
             raise LabError(
                 f'eval.tokens={self.eval.tokens}: give more than data.block_len={d.block_len}'
@@ -253,10 +258,12 @@ def _with_block(x, block):
 
 def model_data(m: ModelConfig) -> dict:  # for `config_from` of `gpt`
     "Sizes and recipes as plain data"
-    none = lambda k, v: v == {} or v is None and k != 'pos'  # as the block has it
-    given = {
-        k: v for k, v in asdict(m).items() if not none(k, v) and k not in ('block', 'n_kv_heads')
-    }
+    given = {}
+    for key, value in asdict(m).items():
+        # as the block has it; but `pos: null` says that there are no positions
+        as_block = value == {} or (value is None and key != 'pos')
+        if not as_block and key not in ('block', 'n_kv_heads'):
+            given[key] = value
     made = BLOCKS[m.block] | given
     if 'attn' in made or m.n_kv_heads:
         made['attn'] = _with_block(made.get('attn', {}), BLOCKS[m.block].get('attn', {}))
@@ -272,51 +279,54 @@ def _line(x):
 def _nearest_path(path, known=(*_PATHS, *SECTIONS)):
     """A remedy for a path that does not exist: the same word elsewhere, the nearest path, the
     nearest word"""
-    last = {p.rpartition('.')[2]: p for p in known}
+    by_word = {p.rpartition('.')[2]: p for p in known}  # {'lr': 'train.lr', …}
     word = path.rpartition('.')[2]
-    near = (
-        [last[word]]
-        if word in last
-        else difflib.get_close_matches(path, known, 1, 0.75)
-        or [last[w] for w in difflib.get_close_matches(word, last, 1, 0.6)]
-    )
-    return (
-        f'did you mean {near[0]}?' if near else f'choose from {", ".join(SECTIONS)} and their keys'
-    )
+    if word in by_word:
+        return f'did you mean {by_word[word]}?'
+    if near := difflib.get_close_matches(path, known, 1, 0.75):
+        return f'did you mean {near[0]}?'
+    if near := difflib.get_close_matches(word, by_word, 1, 0.6):
+        return f'did you mean {by_word[near[0]]}?'
+    return f'choose from {", ".join(SECTIONS)} and their keys'
 
 
 def _given(keys) -> dict:
     """The keys of a model that are given; {} says that a recipe is as the block has it, and so did
     null in older files"""
     recipes = [f.name for f in fields(ModelConfig) if f.default_factory is dict]
-    older = keys.keys() >= {*recipes} and any(
-        keys[k] is None for k in recipes if k != 'pos'
-    )  # written in full
-    return {
-        k: v for k, v in keys.items() if k not in recipes or v != {} and not (older and v is None)
-    }
+    in_full = keys.keys() >= {*recipes}  # by `write_config`, not by hand
+    older = in_full and any(keys[k] is None for k in recipes if k != 'pos')
+    given = {}
+    for key, value in keys.items():
+        as_block = value == {} or (older and value is None)
+        if key not in recipes or not as_block:
+            given[key] = value
+    return given
+
+
+def _section(name, keys):
+    "A section of a config as an object; raises `LabError` with the path of whatever is wrong"
+    if name not in SECTIONS:
+        raise LabError(f'{_line(name)}: there is no such section; {_nearest_path(str(name))}')
+    if not isinstance(keys, dict):
+        example = fields(SECTIONS[name])[0].name
+        raise LabError(f'{name}={keys!r}: give keys and values, such as {name}: {{{example}: …}}')
+    for key in keys:
+        path = f'{name}.{key}'
+        if path not in _PATHS:
+            raise LabError(f'{_line(path)}: there is no such key; {_nearest_path(path)}')
+    if name == 'model':
+        keys = _given(keys)
+    checked = {}
+    for key, value in keys.items():
+        path = f'{name}.{key}'
+        checked[key] = _checked(path, _PATHS[path], value)
+    return SECTIONS[name](**checked)
 
 
 def config_from_dict(data: dict, name='run') -> RunConfig:
     "The config that plain data describe; raises `LabError` with the path of whatever is wrong"
-    made = {}
-    for s, keys in data.items():
-        if s not in SECTIONS:
-            raise LabError(f'{_line(s)}: there is no such section; {_nearest_path(str(s))}')
-        if not isinstance(keys, dict):
-            raise LabError(
-                f'{s}={keys!r}: give keys and values, such as {s}: '
-                f'{{{fields(SECTIONS[s])[0].name}: …}}'
-            )
-        for path in (f'{s}.{k}' for k in keys):
-            if path not in _PATHS:
-                raise LabError(f'{_line(path)}: there is no such key; {_nearest_path(path)}')
-        if s == 'model':
-            keys = _given(keys)
-        made[s] = SECTIONS[s](
-            **{k: _checked(f'{s}.{k}', _PATHS[f'{s}.{k}'], v) for k, v in keys.items()}
-        )
-    return RunConfig(name, **made)
+    return RunConfig(name, **{s: _section(s, keys) for s, keys in data.items()})
 
 # %% ../nbs/06_config.ipynb #ac7a88f2
 CONFIGS = dict(
@@ -346,18 +356,21 @@ def _events(text, where):
     """What YAML sees in a text, piece by piece.
 
     Raises `LabError` where it stands for more than it shows"""
-    yaml, deep = require('yaml'), 0
+    yaml = require('yaml')
+    depth = 0
     try:
         for n, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
-            deep += isinstance(event, yaml.CollectionStartEvent) - isinstance(
-                event, yaml.CollectionEndEvent
-            )
-            if getattr(event, 'anchor', None):  # &a and *a, also within each other
+            if isinstance(event, yaml.CollectionStartEvent):
+                depth += 1
+            if isinstance(event, yaml.CollectionEndEvent):
+                depth -= 1
+            # a: &a [x, x], b: &b [*a, *a], c: &c [*b, *b], …: thirty lines, a billion values
+            if getattr(event, 'anchor', None):
                 raise LabError(
                     f'{where}, line {event.start_mark.line + 1}: names such as &a are not read; '
                     'write the value itself'
                 )
-            if deep > 40 or n > 20_000:
+            if depth > 40 or n > 20_000:
                 raise LabError(
                     f'{where}: lists stand too deep in each other, or are too many; '
                     'write keys and values'
@@ -375,13 +388,15 @@ def _bearable(path) -> str:
             f'{path}: a config has at most {1 << 16:,} bytes; write keys and values, as in '
             f'train: {{steps: 100}}'
         )
-    text, before = path.read_text(encoding='utf-8'), None
+    text = path.read_text(encoding='utf-8')
+    before = None
     for event in _events(text, path):
         _require_whole(path, text, before, event)
         before = event
     return text
 
 
+# the keys that hold any text, such as `corpus` and `prompt`
 _TEXTS = {
     p.rpartition('.')[2] for p, f in _PATHS.items() if f.type is str and not f.metadata.get('of')
 }
@@ -389,7 +404,9 @@ _TEXTS = {
 
 def _require_whole(path, text, key, event):
     "Raises `LabError` where a text without quotes ends at a # that is glued to what follows"
-    if getattr(key, 'value', None) not in _TEXTS or getattr(event, 'style', '') is not None:
+    holds_text = getattr(key, 'value', None) in _TEXTS
+    unquoted = getattr(event, 'style', '') is None  # quotes have a style, and lists have none
+    if not holds_text or not unquoted:
         return
     if re.match(r'[ \t]+#[^\s#]', text[event.end_mark.index :]):
         raise LabError(
@@ -407,29 +424,42 @@ def _file_of(config):
             return place / 'config.yaml'
 
 
+def _no_config(config) -> LabError:
+    "What to say where no config has this name"
+    names = [*CONFIGS, *(p.parent.name for p in (home() / 'experiments').glob('*/config.yaml'))]
+    near = difflib.get_close_matches(config, names, 1, 0.5)
+    if near:
+        remedy = f'did you mean {near[0]!r}?'
+    else:
+        remedy = f'give a .yaml file, or choose from {", ".join(names)}'
+    return LabError(f'no config is called {config!r}: {remedy}')
+
+
+def _unreadable(path, error) -> LabError:
+    "What to say where YAML or OmegaConf cannot read a file"
+    mark = getattr(error, 'problem_mark', None)  # only YAML knows the line
+    line = f', line {mark.line + 1}' if mark else ''
+    problem = getattr(error, 'problem', None) or 'cannot be read'
+    colon = re.match("mapping values|found unexpected ':'", problem)
+    quotes = 'put a text that holds a colon in quotes, or ' if colon else ''
+    return LabError(
+        f'{path}{line}: {problem}; {quotes}write keys and values, as in train: {{steps: 100}}'
+    )
+
+
 def _source(config):
     "(plain data, name) of a config: a .yaml file, a folder that holds config.yaml, or a name"
     path = _file_of(config)
     if path is None and config in CONFIGS:
         return CONFIGS[config], config
     if path is None:
-        names = [*CONFIGS, *(p.parent.name for p in (home() / 'experiments').glob('*/config.yaml'))]
-        near = difflib.get_close_matches(config, names, 1, 0.5)
-        raise LabError(
-            f'no config is called {config!r}: '
-            + (
-                f'did you mean {near[0]!r}?'
-                if near
-                else f'give a .yaml file, or choose from {", ".join(names)}'
-            )
-        )
+        raise _no_config(config)
     name = path.parent.absolute().name if path.stem == 'config' else path.stem
     omega = require('omegaconf').OmegaConf
     errors = require('omegaconf.errors')
     yaml = require('yaml')
     try:
-        text = _bearable(path)
-        data = omega.load(io.StringIO(text))
+        return omega.load(io.StringIO(_bearable(path))), name
     except LabError:
         raise
     except (
@@ -439,15 +469,7 @@ def _source(config):
         OSError,
         RecursionError,
     ) as e:
-        at = getattr(e, 'problem_mark', None)
-        problem = getattr(e, 'problem', None) or 'cannot be read'
-        colon = re.match("mapping values|found unexpected ':'", problem)
-        quotes = 'put a text that holds a colon in quotes, or ' if colon else ''
-        raise LabError(
-            f'{path}{f", line {at.line + 1}" if at else ""}: {problem}; '
-            f'{quotes}write keys and values, as in train: {{steps: 100}}'
-        ) from None
-    return data, name
+        raise _unreadable(path, e) from None
 
 # %% ../nbs/06_config.ipynb #7cb74764
 def _path(key):
@@ -467,11 +489,30 @@ def _texts(x):
     "All texts in plain data"
     if isinstance(x, str):
         return [x]
-    return [
-        t
-        for v in (x.values() if isinstance(x, dict) else x if isinstance(x, list) else ())
-        for t in _texts(v)
-    ]
+    if isinstance(x, dict):
+        values = x.values()
+    else:
+        values = x if isinstance(x, list) else ()
+    texts = []
+    for value in values:
+        texts += _texts(value)
+    return texts
+
+
+def _at(data, path):
+    "What stands at `section.key` in plain data; None where nothing does"
+    for key in path.strip().split('.'):
+        data = data.get(key) if isinstance(data, dict) else None
+    return data
+
+
+def _check_functions(data, name):
+    "Raises `LabError` where a text asks for ${oc.env:HOME} or another function of OmegaConf"
+    if any(re.search(r'(?s)\$\{.*:', text) for text in _texts(data)):
+        raise LabError(
+            f'{name} asks for the environment or another function by ${{…:…}}: write the '
+            'value itself'
+        )
 
 
 def _check_references(data, name):
@@ -481,15 +522,10 @@ def _check_references(data, name):
         if len(text) > 10_000 or text.count('${') > 20:
             raise LabError(f'{name}: {short(text)} is too long: write the value itself')
         for path in re.findall(r'\$\{([^}]*)', text):
-            found = data
-            for key in path.strip().split('.'):
-                found = found.get(key) if isinstance(found, dict) else None
-            if (
-                isinstance(found, (dict, list))
-                or isinstance(found, str)
-                and '${' in found
-                or '${' in path
-            ):
+            found = _at(data, path)
+            refers_on = isinstance(found, str) and '${' in found
+            nested = '${' in path
+            if isinstance(found, (dict, list)) or refers_on or nested:
                 raise LabError(
                     f'{name}: {short(text)} refers to what is no plain value: write the '
                     'value itself'
@@ -498,15 +534,34 @@ def _check_references(data, name):
 
 def _value(path, text):
     "What stands after key=: the text itself where the key takes one, else what YAML reads in it"
-    if path.endswith('.part') or path in _PATHS and _PATHS[path].type is str:
+    takes_text = path in _PATHS and _PATHS[path].type is str
+    if takes_text or path.endswith('.part'):
         return text
     omega = require('omegaconf').OmegaConf
     where = _line(f'{path}={text:.40}')
     if len(text) > 1 << 16:
         raise LabError(f'{where}…: a value has at most {1 << 16:,} letters; write a shorter one')
     for _ in _events(text, where):
-        pass
+        pass  # only to raise where it would fill the memory
     return omega.to_container(omega.from_dotlist([f'v={text}']))['v']
+
+
+def _override(data, item, given):
+    "Write one `key=value` into the config `data`; `given` gathers the paths of those so far"
+    omega = require('omegaconf').OmegaConf
+    key, eq, text = item.partition('=')
+    if not eq or not key:
+        raise LabError(f'{item!r} will not do: write key=value, such as train.steps=500')
+    path = _path(key)
+    value = _value(path, text)
+    given.add(path)
+    if path == 'data.tokenizer' and 'data.vocab_size' not in given:
+        # it was the other tokenizer's
+        omega.update(data, 'data.vocab_size', None, force_add=True)
+    if path.endswith('.part'):  # a whole recipe: what the part before it took goes with that
+        path = path.rpartition('.')[0]
+        value = dict(part=value)
+    omega.update(data, path, value, merge=not isinstance(value, dict), force_add=True)
 
 
 def read_config(config, overrides=()) -> RunConfig:
@@ -514,7 +569,7 @@ def read_config(config, overrides=()) -> RunConfig:
     data, name = (config, 'run') if isinstance(config, dict) else _source(str(config))
     omega = require('omegaconf').OmegaConf
     errors = require('omegaconf.errors')
-    where = name
+    where = name  # what an error is about
     given = set()
     try:
         data = omega.create(data)
@@ -522,26 +577,11 @@ def read_config(config, overrides=()) -> RunConfig:
             raise LabError(f'{config} is a list: write sections, as in train: {{steps: 100}}')
         for item in overrides:
             where = f'{item:.60}'
-            key, eq, value = item.partition('=')
-            if not eq or not key:
-                raise LabError(f'{item!r} will not do: write key=value, such as train.steps=500')
-            path = _path(key)
-            value = _value(path, value)
-            given.add(path)
-            if path == 'data.tokenizer' and 'data.vocab_size' not in given:
-                omega.update(
-                    data, 'data.vocab_size', None, force_add=True
-                )  # it was the other tokenizer's
-            if path.endswith('.part'):
-                path, value = path.rpartition('.')[0], dict(part=value)
-            omega.update(data, path, value, merge=not isinstance(value, dict), force_add=True)
+            _override(data, item, given)
         where = name
-        if any(re.search(r'(?s)\$\{.*:', text) for text in _texts(omega.to_container(data))):
-            raise LabError(
-                f'{name} asks for the environment or another function by ${{…:…}}: write the '
-                'value itself'
-            )
-        _check_references(omega.to_container(data), name)
+        unresolved = omega.to_container(data)
+        _check_functions(unresolved, name)
+        _check_references(unresolved, name)
         return config_from_dict(omega.to_container(data, resolve=True), name)
     except LabError:
         raise
@@ -592,15 +632,23 @@ def write_config(cfg: RunConfig, path):
         f.write_text(_as_yaml(cfg), encoding='utf-8')
 
 
+def _get(cfg, path):
+    section, key = path.split('.')
+    return getattr(getattr(cfg, section), key)
+
+
 def differences(old: RunConfig, new: RunConfig) -> dict:  # {'train.steps': (30, 60)}
     "The keys in which two configs differ, each with both values"
-    said = {
-        path: [
-            getattr(getattr(c, path.partition('.')[0]), path.partition('.')[2]) for c in (old, new)
-        ]
-        for path in _PATHS
-    }
-    return {path: (a, b) for path, (a, b) in said.items() if a != b}
+    found = {}
+    for path in _PATHS:
+        before, now = _get(old, path), _get(new, path)
+        if before != now:
+            found[path] = before, now
+    return found
+
+
+# what reaches back to no step that was made
+_FREE = 'log.', 'eval.', 'train.steps', 'train.threads'
 
 
 def check_resumable(old: RunConfig, new: RunConfig) -> RunConfig:
@@ -608,12 +656,12 @@ def check_resumable(old: RunConfig, new: RunConfig) -> RunConfig:
 
     Raises `LabError` if not"""
     new = _as_chosen(old, new)
-    for path, (a, b) in differences(old, new).items():
+    for path, (before, now) in differences(old, new).items():
         # a text may have moved; whether it is the same one is seen later
-        moved = path == 'data.corpus' and not {a, b} & {*SLOTS['corpus']}
-        if not moved and not path.startswith(('log.', 'eval.', 'train.steps', 'train.threads')):
+        moved = path == 'data.corpus' and not {before, now} & {*SLOTS['corpus']}
+        if not moved and not path.startswith(_FREE):
             raise LabError(
-                f'{path}={short(b, 200)}: it was {short(a, 200)}, and a run that goes '
+                f'{path}={short(now, 200)}: it was {short(before, 200)}, and a run that goes '
                 'on keeps it; leave it out, or start a new run'
             )
     return new
@@ -634,10 +682,11 @@ def stated(config) -> dict:  # {'train.lr': 0.02}
     "The keys that a config gives itself, as they stand there; what it leaves out is missing"
     if not isinstance(config, dict):
         config = _source(str(config))[0]
-    omega, said = require('omegaconf').OmegaConf, {}
+    omega = require('omegaconf').OmegaConf
     data = omega.to_container(omega.create(config))
     if not isinstance(data, dict):
         raise LabError(f'{config} is a list: write sections, as in train: {{steps: 100}}')
+    said = {}
     for section, keys in data.items():
         if section not in SECTIONS or not isinstance(keys, dict):
             config_from_dict({section: keys})  # it raises
@@ -649,11 +698,15 @@ def origin(config) -> tuple:  # ('my', 'experiments/my.yaml')
     "Name and place of a config: its file, from `home()` if it lies there; the name if it has none"
     if isinstance(config, dict):
         return 'run', ''
-    name, path = _source(str(config))[1], _file_of(str(config))
+    _, name = _source(str(config))
+    path = _file_of(str(config))
     if path is None:
         return name, name
-    path, top = path.resolve(), home().resolve()
-    return name, (path.relative_to(top) if path.is_relative_to(top) else path).as_posix()
+    path = path.resolve()
+    top = home().resolve()
+    if path.is_relative_to(top):
+        path = path.relative_to(top)
+    return name, path.as_posix()
 
 
 def same_config(record: dict, config) -> bool:
@@ -668,9 +721,11 @@ def same_config(record: dict, config) -> bool:
 def edited(cfg: RunConfig, then: dict, now: dict, overrides=()) -> RunConfig:
     "`cfg` with what its file says `now` and did not say `then`, see `stated`, and with `key=value`"
     data = as_data(cfg)
+    # `...` where it is not stated, as None is a value: {'warmup': None} and {} differ
     other = [p for p in (then | now) if then.get(p, ...) != now.get(p, ...)]
     if other:
-        other += [p for p, v in now.items() if '${' in str(v)]  # they may refer to it
+        # ${train.lr} may refer to what was edited: all such values are read anew
+        other += [p for p, v in now.items() if '${' in str(v)]
     for path in other:
         section, _, key = path.partition('.')
         if path in now:

@@ -148,12 +148,20 @@ SLOTS = {slot: _named(words) for slot, words in _DECLARED.items()}  # {slot: {na
 REGISTERED = {}  # what the reader's own program has added, by name
 
 # %% ../nbs/01_core.ipynb #49b3c38a
+def _closest(word, words):
+    "The name that was meant by a mistyped one; None if none is like it"
+    by = {w.lower(): w for w in words}  # large or small letters are no other word
+    close = difflib.get_close_matches(str(word)[:99].lower(), by, 1, 0.5)
+    return by[close[0]] if close else None
+
+
 def nearest(word, words) -> str:
     "A remedy for a mistyped name"
     words = [w for w in words if w != 'self']
-    by = {w.lower(): w for w in words}  # large or small letters are no other word
-    close = difflib.get_close_matches(str(word)[:99].lower(), by, 1, 0.5)
-    return f'did you mean {by[close[0]]!r}?' if close else f'choose from {", ".join(sorted(words))}'
+    meant = _closest(word, words)
+    if meant is None:
+        return f'choose from {", ".join(sorted(words))}'
+    return f'did you mean {meant!r}?'
 
 
 PLACES = dict(  # where the parts of a slot stand in a configuration
@@ -171,9 +179,12 @@ def _elsewhere(name, slot) -> list:
     "Where else the table lets a name stand: the keys of a configuration"
     if not isinstance(name, str) or not slot:
         return []
-    said = lambda s: [word.lower() for word in (*SLOTS[s], *SLOTS[s].values())]
-    found = [s for s in SLOTS if s != slot and name.lower() in said(s)]
-    return [PLACES.get(s, s) for s in found]
+    found = []
+    for other, parts in SLOTS.items():  # {name: address}
+        words = [word.lower() for word in (*parts, *parts.values())]
+        if other != slot and name.lower() in words:
+            found.append(PLACES.get(other, other))
+    return found
 
 
 def address(
@@ -186,26 +197,24 @@ def address(
     Raises `LabError` where it may not be said here"""
     if isinstance(name, str) and name in REGISTERED:
         return name
-    places = (
-        [SLOTS[slot]] if slot else [SLOTS[s] for s in SLOTS if s not in ('corpus', 'tokenizer')]
-    )
-    # files of the first edition name the module, too, which may be another one today
-    bare = re.sub(r'^llm_lab\.\w+:', '', name) if isinstance(name, str) else None
-    for place in places if bare is not None else ():
-        if found := place.get(bare) or next((a for a in place.values() if a == name), None):
-            return found
-    names = sorted({n for place in places for n in place})
+    slots = [slot] if slot else [s for s in SLOTS if s not in ('corpus', 'tokenizer')]
+    if isinstance(name, str):
+        # files of the first edition name the module, too, which may be another one today
+        bare = re.sub(r'^llm_lab\.\w+:', '', name)
+        for s in slots:
+            if bare in SLOTS[s]:
+                return SLOTS[s][bare]
+            if name in SLOTS[s].values():
+                return name
+    names = sorted({n for s in slots for n in SLOTS[s]})
     other = _elsewhere(name, slot)
-    remedy = (
-        f'it belongs into {" or ".join(other)}; choose from {", ".join(names)}'
-        if other
-        else nearest(name, names)
-    )
-    raise LabError(
-        f'{path}{"=" * bool(path)}{short(name)} names no '
-        f'part{f" that can be {slot}" if slot else ""}: '
-        f'{remedy}, or register it before loading'
-    )
+    if other:
+        remedy = f'it belongs into {" or ".join(other)}; choose from {", ".join(names)}'
+    else:
+        remedy = nearest(name, names)
+    where = f'{path}=' if path else ''
+    kind = f'part that can be {slot}' if slot else 'part'
+    raise LabError(f'{where}{short(name)} names no {kind}: {remedy}, or register it before loading')
 
 
 def lookup(name, slot=None, path=''):  # a class, a function
@@ -242,19 +251,19 @@ _FILLED = dict(  # what the model fills in itself, and a file must not
 _NEVER = {'self', 'args', 'kwargs', 'cfg', 'layer', 'device', 'dtype', 'inplace'}
 
 
+def _is_plain(x):
+    "Is this null, true, false, a number up to 2⁵³ or a short text?"
+    if isinstance(x, (bool, int, float)):
+        return abs(x) <= 2**53  # not so NaN and ∞
+    return x is None or (isinstance(x, str) and len(x) <= 1000)
+
+
 def plain(x, path='', deep=0):
     "Raises `LabError` unless `x` is a plain value of a bearable size, or a list of such"
-    good = (
-        x is None
-        or isinstance(x, (bool, int, float))
-        and abs(x) <= 2**53
-        or isinstance(x, str)
-        and len(x) <= 1000
-    )
     if isinstance(x, (list, tuple)) and len(x) <= 10_000 and deep < 16:
         for v in x:
             plain(v, path, deep + 1)
-    elif not good:  # NaN and ∞ are not at most 2⁵³, either
+    elif not _is_plain(x):
         raise LabError(
             f'{path}={short(x)}: give a number up to 2⁵³, a short text, true, false, null, '
             'or a list of those'
@@ -275,38 +284,50 @@ def check_recipe(
     if deep > 15:
         raise LabError(f'{path}: recipes stand 16 deep in each other: make it simpler')
     word = address(x['part'], slot, path)
-    own, parts = word in REGISTERED, 1
+    own = word in REGISTERED  # of the reader's: nothing is known of its keywords
     if slot is None and not own:  # inside a part of the reader's own: as what it is declared
         return _any_slot(x, [s for s in SLOTS if word in SLOTS[s].values()], path, deep)
-    filled = set() if own else _NEVER | {*_FILLED.get(slot, '').split()}
-    for k, v in x.items():
-        if k == 'part':
+    parts = 1
+    for keyword, v in x.items():
+        if keyword == 'part':
             continue
-        if not isinstance(k, str) or len(k) > 99:
-            raise LabError(f'{path}: {short(k)} is no keyword; leave it out')
-        if k in filled:
-            raise LabError(f'{path}.{k}: the model fills this in; leave it out')
-        inner = None if own else HOLDS.get(slot, {}).get(k)
-        if inner or own:
-            parts += _check_held(v, inner, k, f'{path}.{k}', deep)
+        if not isinstance(keyword, str) or len(keyword) > 99:
+            raise LabError(f'{path}: {short(keyword)} is no keyword; leave it out')
+        here = f'{path}.{keyword}'
+        if own:
+            parts += _check_held(v, None, keyword, here, deep)
         else:
-            plain(v, f'{path}.{k}')
+            parts += _check_keyword(v, slot, keyword, here, deep)
     shared = 0 if own else x.get('shared')  # so many more experts that every token uses
     return parts * (1 + shared) if isinstance(shared, int) and shared > 0 else parts
 
 
+def _check_keyword(v, slot, keyword, path, deep):
+    "What a keyword of a declared part says; returns how many parts that makes"
+    if keyword in _NEVER or keyword in _FILLED.get(slot, '').split():
+        raise LabError(f'{path}: the model fills this in; leave it out')
+    held = HOLDS.get(slot, {}).get(keyword)  # the slot of the recipe that stands there
+    if held:
+        return _check_held(v, held, keyword, path, deep)
+    plain(v, path)
+    return 0
+
+
 def _as_recipe(x, slot) -> str:
     "The remedy for a word, or another thing, where a recipe belongs"
-    known = SLOTS[slot] if slot else {'NAME': 'NAME'}
-    word = next(iter(x)) if isinstance(x, dict) and len(x) == 1 else x  # {GELU: …} is meant as GELU
-    if other := _elsewhere(word, slot) if word not in [*known] else []:
-        return (
-            f'{word} belongs into {" or ".join(other)}; give a recipe such as {{part: '
-            f'"{next(iter(known.values()))}"}}'
-        )
-    near = nearest(word, known) if isinstance(word, str) else ''
-    near = known[near[14:-2]] if near.startswith('did you mean') else next(iter(known.values()))
-    return f'give a recipe such as {{part: "{near}"}}'
+    known = SLOTS[slot] if slot else {'NAME': 'NAME'}  # {name: address}
+    example = next(iter(known.values()))
+    word = x
+    if isinstance(x, dict) and len(x) == 1:
+        word = next(iter(x))  # {GELU: …} is meant as GELU
+    other = [] if word in [*known] else _elsewhere(word, slot)
+    if other:
+        where = ' or '.join(other)
+        return f'{word} belongs into {where}; give a recipe such as {{part: "{example}"}}'
+    meant = _closest(word, known) if isinstance(word, str) else None
+    if meant:
+        example = known[meant]
+    return f'give a recipe such as {{part: "{example}"}}'
 
 
 def _any_slot(x, slots, path, deep):
@@ -336,9 +357,9 @@ def _check_held(v, slot, keyword, path, deep):
     if not isinstance(v, list) or len(v) > 10_000:
         raise LabError(f'{path}={short(v)}: {_as_recipe(v, slot)} in a list, [{{part: …}}]')
     each = [check_recipe(o, slot, f'{path}[{n}]', deep + 1) for n, o in enumerate(v)]
-    return (
-        max(each, default=0) if slot in ('mixer', 'mlp') else sum(each)
-    )  # a layer is made of one in turn
+    if slot in ('mixer', 'mlp'):
+        return max(each, default=0)  # a layer is made of one in turn
+    return sum(each)
 
 # %% ../nbs/01_core.ipynb #1bd0afae
 def rng(
@@ -417,7 +438,10 @@ def check(
 ) -> str:  # 'f: not yet', a counter-example, or 'f: right on 9 cases'
     "Compare `f` with `spec` on every case and say what came of it; never raises"
     name = getattr(f, '__name__', repr(f))
-    say = lambda x: shorten(repr(x), 80)
+
+    def say(x):
+        return shorten(repr(x), 80)
+
     for case in cases:
         try:
             # nobody sees what the other did to its case
@@ -474,15 +498,14 @@ def show(
     import io
 
     fig = fig or pyplot().gcf()
-    alt = alt or '; '.join(
-        filter(
-            None, [fig.get_suptitle(), *(ax.get_title('left') or ax.get_title() for ax in fig.axes)]
-        )
-    )
+    if not alt:
+        titles = [ax.get_title('left') or ax.get_title() for ax in fig.axes]
+        alt = '; '.join(title for title in (fig.get_suptitle(), *titles) if title)
     if 'IPython' not in sys.modules:
         return fig
+    png = io.BytesIO()
     # 'tight': a title that is longer than the axes makes the picture wider, and is not cut
-    fig.savefig(png := io.BytesIO(), format='png', bbox_inches='tight', pad_inches=0.06)
+    fig.savefig(png, format='png', bbox_inches='tight', pad_inches=0.06)
     pyplot().close(fig)
     return require('IPython.display').Image(png.getvalue(), alt=alt)
 
@@ -570,9 +593,8 @@ def progress(
     if not in_notebook():
         from tqdm import tqdm
 
-        yield from tqdm(
-            items, desc=label, total=total, leave=False, disable=None
-        )  # None: silent in a log
+        # None: silent in a log
+        yield from tqdm(items, desc=label, total=total, leave=False, disable=None)
         return
     if total is None and hasattr(items, '__len__'):
         total = len(items)
@@ -593,16 +615,15 @@ def graceful_interrupt(
     """Within, an interrupt asks for an end instead of making one (in the main thread, the only one
     that hears it)"""
     names = {signal.SIGINT: 'by hand', signal.SIGTERM: 'by SIGTERM'}
-    main = threading.main_thread()
     hangup = getattr(signal, 'SIGHUP', None)  # Windows has none
     if hangup:
         names[hangup] = 'by SIGHUP'
-    old = {
-        s: h
-        for s in names
-        if threading.current_thread() is main
-        and (h := signal.getsignal(s)) not in (None, signal.SIG_IGN)
-    }
+    old = {}  # who is listened to, and who listened before
+    if threading.current_thread() is threading.main_thread():
+        for s in names:
+            handler = signal.getsignal(s)
+            if handler not in (None, signal.SIG_IGN):
+                old[s] = handler
 
     def first(number, frame):
         signal.signal(number, signal.SIG_IGN if number == hangup else old[number])

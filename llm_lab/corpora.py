@@ -31,7 +31,7 @@ from .files import made_folder
 
 # %% ../nbs/04_corpora.ipynb #48f6a61d
 class Reiterable:
-    "An iterable that is read again for each `for`: `parse_tale(*args)` gives a new iterator"
+    "An iterable that is read again for each `for`: `read(*args)` gives a new iterator"
 
     def __init__(self, read: Callable, *args):
         self.read, self.args = read, args
@@ -51,6 +51,7 @@ def digest(documents: Iterable[str]) -> str:
 
 
 def _size(held):
+    "How much a split holds, in words"
     if not hasattr(held, '__len__'):
         return 'on demand'
     return f'{len(held):,} {"characters" if isinstance(held, str) else "documents"}'
@@ -94,24 +95,24 @@ class Corpus:
 
     def __repr__(self):
         sizes = ', '.join(f'{k} {_size(v)}' for k, v in self.splits.items())
-        return (
-            f'Corpus({self.name!r}: {sizes}; licence: {self.licence}'
-            + (f'; cite: {self.citation}' if self.citation else '')
-            + ')'
-        )
+        cite = f'; cite: {self.citation}' if self.citation else ''
+        return f'Corpus({self.name!r}: {sizes}; licence: {self.licence}{cite})'
 
 # %% ../nbs/04_corpora.ipynb #cdb0bb63
 def apart(corpus) -> bool:
     """Does the separator stand in a corpus?
 
     Not in a text that is one document, such as a single line"""
-    several = lambda split: len([*itertools.islice(corpus.documents(split), 2)]) > 1
+
+    def several(split):  # no more than two documents are read
+        return len([*itertools.islice(corpus.documents(split), 2)]) > 1
+
     return corpus.independent or any(map(several, corpus.splits))
 
 
 def letters_of(corpus) -> str:
     "The characters of a corpus, each once, sorted; those of its separator if it stands in it"
-    held = {*(corpus.separator if apart(corpus) else '')}
+    held = set(corpus.separator) if apart(corpus) else set()
     for split in corpus.splits:
         for d in corpus.documents(split):
             held.update(d)
@@ -180,10 +181,12 @@ _SPLITS = dict(
     test='test',
     testing='test',
 )
+# [1] is what stands before the word, [2] the word of the split: 'wiki.', 'train' of both
+# wiki.train.txt and wiki.train-00000-of-00002.parquet
 _NAMED = re.compile(
-    rf'(?i)(.*?[/._-]|)({"|".join(_SPLITS)})'  # wiki.train
+    rf'(?i)(.*?[/._-]|)({"|".join(_SPLITS)})'
     r'(?:[._-]?\d+)?(?:-of-\d+)?(?:-[0-9a-f]{16})?(?:\.\w+|/.*)'
-)  # -00000-of-00002.parquet
+)
 
 
 def _visible(folder) -> list:
@@ -229,9 +232,15 @@ def _chosen(folder) -> tuple:  # (kind of the files, {split: files}); '' where t
     for f in _visible(folder):
         if kind := KINDS.get(f.suffix.lower()):
             files.setdefault(kind, []).append(f)
-    divided = {kind: parts for kind, fs in files.items() if (parts := _divided(folder, fs))}
-    ranks = [*divided], ['txt'], ['jsonl', 'csv', 'parquet'], ['md']
-    kinds = next((there for rank in ranks if (there := [k for k in rank if k in files])), [])
+    divided = {}  # {kind: {split: files}}, of the kinds whose names tell splits
+    for kind, fs in files.items():
+        if parts := _divided(folder, fs):
+            divided[kind] = parts
+    # the first of these ranks of which there is a kind; it must be one kind only
+    for rank in ([*divided], ['txt'], ['jsonl', 'csv', 'parquet'], ['md']):
+        kinds = [kind for kind in rank if kind in files]
+        if kinds:
+            break
     if not kinds:
         raise LabError(
             f'{folder} holds no .txt file, and no .md, .jsonl, .csv or .parquet: '
@@ -245,24 +254,29 @@ def _chosen(folder) -> tuple:  # (kind of the files, {split: files}); '' where t
     (kind,) = kinds
     parts = divided.get(kind) or {'': files[kind]}
     taken = {f for held in parts.values() for f in held}
-    left = [
-        f.relative_to(folder).as_posix()
-        for k, fs in files.items()
-        for f in fs
-        if f not in taken and (k != 'md' or kind == 'txt')
-    ]  # a README.md is no news
+    left = []
+    for k, fs in files.items():
+        if k == 'md' and kind != 'txt':
+            continue  # the README.md beside a data set is no news
+        left += [f.relative_to(folder).as_posix() for f in fs if f not in taken]
     if left:
-        few = ', '.join(left[:3]) + (f' and {len(left) - 3:,} more' if left[3:] else '')
+        few = ', '.join(left[:3])
+        if len(left) > 3:
+            few += f' and {len(left) - 3:,} more'
         warnings.warn(f'{folder}: the text is {len(taken):,} .{kind} files; left out: {few}')
     return kind, parts
 
 # %% ../nbs/04_corpora.ipynb #1668f7d7
 def _no_field(where, field, there):
-    there = ', '.join(f'{name!s:.30}' for name in list(there)[:12] if name is not None)
+    "The error of records without the field, which names those that are there"
+    names = ', '.join(f'{name!s:.30}' for name in list(there)[:12] if name is not None)
     return LabError(
-        f'{where} has no field {field!r}: it has {there or "none"}; '
+        f'{where} has no field {field!r}: it has {names or "none"}; '
         'name one with data.field=… or --field'
     )
+
+
+# The readers of records yield (where a record stands, for messages; the record)
 
 
 def _json_rows(path, field):
@@ -276,7 +290,8 @@ def _json_rows(path, field):
             raise LabError(f'{where} is no JSON ({why}): write one record a line') from None
 
     if path.suffix.lower() == '.json' and text.lstrip().startswith('['):
-        yield from ((f'{path}, record {n}', row) for n, row in enumerate(parsed(text, path), 1))
+        for n, row in enumerate(parsed(text, path), 1):
+            yield f'{path}, record {n}', row
         return
     for n, line in enumerate(text.split('\n'), 1):
         if line.strip():
@@ -296,7 +311,8 @@ def _csv_rows(path, field):
         csv.field_size_limit(limit)
     if not rows and field not in head:
         raise _no_field(path, field, [head])
-    yield from ((f'{path}, record {n}', row) for n, row in enumerate(rows, 1))
+    for n, row in enumerate(rows, 1):
+        yield f'{path}, record {n}', row
 
 
 def _parquet_rows(path, field):
@@ -308,7 +324,8 @@ def _parquet_rows(path, field):
             if field not in there:
                 raise _no_field(path, field, there)
             for batch in table.iter_batches(columns=[field]):
-                yield from ((str(path), {field: v}) for v in batch.column(0).to_pylist())
+                for value in batch.column(0).to_pylist():
+                    yield str(path), {field: value}
     except (wrong, OSError) as e:
         raise LabError(f'cannot read {path}: {shorten(str(e), 120)}; copy it again') from None
 
@@ -318,8 +335,11 @@ _ROWS = dict(jsonl=_json_rows, json=_json_rows, csv=_csv_rows, parquet=_parquet_
 
 def _saved(folder) -> bool:
     "Is this a folder that `save_to_disk` of the library `datasets` has made?"
-    has = lambda name: (folder / name).is_file()
-    return has('dataset_dict.json') or has('state.json') and has('dataset_info.json')
+
+    def has(name):
+        return (folder / name).is_file()
+
+    return has('dataset_dict.json') or (has('state.json') and has('dataset_info.json'))
 
 
 def _saved_rows(folder, field) -> dict:  # {split: [(where, record), …]}
@@ -377,12 +397,21 @@ def _legal_share(text, before=''):
     Gutenberg"""
     seen = [m[1] for m in _GUTENBERG.finditer(before)]
     found = [*_GUTENBERG.finditer(text)]
-    legal = seen[-1:] == ['END'] or not seen and bool(found) and found[0][1] == 'START'
-    share, at = 0, 0
+    # a header ends where its line says START, and a licence begins where its line says END
+    if seen:
+        is_legal = seen[-1] == 'END'
+    else:
+        is_legal = bool(found) and found[0][1] == 'START'
+    size = 0  # characters of both
+    at = 0
     for m in found:
-        share += legal * (m.start() - at)
-        legal, at = m[1] == 'END', m.start()
-    return (share + legal * (len(text) - at)) / max(1, len(text))
+        if is_legal:
+            size += m.start() - at
+        is_legal = m[1] == 'END'
+        at = m.start()
+    if is_legal:
+        size += len(text) - at
+    return size / max(1, len(text))
 
 
 def _hint(path, splits, cut):
@@ -403,43 +432,58 @@ def _read(path, field) -> tuple:  # ({split: texts}, are they records?)
     parts = {'': [path]}
     if path.is_dir():
         kind, parts = _chosen(path)
+    texts = {}
     if kind in _ROWS:
-        held = lambda f: _texts_of(_ROWS[kind](f, field), field)
-        return {s: [t for f in files for t in held(f)] for s, files in parts.items()}, True
+        for split, files in parts.items():
+            each = [_texts_of(_ROWS[kind](f, field), field) for f in files]
+            texts[split] = [*itertools.chain(*each)]
+        return texts, True
     if field != 'text':
         raise LabError(
             f'{path} is plain text and has no field {field!r}: leave data.field (--field) out'
         )
-    bare = lambda text, files: text.strip('\n') if len(files) > 1 else text
-    return {s: [bare(read_text(f), files) for f in files] for s, files in parts.items()}, False
+    for split, files in parts.items():
+        held = [read_text(f) for f in files]
+        # several are joined by the separator; a single one is kept as it is
+        texts[split] = [t.strip('\n') for t in held] if len(held) > 1 else held
+    return texts, False
+
+
+def _is_marked(texts) -> bool:
+    "Does a line that is the mark stand in one of the texts?"
+    line = re.compile(rf'^[ \t]*{re.escape(END_OF_TEXT)}[ \t]*$', re.M)
+    return any(line.search(text) for held in texts.values() for text in held)
+
+
+def _halves(held, joined, marked):
+    "Training and validation text, cut from one: between documents, if there are several"
+    if marked and len(held) > 1:
+        separator = f'\n{END_OF_TEXT}\n'
+        train, val = split_documents(held)
+        return dict(train=separator.join(train), val=separator.join(val))
+    return split_text(joined)  # one document is cut by place
 
 
 def from_path(path, field='text') -> Corpus:
     """A corpus from a file or folder of texts; or of records, each a document with its text in
     `field`"""
     path = Path(path)
-    texts, records = _read(path, field)
-    docs = {s: [d for t in ts for d in parse_documents(t)] for s, ts in texts.items()}
+    texts, records = _read(path, field)  # {split: texts}, or {'': texts} where there are none
+    docs = {}
+    for split, held in texts.items():
+        docs[split] = [d for text in held for d in parse_documents(text)]
     if records and not (docs.get('') or docs.get('train')):
         raise LabError(f'{path}: there is no text in its field {field!r}: name another')
-    line = re.compile(rf'^[ \t]*{re.escape(END_OF_TEXT)}[ \t]*$', re.M)
-    marked = sum(map(len, docs.values())) > 1 and (
-        records or any(line.search(t) for ts in texts.values() for t in ts)
-    )
+    several = sum(map(len, docs.values())) > 1
+    marked = several and (records or _is_marked(texts))  # by ends of documents
     separator = f'\n{END_OF_TEXT}\n' if marked else Corpus.separator
     held = docs if marked or records else texts
     joined = {s: separator.join(held[s]) for s in ('', 'train', 'val', 'test') if s in held}
     splits = {s: t for s, t in joined.items() if s}
     if not splits.get('val'):
-        all_of = '' if '' in held else 'train'
-        if marked and len(held[all_of]) > 1:
-            halves = map(separator.join, split_documents(held[all_of]))
-        else:
-            halves = split_text(joined[all_of]).values()  # one document is cut by place
-        splits = {
-            **dict(zip(('train', 'val'), halves)),
-            **{s: splits[s] for s in splits if s == 'test'},
-        }
+        source = '' if '' in held else 'train'
+        cut = _halves(held[source], joined[source], marked)
+        splits = cut | {s: t for s, t in splits.items() if s == 'test'}
     _hint(path, splits, cut='val' not in held)
     known = joined.get('', json.dumps({s: digest(held[s]) for s in joined}))
     name = path.stem if path.is_file() else path.resolve().name
@@ -520,9 +564,9 @@ def fetch(name: str, url: str, sha256: str, size: int) -> bytes:
     try:
         path = store.fetch(name, downloader=lambda url, path, pup: _download(url, path, size))
     except Exception as e:
-        why = (
-            'the bytes that came have the wrong hash' if 'hash' in str(e) else shorten(str(e), 120)
-        )
+        why = shorten(str(e), 120)
+        if 'hash' in str(e):
+            why = 'the bytes that came have the wrong hash'
         raise LabError(
             f'cannot download {name}: {why}; '
             f'try again, or put a copy into {home() / "data"} or $LLM_LAB_DATA'
@@ -533,10 +577,8 @@ def fetch(name: str, url: str, sha256: str, size: int) -> bytes:
 def hash_fraction(text: str, seed=0, purpose='side') -> float:
     """A number in [0, 1) that depends on text, seed and purpose only, and is spread evenly over
     texts"""
-    return (
-        int.from_bytes(hashlib.sha256(f'{purpose}/{seed}/{text}'.encode()).digest()[:6], 'big')
-        / 2**48
-    )
+    sha = hashlib.sha256(f'{purpose}/{seed}/{text}'.encode()).digest()
+    return int.from_bytes(sha[:6], 'big') / 2**48  # six bytes are exact in a float
 
 
 def assign_split(text: str, cuts: dict) -> str:  # a key of `cuts`, or 'train'
@@ -571,9 +613,9 @@ def subsample(corpus: Corpus, limit: int, seed=0) -> Corpus:
     if not isinstance(limit, int) or limit < 1:
         raise LabError(f'limit={limit!r} should be a whole number above 0')
     train = _counted(corpus.documents('train'), corpus.name)
-    least = heapq.nsmallest(
-        limit, ((hash_fraction(d, seed, 'draw'), n, d) for n, d in enumerate(train))
-    )
+    # those with the smallest hashes: one pass, and never more than `limit` documents in memory
+    drawn = ((hash_fraction(d, seed, 'draw'), n, d) for n, d in enumerate(train))
+    least = heapq.nsmallest(limit, drawn)
     if len(least) < limit:
         raise LabError(
             f'{corpus.name} has {len(least):,} training documents, limit={limit:,}: ask for fewer'
@@ -635,26 +677,26 @@ def load_corpus(
     field='text',  # of records: the one that holds the text
 ) -> Corpus:
     "The corpus of that name or path, never another one; raises `LabError` when there is none"
-    name, make = str(name_or_path), from_path
+    name = str(name_or_path)
+    make = from_path
     if isinstance(name_or_path, str) and name in CORPORA:  # a Path is always a path
         make = lookup(CORPORA[name], 'corpus')
     elif not (path := found_path(name)):
         close = difflib.get_close_matches(name, CORPORA, 1, 0.5)
-        raise LabError(
-            f'no corpus and no file is called {name!r}: '
-            + (
-                f'did you mean {close[0]!r}?'
-                if close
-                else f'choose from {", ".join(CORPORA)}, or give a path'
-            )
-        )
+        remedy = f'choose from {", ".join(CORPORA)}, or give a path'
+        if close:
+            remedy = f'did you mean {close[0]!r}?'
+        raise LabError(f'no corpus and no file is called {name!r}: {remedy}')
     if stream and 'stream' not in inspect.signature(make).parameters:
         raise LabError(
             f'{name} does not come from the hub and cannot be streamed: leave stream out'
         )
     if make is not from_path and field != 'text':
         raise LabError(f'{name} is a corpus with fields of its own: leave data.field (--field) out')
-    corpus = make(path, field) if make is from_path else make(stream=True) if stream else make()
+    if make is from_path:
+        corpus = from_path(path, field)
+    else:
+        corpus = make(stream=True) if stream else make()
     return corpus if limit is None else subsample(corpus, limit, seed)
 
 # %% ../nbs/04_corpora.ipynb #7ecf326e
@@ -676,12 +718,15 @@ def corpus_of(about: dict) -> Corpus:
             f'{short(name)}, on which this model was trained, is gone: put it back, '
             'or say which corpus or text to use'
         )
+    # of a text that was drawn from, see `subsample`, the hash is another one
+    drawn = re.search(r'-(\d{1,9})-seed(\d{1,9})$', str(about.get('corpus')))
     for place in places or [name]:
         corpus = load_corpus(place, field=field)
-        drawn = re.search(r'-(\d{1,9})-seed(\d{1,9})$', str(about.get('corpus')))  # see `subsample`
-        part = drawn and f'{corpus.sha256}/{drawn[1]}/{drawn[2]}'
-        known = [corpus.sha256, part and hashlib.sha256(part.encode()).hexdigest()]
-        if want in known and want:
+        known = [corpus.sha256]
+        if drawn:
+            limit, seed = drawn.groups()
+            known.append(hashlib.sha256(f'{corpus.sha256}/{limit}/{seed}'.encode()).hexdigest())
+        if want and want in known:
             return corpus
     raise LabError(
         f'{short(name)} is not the text that this model was trained on: say which corpus or '

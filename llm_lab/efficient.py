@@ -37,10 +37,14 @@ class _Alive(TorchDispatchMode):
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         out = op(*args, **(kwargs or {}))
         for t in tree_leaves(out):
-            if isinstance(t, Tensor) and (s := t.untyped_storage()) not in self.known:
-                self.known.add(s)
-                self.now += (n := s.nbytes())
-                weakref.finalize(s, self.free, n)
+            if not isinstance(t, Tensor):
+                continue
+            storage = t.untyped_storage()
+            if storage not in self.known:  # else `t` is a view
+                self.known.add(storage)
+                size = storage.nbytes()
+                self.now += size
+                weakref.finalize(storage, self.free, size)  # called when it dies
         self.most = max(self.most, self.now)
         return out
 
@@ -50,9 +54,8 @@ def step_memory(
     batch_size: int,
     opt=adamw,
     step=train_step,
-    prepare=lambda model: (
-        model
-    ),  # what is done to the model first, such as `apply_activation_checkpointing`
+    # what is done to the model first, such as `apply_activation_checkpointing`
+    prepare=lambda model: model,
 ) -> int:  # bytes
     """The most that all tensors of a training step take at once, optimiser state included; nothing
     is calculated.
@@ -85,7 +88,7 @@ def step_memory(
 def apply_activation_checkpointing(model, on=True):
     """Keep only what enters each block, and calculate the rest again on the way back; returns the
     model"""
-    vars(model).pop('through', None)
+    vars(model).pop('through', None)  # what the model calls each block through: `MiniGPT.through`
     if on:
         model.through = partial(checkpoint, use_reentrant=False)
     return model
@@ -98,12 +101,11 @@ def free_memory(device='cpu') -> int:
         return torch.cuda.mem_get_info(device)[0]
     if kind == 'mps':
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    if (info := Path('/proc/meminfo')).exists():
-        return 1024 * int(
-            next(l for l in info.read_text().splitlines() if l.startswith('MemAvailable')).split()[
-                1
-            ]
-        )
+    info = Path('/proc/meminfo')
+    if info.exists():
+        lines = info.read_text().splitlines()
+        line = next(l for l in lines if l.startswith('MemAvailable'))  # 'MemAvailable: 123 kB'
+        return 1024 * int(line.split()[1])
     raise LabError(
         f'this system does not say how much memory {device!r} has left: give memory=BYTES'
     )
@@ -113,11 +115,10 @@ def _runs(cfg, batch_size, device, opt=adamw, step=train_step, prepare=lambda mo
     "Does a step with so many rows go through on this device?"
     model = prepare(MiniGPT(cfg).to(device))
     o = opt(model)
+    shape = (batch_size, cfg.max_len + 1)  # (B, T + 1)
     try:
-        for _ in range(2):
-            step(
-                model, o, torch.zeros(batch_size, cfg.max_len + 1, dtype=torch.int64, device=device)
-            )
+        for _ in range(2):  # the optimizer's state is made in the first one
+            step(model, o, torch.zeros(shape, dtype=torch.int64, device=device))
     except torch.OutOfMemoryError:
         return False
     return True
@@ -144,12 +145,18 @@ def largest_batch(
             f'one row takes {step_memory(cfg, 1, **kw):,} bytes, there are {memory:,}: make '
             'the model smaller'
         )
+    # `low` fits, `high` does not or is more than allowed: double until there is such a pair, …
     low, high = 1, 2
     while high <= most and fits(high):
         low, high = high, 2 * high
     high = min(high, most + 1)
-    while high - low > 1:
-        low, high = (mid, high) if fits(mid := (low + high) // 2) else (low, mid)
+    while high - low > 1:  # … and halve what lies between
+        middle = (low + high) // 2
+        if fits(middle):
+            low = middle
+        else:
+            high = middle
+    # a device needs more than its tensors: working memory, and gaps between them. So it is tried
     while device != 'cpu' and low > 1 and not _runs(cfg, low, device, **kw):
         low = low * 9 // 10
     live.close(f'{low:,} rows fit')
@@ -161,21 +168,21 @@ def try_compile(
     **kw,  # for `torch.compile`
 ):
     "`f`, compiled at its first call; where that fails, `f` itself and one line that says why"
-    fast, chosen = torch.compile(f, **kw), []
+    fast = torch.compile(f, **kw)
+    chosen = None  # `fast` or `f`, from the first call on
 
     def call(*args):
-        if chosen:
-            return chosen[0](*args)
+        nonlocal chosen
+        if chosen is not None:
+            return chosen(*args)
         try:
             out = fast(*args)
-            chosen.append(fast)
+            chosen = fast
         except Exception as e:  # no compiler, an operation that is not known, …
-            out = f(*args)
-            chosen.append(f)  # a mistake of the caller's is raised here
-            print(
-                f'not compiled, as fast as before: {type(e).__name__}: '
-                f'{str(e).strip().splitlines()[0][:100]}'
-            )
+            out = f(*args)  # a mistake of the caller's is raised here, and nothing is chosen
+            chosen = f
+            why = str(e).strip().splitlines()[0][:100]
+            print(f'not compiled, as fast as before: {type(e).__name__}: {why}')
         return out
 
     return call
@@ -201,30 +208,45 @@ class StepRunner:
         self.precision = precision
         self.compile = compile
         self.scaler = torch.amp.GradScaler('cpu', enabled=precision == 'fp16')
-        self.fast = {}
+        self.fast = {}  # {loss: compiled}, since `fit` hands the loss over at each step
+
+    def _ready(self, loss):
+        "The loss that is called: balanced, and compiled once if that was asked for"
+        if not self.compile:
+            return balanced(loss)
+        if loss not in self.fast:
+            self.fast[loss] = try_compile(balanced(loss))
+        return self.fast[loss]
 
     def __call__(
-        self, model, opt, rows, clip=1.0, loss=next_token_loss
-    ):  # → (loss, length of the gradient)
-        if self.compile:
-            loss = self.fast.get(loss) or self.fast.setdefault(loss, try_compile(balanced(loss)))
-        else:
-            loss = balanced(loss)
+        self,
+        model,
+        opt,
+        rows,  # ids, (B, T + 1)
+        clip=1.0,
+        loss=next_token_loss,
+    ):  # (loss, length of the gradient)
+        loss = self._ready(loss)
         total = 0.0
         dtype = PRECISIONS[self.precision]
         parts = rows.chunk(self.accumulate)
         for n, part in enumerate(parts):
-            quiet = (
-                model.no_sync if n < len(parts) - 1 and hasattr(model, 'no_sync') else nullcontext
-            )
-            with quiet():  # several processes talk once a step
+            last = n == len(parts) - 1
+            # several processes talk once a step, when the last part is through
+            quiet = nullcontext if last or not hasattr(model, 'no_sync') else model.no_sync
+            with quiet():
                 with torch.autocast(rows.device.type, dtype, enabled=dtype is not None):
+                    # the mean over the batch: a part counts by its rows
                     value = loss(model, part) * (len(part) / len(rows))
                 self.scaler.scale(value).backward()
             total += value.detach()
         if not self.scaler.is_enabled():
             return total, update(model, opt, clip)
+        # In fp16 a small gradient would become 0, so the loss was multiplied by a large scale; the
+        # gradient is divided by it again. One that the scale has made too large for fp16 is ∞ or
+        # NaN now, and that is where the step is skipped: in `update`, which moves nothing along a
+        # gradient that is not finite. (So `scaler.step`, which would look itself, is not called.)
         self.scaler.unscale_(opt)
-        length = update(model, opt, clip)  # a gradient beyond fp16 moves nothing,
-        self.scaler.update()  # and the next loss is multiplied by less
+        length = update(model, opt, clip)
+        self.scaler.update()  # after such a step the scale is halved; after many good ones, doubled
         return total, length

@@ -36,9 +36,8 @@ def strided_spans(
         raise LabError(f'stride={stride}: give a whole number from 1 to the context, {T}')
     whole = spans(n, stride, starts)  # who is asked, as if the context were one stride
     opens = torch.as_tensor([0] if starts is None else starts)
-    opens = opens[
-        torch.searchsorted(opens, whole[:, 0].contiguous(), right=True) - 1
-    ]  # each document's begin
+    # each document's begin
+    opens = opens[torch.searchsorted(opens, whole[:, 0].contiguous(), right=True) - 1]
     return torch.stack([torch.maximum(opens, whole[:, 2] - 1 - T), whole[:, 1], whole[:, 2]], 1)
 
 # %% ../nbs/25_evaluation.ipynb #5819dc98
@@ -69,10 +68,10 @@ class Score:
     )
 
     def __post_init__(self):
-        if (
-            self.floor
-            and (below := self.floor * math.log(2) * self.chars - self.nats) > 3 * self.error
-        ):
+        if not self.floor:
+            return
+        below = self.floor * math.log(2) * self.chars - self.nats
+        if below > 3 * self.error:
             raise LabError(
                 f'{self.bits:.3f} bits per character are {below / self.error:.0f} standard '
                 'errors below '
@@ -110,9 +109,8 @@ class Score:
 
     @property
     def above(self):
-        return (
-            self.floor and self.bits / self.floor - 1
-        )  # distance from the floor, as a share of it
+        # distance from the floor, as a share of it
+        return self.floor and self.bits / self.floor - 1
 
 # %% ../nbs/25_evaluation.ipynb #7895f58e
 UNITS = dict(
@@ -132,8 +130,10 @@ UNITS = dict(
 def as_dict(self: Score) -> dict:
     """Its numbers, plain, as a run keeps them in `result.json`, and their units; what nobody can
     tell is None"""
-    keys = (*UNITS, 'tokens', 'chars', 'bytes', 'ends')
-    said = {k: list(v) if isinstance(v := getattr(self, k), tuple) else v for k in keys}
+    said = {}
+    for key in (*UNITS, 'tokens', 'chars', 'bytes', 'ends'):
+        value = getattr(self, key)
+        said[key] = list(value) if isinstance(value, tuple) else value  # as JSON gives it back
     return dict(said, units=UNITS)
 
 # %% ../nbs/25_evaluation.ipynb #8cf2338e
@@ -144,7 +144,8 @@ def ratio_error(
     """Standard error of the total of `sums`, if other documents had been drawn and scaled to as
     many tokens"""
     sums, counts = (torch.as_tensor(x, dtype=torch.float64) for x in (sums, counts))
-    if (D := len(sums)) < 2:
+    D = len(sums)
+    if D < 2:
         return math.inf  # from one document, nobody can tell
     residuals = sums - sums.sum() / counts.sum() * counts
     return (residuals.square().sum() * D / (D - 1)).sqrt().item()
@@ -158,8 +159,7 @@ def _in_documents(windows, starts):
 
 
 def _end_places(n, ends, width):
-    """Which of n tokens belong to an end mark: the `width` tokens up to each place of
-    `stop_strings`; bool, (n,)"""
+    "Which of n tokens belong to an end mark: the `width` tokens up to each of `ends`; bool, (n,)"
     inside = torch.zeros(n, dtype=torch.bool)
     if ends is not None:
         places = (ends[:, None] - torch.arange(width)).flatten()
@@ -171,14 +171,16 @@ def _sizes(ids, is_end, tokenizer, separator):
     """(characters, bytes of the documents) of some ids; a mark that is one token stands for the
     separator"""
     chars, size = 0, 0
+    # where text turns into end marks or back: each piece is only the one or only the other
     cuts = (is_end[1:] != is_end[:-1]).nonzero()[:, 0] + 1
     for piece, ends in zip(ids.tensor_split(cuts), is_end.tensor_split(cuts)):
-        if ends.any() and piece[0] == tokenizer.eos_id:
+        is_mark = ends.any()
+        if is_mark and piece[0] == tokenizer.eos_id:
             chars += len(piece) * len(separator)
             continue
         text = tokenizer.decode(piece.tolist())
         chars += len(text)
-        if not ends.any():
+        if not is_mark:
             size += len(text.encode())
     return chars, size
 
@@ -192,27 +194,32 @@ def tally(
     corpus,
 ) -> Score:
     "What the losses of a text add up to: in all, over documents, and what their end marks cost"
+    # Of '|ab|c|', whose end marks | stand at 0, 3 and 5, the tokens a b | c | are asked. The
+    # documents are 'ab|' and 'c|', (first, end) = (1, 4) and (4, 6)
     starts = None if ends is None else ends[ends < len(ids) - 1]
     width = 0 if ends is None else len(document_end_ids(corpus, tokenizer))
-    is_end = _end_places(len(ids), ends, width)
-    parts = [(losses[a:b], is_end[a:b]) for a, b in _in_documents(windows, starts).tolist()]
-    sums = [x.sum() for x, _ in parts]
-    counts = [len(x) for x, _ in parts]
-    bare = [x[~end].sum() for x, end in parts]
-    kept = [int((~end).sum()) for _, end in parts]
-    first = int(windows[0, 1])
-    chars, size = _sizes(ids[first:], is_end[first:], tokenizer, corpus.separator)
-    marks = 0 if ends is None else int((ends >= first).sum())
+    is_end = _end_places(len(ids), ends, width)  # (n,)
+    nats, counts = [], []  # of each document: what its tokens cost, and how many they are
+    bare_nats, bare_counts = [], []  # the same without its end mark
+    for first, end in _in_documents(windows, starts).tolist():
+        cost = losses[first:end]
+        is_text = ~is_end[first:end]
+        nats.append(cost.sum())
+        counts.append(len(cost))
+        bare_nats.append(cost[is_text].sum())
+        bare_counts.append(int(is_text.sum()))
+    asked = int(windows[0, 1])  # the first token that is
+    chars, size = _sizes(ids[asked:], is_end[asked:], tokenizer, corpus.separator)
     return Score(
-        float(sum(sums)),
-        sum(counts),
-        chars,
-        size,
-        ratio_error(sums, counts),
-        corpus.floor,
-        marks,
-        float(sum(sums) - sum(bare)),
-        ratio_error(bare, kept),
+        nats=float(sum(nats)),
+        tokens=sum(counts),
+        chars=chars,
+        bytes=size,
+        error=ratio_error(nats, counts),
+        floor=corpus.floor,
+        ends=0 if ends is None else int((ends >= asked).sum()),
+        end_nats=float(sum(nats) - sum(bare_nats)),
+        bare_error=ratio_error(bare_nats, bare_counts),
     )
 
 
@@ -230,11 +237,15 @@ def evaluate(
     alone"""
     ids, starts = read_split(corpus, tokenizer, split)
     ends = None if starts is None else torch.cat([starts, torch.tensor([len(ids) - 1])])
-    ids, T = ids[:most], model.cfg.max_len
-    if starts is not None:
+    ids = ids[:most]
+    T = model.cfg.max_len
+    if starts is None:
+        has_next = len(ids) > 1
+    else:
         starts = starts[starts < len(ids) - 1]
         ends = ends[ends < len(ids)]
-    if not (len(ids) > 1 if starts is None else len(starts)):
+        has_next = len(starts) > 0
+    if not has_next:
         raise LabError(
             f'{corpus.name}: its {split} text of {len(ids)} tokens has no next token: give a '
             'longer one'
@@ -285,6 +296,7 @@ def evaluate_file(
 
 # %% ../nbs/25_evaluation.ipynb #439bb305
 def _object(text, where):
+    "The dict that a JSON text says; `LabError` if it is none"
     try:
         return dict(json.loads(text))
     except (ValueError, TypeError, RecursionError):
@@ -304,33 +316,44 @@ def read_metrics(path) -> list:  # dicts
             if n == len(lines):
                 break
             raise
+        # a run that was resumed wrote some steps again: the later line is the one that counts
         while rows and row.get('step', math.inf) <= rows[-1].get('step', -1):
             rows.pop()
         rows.append(row)
     return rows
 
 # %% ../nbs/25_evaluation.ipynb #7961c0a7
+def _told_in_memory(run):
+    "`_told`, of a `TrainState`"
+    rows = [
+        dict(step=n, tokens=n / run.step * run.tokens, loss=loss)
+        for n, loss in enumerate(run.losses, 1)
+    ]
+    for note in run.notes:
+        at = note['step'] - 1
+        rows[at] = note | rows[at]
+    return rows, dict(
+        params=sum(p.numel() for p in run.model.parameters()),
+        done=run.step >= run.steps,
+        steps=run.step,
+        tokens=run.tokens,
+        seconds=run.seconds,
+    )
+
+
 def _told(run):
     """(the rows of its metrics, what is said of it as a whole) of a run folder, or of a
     `TrainState` in memory"""
     if isinstance(run, TrainState):
-        rows = [
-            dict(step=n, tokens=n / run.step * run.tokens, loss=v)
-            for n, v in enumerate(run.losses, 1)
-        ]
-        for note in run.notes:
-            rows[note['step'] - 1] = note | rows[note['step'] - 1]
-        return rows, dict(
-            params=sum(p.numel() for p in run.model.parameters()),
-            done=run.step >= run.steps,
-            steps=run.step,
-            tokens=run.tokens,
-            seconds=run.seconds,
-        )
-    read = lambda f: f.read_text(encoding='utf-8', errors='replace') if f.exists() else '{}'
-    about, result = (
-        _object(read(f), f) for f in (Path(run) / 'run.json', Path(run) / 'result.json')
-    )
+        return _told_in_memory(run)
+
+    def held(name):  # {} where the file is not there (yet)
+        file = Path(run) / name
+        text = file.read_text(encoding='utf-8', errors='replace') if file.exists() else '{}'
+        return _object(text, file)
+
+    about = held('run.json')
+    result = held('result.json')
     known = dict(params=about.get('params'), tokenizer=_dict(about, 'hashes').get('tokenizer'))
     return read_metrics(Path(run) / 'metrics.jsonl'), known | result | dict(done=bool(result))
 
@@ -340,23 +363,29 @@ def _dict(x, key):
     return x[key] if isinstance(x.get(key), dict) else {}
 
 
+def _last_noted(rows):
+    "The newest row with a validation loss that is a number; {} if there is none"
+    for row in reversed(rows):
+        if math.isfinite(row.get('val') or math.nan):
+            return row
+    return {}
+
+
 def _line(name, run):
     "All that a comparison knows of a run; None for what nobody knows"
     rows, said = _told(run)
     if not rows:
-        raise LabError(
-            f'{name if isinstance(run, TrainState) else run} has no metrics: give the folder '
-            'of a run '
-            'that has made some steps'
-        )
+        which = name if isinstance(run, TrainState) else run
+        raise LabError(f'{which} has no metrics: give the folder of a run that has made some steps')
     score = _dict(_dict(said, 'scores'), 'val')
-    noted = next((r for r in reversed(rows) if math.isfinite(r.get('val') or math.nan)), {})
+    noted = _last_noted(rows)
     losses = score or dict(loss=noted.get('val'), bits_per_byte=noted.get('val_bits_per_byte'))
     known = dict(steps=rows[-1].get('step')) | rows[-1] | said
+    seconds = known.get('seconds')
     return dict(
         name=name,
         **{k: known.get(k) for k in ('params', 'steps', 'tokens', 'seconds')},
-        time=None if (s := known.get('seconds')) is None else str(timedelta(seconds=round(s))),
+        time=None if seconds is None else str(timedelta(seconds=round(seconds))),
         **{k: losses.get(k) for k in (*UNITS, 'chars', 'bytes', 'ends')},
         tokenizer=known.get('tokenizer'),
         rows=rows,
@@ -368,24 +397,27 @@ def _line(name, run):
 _UNITS = dict(bits_per_byte='bits per byte', loss='nats per token')
 
 
-def _apart(values, share):  # do two of those that are known differ by more than this share?
+def _apart(values, share):
+    "Do two of the values that are known differ by more than this share?"
     known = [v for v in values if v]
     return bool(known) and max(known) > (1 + share) * min(known)
 
 
 def _finding(lines, unit):
-    "Who is lowest, and by how much"
-    first, second = ([l for l in lines if l[unit] is not None] + [None] * 2)[:2]
-    if not first:
+    "Who is lowest, and by how much; the lines come with the lowest first"
+    known = [l for l in lines if l[unit] is not None]
+    if not known:
         return 'no run has a validation loss yet'
+    first = known[0]
     said = f'{first[unit]:.3f} {_UNITS[unit]}'
-    if not second:
+    if len(known) == 1:
         return f'{first["name"]} has {said}'
+    second = known[1]
     sure = 'interval_per_byte' if unit == 'bits_per_byte' else 'interval'
-    one, two = first[sure], second[sure]
+    one, two = first[sure], second[sure]  # (low, high), or None
     if one and two and one[0] <= two[1] and two[0] <= one[1]:
         return f'{first["name"]} and {second["name"]} are not told apart: their intervals overlap'
-    so_far = ' so far' * any(l['state'] != 'finished' for l in lines)
+    so_far = ' so far' if any(l['state'] != 'finished' for l in lines) else ''
     return (
         f'{first["name"]} is lowest{so_far}: {said}, {1 - first[unit] / second[unit]:.1%} '
         f'below {second["name"]}'
@@ -433,6 +465,15 @@ _COLUMNS = dict(
 )
 
 
+def _cell(line, key):
+    "What the table says of a run in one column"
+    _, form = _COLUMNS[key]
+    if line[key] is None:
+        return '–'
+    on_the_way = key in _UNITS and not line['final']
+    return ('~' if on_the_way else '') + form.format(line[key])
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Runs side by side, the best first, marked `*`. Prints as a table, also in a notebook;
@@ -445,47 +486,58 @@ class Comparison:
     remarks: list  # sentences: the finding, then what must be known to believe it
 
     def _table(self):
-        best = (
-            self.lines[0] if len(self.lines) > 1 and self.lines[0][self.unit] is not None else None
-        )
-        mark = lambda l, k: '~' * (k in _UNITS and not l['final'])
-        cells = lambda l: [
-            '–' if l[k] is None else mark(l, k) + f.format(l[k]) for k, (_, f) in _COLUMNS.items()
-        ]
-        return [
-            ['', *(head for head, _ in _COLUMNS.values())],
-            *(['*' * (l is best), *cells(l)] for l in self.lines),
-        ]
+        "Rows of texts: the heads, then a row for each run, which begins with '*' for the best"
+        rows = [['', *(head for head, _ in _COLUMNS.values())]]
+        for n, line in enumerate(self.lines):
+            best = n == 0 and len(self.lines) > 1 and line[self.unit] is not None
+            rows.append(['*' if best else '', *(_cell(line, key) for key in _COLUMNS)])
+        return rows
 
     def __repr__(self):
         table = self._table()
         widths = [max(map(len, column)) for column in zip(*table)]
-        lay = lambda n, text: text.ljust(widths[n]) if n < 2 else text.rjust(widths[n])
-        return '\n'.join(
-            ['  '.join(map(lay, range(10), row)) for row in table] + ['', *self.remarks]
-        )
+        printed = []
+        for row in table:
+            marks_and_names = [text.ljust(width) for text, width in zip(row[:2], widths)]
+            numbers = [text.rjust(width) for text, width in zip(row[2:], widths[2:])]
+            printed.append('  '.join(marks_and_names + numbers))
+        return '\n'.join([*printed, '', *self.remarks])
 
     def _repr_html_(self):
-        cell = lambda n, text, bold: (
-            f'<td style="padding:2px 7px;border:none;text-align:{"right" if n > 1 else "left"};'
-            f'font-weight:{"bold" if bold else "normal"}">{escape(text)}</td>'
-        )
-        cells = lambda row: ''.join(cell(n, text, row[0] != '') for n, text in enumerate(row))
-        rows = ''.join(f'<tr>{cells(row)}</tr>' for row in self._table())
+        def cell(column, text, bold):
+            align = 'right' if column > 1 else 'left'
+            weight = 'bold' if bold else 'normal'
+            return (
+                f'<td style="padding:2px 7px;border:none;text-align:{align};'
+                f'font-weight:{weight}">{escape(text)}</td>'
+            )
+
+        rows = ''
+        for row in self._table():
+            marked = row[0] != ''
+            cells = ''.join(cell(n, text, marked) for n, text in enumerate(row))
+            rows += f'<tr>{cells}</tr>'
         said = ''.join(f'<div style="margin:4px 8px">{escape(r)}</div>' for r in self.remarks)
         return f'<table style="border-collapse:collapse">{rows}</table>{said}'
 
 # %% ../nbs/25_evaluation.ipynb #6069d5f0
 def _named(runs):
+    "{name: run}; a folder is called by as many of its last names as tell it from the others"
     if isinstance(runs, dict):
         return runs
     paths = [Path(r).resolve() for r in runs]
 
-    def name(p, n=1):
-        end = lambda q: '/'.join(q.parts[-n:])
-        return name(p, n + 1) if any(q != p and end(q) == end(p) for q in paths) else end(p)
+    def last(n, path):
+        return '/'.join(path.parts[-n:])
 
-    return {name(p): p for p in paths}
+    named = {}
+    for path in paths:
+        others = [other for other in paths if other != path]
+        n = 1
+        while last(n, path) in [last(n, other) for other in others]:
+            n += 1
+        named[last(n, path)] = path
+    return named
 
 
 def compare(
@@ -496,10 +548,10 @@ def compare(
     Raises `LabError` on no run"""
     if not runs:
         raise LabError('there is no run to compare: give the folder of at least one')
-    lines = [_line(*named) for named in _named(runs).items()]
-    sizes = [l['bits_per_byte'] for l in lines if l['loss'] is not None]
-    unit = 'bits_per_byte' if sizes and None not in sizes else 'loss'
-    lines.sort(key=lambda l: (l[unit] is None, l[unit] or 0.0))
+    lines = [_line(name, run) for name, run in _named(runs).items()]
+    bits = [l['bits_per_byte'] for l in lines if l['loss'] is not None]
+    unit = 'bits_per_byte' if bits and None not in bits else 'loss'
+    lines.sort(key=lambda l: (l[unit] is None, l[unit] or 0.0))  # what is not known comes last
     return Comparison(lines, unit, _remarks(lines, unit))
 
 # %% ../nbs/25_evaluation.ipynb #53de025a
@@ -512,20 +564,25 @@ def _floor(self: Comparison, line):
     return floor and chars and size and floor * chars / size  # end marks cost nothing at the floor
 
 
+def _curve(line, key):
+    "[(tokens, value)] of the rows of a run that have both"
+    points = [(row.get('tokens'), row.get(key)) for row in line['rows']]
+    return [point for point in points if None not in point]
+
+
 @patch
 def picture(self: Comparison):  # a matplotlib figure
     """What was noted, over the tokens seen (training, smoothed, where nothing was); a ring is a
     final score"""
     fig, ax = pyplot().subplots(figsize=(4.6, 3))
-    noted, trained = (
-        ('val', 'loss') if self.unit == 'loss' else ('val_bits_per_byte', 'bits_per_byte')
-    )
+    by_loss = self.unit == 'loss'
+    noted = 'val' if by_loss else 'val_bits_per_byte'
+    trained = 'loss' if by_loss else 'bits_per_byte'
     for n, l in enumerate(self.lines):
-        curve = lambda k: [
-            (r['tokens'], r[k]) for r in l['rows'] if None not in (r.get('tokens'), r.get(k))
-        ]
-        known = curve(noted)
-        x, y = zip(*(known or curve(trained) or [(math.nan, math.nan)]))
+        known = _curve(l, noted)
+        points = known or _curve(l, trained) or [(math.nan, math.nan)]
+        x, y = zip(*points)
+        name = l['name'] if known else f'{l["name"]}, training'
         ax.plot(
             x,
             y if known else moving_average(y),
@@ -535,7 +592,7 @@ def picture(self: Comparison):  # a matplotlib figure
             marker='os^Dv*PX'[n % 8],
             ls=('-', '--', '-.', ':')[n % 4],
             markevery=len(x) // 10 or 1,
-            label=(l['name'] + ', training' * (not known)).replace('$', r'\$'),
+            label=name.replace('$', r'\$'),
         )
         if l['final']:
             ax.plot(l['tokens'], l[self.unit], 'o', ms=10, mfc='none', color=f'C{n % 10}')
@@ -562,11 +619,10 @@ def excess_by_kind(
     """What a model pays above the floor, in bits per character of the whole text, by what it did
     not know"""
     ids, starts = read_split(tales, tokenizer, 'val')
-    starts = torch.cat([starts, torch.tensor([len(ids) - 1])])[: n + 1]
-    losses = token_losses(
-        model, ids, spans(int(starts[-1]) + 1, model.cfg.max_len, starts[:-1])
-    ) / math.log(2)
-    each = [losses[a + 1 : b + 1].numpy() for a, b in zip(starts, starts[1:])]
+    marks = torch.cat([starts, torch.tensor([len(ids) - 1])])[: n + 1]  # before and after each
+    windows = spans(int(marks[-1]) + 1, model.cfg.max_len, marks[:-1])
+    bits = token_losses(model, ids, windows) / math.log(2)
+    each = [bits[a + 1 : b + 1].numpy() for a, b in zip(marks, marks[1:])]
     return split_excess(tales.documents('val')[:n], each, TalesConfig(**knobs))
 
 # %% ../nbs/25_evaluation.ipynb #011aa59b
@@ -593,7 +649,7 @@ def prompt_suite(
     write,  # a function: prompt → continuation
     prompts,
 ) -> dict:  # rows [(prompt, continuation)], distinct-1, distinct-2, repetition-4
-    "Let `write_tale` continue each prompt, and measure how varied and how repetitive it is"
+    "Let `write` continue each prompt, and measure how varied and how repetitive it is"
     rows = [(p, write(p)) for p in prompts]
     texts = [text for _, text in rows]
     return dict(

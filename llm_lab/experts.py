@@ -31,50 +31,57 @@ def routes_html(
     """The text once for each layer, each token in the colour of its first expert, whose number
     stands below; the weights as `title`"""
     ids = torch.tensor(tokenizer.encode(text), device=next(model.parameters()).device)
-    out = []
+    tokens = [tokenizer.decode([i]) for i in ids.tolist()]
+    page = []
     for layer, said in routing(model, ids).items():
         if layers is not None and layer not in layers:
             continue
-        best = said['weights'].argsort(1, descending=True)
-        chips = ''.join(
-            _chip(tokenizer.decode([i]), e, w)
-            for i, e, w in zip(
-                ids.tolist(),
-                said['chosen'].gather(1, best).tolist(),
-                said['weights'].gather(1, best).tolist(),
-            )
-        )
-        out.append(
+        order = said['weights'].argsort(1, descending=True)  # (T, k): the heaviest first
+        experts = said['chosen'].gather(1, order).tolist()
+        weights = said['weights'].gather(1, order).tolist()
+        chips = ''.join(map(_chip, tokens, experts, weights))
+        page.append(
             f'<div style="margin:.5em 0">layer {layer}: <span '
             f'style="font-family:monospace">{chips}</span></div>'
         )
-    return '<div style="line-height:2;max-width:60em">' + ''.join(out) + '</div>'
+    return '<div style="line-height:2;max-width:60em">' + ''.join(page) + '</div>'
 
 
-def _chip(shown, experts, weights):
-    title = html.escape(
-        ', '.join(f'expert {e}: {w:.0%}' for e, w in zip(experts, weights)), quote=True
-    )
-    shown = html.escape(shown.replace(' ', '␣').replace('\n', '↵'))
-    return (
-        f'<span title="{title}" style="background:{_HUES[experts[0] % len(_HUES)]};{_CHIP}">'
-        f'{shown}<sub style="font-size:60%">{experts[0]}</sub></span>' + '<br>' * ('↵' in shown)
-    )
+def _chip(token, experts, weights):
+    "A token in the colour of the first of its experts; a new line ends with one"
+    title = ', '.join(f'expert {e}: {w:.0%}' for e, w in zip(experts, weights))
+    title = html.escape(title, quote=True)
+    shown = html.escape(token.replace(' ', '␣').replace('\n', '↵'))
+    first = experts[0]
+    style = f'background:{_HUES[first % len(_HUES)]};{_CHIP}'
+    number = f'<sub style="font-size:60%">{first}</sub>'
+    chip = f'<span title="{title}" style="{style}">{shown}{number}</span>'
+    return chip + '<br>' if '↵' in shown else chip
 
 # %% ../nbs/52_experts.ipynb #bd462c7f
-def coactivation(
-    chosen: Tensor, n_experts: int
-) -> Tensor:  # (N, k), k of at least 2 → (E, E), on the CPU
+def coactivation(chosen: Tensor, n_experts: int) -> Tensor:
+    # (N, k), k of at least 2 → (E, E), on the CPU
     """How often two experts read the same token, as a multiple of what their loads alone would
     give; on the diagonal, 0"""
-    on = F.one_hot(chosen.cpu(), n_experts).amax(1).double()
-    pairs, load = (on.T @ on).fill_diagonal_(0), on.sum(0)
-    chance = (load[:, None] * load).fill_diagonal_(
-        0
-    )  # nobody meets himself: as many pairs, shared out by loads
+    on = F.one_hot(chosen.cpu(), n_experts).amax(1).double()  # (N, E): 1 where the expert reads
+    pairs = (on.T @ on).fill_diagonal_(0)
+    load = on.sum(0)
+    # nobody meets himself: as many pairs, shared out by loads
+    chance = (load[:, None] * load).fill_diagonal_(0)
     return pairs / (chance * pairs.sum() / chance.sum()).clamp_min(1e-12)
 
 # %% ../nbs/52_experts.ipynb #915c040d
+def _router_of(model, layer):
+    routers = {m.layer: m for m in reversed([*model.modules()]) if isinstance(m, Router)}
+    if layer in routers:
+        return routers[layer]
+    if routers:
+        advice = f'choose from {sorted(routers)}'
+    else:
+        advice = 'there is no Router, and a router of your own leaves nobody out'
+    raise LabError(f'layer={layer}: no experts there; {advice}')
+
+
 @contextmanager
 def without_experts(
     model: MiniGPT,
@@ -82,28 +89,27 @@ def without_experts(
     *experts: int,  # who may not be chosen
 ):
     "Within, these experts of a layer are left out, and their tokens go to the next best"
-    found = [m for m in model.modules() if isinstance(m, Router) and m.layer == layer]
-    if not found:
-        layers = sorted(m.layer for m in model.modules() if isinstance(m, Router))
+    router = _router_of(model, layer)
+    E = len(router.weight)
+    off = tuple({*router.off, *experts})  # who is out already stays out
+    if not set(off) <= set(range(E)) or E - len(off) < router.top_k:
         raise LabError(
-            f'layer={layer}: no experts there; '
-            + (
-                f'choose from {layers}'
-                if layers
-                else 'there is no Router, and a router of your own leaves nobody out'
-            )
+            f'experts={experts}: choose from 0 to {E - 1}, and leave {router.top_k} of them'
         )
-    r, E = found[0], len(found[0].weight)
-    off = tuple({*r.off, *experts})
-    if not set(off) <= set(range(E)) or E - len(off) < r.top_k:
-        raise LabError(f'experts={experts}: choose from 0 to {E - 1}, and leave {r.top_k} of them')
-    old, r.off = r.off, off
+    before = router.off
+    router.off = off
     try:
         yield model
     finally:
-        r.off = old
+        router.off = before
 
 # %% ../nbs/52_experts.ipynb #4b8dd608
+def _for_each_expert(old, new):
+    "An MLP's weight or bias as often as the experts' tensor `new` wants it"
+    n = new.numel() // old.numel()
+    return old.repeat(n) if old.dim() == 1 else old.repeat(n, 1, 1)
+
+
 def upcycle(
     model: MiniGPT,
     mlp: part,  # experts like the model's MLPs: part(MoE, expert=model.cfg.mlp, …), or in a `cycle`
@@ -121,8 +127,7 @@ def upcycle(
                 continue  # it is new
             old = state.get(name.replace('.mlp.experts.', '.mlp.'))
             if old is not None and '.experts.' in name:
-                n = w.numel() // old.numel()
-                old = old.repeat(n) if old.dim() == 1 else old.repeat(n, 1, 1)
+                old = _for_each_expert(old, w)
             if old is None or old.shape != w.shape:
                 raise LabError(
                     f'{name} does not fit an MLP of the model: give '
@@ -134,10 +139,8 @@ def upcycle(
 # %% ../nbs/52_experts.ipynb #9953fff0
 def active_params(model: MiniGPT) -> int:
     "How many numbers a token is multiplied by or looks up: all but those of the experts that rest"
-    resting = sum(
-        (1 - m.share) * p.numel()
-        for m in model.modules()
-        if isinstance(m, ExpertLinear)
-        for p in m.parameters()
-    )
+    resting = 0
+    for m in model.modules():
+        if isinstance(m, ExpertLinear):
+            resting += (1 - m.share) * sum(p.numel() for p in m.parameters())
     return round(model.n_params - resting)

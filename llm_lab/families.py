@@ -54,6 +54,7 @@ _QWEN3 = _LLAMA | {
 
 
 def _experts(router, gate, value, out):
+    "The names of a layer's router and experts; gate and value are the rows of one tensor of ours"
     return {
         'blocks.N.mlp.router': [f'model.layers.N.{router}'],
         'blocks.N.mlp.experts.out': [f'model.layers.N.{out}'],
@@ -61,25 +62,56 @@ def _experts(router, gate, value, out):
     }
 
 
-TENSOR_NAMES = dict(
+_MIXTRAL = {ours: theirs for ours, theirs in _LLAMA.items() if '.mlp.' not in ours} | _experts(
+    router='block_sparse_moe.gate',
+    gate='block_sparse_moe.experts.E.w1',
+    value='block_sparse_moe.experts.E.w3',
+    out='block_sparse_moe.experts.E.w2',
+)
+_QWEN3_MOE = _QWEN3 | _experts(  # the MLPs of `_LLAMA`, too: some layers may be plain
+    router='mlp.gate',
+    gate='mlp.experts.E.gate_proj',
+    value='mlp.experts.E.up_proj',
+    out='mlp.experts.E.down_proj',
+)
+_PHI3 = _LLAMA | {
+    'blocks.N.attn.qkv': ['model.layers.N.self_attn.qkv_proj'],
+    'blocks.N.mlp.up': ['model.layers.N.mlp.gate_up_proj'],
+}
+
+TENSOR_NAMES = dict(  # {family: {our module: their modules}}
     gpt2=_GPT2,
     llama=_LLAMA,
     mistral=_LLAMA,
-    qwen3=_QWEN3,  # {family: {our module: their modules}}
-    mixtral={k: v for k, v in _LLAMA.items() if '.mlp.' not in k}
-    | _experts(
-        'block_sparse_moe.gate', *(f'block_sparse_moe.experts.E.{w}' for w in ('w1', 'w3', 'w2'))
-    ),
-    qwen3_moe=_QWEN3
-    | _experts('mlp.gate', *(f'mlp.experts.E.{o}_proj' for o in ('gate', 'up', 'down'))),
-    phi3=_LLAMA
-    | {
-        'blocks.N.attn.qkv': ['model.layers.N.self_attn.qkv_proj'],
-        'blocks.N.mlp.up': ['model.layers.N.mlp.gate_up_proj'],
-    },
+    qwen3=_QWEN3,
+    mixtral=_MIXTRAL,
+    qwen3_moe=_QWEN3_MOE,
+    phi3=_PHI3,
 )
 
 # %% ../nbs/71_families.ipynb #b80fdeeb
+def _refuse_tensor(name, family):
+    "Raise the error for a tensor of ours that a family's file has no name for"
+    if 'parametr' in name:  # a weight that is made of others, see `init`
+        remedy = 'free it with llm_lab.init.merge_spectral'
+    else:
+        remedy = 'save it with save_package'
+    raise LabError(f'{name} has no name in a {family} file: {remedy}')
+
+
+def _named_views(target, layer, kind, w):
+    """{their name: view} of what one module of a file holds: one tensor, or one for each expert.
+
+    Of layer 1, 'model.layers.N.mlp.experts.E.up_proj' and a weight w of (E, rows, columns) become
+    {'model.layers.1.mlp.experts.0.up_proj.weight': w[0], …}"""
+    transposed = target.endswith('^T') and w.dim() == 2  # biases have one dimension
+    module = target.removesuffix('^T').replace('.N.', f'.{layer}.')
+    name = f'{module}.{kind}'
+    if '.E.' in name:
+        return {name.replace('.E.', f'.{e}.'): expert for e, expert in enumerate(w)}
+    return {name: w.T if transposed else w}
+
+
 def hf_views(
     model: MiniGPT,
     family: str,  # a key of `TENSOR_NAMES`
@@ -91,26 +123,19 @@ def hf_views(
     for name, w in (state or model.state_dict()).items():
         if model.cfg.tie and name == 'head.weight':
             continue
+        # 'blocks.3.attn.qkv.weight' → 'blocks.3.', '3', 'attn.qkv', 'weight'
         block, layer, module, kind = re.fullmatch(r'(blocks\.(\d+)\.)?(.+)\.(\w+)', name).groups('')
-        theirs = TENSOR_NAMES[family].get('blocks.N.' * bool(block) + module)
-        if theirs is None or ('.E.' in theirs[0] and w.dim() < 3):
-            remedy = (
-                'free it with llm_lab.init.merge_spectral'
-                if 'parametr' in name
-                else 'save it with save_package'
-            )
-            raise LabError(f'{name} has no name in a {family} file: {remedy}')
-        at = max(0, w.dim() - 2)  # where its rows are; experts stand before them
-        rows = (
-            model.get_submodule((block + module).rpartition('.')[0]).sizes
-            if len(theirs) > 1
-            else w.shape[at]
-        )
-        for t, p in zip(theirs, w.split(rows, at), strict=True):
-            turned = t.endswith('^T') and p.dim() == 2
-            t = t.removesuffix('^T').replace('.N.', f'.{layer}.')
-            for e, o in enumerate(p if '.E.' in t else [p]):
-                out[f'{t}.{kind}'.replace('.E.', f'.{e}.')] = o.T if turned else o
+        targets = TENSOR_NAMES[family].get(f'blocks.N.{module}' if block else module)
+        # of experts, files hold matrices only: (E, rows, columns) here, and no biases (E, rows)
+        if targets is None or ('.E.' in targets[0] and w.dim() < 3):
+            _refuse_tensor(name, family)
+        row_axis = max(0, w.dim() - 2)
+        rows = w.shape[row_axis]
+        if len(targets) > 1:  # q, k and v, or gate and value: the part that owns them knows
+            owner, _, _ = f'{block}{module}'.rpartition('.')
+            rows = model.get_submodule(owner).sizes
+        for target, piece in zip(targets, w.split(rows, row_axis), strict=True):
+            out |= _named_views(target, layer, kind, piece)
     return out
 
 # %% ../nbs/71_families.ipynb #b6150b90
@@ -242,11 +267,8 @@ HF_ACTIVATIONS = dict(
     relu=part(nn.ReLU),
     relu2=part(ReLU2),
 )
-ROPE_SCALINGS = dict(
-    linear=(
-        linear_scaling,
-        dict(factor='factor'),
-    ),  # {rope_type: (function, {our keyword: their key})}
+ROPE_SCALINGS = dict(  # {rope_type: (function, {our keyword: their key})}
+    linear=(linear_scaling, dict(factor='factor')),
     llama3=(
         llama3_scaling,
         dict(
@@ -257,7 +279,7 @@ ROPE_SCALINGS = dict(
         ),
     ),
 )
-_MUST = dict(
+_MUST = dict(  # what our model always does; a file that says otherwise is refused
     scale_attn_weights=True,
     scale_attn_by_inverse_layer_idx=False,
     add_cross_attention=False,
@@ -273,6 +295,7 @@ _MOST = dict.fromkeys(('num_hidden_layers', 'n_layer'), 1025) | dict.fromkeys(
 
 
 def _words(family):
+    "{field of our configuration: their key}"
     return GPT2_CONFIG_KEYS if family == 'gpt2' else CONFIG_KEYS
 
 
@@ -281,56 +304,68 @@ def _refuse(key, value, remedy):
 
 
 def _number(v, key, kind=(int, float)):
+    "The number under a key; refused if it is none, or larger than any model's"
     x = v.get(key)
     most = _MOST.get(key, 2**27) if kind is int else 1e18
     if isinstance(x, kind) and not isinstance(x, bool) and 0 < x < most:
         return x
-    _refuse(
-        key,
-        x,
-        (
-            f'a {"whole " if kind is int else ""}number above 0 belongs there, below '
-            f'{most:,.0f}; copy the file again'
-        ),
-    )
+    what = 'a whole number' if kind is int else 'a number'
+    _refuse(key, x, f'{what} above 0 belongs there, below {most:,.0f}; copy the file again')
 
 # %% ../nbs/71_families.ipynb #eb5cfa72
-def _rope(v, family):
-    "The recipe of positions, from new files and old ones"
-    said = v.get('rope_scaling') or v.get('rope_parameters') or {}
-    if not isinstance(said, dict) or any(isinstance(x, dict) for x in said.values()):
+def _rope_section(v, family):
+    "(kind of scaling, {key: value}): what a file's own section about RoPE says; {} if it has none"
+    section = v.get('rope_scaling') or v.get('rope_parameters') or {}
+    if not isinstance(section, dict) or any(isinstance(x, dict) for x in section.values()):
         _refuse(
             'rope_parameters',
-            said,
+            section,
             'one set of numbers for all layers is needed; use another model',
         )
-    kind = said.get('rope_type', said.get('type')) or 'default'
-    known = ['default'] + [*ROPE_SCALINGS] * (family != 'phi3')
+    kind = section.get('rope_type', section.get('type')) or 'default'
+    known = ['default'] if family == 'phi3' else ['default', *ROPE_SCALINGS]
     if kind not in known:
         _refuse('rope_type', kind, f'{family} is read with {", ".join(known)}; use another model')
-    old = 'original_max_position_embeddings'  # where it stands outside, that counts
-    w = {
+    return kind, section
+
+
+def _rope_scale(kind, words):
+    "The recipe of the scaling; None for the default kind"
+    if kind == 'default':
+        return None
+    function, keys = ROPE_SCALINGS[kind]
+    return part(function, **{ours: _number(words, theirs) for ours, theirs in keys.items()})
+
+
+def _rope(v, family):
+    "The recipe of positions, from new files and old ones"
+    kind, section = _rope_section(v, family)
+    original = 'original_max_position_embeddings'
+    # new files say these words in the section, old ones outside of it; both may leave them out
+    words = {
         'rope_theta': 1e6 if family == 'mixtral' else 1e4,
         'partial_rotary_factor': None,
-        old: v['max_position_embeddings'],
+        original: v['max_position_embeddings'],
         **v,
-        **said,
+        **section,
     }
-    if v.get(old):
-        w[old] = v[old]
-    share = 1.0 if w['partial_rotary_factor'] is None else _number(w, 'partial_rotary_factor')
+    if v.get(original):
+        words[original] = v[original]  # this one counts where it stands outside
+    share = 1.0
+    if words['partial_rotary_factor'] is not None:
+        share = _number(words, 'partial_rotary_factor')
     if share != 1 and family != 'phi3':
         _refuse('partial_rotary_factor', share, f'{family} turns all channels; set it to 1')
-    f, keys = ROPE_SCALINGS.get(kind, (None, {}))
     return part(
         Rope,
-        base=_number(w, 'rope_theta'),
+        base=_number(words, 'rope_theta'),
         partial=share,
-        scale=f and part(f, **{k: _number(w, theirs) for k, theirs in keys.items()}),
+        scale=_rope_scale(kind, words),
     )
 
 # %% ../nbs/71_families.ipynb #983d1720
 def _context(family, most, max_len):
+    "How many tokens the model will read: `max_len`, or as many as the file has positions"
     if max_len is None or (family != 'gpt2' and 0 < max_len <= most):
         return max_len or most
     remedy = (
@@ -341,7 +376,7 @@ def _context(family, most, max_len):
 
 def _pattern(v, family, most):
     "Which keys a query reads, in texts of up to `most` tokens"
-    v = {k: v.get(k) for k in DEFAULTS[family]}  # other words say nothing to this family
+    v = {k: v.get(k) for k in DEFAULTS[family]}  # a word of another family says nothing here
     if v.get('sliding_window') is None or not v.get('use_sliding_window', True):
         return part(causal)
     size = _number(v, 'sliding_window', int)
@@ -354,50 +389,75 @@ def _pattern(v, family, most):
     )
 
 # %% ../nbs/71_families.ipynb #e466e0d4
-def _reader(attn, cfg):  # a recipe → one of the same function, for texts of up to max_len tokens
+def _reader(attn, cfg):
+    "The one recipe that we write for this attention, in texts of up to `cfg.max_len` tokens"
     if attn.func not in (Attention, GQA, SparseAttention):
         return attn
-    kw = {k: v for k, v in attn.keywords.items() if k != 'n_kv_heads' or v != cfg.n_heads}
-    p = kw.get('pattern', part(causal))
-    if 'sink' in kw or (p.func is window and p.keywords['size'] < cfg.max_len):
+    kw = dict(attn.keywords)
+    if kw.get('n_kv_heads') == cfg.n_heads:
+        del kw['n_kv_heads']  # a key head for each query head
+    if 'sink' in kw:
         return part(SparseAttention, **kw)
-    if p.func is window or p == part(causal):
-        kw.pop('pattern', None)
+    pattern = kw.get('pattern', part(causal))
+    windowed = pattern.func is window
+    if windowed and pattern.keywords['size'] < cfg.max_len:
+        return part(SparseAttention, **kw)
+    if windowed or pattern == part(causal):
+        kw.pop('pattern', None)  # all of the past is seen
     return part(GQA if 'n_kv_heads' in kw else Attention, **kw)
 
 # %% ../nbs/71_families.ipynb #e3952ca2
-def _at(mlp, layer):  # the recipe of this layer
+def _at(mlp, layer):
+    "The recipe of one layer: of `cycle` with of=(a, b) and d_ff=8, layer 1 has `b` with d_ff=8"
     if mlp.func is not cycle:
         return mlp
-    kw = {k: v for k, v in mlp.keywords.items() if k != 'of'}
-    return _at(part((of := mlp.keywords['of'])[layer % len(of)], **kw), layer)
+    turns = mlp.keywords['of']
+    shared = {k: v for k, v in mlp.keywords.items() if k != 'of'}
+    own = part(turns[layer % len(turns)], **shared)
+    return _at(own, layer)  # a cycle may hold cycles
 
 
 def _layers(cfg):
-    return [_at(cfg.mlp, l) for l in range(cfg.n_layers if cfg.mlp.func is cycle else 1)]
+    "The recipe of each layer; only one where all have the same"
+    if cfg.mlp.func is not cycle:
+        return [cfg.mlp]
+    return [_at(cfg.mlp, layer) for layer in range(cfg.n_layers)]
 
 
-def _in_turn(each):  # recipes, one for each layer → one recipe
-    n = next(n for n in range(1, len(each) + 1) if each == [each[l % n] for l in range(len(each))])
-    return each[0] if n == 1 else part(cycle, of=each[:n])
+def _in_turn(each):
+    "The shortest recipe for the recipes of all layers: [a, b, a] → `cycle` with of=[a, b]"
+
+    def repeats(n):
+        return each == [each[layer % n] for layer in range(len(each))]
+
+    period = next(n for n in range(1, len(each) + 1) if repeats(n))
+    return each[0] if period == 1 else part(cycle, of=each[:period])
 
 # %% ../nbs/71_families.ipynb #804a1b35
 def _filled(p):
-    return {k: o.default for k, o in signature(p.func).parameters.items()} | p.keywords
+    "The keywords of a recipe, and those that it leaves at their defaults: {keyword: value}"
+    defaults = {k: o.default for k, o in signature(p.func).parameters.items()}
+    return defaults | p.keywords
 
 
 def _d_ff(cfg, mlp):
+    "The width of an MLP; None if it has no single one, as a mixture"
     if is_own(mlp):
         return None  # no file has a word for it
     with torch.device('meta'):
-        return getattr(getattr(mlp(cfg), 'out', None), 'in_features', None)
+        made = mlp(cfg)  # shapes only
+    return getattr(getattr(made, 'out', None), 'in_features', None)
 
 
-def _narrow(cfg, mlp):  # without a width that goes without saying
+def _narrow(cfg, mlp):
+    "The recipe of an MLP without a width that goes without saying"
     if mlp.func is MoE:
-        return canonical(part(mlp, expert=_narrow(cfg, _filled(mlp)['expert'])))
+        expert = _narrow(cfg, _filled(mlp)['expert'])
+        return canonical(part(mlp, expert=expert))
+    if 'd_ff' not in mlp.keywords:
+        return mlp
     plain = part(mlp.func, **{k: v for k, v in mlp.keywords.items() if k != 'd_ff'})
-    return plain if 'd_ff' in mlp.keywords and _d_ff(cfg, plain) == _d_ff(cfg, mlp) else mlp
+    return plain if _d_ff(cfg, plain) == _d_ff(cfg, mlp) else mlp
 
 # %% ../nbs/71_families.ipynb #65a90091
 def canonical(x):  # a Config or a recipe → the same kind
@@ -406,26 +466,55 @@ def canonical(x):  # a Config or a recipe → the same kind
     if isinstance(x, tuple):
         return tuple(map(canonical, x))
     if isinstance(x, part):
-        default = _filled(part(x.func))
-        kw = {k: canonical(v) for k, v in x.keywords.items()}
-        if x.func is Router and not kw.get('bias_rate') and kw.get('choose') == part(softmax_top_k):
+        return _canonical_recipe(x)
+    if isinstance(x, GPTConfig):
+        return _canonical_config(x)
+    return x
+
+
+def _canonical_recipe(recipe):
+    "`canonical` of one recipe, and of all recipes in it"
+    kw = {k: canonical(v) for k, v in recipe.keywords.items()}
+    if recipe.func is Router and not kw.get('bias_rate'):
+        # softmax_top_k that renormalises is top_k_softmax, the default: the denominator cancels.
+        # Not where a bias moves the choice: there it is added to shares, here to logits
+        if kw.get('choose') == part(softmax_top_k):
             del kw['choose']
-        return part(
-            x.func,
-            **{k: v for k, v in kw.items() if k not in default or v != canonical(default[k])},
-        )
-    if not isinstance(x, GPTConfig):
-        return x
-    new = {f.name: canonical(getattr(x, f.name)) for f in fields(x)} | dict(init=GPTConfig().init)
-    new['attn'], new['mlp'] = (
-        _reader(new['attn'], x),
-        _in_turn([_narrow(x, canonical(p)) for p in _layers(x)]),
-    )
-    if x.d_head and x.d_head * x.n_heads == x.d_model:
+    defaults = _filled(part(recipe.func))
+    needed = {k: v for k, v in kw.items() if k not in defaults or v != canonical(defaults[k])}
+    return part(recipe.func, **needed)
+
+
+def _canonical_config(cfg):
+    "`canonical` of a configuration"
+    new = {f.name: canonical(getattr(cfg, f.name)) for f in fields(cfg)}
+    new['init'] = GPTConfig().init  # a finished model no longer has its first weights
+    new['attn'] = _reader(new['attn'], cfg)
+    new['mlp'] = _in_turn([_narrow(cfg, canonical(mlp)) for mlp in _layers(cfg)])
+    if cfg.d_head and cfg.d_head * cfg.n_heads == cfg.d_model:
         new['d_head'] = None
     return GPTConfig(**new)
 
 # %% ../nbs/71_families.ipynb #29b777ca
+def _check_settings(v, family):
+    "Refuse what our model does otherwise, and what is no truth value where one belongs"
+    for key, want in _MUST.items():
+        if v.get(key, want) not in (want, None):
+            _refuse(key, v[key], f'only {want!r} can be read; use another model')
+    for key, default in DEFAULTS[family].items():
+        if isinstance(default, bool) and not isinstance(v[key], bool):
+            _refuse(key, v[key], 'true or false belongs there')
+
+
+def _dropout(v, family):
+    "The one rate of all of a file's dropouts"
+    drop, *others = [v[k] for k in DEFAULTS[family] if k.endswith(('_pdrop', '_dropout'))]
+    one_rate = isinstance(drop, (int, float)) and all(rate == drop for rate in others)
+    if not one_rate or (drop and family != 'gpt2'):  # ours is where GPT-2's is
+        _refuse('dropout', [drop, *others], 'it matters in training only; write 0 for all of them')
+    return drop
+
+
 def config_from_hf(
     data: dict,  # what config.json says
     max_len: int = None,  # a shorter context than the file's
@@ -434,84 +523,72 @@ def config_from_hf(
 
     Raises `LabError` on what it cannot say exactly"""
     family = data.get('model_type') if isinstance(data, dict) else None
-    if family not in [*TENSOR_NAMES]:
+    if family not in [*TENSOR_NAMES]:  # a list: a file may hold here what cannot be hashed
         _refuse('model_type', family, f'this library reads {", ".join(TENSOR_NAMES)}')
     v = DEFAULTS[family] | _agreed(data)
-    own = DEFAULTS[family]
+    _check_settings(v, family)
+    dropout = _dropout(v, family)
     words = _words(family)
-    for k, want in _MUST.items():
-        if v.get(k, want) not in (want, None):
-            _refuse(k, v[k], f'only {want!r} can be read; use another model')
-    for k in own:
-        if isinstance(own[k], bool) and not isinstance(v[k], bool):
-            _refuse(k, v[k], 'true or false belongs there')
-    drop, *more = [v[k] for k in own if k.endswith(('_pdrop', '_dropout'))]
-    if (
-        not isinstance(drop, (int, float))
-        or any(d != drop for d in more)
-        or (drop and family != 'gpt2')
-    ):
-        _refuse('dropout', [drop, *more], 'it matters in training only; write 0 for all of them')
-    if (act := v[words['act']]) not in [*HF_ACTIVATIONS]:
+    act = v[words['act']]
+    if act not in [*HF_ACTIVATIONS]:
         _refuse(words['act'], act, f'only {", ".join(HF_ACTIVATIONS)} can be read')
-    said = {
-        k: _number(v, words[k], int)
-        for k in ('vocab_size', 'max_len', 'd_model', 'n_layers', 'n_heads')
-    }
-    said |= dict(
-        max_len=_context(family, said['max_len'], max_len),
-        tie=v['tie_word_embeddings'],
-        dropout=drop,
-    )
-    eps, act = _number(v, words['eps']), HF_ACTIVATIONS[act]
-    if family != 'gpt2':
-        return canonical(GPTConfig(**said, **_modern(v, family, act, eps, said['max_len'])))
+    sizes = ('vocab_size', 'max_len', 'd_model', 'n_layers', 'n_heads')
+    said = {k: _number(v, words[k], int) for k in sizes}
+    said['max_len'] = _context(family, said['max_len'], max_len)
+    parts = _gpt2_parts if family == 'gpt2' else _modern_parts
+    made_of = parts(v, family, HF_ACTIVATIONS[act], _number(v, words['eps']), said['max_len'])
+    cfg = GPTConfig(**said, tie=v['tie_word_embeddings'], dropout=dropout, **made_of)
+    return canonical(cfg)
+
+
+def _gpt2_parts(v, family, act, eps, most):
+    "The parts of GPT-2, by field of the configuration"
     d_ff = None if v['n_inner'] is None else _number(v, 'n_inner', int)
-    return canonical(
-        GPTConfig(**said, mlp=part(MLP, d_ff=d_ff, act=act), norm=part(nn.LayerNorm, eps=eps))
-    )
+    return dict(mlp=part(MLP, d_ff=d_ff, act=act), norm=part(nn.LayerNorm, eps=eps))
 
 # %% ../nbs/71_families.ipynb #965c5697
 def least_tensors(cfg: GPTConfig) -> int:
     """How many tensors a file of this model has at least: each expert has its own.
 
     Counted without making a model"""
-    experts = [_filled(p)['n_experts'] if p.func is MoE else 1 for p in _layers(cfg)]
+    each = _layers(cfg)  # one recipe for all layers, or one for each
+    experts = [_filled(mlp)['n_experts'] if mlp.func is MoE else 1 for mlp in each]
     return sum(experts) * (cfg.n_layers // len(experts))
 
 # %% ../nbs/71_families.ipynb #1b0cca00
-def _modern(v, family, act, eps, most):
+def _modern_parts(v, family, act, eps, most):
+    "The parts of the modern families, by field of the configuration"
     C, H = v['hidden_size'], v['num_attention_heads']
     if family == 'llama' and C % H:
         _refuse('hidden_size', C, f'it must be a multiple of num_attention_heads={H}')
-    d_head, n_kv = (
-        _number(v, k, int) if v.get(k) is not None else other
-        for k, other in (('head_dim', C // H), ('num_key_value_heads', H))
-    )
-    attn_bias, mlp_bias = (
-        v[k] if k in DEFAULTS[family] else False for k in ('attention_bias', 'mlp_bias')
-    )
-    steps = ([part(QKNorm, eps=eps)] if family.startswith('qwen3') else []) + [_rope(v, family)]
+
+    def size_or(default, key):
+        return default if v.get(key) is None else _number(v, key, int)
+
+    def has_bias(key):  # the word of another family says nothing here
+        return v[key] if key in DEFAULTS[family] else False
+
+    d_head = size_or(C // H, 'head_dim')
+    n_kv_heads = size_or(H, 'num_key_value_heads')
+    steps = [_rope(v, family)]
+    if family.startswith('qwen3'):
+        steps.insert(0, part(QKNorm, eps=eps))
     attn = part(
         SparseAttention,
-        n_kv_heads=n_kv,
+        n_kv_heads=n_kv_heads,
         steps=steps,
-        bias=attn_bias,
+        bias=has_bias('attention_bias'),
         pattern=_pattern(v, family, most),
     )
-    return dict(
-        attn=attn,
-        norm=part(RMSNorm, eps=eps),
-        pos=None,
-        mlp=_mlp(v, family, part(SwiGLU, act=act, bias=mlp_bias)),
-        d_head=d_head,
-    )
+    mlp = _mlp(v, family, part(SwiGLU, act=act, bias=has_bias('mlp_bias')))
+    return dict(attn=attn, norm=part(RMSNorm, eps=eps), pos=None, mlp=mlp, d_head=d_head)
 
 # %% ../nbs/71_families.ipynb #76f86283
-def _agreed(data):  # two words, one number
+def _agreed(data):
+    "What a file says, the number of experts under both of its words; refused if they differ"
     two = 'num_experts', 'num_local_experts'
     said = [data[k] for k in two if k in data]
-    if said[1:] and said[0] != said[1]:
+    if len(said) == 2 and said[0] != said[1]:
         _refuse('num_experts', said, 'the two words contradict each other; copy the file again')
     return data | dict.fromkeys(two, said[0]) if said else data
 
@@ -521,116 +598,142 @@ def _mlp(v, family, gated):
     plain = part(gated, d_ff=_number(v, 'intermediate_size', int))
     if 'num_experts_per_tok' not in DEFAULTS[family]:
         return plain
-    n, width = (
-        ('num_local_experts', 'intermediate_size')
-        if family == 'mixtral'
-        else ('num_experts', 'moe_intermediate_size')
-    )
-    choose = part(softmax_top_k, renormalise=family == 'mixtral' or v['norm_topk_prob'])
-    moe = part(
-        MoE,
-        n_experts=_number(v, n, int),
-        top_k=_number(v, 'num_experts_per_tok', int),
-        expert=part(gated, d_ff=_number(v, width, int)),
-        router=part(Router, choose=choose, balance=v['router_aux_loss_coef'], z=0.0),
-    )
+    moe = _mixture(v, family, gated)
     if family == 'mixtral':
         if noise := v['router_jitter_noise']:
             _refuse('router_jitter_noise', noise, 'it matters in training only; write 0')
         return moe
+    return _plain_or_mixture(v, plain, moe)
+
+
+def _mixture(v, family, gated):
+    "The recipe of a layer with experts"
+    if family == 'mixtral':
+        count, width, renormalise = 'num_local_experts', 'intermediate_size', True
+    else:
+        count, width, renormalise = 'num_experts', 'moe_intermediate_size', v['norm_topk_prob']
+    choose = part(softmax_top_k, renormalise=renormalise)
+    return part(
+        MoE,
+        n_experts=_number(v, count, int),
+        top_k=_number(v, 'num_experts_per_tok', int),
+        expert=part(gated, d_ff=_number(v, width, int)),
+        router=part(Router, choose=choose, balance=v['router_aux_loss_coef'], z=0.0),
+    )
+
+
+def _plain_or_mixture(v, plain, moe):
+    "Of Qwen3-MoE: experts in each `decoder_sparse_step`-th layer, but in none of `mlp_only_layers`"
     step = _number(v, 'decoder_sparse_step', int)
     only = v['mlp_only_layers']
     if not isinstance(only, (list, type(None))):
         _refuse('mlp_only_layers', only, 'a list of layers belongs there')
-    return _in_turn(
-        [
-            plain if l in (only or ()) or (l + 1) % step else moe
-            for l in range(v['num_hidden_layers'])
-        ]
-    )
+    each = []
+    for layer in range(v['num_hidden_layers']):
+        is_plain = layer in (only or ()) or (layer + 1) % step != 0
+        each.append(plain if is_plain else moe)
+    return _in_turn(each)
 
 # %% ../nbs/71_families.ipynb #e44b9a49
-def _draft(cfg, family):
-    "What a file of this family can say of `cfg`, right or not"
+def _window_size(attn):
+    "How many keys a window shows to a query; None if there is no window"
+    pattern = attn.keywords.get('pattern')
+    return pattern.keywords['size'] if pattern and pattern.func is window else None
+
+
+def _act_name(act):
+    "The word of an activation; where there is none, one that reading back will show to be wrong"
+    same = (name for name, ours in HF_ACTIVATIONS.items() if canonical(ours) == canonical(act))
+    return next(same, 'silu')
+
+
+def _all_words(cfg, family):
+    "{their key: value}, for the keys of all families"
     experts, plain = _experts_said(cfg)
     attn = _filled(cfg.attn)
     mlp = _filled(plain)
+    size = _window_size(cfg.attn)
     words = _words(family)
-    d_ff = _d_ff(cfg, plain)
-    size = (
-        p.keywords['size'] if (p := cfg.attn.keywords.get('pattern')) and p.func is window else None
+    said = {theirs: getattr(cfg, ours, None) for ours, theirs in words.items()}
+    said[words['act']] = _act_name(mlp.get('act'))
+    said[words['d_ff']] = _d_ff(cfg, plain) or 1
+    said[words['eps']] = _filled(cfg.norm).get('eps', 1.0)
+    dropout = cfg.dropout if family == 'gpt2' else 0.0
+    said |= dict.fromkeys(('resid_pdrop', 'embd_pdrop', 'attn_pdrop'), dropout)
+    said |= experts
+    return said | dict(
+        tie_word_embeddings=cfg.tie,
+        head_dim=cfg.head_dim,
+        num_key_value_heads=attn.get('n_kv_heads') or cfg.n_heads,
+        attention_bias=attn.get('bias'),
+        mlp_bias=mlp.get('bias'),
+        attention_dropout=0.0,
+        sliding_window=size,
+        use_sliding_window=family == 'qwen3_moe' and size is not None,
     )
-    act = next(
-        (k for k, a in HF_ACTIVATIONS.items() if canonical(a) == canonical(mlp.get('act'))), 'silu'
-    )
-    said = (
-        {theirs: getattr(cfg, k, None) for k, theirs in words.items()}
-        | {
-            words['act']: act,
-            words['d_ff']: d_ff or 1,
-            words['eps']: _filled(cfg.norm).get('eps', 1.0),
-        }
-        | dict(
-            tie_word_embeddings=cfg.tie,
-            head_dim=cfg.head_dim,
-            sliding_window=size,
-            **experts,
-            use_sliding_window=family == 'qwen3_moe' and size is not None,
-            num_key_value_heads=attn.get('n_kv_heads') or cfg.n_heads,
-            attention_bias=attn.get('bias'),
-            mlp_bias=mlp.get('bias'),
-            attention_dropout=0.0,
-            **dict.fromkeys(
-                ('resid_pdrop', 'embd_pdrop', 'attn_pdrop'),
-                cfg.dropout if family == 'gpt2' else 0.0,
-            ),
-        )
-    )
-    name = (
-        'GPT2LMHeadModel' if family == 'gpt2' else f'{family.title().replace("_", "")}ForCausalLM'
-    )
-    marks = ('bos', 'eos', 'pad')
-    out = dict(
-        model_type=family,
-        architectures=[name],
-        **{k: said[k] for k in DEFAULTS[family]},
-        **{f'{k}_token_id': None for k in marks},
-    )  # their defaults may lie beyond our table
-    return out if family == 'gpt2' else out | _rope_said(attn.get('steps', ()), family)
+
+
+def _draft(cfg, family):
+    """What a file of this family can say of `cfg`, right or not: `hf_config` reads it back and
+    compares"""
+    said = _all_words(cfg, family)
+    architecture = f'{family.title().replace("_", "")}ForCausalLM'
+    if family == 'gpt2':
+        architecture = 'GPT2LMHeadModel'
+    out = dict(model_type=family, architectures=[architecture])
+    out |= {key: said[key] for key in DEFAULTS[family]}
+    # not left out: the family's defaults may lie beyond our table of tokens
+    out |= dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    if family == 'gpt2':
+        return out
+    return out | _rope_said(_filled(cfg.attn).get('steps', ()), family)
 
 # %% ../nbs/71_families.ipynb #721d5d64
+def _sparse_step(plain, n_layers):
+    "The n for which every n-th layer has experts and just the layers `plain` have none; else 1"
+    for n in range(1, n_layers + 1):
+        if plain == [layer for layer in range(n_layers) if (layer + 1) % n]:
+            return n
+    return 1
+
+
 def _experts_said(cfg):
-    L = cfg.n_layers
-    each = [_at(cfg.mlp, l) for l in range(cfg.n_layers)]
-    moe = _filled(next((p for p in each if p.func is MoE), part(MoE)))
+    "({their key: value} about experts, the recipe of a plain layer, or of an expert if none is)"
+    each = [_at(cfg.mlp, layer) for layer in range(cfg.n_layers)]
+    moe = _filled(next((mlp for mlp in each if mlp.func is MoE), part(MoE)))
     router = _filled(moe['router'])
-    plain = [l for l, p in enumerate(each) if p.func is not MoE]
-    step = next((n for n in range(1, L + 1) if plain == [l for l in range(L) if (l + 1) % n]), 1)
-    said = dict.fromkeys(('num_experts', 'num_local_experts'), moe['n_experts']) | dict(
+    choose = _filled(router.get('choose', part(softmax_top_k)))
+    plain = [layer for layer, mlp in enumerate(each) if mlp.func is not MoE]
+    step = _sparse_step(plain, cfg.n_layers)
+    said = dict(
+        num_experts=moe['n_experts'],
+        num_local_experts=moe['n_experts'],
         num_experts_per_tok=moe['top_k'],
         moe_intermediate_size=_d_ff(cfg, moe['expert']) or 1,
-        norm_topk_prob=_filled(router.get('choose', part(softmax_top_k))).get('renormalise', True),
+        norm_topk_prob=choose.get('renormalise', True),
         router_aux_loss_coef=router.get('balance', 0.0),
         router_jitter_noise=0.0,
         decoder_sparse_step=step,
-        mlp_only_layers=[l for l in plain if (l + 1) % step == 0],
+        mlp_only_layers=[layer for layer in plain if (layer + 1) % step == 0],
     )
     return said, each[plain[0]] if plain else moe['expert']
 
 # %% ../nbs/71_families.ipynb #686b950c
 def _rope_said(steps, family):
-    rope = next((_filled(s) for s in steps if s.func is Rope), _filled(part(Rope)))
+    "What the newer and the older words say about RoPE"
+    rope = _filled(next((step for step in steps if step.func is Rope), part(Rope)))
     said = dict(rope_theta=float(rope['base']), rope_type='default')
     scale = rope['scale']
-    for kind, (f, keys) in ROPE_SCALINGS.items():
-        if scale and scale.func is f:
-            said |= {'rope_type': kind, **{t: _filled(scale)[k] for k, t in keys.items()}}
+    for kind, (function, keys) in ROPE_SCALINGS.items():
+        if scale and scale.func is function:
+            numbers = _filled(scale)
+            said['rope_type'] = kind
+            said |= {theirs: numbers[ours] for ours, theirs in keys.items()}
     if family == 'phi3':
         said['partial_rotary_factor'] = rope['partial']
     old = {k: said[k] for k in said if k in ('rope_theta', 'partial_rotary_factor')}
-    return dict(
-        rope_parameters=said, rope_scaling=said if said['rope_type'] != 'default' else None, **old
-    )
+    scaled = said['rope_type'] != 'default'
+    return dict(rope_parameters=said, rope_scaling=said if scaled else None, **old)
 
 # %% ../nbs/71_families.ipynb #42d96b40
 def _unlike(a, b, path):
@@ -646,7 +749,7 @@ def _unlike(a, b, path):
         yield path, a
 
 # %% ../nbs/71_families.ipynb #5cd90d4e
-_REMEDIES = {
+_REMEDIES = {  # {end of a path: what to do}; the first that fits
     'dropout': 'it matters in training only; set model.cfg = replace(model.cfg, dropout=0.)',
     'interleaved': 'convert the model with half_split(model)',
     'router.z': 'it matters in training only; set it to 0 in model.cfg',
@@ -655,6 +758,27 @@ _REMEDIES = {
     ),
     '': 'change it, or save with save_package',
 }
+
+
+def _attempt(cfg, family):
+    """(config.json, None) if it says all of `cfg`, which is canonical; else (None, (how far off,
+    why))"""
+    try:
+        said = _draft(cfg, family)
+        back = config_from_hf(said)
+    except LabError as e:
+        return None, ((99, 0, 0), str(e))
+    lost = []
+    for f in fields(cfg):
+        lost += _unlike(getattr(cfg, f.name), getattr(back, f.name), f.name)
+    if not lost:
+        return said, None
+    path, value = lost[0]
+    remedy = next(remedy for end, remedy in _REMEDIES.items() if path.endswith(end))
+    # another recipe (mlp) is further off than a number in one (mlp.d_ff), which names more
+    whole = sum('.' not in p for p, _ in lost)
+    how_far = (whole, len(lost), -path.count('.'))
+    return None, (how_far, f'{path}={value!r} has no word in a {family} file: {remedy}')
 
 
 def hf_config(
@@ -666,31 +790,12 @@ def hf_config(
     Raises `LabError` that names what no file of the family can say"""
     if family not in (None, *TENSOR_NAMES):
         raise LabError(f'family={family!r}: choose from {", ".join(TENSOR_NAMES)}')
-    tries, plain = [], canonical(cfg)
+    plain = canonical(cfg)
+    failures = []
     for name in [family] if family else TENSOR_NAMES:
-        try:
-            back = config_from_hf(said := _draft(plain, name))
-        except LabError as e:
-            tries.append((99, 0, 0, str(e)))
-            continue
-        lost = [
-            o
-            for f in fields(cfg)
-            for o in _unlike(getattr(plain, f.name), getattr(back, f.name), f.name)
-        ]
-        if not lost:
+        said, failure = _attempt(plain, name)
+        if said:
             return said
-        path, value = lost[0]
-        remedy = next(r for k, r in _REMEDIES.items() if path.endswith(k))
-        whole = sum(
-            '.' not in o for o, _ in lost
-        )  # another recipe is further off than a number in one
-        tries.append(
-            (
-                whole,
-                len(lost),
-                -path.count('.'),
-                f'{path}={value!r} has no word in a {name} file: {remedy}',
-            )
-        )
-    raise LabError(min(tries)[3])
+        failures.append(failure)
+    _, why = min(failures)  # the family that came nearest
+    raise LabError(why)

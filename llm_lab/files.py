@@ -27,6 +27,7 @@ from .core import LabError, home, require, short
 
 # %% ../nbs/02_files.ipynb #e2c95f33
 def _errors(*names):
+    "The numbers of these errors; not every system knows each of them"
     return {getattr(errno, n) for n in names if hasattr(errno, n)}
 
 
@@ -46,16 +47,18 @@ def warn_once(promise: str):
 
 def sync_to_disk(path, inside=False):
     "Wait until a file, or the list of names in a folder, is on the disk; all files inside first"
-    path, handle = Path(path), None
+    path = Path(path)
     folder = path.is_dir()
-    for name in os.listdir(path) if inside and folder else ():  # `rglob` hides errors
-        sync_to_disk(path / name, inside)
+    if inside and folder:
+        for name in os.listdir(path):  # `rglob` hides errors
+            sync_to_disk(path / name, inside)
     if folder and os.name == 'nt':
         return  # Windows cannot sync a folder
+    handle = None
     try:
-        # Windows syncs only what may be written to; a file that may not is read
-        may = folder or not os.access(path, os.W_OK)
-        handle = os.open(path, os.O_RDONLY if may else os.O_RDWR)
+        # Windows syncs only what is open for writing; what may not be written is opened to read
+        read_only = folder or not os.access(path, os.W_OK)
+        handle = os.open(path, os.O_RDONLY if read_only else os.O_RDWR)
         os.fsync(handle)
     except OSError as e:
         if e.errno not in (_NO_SYNC if folder else _UNKNOWN):
@@ -70,7 +73,8 @@ def sync_to_disk(path, inside=False):
 
 # %% ../nbs/02_files.ipynb #fa504e96
 _DAY = 24 * 60 * 60
-_serial, _at_work = itertools.count(), set()  # marks of this process's own writers
+_serial = itertools.count()
+_at_work = set()  # the marks of this process's writers that have not ended
 
 
 @cache
@@ -109,20 +113,26 @@ def _mark():
 
 def _newest(path):
     "When anything at `path` last changed"
-    names = [os.path.join(at, n) for at, *both in os.walk(path) for n in itertools.chain(*both)]
-    return max(os.lstat(p).st_mtime for p in (path, *names))
+    paths = [path]
+    for at, folders, files in os.walk(path):
+        paths += [os.path.join(at, name) for name in (*folders, *files)]
+    return max(os.lstat(p).st_mtime for p in paths)
 
 
 def _abandoned(rest, mark):
-    "Has the writer of `rest` ended?"
-    pid, then = int(mark[6:16]), int(mark[16:28])
-    if int(mark[:6]) == _kernel():
+    "Has the writer of `rest` ended? Its mark, see `_mark`, tells where and who it was"
+    kernel = int(mark[:6])
+    pid = int(mark[6:16])
+    began = int(mark[16:28])
+    if kernel == _kernel():
         if pid == os.getpid():
             return mark not in _at_work
         now = _began(pid)
-        if now is None or 0 not in (now, then):
-            return now != then
-    return time.time() - _newest(rest) > _DAY
+        if now is None:
+            return True  # no process has this number
+        if now != 0 and began != 0:
+            return now != began  # another process may have got the number since
+    return time.time() - _newest(rest) > _DAY  # nobody can tell: it is, if nothing happens
 
 # %% ../nbs/02_files.ipynb #0b615fa7
 _WRITTEN = re.compile(  # all that the first edition wrote
@@ -133,16 +143,23 @@ _WRITTEN = re.compile(  # all that the first edition wrote
 
 
 def _remains(path):
-    "(file or folder, [(mark, 'new' or 'old')]) of what writers of `path` alone have beside it"
+    """(file or folder, [(mark, 'new' or 'old')]) of what writers of `path` alone have beside it:
+
+    `.model.123.new` of `model` has [('123', 'new')]. A writer of that folder, in turn, leaves
+    `..model.123.new.456.old`, with both marks"""
     marked = re.compile(rf'\.+{re.escape(path.name)}((?:\.\d+\.(?:new|old))+)', re.I)
-    for name in sorted(os.listdir(path.parent)) if path.parent.is_dir() else ():
-        m, rest = marked.fullmatch(name), path.with_name(name)
-        if not m or rest.is_symlink():
+    names = sorted(os.listdir(path.parent)) if path.parent.is_dir() else []
+    for name in names:
+        match = marked.fullmatch(name)
+        if not match:
+            continue
+        rest = path.with_name(name)
+        if rest.is_symlink():
             continue
         # `.Model.…` is left by a writer of `model` only where capitals do not count
         if path.name not in name and not os.path.lexists(path.with_name(name.swapcase())):
             continue
-        yield rest, re.findall(r'\.(\d+)\.(new|old)', m[1])
+        yield rest, re.findall(r'\.(\d+)\.(new|old)', match[1])
 
 
 def _of_first_edition(rest, mark, end):
@@ -158,12 +175,14 @@ def _of_first_edition(rest, mark, end):
 def _sweep(path):
     "Remove what dead writers of `path` have left"
     for rest, marks in _remains(path):
-        mark, end = marks[-1]
+        mark, end = marks[-1]  # of the last writer
         if end == 'old' and not os.path.lexists(path):
             continue  # the only one there is
         try:
-            old_kind = len(mark) != 32
-            dead = _of_first_edition(rest, mark, end) if old_kind else _abandoned(rest, mark)
+            if len(mark) == 32:
+                dead = _abandoned(rest, mark)
+            else:
+                dead = _of_first_edition(rest, mark, end)
             if dead:
                 remove(rest)
         except FileNotFoundError:
@@ -185,12 +204,13 @@ def remove(path):
 
 
 def _remove_folder(path):
+    "Remove a folder, also where the file system does not open folders, as `shutil.rmtree` does"
     try:
         shutil.rmtree(path)
     except OSError as e:
         if e.errno not in _NO_SYNC:
-            raise  # it opens folders, as a sync does
-        for _, entry in reversed([*_inside(path)]):
+            raise
+        for _, entry in reversed([*_inside(path)]):  # what is inside stands after its folder
             if entry.is_dir(follow_symlinks=False):
                 os.rmdir(entry.path)
             else:
@@ -233,7 +253,9 @@ def _is_old(rest, marks):
     "Is this the folder that a writer has moved out of the way?"
     if [end for _, end in marks] != ['old'] or not rest.is_dir():
         return False
-    return len(marks[0][0]) == 32 or not any(rest.iterdir()) or bool(_listed(rest))
+    mark, _ = marks[0]
+    # the first edition's marks are short numbers; there, what is inside must be ours
+    return len(mark) == 32 or not any(rest.iterdir()) or bool(_listed(rest))
 
 
 def recover(path) -> Path:  # `path`
@@ -260,6 +282,7 @@ _IGNORED = {'.DS_Store'}  # macOS leaves it where one looks
 
 
 def _sha(said):
+    "The hash that a list carries of all else that it says"
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
@@ -283,12 +306,20 @@ def _sealed(path):
         return None
     if said.pop('sha256', None) != _sha(said):
         return None
-    return {n: str(v.get('sha256') if isinstance(v, dict) else v) for n, v in said['files'].items()}
+    hashes = {}
+    for name, about in said['files'].items():  # a hash, or a dict with one
+        hashes[name] = str(about.get('sha256') if isinstance(about, dict) else about)
+    return hashes
 
 
 def _listed(folder, lists=(*_LISTS, _LIST)):
     "{list: {name: SHA-256}} for the lists of ours in a folder"
-    return {name: known for name in lists if (known := _sealed(folder / name)) is not None}
+    found = {}
+    for name in lists:
+        known = _sealed(folder / name)
+        if known is not None:
+            found[name] = known
+    return found
 
 
 def _inside(folder, under=''):
@@ -301,9 +332,10 @@ def _inside(folder, under=''):
 
 def list_files(folder, *names):
     "Name files of a folder, all if none are given, in its `llm_lab_files.json`: now they are ours"
-    folder, found = Path(folder), {}
+    folder = Path(folder)
+    found = {}
     if names:
-        found |= _sealed(folder / _LIST) or {}
+        found = _sealed(folder / _LIST) or {}  # they come to those that are listed
     else:
         lists = _listed(folder, _LISTS)
         known = {_LIST, *lists, *itertools.chain(*lists.values())}
@@ -328,13 +360,23 @@ def snapshot(folder) -> dict:  # {name: …}, equal to a later one if nothing wa
     return {name: _noted(entry) for name, entry in _inside(folder)}
 
 
+def _claimed(folder, more=None):
+    "{name: SHA-256, or None: as it is} of what the lists in a folder, and `more`, say to be ours"
+    lists = _listed(folder)
+    ours = {}
+    for files in lists.values():
+        ours |= files
+    ours |= dict.fromkeys(lists)  # a list carries a hash of itself
+    if more:
+        ours |= more(folder, ours)
+    return ours
+
+
 def _strange(folder, more=None):
     "(the first thing in a folder that is not ours, or '', {name: what `_noted` says of it})"
-    lists, seen = _listed(folder), {}
-    known = {n: sha for files in lists.values() for n, sha in files.items()} | dict.fromkeys(lists)
-    if more:
-        known |= more(folder, known)
+    known = _claimed(folder, more)
     folders = {str(p) for n in known for p in PurePosixPath(n).parents}
+    seen = {}
     for name, entry in _inside(folder):
         seen[name] = _noted(entry)
         if entry.name in _IGNORED:
@@ -346,7 +388,8 @@ def _strange(folder, more=None):
         if not entry.is_file() or name not in known:
             return name, seen
     for name in seen.keys() & known.keys():
-        if known[name] and seen[name] and _hash_of(folder / name) != known[name]:
+        is_file = seen[name] is not None
+        if is_file and known[name] and _hash_of(folder / name) != known[name]:
             return f'{name}, which was changed since', seen
     return '', seen
 
@@ -403,13 +446,15 @@ def _look(place, more=None):
         if why := _never(place):
             raise LabError(f'{place} {why}: give a folder of its own, such as {place / "model"}')
         strange, seen = _strange(place, more)
-        # lists of one writer and files of the next one: such a view does not come twice
-        if strange and _strange(place, more) != (strange, seen):
-            return _look(place, more)
+        # While another writer swaps folders, lists of the old one and files of the new one may
+        # be seen together. Such a view does not come twice, so what is strange is looked at again
+        settled = not strange or _strange(place, more) == (strange, seen)
     except PermissionError:
         raise LabError(f'you may not read {place}: give a new folder') from None
     except FileNotFoundError:
-        return _look(place, more)  # another writer is at it
+        settled = False  # another writer is at it
+    if not settled:
+        return _look(place, more)
     if strange:
         raise LabError(
             f'{place} holds {strange}, so this library did not write all of it: '
@@ -473,38 +518,51 @@ def made_folder(path) -> Path:  # `path`
     return path
 
 # %% ../nbs/02_files.ipynb #c1e3351b
+def _settled_lists(path):
+    "What `_listed` says of a folder, once it says it twice: another writer may be at work there"
+    while True:
+        lists = _listed(path)
+        if lists == _listed(path):
+            return lists
+
+
+def _kind_of(lists):
+    "Which list makes a folder a package, a checkpoint, …; the common one if it is none of these"
+    return ', '.join(name for name in _LISTS if name in lists) or _LIST
+
+
 def _make_room(path, old, new, seen, replace, more):
-    "Move what is at `path` to `old`, if still nothing in it is anybody else's"
+    """Move what is at `path` to `old`, if still nothing in it is anybody else's.
+
+    `seen` is what `_look` saw before the new folder was written"""
     if path.is_file():
         raise LabError(f'{path} is a file, and a folder was to be written: give another path')
-    if snapshot(path) != seen and _look(path, more) is None:
+    if snapshot(path) != seen and _look(path, more) is None:  # touched since, and now gone
         return
     if not replace:
         raise LabError(f'{path} is there already: give another path')
-    will = _listed(new)
-    while (was := _listed(path)) != _listed(path):
-        pass  # another writer is at it
-    kinds = [', '.join(n for n in _LISTS if n in lists) or _LIST for lists in (was, will)]
-    if was and kinds[0] != kinds[1]:
+    to_come = _listed(new)
+    there = _settled_lists(path)
+    if there and _kind_of(there) != _kind_of(to_come):
         raise LabError(
-            f'{path} is of another kind, listed in {kinds[0]} and not in {kinds[1]}: '
-            'give a new folder, or remove it'
+            f'{path} is of another kind, listed in {_kind_of(there)} and not in '
+            f'{_kind_of(to_come)}: give a new folder, or remove it'
         )
     _move(path, old)  # no folder goes over a full one
 
 
-def _swap(new, path, old, *how):
-    "Put the folder `new` into the place of `path`"
-    for _ in range(20):
+def _swap(new, path, old, seen, replace, more):
+    "Put the folder `new` into the place of `path`, and what was there, if it may go, to `old`"
+    for _ in range(20):  # another writer may fill the place between the two moves
         try:
             if os.path.lexists(path):
-                _make_room(path, old, new, *how)
+                _make_room(path, old, new, seen, replace, more)
             return _move(new, path)
         except OSError as e:
             if e.errno not in _QUICKER or not os.path.lexists(new):
                 raise
             if os.path.lexists(path):
-                remove(old)  # another writer's is the old one now
+                remove(old)  # not needed any more: the other writer's folder is the one to keep
     raise LabError(f'{path} is written by others all the time: give another path')
 
 
@@ -525,8 +583,10 @@ def atomic_write(
         raise LabError(f'{path} is there already: give another path')
     made_folder(path.parent)
     _sweep(path)
-    _at_work.add(mark := _mark())
-    new, old = (path.with_name(f'.{path.name}.{mark}.{end}') for end in ('new', 'old'))
+    mark = _mark()
+    _at_work.add(mark)
+    new = path.with_name(f'.{path.name}.{mark}.new')
+    old = path.with_name(f'.{path.name}.{mark}.old')
     try:
         yield new
         if new.is_dir():
@@ -584,14 +644,19 @@ def locked(path, busy):
 MOST_JSON = 1 << 26  # bytes of a JSON file: the tokenizer of a large model has half of that
 
 
+def _bytes_a_character(data):
+    "How wide Python keeps each character of a UTF-8 text: as wide as its widest one"
+    if data.isascii():
+        return 1
+    return 4 if re.search(rb'[\xf0-\xff]', data) else 2  # of four bytes in UTF-8, or fewer
+
+
 def check_size(data: bytes, name='this file', remedy='copy or make it again'):
     "Raises `LabError` where JSON would take more memory than any of ours does, read by whomever"
     # what Python needs for the text, and for each value, text, list and dict: known before it is
     # read
-    wide = (
-        1 if data.isascii() else 4 if re.search(rb'[\xf0-\xff]', data) else 2
-    )  # bytes a character
-    needs = wide * len(data) + 40 * data.count(b',') + 30 * data.count(b'"')
+    needs = _bytes_a_character(data) * len(data)
+    needs += 40 * data.count(b',') + 30 * data.count(b'"')
     needs += 80 * (data.count(b'[') + data.count(b'{'))
     if len(data) > MOST_JSON or needs > 5 * MOST_JSON:
         raise LabError(
@@ -606,7 +671,7 @@ def json_of(data: bytes, name='this file', remedy='copy or make it again', read=
     try:
         return read(data)
     except LabError:
-        raise  # `parse_tale` has a remedy of its own
+        raise  # `read` has a remedy of its own
     except (ValueError, RecursionError) as e:
         raise LabError(f'{name} is not JSON ({type(e).__name__}): {remedy}') from None
 
@@ -629,12 +694,14 @@ def file_in(
     """A plain file in a folder. Raises `LabError` where the name, or a link, leads elsewhere;
 
     `OSError` where there is none"""
-    folder, path = Path(folder), Path(folder) / name if is_name(name) else None
-    if path is None:
+    folder = Path(folder)
+    if not is_name(name):
         raise LabError(f'{folder}: {short(name)} is no name of a file in it: {remedy}')
+    path = folder / name
     info = path.stat()
     here = folder.resolve()
     real = path.resolve()
+    # in the hub's cache, MODEL/snapshots/COMMIT holds links into MODEL/blobs
     cache = here.parent.parent / 'blobs' if here.parent.name == 'snapshots' else here
     if real.parent not in (here, cache):
         raise LabError(f'{path} is a link out of its folder, to {real}: {remedy}')
@@ -644,8 +711,11 @@ def file_in(
 
 
 def bytes_in(
-    folder, name: str, most: int = MOST_JSON, remedy='copy or make it again'
-) -> bytes:  # `most` bytes
+    folder,
+    name: str,
+    most: int = MOST_JSON,  # bytes that it may have
+    remedy='copy or make it again',
+) -> bytes:
     """The bytes of a plain file in a folder.
 
     Raises `LabError` as `file_in`, and where it is too large"""

@@ -35,8 +35,15 @@ def _context(corpus):
     if not corpus.independent:
         return {}
     lengths = sorted(len(d) + len(corpus.separator) for d in corpus.documents('val'))
-    T = min(512, 32 * math.ceil(lengths[int(0.99 * len(lengths))] / 32))
+    long = lengths[int(0.99 * len(lengths))]
+    T = min(512, 32 * math.ceil(long / 32))
     return dict(block_len=T, batch_size=round(1024 / T))  # as many tokens in a step
+
+
+def _nearest_divisor(n, wanted):
+    "The divisor of `n` that is nearest to `wanted`, the smaller one of two"
+    divisors = [k for k in range(1, n + 1) if n % k == 0]
+    return min(divisors, key=lambda k: abs(k - wanted))
 
 
 def _plan(settings, corpus):
@@ -47,29 +54,23 @@ def _plan(settings, corpus):
     from llm_lab.gpt import GPTConfig
     from llm_lab.train import Recipe
 
-    runs = {f.name for f in fields(Recipe)} - {'corpus', 'steps', 'model'}
-    sizes = {'d_model', 'n_layers', 'n_heads', 'dropout', 'tie'} & {
-        f.name for f in fields(GPTConfig)
-    }
+    of_run = {f.name for f in fields(Recipe)} - {'corpus', 'steps', 'model'}
+    of_model = {f.name for f in fields(GPTConfig)}
+    of_model &= {'d_model', 'n_layers', 'n_heads', 'dropout', 'tie'}
+    known = of_run | of_model
     for key, _ in settings:
-        if key not in runs | sizes:
-            near = get_close_matches(key, runs | sizes, 1, 0.5)
-            raise LabError(
-                f'the tour has no setting {key!r}: '
-                + (
-                    f'did you mean {near[0]!r}?'
-                    if near
-                    else f'choose from {", ".join(sorted(runs | sizes))}'
-                )
-            )
-    size = {**SIZE, **{k: v for k, v in settings if k in sizes}}
-    if isinstance(d := size['d_model'], int) and d > 0:
-        size.setdefault(
-            'n_heads',
-            min((n for n in range(1, d + 1) if d % n == 0), key=lambda n: abs(n - d / 32)),
-        )
-    run = {**TOUR, **_context(corpus), **{k: v for k, v in settings if k in runs}}
-    return Recipe(**run, model=tuple(size.items()))
+        if key not in known:
+            near = get_close_matches(key, known, 1, 0.5)
+            remedy = f'choose from {", ".join(sorted(known))}'
+            if near:
+                remedy = f'did you mean {near[0]!r}?'
+            raise LabError(f'the tour has no setting {key!r}: {remedy}')
+    model = {**SIZE, **{k: v for k, v in settings if k in of_model}}
+    width = model['d_model']
+    if isinstance(width, int) and width > 0:  # else the model refuses it
+        model.setdefault('n_heads', _nearest_divisor(width, width / 32))
+    run = {**TOUR, **_context(corpus), **{k: v for k, v in settings if k in of_run}}
+    return Recipe(**run, model=tuple(model.items()))
 
 # %% ../nbs/86_first_tour.ipynb #6a891332
 def _time_step(setup):
@@ -84,10 +85,13 @@ def _time_step(setup):
 
     keep_freed_memory()
     model = deepcopy(setup.model)
-    opt, step, times = adamw(model, lr=1e-4), count(), []
+    opt = adamw(model, lr=1e-4)
+    step = count()
+    times = []
 
     def work():
-        train_step(model, opt, setup.batch(next(step)))[0].item()  # wait for the device
+        loss, _ = train_step(model, opt, setup.batch(next(step)))
+        loss.item()  # wait for the device
 
     with quick_linear(model):
         threads = fastest_threads(work)
@@ -106,17 +110,19 @@ LOOKS = 18  # so often we look how it goes: every ten seconds of three minutes
 def _budget(minutes, per_step, recipe, n_val):
     """(steps, characters to validate at a look): a forward pass is a third of a step, all looks
     take 5% of the time"""
-    per_token = per_step / (recipe.batch_size * recipe.block_len) / 3
-    # what timing, the last validation and the samples leave
-    seconds = (
-        60 * minutes - 20 * per_step - n_val * per_token - 5 * WRITES * per_token * recipe.block_len
-    )
-    part = min(n_val, 20_000, max(2 * recipe.block_len, int(seconds / 20 / LOOKS / per_token)))
-    return max(20, int((seconds - LOOKS * part * per_token) / per_step)), part
+    per_token = per_step / (recipe.batch_size * recipe.block_len) / 3  # seconds, only forward
+    timing = 20 * per_step
+    validation = n_val * per_token  # the last one, of everything
+    samples = 5 * WRITES * per_token * recipe.block_len  # each character reads the whole context
+    seconds = 60 * minutes - timing - validation - samples
+    affordable = int(seconds / 20 / LOOKS / per_token)
+    part = min(n_val, 20_000, max(2 * recipe.block_len, affordable))
+    steps = int((seconds - LOOKS * part * per_token) / per_step)
+    return max(20, steps), part
 
 # %% ../nbs/86_first_tour.ipynb #fb5ba8e8
 def _room(folder, need):
-    "Is there room for `require` bytes at `folder`, which is made? Raises `LabError` if not"
+    "Is there room for `need` bytes at `folder`, which is made? Raises `LabError` if not"
     folder.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(folder).free) < need:
         raise LabError(
@@ -151,14 +157,18 @@ def _check_texts(setup):
         )
 
 
+def _as_path(text):
+    "A path that shows that it is one: `./stories.txt`, not `stories.txt`"
+    return text if os.path.dirname(text) else os.path.join('.', text)
+
+
 def _data_of(corpus):
     "What `load_corpus` needs to find it again; a path never reads like the name of a corpus"
     from llm_lab.corpora import CORPORA, kept_path
 
     if isinstance(corpus, str) and corpus in CORPORA:
         return corpus
-    kept = kept_path(str(corpus) if os.path.dirname(corpus) else os.path.join('.', corpus))
-    return _shown(kept if os.path.dirname(kept) else os.path.join('.', kept))
+    return _shown(_as_path(kept_path(_as_path(str(corpus)))))
 
 
 def _ready(corpus, minutes, settings, field='text'):
@@ -181,15 +191,19 @@ def _said(error):
     "An exception in one line"
     if isinstance(error, LabError):
         return str(error)
-    return f'{type(error).__name__}: {(str(error).splitlines() or [""])[0]:.160}'
+    first_line = (str(error).splitlines() or [''])[0]
+    return f'{type(error).__name__}: {first_line:.160}'
 
 
 def _watcher(setup, part, steps):
     "What `fit` calls: validate a part eighteen times, and let the model write five times"
     from llm_lab.sampling import sample
 
-    at = lambda shares: {max(1, round(steps * k / LOOKS)) for k in shares}
-    writes, floor = at((1, 3, 6, 12, LOOKS)), setup.corpus.floor
+    def at(looks):  # {1, 2, …, LOOKS}, as steps
+        return {max(1, round(steps * k / LOOKS)) for k in looks}
+
+    writes = at((1, 3, 6, 12, LOOKS))
+    floor = setup.corpus.floor
 
     def looked(run):
         val = setup.loss(most=part)
@@ -290,7 +304,8 @@ def _check_name(name):
 def _claimed(parent, name=None):
     "A folder made now: `name`, or the first free of tour, tour-2, …; raises where `name` is there"
     parent.mkdir(parents=True, exist_ok=True)
-    for tried in [name] if name else chain(['tour'], (f'tour-{n}' for n in count(2))):
+    names = [name] if name else chain(['tour'], (f'tour-{n}' for n in count(2)))
+    for tried in names:
         # a killed writer may have left the only copy of that name as `.tour.PROCESS.old`
         if [*parent.glob(f'.{tried}.*.old')]:
             continue
@@ -307,10 +322,11 @@ _PACKAGE = 'package.json', 'llm_lab.json', 'tokenizer.json', 'model.safetensors'
 def _about(setup, run, data):
     "What a package says of its origin"
     corpus = setup.corpus
+    field = dict(field=corpus.field) if corpus.field else {}  # of records
     return dict(
         corpus=corpus.name,
         data=data,
-        **(dict(field=corpus.field) if corpus.field else {}),
+        **field,
         licence=corpus.licence,
         corpus_sha256=corpus.sha256,
         params=setup.model.n_params,
@@ -417,7 +433,8 @@ def _validate(setup):
     from llm_lab.evaluation import evaluate, excess_by_kind
     from llm_lab.core import StatusLine
 
-    live, score, parts = StatusLine(), None, None
+    live = StatusLine()
+    score = parts = None
     try:
         score = evaluate(setup.model, setup.tokenizer, setup.corpus, live=live)
         if _tells_tales(setup.corpus):
@@ -427,23 +444,27 @@ def _validate(setup):
     # below the floor, no memory, a mistake of ours: none of them may take the model away
     except Exception as e:
         print(f'the score is refused, the model is kept: {_said(e)}', flush=True)
-    live.close(
-        'validation stopped, the model is kept'
-        if score is None
-        else f'validated on {score.chars:,} characters'
-    )
+    if score is None:
+        live.close('validation stopped, the model is kept')
+    else:
+        live.close(f'validated on {score.chars:,} characters')
     return score, parts
+
+
+def _shares(score, parts):
+    "Which kinds of character take how much more than the floor, in words"
+    recall = sum(v for k, v in parts.items() if k.startswith('recall'))
+    kinds = {'choices': parts['choice'], 'literals': parts['literal'], 'recalls': recall}
+    return ', '.join(f'{bits / score.floor:.0%} for {kind}' for kind, bits in kinds.items())
 
 
 def verdict(score, parts=None, of='validation'):
     "The result in sentences"
     if score is None:
         return f'the {of} loss is not known'
-    sure = (
-        '95 % interval {:.3f} to {:.3f}'.format(*score.interval)
-        if score.interval
-        else 'no 95 % interval: one piece of text tells none'
-    )
+    sure = 'no 95 % interval: one piece of text tells none'
+    if score.interval:
+        sure = '95 % interval {:.3f} to {:.3f}'.format(*score.interval)
     # where a token is more than a character, the loss is per token, and only the bits are per
     # character
     letters = score.tokens == score.chars
@@ -458,31 +479,31 @@ def verdict(score, parts=None, of='validation'):
             f'the model is {score.above:.0%} above perfect'
         )
     if parts:
-        recall = sum(v for k, v in parts.items() if k.startswith('recall'))
-        shares = ('choices', parts['choice']), ('literals', parts['literal']), ('recalls', recall)
-        line += ': ' + ', '.join(f'{v / score.floor:.0%} for {k}' for k, v in shares)
+        line += f': {_shares(score, parts)}'
     return line
 
 # %% ../nbs/86_first_tour.ipynb #2895a242
+def _score_result(score):
+    "What result.json holds of a score; null where there is none"
+    if score is None:
+        return dict(val_loss=None)
+    known = dict(
+        val_loss=score.loss,
+        bits=score.bits,
+        interval=list(score.interval) if score.interval else score.interval,
+        units=dict(
+            val_loss='nats per character',
+            bits='bits per character',
+            interval='bits per character, 95 %',
+        ),
+    )
+    if score.floor:
+        known.update(floor=score.floor, above_floor=score.above)
+    return known
+
+
 def _result(setup, run, score, parts):
     "What result.json holds"
-    units = dict(
-        val_loss='nats per character',
-        bits='bits per character',
-        interval='bits per character, 95 %',
-    )
-    known = (
-        {}
-        if score is None
-        else dict(
-            val_loss=score.loss,
-            bits=score.bits,
-            interval=score.interval and list(score.interval),
-            units=units,
-        )
-    )
-    if score and score.floor:
-        known.update(floor=score.floor, above_floor=score.above)
     return dict(
         corpus=setup.corpus.name,
         params=setup.model.n_params,
@@ -491,7 +512,7 @@ def _result(setup, run, score, parts):
         seconds=round(run.seconds, 2),
         tokens_per_s=round(run.tokens / max(run.seconds, 1e-9)),
         stopped=run.stopped,
-        **{'val_loss': None, **known},
+        **_score_result(score),
         **({'excess_bits': parts} if parts else {}),
     )
 
@@ -499,12 +520,16 @@ def _result(setup, run, score, parts):
 def _picture(setup, run, result):
     "The bytes of loss.png, or None: a picture is never worth a model"
     val, floor = result['val_loss'], setup.corpus.floor
-    end = val and (f'{val / math.log(2):.2f} bits' if floor else f'{val:.2f} nats')
+    title = val  # none where it is not known
+    if val:
+        end = f'{val / math.log(2):.2f} bits' if floor else f'{val:.2f} nats'
+        title = f'on the whole validation text: {end} per character'
+    png = io.BytesIO()
     try:
         from llm_lab.train import plot_loss
 
-        fig = plot_loss(run, floor, val and f'on the whole validation text: {end} per character')
-        fig.savefig(png := io.BytesIO(), format='png')
+        fig = plot_loss(run, floor, title)
+        fig.savefig(png, format='png')
         pyplot().close(fig)
     except Exception as e:  # no matplotlib, a broken one, …
         print(f'no loss.png: {_said(e)}', flush=True)
@@ -544,10 +569,10 @@ def _introduction(setup):
 # %% ../nbs/86_first_tour.ipynb #0219f621
 def _first_words(corpus):
     "The first two words of the validation text's second line, to try as a prompt"
-    lines = [line for line in corpus.text('val')[:5000].splitlines()[1:] if line.strip()] or [
-        corpus.text('val')
-    ]
-    words = ' '.join(lines[0].split()[:2])[:40]  # Chinese has no spaces
+    text = corpus.text('val')
+    lines = [line for line in text[:5000].splitlines()[1:] if line.strip()]
+    line = lines[0] if lines else text
+    words = ' '.join(line.split()[:2])[:40]  # Chinese has no spaces
     plain = r'[^"\\$`!%\x00-\x1f\x7f]*'  # what every shell takes as it is
     return re.match(plain, words)[0].strip()
 
@@ -573,7 +598,8 @@ def _planned(setup, minutes):
     """Times a step, says the plan:
 
     (steps, characters to validate at a look, seconds of a step, threads)"""
-    recipe, (per_step, threads) = setup.recipe, _time_step(setup)
+    recipe = setup.recipe
+    per_step, threads = _time_step(setup)
     steps, part = _budget(minutes, per_step, recipe, len(setup.ids['val']))
     print(
         f'plan    a step takes {1000 * per_step:.0f} ms: {steps:,} steps of {recipe.batch_size} × '
@@ -599,7 +625,7 @@ def _learned(setup, keeper, minutes):
 
     recipe = setup.recipe
     run = TrainState(setup.model.train(), 0)
-    training = False
+    training = False  # `stop` reads what it is now
 
     def stop(why):
         if not training:
@@ -611,9 +637,8 @@ def _learned(setup, keeper, minutes):
             keeper.begin(run)
             steps, part, per_step, threads = _planned(setup, minutes)
             run = TrainState(setup.model.train(), steps)
-            often = max(
-                1, int(min(5, KEEP_EVERY / 2) / per_step)
-            )  # asks for the time every few seconds
+            # asks for the time every few seconds
+            often = max(1, int(min(5, KEEP_EVERY / 2) / per_step))
             training = True
             calls = {**_watcher(setup, part, steps), often: keeper.on_the_way}
             with use_threads(threads):

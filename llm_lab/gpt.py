@@ -70,7 +70,8 @@ class Learned(nn.Module):
         self.table = nn.Embedding(cfg.max_len, cfg.d_model)
 
     def forward(self, x, i):  # (B, T, C), positions (T,) or (B, T) → (B, T, C)
-        if i.shape[-1] > (most := self.table.num_embeddings):
+        most = self.table.num_embeddings
+        if i.shape[-1] > most:
             raise LabError(
                 f'the text has {i.shape[-1]} tokens, max_len is {most}: '
                 'cut the text, or make the model with a larger max_len'
@@ -108,14 +109,12 @@ def gpt2_init(
 
     0 (Radford et al. 2019, §2.3)"""
     std = std or 0.02 * (768 / model.cfg.d_model) ** 0.5
+    # each of L layers adds to the stream twice: so the sum stays as large as one of them
+    out_std = std / (2 * model.cfg.n_layers) ** 0.5
     for name, p in model.named_parameters():
         if p.dim() >= 2:
-            nn.init.normal_(
-                p,
-                0.0,
-                std / (2 * model.cfg.n_layers) ** 0.5 if name.endswith('out.weight') else std,
-                generator=generator,
-            )
+            writes = name.endswith('out.weight')
+            nn.init.normal_(p, 0.0, out_std if writes else std, generator=generator)
         elif name.endswith('bias'):
             nn.init.zeros_(p)
 
@@ -153,7 +152,8 @@ class GPTConfig:
 
     def __post_init__(self):
         for name, most in _MOST.items():
-            if not isinstance(n := getattr(self, name), int) or isinstance(n, bool) or n < 1:
+            n = getattr(self, name)
+            if not isinstance(n, int) or isinstance(n, bool) or n < 1:
                 raise LabError(f'{name}={short(n)}: give a whole number of at least 1')
             if n > most:
                 raise LabError(f'{name}={short(n)}: give {most:,} at most')
@@ -178,14 +178,15 @@ class MiniGPT(nn.Module):
     2019), every part a recipe"""
 
     def __init__(
-        self, cfg: GPTConfig = GPTConfig(), seed=0
-    ):  # of the first weights; None: they are not drawn, because others come in their place
+        self,
+        cfg: GPTConfig = GPTConfig(),
+        seed=0,  # of the first weights; None: not drawn, because others come in their place
+    ):
         super().__init__()
         self.cfg = cfg
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(
-                seed or 0
-            )  # for parts that bring first weights of their own
+            # for parts that bring first weights of their own
+            torch.default_generator.manual_seed(seed or 0)
             self.tok = nn.Embedding(cfg.vocab_size, cfg.d_model)
             self.pos = cfg.pos and _built(cfg, 'pos', cfg)
             self.blocks = nn.ModuleList(Block(cfg, l) for l in range(cfg.n_layers))
@@ -198,27 +199,34 @@ class MiniGPT(nn.Module):
             self.head.weight = self.tok.weight
         if seed is not None:
             cfg.init(self, generator=rng(seed, 'init'))
+        # The context, `**ctx`: arguments that every part is handed and that a few ask for. A part
+        # declares what it asks for in `reads`; `words` is all that some part of this model reads.
         self.words = {w for m in self.modules() for w in getattr(m, 'reads', ())}
-        self.ear = None  # an `Aux` for who passes none: `train`
+        # An `Aux` for calls that pass none: `train.balanced` puts one here while it calculates a
+        # loss that knows nothing of `aux`, and `features` hands it to the parts.
+        self.ear = None
 
-    def features(
-        self, ids, i=None, **ctx
-    ):  # ids (B, T); positions (T,) or (B, T), 0, 1, 2, … if none
-        if unread := ctx.keys() - self.words:
+    def features(self, ids, i=None, **ctx):
+        # ids (B, T); positions (T,) or (B, T), 0, 1, 2, … if none
+        unread = ctx.keys() - self.words
+        if unread:  # a slip, or a part that is not there: it would have no effect
             raise LabError(
                 f'no part of this model reads {sorted(unread)[0]!r}; '
                 f'it reads {sorted(self.words) or "nothing"}'
             )
         if i is None:
-            i, ctx['rising'] = torch.arange(ids.shape[1], device=ids.device), True
-        x = self.tok(ids)
+            i = torch.arange(ids.shape[1], device=ids.device)
+            # a promise: positions are 0, 1, 2, …, so that attention to the past needs no mask
+            ctx['rising'] = True
+        x = self.tok(ids)  # (B, T, C)
         x = self.drop(self.pos(x, i) if self.pos else x)
         unheard = 'aux' in self.words and 'aux' not in ctx and self.training
-        if unheard and self.ear is not None:
+        lost = unheard and self.ear is None  # what parts say to `aux` reaches no loss
+        if unheard and not lost:
             ctx['aux'] = self.ear
         for block in self.blocks:
             x = self.through(block, x, i, **ctx)
-        if unheard and self.ear is None and x.requires_grad and not torch.compiler.is_compiling():
+        if lost and x.requires_grad and not torch.compiler.is_compiling():
             x.register_hook(_say_unheard)  # called if it is learned from
         return self.norm(x)  # (B, T, C)
 
@@ -239,12 +247,11 @@ def n_params(self: MiniGPT) -> int:
 @patch
 def metrics(self: MiniGPT) -> dict:
     "What the parts have noted since they were last asked, `{name: number}`"
-    return {
-        k: v
-        for m in self.modules()
-        if m is not self and callable(getattr(m, 'metrics', None))
-        for k, v in (m.metrics() or {}).items()
-    }
+    noted = {}
+    for m in self.modules():
+        if m is not self and callable(getattr(m, 'metrics', None)):
+            noted.update(m.metrics() or {})
+    return noted
 
 # %% ../nbs/22_gpt.ipynb #2a7c0b75
 def is_own(x) -> bool:
@@ -265,6 +272,7 @@ def is_own(x) -> bool:
 def _resting(model):
     """Within, the model is in evaluation mode, and nothing is noted for a gradient; then each part
     is as it was"""
+    # part by part: somebody may have frozen one, and model.train() would wake it
     modes = {m: m.training for m in model.modules()}
     try:
         with torch.no_grad():
@@ -275,52 +283,64 @@ def _resting(model):
 
 
 def _some_ids(model, n):  # up to n tokens, the same ones each time, (1, n)
-    ids = torch.randint(
-        model.cfg.vocab_size, (1, min(n, model.cfg.max_len)), generator=rng(0, 'some')
-    )
+    shape = (1, min(n, model.cfg.max_len))
+    ids = torch.randint(model.cfg.vocab_size, shape, generator=rng(0, 'some'))
     return ids.to(next(model.parameters()).device)
 
 
 def _close(a, b) -> bool:  # up to what another order of sums may change
-    far, scale = (a - b).abs().max(), b.abs().max().clamp_min(1.0)
-    return bool(far <= torch.finfo(b.dtype).eps ** 0.5 * scale)
+    difference = (a - b).abs().max()
+    scale = b.abs().max().clamp_min(1.0)
+    return bool(difference <= torch.finfo(b.dtype).eps ** 0.5 * scale)
+
+
+def _found_caches(model, batch, length) -> dict:
+    "{part: its cache} of the parts of a model that keep something"
+    found = {}
+    for m in model.modules():
+        if m is not model and callable(getattr(m, 'cache', None)):
+            cache = m.cache(batch, length)
+            if cache is not None:
+                found[m] = cache
+    return found
+
+
+def _by_key(found) -> tuple:
+    "({key: cache}, '' or which part has no key of its own)"
+    kept, why = {}, ''
+    for m, cache in found.items():
+        kind = type(m).__name__
+        key = getattr(m, 'key', getattr(m, 'layer', None))
+        if key is None:
+            why = why or f'{kind} has no `layer`, nor a `key`, under which it would keep'
+        elif key in kept:
+            why = why or f'{kind} keeps under {key!r}, as another part does: give it a `key`'
+        else:
+            kept[key] = cache
+    return kept, why
+
+
+def _keeps(m, found) -> bool:
+    return any(inner in found for inner in m.modules())
+
+
+def _forgetful(block, found):
+    "What keeps nothing in a block: an attention in its mixer, or the mixer; None if all keep"
+    mixer = getattr(block, 'attn', block)
+    for m in mixer.modules():
+        if isinstance(m, Attention) and not _keeps(m, found):
+            return m
+    return None if _keeps(mixer, found) else mixer
 
 
 def caches_of(model, batch, length) -> tuple:
     "({key: cache} of all parts that keep something, '' or why the model as a whole keeps nothing)"
-    found = {
-        m: c
-        for m in model.modules()
-        if m is not model
-        and callable(getattr(m, 'cache', None))
-        and (c := m.cache(batch, length)) is not None
-    }
-    kept, why = {}, ''
-    for m, c in found.items():
-        key = getattr(m, 'key', getattr(m, 'layer', None))
-        if key is None:
-            why = (
-                why or f'{type(m).__name__} has no `layer`, nor a `key`, under which it would keep'
-            )
-        elif key in kept:
-            why = (
-                why
-                or f'{type(m).__name__} keeps under {key!r}, as another part does: give it a `key`'
-            )
-        else:
-            kept[key] = c
-    keeps = lambda mixer: any(m in found for m in mixer.modules())
+    found = _found_caches(model, batch, length)
+    kept, why = _by_key(found)
     for l, block in enumerate(model.blocks):
-        mixer = getattr(block, 'attn', block)
-        bare = [
-            m
-            for m in mixer.modules()
-            if isinstance(m, Attention) and not keeps(m) and m not in found
-        ]
-        if not keeps(mixer):
-            bare.append(mixer)
-        if bare:
-            why = why or f'{type(bare[0]).__name__} of layer {l} keeps nothing'
+        forgetful = _forgetful(block, found)
+        if forgetful is not None and not why:
+            why = f'{type(forgetful).__name__} of layer {l} keeps nothing'
     return kept, why
 
 
@@ -328,15 +348,16 @@ def caches_of(model, batch, length) -> tuple:
 def _reads_on(model) -> bool:
     "Do a few tokens, read one by one with caches, say what they say when they are read at once?"
     ids = _some_ids(model, 6)
+    T = ids.shape[1]
+    # (0, 2), (2, 3), (3, 4), …: two at once as in a prompt, then one by one as in decoding
+    cuts = [0, *range(2, T + 1)] if T > 1 else [0, 1]
     with _resting(model), preserve_rng(ids.device):
-        want = model.features(ids)
-        cache = caches_of(model, 1, ids.shape[1])[0]
+        want = model.features(ids)  # (1, T, C)
+        cache = caches_of(model, 1, T)[0]
         got = []
-        cut = [0, *range(2, ids.shape[1] + 1)] if ids.shape[1] > 1 else [0, 1]
-        for a, b in zip(cut, cut[1:]):
-            got.append(
-                model.features(ids[:, a:b], i=torch.arange(a, b, device=ids.device), cache=cache)
-            )
+        for begin, end in zip(cuts, cuts[1:]):
+            i = torch.arange(begin, end, device=ids.device)
+            got.append(model.features(ids[:, begin:end], i=i, cache=cache))
     return _close(torch.cat(got, 1), want)
 
 
@@ -350,6 +371,8 @@ def cache(self: MiniGPT, batch: int, length: int):
     kept, why = caches_of(self, batch, length)
     if why or not kept:
         return None
+    # a part of the reader's own may keep something and read it wrongly: let it prove itself, unless
+    # it needs words that we cannot make up
     strange = self.words <= {'cache', 'aux'} and any(map(is_own, self.modules()))
     try:
         return kept if not strange or _reads_on(self) else None
@@ -376,8 +399,11 @@ def _said(x, slot=None):
 def _bearable(data, n_layers, head_dim):
     """Raises `LabError` where recipes are forbidden ones, or would make more parts than anybody
     waits for"""
-    of = lambda k, slot: 0 if data[k] is None and k == 'pos' else check_recipe(data[k], slot, k)
-    parts = {k: of(k, slot) for k, slot in HOLDS['config'].items() if k in data}
+    parts = {}  # {name: how many parts its recipe makes}
+    for k, slot in HOLDS['config'].items():
+        if k in data:
+            none = k == 'pos' and data[k] is None
+            parts[k] = 0 if none else check_recipe(data[k], slot, k)
     n = n_layers * (parts.get('attn', 1) + parts.get('mlp', 1)) + sum(parts.values())
     if n > 10_000 or n * head_dim > 1 << 26:
         raise LabError(
@@ -413,6 +439,23 @@ def _fits(value, parameter) -> bool:
     )
 
 
+def _no_steps(k, v) -> bool:  # a file may write null for an empty list of steps
+    return k == 'steps' and v is None
+
+
+def _check_plain(x, f, path):
+    "Raises `LabError` where a plain value of a recipe is of another kind than `f` takes there"
+    known = signature(f).parameters
+    for k, v in x.items():
+        if k not in known or isinstance(v, (dict, list)) or _no_steps(k, v):
+            continue
+        if not _fits(v, known[k]):
+            default = known[k].default
+            unclear = default in (None, Parameter.empty)
+            like = known[k].annotation.__name__ if unclear else repr(default)
+            raise LabError(f'{path}.{k}={short(v)}: {f.__name__} takes something like {like}')
+
+
 def _made(x, path=''):
     "What plain data, which `check_recipe` has seen, describe"
     if isinstance(x, list):
@@ -420,33 +463,17 @@ def _made(x, path=''):
     if not isinstance(x, dict):
         return x
     word = address(x['part'])
-    kw = {
-        k: () if v is None and k == 'steps' else _made(v, f'{path}.{k}')
-        for k, v in x.items()
-        if k != 'part'
-    }
+    kw = {}
+    for k, v in x.items():
+        if k != 'part':
+            kw[k] = () if _no_steps(k, v) else _made(v, f'{path}.{k}')
     try:
         made = part(lookup(word), **kw)
     except LabError as e:
         raise LabError(f'{path}: {e}') from None
     if word in REGISTERED:
         return made  # its author knows what it takes
-    known = signature(made.func).parameters
-    for k, v in x.items():
-        if (
-            k in known
-            and not isinstance(v, (dict, list))
-            and (v, k) != (None, 'steps')
-            and not _fits(v, known[k])
-        ):
-            like = (
-                known[k].annotation.__name__
-                if known[k].default in (None, Parameter.empty)
-                else repr(known[k].default)
-            )
-            raise LabError(
-                f'{path}.{k}={short(v)}: {made.func.__name__} takes something like {like}'
-            )
+    _check_plain(x, made.func, path)
     if word in SLOTS['act'].values():
         _bends(made, path)
     return made
@@ -467,14 +494,15 @@ def config_from(data: dict) -> GPTConfig:
     if not isinstance(data, dict):
         raise LabError(f'a configuration says {short(data)}: give sizes and recipes by name')
     names = [f.name for f in fields(GPTConfig)]
+    plain_values = {}
     for k, v in data.items():
         if k not in names:
             raise LabError(f'a model has no setting {short(k)}: {nearest(k, names)}')
         if k not in HOLDS['config']:
             plain(v, k)
-    sizes = GPTConfig(
-        **{k: v for k, v in data.items() if k not in HOLDS['config']}, attn=part(_nothing)
-    )
+            plain_values[k] = v
+    # the sizes first: no recipe is looked up before it is known how many parts they would make
+    sizes = GPTConfig(**plain_values, attn=part(_nothing))
     _bearable(data, sizes.n_layers, sizes.head_dim)
     try:
         return GPTConfig(**{k: _made(v, k) for k, v in data.items()})
@@ -540,36 +568,44 @@ def _asked(cfg, name, layer, fake):
     """Let what stands in a slot read a few tokens; returns the shape of the answer, and the one it
     should have"""
     C, V, T = cfg.d_model, cfg.vocab_size, min(cfg.max_len, 6)
-    made = _built(cfg, name, *dict(norm=(C,), pos=(cfg,), head=(C, V)).get(name, (cfg, layer)))
-    ctx = {'aux': Aux()} if any('aux' in getattr(m, 'reads', ()) for m in made.modules()) else {}
-    ctx = dict(rising=True, **ctx) if name in ('attn', 'mlp') else {}
-    x = torch.randn(2, T, C, generator=None if fake else rng(0, 'x'))
-    i = torch.arange(T)
-    out = made(x, *[i] * (name in ('attn', 'pos')), **ctx)
-    return tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__, (
-        2,
-        T,
-        V if name == 'head' else C,
-    )
+    made_from = dict(norm=(C,), pos=(cfg,), head=(C, V)).get(name, (cfg, layer))
+    made = _built(cfg, name, *made_from)
+    reads_aux = any('aux' in getattr(m, 'reads', ()) for m in made.modules())
+    args = [torch.randn(2, T, C, generator=None if fake else rng(0, 'x'))]
+    if name in ('attn', 'pos'):
+        args.append(torch.arange(T))
+    ctx = {}
+    if name in ('attn', 'mlp'):
+        ctx['rising'] = True
+        if reads_aux:
+            ctx['aux'] = Aux()
+    out = made(*args, **ctx)
+    got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+    return got, (2, T, V if name == 'head' else C)
+
+
+def _asked_cheaply(cfg, name, layer):
+    "As `_asked`: with shapes alone, and with numbers only where a part cannot do without"
+    try:
+        with FakeTensorMode():
+            return _asked(cfg, name, layer, fake=True)
+    except Exception:  # perhaps only because there are no numbers
+        with preserve_rng(), torch.no_grad():
+            return _asked(cfg, name, layer, fake=False)
 
 
 def _try_part(cfg, name, layer):
     "Raises `LabError` unless a part reads (B, T, C) and answers as it should"
     try:
-        with FakeTensorMode():
-            got, want = _asked(cfg, name, layer, True)
-    except Exception:  # perhaps only because there are no numbers
-        try:
-            with preserve_rng(), torch.no_grad():
-                got, want = _asked(cfg, name, layer, False)
-        except LabError:
-            raise
-        except Exception as e:
-            raise LabError(
-                f'{name}={short(getattr(cfg, name), 200)} cannot read: {type(e).__name__}: '
-                f'{short(str(e), 200)}; '
-                f'it is called with {_READS[name]}'
-            ) from e
+        got, want = _asked_cheaply(cfg, name, layer)
+    except LabError:
+        raise
+    except Exception as e:
+        raise LabError(
+            f'{name}={short(getattr(cfg, name), 200)} cannot read: {type(e).__name__}: '
+            f'{short(str(e), 200)}; '
+            f'it is called with {_READS[name]}'
+        ) from e
     if got != want:
         raise LabError(
             f'{name}={short(getattr(cfg, name), 200)} makes {got} of {want[:2] + (cfg.d_model,)}: '
@@ -581,13 +617,13 @@ def tried(cfg: GPTConfig) -> GPTConfig:  # `cfg`
     """Let every part read a few tokens.
 
     Raises `LabError` that names the recipe which cannot; no memory is taken for the model"""
-    layers = range(min(cfg.n_layers, 64))
     if cfg.pos:
         _try_part(cfg, 'pos', 0)
-    for name, each in dict(norm=(0,), attn=layers, mlp=layers, head=(0,)).items():
-        for layer in (
-            each if 'of' in getattr(cfg, name).keywords or is_own(getattr(cfg, name)) else (0,)
-        ):
+    for name in ('norm', 'attn', 'mlp', 'head'):
+        recipe = getattr(cfg, name)
+        # these may make something else in each layer
+        varies = name in ('attn', 'mlp') and ('of' in recipe.keywords or is_own(recipe))
+        for layer in range(min(cfg.n_layers, 64)) if varies else (0,):
             _try_part(cfg, name, layer)
     sketch(cfg)
     return cfg
@@ -611,25 +647,34 @@ _PASSING = {
 }
 
 
+def _put_on_module(m) -> str:
+    "The method that somebody has put on a module itself, over that of its class; '' if none"
+    for k, v in vars(m).items():
+        # this library does so too: `quick_linear`, and `optim` with PyTorch's checkpoint
+        ours = isinstance(v, partial) and v.func.__module__ in (__name__, checkpoint.__module__)
+        if callable(v) and not ours and callable(getattr(type(m), k, None)):
+            return k
+    return ''
+
+
+def _put_on_class(kind) -> str:
+    "The method of a class that was written outside this library and PyTorch; '' if none"
+    # of PyTorch's, other libraries may add to a class
+    ours = kind.__module__.startswith('llm_lab.')
+    for k, f in vars(kind).items():
+        f = getattr(f, '__func__', f)  # what a static or class method holds
+        if hasattr(f, '__code__') and (ours or k == 'forward') and is_own(f):
+            return k
+    return ''
+
+
 def _put_on(m) -> str:
     """The method that somebody has put on a module itself, or on a class of this library; '' if
     there is none"""
-    for k, v in vars(m).items():
-        ours = isinstance(v, partial) and v.func.__module__ in (
-            __name__,
-            checkpoint.__module__,
-        )  # `optim`, `quick_linear`
-        if callable(v) and not ours and callable(getattr(type(m), k, None)):
-            return k
-    for kind in type(m).__mro__ if not is_own(m) else ():
-        ours = kind.__module__.startswith(
-            'llm_lab.'
-        )  # of PyTorch's, other libraries may add to a class
-        for k, f in vars(kind).items():
-            f = getattr(f, '__func__', f)
-            if hasattr(f, '__code__') and (ours or k == 'forward') and is_own(f):
-                return k
-    return ''
+    k = _put_on_module(m)
+    if k or is_own(m):
+        return k
+    return next(filter(None, map(_put_on_class, type(m).__mro__)), '')
 
 
 def _values(m):  # the plain values of a module that decide what it calculates
@@ -641,10 +686,78 @@ def _values(m):  # the plain values of a module that decide what it calculates
     }
 
 
-def _tables(
-    m,
-):  # tensors of a module that are neither parameters nor buffers, such as the speeds of hands
+def _tables(m):
+    # tensors of a module that are neither parameters nor buffers, such as the speeds of hands
     return {k: v for k, v in vars(m).items() if isinstance(v, Tensor)}
+
+
+def _overridden(mine, theirs) -> set:
+    "What the classes between `mine` and `theirs` define anew of what `theirs` can do"
+    more = set()
+    for kind in mine.__mro__[:-1]:  # all but `object`
+        if kind not in theirs.__mro__:
+            more |= {k for k, f in vars(kind).items() if callable(f) and hasattr(theirs, k)}
+    return more
+
+
+def _same_kind(a, b) -> bool:
+    "Is a module of the class of another, or of a subclass that calculates nothing else?"
+    mine, theirs = type_before_parametrizations(a), type_before_parametrizations(b)
+    if mine is theirs:
+        return True
+    harmless = {'__init__', '__repr__', 'extra_repr'}
+    return issubclass(mine, theirs) and _overridden(mine, theirs) <= harmless
+
+
+def _other_value(name, a, b) -> str:
+    "The plain value in which a module differs from another; '' if there is none"
+    for k, v in _values(b).items():
+        if k in vars(a) and vars(a)[k] != v:
+            return f'{name}.{k} is {short(vars(a)[k])}, it should be {short(v)}'
+    return ''
+
+
+def _same_table(t, want) -> bool:
+    "Has a tensor the shape and the numbers of another? On the device *meta* there are none"
+    if not isinstance(t, Tensor) or t.shape != want.shape:
+        return False
+    if 'meta' in (t.device.type, want.device.type):
+        return True
+    return not (t.cpu() != want).any()
+
+
+def _other_table(name, a, b) -> str:
+    "The tensor, beside parameters and buffers, in which a module differs; '' if there is none"
+    for k, want in _tables(b).items():
+        if not _same_table(vars(a).get(k), want):
+            return f'{name}.{k} was changed'
+    return ''
+
+
+def _other_module(name, a, b) -> str:
+    "What sets one module apart from the one that the configuration makes; '' if nothing does"
+    if not _same_kind(a, b):
+        mine, theirs = type_before_parametrizations(a), type_before_parametrizations(b)
+        return f'{name} is a {mine.__name__}, it should be a {theirs.__name__}'
+    replaced = _put_on(a)
+    if replaced:
+        return f'{name}.{replaced} was replaced'
+    if is_own(a):
+        return ''  # its values mean what its author likes; `_other_logits` asks what it does
+    return _other_value(name, a, b) or _other_table(name, a, b)
+
+
+def _other_shape(a, b) -> str:
+    "The tensor that one model has and the other has not, or not in this shape; '' if there is none"
+    have, want = ({n: tuple(t.shape) for n, t in m.state_dict().items()} for m in (a, b))
+    for n in (*want, *have):
+        if n not in have:
+            return f'{n} was taken out'
+        if n not in want:
+            return f'{n} was added'
+        if have[n] != want[n]:
+            return f'{n} has the shape {have[n]}, it should have {want[n]}'
+    return ''
 
 
 def _sharing(named):  # {name: the first name of the same thing}
@@ -652,35 +765,12 @@ def _sharing(named):  # {name: the first name of the same thing}
     return {n: first.setdefault(id(x), n) for n, x in named}
 
 
-def _other_module(name, a, b) -> str:
-    "What sets one module apart from the one that the configuration makes; '' if nothing does"
-    mine = type_before_parametrizations(a)
-    theirs = type_before_parametrizations(b)
-    more = {
-        k
-        for c in mine.__mro__[:-1]
-        if c not in theirs.__mro__
-        for k, f in vars(c).items()
-        if hasattr(theirs, k) and callable(f)
-    }
-    if mine is not theirs and (
-        not issubclass(mine, theirs) or more - {'__init__', '__repr__', 'extra_repr'}
-    ):
-        return f'{name} is a {mine.__name__}, it should be a {theirs.__name__}'
-    if k := _put_on(a):
-        return f'{name}.{k} was replaced'
-    for k, v in _values(b).items() if not is_own(a) else ():
-        if k in vars(a) and vars(a)[k] != v:
-            return f'{name}.{k} is {short(vars(a)[k])}, it should be {short(v)}'
-    for k, v in _tables(b).items() if not is_own(a) else ():
-        t = vars(a).get(k)
-        if (
-            not isinstance(t, Tensor)
-            or t.shape != v.shape
-            or 'meta' not in (v.device.type, t.device.type)
-            and (t.cpu() != v).any()
-        ):
-            return f'{name}.{k} was changed'
+def _other_sharing(named_a, named_b) -> str:
+    "What is one thing under two names in one model only; '' if nothing is"
+    mine, theirs = _sharing(named_a), _sharing(named_b)
+    for n, first in mine.items():
+        if first != theirs[n]:
+            return f'{n} is {"not " if first == n else ""}shared with another place'
     return ''
 
 
@@ -690,37 +780,30 @@ def _other(a, b) -> str:
     for name, m in mine.items():
         if name not in theirs:
             return f'{name} ({type(m).__name__}) was added'
-        if why := _other_module(name or 'the model', m, theirs[name]):
+        why = _other_module(name or 'the model', m, theirs[name])
+        if why:
             return why
-    if gone := [name for name in theirs if name not in mine]:
-        return f'{gone[0]} was taken out'
-    have, want = ({n: tuple(t.shape) for n, t in m.state_dict().items()} for m in (a, b))
-    for n in (*want, *have):
-        if have.get(n) != want.get(n):
-            return (
-                f'{n} has the shape {have[n]}, it should have {want[n]}'
-                if n in have and n in want
-                else f'{n} was {"added" if n in have else "taken out"}'
-            )
-    for named in (
-        lambda m: m.named_modules(remove_duplicate=False),
-        lambda m: m.named_parameters(remove_duplicate=False),
-    ):
-        mine, theirs = _sharing(named(a)), _sharing(named(b))
-        if odd := [n for n in mine if mine[n] != theirs[n]]:
-            return (
-                f'{odd[0]} is {"" if mine[odd[0]] != odd[0] else "not "}shared with another place'
-            )
-    return ''
+    for name in theirs:
+        if name not in mine:
+            return f'{name} was taken out'
+    # only now: modules and tensors of both have the same names
+    return (
+        _other_shape(a, b)
+        or _other_sharing(mine.items(), theirs.items())
+        or _other_sharing(*(m.named_parameters(remove_duplicate=False) for m in (a, b)))
+    )
 
 
 _HOOKS = ('_forward_hooks', '_forward_pre_hooks')
 
 
-def _hooked(a, b) -> list:  # modules of `a` with hooks that those of `b` do not have
+def _hooks_of(m) -> int:
+    return sum(len(getattr(m, k)) for k in _HOOKS)
+
+
+def _hooked(a, b) -> dict:  # {name: module} of `a` with hooks that those of `b` do not have
     theirs = dict(b.named_modules())
-    count = lambda m: sum(len(getattr(m, k)) for k in _HOOKS)
-    return [(n, m) for n, m in a.named_modules() if count(m) > count(theirs[n])]
+    return {n: m for n, m in a.named_modules() if _hooks_of(m) > _hooks_of(theirs[n])}
 
 
 @contextmanager
@@ -769,51 +852,69 @@ def _opened_again(model) -> MiniGPT:
     return again
 
 
+def _refuse(what):
+    raise LabError(
+        'this model is not what its configuration says, and would come back as another: '
+        f'{what}; say it in the '
+        'configuration by a recipe, take it off, or keep the weights alone: '
+        'safetensors.torch.save_model(model, FILE)'
+    )
+
+
+def _said_model(cfg) -> MiniGPT:
+    "The model that a configuration describes, of shapes alone where that is possible"
+    try:
+        return _sketched(cfg, seed=0)  # also what its init puts on it: `init`
+    except LabError:
+        raise
+    except Exception:
+        return MiniGPT(cfg)  # an init that needs numbers
+
+
+def _hooks_matter(model, modules) -> bool:
+    "Does a model say something else without the hooks of some modules, or fail?"
+    try:
+        return _other_logits(model, without=modules)
+    except Exception:
+        return True
+
+
+def _require_same_again(model):
+    "Raises `LabError` unless a model says the same when it is made anew with its weights"
+    try:
+        other = _other_logits(model, _opened_again(model))
+    except (RuntimeError, TypeError, AttributeError, LookupError) as e:
+        _refuse(short(str(e).splitlines()[0], 200))
+    if other:
+        _refuse(
+            'a part keeps numbers that are no parameters and no buffers, or were changed by hand'
+        )
+
+
 def require_as_said(model: MiniGPT) -> MiniGPT:  # `model`
     """Raises `LabError` unless a model is what its configuration says, so that it comes back as the
     same function"""
-
-    def refuse(what):
-        raise LabError(
-            'this model is not what its configuration says, and would come back as another: '
-            f'{what}; say it in the '
-            'configuration by a recipe, take it off, or keep the weights alone: '
-            'safetensors.torch.save_model(model, FILE)'
-        )
-
     if not isinstance(model, MiniGPT):
         raise LabError(
             f'a {type(model).__name__} is no MiniGPT: give the MiniGPT that it was made from'
         )
-    try:
-        said = _sketched(model.cfg, seed=0)  # also what its init puts on it: `init`
-    except LabError:
-        raise
-    except Exception:
-        said = MiniGPT(model.cfg)  # an init that needs numbers
-    if why := _other(model, said):
-        refuse(why)
+    # first what can be seen: modules, values, tensors
+    said = _said_model(model.cfg)
+    why = _other(model, said)
+    if why:
+        _refuse(why)
+    # then what can only be tried: hooks, and parts of the reader's own
+    can_be_asked = model.words <= {'cache', 'aux'}  # other words we could not make up
     hooked = _hooked(model, said)
-    asked = model.words <= {'cache', 'aux'}
-    try:
-        changed = hooked and (not asked or _other_logits(model, without=[m for _, m in hooked]))
-    except Exception:
-        changed = True
-    if changed:
-        refuse(f'{hooked[0][0] or "the model"} has a hook that changes it')
-    if not asked or not own_in(model.cfg) or model.n_params > 30_000_000:
-        return model
-    try:
-        other = _other_logits(model, _opened_again(model))
-    except (RuntimeError, TypeError, AttributeError, LookupError) as e:
-        refuse(short(str(e).splitlines()[0], 200))
-    if other:
-        refuse(
-            'a part keeps numbers that are no parameters and no buffers, or were changed by hand'
-        )
+    if hooked and (not can_be_asked or _hooks_matter(model, hooked.values())):
+        _refuse(f'{next(iter(hooked)) or "the model"} has a hook that changes it')
+    if can_be_asked and own_in(model.cfg) and model.n_params <= 30_000_000:
+        _require_same_again(model)
     return model
 
 # %% ../nbs/22_gpt.ipynb #229e067b
+# Registered, so that PyTorch can time and compile them; where there are shapes alone, it asks what
+# stands under 'Meta'
 _ops = torch.library.Library('llm_lab', 'FRAGMENT')  # as long as it lives, they are known
 if not hasattr(torch.ops.llm_lab, 'linear'):
     _ops.define('linear(Tensor x, Tensor w, Tensor? b) -> Tensor')
@@ -825,17 +926,23 @@ if not hasattr(torch.ops.llm_lab, 'linear'):
 
 
 class _QuickLinear(torch.autograd.Function):
+    "y = x·wᵀ + b and its gradient, each product by oneDNN"
+
     @staticmethod
-    def forward(ctx, x, w, b):
+    def forward(ctx, x, w, b):  # (…, C), (F, C), (F,) or None → (…, F)
         ctx.save_for_backward(x, w)
         ctx.bias = b is not None
         return torch.ops.llm_lab.linear(x, w, b)
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx, g):  # the gradient of y, (…, F) → those of x, w and b
         x, w = ctx.saved_tensors
-        g, mm = g.flatten(0, -2), torch.ops.llm_lab.mm
-        return mm(g, w).view_as(x), mm(g.t(), x.flatten(0, -2)), g.sum(0) if ctx.bias else None
+        mm = torch.ops.llm_lab.mm
+        g = g.flatten(0, -2)  # (N, F): each position is a row
+        to_x = mm(g, w).view_as(x)  # (N, F)·(F, C)
+        to_w = mm(g.t(), x.flatten(0, -2))  # (F, N)·(N, C): summed over the positions
+        to_b = g.sum(0) if ctx.bias else None
+        return to_x, to_w, to_b
 
 # %% ../nbs/22_gpt.ipynb #a75ecf5f
 def _quick_forward(layer, x):
@@ -843,24 +950,25 @@ def _quick_forward(layer, x):
     return (F.linear if plain else _QuickLinear.apply)(x, layer.weight, layer.bias)
 
 
+def _is_plain_linear(m) -> bool:
+    "Is a module `nn.Linear` itself, in float32 on the processor, and its forward untouched?"
+    return (
+        type(m) is nn.Linear
+        and m.weight.dtype == torch.float32
+        and m.weight.device.type == 'cpu'
+        and 'forward' not in vars(m)
+    )
+
+
 @contextmanager
 def quick_linear(model):
     """Within, the plain linear layers of `model` multiply by oneDNN, where that is quicker
     (`quick_products`)"""
-    layers = (
-        [
-            m
-            for m in model.modules()
-            if type(m) is nn.Linear
-            and m.weight.dtype == torch.float32
-            and m.weight.device.type == 'cpu'
-            and 'forward' not in vars(m)
-        ]
-        if quick_products()
-        else []
-    )
+    layers = []
+    if quick_products():
+        layers = [m for m in model.modules() if _is_plain_linear(m)]
     for layer in layers:
-        layer.forward = partial(_quick_forward, layer)
+        layer.forward = partial(_quick_forward, layer)  # `_put_on` knows it
     try:
         yield
     finally:

@@ -33,9 +33,10 @@ def memory_left() -> float:  # bytes; ∞ where the system does not say
         lines = Path('/proc/meminfo').read_text().splitlines()
     except OSError:
         return left
-    return min(
-        left, *(1024 * int(l.split()[1]) for l in lines if l.startswith('MemAvailable')), math.inf
-    )
+    for line in lines:
+        if line.startswith('MemAvailable'):  # 'MemAvailable:   123 kB'
+            left = min(left, 1024 * int(line.split()[1]))
+    return left
 
 
 def must_fit(n: float, what: str):
@@ -53,13 +54,9 @@ def device() -> str:  # 'cuda', 'mps' or 'cpu'
 
     if name := os.environ.get('LLM_LAB_DEVICE'):
         return name
-    return (
-        'cuda'
-        if torch.cuda.is_available()
-        else 'mps'
-        if torch.backends.mps.is_available()
-        else 'cpu'
-    )
+    if torch.cuda.is_available():
+        return 'cuda'
+    return 'mps' if torch.backends.mps.is_available() else 'cpu'
 
 # %% ../nbs/03_hardware.ipynb #7d20c9e4
 def usable_device() -> str:
@@ -84,15 +81,8 @@ def machine() -> dict:
     import torch
 
     info = Path('/proc/cpuinfo')
-    names = (
-        [
-            l.partition(':')[2].strip()
-            for l in info.read_text().splitlines()
-            if l.startswith('model name')
-        ]
-        if info.exists()
-        else []
-    )
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [l.partition(':')[2].strip() for l in lines if l.startswith('model name')]
     return dict(
         date=str(datetime.date.today()),
         cpu=names[0] if names else platform.processor() or platform.machine(),

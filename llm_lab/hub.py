@@ -37,20 +37,27 @@ _PADS = (
     '</s>',
     '<s>',
 )
+# Unicode's categories, from those of which texts are made to the oddest
 _COMMON = 'Ll Zs Cc Lo Po Lu Pd Nd Lt Lm Mn Mc Pe Ps Pf Pi Pc Nl No Sc Sk Sm So Cf'.split()
+
+
+def _oddness(c):
+    "How seldom characters of this kind stand in texts"
+    kind = category(c)
+    return _COMMON.index(kind) if kind in _COMMON else 99
 
 
 def _pad(tokenizer):  # (token, its id), or (token, None) where a typed text may hold it
     "What fills a batch: a special token; the byte that no text holds; of characters, an odd one"
     special = getattr(tokenizer, 'special_tokens', {})
-    if found := next((s for s in _PADS if s in special), None):
-        return found, special[found]
+    for token in _PADS:
+        if token in special:
+            return token, special[token]
     if isinstance(tokenizer, BPETokenizer):
         return bytes_to_printable(b'\xff'), tokenizer.ids[b'\xff']
     if not isinstance(tokenizer, CharTokenizer):
         return None, None
-    rank = lambda c: _COMMON.index(category(c)) if category(c) in _COMMON else 99
-    return max(tokenizer.chars, key=rank), None
+    return max(tokenizer.chars, key=_oddness), None
 
 
 def _add_tokenizer(new, tokenizer, cfg) -> dict:  # {key of config.json: id}
@@ -72,13 +79,14 @@ def _add_tokenizer(new, tokenizer, cfg) -> dict:  # {key of config.json: id}
         model_max_length=cfg.max_len,
         padding_side='left',
     )
-    names = {n: s for s, n in getattr(tokenizer, 'special_tokens', {}).items()}
-    marks = {k: getattr(tokenizer, f'{k}_id', None) for k in ('bos', 'eos')}
-    for k, n in marks.items():
+    special = {n: token for token, n in getattr(tokenizer, 'special_tokens', {}).items()}
+    ids = {}
+    for mark in ('bos', 'eos'):
+        n = getattr(tokenizer, f'{mark}_id', None)
+        ids[f'{mark}_token_id'] = n
         if n is not None:
-            how[f'{k}_token'] = names.get(n) or tokenizer.decode([n])
+            how[f'{mark}_token'] = special.get(n) or tokenizer.decode([n])
     how['pad_token'], pad = _pad(tokenizer)
-    ids = {f'{k}_token_id': n for k, n in marks.items()}
     files = dict(tokenizer_config=how, generation_config=ids | dict(pad_token_id=pad))
     for name, said in files.items():
         (new / f'{name}.json').write_text(json.dumps(said, indent=1), encoding='utf-8')
@@ -110,34 +118,54 @@ def to_hf(
     return folder
 
 # %% ../nbs/72_hub.ipynb #c7264acc
-_BUFFERS = re.compile(
-    r'(^|\.)(attn\.(masked_)?bias|rotary_emb\.inv_freq)$'
-)  # of old files; not learned
+# what old files also hold, and nobody has learned
+_BUFFERS = re.compile(r'(^|\.)(attn\.(masked_)?bias|rotary_emb\.inv_freq)$')
 _KINDS = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)
 
 
 def _json(path, most=1 << 26, read=json.loads):
+    "What a JSON file of at most so many bytes says; `LabError` if there is none"
     try:
         return json_of(bytes_in(path.parent, path.name, most), path, read=read)
     except OSError:
         raise LabError(f'{path.parent} has no {path.name}: give a folder of Hugging Face') from None
 
 # %% ../nbs/72_hub.ipynb #754794d1
+def _first_repeated(pairs):
+    "The first key that stands a second time"
+    seen = set()
+    for key, _ in pairs:
+        if key in seen:
+            return key
+        seen.add(key)
+
+
 def _index(path) -> dict:
     "What an index says; raises `LabError` where it says one thing twice"
-    twice = []
+    repeated = []  # the pairs of each object in which a key stands twice
 
-    def once(pairs):
+    def note_repeated(pairs):
         said = dict(pairs)
         if len(said) < len(pairs):
-            twice.extend(pairs)
+            repeated.extend(pairs)
         return said
 
-    told = _json(path, read=lambda data: json.loads(data, object_pairs_hook=once))
-    if twice:
-        name = next(k for n, (k, _) in enumerate(twice) if k in dict(twice[:n]))
-        raise LabError(f'{path} says {short(name)} twice: copy it again')
+    told = _json(path, read=lambda data: json.loads(data, object_pairs_hook=note_repeated))
+    if repeated:
+        raise LabError(f'{path} says {short(_first_repeated(repeated))} twice: copy it again')
     return told
+
+
+def _why_no_weights(name):
+    "What is wrong with the name of a file of weights that a stranger's index tells; '' if nothing"
+    other = f'names {short(name)}, which is no .safetensors file: copy it again'
+    if not isinstance(name, str):
+        return other
+    if is_name(name) and name.endswith('.safetensors'):
+        return ''
+    if '/' in name or '\\' in name:
+        return f'points out of its folder, to {short(name)}: do not trust it'
+    return other
 
 
 def _placed(told, index) -> dict:  # {name of a tensor: name of its file}
@@ -145,17 +173,11 @@ def _placed(told, index) -> dict:  # {name of a tensor: name of its file}
     place = told.get('weight_map') if isinstance(told, dict) else None
     if not isinstance(place, dict) or not place:
         raise LabError(f'{index} tells no weight_map: copy it again')
-    for f in place.values():
-        if isinstance(f, str) and is_name(f) and f.endswith('.safetensors'):
-            continue
-        where = isinstance(f, str) and any(c in f for c in '/\\')
-        said = (
-            f'points out of its folder, to {short(f)}: do not trust it'
-            if where
-            else f'names {short(f)}, which is no .safetensors file: copy it again'
-        )
-        raise LabError(f'{index} {said}')
-    if (n := len({*place.values()})) > 1000:
+    for name in place.values():
+        if why := _why_no_weights(name):
+            raise LabError(f'{index} {why}')
+    n = len({*place.values()})
+    if n > 1000:
         raise LabError(f'{index} names {n:,} files, more than any model has: copy it again')
     return place
 
@@ -164,76 +186,108 @@ def _headed(folder, name) -> Path:
     "The path of a safetensors file, its head small enough to be read"
     path = file_in(folder, name)
     with open(path, 'rb') as f:
-        head = f.read(min(int.from_bytes(f.read(8), 'little'), 1 << 25))
+        size = int.from_bytes(f.read(8), 'little')  # of the head, as the file says
+        head = f.read(min(size, 1 << 25))
     check_size(head, path)  # the library reads it
     return path
+
+
+def _no_weights(folder):
+    "The error of a folder without weights that are safe to read"
+    unsafe = ('.bin', '.pt', '.pth', '.ckpt')
+    old = sorted(p.name for p in folder.glob('*') if p.suffix in unsafe)
+    why = 'no model.safetensors'
+    if old:
+        why = f'{old[0]} may be a pickle, which can run any code; not opened'
+    return LabError(f'{folder}: {why}: give a folder that holds model.safetensors')
+
+
+def _check_index(folder, place, files):
+    "Raises `LabError` unless each file holds just the tensors that the index places in it"
+    held = set()
+    for name, file in files.items():
+        for tensor in file.keys():
+            if place.get(tensor) == name:
+                held.add(tensor)
+                continue
+            said = f'places in {place[tensor]}' if tensor in place else 'does not name'
+            raise LabError(
+                f'{folder / name} holds {short(tensor)}, which the index {said}: copy it again'
+            )
+    for tensor in place.keys() - held:
+        raise LabError(
+            f'{folder / place[tensor]} lacks {short(tensor)} of the index: copy it again'
+        )
 
 
 def _open(folder, stack):
     """{name of a tensor: the open file that holds it}; raises `LabError` where there is nothing
     safe to read"""
-    single = folder / 'model.safetensors'
-    index = folder / 'model.safetensors.index.json'
-    if not single.is_file() and not index.is_file():
-        old = sorted(
-            p.name for p in folder.glob('*') if p.suffix in ('.bin', '.pt', '.pth', '.ckpt')
-        )
-        why = (
-            f'{old[0]} may be a pickle, which can run any code; not opened'
-            if old
-            else 'no model.safetensors'
-        )
-        raise LabError(f'{folder}: {why}: give a folder that holds model.safetensors')
-    place = {} if single.is_file() else _placed(_index(index), index)
-    files = {}
-    for f in sorted({*place.values()}) or [single.name]:
+
+    def opened(name):
         try:
-            files[f] = stack.enter_context(safe_open(_headed(folder, f), 'pt'))
+            return stack.enter_context(safe_open(_headed(folder, name), 'pt'))
         except (OSError, SafetensorError) as e:
             raise LabError(
-                f'{folder / f} cannot be read ({type(e).__name__}): copy it again'
+                f'{folder / name} cannot be read ({type(e).__name__}): copy it again'
             ) from None
-    if not place:
-        return dict.fromkeys(files[single.name].keys(), files[single.name])
-    for f, file in files.items():
-        if odd := next((n for n in file.keys() if place.get(n) != f), None):
-            said = f'places in {place[odd]}' if odd in place else 'does not name'
-            raise LabError(
-                f'{folder / f} holds {short(odd)}, which the index {said}: copy it again'
-            )
-    held = {n for file in files.values() for n in file.keys()}
-    for n in place.keys() - held:
-        raise LabError(f'{folder / place[n]} lacks {short(n)} of the index: copy it again')
-    return {n: files[f] for n, f in place.items()}
+
+    if (folder / 'model.safetensors').is_file():
+        file = opened('model.safetensors')
+        return dict.fromkeys(file.keys(), file)
+    index = folder / 'model.safetensors.index.json'
+    if not index.is_file():
+        raise _no_weights(folder)
+    place = _placed(_index(index), index)
+    files = {name: opened(name) for name in sorted({*place.values()})}
+    _check_index(folder, place, files)
+    return {tensor: files[name] for tensor, name in place.items()}
 
 # %% ../nbs/72_hub.ipynb #e0170bac
+def _unfit(where, what, remedy='copy it again, or use another model'):
+    "Raise the error of files that do not hold the model"
+    raise LabError(f'{where}{what}: {remedy}')
+
+
+def _check_tensor(tensor, name, shape, where):
+    "Raises `LabError` unless a tensor of the file has this shape, and numbers that we can read"
+    held = tuple(tensor.get_shape())
+    if held != shape:
+        _unfit(where, f': {name} is {held}, config.json asks for {shape}')
+    kind = tensor.get_dtype()
+    if kind not in _KINDS:
+        remedy = f'take one in {", ".join(_KINDS)}'
+        _unfit(where, f': {name} holds {kind}, perhaps quantized', remedy)
+
+
+def _is_table(found, names):
+    "Does `lm_head.weight` hold the same numbers as the table of tokens?"
+    ends = ('.embed_tokens.weight', '.wte.weight')
+    table = next(name for theirs, name in names.items() if theirs.endswith(ends))
+    head = found['lm_head.weight'].get_tensor('lm_head.weight')
+    return torch.equal(head, found[table].get_tensor(table))
+
+
 def _matched(want, found, tie, where):
     "{their name: name in the file}: all that the model needs, and nothing left over"
-
-    def wrong(what, remedy='copy it again, or use another model'):
-        raise LabError(f'{where}{what}: {remedy}')
-
-    names = {n: n if n in found else re.sub(r'^(transformer|model)\.', '', n) for n in want}
-    if missing := [n for n, o in names.items() if o not in found]:
-        wrong(f' lacks {missing[0]} ({len(missing)} of {len(want)} tensors are missing)')
+    # files of the bare model, without a head, leave out its name before each tensor's
+    bare = {n: re.sub(r'^(transformer|model)\.', '', n) for n in want}
+    names = {n: n if n in found else bare[n] for n in want}
+    missing = [n for n, name in names.items() if name not in found]
+    if missing:
+        counts = f'{len(missing)} of {len(want)} tensors are missing'
+        _unfit(where, f' lacks {missing[0]} ({counts})')
     left = sorted(n for n in found.keys() - set(names.values()) if not _BUFFERS.search(n))
-    if tie and 'lm_head.weight' in left:
-        table = names[next(n for n in names if n.endswith(('.embed_tokens.weight', '.wte.weight')))]
-        if torch.equal(*(found[n].get_tensor(n) for n in ('lm_head.weight', table))):
-            left.remove('lm_head.weight')
-        else:
-            wrong(': lm_head.weight is not the table of tokens', 'set tie_word_embeddings to false')
+    if tie and 'lm_head.weight' in left:  # some files hold a shared table twice
+        if not _is_table(found, names):
+            remedy = 'set tie_word_embeddings to false'
+            _unfit(where, ': lm_head.weight is not the table of tokens', remedy)
+        left.remove('lm_head.weight')
     if left:
-        wrong(
-            f' holds {short(left[0])[1:-1]}, for which this model has no place ({len(left)} such)'
-        )
-    for n, o in names.items():
-        shape = tuple((got := found[o].get_slice(o)).get_shape())
-        kind = got.get_dtype()
-        if shape != tuple(want[n].shape):
-            wrong(f': {o} is {shape}, config.json asks for {tuple(want[n].shape)}')
-        if kind not in _KINDS:
-            wrong(f': {o} holds {kind}, perhaps quantized', f'take one in {", ".join(_KINDS)}')
+        odd = short(left[0])[1:-1]  # without its quotes
+        _unfit(where, f' holds {odd}, for which this model has no place ({len(left)} such)')
+    for n, name in names.items():
+        _check_tensor(found[name].get_slice(name), name, tuple(want[n].shape), where)
     return names
 
 # %% ../nbs/72_hub.ipynb #d7f9b1c3
@@ -243,11 +297,12 @@ _OTHERS = 'tokenizer.model', 'vocab.json', 'merges.txt', 'vocab.txt', 'spiece.mo
 def _tokenizer_of(folder, cfg):
     "The tokenizer in a folder, or None; raises `LabError` where it cannot be followed"
     if not (folder / 'tokenizer.json').is_file():
-        if old := next((f for f in _OTHERS if (folder / f).is_file()), None):
-            raise LabError(
-                f'{folder / old} alone is not read: add the tokenizer.json that transformers '
-                'makes of it'
-            )
+        for old in _OTHERS:
+            if (folder / old).is_file():
+                raise LabError(
+                    f'{folder / old} alone is not read: add the tokenizer.json that transformers '
+                    'makes of it'
+                )
         return None
     tokenizer = load_tokenizer(folder)
     if tokenizer.vocab_size > cfg.vocab_size:
@@ -275,6 +330,16 @@ def _asked(said, max_len):
         ) from e
 
 
+def _make_room(model, kinds, where):
+    "Memory for a model of shapes only, in a dtype that holds the numbers of all these kinds"
+    model.to(reduce(torch.promote_types, kinds))
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    must_fit(size, f'{where}: a model of {model.n_params:,} numbers')
+    model.to_empty(device='cpu')
+    if model.cfg.tie:
+        model.head.weight = model.tok.weight
+
+
 def from_hf(
     folder,  # config.json and model.safetensors, or files with an index; perhaps tokenizer.json
     max_len: int = None,  # a shorter context than the file's
@@ -282,28 +347,25 @@ def from_hf(
 ) -> Opened:  # (model, tokenizer, about); a tokenizer it cannot follow is None, with a warning
     """Open a model of one of the families of `families`: in eval mode, the numbers of the file, in
     its dtype"""
-    said = _json((folder := Path(folder)) / 'config.json', 1 << 22)
-    cfg, family = _asked(said, max_len), said['model_type']
+    folder = Path(folder)
+    said = _json(folder / 'config.json', 1 << 22)
+    cfg = _asked(said, max_len)
+    family = said['model_type']
     with ExitStack() as stack, torch.no_grad():
         found = _open(folder, stack)
-        if (n := least_tensors(cfg)) > len(found):
+        n = least_tensors(cfg)
+        if n > len(found):  # before anything is made of a size that a stranger names
             raise LabError(
                 f'{folder}: config.json asks for {n:,} tensors or more, the files hold '
                 f'{len(found):,}: copy it again'
             )
         model = sketch(cfg)  # shapes only, until the dtype is known
         names = _matched(hf_views(model, family), found, cfg.tie, folder)
-        kinds = {_KINDS[found[o].get_slice(o).get_dtype()] for o in names.values()}
-        model.to(reduce(torch.promote_types, kinds))  # of several, one that holds them all
-        must_fit(
-            sum(p.numel() * p.element_size() for p in model.parameters()),
-            f'{folder}: a model of {model.n_params:,} numbers',
-        )
-        model.to_empty(device='cpu')
-        if cfg.tie:
-            model.head.weight = model.tok.weight
-        for n, place in hf_views(model, family).items():
-            place.copy_(found[names[n]].get_tensor(names[n]))
+        kinds = {_KINDS[found[name].get_slice(name).get_dtype()] for name in names.values()}
+        _make_room(model, kinds, folder)
+        for theirs, view in hf_views(model, family).items():
+            name = names[theirs]
+            view.copy_(found[name].get_tensor(name))  # fills the model
     about = dict(family=family, dtype=str(model.tok.weight.dtype).removeprefix('torch.'))
     try:
         tokenizer = _tokenizer_of(folder, cfg)

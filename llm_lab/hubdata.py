@@ -38,13 +38,12 @@ def _ask(name, do):
             why = 'it has no such data set, revision or file: it was moved, or made private'
             break
         except Exception as x:
-            if tired := isinstance(x, e.LocalEntryNotFoundError):
-                x = x.__cause__ or x  # they tried often enough
-            said = (
-                'its answer is no JSON'
-                if isinstance(x, json.JSONDecodeError)
-                else str(x) or type(x).__name__
-            )
+            tired = isinstance(x, e.LocalEntryNotFoundError)  # they tried often enough themselves
+            if tired:
+                x = x.__cause__ or x
+            said = str(x) or type(x).__name__
+            if isinstance(x, json.JSONDecodeError):
+                said = 'its answer is no JSON'
             why = f'{shorten(said, 140)}; {copy}'
             if tired:
                 break
@@ -56,26 +55,25 @@ def _sound(kept, path):
     "What a hub.json says. Raises `LabError` where it is no list of files inside a folder"
 
     def good(f):
-        if (
-            not isinstance(f, dict)
-            or type(f.get('size')) is not int
-            or not isinstance(f.get('path'), str)
-        ):
+        if not isinstance(f, dict) or not isinstance(f.get('path'), str):
+            return False
+        if type(f.get('size')) is not int:  # true is an int, too
             return False
         require_inside(f['path'], f'{path}:')
         return isinstance(f.get('sha256', f.get('blob')), str)
 
-    if (
+    is_listing = (
         isinstance(kept, dict)
         and isinstance(kept.get('files'), list)
         and isinstance(kept.get('commit'), str)
-        and all(map(good, kept['files']))
-    ):
+    )
+    if is_listing and all(map(good, kept['files'])):
         return kept
     raise LabError(f'{path} is damaged: delete it to have the hub asked again')
 
 
 def _folders(name):
+    "Where a data set may lie, the reader's own copy first"
     require_name(name, 'the data set')
     return [Path(f) / name for f in (os.environ.get('LLM_LAB_DATA'), home() / 'data') if f]
 
@@ -88,11 +86,10 @@ def _about_hub(data):
         return False
 
 
-def _listing(
-    data,
-) -> dict:  # repo, revision, commit; files: path, size, and sha256 or blob (git's hash) of each
-    "The files that make the data set, as kept in hub.json; else asked of the hub, once, and kept"
-    for path in (f / 'hub.json' for f in _folders(data.name)):
+def _kept_listing(data):
+    "What a hub.json that is there says of this data set and revision; None if there is none"
+    for folder in _folders(data.name):
+        path = folder / 'hub.json'
         if not path.is_file():
             continue
         try:
@@ -102,29 +99,42 @@ def _listing(
         kept = _sound(told, path)
         if (kept.get('repo'), kept.get('revision')) == (data.repo, data.revision):
             return kept
-    api = require('huggingface_hub').HfApi()
-    info = _ask(
-        data.name,
-        lambda: api.dataset_info(
-            data.repo, revision=data.revision, timeout=20, files_metadata=True
-        ),
-    )
-    files = [
-        dict(path=f.rfilename, size=f.size)
-        | (dict(sha256=f.lfs.sha256) if f.lfs else dict(blob=f.blob_id))
-        for f in sorted(info.siblings, key=lambda f: f.rfilename)
-        if any(fnmatch.fnmatch(f.rfilename, p) for p in data.files.values())
-        and '..' not in f.rfilename
-    ]
+
+
+def _files_of(data, siblings):
+    "What we keep of the hub's list of files: path, size and hash of those that we read"
+    files = []
+    for f in sorted(siblings, key=lambda f: f.rfilename):
+        wanted = any(fnmatch.fnmatch(f.rfilename, p) for p in data.files.values())
+        if not wanted or '..' in f.rfilename:
+            continue
+        proof = dict(sha256=f.lfs.sha256) if f.lfs else dict(blob=f.blob_id)
+        files.append(dict(path=f.rfilename, size=f.size) | proof)
     for f in files:
         require_inside(f['path'], data.repo)
+    return files
+
+
+def _listing(data) -> dict:
+    """The files that make the data set, as kept in hub.json; else asked of the hub, once, and kept:
+    repo, revision, commit; files: path, size, and sha256 or blob (git's hash) of each"""
+    if kept := _kept_listing(data):
+        return kept
+    api = require('huggingface_hub').HfApi()
+
+    def ask():
+        return api.dataset_info(data.repo, revision=data.revision, timeout=20, files_metadata=True)
+
+    info = _ask(data.name, ask)
+    files = _files_of(data, info.siblings)
     for p in data.files.values():
         if not any(fnmatch.fnmatch(f['path'], p) for f in files):
             raise LabError(
                 f'{data.repo} holds no {p} at commit {info.sha[:12]}: name an older revision'
             )
     kept = dict(repo=data.repo, revision=data.revision, commit=info.sha, files=files)
-    require_ours(path := home() / 'data' / data.name / 'hub.json', _about_hub)
+    path = home() / 'data' / data.name / 'hub.json'
+    require_ours(path, _about_hub)
     with atomic_write(path) as f:
         f.write_text(json.dumps(kept, indent=1))
     return kept
@@ -132,11 +142,15 @@ def _listing(
 # %% ../nbs/05_hubdata.ipynb #406ec80b
 def _wrong(path, file) -> str:  # '' if nothing is
     "What is wrong with a copy of a listed file"
-    if (n := path.stat().st_size) != file['size']:
+    n = path.stat().st_size
+    if n != file['size']:
         return f'has {n:,} bytes, expected {file["size"]:,}'
-    new = hashlib.sha256 if 'sha256' in file else lambda: hashlib.sha1(b'blob %d\0' % n)
+
+    def git_hash():  # git hashes a file's kind and size before its bytes
+        return hashlib.sha1(b'blob %d\0' % n)
+
     with open(path, 'rb') as f:
-        got = hashlib.file_digest(f, new).hexdigest()
+        got = hashlib.file_digest(f, hashlib.sha256 if 'sha256' in file else git_hash).hexdigest()
     want = file.get('sha256') or file['blob']
     return '' if got == want else f'has hash {got[:12]}…, not {want[:12]}…'
 
@@ -155,10 +169,9 @@ class _Bar(tqdm):
 def _require_part(part):
     """Raises `LabError` unless the folder in which files arrive, which is removed, is the hub's or
     empty"""
-    theirs = (part / '.cache' / 'huggingface').is_dir() or not (
-        part.is_dir() and any(part.iterdir())
-    )
-    if part.is_symlink() or part.is_file() or not theirs:
+    theirs = (part / '.cache' / 'huggingface').is_dir()
+    strange = not theirs and part.is_dir() and any(part.iterdir())
+    if part.is_symlink() or part.is_file() or strange:
         raise LabError(f'{part} was not made by a download: move it away')
 
 
@@ -190,13 +203,17 @@ def _get(data, listing, file, path):
 def _local(data, listing, files) -> list[str]:
     "The paths of some listed files, checked; copies that are there, or fetched"
     here = made_folder(home() / 'data' / data.name)
-    at = {
-        f['path']: next((p for d in _folders(data.name) if (p := d / f['path']).is_file()), None)
-        for f in files
-    }
+
+    def found(file):
+        "A copy that is there, or None"
+        places = (folder / file['path'] for folder in _folders(data.name))
+        return next((p for p in places if p.is_file()), None)
+
+    at = {f['path']: found(f) for f in files}
     for f in files:
-        if (p := at[f['path']]) and (why := _wrong(p, f)):
-            raise LabError(f'{p} {why}: delete it to have it fetched again')
+        copy = at[f['path']]
+        if copy and (why := _wrong(copy, f)):
+            raise LabError(f'{copy} {why}: delete it to have it fetched again')
     missing = [f for f in files if not at[f['path']]]
     size = sum(f['size'] for f in missing)
     free = shutil.disk_usage(here).free
@@ -216,29 +233,32 @@ def _local(data, listing, files) -> list[str]:
 # %% ../nbs/05_hubdata.ipynb #6b5a137d
 def _opened(data, stream):
     "The listing, and for each published split the addresses of its files"
-    listing, at = _listing(data), {}
+    listing = _listing(data)
+    there = f"hf://datasets/{data.repo}@{listing['commit']}"
+    at = {}
     for split, pattern in data.files.items():
-        of = [f for f in listing['files'] if fnmatch.fnmatch(f['path'], pattern)]
-        there = f"hf://datasets/{data.repo}@{listing['commit']}"
-        at[split] = [f"{there}/{f['path']}" for f in of] if stream else _local(data, listing, of)
+        files = [f for f in listing['files'] if fnmatch.fnmatch(f['path'], pattern)]
+        if stream:
+            at[split] = [f"{there}/{f['path']}" for f in files]
+        else:
+            at[split] = _local(data, listing, files)
     return listing, at
 
 
 def _rows(data, paths, at_once=100):
     "The records of some files, as dicts, in the files' order"
-    # books are long
     datasets = require('datasets')
-    few = dict(batch_size=at_once) if data.kind == 'parquet' else {}
+    few = dict(batch_size=at_once) if data.kind == 'parquet' else {}  # books are long
     try:
         table = datasets.load_dataset(
             data.kind, data_files=paths, split='train', streaming=True, **few
         )
-        for b in table.iter(at_once):
-            yield from (dict(zip(b, row)) for row in zip(*b.values()))
+        for columns in table.iter(at_once):  # {field: values of some records}
+            for row in zip(*columns.values()):
+                yield dict(zip(columns, row))
     except Exception as e:
-        require(
-            'huggingface_hub'
-        ).HfFileSystem.clear_instance_cache()  # it remembers what has failed
+        # it remembers what has failed
+        require('huggingface_hub').HfFileSystem.clear_instance_cache()
         raise LabError(
             f'cannot read {data.name}: {shorten(str(e) or type(e).__name__, 140)}; try again, '
             'or without stream'
@@ -260,10 +280,11 @@ class HubData:
     revision: str = 'main'
 
     def _picked(self, split, at):
+        "The records of a split: the publisher's, or those that `cuts` takes from the training ones"
         given = split != 'train' and split in at
-        for r in _rows(self, at[split if given else 'train']):
-            if given or assign_split(self.text(r), self.cuts) == split:
-                yield r
+        for record in _rows(self, at[split if given else 'train']):
+            if given or assign_split(self.text(record), self.cuts) == split:
+                yield record
 
     def records(self, split: str, stream=False) -> Iterable[dict]:
         "The publisher's records of a split, as dicts"
@@ -274,7 +295,8 @@ class HubData:
         listing, at = _opened(self, stream)
 
         def documents(split):
-            return (s for r in self._picked(split, at) for s in parse_documents(self.text(r)))
+            for record in self._picked(split, at):
+                yield from parse_documents(self.text(record))
 
         sha256 = hashlib.sha256(json.dumps([listing['files'], self.cuts]).encode()).hexdigest()
         return Corpus(

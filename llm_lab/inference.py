@@ -75,47 +75,54 @@ class TransposedLinear(nn.Module):
         self.onednn = (
             quick_products()
             and layer.weight.dtype == torch.float32
-            and layer.weight.numel() >= 200_000
+            and layer.weight.numel() >= 200_000  # a smaller one is not worth the call
         )
+        # lines whose length is a large power of two would all compete for the same lines of the
+        # processor's cache: some more columns, of zeros, end that
         more = 16 if self.onednn and self.out_features % 512 == 0 else 0
         self.register_buffer('weight', F.pad(layer.weight.detach().T, (0, more)).contiguous())
         self.register_buffer('bias', None if layer.bias is None else layer.bias.detach())
 
     def forward(self, x):  # (…, inputs) → (…, outputs)
-        y = (torch.ops.llm_lab.mm if self.onednn else torch.mm)(x.flatten(0, -2), self.weight)[
-            :, : self.out_features
-        ]
-        return (y if self.bias is None else y + self.bias).reshape(*x.shape[:-1], self.out_features)
+        mm = torch.ops.llm_lab.mm if self.onednn else torch.mm
+        y = mm(x.flatten(0, -2), self.weight)[:, : self.out_features]
+        if self.bias is not None:
+            y = y + self.bias
+        return y.reshape(*x.shape[:-1], self.out_features)
 
 # %% ../nbs/36_inference.ipynb #f72195cb
+def _hooked(m):
+    "Does somebody listen to this module, or has its `forward` been replaced?"
+    return m._forward_hooks or m._forward_pre_hooks or 'forward' in vars(m)
+
+
 def _simple(block):
-    "Is the short road right for this block?"
+    """Is the short road right for this block?
+
+    Right means: `Fast.token` does what the block itself would do, for one token after a cache"""
     attn = getattr(block, 'attn', None)
-    if not isinstance(attn, Attention) or any(hasattr(m, 'cache') for m in block.mlp.modules()):
+    if not isinstance(attn, Attention):
         return False
-    steps = [type(s) for s in attn.steps]
-    if any(
-        m._forward_hooks or m._forward_pre_hooks or 'forward' in vars(m)
-        for m in (block, attn, *attn.steps)
-    ):
+    if any(hasattr(m, 'cache') for m in block.mlp.modules()):
+        return False  # an MLP that keeps something, too
+    if any(_hooked(m) for m in (block, attn, *attn.steps)):
         return False
-    same = (type(block).forward, type(attn).forward, type(attn).project) == (
-        Block.forward,
-        Attention.forward,
-        Attention.project,
-    )
-    same = same and getattr(attn, 'by_mask', type(attn).join is Attention.join)
-    return (
-        same
-        and {*steps} <= {Rope, QKNorm, Cached}
-        and steps.count(Cached) == 1
-        and steps[-1] is Cached
-        and (
-            attn.plain
-            if attn.steps[-1].size is None
-            else attn.pattern == part(window, size=attn.steps[-1].size)
-        )
-    )
+    # the methods that `token` and `read` stand for must be the book's own
+    if type(block).forward is not Block.forward:
+        return False
+    if type(attn).forward is not Attention.forward or type(attn).project is not Attention.project:
+        return False
+    # `by_mask`, where an attention says it: its join is the usual one, under another mask
+    if not getattr(attn, 'by_mask', type(attn).join is Attention.join):
+        return False
+    kinds = [type(s) for s in attn.steps]
+    if not {*kinds} <= {Rope, QKNorm, Cached}:
+        return False
+    if kinds.count(Cached) != 1 or kinds[-1] is not Cached:
+        return False
+    # no mask is used on the short road: the query must read all that its cache keeps
+    size = attn.steps[-1].size
+    return attn.plain if size is None else attn.pattern == part(window, size=size)
 
 
 def _alike(a, b):
@@ -127,7 +134,8 @@ def _place(c, i):
     if c.n == c.length and not c.endless:
         raise LabError(f'the cache has {c.length} places, all are taken: ask model.cache for more')
     at = c.n % c.length
-    c.j[at : at + 1], c.n = i, c.n + 1
+    c.j[at : at + 1] = i
+    c.n = c.n + 1
     return torch.tensor([at], device=i.device)
 
 # %% ../nbs/36_inference.ipynb #a18dc667
@@ -135,15 +143,34 @@ def _plain_map(parent, m):
     """Is this a linear layer that is only called?
 
     A part of the reader's own may do other things with its weights"""
-    if not isinstance(m, nn.Linear) or type(m).forward is not nn.Linear.forward or is_own(parent):
+    if not isinstance(m, nn.Linear) or type(m).forward is not nn.Linear.forward:
         return False
-    return not (
-        m._forward_hooks or m._forward_pre_hooks or 'forward' in vars(m)
-    ) and not isinstance(parent, nn.Sequential)
+    return not (is_own(parent) or _hooked(m) or isinstance(parent, nn.Sequential))
 
 
 def _n_steps(model):
     return [len(m.steps) for m in model.modules() if isinstance(m, Attention)]
+
+
+def _replace_linear(model, layer):
+    "Give each linear layer its new form, `layer(old, is it the head?)`"
+    head = model.head
+    for parent in list(model.modules()):
+        for name, old in list(parent.named_children()):
+            if _plain_map(parent, old):
+                setattr(parent, name, layer(old, old is head))
+
+
+def _share_ropes(model):
+    "One `Rope` for all layers that turn alike: its angles are then calculated once a token"
+    known = []
+    for attn in model.modules():
+        if not isinstance(attn, Attention):
+            continue
+        for n, step in enumerate(attn.steps):
+            if isinstance(step, Rope):
+                attn.steps[n] = next((r for r in known if _alike(r, step)), step)
+                known.append(attn.steps[n])
 
 
 class Fast(nn.Module):
@@ -152,27 +179,17 @@ class Fast(nn.Module):
 
     def __init__(self, model, layer):  # `layer` makes the new form of a linear layer
         super().__init__()
-        self.model = m = copy.deepcopy(
-            model, {id(t): t for t in (*model.parameters(), *model.buffers())}
-        ).eval()
+        # a copy of the modules, but not of the tensors: what is in the memo counts as copied
+        shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+        self.model = m = copy.deepcopy(model, shared).eval()
         self.cfg = model.cfg
         self.training = False
-        head = m.head
-        ropes = []
-        for parent in list(m.modules()):
-            for name, old in list(parent.named_children()):
-                if _plain_map(parent, old):
-                    setattr(parent, name, layer(old, old is head))
-        for steps in (
-            b.steps for b in m.modules() if isinstance(b, Attention)
-        ):  # hands that turn alike are one
-            for n, s in enumerate(steps):
-                if isinstance(s, Rope):
-                    steps[n] = next((r for r in ropes if _alike(r, s)), s)
-                    ropes.append(steps[n])
+        _replace_linear(m, layer)
+        _share_ropes(m)
         self.blocks = m.blocks
         self.norm = m.norm
-        self.step = self.token
+        self.step = self.token  # `for_inference` may put its compiled form here
+        # may single tokens take the short road, `token`? Else the model itself reads them
         self.simple = type(m) is MiniGPT and all(map(_simple, m.blocks))
         self.n_steps = _n_steps(m)
 
@@ -188,35 +205,31 @@ class Fast(nn.Module):
 # %% ../nbs/36_inference.ipynb #87353421
 @patch
 def features(self: Fast, ids, i=None, **words):  # as `MiniGPT.features`
-    at_hand = self.simple and words.keys() == {'cache'} and words['cache']
-    kept = [words['cache'][l] for l in range(self.cfg.n_layers)] if at_hand else []
-    watched = _n_steps(self.model) != self.n_steps  # `looking` has put a step there
-    if (
-        not self.simple
-        or watched
-        or ids.shape[1] > 1
-        or i is None
-        or i.dim() > 1
-        or not kept
-        or not kept[0].n
-    ):
+    if not self._is_short(ids, i, words):
         return self.model.features(ids, i, **words)
-    at = [_place(c, i) for c in kept]
-    return self.step(
-        ids.contiguous(),
-        i,
-        at,
-        [min(c.n, c.length) for c in kept],
-        [c.k for c in kept],
-        [c.v for c in kept],
-    )
+    kept = [words['cache'][l] for l in range(self.cfg.n_layers)]
+    places = [_place(c, i) for c in kept]  # changes n of each cache: before `ends`
+    ends = [min(c.n, c.length) for c in kept]
+    return self.step(ids.contiguous(), i, places, ends, [c.k for c in kept], [c.v for c in kept])
 
 
 @patch
-def token(
-    self: Fast, ids, i, at, ends, ks, vs
-):  # (B, 1), (1,), and for each layer a place, an end, keys, values → (B, 1, C)
-    m, hands = self.model, {}
+def _is_short(self: Fast, ids, i, words):
+    "May this go by `token`: one new token of a text, after a cache that has begun, and no more?"
+    if not self.simple or words.keys() != {'cache'} or not words['cache']:
+        return False
+    if ids.shape[1] > 1 or i is None or i.dim() > 1:
+        return False
+    if not words['cache'][0].n:
+        return False
+    return _n_steps(self.model) == self.n_steps  # if not: `looking` has put a step there
+
+
+@patch
+def token(self: Fast, ids, i, at, ends, ks, vs):
+    # (B, 1), (1,), and for each layer a place, an end, keys, values → (B, 1, C)
+    m = self.model
+    hands = {}  # {id of a Rope: its cosines and sines at i}, for all layers that share it
     x = m.pos(m.tok(ids), i) if m.pos else m.tok(ids)
     for block, *kept in zip(m.blocks, at, ends, ks, vs):
         x = x + self.read(block.attn, block.norm1(x), i, hands, *kept)
@@ -226,23 +239,28 @@ def token(
 # %% ../nbs/36_inference.ipynb #a58c72d9
 @patch
 def read(self: Fast, attn, x, i, hands, at, end, ks, vs):
+    # x (B, 1, C), ks and vs (B, G, length, D) → (B, 1, C)
     "Attention of one new token; its key and value go to the place `at`"
-    heads = attn.n_heads, ks.shape[1]
-    qk, v = attn.qkv(x).view(len(x), -1, 1, attn.head_dim).split([sum(heads), heads[1]], 1)
+    B = len(x)
+    H, G = attn.n_heads, ks.shape[1]
+    # q and k stay together, (B, H + G, 1, D): they are turned by the same angles, in one go
+    qk, v = attn.qkv(x).view(B, -1, 1, attn.head_dim).split([H + G, G], 1)
     for s in attn.steps:
         if type(s) is Rope:
             if id(s) not in hands:
                 hands[id(s)] = s.hands(i, x)
             qk = s.turn(qk, *hands[id(s)])
         elif type(s) is QKNorm:
-            qk = torch.cat(s(*qk.split(heads, 1), v, i, i)[:2], 1)
-    q, k = qk.split(heads, 1)
+            q, k, *_ = s(*qk.split((H, G), 1), v, i, i)
+            qk = torch.cat((q, k), 1)
+        # `Cached`, the last one, is what follows
+    q, k = qk.split((H, G), 1)
     ks.index_copy_(2, at, k)
     vs.index_copy_(2, at, v)
-    out = F.scaled_dot_product_attention(
-        q.view(len(x), heads[1], -1, attn.head_dim), ks[:, :, :end], vs[:, :, :end]
-    )
-    return attn.out(out.view(len(x), 1, -1))
+    # no mask: all that is kept may be read. The queries of a group of heads stand as rows
+    q = q.view(B, G, -1, attn.head_dim)
+    out = F.scaled_dot_product_attention(q, ks[:, :, :end], vs[:, :, :end])
+    return attn.out(out.view(B, 1, -1))
 
 # %% ../nbs/36_inference.ipynb #78690ccc
 def _layer(weights):
@@ -286,14 +304,15 @@ def for_inference(
 def bytes_per_token(model) -> int:
     """Bytes of the weights that each token must read: blocks, last norm, head; of a part that says
     `share`, so much of its weights"""
-    m = getattr(model, 'model', model)
-    tensors = {
-        id(t): t
-        for part in (m.blocks, m.norm, m.head)
-        for t in (*part.parameters(), *part.buffers())
-    }
-    share = {id(t): o.share for o in m.modules() if hasattr(o, 'share') for t in o.parameters()}
-    return round(sum(t.nbytes * share.get(id(t), 1) for t in tensors.values()))
+    m = getattr(model, 'model', model)  # of a `Fast`, the model inside
+    share = {}  # by id: the experts' `ExpertLinear` says it
+    for o in m.modules():
+        if hasattr(o, 'share'):
+            share |= {id(t): o.share for t in o.parameters()}
+    tensors = {}  # by id, so that bound weights count once
+    for o in (m.blocks, m.norm, m.head):
+        tensors |= {id(t): t for t in (*o.parameters(), *o.buffers())}
+    return round(sum(t.nbytes * share.get(n, 1) for n, t in tensors.items()))
 
 
 def benchmark_decode(model, **kw) -> dict:  # kw as `tokens_per_second`
@@ -315,20 +334,20 @@ class Int8Linear(nn.Module):
     def __init__(self, layer: nn.Linear):
         super().__init__()
         w = layer.weight.detach().float()
+        # rounded to bfloat16 first, because the kernel wants it so: the numbers then fit the scale
         scale = (w.abs().amax(1).clamp_min(1e-30) / 127).bfloat16().float()
-        self.more = -w.shape[1] % 16
-        self.register_buffer(
-            'weight',
-            F.pad((w / scale[:, None]).round().clamp(-127, 127).to(torch.int8), (0, self.more)),
-        )
+        numbers = (w / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
+        self.more = -w.shape[1] % 16  # zeros behind each row: the kernel takes 16 at a time
+        self.register_buffer('weight', F.pad(numbers, (0, self.more)))
         self.register_buffer('scale', scale.bfloat16())
         self.register_buffer('bias', None if layer.bias is None else layer.bias.detach())
 
     def forward(self, x):  # (…, inputs) → (…, outputs)
-        rows = (
-            F.pad(x.flatten(0, -2).bfloat16(), (0, self.more))
-            if self.more
-            else x.flatten(0, -2).bfloat16()
-        )
+        rows = x.flatten(0, -2).bfloat16()
+        if self.more:
+            rows = F.pad(rows, (0, self.more))
+        # the scale once more as bfloat16, in case `.float()` was called on the model
         y = torch._weight_int8pack_mm(rows, self.weight, self.scale.bfloat16()).to(x.dtype)
-        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
+        if self.bias is not None:
+            y = y + self.bias
+        return y.view(*x.shape[:-1], -1)

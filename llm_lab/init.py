@@ -108,9 +108,8 @@ class Spectral(nn.Module):
             self.register_buffer('gain', torch.full_like(sigma, gain))
 
     @torch.no_grad()
-    def turn(
-        self, weight
-    ):  # one round of power iteration: u toward the direction that is stretched most
+    def turn(self, weight):
+        # one round of power iteration: u toward the direction that is stretched most
         self.u = torch.stack(
             [F.normalize(w.T @ (w @ u), dim=0) for w, u in zip(weight.split(self.sizes), self.u)]
         )
@@ -154,9 +153,8 @@ def spectral_init(
         )
 
 # %% ../nbs/33_init.ipynb #c3659322
-def merge_spectral(
-    model: MiniGPT,
-) -> MiniGPT:  # in eval mode; raises `LabError` if nothing is bound
+def merge_spectral(model: MiniGPT) -> MiniGPT:
+    # in eval mode; raises `LabError` if nothing is bound
     "The same function with plain weights: what `Spectral` makes of them is written down"
     state = {}
     kept = re.compile(r'parametrizations\.weight\.(0\.\w+|original)$')

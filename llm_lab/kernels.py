@@ -27,129 +27,159 @@ class Plan:
     query a list of far links"""
 
     def __init__(
-        self, pattern, T, n_heads=1, layer=0, block=None, **ctx
-    ):  # ctx: the words that the pattern reads
+        self,
+        pattern,
+        T,
+        n_heads=1,
+        layer=0,
+        block=None,
+        **ctx,  # the words that the pattern reads
+    ):
         self.pattern = pattern
         self.T = T
         self.n_heads = n_heads
         self.layer = layer
         self.ctx = ctx
-        if (covered := cover(pattern)) is None:
+        covered = cover(pattern)
+        if covered is None:
             raise LabError(f'{pattern} may read all of the past: there is nothing to skip')
-        self.near, self.linked = min(covered[0], T), covered[1]
-        self.left = (
-            -(-(self.near - 1) // 16) * 16
-        )  # keys before a fold, in whole steps of the kernel
-        self.block = block or min(128, max(32, self.near // 32 * 16), -(-T // 16) * 16)
-        self.n = -(-T // self.block)
+        near, self.linked = covered
+        self.near = min(near, T)
+        # keys before a fold, in whole steps of the kernel
+        self.left = _round_up(self.near - 1, 16)
+        # about half a window long, so that few keys are met in vain; no longer than the text
+        self.block = block or min(128, max(32, self.near // 32 * 16), _round_up(T, 16))
+        self.n = _round_up(T, self.block) // self.block  # folds
         self.heads = torch.arange(n_heads).view(-1, 1, 1)
-        self.n_links = sum(
-            p.func.links(torch.arange(T, device='meta'), 0, 0, **p.keywords).shape[-1]
-            for p in self.linked
-        )
+        self.n_links = sum(_width(p, T) for p in self.linked)
         self.touched = self.left + self.block + self.n_links  # keys that a query is multiplied with
-        # made when they are needed
-        self.bias = None
-        self.idx = None
-        self.known = {}
-        self.blocks = {}
+        # Filled by `make`. 1 text and 1 head stand for all of them where their masks are alike.
+        # `bias` is set last: where it is there, the others are, too
+        self.bias = None  # (texts, heads, folds, block, left + block): 0 where read, −∞ elsewhere
+        self.blank = None  # bool (texts, heads, T): who reads nothing in the fold; None if nobody
+        self.idx = None  # (texts, H, T, R): the keys that the links name; None without links
+        self.far = None  # (texts, H, T, R): 0 where a link is read, −∞ where it is not
+        # Filled when they are asked for, and kept
+        self.known = {}  # by `links`: {(B, G): Links}
+        self.blocks = {}  # by `flex_kernel`: {device: block mask}
 
     def mask(self):  # bool, broadcasts to (texts, H, T, T): all pairs, for `masked_attention`
-        return dense_mask(
-            self.pattern, *[torch.arange(self.T)] * 2, self.n_heads, self.layer, **self.ctx
-        )
+        i = torch.arange(self.T)
+        return dense_mask(self.pattern, i, i, self.n_heads, self.layer, **self.ctx)
 
     def flops(self, head_dim):
-        return (
-            4 * head_dim * int(self.keys().expand(-1, self.n_heads, -1).sum())
-        )  # of the pairs that are read
+        # of the pairs that are read
+        return 4 * head_dim * int(self.keys().expand(-1, self.n_heads, -1).sum())
 
     def allowed(self, i, j):
         """The pattern itself, pair by pair:
 
         (N, 1) and (N, S) or (H, N, S) → (texts, heads, N, S), 1 of each where all are alike"""
-        batched = [w for w, x in self.ctx.items() if x.dim() == 2]
+        needed = words_of(self.pattern)
+        # places before or behind the text are asked as its ends; what they say is not used
+        query = i.clamp(0, self.T - 1)
+        key = j.clamp(0, self.T - 1)
         found = []
-        at = [p.clamp(0, self.T - 1) for p in (i, j)]
-        for b in range(len(self.ctx[batched[0]]) if batched else 1):
-            words = {w: x[b] if w in batched else x for w, x in self.ctx.items()} | dict(
-                h=self.heads, layer=self.layer
-            )
-            found.append(
-                self.pattern(*at, **{w: words[w] for w in words_of(self.pattern)}).view(
-                    -1, *j.shape[-2:]
-                )
-            )
+        for words in self._words_of_each_text():
+            seen = self.pattern(query, key, **{w: words[w] for w in needed})
+            found.append(seen.view(-1, *j.shape[-2:]))
         return torch.stack(found) & (j >= 0)
+
+    def _words_of_each_text(self):
+        "What the pattern may read, once for each text; just once where it is the same for all"
+        batched = [w for w, x in self.ctx.items() if x.dim() == 2]  # (B, T): a row for each text
+        n_texts = len(self.ctx[batched[0]]) if batched else 1
+        for b in range(n_texts):
+            own = {w: self.ctx[w][b] for w in batched}
+            yield self.ctx | own | dict(h=self.heads, layer=self.layer)
+
+
+def _round_up(n, step):
+    "The next multiple of `step` that is not below n"
+    return -(-n // step) * step
+
+
+def _width(p, T):
+    "How many links a pattern lists for each query; on `meta`, where nothing is calculated"
+    return p.func.links(torch.arange(T, device='meta'), 0, 0, **p.keywords).shape[-1]
 
 # %% ../nbs/42_kernels.ipynb #64b83393
 def _bias(seen):
     return torch.zeros(seen.shape).masked_fill_(~seen, -math.inf)
 
 
+def _seen_in_fold(plan, i):  # (m, 1) → (texts, heads, m, left + block)
+    "Which keys of its fold each of these queries reads"
+    j = i // plan.block * plan.block + torch.arange(-plan.left, plan.block)
+    seen = plan.allowed(i, j) & (j <= i) & (i - j < plan.near) & (i < plan.T)
+    # places that only fill the last fold read themselves, so that none of them reads nothing
+    return seen | (i == j) & (i >= plan.T)
+
+
+def _listed_links(plan):  # (H, T, R)
+    "All links of each query, side by side and in rising order; −1 if one points before the text"
+    i = torch.arange(plan.T)
+    lists = []
+    for p in plan.linked:
+        links = p.func.links(i, plan.heads, plan.layer, **p.keywords)
+        lists.append(links.expand(plan.n_heads, plan.T, -1))
+    return torch.cat(lists, -1).sort(-1).values.clamp_min(-1)
+
+
+def _far_links(plan):
+    """The keys that the links name, and which links are read: allowed, far and not there twice.
+
+    Query 9 with near = 4 and links −1 3 3 9: −1 is not there, the second 3 is there already, 9 is
+    in the fold. So the keys are 9 3 9 9 (an unread link names the query itself), the bias −∞ 0 −∞
+    −∞"""
+    i = torch.arange(plan.T)[:, None]
+    idx = _listed_links(plan)
+    read = plan.allowed(i, idx) & (i - idx >= plan.near)
+    read[..., 1:] &= idx[..., 1:] != idx[..., :-1]  # they are sorted: twins are neighbours
+    return torch.where(read, idx, i), _bias(read)
+
+
 @patch
 def make(self: Plan, like=None) -> Plan:  # like: a mask to share, if it is the same
     """Ask the pattern: who is seen in each fold, and which links are allowed, far and not there
     twice"""
-    T, n, c = self.T, self.n, self.block
-
-    def near(i):  # (m, 1) → (…, m, left + c): the keys that the fold of a query meets
-        j = i // c * c + torch.arange(-self.left, c)
-        seen = self.allowed(i, j) & (j <= i) & (i - j < self.near) & (i < T)
-        return seen | (i == j) & (i >= T)  # places that only fill the last fold
-
-    i = torch.arange(n * c)[:, None]
-    seen = torch.cat([near(some) for some in i.split(1024)], 2)
-    if (seen == seen[:, :1]).all():
+    i = torch.arange(self.n * self.block)[:, None]
+    # 1024 queries at a time keep what is in work small
+    seen = torch.cat([_seen_in_fold(self, some) for some in i.split(1024)], 2)
+    if (seen == seen[:, :1]).all():  # all heads alike: one stands for them
         seen = seen[:, :1]
-    self.blank = blank if (blank := ~seen.any(-1)[..., :T]).any() else None
-    bias = _bias(seen).unflatten(2, (n, c))
+    blank = ~seen.any(-1)[..., : self.T]
+    self.blank = blank if blank.any() else None
     if self.linked:
-        i = i[:T]
-        idx = (
-            torch.cat(
-                [
-                    p.func.links(i[:, 0], self.heads, self.layer, **p.keywords).expand(
-                        self.n_heads, T, -1
-                    )
-                    for p in self.linked
-                ],
-                -1,
-            )
-            .sort(-1)
-            .values.clamp_min(-1)
-        )
-        ok = self.allowed(i, idx) & (i - idx >= self.near)
-        ok[..., 1:] &= idx[..., 1:] != idx[..., :-1]
-        self.idx, self.far = torch.where(ok, idx, i), _bias(ok)
-    self.bias = (
-        like if like is not None and like.equal(bias) else bias
-    )  # last: it says that the plan is made
+        self.idx, self.far = _far_links(self)
+    bias = _bias(seen).unflatten(2, (self.n, self.block))
+    # last: it says that the plan is made, also to another thread
+    self.bias = like if like is not None and like.equal(bias) else bias
     return self
 
 # %% ../nbs/42_kernels.ipynb #2d8ebec1
 @patch
 def keys(self: Plan) -> Tensor:  # (texts, heads, T)
     "How many keys each query reads: counted from what the kernel is given"
-    near = (
-        ((self if self.bias is not None else self.make()).bias == 0)
-        .sum(-1)
-        .flatten(2)[..., : self.T]
-    )
-    return near if self.idx is None else near + (self.far == 0).sum(-1)
+    if self.bias is None:
+        self.make()
+    near = (self.bias == 0).sum(-1).flatten(2)[..., : self.T]
+    if self.idx is None:
+        return near
+    return near + (self.far == 0).sum(-1)
 
 # %% ../nbs/42_kernels.ipynb #fd9cc7f8
 @patch
 def picture(self: Plan, head=0):  # a matplotlib figure, for some hundred tokens
     "Black: pairs that are read. Grey: pairs that are multiplied, then hidden"
-    plt, i = pyplot(), torch.arange(self.T)
+    plt = pyplot()
+    j = torch.arange(self.T)
     seen = self.mask().expand(1, self.n_heads, -1, -1)[0, head].float()
-    met = (
-        (i >= (begin := i[:, None] // self.block * self.block) - self.left)
-        & (i < begin + self.block)
-    ).float()
+    begin = j[:, None] // self.block * self.block  # of the fold of each query
+    met = (j >= begin - self.left) & (j < begin + self.block)
+    grey = 0.3 * met.float()
     fig, ax = plt.subplots(figsize=(3.2, 3.2))
-    ax.imshow(0.3 * met + seen * (1 - 0.3 * met), cmap='gray_r', vmin=0, vmax=1)
+    ax.imshow(grey + seen * (1 - grey), cmap='gray_r', vmin=0, vmax=1)
     ax.grid(False)
     ax.set(
         xlabel='key',
@@ -159,47 +189,69 @@ def picture(self: Plan, head=0):  # a matplotlib figure, for some hundred tokens
     return fig
 
 # %% ../nbs/42_kernels.ipynb #1b58492d
-def _fold(x, plan):  # (N, T, D) → (N, folds, left + block, D): windows that overlap, not copied
-    x = F.pad(x, (0, 0, plan.left, plan.n * plan.block - plan.T))
+# Six keys, folds of two queries with two keys before them (block = 2, left = 2):
+#
+#     x, padded   0 0 a b c d e f
+#     fold 0      0 0 a b
+#     fold 1          a b c d
+#     fold 2              c d e f
+#
+# Each fold begins `block` rows after the one before: that is a stride, and nothing is copied.
+def _fold(x, plan):  # (N, T, D) → (N, folds, left + block, D)
+    "Keys or values as windows that overlap"
+    behind = plan.n * plan.block - plan.T
+    x = F.pad(x, (0, 0, plan.left, behind))
+    per_text, per_row, _ = x.stride()
     return x.as_strided(
         (len(x), plan.n, plan.left + plan.block, x.shape[2]),
-        (x.stride(0), plan.block * x.stride(1), x.stride(1), 1),
+        (per_text, plan.block * per_row, per_row, 1),
     )
 
 
 def _cut(x, plan):  # (N, T, D) → (N, folds, block, D)
-    more = plan.n * plan.block - plan.T
-    return (F.pad(x, (0, 0, 0, more)) if more else x.contiguous()).unflatten(
-        1, (plan.n, plan.block)
-    )
+    "Queries, or what has a row for each query, cut into the blocks of the folds"
+    behind = plan.n * plan.block - plan.T
+    x = F.pad(x, (0, 0, 0, behind)) if behind else x.contiguous()
+    return x.unflatten(1, (plan.n, plan.block))
 
 
-def _unfold(x, plan):  # (N, n, left + block, D) → (N, left + n·block, D): what overlaps is summed
-    (N, n, S, D), c = x.shape, plan.block
-    out = x.new_zeros(N, plan.left + n * c, D)
-    for s in range(0, S, c):  # pieces as long as the step: none meets another
-        piece = x[:, :, s : s + c]
-        out.as_strided(piece.shape, (out.stride(0), c * D, D, 1), s * D).add_(piece)
+# The way back of `_fold`, for the folds above:
+#
+#     fold 0      a b c   d
+#     fold 1          e   f   g   h
+#     fold 2                  i   j   k l
+#     sum         a b c+e d+f g+i h+j k l
+#
+# Cut each fold into pieces as long as the step: a b | c d. The first pieces of all folds (a b, e f,
+# i j) lie side by side and never meet, and so do the second ones: two additions of whole tensors.
+def _unfold(x, plan):  # (N, folds, left + block, D) → (N, left + folds·block, D)
+    "Folds laid back over the row that they were cut from; what overlaps is summed"
+    N, n, S, D = x.shape
+    step = plan.block
+    out = x.new_zeros(N, plan.left + n * step, D)
+    for begin in range(0, S, step):
+        piece = x[:, :, begin : begin + step]
+        place = out.as_strided(piece.shape, (out.stride(0), step * D, D, 1), begin * D)
+        place.add_(piece)
     return out
 
 # %% ../nbs/42_kernels.ipynb #0603333a
 def _pieces(plan, B, G, rep):
     """(rows of keys, head of their group, mask, [folds, …]): as many at a time as keep what is in
     work small"""
-    texts, heads = (n > 1 for n in plan.bias.shape[:2])
-    most = G if texts else B * G
-    step = 1 if heads else min(most, max(1, 4096 // plan.T))
+    per_text, per_head = (n > 1 for n in plan.bias.shape[:2])  # has each a mask of its own?
+    group = G if per_text else B * G  # rows that may go together: those with the same mask
+    # at most about 4096 queries in one call
+    step = 1 if per_head else min(group, max(1, 4096 // plan.T))
     some = max(1, 4096 // (step * plan.block))
     folds = [slice(f, min(f + some, plan.n)) for f in range(0, plan.n, some)]
-    for first in range(0, B * G, most):
-        for a in range(first, first + most, step):
+    for first in range(0, B * G, group):
+        for row in range(first, first + group, step):
+            rows = slice(row, min(row + step, first + group))
+            text = row // G if per_text else 0
             for r in range(rep):
-                yield (
-                    slice(a, min(a + step, first + most)),
-                    r,
-                    plan.bias[a // G * texts, (a % G * rep + r) * heads][None],
-                    folds,
-                )
+                head = row % G * rep + r if per_head else 0
+                yield rows, r, plan.bias[text, head][None], folds
 
 # %% ../nbs/42_kernels.ipynb #afb52337
 _flash = '_scaled_dot_product_flash_attention_for_cpu'
@@ -207,48 +259,72 @@ _forward = getattr(torch.ops.aten, _flash)
 _backward = getattr(torch.ops.aten, _flash + '_backward')
 
 
-def _near(
-    q, k, v, plan, size
-):  # (B·G, rep, T, D), (B·G, T, D) twice → the sums over the folds, ln Σ exp(scores) of each query
-    out, lse, (T, c) = torch.empty_like(q), q.new_empty(q.shape[:3]), (plan.T, plan.block)
+def _queries(plan, folds):
+    "Where the queries of these folds stand in the text, without those that only fill the last one"
+    return slice(folds.start * plan.block, min(folds.stop * plan.block, plan.T))
+
+
+def _near(q, k, v, plan, size):
+    # q (B·G, rep, T, D), k and v (B·G, T, D) → out as q, lse (B·G, rep, T)
+    "Attention within the folds: the weighted sums, and ln Σ exp(scores) of each query"
+    out = torch.empty_like(q)
+    lse = q.new_empty(q.shape[:3])
     for rows, r, mask, folds in _pieces(plan, *size):
-        parts = _cut(q[rows, r], plan), _fold(k[rows], plan), _fold(v[rows], plan)
+        queries = _cut(q[rows, r], plan)
+        keys = _fold(k[rows], plan)
+        values = _fold(v[rows], plan)
         for f in folds:
-            o, l = _forward(*(x[:, f] for x in parts), 0.0, False, attn_mask=mask[:, f].to(q.dtype))
-            at = slice(f.start * c, min(f.stop * c, T))
-            if len(folds) == q.shape[1] == 1 and len(o) == len(q) and plan.n * c == T:
-                out, lse = o.reshape(q.shape), l.reshape(lse.shape)  # all at once
+            # 0.0 and False: no dropout, and no causal mask beside ours
+            o, l = _forward(
+                queries[:, f],
+                keys[:, f],
+                values[:, f],
+                0.0,
+                False,
+                attn_mask=mask[:, f].to(q.dtype),
+            )
+            in_one_call = len(folds) == 1 and q.shape[1] == 1 and len(o) == len(q)
+            if in_one_call and plan.n * plan.block == plan.T:
+                out = o.reshape(q.shape)  # spares a copy
+                lse = l.reshape(lse.shape)
             else:
-                out[rows, r, at], lse[rows, r, at] = (
-                    x.flatten(1, 2)[:, : at.stop - at.start] for x in (o, l)
-                )
+                at = _queries(plan, f)
+                n = at.stop - at.start
+                out[rows, r, at] = o.flatten(1, 2)[:, :n]
+                lse[rows, r, at] = l.flatten(1, 2)[:, :n]
     if plan.blank is not None:  # the kernel says 0 for a query that reads nothing
-        lse.view(size[0], -1, T).masked_fill_(plan.blank, -math.inf)
+        lse.view(size[0], -1, plan.T).masked_fill_(plan.blank, -math.inf)
     return out, lse
 
 # %% ../nbs/42_kernels.ipynb #cc8e678e
-def _near_back(g, q, k, v, out, lse, plan, size):  # g and out as q → the gradients of q, k and v
-    gq, gk, gv, (T, c) = (
-        torch.empty_like(q),
-        torch.zeros_like(k),
-        torch.zeros_like(v),
-        (plan.T, plan.block),
-    )
+def _near_back(g, q, k, v, out, lse, plan, size):
+    # g, the gradient of the output, and out as q → the gradients of q, k and v
+    "The way back of `_near`; out and lse are those of the whole softmax, with links and sinks"
+    gq = torch.empty_like(q)
+    gk = torch.zeros_like(k)
+    gv = torch.zeros_like(v)
     for rows, r, mask, folds in _pieces(plan, *size):
-        cut = lambda x: _cut(x[rows, r], plan)
-        fold = lambda x: _fold(x[rows], plan)
-        parts = cut(g), cut(q), fold(k), fold(v), cut(out), cut(lse[..., None])[..., 0]
+        parts = (
+            _cut(g[rows, r], plan),
+            _cut(q[rows, r], plan),
+            _fold(k[rows], plan),
+            _fold(v[rows], plan),
+            _cut(out[rows, r], plan),
+            _cut(lse[rows, r, :, None], plan)[..., 0],
+        )
         for f in folds:
             dq, dk, dv = _backward(
                 *(x[:, f] for x in parts), 0.0, False, attn_mask=mask[:, f].to(q.dtype)
             )
-            begin = f.start * c - plan.left
-            at = slice(f.start * c, min(f.stop * c, T))
+            at = _queries(plan, f)
             gq[rows, r, at] = dq.flatten(1, 2)[:, : at.stop - at.start]
-            for x, d in ((gk, dk), (gv, dv)):
-                x[rows, max(begin, 0) : at.stop] += _unfold(d, plan)[
-                    :, max(-begin, 0) : at.stop - begin
-                ]
+            # The keys begin `left` before the queries; what lies before the text is padding.
+            # += because folds overlap, and because the heads of a group share keys
+            begin = at.start - plan.left
+            keys = slice(max(begin, 0), at.stop)
+            real = slice(keys.start - begin, keys.stop - begin)
+            gk[rows, keys] += _unfold(dk, plan)[:, real]
+            gv[rows, keys] += _unfold(dv, plan)[:, real]
     return gq, gk, gv
 
 # %% ../nbs/42_kernels.ipynb #0a491cf1
@@ -256,39 +332,43 @@ class Links:
     """The far links of B texts with G key heads: products and sums along them, without a copy of
     the rows that they name"""
 
+    # Two queries with R = 2 links each, to keys (0, 2) and (2, 1), of three keys:
+    #
+    #     by query, as embedding bags           by key, the same links sorted by what they name
+    #     idx    0 2 2 1   key of each link     order    0 3 1 2   number of the link
+    #     first  0 2       where a bag begins   readers  0 1 0 1   query of the link
+    #     of     0 0 1 1   query of each link   begin    0 1 2     where the links of a key begin
+    #
+    # PyTorch wants them as int32.
+
     def __init__(self, plan, B, G):
-        (H, T, R), rows = (
-            plan.idx.shape[-3:],
-            torch.arange(B)[:, None] * G + torch.arange(plan.n_heads) // (plan.n_heads // G),
-        )
-        idx = (plan.idx + rows[..., None, None] * T).flatten()
-        self.bias = plan.far.expand(B, H, T, R).reshape(-1, R)
-        self.order = idx.argsort(stable=True)
+        H, T, R = plan.idx.shape[-3:]
+        key_head = torch.arange(plan.n_heads) // (plan.n_heads // G)  # of each query head
+        rows = torch.arange(B)[:, None] * G + key_head  # (B, H): which of the B·G rows of keys
+        idx = (plan.idx + rows[..., None, None] * T).flatten()  # (B·H·T·R,)
         self.shape = (-1, R)
-        counts = torch.bincount(idx, minlength=B * G * T)
-        self.idx, self.first, self.of, self.readers, self.begin = (
-            x.int()
-            for x in (
-                idx,
-                torch.arange(0, len(idx), R),
-                torch.arange(len(idx)) // R,
-                self.order // R,
-                counts.cumsum(0) - counts,
-            )
-        )
+        self.bias = plan.far.expand(B, H, T, R).reshape(self.shape)
+        self.idx = idx.int()
+        self.first = torch.arange(0, len(idx), R).int()
+        self.of = (torch.arange(len(idx)) // R).int()
+        self.order = idx.argsort(stable=True)
+        self.readers = (self.order // R).int()
+        counts = torch.bincount(idx, minlength=B * G * T)  # readers of each key
+        self.begin = (counts.cumsum(0) - counts).int()
 
     def dots(self, x, y):  # a row for each query (N, D), for each key (M, D) → (N, R)
-        return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        # what the way back of an embedding bag does for the gradient of its weights
+        products = torch.ops.aten._embedding_bag_per_sample_weights_backward(
             x, y, self.idx, self.first, self.of, 0
-        ).view(self.shape)
+        )
+        return products.view(self.shape)
 
     def sums(self, w, y):  # (N, R), (M, D) → (N, D): what a query reads
         return F.embedding_bag(self.idx, y, self.first, mode='sum', per_sample_weights=w.flatten())
 
     def back(self, w, x):  # (N, R), (N, D) → (M, D): what a key gets from its readers
-        return F.embedding_bag(
-            self.readers, x, self.begin, mode='sum', per_sample_weights=w.flatten()[self.order]
-        )
+        by_key = w.flatten()[self.order]
+        return F.embedding_bag(self.readers, x, self.begin, mode='sum', per_sample_weights=by_key)
 
 # %% ../nbs/42_kernels.ipynb #ec922b31
 @patch
@@ -299,23 +379,35 @@ def links(self: Plan, B, G):  # None if there are none
 
 # %% ../nbs/42_kernels.ipynb #65ddf39b
 def _joined(q, k, v, out, lse, links, sinks):
+    # q, out (B·G, rep, T, D); lse (B·G, rep, T); sinks (B·H·T, 1)
+    # → out (in place), ln Σ exp of the whole, as lse, and the weights of the links, (B·H·T, R)
     "One softmax over folds, links and sinks: all are weighed again by what they are of the whole"
-    D, p, scores = q.shape[-1], None, [lse.view(-1, 1)]
+    D = q.shape[-1]
+    in_fold = lse.view(-1, 1)
+    scores = [in_fold]
     if links:
-        scores.append(s := links.dots(q.view(-1, D), k.view(-1, D)) * D**-0.5 + links.bias)
+        far = links.dots(q.view(-1, D), k.view(-1, D)) * D**-0.5 + links.bias
+        scores.append(far)
     if sinks is not None:
         scores.append(sinks)
+    # a query that reads nothing at all has −∞ here; −1e30 keeps −∞ − (−∞) = NaN away
     total = torch.cat(scores, -1).logsumexp(-1, True).clamp_min(-1e30)
-    out.mul_((scores[0] - total).exp_().view(*lse.shape, 1))
+    out.mul_((in_fold - total).exp_().view(*lse.shape, 1))
+    p = None
     if links:
-        out += links.sums(p := (s - total).exp_(), v.view(-1, D)).view(out.shape)
+        p = (far - total).exp_()
+        out += links.sums(p, v.view(-1, D)).view(out.shape)
     return out, total.view(lse.shape), p
 
 # %% ../nbs/42_kernels.ipynb #64f3cab4
 class _Folded(torch.autograd.Function):
+    "Attention along a plan, with a way back of its own; rows are sorted as (B·G, rep, T, D)"
+
     @staticmethod
     def forward(ctx, q, k, v, sink, plan):
-        (B, H, T, D), G, p = q.shape, k.shape[1], None
+        B, H, T, D = q.shape
+        G = k.shape[1]
+        p = None  # weights of the links
         ctx.plan = plan
         ctx.size = (B, G, H // G)
         ctx.shapes = (q.shape, k.shape)
@@ -332,45 +424,54 @@ class _Folded(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        (q, k, v, out, lse, p, sink), (B, G, rep), links = (
-            ctx.saved_tensors,
-            ctx.size,
-            ctx.plan.links(*ctx.size[:2]),
-        )
+        q, k, v, out, lse, p, sink = ctx.saved_tensors
+        B, G, _ = ctx.size
+        links = ctx.plan.links(B, G)
         g = g.reshape(q.shape)
-        rows = lambda x: x.reshape(-1, x.shape[-1])
-        gs = None
         gq, gk, gv = _near_back(g, q, k, v, out, lse, ctx.plan, ctx.size)
+        gs = None
         if links or sink is not None:
             delta = (g * out).sum(-1)  # what every score's gradient is measured from
         if links:
-            ds = p * (links.dots(rows(g), rows(v)) - delta.view(-1, 1)) * q.shape[-1] ** -0.5
-            gq += links.sums(ds, rows(k)).view(q.shape)
-            gk += links.back(ds, rows(q)).view(k.shape)
-            gv += links.back(p, rows(g)).view(v.shape)
+            _add_links_back(links, p, delta, g, (q, k, v), (gq, gk, gv))
         if sink is not None:
-            gs = (
-                -(
-                    (sink.view(G, rep, 1) - lse.view(B, G, rep, -1)).exp()
-                    * delta.view(B, G, rep, -1)
-                )
-                .sum((0, 3))
-                .flatten()
-            )
-        return gq.view(ctx.shapes[0]), gk.view(ctx.shapes[1]), gv.view(ctx.shapes[1]), gs, None
+            gs = _sink_back(sink, lse, delta, ctx.size)
+        q_shape, k_shape = ctx.shapes
+        return gq.view(q_shape), gk.view(k_shape), gv.view(k_shape), gs, None
+
+
+def _add_links_back(links, p, delta, g, qkv, grads):
+    "Add what comes back along the links, of weights p, to the gradients of q, k and v"
+    gq, gk, gv = grads
+    D = g.shape[-1]
+    g_rows, q_rows, k_rows, v_rows = (x.reshape(-1, D) for x in (g, *qkv))
+    # the way back of a softmax: weight · (gradient − its mean over all weights)
+    ds = p * (links.dots(g_rows, v_rows) - delta.view(-1, 1)) * D**-0.5
+    gq += links.sums(ds, k_rows).view(gq.shape)
+    gk += links.back(ds, q_rows).view(gk.shape)
+    gv += links.back(p, g_rows).view(gv.shape)
+
+
+def _sink_back(sink, lse, delta, size):  # → (H,)
+    "The gradient of the sinks: as of a link, but its value is zero, so that only −δ is left"
+    B, G, rep = size
+    weight = (sink.view(G, rep, 1) - lse.view(B, G, rep, -1)).exp()
+    return -(weight * delta.view(B, G, rep, -1)).sum((0, 3)).flatten()
 
 # %% ../nbs/42_kernels.ipynb #426ec27f
-def _counted(
-    q, k, v, plan
-):  # only shapes are there, as when operations are counted: the products of the folds, and no more
-    k, v = (
-        _fold(x.repeat_interleave(q.shape[1] // x.shape[1], 1).flatten(0, 1), plan) for x in (k, v)
-    )
-    return (
-        scaled_dot_product(_cut(q.flatten(0, 1), plan), k, v, q.new_ones(1, 1, dtype=torch.bool))
-        .flatten(1, 2)[:, : plan.T]
-        .view(q.shape)
-    )
+def _counted(q, k, v, plan):
+    # only shapes are there, as when operations are counted: the products of the folds, and no more
+    rep = q.shape[1] // k.shape[1]
+    k, v = (_fold(x.repeat_interleave(rep, 1).flatten(0, 1), plan) for x in (k, v))
+    queries = _cut(q.flatten(0, 1), plan)
+    everything = q.new_ones(1, 1, dtype=torch.bool)
+    out = scaled_dot_product(queries, k, v, everything)
+    return out.flatten(1, 2)[:, : plan.T].view(q.shape)
+
+
+def _not_half(x):
+    "Half precisions as float32, because the sums need it; others as they are"
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 @torch.compiler.disable
@@ -388,21 +489,20 @@ def tiled_attention(
         return _counted(q, k, v, plan)
     if plan.bias is None:
         plan.make()
-    x, s = (
-        t.float() if t is not None and t.dtype in (torch.bfloat16, torch.float16) else t
-        for t in (q, sink)
-    )
+    x = _not_half(q)
+    s = None if sink is None else _not_half(sink)
     return _Folded.apply(x, k.to(x.dtype), v.to(x.dtype), s, plan).to(q.dtype)
 
 # %% ../nbs/42_kernels.ipynb #72bc83d5
 _compiled = lru_cache(torch.compile)
 
 
-def _asked(p):  # a pattern as a function of (i, j, words) that looks nothing up, for the compiler
+def _rule(p):
+    "A pattern as a function of (i, j, words) that looks nothing up, for the compiler"
     if p.func in (either, both):
         join = torch.logical_or if p.func is either else torch.logical_and
-        inner = [_asked(o) for o in p.keywords['of']]
-        return lambda i, j, words: reduce(join, (f(i, j, words) for f in inner))
+        inner = [_rule(o) for o in p.keywords['of']]
+        return lambda i, j, words: reduce(join, (rule(i, j, words) for rule in inner))
     names, f, given = words_of(p), p.func, p.keywords
     return lambda i, j, words: f(i, j, **given, **{w: words[w] for w in names})
 
@@ -410,14 +510,14 @@ def _asked(p):  # a pattern as a function of (i, j, words) that looks nothing up
 def block_mask(plan, device=torch.device('cpu')):
     """The plan for `flex_attention`: blocks of 128 × 128 that are skipped, and the pattern itself
     inside the others"""
-    rule = _asked(plan.pattern)
+    rule = _rule(plan.pattern)
     layer = plan.layer
+    # settled here, because `seen` is compiled: each word, and whether it has a row for each text
     ctx = {w: (x, x.dim() == 2) for w, x in plan.ctx.items()}
 
     def seen(b, h, i, j):
-        return rule(
-            i, j, {w: x[b] if each else x for w, (x, each) in ctx.items()} | dict(h=h, layer=layer)
-        )
+        words = {w: x[b] if each else x for w, (x, each) in ctx.items()}
+        return rule(i, j, words | dict(h=h, layer=layer))
 
     texts = next((len(x) for x, each in ctx.values() if each), None)
     heads = plan.n_heads if 'h' in words_of(plan.pattern) else None
@@ -427,16 +527,12 @@ def block_mask(plan, device=torch.device('cpu')):
 
 
 def flex_kernel(q, k, v, plan, sink=None):  # as `tiled_attention`
-    """Attention along a plan by PyTorch's flex attention (Dong et al.
-
-    2024), compiled on a GPU; without gradients on a CPU"""
+    """Attention along a plan by PyTorch's flex attention (Dong et al. 2024), compiled on a GPU;
+    without gradients on a CPU"""
     if q.device not in plan.blocks:
         plan.blocks[q.device] = block_mask(plan, q.device)
-    run = (
-        flex_attention
-        if q.device.type == 'cpu' or torch.compiler.is_compiling()
-        else _compiled(flex_attention)
-    )
+    as_it_is = q.device.type == 'cpu' or torch.compiler.is_compiling()
+    run = flex_attention if as_it_is else _compiled(flex_attention)
     out, more = run(
         q,
         k,
@@ -445,11 +541,17 @@ def flex_kernel(q, k, v, plan, sink=None):  # as `tiled_attention`
         enable_gqa=k.shape[1] < q.shape[1],
         return_aux=AuxRequest(lse=True),
     )
-    return (
-        out if sink is None else out * (more.lse - sink[:, None]).sigmoid()[..., None].to(out.dtype)
-    )
+    if sink is None:
+        return out
+    # the keys' share of a softmax with the sink: e^lse / (e^lse + e^sink)
+    share = (more.lse - sink[:, None]).sigmoid()
+    return out * share[..., None].to(out.dtype)
 
 # %% ../nbs/42_kernels.ipynb #cdb26342
+def _one_more_key(x):  # (B, G, S, D) → (B, G, S + 1, D)
+    return torch.cat([x, x.new_zeros(*x.shape[:2], 1, x.shape[3])], 2)
+
+
 def masked_attention(q, k, v, seen, sink=None, dropout=0.0):  # seen as for `scaled_dot_product`
     """All scores, of which the mask keeps some; a sink stands as one more key, of zeros, whose
     score is given"""
@@ -459,47 +561,51 @@ def masked_attention(q, k, v, seen, sink=None, dropout=0.0):  # seen as for `sca
         return scaled_dot_product(q, k, v, seen, dropout)
     if seen is None:
         seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-    more = lambda x: torch.cat([x, x.new_zeros(*x.shape[:2], 1, x.shape[3])], 2)
-    bias = (
-        seen if seen.is_floating_point() else q.new_zeros(seen.shape).masked_fill(~seen, -math.inf)
-    )
+    if seen.is_floating_point():
+        bias = seen
+    else:
+        bias = q.new_zeros(seen.shape).masked_fill(~seen, -math.inf)
+    # (texts, H, T, S), and a column for the sink: q · 0 + sink = sink
     bias = bias.expand(*torch.broadcast_shapes(seen.shape[:-2], (1, q.shape[1])), -1, -1)
-    bias = torch.cat([bias, sink.to(q.dtype)[:, None, None].expand(*bias.shape[:-1], 1)], -1)
-    return scaled_dot_product(q, more(k), more(v), bias, dropout)
+    column = sink.to(q.dtype)[:, None, None].expand(*bias.shape[:-1], 1)
+    bias = torch.cat([bias, column], -1)
+    return scaled_dot_product(q, _one_more_key(k), _one_more_key(v), bias, dropout)
 
 # %% ../nbs/42_kernels.ipynb #a38dde6f
 @lru_cache(1024)
-def choose_kernel(
-    pattern: part, T: int, device='cpu', dropout=0.0
-) -> tuple:  # ('folds', 'flex' or 'dense', why)
+def choose_kernel(pattern: part, T: int, device='cpu', dropout=0.0) -> tuple:
+    # ('folds', 'flex' or 'dense', why)
     "Which kernel reads a whole text of `T` tokens, and the reason in a line"
     if cover(pattern) is None:
         return 'dense', 'the pattern may read all of the past'
-    if dropout or T < 33:
-        return (
-            'dense',
-            'dropout on attention weights needs all of them' if dropout else f'{T} tokens are few',
-        )
+    if dropout:
+        return 'dense', 'dropout on attention weights needs all of them'
+    if T < 33:
+        return 'dense', f'{T} tokens are few'
     plan = Plan(pattern, T)
-    said = f'{plan.touched} keys a query instead of {T:,}'
+    met = f'{plan.touched} keys a query'
+    # the bounds are measured, by `experiments/speed_attention`
     if device == 'cuda':
-        return ('flex', said) if plan.touched < 0.5 * T else ('dense', f'{T:,} tokens are few')
+        if plan.touched < 0.5 * T:
+            return 'flex', f'{met} instead of {T:,}'
+        return 'dense', f'{T:,} tokens are few'
     if device != 'cpu':
         return 'dense', f'no sparse kernel for {device}'
-    if plan.touched + 12 * plan.n_links <= 0.66 * T:
-        return 'folds', f'{plan.n} folds of {plan.block} queries, {said}'
-    return 'dense', f'{T:,} tokens are few: {plan.touched} keys a query would be met anyway'
+    if plan.touched + 12 * plan.n_links <= 0.66 * T:  # a link costs a dozen keys of a fold
+        return 'folds', f'{plan.n} folds of {plan.block} queries, {met} instead of {T:,}'
+    return 'dense', f'{T:,} tokens are few: {met} would be met anyway'
 
 # %% ../nbs/42_kernels.ipynb #9e4fbeef
 @lru_cache(64)
-def get_plan(
-    pattern, T, n_heads=1, layer=0, made=True
-) -> Plan:  # once, then kept; `made` for folds
+def get_plan(pattern, T, n_heads=1, layer=0, made=True) -> Plan:
+    # once, then kept; `made` for folds
     "The plan of a pattern; layers whose folds are alike share them"
     plan = Plan(pattern, T, n_heads, layer)
-    if made:
-        plan.make(get_plan(pattern, T, n_heads, 0).bias if layer else None)
-    return plan
+    if not made:
+        return plan
+    # only links differ from layer to layer in most patterns: the mask of layer 0 is tried first
+    first = get_plan(pattern, T, n_heads, 0).bias if layer else None
+    return plan.make(like=first)
 
 
 @lru_cache(32)
@@ -507,16 +613,15 @@ def _mask(pattern, T, n_heads, layer, device):
     "What `masked_attention` is given, made once; None if it is all of the past"
     i = torch.arange(T, device=device)
     seen = dense_mask(pattern, i, i, n_heads, layer)
-    return (
-        None
-        if seen.equal((i <= i[:, None]).expand_as(seen))
-        else _bias(seen)
-        if device == 'cpu'
-        else seen
-    )
+    past = i <= i[:, None]
+    if seen.equal(past.expand_as(seen)):
+        return None
+    return _bias(seen) if device == 'cpu' else seen
 
 # %% ../nbs/42_kernels.ipynb #c03f4b87
-_by_layer = lru_cache(lambda pattern: 'layer' in words_of(pattern))
+@lru_cache
+def _reads_layer(pattern):
+    return 'layer' in words_of(pattern)
 
 
 def sparse_attention(
@@ -535,24 +640,21 @@ def sparse_attention(
         return torch.compiler.disable(sparse_attention)(
             q, k, v, pattern, layer, sink, dropout, **ctx
         )
-    made = (pattern, q.shape[2], q.shape[1], layer * _by_layer(pattern))
-    device = q.device.type
-    kind = choose_kernel(pattern, q.shape[2], device, dropout)[0]
-    once = not ctx and not isinstance(q, FakeTensor)
+    _, H, T, _ = q.shape
+    # a pattern that does not read the layer has one plan for all of them
+    asked = (pattern, T, H, layer if _reads_layer(pattern) else 0)
+    keep = not ctx and not isinstance(q, FakeTensor)
+    kind = choose_kernel(pattern, T, q.device.type, dropout)[0]
     if kind == 'dense':
-        once = once and q.shape[2] <= 512  # larger ones are not kept
-        at = None if once else torch.arange(q.shape[2], device=q.device)
-        return masked_attention(
-            q,
-            k,
-            v,
-            _mask(*made, str(q.device)) if once else dense_mask(pattern, at, at, *made[2:], **ctx),
-            sink,
-            dropout,
-        )
-    return (tiled_attention if kind == 'folds' else flex_kernel)(
-        q, k, v, get_plan(*made, kind == 'folds') if once else Plan(*made, **ctx), sink
-    )
+        if keep and T <= 512:  # larger masks are not kept
+            seen = _mask(*asked, str(q.device))
+        else:
+            i = torch.arange(T, device=q.device)
+            seen = dense_mask(pattern, i, i, *asked[2:], **ctx)
+        return masked_attention(q, k, v, seen, sink, dropout)
+    plan = get_plan(*asked, kind == 'folds') if keep else Plan(*asked, **ctx)
+    kernel = tiled_attention if kind == 'folds' else flex_kernel
+    return kernel(q, k, v, plan, sink)
 
 # %% ../nbs/42_kernels.ipynb #c5d8faa8
 @torch.no_grad()
@@ -562,19 +664,19 @@ def attention_stats(
     seen,
     far,  # bool, broadcast to (B, H, n, S): who is read, and who of them counts as far
 ) -> dict:  # numbers of each head, (H,)
-    """Entropy of the weights as a share of the most that is possible (Zhai et al.
-
-    2023, §3), weight on far keys, largest score"""
-    s = (q.float().unflatten(1, (k.shape[1], -1)) @ k.float()[:, :, None].mT).flatten(
-        1, 2
-    ).masked_fill(~seen, -math.inf) * q.shape[-1] ** -0.5
-    w = s.softmax(-1).nan_to_num()
-    most = seen.sum(-1).clamp_min(1).log()
-    share = -(w * w.clamp_min(1e-30).log()).sum(-1) / most.clamp_min(1e-9)
+    """Entropy of the weights as a share of the most that is possible (Zhai et al. 2023, §3), weight
+    on far keys, largest score"""
+    grouped = q.float().unflatten(1, (k.shape[1], -1))  # (B, G, H/G, n, D)
+    scores = (grouped @ k.float()[:, :, None].mT).flatten(1, 2)  # (B, H, n, S)
+    scores = scores.masked_fill(~seen, -math.inf) * q.shape[-1] ** -0.5
+    w = scores.softmax(-1).nan_to_num()
+    entropy = -(w * w.clamp_min(1e-30).log()).sum(-1)
+    most = seen.sum(-1).clamp_min(1).log()  # of n keys: ln n, where all get the same
+    share = entropy / most.clamp_min(1e-9)
     return dict(
         entropy=share.where(most > 0, 1.0).mean((0, 2)),
         far=(w * far).sum(-1).mean((0, 2)),
-        max_logit=s.amax((0, 2, 3)).nan_to_num(neginf=0.0),
+        max_logit=scores.amax((0, 2, 3)).nan_to_num(neginf=0.0),
     )
 
 # %% ../nbs/42_kernels.ipynb #bee995f9
@@ -602,8 +704,9 @@ class SparseAttention(GQA):
             bias=bias,
         )
         self.sink = nn.Parameter(torch.zeros(cfg.n_heads)) if sink else None
-        self.noted = []  # by `note`, in evaluation
-        # is the mask all that makes it different?
+        # by `note`, in evaluation; `metrics` reads it and begins anew
+        self.noted = []
+        # is the mask all that makes it different? `for_inference` reads it
         self.by_mask = not sink and type(self) is SparseAttention
 
     def join(self, q, k, v, i, j, rising=False, **ctx):  # as `Attention.join`
@@ -619,7 +722,10 @@ class SparseAttention(GQA):
 def _kv_fits(cfg, n_kv_heads=None, pattern=part(causal), **kw):
     if not isinstance(pattern, part):
         raise LabError(f'pattern={pattern!r}: give a recipe, such as part(window, size=128)')
-    Attention.check(cfg) if n_kv_heads is None else GQA.check(cfg, n_kv_heads)
+    if n_kv_heads is None:
+        Attention.check(cfg)
+    else:
+        GQA.check(cfg, n_kv_heads)
 
 
 SparseAttention.check = staticmethod(_kv_fits)
@@ -632,30 +738,32 @@ def note(self: SparseAttention, q, k, i, words, n=8, most=16):
     they were asked; nothing waits"""
     if len(self.noted) >= most:
         return
-    rows = (torch.arange(1, n + 1, device=i.device) * len(i) // n - 1).clamp_min(0)
+    T = len(i)
+    rows = (torch.arange(1, n + 1, device=i.device) * T // n - 1).clamp_min(0)
     seen = dense_mask(self.pattern, i[rows], i, self.n_heads, self.layer, **words)
-    near = (cover(self.pattern) or (len(i),))[0]
-    self.noted.append(
-        attention_stats(
-            q[:1, :, rows], k[:1], seen[:1] if seen.dim() == 4 else seen, i[rows, None] - i >= near
-        )
-    )
+    if seen.dim() == 4:  # a mask for each text: of the first one, as q and k below
+        seen = seen[:1]
+    covered = cover(self.pattern)
+    near = covered[0] if covered else T
+    far = i[rows, None] - i >= near
+    self.noted.append(attention_stats(q[:1, :, rows], k[:1], seen, far))
 
 
 @patch
 def metrics(self: SparseAttention) -> dict:
     """Means over the texts that were noted in evaluation; the largest score; the share of heads
     that look at one key"""
-    if not (noted := self.noted):
+    if not self.noted:
         return {}
-    e, far, top = (
-        torch.stack([x[name] for x in noted]) for name in ('entropy', 'far', 'max_logit')
+    # (texts, H) each
+    entropy, far, top = (
+        torch.stack([x[name] for x in self.noted]) for name in ('entropy', 'far', 'max_logit')
     )
     self.noted = []
-    said = dict(
-        entropy=e.mean(),
+    told = dict(
+        entropy=entropy.mean(),
         far=far.mean(),
         max_logit=top.max(),
-        collapsed=(e.mean(0) < 0.02).float().mean(),
+        collapsed=(entropy.mean(0) < 0.02).float().mean(),
     )
-    return {f'attn{self.layer}_{name}': x.item() for name, x in said.items()}
+    return {f'attn{self.layer}_{name}': x.item() for name, x in told.items()}

@@ -48,9 +48,8 @@ class KVCache:
         self.k, self.v = (t.new_zeros(*t.shape[:2], self.length, t.shape[3]) for t in (k, v))
         self.j = j.new_full((*j.shape[:-1], self.length), -1)
 
-    def add(
-        self, k, v, j
-    ):  # (B, G, T, D) twice, positions (T,) or (B, T) → all that is known, (B, G, S, D), …
+    def add(self, k, v, j):
+        # (B, G, T, D) twice, positions (T,) or (B, T) → all that is known, (B, G, S, D), …
         new, first = slice(self.n, self.n + k.shape[2]), self.n == 0
         if new.stop > self.length:
             raise LabError(

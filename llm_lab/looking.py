@@ -67,30 +67,31 @@ def _placed(weights, j, size):  # (B, H, T, S), key positions (S,) or (B, S) →
     return weights.new_zeros(*weights.shape[:3], size + 1).scatter_add_(-1, at, weights)[..., :-1]
 
 # %% ../nbs/27_looking.ipynb #54ebc4eb
-# (L, H, T, S), or (B, L, H, T, S) for several: [layer, head, query, key position], float32 on the
-# CPU
 def attention_maps(
     model,
     ids,  # one text, (T,), or several of one length, (B, T)
     i=None,  # its positions, (T,) or (B, T); 0, 1, 2, … if none
     **ctx,  # words that parts of the model read; a cache is filled, as by any reading
 ) -> Tensor:
+    # (L, H, T, S), or (B, L, H, T, S) for several: [layer, head, query, key position], float32 on
+    # the CPU
     """Attention weights of every layer and head:
 
     `scaled_dot_product` itself, asked with unit vectors as values"""
-    notes = []
+    notes = []  # of each layer: weights (B, H, T, S), key positions (S,) or (B, S)
 
     def watch(attn, q, k, v, i, j, **ctx):
+        # value s is 1 in column s and 0 elsewhere, so that the sums are the weights
         units = torch.eye(k.shape[2], dtype=q.dtype, device=q.device).expand(*k.shape[:2], -1, -1)
-        notes.append(
-            (attn.join(q, k, units, i, j, **ctx | dict(rising=False)).float().cpu(), j.cpu())
-        )
+        # not `rising`: kernels for whole texts are for values of the usual width
+        weights = attn.join(q, k, units, i, j, **ctx | dict(rising=False))
+        notes.append((weights.float().cpu(), j.cpu()))
         return q, k, v, i, j
 
     with intervene(model, watch):
         _read(model, ids, i, **ctx)
     size = 1 + max(int(j.max()) for _, j in notes)  # layers may keep different keys
-    maps = torch.stack([_placed(*note, size) for note in notes], 1)
+    maps = torch.stack([_placed(weights, j, size) for weights, j in notes], 1)
     return maps if torch.as_tensor(ids).dim() == 2 else maps[0]
 
 # %% ../nbs/27_looking.ipynb #b56ac978
@@ -108,29 +109,34 @@ def visible_token(token: str) -> str:
 def describe_row(weights: Tensor, tokens, query=-1, n=3) -> str:  # weights: one map, (T, T)
     "In words: the `n` places that get most of a query's weight"
     row = weights[query].tolist()
-    best = [s for s in sorted(range(len(row)), key=lambda s: -row[s])[:n] if row[s] > 0]
-    say = lambda s: f'“{visible_token(tokens[s])}”'
-    return f'{say(query)} looks at ' + ', '.join(f'{say(s)} {row[s]:.2f}' for s in best)
+    by_weight = sorted(range(len(row)), key=lambda place: -row[place])
+    best = [place for place in by_weight[:n] if row[place] > 0]
+
+    def quoted(place):
+        return f'“{visible_token(tokens[place])}”'
+
+    return f'{quoted(query)} looks at ' + ', '.join(f'{quoted(s)} {row[s]:.2f}' for s in best)
 
 # %% ../nbs/27_looking.ipynb #c45e3718
 def _checked(weights, tokens, layer=0, head=0, query=-1, most=None):
     "The choice, counted from the start; raises `LabError` where maps, text and choice do not fit"
-    if weights.dim() != 4 or weights.shape[2:] != (T := len(tokens), T):
+    T = len(tokens)
+    if weights.dim() != 4 or weights.shape[2:] != (T, T):
         raise LabError(
-            f'maps of shape {tuple(weights.shape)} do not fit {len(tokens)} tokens: '
+            f'maps of shape {tuple(weights.shape)} do not fit {T} tokens: '
             'give both as `attention_of` returns them'
         )
     if most and T > most:
         raise LabError(f'a text of {T} tokens is too long for this view: give at most {most}')
-    for name, n, size in zip(('layer', 'head', 'query'), (layer, head, query), weights.shape):
+    choice = (layer, head, query)
+    for name, n, size in zip(('layer', 'head', 'query'), choice, weights.shape):
         if not -size <= n < size:
             raise LabError(f'{name}={n}: choose from 0 to {size - 1}')
-    return [n % size for n, size in zip((layer, head, query), weights.shape)]
+    return [n % size for n, size in zip(choice, weights.shape)]
 
 # %% ../nbs/27_looking.ipynb #87135945
-def plot_attention(
-    weights: Tensor, tokens, layer=0, head=0, query=-1
-):  # as `attention_of` gives them → a figure
+def plot_attention(weights: Tensor, tokens, layer=0, head=0, query=-1):
+    # as `attention_of` gives them → a figure
     """One map; the shade is √weight, so that small weights show; the row of `query` is marked, and
     told in the title"""
     (layer, head, query), plt = _checked(weights, tokens, layer, head, query), pyplot()
@@ -156,24 +162,28 @@ def plot_attention(
 def mean_distance(weights: Tensor) -> Tensor:  # (…, T, S) → (…)
     """How many places back a head looks: the mean over queries, the last T of S positions, of Σ
     weight·(i − j)"""
-    j = torch.arange(weights.shape[-1])
-    return (weights * (j[-weights.shape[-2] :, None] - j)).sum(-1).mean(-1)
+    T, S = weights.shape[-2:]
+    j = torch.arange(S)
+    i = j[-T:, None]
+    return (weights * (i - j)).sum(-1).mean(-1)
 
 
 def plot_heads(weights: Tensor):  # maps of one text, (L, H, T, T) → a matplotlib figure
     "All maps of a text: a row for each layer, a column for each head"
-    (L, H), far, plt = weights.shape[:2], mean_distance(weights).flatten().tolist(), pyplot()
-    name = lambda n: f'{n // H}.{n % H}'
+    L, H = weights.shape[:2]
+    far = mean_distance(weights).flatten().tolist()
+    names = [f'{layer}.{head}' for layer in range(L) for head in range(H)]
     low = far.index(min(far))
     high = far.index(max(far))
+    plt = pyplot()
     fig, axs = plt.subplots(L, H, figsize=(1.1 * H + 0.2, 1.25 * L + 0.4), squeeze=False)
     for n, (ax, w) in enumerate(zip(axs.flat, weights.flatten(0, 1))):
         ax.imshow(w.sqrt(), cmap=SEQUENTIAL, vmin=0, vmax=1)
         ax.grid(False)
         ax.set(xticks=[], yticks=[])
-        ax.set_title(f'{name(n)}: {far[n]:.1f} back', fontsize=7)
+        ax.set_title(f'{names[n]}: {far[n]:.1f} back', fontsize=7)
     fig.suptitle(
-        f'head {name(low)} looks {far[low]:.1f} back, head {name(high)} looks {far[high]:.1f}',
+        f'head {names[low]} looks {far[low]:.1f} back, head {names[high]} looks {far[high]:.1f}',
         x=0.02,
         ha='left',
         fontsize=9,
@@ -181,21 +191,33 @@ def plot_heads(weights: Tensor):  # maps of one text, (L, H, T, T) → a matplot
     return fig
 
 # %% ../nbs/27_looking.ipynb #c9c60112
-_INK, _MOST = '26,95,180', 256  # the shade; the longest text that is shown as text
+_INK = '26,95,180'  # the shade, red, green and blue
+_MOST = 256  # the longest text that is shown as text
+
+
+def _element(name, inside, **attributes):
+    "An element of a page; what is inside, and the attributes, must be escaped already"
+    said = ''.join(f' {key}="{value}"' for key, value in attributes.items())
+    return f'<{name}{said}>{inside}</{name}>'
+
+
+def _ground(strength, dark):
+    "The style of a ground of this strength, 0 to 1, with white letters where it is dark"
+    style = f'background-color:rgba({_INK},{strength:.2f})'
+    return style + ';color:#fff' if dark else style
 
 
 def _shaded(token, weight, looks):
     """A token on a ground of strength √weight, its weight in the tool tip; underlined if it is the
     one who looks"""
-    tip = escape(f'{visible_token(token)} {weight:.2f}', quote=True)
     shown = escape(token.replace('\n', '↵\n'))
-    style = f'background-color:rgba({_INK},{weight**0.5:.2f})' + ';color:#fff' * (weight > 0.36)
     if weight < 0.005 and not looks:
         return shown
-    return (
-        f'<span title="{tip}" '
-        f'style="{style}{";border-bottom:3px solid #e66100" * looks}">{shown}</span>'
-    )
+    style = _ground(weight**0.5, dark=weight > 0.36)
+    if looks:
+        style += ';border-bottom:3px solid #e66100'
+    tip = escape(f'{visible_token(token)} {weight:.2f}', quote=True)
+    return _element('span', shown, title=tip, style=style)
 
 
 def attention_html(weights: Tensor, tokens, layer=0, head=0, query=-1) -> str:
@@ -203,53 +225,69 @@ def attention_html(weights: Tensor, tokens, layer=0, head=0, query=-1) -> str:
 
     No script, no style sheet, no picture"""
     layer, head, query = _checked(weights, tokens, layer, head, query, _MOST)
-
-    def one(l, h):
-        says = escape(f'layer {l}, head {h}: {describe_row(weights[l, h], tokens, query)}')
-        text = map(
-            _shaded, tokens, weights[l, h, query].tolist(), (s == query for s in range(len(tokens)))
-        )
-        return (
-            f'<details{" open" * ((l, h) == (layer, head))}><summary>{says}</summary>'
-            '<div style="font-family:monospace;white-space:pre-wrap">'
-            f'{"".join(text)}</div></details>'
-        )
-
-    return ''.join(one(l, h) for l in range(weights.shape[0]) for h in range(weights.shape[1]))
+    page = []
+    for l in range(weights.shape[0]):
+        for h in range(weights.shape[1]):
+            says = f'layer {l}, head {h}: {describe_row(weights[l, h], tokens, query)}'
+            row = weights[l, h, query].tolist()
+            text = ''.join(
+                _shaded(token, weight, place == query)
+                for place, (token, weight) in enumerate(zip(tokens, row))
+            )
+            text = _element('div', text, style='font-family:monospace;white-space:pre-wrap')
+            is_open = ' open' if (l, h) == (layer, head) else ''
+            summary = _element('summary', escape(says))
+            page.append(f'<details{is_open}>{summary}{text}</details>')
+    return ''.join(page)
 
 # %% ../nbs/27_looking.ipynb #032e6a55
 def _png(w) -> str:  # one map, (T, T)
     """A map as a picture that lies inside a page, at least 240 pixels wide: viewers blur what they
     enlarge"""
-    w = (w.sqrt() * 31).round().div(31).kron(torch.ones([239 // len(w) + 1] * 2))
-    pyplot().imsave(png := BytesIO(), w.numpy(), cmap=SEQUENTIAL, vmin=0, vmax=1, format='png')
+    scale = 239 // len(w) + 1
+    shade = (w.sqrt() * 31).round().div(31)  # 32 shades: the file becomes small
+    png = BytesIO()
+    pyplot().imsave(
+        png,
+        shade.kron(torch.ones(scale, scale)).numpy(),
+        cmap=SEQUENTIAL,
+        vmin=0,
+        vmax=1,
+        format='png',
+    )
     return 'data:image/png;base64,' + b64encode(png.getvalue()).decode()
+
+
+def _unfolding_map(w, name, says):
+    "A cell of the table: a small map, and after a click a large one, with what it says"
+    png = _png(w)
+
+    def image(size):
+        return f'<img src="{png}" alt="{name}" width="{size}" height="{size}">'
+
+    summary = _element('summary', image(56), title=name)
+    unfolded = f'<b>{name}</b><br>{image(280)}<br>{escape(says)}'
+    return _element(
+        'td',
+        _element('details', summary + unfolded),
+        style='vertical-align:top;text-align:left;border:none',
+    )
 
 
 def heads_html(weights: Tensor, tokens, query=-1) -> str:
     """All maps of a text, a row for each layer; a click unfolds one and says where a query looks.
 
     No script"""
-    query = _checked(weights, tokens, query=query, most=_MOST)[2]
+    _, _, query = _checked(weights, tokens, query=query, most=_MOST)
     far = mean_distance(weights).tolist()
-
-    def one(l, h):
-        name = f'layer {l}, head {h}: {far[l][h]:.1f} back'
-        png = _png(weights[l, h])
-        img = lambda size: f'<img src="{png}" alt="{name}" width="{size}" height="{size}">'
-        says = escape(describe_row(weights[l, h], tokens, query))
-        return (
-            '<td style="vertical-align:top;text-align:left;border:none"><details><summary '
-            f'title="{name}">'
-            f'{img(56)}</summary><b>{name}</b><br>{img(280)}<br>{says}</details></td>'
-        )
-
-    rows = (''.join(one(l, h) for h in range(weights.shape[1])) for l in range(weights.shape[0]))
-    return (
-        '<table>'
-        + ''.join(f'<tr style="background:transparent">{row}</tr>' for row in rows)
-        + '</table>'
-    )
+    rows = []
+    for l, layer in enumerate(weights):
+        cells = []
+        for h, w in enumerate(layer):
+            name = f'layer {l}, head {h}: {far[l][h]:.1f} back'
+            cells.append(_unfolding_map(w, name, describe_row(w, tokens, query)))
+        rows.append(_element('tr', ''.join(cells), style='background:transparent'))
+    return _element('table', ''.join(rows))
 
 # %% ../nbs/27_looking.ipynb #5c57136c
 def static(name: str) -> str:
@@ -285,9 +323,8 @@ def _shared(weights, tokens, layer=0, head=0, query=-1):
     )
 
 
-def attention_map(
-    weights: Tensor, tokens, layer=0, head=0, query=-1
-):  # a widget; the still page where none can live
+def attention_map(weights: Tensor, tokens, layer=0, head=0, query=-1):
+    # a widget; the still page where none can live
     """A text to touch: choose layer and head by name or by their small map, point at a token, see
     where it looks"""
     shared = _shared(weights, tokens, layer, head, query)
@@ -316,78 +353,105 @@ def uniform_attention(T: int) -> Tensor:  # (T, T)
     return torch.ones(T, T).tril() / torch.arange(1, T + 1)[:, None]
 
 # %% ../nbs/27_looking.ipynb #0e1baa82
-def head_scores(
-    maps: Tensor, ids
-) -> dict:  # (L, H, T, T) and (T,), or (B, L, H, T, T) and (B, T) → {name: (L, H)}
-    """Mean weight on the token before, on what followed a copy (induction), on the copy (Olsson et
-    al. 2022)"""
-    ids, T = torch.as_tensor(ids).cpu(), maps.shape[-1]
+def head_scores(maps: Tensor, ids) -> dict:
+    # (L, H, T, T) and (T,), or (B, L, H, T, T) and (B, T) → {name: (L, H)}
+    """Mean weight on the token before, on what followed a copy (induction), on the copy
+    (Olsson et al. 2022)"""
+    ids = torch.as_tensor(ids).cpu()
+    T = maps.shape[-1]
     if maps.shape[-2] != T or ids.shape != (*maps.shape[:-4], T):
         raise LabError(
             f'maps of shape {tuple(maps.shape)} do not fit ids of shape {tuple(ids.shape)}'
         )
-    same = (
-        (ids[..., :, None] == ids[..., None, :]).tril(-1).view(-1, T, T)
-    )  # key s is an earlier copy of query t
+    # (B, T, T): key s is an earlier copy of query t
+    same = (ids[..., :, None] == ids[..., None, :]).tril(-1).view(-1, T, T)
     if not same.any():
         raise LabError('no token of this text comes twice: take ids as `repeated_ids` makes them')
     wanted = dict(
-        previous=torch.ones_like(same).tril(-1).triu(-1), induction=same.roll(1, -1), duplicate=same
+        previous=torch.ones_like(same).tril(-1).triu(-1),  # the diagonal below the main one
+        induction=same.roll(1, -1),  # key s + 1, what followed the copy
+        duplicate=same,
     )
-    score = lambda m: (
-        torch.einsum('blhts,bts->lh', maps.view(-1, *maps.shape[-4:]), m.float()) / m.any(-1).sum()
-    )
-    return {name: score(m) for name, m in wanted.items()}
+    maps = maps.view(-1, *maps.shape[-4:])  # (B, L, H, T, T)
+
+    def mean_weight(mask):  # over the queries that have such a key
+        return torch.einsum('blhts,bts->lh', maps, mask.float()) / mask.any(-1).sum()
+
+    return {name: mean_weight(mask) for name, mask in wanted.items()}
 
 # %% ../nbs/27_looking.ipynb #d7130796
-def plot_scores(
-    scores: dict, chance: dict
-):  # of `head_scores`: a model's, a blind head's → a matplotlib figure
+def _plot_score(ax, score, title):  # score: (L, H)
+    "One panel: a square for each head, its number in it"
+    L, H = score.shape
+    ax.imshow(score, cmap=SEQUENTIAL, vmin=0, vmax=1)
+    ax.grid(False)
+    for n, x in enumerate(score.flatten().tolist()):
+        layer, head = divmod(n, H)
+        color = 'k' if x > 0.6 else 'w'  # to be read on its ground
+        ax.text(head, layer, f'{x:.2f}', ha='center', va='center', fontsize=7, color=color)
+    ax.set_title(title, fontsize=8)
+    ax.set(xticks=range(H), yticks=range(L), xlabel='head')
+
+
+def plot_scores(scores: dict, chance: dict):
+    # of `head_scores`: a model's, a blind head's → a matplotlib figure
     "Layer × head, a panel for each score; the title tells the highest and what a blind head has"
-    plt, (L, H) = pyplot(), next(iter(scores.values())).shape
-    fig, axs = plt.subplots(
-        1, len(scores), figsize=(len(scores) * (0.36 * H + 0.35), 0.36 * L + 0.9), squeeze=False
-    )
-    for ax, (name, s) in zip(axs.flat, scores.items()):
-        ax.imshow(s, cmap=SEQUENTIAL, vmin=0, vmax=1)
-        ax.grid(False)
-        for n, x in enumerate(s.flatten().tolist()):
-            ax.text(
-                n % H,
-                n // H,
-                f'{x:.2f}',
-                ha='center',
-                va='center',
-                fontsize=7,
-                color='k' if x > 0.6 else 'w',
-            )
-        best = f'{s.max():.2f}'
-        by = '{}.{}'.format(*divmod(int(s.argmax()), H))
-        ax.set_title(f'{name}: {best}, head {by}\n(blind: {chance[name].item():.2f})', fontsize=8)
-        ax.set(xticks=range(H), yticks=range(L), xlabel='head')
+    L, H = next(iter(scores.values())).shape
+    size = (len(scores) * (0.36 * H + 0.35), 0.36 * L + 0.9)
+    fig, axs = pyplot().subplots(1, len(scores), figsize=size, squeeze=False)
+    for ax, (name, score) in zip(axs.flat, scores.items()):
+        layer, head = divmod(int(score.argmax()), H)
+        blind = chance[name].item()
+        title = f'{name}: {score.max():.2f}, head {layer}.{head}\n(blind: {blind:.2f})'
+        _plot_score(ax, score, title)
     axs[0, 0].set_ylabel('layer')
     return fig
 
 # %% ../nbs/27_looking.ipynb #dbf5d231
-def logit_lens(
-    model, ids, i=None, **ctx
-) -> Tensor:  # asked as `attention_maps`; (L+1, T, V), or (B, L+1, T, V)
-    """What it would say if it stopped after the embedding, after each block: logits (nostalgebraist
-    2020)"""
-    said, note = [], lambda x: said.append(model.head(model.norm(x)).float().cpu())
+def logit_lens(model, ids, i=None, **ctx) -> Tensor:
+    # asked as `attention_maps`; (L+1, T, V), or (B, L+1, T, V)
+    """What it would say if it stopped after the embedding, after each block: logits
+    (nostalgebraist 2020)"""
+    said = []
+
+    def note(x):
+        said.append(model.head(model.norm(x)).float().cpu())
+
     hooks = [model.blocks[0].register_forward_pre_hook(lambda block, args: note(args[0]))]
     hooks += [b.register_forward_hook(lambda block, args, x: note(x)) for b in model.blocks]
     try:
         _read(model, ids, i, **ctx)
     finally:
-        [h.remove() for h in hooks]
+        for hook in hooks:
+            hook.remove()
     lens = torch.stack(said, 1)
     return lens if torch.as_tensor(ids).dim() == 2 else lens[0]
 
 # %% ../nbs/27_looking.ipynb #7aca681f
-def lens_html(
-    lens: Tensor, tokens, tokenizer
-) -> str:  # as `logit_lens` and `attention_of` give them for one text
+def _lens_cell(inside, title='', style=''):
+    style = f'padding:1px 3px;border:none;text-align:center;{style}'
+    return _element('td', inside, title=title, style=style)
+
+
+def _lens_row(name, cells):
+    cells = _lens_cell(name) + ''.join(cells)
+    return _element('tr', cells, style='background:transparent')
+
+
+def _guess_cell(layer, token, follower, guesses, p):
+    """The likeliest of the guesses, which are sorted, on a ground of its probability.
+
+    All are in the tool tip; bold if the text goes on like that; `follower` is None at its end"""
+    lines = [f'{layer}, after “{visible_token(token)}”:']
+    lines += [f'{guess} {share:.2f}' for guess, share in zip(guesses, p)]
+    style = _ground(p[0], dark=p[0] > 0.6)
+    if follower is not None and guesses[0] == visible_token(follower):
+        style += ';font-weight:bold'
+    return _lens_cell(escape(guesses[0]), escape('\n'.join(lines)), style)
+
+
+def lens_html(lens: Tensor, tokens, tokenizer) -> str:
+    # as `logit_lens` and `attention_of` give them for one text
     """The likeliest next token after each layer, the last layer on top.
 
     No script, no style sheet, no picture"""
@@ -396,34 +460,21 @@ def lens_html(
             f'logits of shape {tuple(lens.shape)} do not fit {len(tokens)} tokens; {_MOST} '
             'are the most'
         )
-    td = '<td title="{}" style="padding:1px 3px;border:none;text-align:center;{}">{}</td>'.format
-
-    def cell(name, t, p, best):
-        said = [visible_token(tokenizer.decode([b])) for b in best]
-        right = [*map(visible_token, tokens[t + 1 : t + 2])]
-        tip = '\n'.join(
-            [
-                f'{name}, after “{visible_token(tokens[t])}”:',
-                *(f'{s} {x:.2f}' for s, x in zip(said, p)),
-            ]
-        )
-        style = f'background-color:rgba({_INK},{p[0]:.2f})' + ';color:#fff' * (p[0] > 0.6)
-        return td(escape(tip), style + ';font-weight:bold' * (said[:1] == right), escape(said[0]))
-
-    row = lambda name, cells: (
-        f'<tr style="background:transparent">{td("", "", name)}{"".join(cells)}</tr>'
+    read = [_lens_cell(escape(visible_token(token)), style='opacity:.6') for token in tokens]
+    rows = [_lens_row('read', read)]
+    top = lens.softmax(-1).topk(min(5, lens.shape[2]))  # (L + 1, T, 5)
+    followers = [*tokens[1:], None]
+    for n, (p_row, best_row) in enumerate(zip(top.values.tolist(), top.indices.tolist())):
+        name = f'layer {n - 1}' if n else 'embedding'
+        cells = []
+        for token, follower, p, best in zip(tokens, followers, p_row, best_row):
+            guesses = [visible_token(tokenizer.decode([b])) for b in best]
+            cells.append(_guess_cell(name, token, follower, guesses, p))
+        rows.append(_lens_row(name, cells))
+    table = _element(
+        'table', ''.join(reversed(rows)), style='font-family:monospace;border-collapse:collapse'
     )
-    rows = [row('read', (td('', 'opacity:.6', escape(visible_token(t))) for t in tokens))]
-    for l, (p, best) in enumerate(
-        zip(*(t.tolist() for t in lens.softmax(-1).topk(min(5, lens.shape[2]))))
-    ):
-        name = f'layer {l - 1}' if l else 'embedding'
-        rows.append(row(name, (cell(name, t, *both) for t, both in enumerate(zip(p, best)))))
-    return (
-        '<div style="overflow-x:auto"><table '
-        'style="font-family:monospace;border-collapse:collapse">'
-        f'{"".join(reversed(rows))}</table></div>'
-    )
+    return _element('div', table, style='overflow-x:auto')
 
 # %% ../nbs/27_looking.ipynb #7d535cca
 def ablate_head(model, layer: int, head: int):

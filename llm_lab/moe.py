@@ -21,12 +21,14 @@ from .llama_block import SwiGLU
 
 # %% ../nbs/51_moe.ipynb #4b31b53f
 def _mine(chosen, n_experts):
+    "Which expert each choice fell on, as a table of yes and no"
     return chosen[..., None] == torch.arange(n_experts, device=chosen.device)  # (N, k, E)
 
 
-# (N, E), (N, k) → (N, k): `gather`, but its way back adds up; a compiler may lose what a scatter
-# writes there
-def _taken(scores, chosen):
+def _taken(scores, chosen):  # (N, E), (N, k) → (N, k)
+    """The scores of the chosen: `gather`, without its way back.
+
+    That one adds up by a scatter, and a compiler may lose what a scatter writes there"""
     return torch.where(_mine(chosen, scores.shape[-1]), scores[..., None, :], 0.0).sum(-1)
 
 
@@ -41,25 +43,22 @@ def softmax_top_k(
     bias=0.0,  # on the choice, not on the weights: (E,)
     renormalise=True,  # do the weights of a token sum to one?
 ) -> tuple:  # weights (N, k), chosen experts (N, k), shares of all experts (N, E)
-    """Softmax over all experts, then the best `top_k` (Lepikhin et al. 2020; Fedus et al. 2021, eq.
-
-    1; Qwen3)"""
+    """Softmax over all experts, then the best `top_k`
+    (Lepikhin et al. 2020; Fedus et al. 2021, eq. 1; Qwen3)"""
     p = logits.softmax(-1)
     chosen = (p + bias).topk(top_k).indices
     return _weighed(p, chosen, renormalise), chosen, p
 
 
 def top_k_softmax(logits, top_k, bias=0.0):  # as `softmax_top_k`
-    """The best `top_k`, then a softmax over their logits alone (Shazeer et al. 2017, eq. 3;
-
-    Mixtral). For `top_k=1` all weights are 1"""
+    """The best `top_k`, then a softmax over their logits alone
+    (Shazeer et al. 2017, eq. 3; Mixtral). For `top_k=1` all weights are 1"""
     chosen = (logits + bias).topk(top_k).indices
     return _taken(logits, chosen).softmax(-1), chosen, logits.softmax(-1)
 
 
-def sigmoid_top_k(
-    logits, top_k, bias=0.0, scale=1.0, renormalise=True
-):  # as `softmax_top_k`; `scale` multiplies the weights
+def sigmoid_top_k(logits, top_k, bias=0.0, scale=1.0, renormalise=True):
+    # as `softmax_top_k`; `scale` multiplies the weights
     "Each expert scored by itself, the best `top_k` renormalised (DeepSeek-AI 2024, eq. 12–16)"
     s = logits.sigmoid()
     chosen = (s + bias).topk(top_k).indices
@@ -71,37 +70,51 @@ def sigmoid_top_k(
 PAD = 32
 
 
-def _table(
-    pairs, n_experts
-):  # (rows of the sorted table, of which the last one stays free; multiple of a piece)
+def _table(pairs, n_experts):
+    """(rows of the sorted table, multiple that a piece is filled up to).
+
+    A piece grows by less than `pad` rows, so even then the last row of the table stays free"""
     pad = PAD if pairs > n_experts * PAD else 1
     return pairs + n_experts * pad, pad
 
 
-# row of each pair (k·N,) in the sorted table; rows of each expert (E,), and how many are filled
-# (E,); rows of the table
+# Four tokens with two choices each, (0, 1), (0, 2), (0, 1) and (3, 0):
+#
+#     pairs             0 0 0 3  1 2 1 0    first choices, then second ones
+#     e, sorted         0 0 0 0  1 1  2  3
+#     order             0 1 2 7  4 6  5  3  number of each sorted pair
+#     rank              0 1 2 3  0 1  0  0  how many of the same expert stand before it
+#     row, most=None    0 1 2 3  4 5  6  7
+#     row, most=2       0 1 - -  2 3  4  5  - is the last row
+#     row, most=None, in the order of the pairs:  0 1 2 7  4 6 5 3
 def sort_by_expert(
     chosen: Tensor,  # (N, k)
     n_experts: int,
     most: int = None,  # places that an expert has; no end if none
 ) -> tuple:
+    # row of each pair (k·N,) in the sorted table; rows of each expert (E,), and how many of them
+    # are filled (E,); rows of the table
     """One sort: rows of the same expert side by side.
 
     Who comes too late stands in the last row, which nobody reads"""
     pairs = chosen.t().flatten()  # all first choices come before all second ones
     e, order = pairs.sort(stable=True)
+    # `bincount` would wait for the device
     counts = torch.zeros(n_experts, dtype=torch.int64, device=e.device).index_add_(
         0, pairs, torch.ones_like(pairs)
     )
-    rank = torch.arange(len(e), device=e.device) - (counts.cumsum(0) - counts)[e]
+    begin = counts.cumsum(0) - counts  # of each expert among the sorted pairs
+    rank = torch.arange(len(e), device=e.device) - begin[e]
     if most is not None:
         counts = counts.clamp_max(most)
     M, pad = _table(len(e), n_experts)
-    rows = (counts + pad - 1) // pad * pad
-    row = (rows.cumsum(0) - rows)[e] + rank
+    rows = (counts + pad - 1) // pad * pad  # filled up
+    begin = rows.cumsum(0) - rows  # of each expert in the table
+    row = begin[e] + rank
     if most is not None:
         row = torch.where(rank < most, row, M - 1)
-    return torch.empty_like(row).scatter_(0, order, row), rows, counts, M
+    place = torch.empty_like(row).scatter_(0, order, row)  # back to the order of the pairs
+    return place, rows, counts, M
 
 # %% ../nbs/51_moe.ipynb #3ef3e086
 class _Sent(torch.autograd.Function):
@@ -110,7 +123,8 @@ class _Sent(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, place, M):
         ctx.save_for_backward(place)
-        ctx.times, ctx.N = len(place) // max(1, len(x)), len(x)
+        ctx.N = len(x)
+        ctx.times = len(place) // max(1, len(x))  # k: how many experts each token has
         return x.new_zeros(M, x.shape[1]).index_copy_(0, place, x.repeat(ctx.times, 1))
 
     @staticmethod
@@ -130,69 +144,91 @@ class _Fetched(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        return g.new_zeros(ctx.M, g.shape[1]).index_copy_(0, ctx.saved_tensors[0], g), None
+        (place,) = ctx.saved_tensors
+        return g.new_zeros(ctx.M, g.shape[1]).index_copy_(0, place, g), None
 
 # %% ../nbs/51_moe.ipynb #ad1a65f6
-def _each(
-    f, *tables, rows
-):  # f of each expert's rows; the last table is filled, with zeros behind them
-    used = sum(sizes := rows.tolist())
-    for e, cut in enumerate(zip(*(t[:used].split(sizes) for t in tables))):
-        f(e, *cut)
+def _each(f, *tables, rows):
+    """Call f(e, piece, …) with each expert's piece of the tables; f fills the last of them.
+
+    For rows = (2, 0, 1): f(0, [:2], …), f(1, [2:2], …), f(2, [2:3], …), and zeros in [3:]"""
+    sizes = rows.tolist()
+    used = sum(sizes)
+    pieces = [table[:used].split(sizes) for table in tables]
+    for e, of_one in enumerate(zip(*pieces)):
+        f(e, *of_one)
     tables[-1][used:] = 0
 
 
-def _forth(x, w, rows):
+def _forth(x, w, rows):  # as `grouped_mm`
     out = x.new_empty(len(x), w.shape[1])
-    _each(lambda e, a, o: torch.mm(a, w[e].T, out=o), x, out, rows=rows)
+
+    def one(e, x, out):
+        torch.mm(x, w[e].T, out=out)
+
+    _each(one, x, out, rows=rows)
     return out
 
 
-def _back(g, x, w, rows):
-    gx, gw = torch.empty_like(x), torch.empty_like(w)
+def _back(g, x, w, rows):  # g: the gradient of the output, (M, F) → gradients of x and w
+    gx = torch.empty_like(x)
+    gw = torch.empty_like(w)
 
-    def one(e, g, a, o):
-        torch.mm(g, w[e], out=o)
-        torch.mm(g.T, a, out=gw[e])
+    def one(e, g, x, gx):
+        torch.mm(g, w[e], out=gx)
+        torch.mm(g.T, x, out=gw[e])
 
     _each(one, g.contiguous(), x, gx, rows=rows)
     return gx, gw
 
 
 def _quick(f):
-    return lambda *args: (
-        by_onednn(f)
-        if args[0].dtype == torch.float32 and args[0].device.type == 'cpu' and quick_products()
-        else f
-    )(*args)
+    "`f`, its products made by oneDNN where that is faster and as exact"
+
+    def call(first, *others):
+        on_cpu = first.dtype == torch.float32 and first.device.type == 'cpu'
+        run = by_onednn(f) if on_cpu and quick_products() else f
+        return run(first, *others)
+
+    return call
 
 # %% ../nbs/51_moe.ipynb #8fde24e9
+def _filled_rows(M, E):
+    "As many pairs as a table of M rows was made for: what `_table` added is taken off again"
+    return M - E * (PAD if M > 2 * E * PAD else 1)
+
+
+def _flops(x, w):  # shapes (M, C), (E, F, C)
+    E, rows, columns = w
+    return 2 * _filled_rows(x[0], E) * rows * columns
+
+
+def _flops_forth(x, w, rows, **kw):
+    return _flops(x, w)
+
+
+def _flops_back(g, x, w, rows, **kw):  # a product for x, and one for w
+    return 2 * _flops(x, w)
+
+
 _ops = torch.library.Library('llm_lab', 'FRAGMENT')
-if not hasattr(torch.ops.llm_lab, 'grouped'):
+if not hasattr(torch.ops.llm_lab, 'grouped'):  # a module that is loaded again finds them there
     _ops.define('grouped(Tensor x, Tensor w, Tensor rows) -> Tensor')
-    _ops.impl('grouped', _quick(_forth), 'CompositeExplicitAutograd')
     _ops.define('grouped_back(Tensor g, Tensor x, Tensor w, Tensor rows) -> (Tensor, Tensor)')
+    _ops.impl('grouped', _quick(_forth), 'CompositeExplicitAutograd')
     _ops.impl('grouped_back', _quick(_back), 'CompositeExplicitAutograd')
+    # asked for shapes alone
     _ops.impl('grouped', lambda x, w, rows: x.new_empty(len(x), w.shape[1]), 'Meta')
     _ops.impl(
         'grouped_back', lambda g, x, w, rows: (torch.empty_like(x), torch.empty_like(w)), 'Meta'
     )
-    for f, n in (
-        (torch.ops.llm_lab.grouped, 0),
-        (torch.ops.llm_lab.grouped_back, 1),
-    ):  # x: (M, C), w: (E, F, C)
-        register_flop_formula(f)(
-            lambda *s, n=n, **kw: (
-                2 * (1 + n) * _filled_rows(s[n][0], s[n + 1][0]) * s[n + 1][1] * s[n + 1][2]
-            )
-        )
-
-
-def _filled_rows(M, E):
-    return M - E * (PAD if M > 2 * E * PAD else 1)
+    register_flop_formula(torch.ops.llm_lab.grouped)(_flops_forth)
+    register_flop_formula(torch.ops.llm_lab.grouped_back)(_flops_back)
 
 
 class _Grouped(torch.autograd.Function):
+    "The operation with its way back"
+
     @staticmethod
     def forward(ctx, x, w, rows):
         ctx.save_for_backward(x, w, rows)
@@ -200,13 +236,22 @@ class _Grouped(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        return *torch.ops.llm_lab.grouped_back(g, *ctx.saved_tensors), None
+        gx, gw = torch.ops.llm_lab.grouped_back(g, *ctx.saved_tensors)
+        return gx, gw, None
 
 # %% ../nbs/51_moe.ipynb #d881433d
-def _by_kernel(x, w, rows):  # on a GPU; what lies behind the pieces is no number there
+def _by_kernel(x, w, rows):
+    "On a GPU; what lies behind the pieces is no number there, so zeros take its place"
     used = (torch.arange(len(x), device=x.device) < rows.sum())[:, None]
     y = F.grouped_mm(torch.where(used, x, 0), w.transpose(1, 2), offs=rows.cumsum(0).int())
     return torch.where(used, y, 0)
+
+
+def _fits_kernel(x, w):
+    if x.device.type != 'cuda' or x.dtype == torch.float64:
+        return False
+    # rows must begin at multiples of 16 bytes
+    return all(n * x.element_size() % 16 == 0 for n in w.shape[1:])
 
 
 def grouped_mm(
@@ -215,18 +260,13 @@ def grouped_mm(
     rows: Tensor,  # how many each expert has, (E,); what lies behind them becomes zero
 ) -> Tensor:  # (M, F)
     "Each expert's rows times its matrix in one call (Gale et al. 2023)"
-    kind = (
-        torch.get_autocast_dtype(x.device.type)
-        if torch.is_autocast_enabled(x.device.type)
-        else x.dtype
-    )
+    device = x.device.type
+    kind = x.dtype
+    if torch.is_autocast_enabled(device):  # autocast does not know our operation
+        kind = torch.get_autocast_dtype(device)
     x, w = x.to(kind), w.to(kind)
-    fits = (
-        x.device.type == 'cuda'
-        and kind != torch.float64
-        and all(n * x.element_size() % 16 == 0 for n in w.shape[1:])
-    )
-    return (_by_kernel if fits else _Grouped.apply)(x, w, rows)
+    run = _by_kernel if _fits_kernel(x, w) else _Grouped.apply
+    return run(x, w, rows)
 
 # %% ../nbs/51_moe.ipynb #70a44432
 def balance_loss(
@@ -263,14 +303,16 @@ class Router(nn.Module):
         self.layer = layer
         self.top_k = top_k
         self.choose = choose
-        self.off = ()
+        self.off = ()  # experts that may not be chosen; set by `without_experts`
         self.balance = balance
         self.z = z
         self.importance = importance
         self.bias_rate = bias_rate
         self.weight = nn.Parameter(torch.randn(n_experts, cfg.d_model) * cfg.d_model**-0.5)
         self.register_buffer('bias', torch.zeros(n_experts) if bias_rate else None)
-        self.since = self.noted = None  # choices since the last step; what `metrics` tells
+        # by `note`: choices since the last step, for `settle`; the last batch, for `MoE.metrics`
+        self.since = None
+        self.noted = None
 
     def forward(self, x, aux=None):  # rows (N, C) → weights (N, k), chosen (N, k), load (E,)
         kind = torch.promote_types(x.dtype, torch.float32)
@@ -278,14 +320,13 @@ class Router(nn.Module):
             logits = F.linear(x.to(kind), self.weight.to(kind))
             bias = logits.new_zeros(len(self.weight)) if self.bias is None else self.bias.to(kind)
             if self.off:
-                logits, bias = (
-                    t.index_fill(-1, torch.tensor(self.off, device=x.device), -math.inf)
-                    for t in (logits, bias)
-                )
+                off = torch.tensor(self.off, device=x.device)
+                logits = logits.index_fill(-1, off, -math.inf)
+                # too: a sigmoid of −∞ is 0, and the bias alone would choose
+                bias = bias.index_fill(-1, off, -math.inf)
             w, chosen, p = self.choose(logits, self.top_k, bias)
-            counts = torch.zeros_like(bias).index_add_(
-                0, chosen.flatten(), torch.ones_like(chosen, dtype=kind).flatten()
-            )
+            ones = torch.ones_like(chosen, dtype=kind).flatten()
+            counts = torch.zeros_like(bias).index_add_(0, chosen.flatten(), ones)
             if aux is not None:
                 aux.say(
                     self.layer,
@@ -300,11 +341,15 @@ class Router(nn.Module):
         return w.to(x.dtype), chosen, counts
 
 
+def _is_number(v):
+    return isinstance(v, (int, float)) and not isinstance(v, bool)
+
+
 def _known_router(cfg, choose=part(top_k_softmax), balance=0.01, z=0.001, bias_rate=0.0, **kw):
     if not isinstance(choose, part):
         raise LabError(f'choose={choose!r}: give a recipe, such as part(softmax_top_k)')
     for k, v in dict(balance=balance, z=z, bias_rate=bias_rate).items():
-        if isinstance(v, bool) or not isinstance(v, (int, float)) or not 0 <= v < math.inf:
+        if not _is_number(v) or not 0 <= v < math.inf:
             raise LabError(f'{k}={v!r}: give 0 or a little more, such as 0.001')
 
 
@@ -316,11 +361,13 @@ def loss(self: Router, logits, w, chosen, p, counts) -> Tensor:
     "What training adds for the sake of balance, a number"
     out = logits.new_zeros(())
     if self.importance:
-        p = (_mine(chosen, p.shape[1]) * w[..., None]).sum(1)
+        p = (_mine(chosen, p.shape[1]) * w[..., None]).sum(1)  # (N, E): weights of the chosen
         p = len(p) * p / p.sum()
     if self.balance:
         out = out + self.balance * balance_loss(counts / chosen.numel(), p.mean(0))
-    return out + self.z * z_loss(logits) if self.z else out
+    if self.z:
+        out = out + self.z * z_loss(logits)
+    return out
 
 
 @patch
@@ -328,9 +375,8 @@ def note(self: Router, counts, p):
     """Keep, without waiting for the device, what `settle` and `metrics` ask for; metrics are those
     of the last batch, also after a kill"""
     p = p.detach()
-    self.noted = dict(
-        load=counts, entropy=-torch.xlogy(p, p).sum(1).mean() / math.log(max(2, p.shape[1]))
-    )
+    entropy = -torch.xlogy(p, p).sum(1).mean() / math.log(max(2, p.shape[1]))
+    self.noted = dict(load=counts, entropy=entropy)
     if self.bias is not None:
         self.since = counts if self.since is None else self.since + counts
 
@@ -338,9 +384,8 @@ def note(self: Router, counts, p):
 @patch
 @torch.no_grad()
 def settle(self: Router):
-    """After a step: who had more than his share becomes less likely, by `bias_rate` (Wang et al.
-
-    2024, algorithm 1)"""
+    """After a step: who had more than his share becomes less likely, by `bias_rate`
+    (Wang et al. 2024, algorithm 1)"""
     if self.since is None:
         return
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -356,39 +401,39 @@ class ExpertLinear(nn.Module):
     def __init__(self, linear: nn.Linear, n_experts: int, top_k: int):
         super().__init__()
         self.weight = nn.Parameter(linear.weight.detach().repeat(n_experts, 1, 1))
-        self.bias = (
-            None if linear.bias is None else nn.Parameter(linear.bias.detach().repeat(n_experts))
-        )
-        # of the weights that a token reads; set by `MoE`
+        self.bias = None
+        if linear.bias is not None:
+            self.bias = nn.Parameter(linear.bias.detach().repeat(n_experts))
+        # of the weights that a token reads; for `active_params` and `bytes_per_token`
         self.share = top_k / n_experts
+        # (E,): how many rows of the table each expert has. Set by `MoE.ask` before each call,
+        # because the MLP around hands its linear maps a table and nothing else
         self.rows = None
 
     def forward(self, x):  # a sorted table (M, columns) → (M, rows)
         y = grouped_mm(x, self.weight, self.rows)
         if self.bias is None:
             return y
-        who = torch.searchsorted(
-            self.rows.cumsum(0), torch.arange(len(x), device=x.device), right=True
-        )
-        return y + self.bias.view(len(self.weight), -1)[who.clamp_max(len(self.weight) - 1)].to(
-            y.dtype
-        )
+        # whose is each row? Those behind the pieces get the last expert's bias; nobody reads them
+        E = len(self.weight)
+        row = torch.arange(len(x), device=x.device)
+        expert = torch.searchsorted(self.rows.cumsum(0), row, right=True).clamp_max(E - 1)
+        return y + self.bias.view(E, -1)[expert].to(y.dtype)
 
 
-def _experts(mlp, n_experts, top_k):  # its linear maps, once for each expert
+def _experts(mlp, n_experts, top_k):
+    "The MLP, each linear map once for each expert; raises `LabError` if it has other weights"
     for parent in list(mlp.modules()):
         for name, m in list(parent.named_children()):
             if isinstance(m, nn.Linear):
                 setattr(parent, name, ExpertLinear(m, n_experts, top_k))
-    odd = [
-        n
-        for n, _ in mlp.named_parameters()
-        if not isinstance(mlp.get_submodule(n.rpartition('.')[0]), ExpertLinear)
-    ]
-    if odd:
-        raise LabError(
-            f'expert={type(mlp).__name__}: {odd[0]} is no part of a linear map; give MLP or SwiGLU'
-        )
+    for name, _ in mlp.named_parameters():
+        owner = mlp.get_submodule(name.rpartition('.')[0])
+        if not isinstance(owner, ExpertLinear):
+            raise LabError(
+                f'expert={type(mlp).__name__}: {name} is no part of a linear map; '
+                'give MLP or SwiGLU'
+            )
     return mlp
 
 # %% ../nbs/51_moe.ipynb #45dfc9b9
@@ -414,6 +459,7 @@ class MoE(nn.Module):
         self.layer = layer
         self.n_experts = n_experts
         self.capacity = capacity
+        # the last batch, for `metrics`, where the router keeps no notes of its own
         self.noted = None
         self.router = router(cfg, layer, n_experts=n_experts, top_k=top_k)
         self.experts = _experts(expert(cfg, layer), n_experts, top_k)
@@ -424,27 +470,27 @@ class MoE(nn.Module):
         w, chosen, load = self.router(flat, aux)
         if not isinstance(self.router, Router):
             self.speak(aux, w, chosen, load)
-        most = None
-        if self.training and self.capacity:
-            # 1.1·100/10 is a little more than 11 here, and still means 11
-            most = max(1, math.ceil(round(self.capacity * chosen.numel() / self.n_experts, 6)))
+        most = self._most(chosen.numel())
         place, rows, kept, M = sort_by_expert(chosen, self.n_experts, most)
         table = self.ask(_Sent.apply(flat, place, M), rows)
-        w = w.t().flatten()
+        w = w.t().flatten()  # (k·N,), in the order of the pairs
         if most is not None:
-            w = w * (place < M - 1)
+            w = w * (place < M - 1)  # the last row is that of nobody
             self.drop(load, kept)
-        out = (
-            (_Fetched.apply(table, place) * w[:, None])
-            .view(chosen.shape[1], *flat.shape)
-            .sum(0)
-            .view_as(x)
-        )
+        answers = _Fetched.apply(table, place) * w[:, None]
+        out = answers.view(chosen.shape[1], *flat.shape).sum(0).view_as(x)
         return sum((s(x) for s in self.shared), out)
 
-    def ask(
-        self, table, rows
-    ):  # rows (M, C), and how many each expert has, (E,) → what they say, (M, C)
+    def _most(self, pairs):
+        "Places of an expert, for so many pairs; None if there is no end"
+        if not self.training or not self.capacity:
+            return None
+        # 1.1·100/10 is a little more than 11 here, and still means 11
+        return max(1, math.ceil(round(self.capacity * pairs / self.n_experts, 6)))
+
+    def ask(self, table, rows):
+        # rows (M, C), and how many each expert has, (E,) → what they say, (M, C).
+        # An MLP hands on x alone: how its rows are shared out goes to the linear maps directly
         for m in self.experts.modules():
             if isinstance(m, ExpertLinear):
                 m.rows = rows
@@ -466,30 +512,25 @@ def _experts_fit(
             raise LabError(f'{k}={v!r}: give a whole number of at least {least}')
     if top_k > n_experts:
         raise LabError(f'top_k={top_k}: there are {n_experts} experts; give at most that')
-    if capacity is not None and (
-        isinstance(capacity, bool)
-        or not isinstance(capacity, (int, float))
-        or not 0 < capacity < math.inf
-    ):
+    if capacity is not None and not (_is_number(capacity) and 0 < capacity < math.inf):
         raise LabError(f'capacity={capacity!r}: give a factor such as 1.25, or leave it out')
-    for k, v in dict(expert=expert, router=router).items():
+    for k, v, example in (('expert', expert, 'SwiGLU'), ('router', router, 'Router')):
         if not isinstance(v, part):
-            raise LabError(
-                f'{k}={v!r}: give a recipe, such as part({"SwiGLU" if k == "expert" else "Router"})'
-            )
+            raise LabError(f'{k}={v!r}: give a recipe, such as part({example})')
 
 
 MoE.check = staticmethod(_experts_fit)
 
 # %% ../nbs/51_moe.ipynb #59067b3c
-def moe_reference(
-    moe: MoE, x: Tensor
-) -> Tensor:  # (B, T, C) → (B, T, C), token by token; slow and obvious, without capacity
+def moe_reference(moe: MoE, x: Tensor) -> Tensor:
+    # (B, T, C) → (B, T, C), token by token; slow and obvious, without capacity
     """What a mixture of experts means: each token's choices, each expert a plain MLP, the sum of
     their weighted answers"""
-    out, training = [], moe.router.training
+    training = moe.router.training
+    moe.router.eval()  # nothing is noted
+    out = []
     for row in x.flatten(0, -2):
-        w, chosen, _ = moe.router.eval()(row[None])  # nothing is noted
+        w, chosen, _ = moe.router(row[None])
         y = sum(s(row) for s in moe.shared)
         for weight, e in zip(w[0], chosen[0].tolist()):
             y = y + weight * run_expert(moe, e, row)
@@ -500,56 +541,60 @@ def moe_reference(
 
 def run_expert(moe: MoE, e: int, x: Tensor) -> Tensor:  # (…, C) → (…, C)
     "What one expert says to all"
+    flat = x.reshape(-1, x.shape[-1])
     rows = torch.zeros(moe.n_experts, dtype=torch.int64, device=x.device)
-    rows[e] = len(flat := x.reshape(-1, x.shape[-1]))
+    rows[e] = len(flat)
     return moe.ask(flat, rows).view_as(x)
 
 # %% ../nbs/51_moe.ipynb #fe85c36c
 @patch
+def _note_keeper(self: MoE):
+    "Who has the notes of the last batch, `noted`: the router; the layer if a router keeps none"
+    return self.router if hasattr(self.router, 'noted') else self
+
+
+@patch
 def drop(self: MoE, load, kept):
     "Note the share of the choices that found no place"
-    if noted := self._noted():
+    noted = self._note_keeper().noted
+    if noted:
         noted['drops'] = 1 - kept.sum() / load.sum()
 
 
 @patch
 def speak(self: MoE, aux, w, chosen, load):
     "Note what a router of the reader's own has chosen, where it says nothing itself"
-    if self.training and not hasattr(self.router, 'noted'):
+    if self.training and self._note_keeper() is self:
         self.noted = dict(load=load.detach())
     if aux is not None and self.layer not in aux.said:
         aux.say(self.layer, chosen=chosen, weights=w.detach(), load=load.detach() / chosen.numel())
 
 
 @patch
-def _noted(self: MoE):
-    return getattr(self.router, 'noted', self.noted)
-
-
-@patch
 def metrics(self: MoE) -> dict:
     """Of the last batch in training: the busiest and the idlest expert (1 = a fair share), how
     undecided the router was (0 to 1), drops"""
-    if (noted := self._noted()) is None:
+    keeper = self._note_keeper()
+    noted = keeper.noted
+    if noted is None:
         return {}
-    (self.router if hasattr(self.router, 'noted') else self).noted = None
+    keeper.noted = None
     load = noted['load'] / noted['load'].float().mean()
-    said = dict(
+    told = dict(
         load_max=load.max(),
         load_min=load.min(),
-        entropy=noted.get('entropy'),
+        entropy=noted.get('entropy'),  # a router of your own may not tell it
         drops=noted.get('drops', load.new_zeros(())),
     )
-    return {
-        f'moe{self.layer}_{k}': x.item() for k, x in said.items() if x is not None
-    }  # a router of your own may not tell all
+    return {f'moe{self.layer}_{k}': x.item() for k, x in told.items() if x is not None}
 
 # %% ../nbs/51_moe.ipynb #5a9ee1ef
 @torch.no_grad()
 def routing(model: MiniGPT, ids: Tensor) -> dict:  # ids (T,) or (B, T) → {layer: {name: tensor}}
     """Who reads what: chosen experts and their weights (N, k), the router's shares (N, E), the load
     (E,), for each layer"""
-    aux, training = Aux(), model.training
+    aux = Aux()
+    training = model.training
     if 'aux' not in model.words:
         raise LabError(f'mlp={model.cfg.mlp!r}: this model has no experts to watch')
     model.eval()(ids if ids.dim() == 2 else ids[None], aux=aux)

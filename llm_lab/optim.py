@@ -25,14 +25,18 @@ def newton_schulz(
 ) -> Tensor:  # the same shape and directions, singular values between about 0.7 and 1.2
     """The singular directions of `g`, all about equally long, by Newton–Schulz rounds (Jordan et
     al. 2024)"""
-    x = (
-        g.mT if (tall := g.shape[-2] > g.shape[-1]) else g
-    )  # the smaller side first: smaller products
+    tall = g.shape[-2] > g.shape[-1]
+    x = g.mT if tall else g  # the smaller side first: smaller products
     x = x.to(dtype or g.dtype, memory_format=torch.contiguous_format)
-    x = (x / x.flatten(-2).norm(dim=-1)[..., None, None].clamp_min(1e-7)).reshape(-1, *x.shape[-2:])
+    size = x.flatten(-2).norm(dim=-1)[..., None, None]  # at least the largest singular value
+    x = (x / size.clamp_min(1e-7)).reshape(-1, *x.shape[-2:])
+    # With x = U S Vᵀ, a round is U p(S) Vᵀ, p(s) = 3.4445 s − 4.7750 s³ + 2.0315 s⁵: applied again
+    # and again, it brings each s between 0 and 1 near to 1. As products, with A = x xᵀ, that is
+    # 3.4445 x + (−4.7750 A + 2.0315 A A) x; baddbmm adds and multiplies at once
     for _ in range(steps):
-        s = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(s, s, s, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+        A = x @ x.mT
+        B = torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, B, x, beta=3.4445)
     return (x.mT if tall else x).reshape(g.shape).to(g.dtype)
 
 # %% ../nbs/28_optim.ipynb #7d20b9db
@@ -45,8 +49,10 @@ def short_precision(device='cpu') -> str:  # a name of `PRECISIONS`
             return 'bf16'
         return 'fp16' if torch.cuda.get_device_capability(device) >= (7, 0) else 'float32'
     if device.type == 'cpu':  # by its instructions: the same each time
-        known = (f'_is_{name}_supported' for name in ('avx512_bf16', 'amx_tile'))
-        return 'bf16' if any(getattr(torch.cpu, f, bool)() for f in known) else 'float32'
+        for known in ('_is_avx512_bf16_supported', '_is_amx_tile_supported'):
+            if getattr(torch.cpu, known, bool)():  # bool() is False: not every PyTorch can say
+                return 'bf16'
+        return 'float32'
     a = torch.ones(256, 512, device=device)
     try:
         with warnings.catch_warnings(action='ignore'), torch.autocast(device.type, torch.bfloat16):
@@ -57,11 +63,13 @@ def short_precision(device='cpu') -> str:  # a name of `PRECISIONS`
 
 # %% ../nbs/28_optim.ipynb #497ed0bb
 class Muon(torch.optim.Optimizer):
-    """Momentum made orthogonal, for matrices (Jordan et al.
+    """Momentum made orthogonal, for matrices (Jordan et al. 2024), its steps as long as AdamW's
+    (Liu et al. 2025, eq. 4)"""
 
-    2024), its steps as long as AdamW's (Liu et al. 2025, eq. 4)"""
-
-    grad_scale = found_inf = None  # what `update` asks for: divide by it, skip if it is 1
+    # `train.update` sets both before a step, as it does for PyTorch's fused optimizers: a number
+    # to divide the gradients by, and 1.0 where one is not finite, so that nothing may move
+    grad_scale = None
+    found_inf = None
 
     def __init__(self, params, lr=0.01, weight_decay=0.1, momentum=0.95, dtype='auto'):
         super().__init__(
@@ -72,29 +80,32 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            shapes = {}
+            by_shape = {}  # matrices of one shape are moved together: few large products
             for p in group['params']:
                 if p.grad is not None:
-                    shapes.setdefault(p.shape, []).append(p)
-            for same in shapes.values():
+                    by_shape.setdefault(p.shape, []).append(p)
+            for same in by_shape.values():
                 self._move(same, **group)
 
     def _move(self, same, *, lr, weight_decay, momentum, dtype, **rest):
+        "Move N matrices of one shape"
         if dtype == 'auto':  # what the hardware is quick at
             short = short_precision(same[0].device) == 'bf16'
             dtype = torch.bfloat16 if short else torch.float32
+        # 1, or 0 where nothing may move; as a factor, for asking would make the device wait
         good = 1.0 if self.found_inf is None else 1.0 - self.found_inf
         for p in same:
             if not self.state[p]:
                 self.state[p]['momentum'] = torch.zeros_like(p)
-        g = torch.stack([p.grad for p in same])
+        g = torch.stack([p.grad for p in same])  # (N, rows, columns)
         if self.grad_scale is not None:
             g = (g / self.grad_scale).nan_to_num_(0.0, 0.0, 0.0)
-        v = torch.stack([self.state[p]['momentum'] for p in same]).lerp_(g, (1 - momentum) * good)
-        o = newton_schulz(g.lerp_(v, momentum), dtype=dtype) * (
-            lr * 0.2 * max(g.shape[-2:]) ** 0.5 * good
-        )
-        for p, new, move in zip(same, v, o):
+        v = torch.stack([self.state[p]['momentum'] for p in same])
+        v.lerp_(g, (1 - momentum) * good)  # v ← β v + (1 − β) g
+        ahead = g.lerp_(v, momentum)  # Nesterov: (1 − β) g + β v, the momentum one step ahead
+        length = lr * 0.2 * max(g.shape[-2:]) ** 0.5 * good
+        moves = newton_schulz(ahead, dtype=dtype) * length
+        for p, new, move in zip(same, v, moves):
             self.state[p]['momentum'].copy_(new)
             p.mul_(1 - lr * weight_decay * good).sub_(move)
 
@@ -102,7 +113,8 @@ class Muon(torch.optim.Optimizer):
 class CombinedOptimizer(torch.optim.Optimizer):
     "Several optimisers that look like one, with one list of groups and one state"
 
-    grad_scale = found_inf = None
+    grad_scale = None  # set by `train.update`, and handed on to the parts
+    found_inf = None
 
     def __init__(self, *parts):
         super().__init__(
@@ -113,9 +125,10 @@ class CombinedOptimizer(torch.optim.Optimizer):
         self.sizes = [len(o.param_groups) for o in parts]
 
     def step(self, closure=None):
+        # the groups and the state are handed over at each step, because `load_state_dict` puts
+        # new ones here and the parts would go on with the old ones
         groups = iter(self.param_groups)
         for part, n in zip(self.parts, self.sizes):
-            # also after loading
             part.param_groups = [next(groups) for _ in range(n)]
             part.state = self.state
             part.grad_scale = self.grad_scale
@@ -132,7 +145,7 @@ def muon(
     "`Muon` for the matrices inside the blocks, `adamw` for the rest"
     hidden = [p for p in model.blocks.parameters() if p.dim() >= 2]
     rest = adamw(model, rest_lr or lr, weight_decay)
-    for g in rest.param_groups:
+    for g in rest.param_groups:  # `is`: == would compare numbers
         g['params'] = [p for p in g['params'] if all(p is not h for h in hidden)]
     rest.param_groups = [g for g in rest.param_groups if g['params']]
     return CombinedOptimizer(Muon(hidden, lr, weight_decay), rest)
@@ -140,10 +153,9 @@ def muon(
 # %% ../nbs/28_optim.ipynb #5c241811
 def sgd(model, lr=0.2, weight_decay=0.0, momentum=0.9) -> torch.optim.SGD:
     "Steps along a running sum of gradients (Polyak 1964), with the groups of `adamw`"
-    groups = [
-        {k: g[k] for k in ('params', 'weight_decay')}
-        for g in adamw(model, lr, weight_decay).param_groups
-    ]
+    groups = []
+    for g in adamw(model, lr, weight_decay).param_groups:
+        groups.append(dict(params=g['params'], weight_decay=g['weight_decay']))
     return torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=True)
 
 
@@ -181,7 +193,8 @@ def step_decay(
     by=0.1,
 ) -> float:
     "Climb, stay, and fall to a part `by` at each of these parts of the run"
-    return constant(step, steps, warmup) * max(end, by ** sum(step >= a * steps for a in at))
+    falls = sum(step >= a * steps for a in at)  # how many are behind us
+    return constant(step, steps, warmup) * max(end, by**falls)
 
 
 SCHEDULES = dict(
@@ -194,7 +207,9 @@ def steps_for(
     batch,  # a function of the step: rows of ids (B, T+1)
 ) -> int:
     "How many steps a budget of tokens allows"
-    if (n := tokens // (one := batch(0)[:, 1:].numel())) < 1:
+    one = batch(0)[:, 1:].numel()
+    n = tokens // one
+    if n < 1:
         raise LabError(
             f'tokens={tokens:,} does not allow one step of {one:,}: give more, or a smaller batch'
         )
@@ -209,12 +224,14 @@ class EarlyStop:
         self,
         loss,  # a function of the run, such as a validation loss
         patience=3,  # looks without progress before the end
-        min_delta=0.0,
-    ):  # what counts as progress
+        min_delta=0.0,  # what counts as progress
+    ):
         self.loss = loss
         self.patience = patience
         self.min_delta = min_delta
-        self.best, self.since, self.weights = math.inf, 0, None
+        self.best = math.inf
+        self.since = 0  # looks since the best one
+        self.weights = None  # the best ones
 
     def __call__(self, run):
         val = self.loss(run)
@@ -239,10 +256,11 @@ def find_spikes(
     x = torch.as_tensor(losses, dtype=torch.float64)
     if len(x) <= width:
         return []
-    before = x.unfold(0, width, 1)[:-1]
+    before = x.unfold(0, width, 1)[:-1]  # of each later loss, the `width` ones before it
     middle = before.median(1).values
     spread = 1.4826 * (before - middle[:, None]).abs().median(1).values
-    return ((x[width:] - middle > by * spread.clamp_min(1e-3)).nonzero()[:, 0] + width).tolist()
+    is_spike = x[width:] - middle > by * spread.clamp_min(1e-3)
+    return (is_spike.nonzero()[:, 0] + width).tolist()
 
 
 def diverged(means) -> bool:  # means of the loss, one for each look
@@ -255,10 +273,13 @@ class DivergenceMonitor:
     "For `fit(every={50: Alarm()})`: notes spikes, and ends a run that has diverged"
 
     def __init__(self, width=50, by=6.0):
-        self.width, self.by, self.seen, self.means = width, by, 0, []
+        self.width = width
+        self.by = by
+        self.seen = 0  # steps that were looked at
+        self.means = []  # of the loss, one for each look
 
     def __call__(self, run):
-        start = max(0, self.seen - self.width)
+        start = max(0, self.seen - self.width)  # a spike shows against the steps before it
         x = run.history[0, start : run.step].tolist()
         found = [start + s for s in find_spikes(x, self.width, self.by)]
         self.means.append(sum(x[self.seen - start :]) / (run.step - self.seen))

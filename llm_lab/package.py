@@ -59,8 +59,8 @@ def model_card(name: str, model: MiniGPT, about: dict) -> str:
             *facts,
             '',
             '```python',
-            'pass',
-            "model, tokenizer, about = open_model('.')",
+            'from llm_lab.package import load',
+            "model, tokenizer, about = load('.')",
             '```',
             '',
             f'Architecture: `{model.cfg}`',
@@ -96,19 +96,29 @@ def write_package(new: Path, model: MiniGPT, tokenizer, about: dict, name: str):
     write_manifest(new, 'package.json', [*_FILES, *beside], about=about, torch=torch.__version__)
 
 
+def _bytes_if_there(path):
+    "The bytes of a file, none if there is no file"
+    return path.read_bytes() if path.is_file() else b''
+
+
 def _of_first_edition(folder, known):
     "What an older package does not list: its card, if nobody has changed it, and `meta.json`"
     if 'README.md' in known or 'package.json' not in known:
         return {}
     about = json.loads((folder / 'package.json').read_bytes())['about']
     mine = {}
-    text = (folder / 'README.md').read_bytes() if (folder / 'README.md').is_file() else b''
+    text = _bytes_if_there(folder / 'README.md')
+    # it is unchanged if the card, made again from what it says, has the same bytes
     form = rb'model of ([\d,]+) parameters.*^Architecture: `(Config\(.*\))`\n\Z'
     if says := re.search(form, text, re.S | re.M):
         model = SimpleNamespace(n_params=int(says[1].replace(b',', b'')), cfg=says[2].decode())
-        if model_card(folder.name, model, about).encode() == text:
+        card = model_card(folder.name, model, about)
+        then = card.replace('import load\n', 'import open_model\n').replace(
+            '= load(', '= open_model('
+        )
+        if then.encode() == text:
             mine['README.md'] = None
-    meta = (folder / 'meta.json').read_bytes() if (folder / 'meta.json').is_file() else b''
+    meta = _bytes_if_there(folder / 'meta.json')
     if laid_out(meta, 'kind', ensure_ascii=False):
         mine['meta.json'] = None
     return mine
@@ -186,10 +196,11 @@ def read_verified(
     that is not"""
     folder = Path(folder)
     said = _told(folder, name, kind, remedy)
-    # a file that fits no memory is not read
-    return {
-        f: _sealed(folder, said, f, remedy, memory_left()) for f in files or said['files']
-    }, said
+    read = {}
+    for name in files or said['files']:
+        most = memory_left()  # a file that fits no memory is not read
+        read[name] = _sealed(folder, said, name, remedy, most)
+    return read, said
 
 # %% ../nbs/24_package.ipynb #b26468da
 def resolve(path) -> Path:
@@ -205,25 +216,21 @@ def resolve(path) -> Path:
         raise LabError(f'{folder} {why}: give the folder of a saved model, as artifacts/tour')
     if not folder.is_dir():
         raise LabError(f'no model at {folder}: give the folder of a saved model, as artifacts/tour')
-    names = [
-        n
-        for n in ('best', 'latest')
-        if (folder / n).is_file() and not (folder / 'package.json').exists()
-    ]
-    if not names:
-        return folder
-    place = folder / 'checkpoints' / pointed(folder / names[0])
+    pointers = [folder / name for name in ('best', 'latest') if (folder / name).is_file()]
+    if not pointers or (folder / 'package.json').exists():
+        return folder  # of a model
+    pointer = pointers[0]
+    place = folder / 'checkpoints' / pointed(pointer)
     if not place.is_dir():
         raise LabError(
-            f'{folder / names[0]} names {short(place.name)}, and no checkpoint is called '
-            'so: delete it'
+            f'{pointer} names {short(place.name)}, and no checkpoint is called so: delete it'
         )
     return place
 
 # %% ../nbs/24_package.ipynb #2878ce7c
 def parse_json(data: bytes, name, read=json.loads):
-    """What `parse_tale` makes of the bytes of a file; raises `LabError` when they are of another
-    kind, such as a pickle"""
+    """What `read` makes of the bytes of a file; raises `LabError` when they are of another kind,
+    such as a pickle"""
     if read is not tensors_from:
         return json_of(data, name, read=read)
     _header(data, name)
@@ -235,13 +242,12 @@ def parse_json(data: bytes, name, read=json.loads):
         ) from None
 
 
-def _header(
-    data, name
-) -> dict:  # {name: {'dtype': 'F32', 'shape': [2, 3], …}}, as the file's head tells them
-    """The head of a safetensors file, looked at before any tensor is made.
+def _header(data, name) -> dict:
+    """The head of a safetensors file, looked at before any tensor is made:
+    {name: {'dtype': 'F32', 'shape': [2, 3], …}}.
 
     Raises `LabError` where it is none"""
-    n = int.from_bytes(data[:8], 'little')
+    n = int.from_bytes(data[:8], 'little')  # bytes of the head, which follows
     if len(data) < 8 or n > len(data) - 8:
         raise LabError(
             f'{name} is not what its name says (it ends in its head): copy or make it again'
@@ -269,38 +275,45 @@ def load_weights(model: MiniGPT, weights: bytes, name='this file'):
         raise LabError(f'{name}: the weights do not fit the configuration: {why}') from None
 
 # %% ../nbs/24_package.ipynb #08de7e01
-_BOUND = re.compile(
-    r'\.parametrizations\.weight\.(original|0\.\w+)$'
-)  # a weight that is made of others: `init`
+# What a weight is made of by a parametrization, see `init`: 'x.parametrizations.weight.original'
+# stands for 'x.weight' and has its shape; '….0.…' are the other numbers
+_BOUND = re.compile(r'\.parametrizations\.weight\.(original|0\.\w+)$')
+
+
+def _shapes_in(head, name) -> dict:
+    "{name of a weight: its shape, as the head of a file tells it}"
+    have = {}
+    for n, told in head.items():
+        if not isinstance(told, dict) or told.get('dtype') not in ('F64', 'F32', 'F16', 'BF16'):
+            raise LabError(
+                f'{name}: {short(n)} holds no floating-point numbers: copy or make it again'
+            )
+        made = _BOUND.search(n)
+        if not made:
+            have[n] = told.get('shape')
+        elif made[1] == 'original':
+            have[f'{n[: made.start()]}.weight'] = told.get('shape')
+    return have
 
 
 def _fitting(shapes: MiniGPT, head: dict, name):
     """Raises `LabError` unless a file holds just the tensors of a model, in numbers that can be
     calculated with"""
-    want = {
-        n: list(t.shape)
-        for n, t in shapes.state_dict().items()
-        if not (shapes.cfg.tie and n == 'head.weight')
-    }
-    have = {}
-    for n, v in head.items():
-        if not isinstance(v, dict) or v.get('dtype') not in ('F64', 'F32', 'F16', 'BF16'):
-            raise LabError(
-                f'{name}: {short(n)} holds no floating-point numbers: copy or make it again'
-            )
-        made = _BOUND.search(n)
-        if not made or made[1] == 'original':
-            have[n[: made.start()] + '.weight' if made else n] = v.get('shape')
+    want = {n: list(t.shape) for n, t in shapes.state_dict().items()}
+    if shapes.cfg.tie:
+        want.pop('head.weight', None)  # it is the table of tokens
+    have = _shapes_in(head, name)
     odd = [n for n in (*want, *have) if want.get(n) != have.get(n)]
-    if odd:
-        said = (
-            ' is not in the file'
-            if odd[0] not in have
-            else f' is {short(have[odd[0]])} in the file, not {want.get(odd[0])}'
-        )
-        raise LabError(
-            f'{name}: the weights do not fit the configuration: {odd[0]}{said} ({len(odd)} such)'
-        )
+    if not odd:
+        return
+    first = odd[0]
+    if first in have:
+        said = f'is {short(have[first])} in the file, not {want.get(first)}'
+    else:
+        said = 'is not in the file'
+    raise LabError(
+        f'{name}: the weights do not fit the configuration: {first} {said} ({len(odd)} such)'
+    )
 
 
 def _own(x) -> bool:
@@ -315,9 +328,9 @@ def _own(x) -> bool:
 def _in_memory(shapes: MiniGPT, head: dict) -> MiniGPT:
     "The model in memory, to be filled; first weights are not drawn where nothing hangs on them"
     cfg = shapes.cfg
-    if any(_BOUND.search(n) for n in head) or any(
-        _own(getattr(cfg, k)) for k in ('attn', 'mlp', 'norm', 'pos', 'head', 'init')
-    ):
+    bound = any(_BOUND.search(n) for n in head)
+    slots = ('attn', 'mlp', 'norm', 'pos', 'head', 'init')
+    if bound or any(_own(getattr(cfg, slot)) for slot in slots):
         return MiniGPT(cfg)  # they may need what they make themselves
     model = shapes.to_empty(device='cpu')
     if cfg.tie:
@@ -349,11 +362,11 @@ def load(
     what no file may"""
     folder = resolve(path)
     said = _told(folder, 'package.json', 'package', _REMEDY)
-    if not isinstance(about := said.get('about'), dict):
+    about = said.get('about')
+    if not isinstance(about, dict):
         raise LabError(f'{folder}/package.json says nothing about it: {_REMEDY}')
-    cfg, tok = (
-        _sealed(folder, said, f, _REMEDY, most) for f, most in zip(_FILES, (1 << 22, 1 << 26))
-    )
+    cfg = _sealed(folder, said, 'llm_lab.json', _REMEDY, most=1 << 22)
+    tok = _sealed(folder, said, 'tokenizer.json', _REMEDY, most=1 << 26)
     tokenizer = tokenizer_from_json(json_of(tok, folder / 'tokenizer.json'), folder)
     try:
         shapes = sketch(config_from(json_of(cfg, folder / 'llm_lab.json')))
@@ -404,9 +417,8 @@ def load_or_train(name: str):  # a key of `RECIPES` → (model, tokenizer, about
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = require('filelock').FileLock(folder.with_name(f'.{folder.name}.lock'))
         try:
-            with suppress(
-                NotImplementedError
-            ):  # a disk without locks: two may train the same model
+            # a disk without locks: two may train the same model
+            with suppress(NotImplementedError):
                 lock.acquire()
             if not (folder / 'package.json').exists():  # or another process has made it meanwhile
                 _keep(recipe, folder)

@@ -39,7 +39,8 @@ from llm_lab.files import (
 )
 
 # %% ../nbs/15_packing.ipynb #8bc63923
-_FORMAT, _AGAIN = 1, 'pack it again, with force (--force)'
+_FORMAT = 1
+_AGAIN = 'pack it again, with force (--force)'
 
 
 def _sha(data):
@@ -47,9 +48,9 @@ def _sha(data):
 
 
 def _seal(meta):
-    return _sha(
-        json.dumps({k: v for k, v in meta.items() if k != 'sha256'}, sort_keys=True).encode()
-    )
+    "The hash of all that meta.json says, but for this hash"
+    others = {k: v for k, v in meta.items() if k != 'sha256'}
+    return _sha(json.dumps(others, sort_keys=True).encode())
 
 
 def _read_meta(folder):
@@ -69,41 +70,49 @@ def _read_meta(folder):
     return meta
 
 
+def _is_count(x):
+    return type(x) is int and 0 <= x < 1 << 53
+
+
+def _file_is_sound(name, said):
+    return (
+        re.fullmatch(r'\w+\.bin|tokenizer/(tokenizer|meta)\.json', name)
+        and isinstance(said, dict)
+        and _is_count(said.get('size'))
+        and isinstance(said.get('sha256'), str)
+    )
+
+
+def _split_is_sound(name, said, files):
+    return (
+        f'{name}.bin' in files
+        and isinstance(said, dict)
+        and _is_count(said.get('tokens'))
+        and _is_count(said.get('bytes'))
+        and files[f'{name}.bin']['size'] == 4 * said['tokens']
+    )
+
+
 def _sound(meta) -> bool:
     """Does it tell splits, their files in this folder and a tokenizer, in the kinds that are
     counted with?"""
-    whole = lambda x: type(x) is int and 0 <= x < 1 << 53
-    files, splits, tok = (meta.get(k) for k in ('files', 'splits', 'tokenizer'))
-    if not all(isinstance(x, dict) for x in (files, splits, tok)):
+    files, splits, tokenizer = (meta.get(k) for k in ('files', 'splits', 'tokenizer'))
+    if not all(isinstance(x, dict) for x in (files, splits, tokenizer)):
         return False
-    if not all(
-        re.fullmatch(r'\w+\.bin|tokenizer/(tokenizer|meta)\.json', f)
-        and isinstance(said, dict)
-        and whole(said.get('size'))
-        and isinstance(said.get('sha256'), str)
-        for f, said in files.items()
-    ):
+    if not all(_file_is_sound(name, said) for name, said in files.items()):
         return False
-    if not all(
-        f'{s}.bin' in files
-        and isinstance(v, dict)
-        and whole(v.get('tokens'))
-        and whole(v.get('bytes'))
-        and files[f'{s}.bin']['size'] == 4 * v['tokens']
-        for s, v in splits.items()
-    ):
+    if not all(_split_is_sound(name, said, files) for name, said in splits.items()):
         return False
-    end = tok.get('end')
-    return whole(tok.get('vocab_size')) and isinstance(end, list) and all(map(whole, end))
+    if not _is_count(tokenizer.get('vocab_size')):
+        return False
+    end = tokenizer.get('end')
+    return isinstance(end, list) and all(map(_is_count, end))
 
 # %% ../nbs/15_packing.ipynb #286b3fc8
 def _opened(folder, name, meta, verify=True):
     """The file `name`, open; raises `LabError` when its size, its hash or an id is not as meta.json
     says"""
-    said = meta['files'][name]
     path = folder / name
-    sha = hashlib.sha256()
-    top = 0
     if path.exists() and not path.is_file():
         raise LabError(f'meta.json names {path}, which is no plain file; {_AGAIN}')
     try:
@@ -111,26 +120,30 @@ def _opened(folder, name, meta, verify=True):
     except OSError as e:
         raise LabError(f'meta.json names {path}: {e.strerror}; {_AGAIN}') from None
     try:
-        _agree(
-            f'the size of {path}',
-            os.fstat(f.fileno()).st_size,
-            'meta.json says',
-            said['size'],
-            _AGAIN,
-        )
-        while verify and (data := f.read(1 << 22)):
-            sha.update(data)
-            if name.endswith('.bin'):
-                top = max(top, int(np.frombuffer(data, '<u4').max()))  # −1 is huge here
+        size = os.fstat(f.fileno()).st_size
+        _agree(f'the size of {path}', size, 'meta.json says', meta['files'][name]['size'], _AGAIN)
         if verify:
-            _agree(f'SHA-256 of {path}', sha.hexdigest(), 'meta.json says', said['sha256'], _AGAIN)
-        if top >= (V := meta['tokenizer']['vocab_size']):
-            raise LabError(f'{path} holds the id {top:,}, its tokenizer has {V:,} ids: {_AGAIN}')
+            _check_content(f, path, name, meta)
     except BaseException:
         f.close()
         raise
     f.seek(0)
     return f
+
+
+def _check_content(f, path, name, meta):
+    "Read an open file; raises `LabError` when its hash or an id is not as meta.json says"
+    sha = hashlib.sha256()
+    top = 0
+    while data := f.read(1 << 22):
+        sha.update(data)
+        if name.endswith('.bin'):
+            top = max(top, int(np.frombuffer(data, '<u4').max()))  # unsigned: −1 is huge here
+    said = meta['files'][name]['sha256']
+    _agree(f'SHA-256 of {path}', sha.hexdigest(), 'meta.json says', said, _AGAIN)
+    V = meta['tokenizer']['vocab_size']
+    if top >= V:
+        raise LabError(f'{path} holds the id {top:,}, its tokenizer has {V:,} ids: {_AGAIN}')
 
 # %% ../nbs/15_packing.ipynb #11f91c61
 class PackedTokens:
@@ -144,18 +157,20 @@ class PackedTokens:
     ):
         import torch
 
-        path, split = (
-            (path.parent, path.stem) if (path := Path(path)).suffix == '.bin' else (path, split)
-        )
+        path = Path(path)
+        if path.suffix == '.bin':
+            path, split = path.parent, path.stem
         self.folder = path
         self.split = split
         self.meta = _read_meta(path)
-        if split not in (splits := self.meta['splits']):
+        splits = self.meta['splits']
+        if split not in splits:
             raise LabError(f'{path} has no split {split!r}: choose from {", ".join(splits)}')
         for name in self.meta['files']:
             if not name.endswith('.bin'):
                 _opened(path, name, self.meta).close()
-        with _opened(path, file := f'{split}.bin', self.meta, verify) as f:
+        file = f'{split}.bin'
+        with _opened(path, file, self.meta, verify) as f:  # an empty file cannot be mapped
             array = np.memmap(f, '<i4', 'c') if splits[split]['tokens'] else np.zeros(0, '<i4')
         self.ids = torch.from_numpy(array)
         self.sha256 = self.meta['files'][file]['sha256']
@@ -196,8 +211,12 @@ def _between(tok, separator):
 
 def _ids(tokenizer, documents, end):
     "The ids of all documents, each followed by the ids `end`: int32, (n,)"
-    each = getattr(tokenizer, 'encode_batch', lambda texts: map(tokenizer.encode, texts))(documents)
-    return np.fromiter(chain.from_iterable(part for ids in each for part in (ids, end)), '<i4')
+    if hasattr(tokenizer, 'encode_batch'):
+        each = tokenizer.encode_batch(documents)
+    else:
+        each = map(tokenizer.encode, documents)
+    parts = (part for ids in each for part in (ids, end))
+    return np.fromiter(chain.from_iterable(parts), '<i4')  # no line of Python for each token
 
 # %% ../nbs/15_packing.ipynb #5fbfdd39
 def _send(pipe, data):
@@ -227,6 +246,24 @@ def _serve(folder, end):
             _send(out, answer)
 
 # %% ../nbs/15_packing.ipynb #b4cf8d44
+def _ask(worker, documents):
+    "The ids of some documents, from a worker. `LabError` where it died or could not encode them"
+    try:
+        _send(worker.stdin, json.dumps(documents).encode())
+        answer = _receive(worker.stdout)
+    except (OSError, EOFError):
+        worker.kill()
+        raise LabError(
+            f'a worker ended with code {worker.wait()}: if memory is short, try processes=1'
+        ) from None
+    if answer[:1] == b'-':
+        raise LabError(answer[1:].decode())
+    return np.frombuffer(answer, '<i4', offset=1)
+
+
+# Why not concurrent.futures.ProcessPoolExecutor? Its workers import the caller's main program
+# (spawn) or copy a process that has threads (fork); they get our Ctrl-C; and where we are killed,
+# nothing tells them, since each holds the queue's other end. Ours see the end of their input.
 @contextmanager
 def _workers(folder, end, processes):
     "Yield a function that hands documents to a free worker and returns a future of their ids"
@@ -235,53 +272,48 @@ def _workers(folder, end, processes):
         'from llm_lab.packing import _serve; _serve(*a)'
     )
     call = [sys.executable, '-c', code, json.dumps([sys.path, str(folder), end])]
-    kw = dict(
-        env={**os.environ, 'OMP_NUM_THREADS': '1', 'RAYON_NUM_THREADS': '1'},
-        stdin=PIPE,
-        stdout=PIPE,
-    )
-    team, free, threads = [], [], ThreadPoolExecutor(processes)
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'RAYON_NUM_THREADS': '1'}
+    team = []
+    free = []
+    threads = ThreadPoolExecutor(processes)
 
-    def ask(documents):
-        w = free.pop()  # as many threads as workers: one is free
+    def ask_a_free_one(documents):
+        worker = free.pop()  # as many threads as workers: one is free
         try:
-            _send(w.stdin, json.dumps(documents).encode())
-            answer = _receive(w.stdout)
-        except (OSError, EOFError):
-            w.kill()
-            raise LabError(
-                f'a worker ended with code {w.wait()}: if memory is short, try processes=1'
-            ) from None
+            return _ask(worker, documents)
         finally:
-            free.append(w)
-        if answer[:1] == b'-':
-            raise LabError(answer[1:].decode())
-        return np.frombuffer(answer, '<i4', offset=1)
+            free.append(worker)
+
+    def submit(documents):
+        return threads.submit(ask_a_free_one, documents)
 
     try:
-        while len(team) < processes:
-            team.append(Popen(call, start_new_session=True, **kw))
+        while len(team) < processes:  # one by one, so that those started are known to `finally`
+            team.append(Popen(call, start_new_session=True, env=env, stdin=PIPE, stdout=PIPE))
         free.extend(team)
-        yield lambda documents: threads.submit(ask, documents)
+        yield submit
     finally:
-        for w in team:
-            w.kill()  # they hold nothing that matters
+        for worker in team:
+            worker.kill()  # they hold nothing that matters, and no thread waits for them any more
         threads.shutdown(cancel_futures=True)
-        for w in team:
-            w.communicate()
+        for worker in team:
+            worker.communicate()
 
 # %% ../nbs/15_packing.ipynb #4ebcab75
-PIECE, ALONE = 1 << 19, 4  # characters sent at a time; fewer pieces are packed without workers
+PIECE = 1 << 19  # characters sent at a time
+ALONE = 4  # fewer pieces are packed without workers
 
 
 def _encode(pieces, folder, end, processes):
     "The ids of each piece (a list of documents), in order; at most `2*processes` are on their way"
     tokenizer = load_tokenizer(folder)
-    head = list(islice(pieces := iter(pieces), ALONE))
-    waiting = []
+    pieces = iter(pieces)
+    head = list(islice(pieces, ALONE))
     if processes < 2 or len(head) < ALONE:
-        yield from (_ids(tokenizer, piece, end) for piece in chain(head, pieces))
+        for piece in chain(head, pieces):
+            yield _ids(tokenizer, piece, end)
         return
+    waiting = []  # answers, in the order of the questions
     with _workers(folder, end, processes) as ask:
         for piece in chain(head, pieces):
             waiting.append(ask(piece))
@@ -299,6 +331,7 @@ def _write(documents, path, end, processes, live):
     n = dict(documents=0, tokens=0, bytes=0)
 
     def pieces():
+        "Lists of documents; each document is counted and hashed as it passes by"
         piece, size = [], 0
         for d in documents:
             raw = d.encode()
@@ -328,10 +361,10 @@ def _write(documents, path, end, processes, live):
 # %% ../nbs/15_packing.ipynb #83d84c20
 def _build(new, corpus, tokenizer, digests, processes):
     "Make the packed folder `new`; returns what stands in its meta.json"
-    if asked := isinstance(tokenizer, int) and tokenizer:
-        tokenizer = BPETokenizer.train(
-            corpus.documents('train'), asked, special_tokens=['<|endoftext|>']
-        )
+    asked = tokenizer if isinstance(tokenizer, int) else None
+    if asked:
+        documents = corpus.documents('train')
+        tokenizer = BPETokenizer.train(documents, asked, special_tokens=['<|endoftext|>'])
     tokenizer.save(new / 'tokenizer')
     files = {
         f'tokenizer/{f.name}': dict(size=f.stat().st_size, sha256=_sha(f.read_bytes()))
@@ -341,17 +374,12 @@ def _build(new, corpus, tokenizer, digests, processes):
     splits = {}
     live = StatusLine()
     for s, said in digests.items():
-        splits[s], files[f'{s}.bin'] = _write(
-            corpus.documents(s), new / f'{s}.bin', end, processes, live
-        )
-        _agree(
-            f'{s} of {corpus.name}',
-            splits[s]['sha256'],
-            'a minute ago',
-            said,
-            'pack it when it is at rest',
-        )
-    live.close(f'packed {sum(v["tokens"] for v in splits.values()):,} tokens')
+        path = new / f'{s}.bin'
+        splits[s], files[path.name] = _write(corpus.documents(s), path, end, processes, live)
+        what = f'{s} of {corpus.name}'
+        _agree(what, splits[s]['sha256'], 'a minute ago', said, 'pack it when it is at rest')
+    tokens = sum(v['tokens'] for v in splits.values())
+    live.close(f'packed {tokens:,} tokens')
     made_by = dict(
         kind=tokenizer.kind,
         vocab_size=tokenizer.vocab_size,
@@ -381,39 +409,31 @@ def _wanted(corpus, tokenizer):
         return digests, dict(asked=tokenizer, trained_on=digests.get('train'))
     with tempfile.TemporaryDirectory() as t:
         tokenizer.save(t)
-        return digests, dict(
-            sha256=_sha(Path(t, 'tokenizer.json').read_bytes()),
-            end=document_end_ids(corpus, tokenizer),
-        )
+        sha256 = _sha(Path(t, 'tokenizer.json').read_bytes())
+    return digests, dict(sha256=sha256, end=document_end_ids(corpus, tokenizer))
 
 
 def _usable(folder, corpus, digests, tokenizer, verify):
     """What meta.json says if the folder can be used; None if there is none;
 
     `LabError` if it is another or damaged"""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    is_empty = folder.is_dir() and not any(folder.iterdir())
+    if is_empty or not folder.exists():
         return None
     meta = _read_meta(folder)
     other = 'name another folder, or replace it with force (--force)'
-    for s in {**digests, **meta['splits']}:
-        _agree(
-            f'{s} of {meta["corpus"]["name"]} in {folder}',
-            meta['splits'].get(s, {}).get('sha256'),
-            f'{s} of {corpus.name}',
-            digests.get(s),
-            other,
-        )
+    for s in {**digests, **meta['splits']}:  # of either, in their order
+        there = meta['splits'].get(s, {}).get('sha256')
+        name = f'{s} of {meta["corpus"]["name"]} in {folder}'
+        _agree(name, there, f'{s} of {corpus.name}', digests.get(s), other)
     for k, v in tokenizer.items():
         _agree(f'tokenizer {k} in {folder}', meta['tokenizer'][k], 'asked for', v, other)
     for file in meta['files']:
-        _opened(folder, file, meta, verify or not file.endswith('.bin')).close()
-    _agree(
-        f'the end mark in {folder}',
-        meta['tokenizer']['end'],
-        'this library packs',
-        document_end_ids(corpus, load_tokenizer(folder / 'tokenizer')),
-        _AGAIN,
-    )
+        small = not file.endswith('.bin')  # is always read
+        _opened(folder, file, meta, verify or small).close()
+    end = document_end_ids(corpus, load_tokenizer(folder / 'tokenizer'))
+    there = meta['tokenizer']['end']
+    _agree(f'the end mark in {folder}', there, 'this library packs', end, _AGAIN)
     return meta
 
 # %% ../nbs/15_packing.ipynb #914e5e58
@@ -467,27 +487,32 @@ class Packed(namedtuple('Packed', 'folder meta built seconds')):
 
     def __str__(self):
         splits, tok, corpus = (self.meta[k] for k in ('splits', 'tokenizer', 'corpus'))
-        known = {v['sha256']: f'its {s} split' for s, v in splits.items()} | {
-            None: 'a text it does not name'
-        }
-        return '\n'.join(
-            [
-                f'{corpus["name"]}, licence: {corpus["licence"]}',
-                *(
-                    f'{s:6}{v["documents"]:12,} documents {v["tokens"]:14,} tokens, '
-                    f'{v["bytes"] / max(1, v["tokens"]):.2f} bytes each'
-                    for s, v in splits.items()
-                ),
-                f'tokenizer {tok["kind"]}, {tok["vocab_size"]:,} ids, trained on '
-                f'{known.get(tok["trained_on"], "another text")}',
-                (
-                    f'{"packed" if self.built else "already there, checked"} in '
-                    f'{self.seconds:.1f} s: {self.folder}'
-                ),
-            ]
-        )
+        lines = [f'{corpus["name"]}, licence: {corpus["licence"]}']
+        for s, v in splits.items():
+            each = v['bytes'] / max(1, v['tokens'])
+            lines.append(
+                f'{s:6}{v["documents"]:12,} documents {v["tokens"]:14,} tokens, '
+                f'{each:.2f} bytes each'
+            )
+        known = {v['sha256']: f'its {s} split' for s, v in splits.items()}
+        known[None] = 'a text it does not name'
+        trained_on = known.get(tok['trained_on'], 'another text')
+        lines.append(f'tokenizer {tok["kind"]}, {tok["vocab_size"]:,} ids, trained on {trained_on}')
+        done = 'packed' if self.built else 'already there, checked'
+        lines.append(f'{done} in {self.seconds:.1f} s: {self.folder}')
+        return '\n'.join(lines)
 
 # %% ../nbs/15_packing.ipynb #54e77e81
+def _folder_name(corpus, tokenizer):
+    "CORPUS-bpe8192, or the kind and the size of the tokenizer"
+    if isinstance(tokenizer, int):
+        kind = f'bpe{tokenizer}'
+    else:
+        kind = f'{tokenizer.kind}{tokenizer.vocab_size}'
+    short = corpus.name.encode()[:100].decode(errors='ignore')
+    return re.sub(r'[^\w.-]+|^\.+', '_', f'{short}-{kind}')
+
+
 def pack(
     corpus,
     tokenizer=8192,  # a tokenizer, or a vocabulary size: BPE is then trained on the training split
@@ -502,22 +527,26 @@ def pack(
     start = time.perf_counter()
     built = False
     processes = processes or min(8, os.cpu_count() or 1)
-    kind = (
-        f'bpe{tokenizer}'
-        if isinstance(tokenizer, int)
-        else f'{tokenizer.kind}{tokenizer.vocab_size}'
-    )
-    short = corpus.name.encode()[:100].decode(errors='ignore')
-    name = re.sub(r'[^\w.-]+|^\.+', '_', f'{short}-{kind}')
-    own = folder is None and resolved(home() / 'data' / 'packed' / require_name(name, 'the corpus'))
-    wanted = _wanted(corpus, tokenizer)
-    folder = _beside(own, *wanted) if own else resolved(folder)
-    usable = lambda: _usable(folder, corpus, *wanted, verify)
-    if force or (meta := usable()) is None:
+    name = _folder_name(corpus, tokenizer)
+    if folder is None:
+        own = resolved(home() / 'data' / 'packed' / require_name(name, 'the corpus'))
+        digests, asked = _wanted(corpus, tokenizer)
+        folder = _beside(own, digests, asked)
+    else:
+        digests, asked = _wanted(corpus, tokenizer)
+        folder = resolved(folder)
+
+    def usable():
+        return _usable(folder, corpus, digests, asked, verify)
+
+    meta = None if force else usable()
+    if meta is None:
         replaceable(folder, _as_packed)
         with _alone(folder) as waited:  # somebody else may have built it by now
-            meta = usable() if waited or not force else None
-            if built := meta is None:
+            if waited or not force:
+                meta = usable()
+            if meta is None:
+                built = True
                 with atomic_write(folder, more=_as_packed) as new:
-                    meta = _build(new, corpus, tokenizer, wanted[0], processes)
+                    meta = _build(new, corpus, tokenizer, digests, processes)
     return Packed(folder, meta, built, time.perf_counter() - start)

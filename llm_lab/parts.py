@@ -15,6 +15,16 @@ from .core import HOLDS, LabError, PLACES, REGISTERED, SLOTS, lookup, nearest, s
 from .files import warn_once
 
 # %% ../nbs/20_parts.ipynb #a63597be
+def _check_keywords(f, kw):
+    "Raises `LabError` on a keyword that a function does not take"
+    known = signature(f).parameters
+    if any(p.kind is Parameter.VAR_KEYWORD for p in known.values()):
+        return  # it takes any
+    for k in kw:
+        if k not in known:
+            raise LabError(f'{_name_of(f)} takes no {k!r}: {nearest(k, known)}')
+
+
 class part(partial):
     """A recipe: a callable with some keywords filled in.
 
@@ -23,23 +33,15 @@ class part(partial):
     def __new__(cls, f, /, **kw):
         if isinstance(f, part):
             f, kw = f.func, {**f.keywords, **kw}
-        if isinstance(f, nn.Module) or not callable(f):
-            made = (
-                f'{type(f).__name__}(…) is made already'
-                if callable(f)
-                else f'{short(f)} cannot be called'
-            )
-            raise LabError(
-                f'part({type(f).__name__ if callable(f) else short(f)}): {made}; '
-                'give a class or a function, such as part(MLP)'
-            )
-        known = signature(f).parameters
-        for k in (
-            ()
-            if any(p.kind is Parameter.VAR_KEYWORD for p in known.values())
-            else kw.keys() - known.keys()
-        ):
-            raise LabError(f'{_name_of(f)} takes no {k!r}: {nearest(k, known)}')
+        if not callable(f):
+            name, why = short(f), f'{short(f)} cannot be called'
+        elif isinstance(f, nn.Module):
+            name, why = type(f).__name__, f'{type(f).__name__}(…) is made already'
+        else:
+            why = ''
+        if why:
+            raise LabError(f'part({name}): {why}; give a class or a function, such as part(MLP)')
+        _check_keywords(f, kw)
         return super().__new__(cls, f, **{k: _frozen(v) for k, v in kw.items()})
 
     def __eq__(self, other):
@@ -52,8 +54,11 @@ class part(partial):
         return hash((self.func, tuple(sorted(self.keywords))))
 
     def __repr__(self):
-        name = ('nn.' if self.func.__module__.startswith('torch.nn') else '') + _name_of(self.func)
-        return f"part({', '.join([name, *(f'{k}={v!r}' for k, v in self.keywords.items())])})"
+        name = _name_of(self.func)
+        if self.func.__module__.startswith('torch.nn'):
+            name = f'nn.{name}'
+        keywords = [f'{k}={v!r}' for k, v in self.keywords.items()]
+        return f'part({", ".join([name, *keywords])})'
 
 # %% ../nbs/20_parts.ipynb #d79f45c3
 def _name_of(f):
@@ -92,28 +97,29 @@ def _can_be(f) -> list:
     return [slot for slot, words in SLOTS.items() if word in words.values()]
 
 
-def _no_recipe(value, name, slot):
-    "Raises `LabError`: what stands here is no recipe, and what to write instead"
-    module = isinstance(value, nn.Module)
-    known = SLOTS.get(slot, {})
-    f = _name_of(value.func if isinstance(value, partial) else value) if callable(value) else ''
-    said = f or short(value)
-    write = f'{name}=part({f or next(iter(known), "MLP")})'
-    if module:
-        said = f'{f}(…)'
-    elif f == '<lambda>':
-        write = f'a function with a name, def f(…), and {name}=part(f)'
-    elif isinstance(value, str):
-        write = f'{name}=part({_nearest_part(value, known)})'
-    if name in ('steps', 'of'):
-        write = write.replace('=', '=(', 1) + ',)'
-    raise LabError(f'{name}={said} is no recipe: write {write}')
-
-
 def _nearest_part(word, known):
     "The name in a slot that is meant, whatever its case; the first one if none is near"
-    near = nearest(word, known)
-    return near[14:-2] if near.startswith('did you mean') else next(iter(known), 'MLP')
+    guess = re.fullmatch("did you mean '(.*)'[?]", nearest(word, known))
+    return guess[1] if guess else next(iter(known), 'MLP')
+
+
+def _no_recipe(value, name, slot):
+    "Raises `LabError`: what stands here is no recipe, and what to write instead"
+    known = SLOTS.get(slot, {})  # {word: address} of what may stand here
+    f = _name_of(value.func if isinstance(value, partial) else value) if callable(value) else ''
+    said = f or short(value)
+    recipe = f'part({f or next(iter(known), "MLP")})'
+    advice = ''
+    if isinstance(value, nn.Module):
+        said = f'{f}(…)'
+    elif f == '<lambda>':
+        advice = 'a function with a name, def f(…), and '
+        recipe = 'part(f)'
+    elif isinstance(value, str):
+        recipe = f'part({_nearest_part(value, known)})'
+    if name in ('steps', 'of'):
+        recipe = f'({recipe},)'  # these hold several
+    raise LabError(f'{name}={said} is no recipe: write {advice}{name}={recipe}')
 
 
 def _check_slot(x, name, slot):
@@ -121,15 +127,16 @@ def _check_slot(x, name, slot):
     made may stand anywhere"""
     if not isinstance(x, part):
         _no_recipe(x, name, slot)
-    can, place = _can_be(x.func), PLACES.get(slot, slot)
-    mixes = slot == 'norm' and not can and _home(x.func) == 'torch.nn'
-    if not slot or slot in can or not can and not mixes:
+    can = _can_be(x.func)
+    if not slot or slot in can:
         return
-    why = (
-        f'can be {", ".join(PLACES.get(s, s) for s in can)}, not {place}'
-        if can
-        else 'would mix positions or texts'
-    )
+    if can:
+        places = ', '.join(PLACES.get(s, s) for s in can)
+        why = f'can be {places}, not {PLACES.get(slot, slot)}'
+    elif slot == 'norm' and _home(x.func) == 'torch.nn':
+        why = 'would mix positions or texts'  # BatchNorm1d and the like: the future would leak
+    else:
+        return
     raise LabError(
         f'{name}={x!r}: {_name_of(x.func)} {why}; choose from {", ".join(sorted(SLOTS[slot]))}'
     )
@@ -141,9 +148,10 @@ def _check_call(x, name, slot):
         return
     fills = _FILLS[slot].split()
     by_name = {k: None for k in fills if k in _BY_NAME and slot != 'choice'}
+    in_order = [None] * (len(fills) - len(by_name))
     f = _name_of(x.func)
     try:
-        signature(x.func).bind(*[None] * (len(fills) - len(by_name)), **by_name, **x.keywords)
+        signature(x.func).bind(*in_order, **by_name, **x.keywords)
     except TypeError as e:
         missing = re.search("missing a required.* argument: '(.*)'", str(e))
         why = str(e)
@@ -155,28 +163,47 @@ def _check_call(x, name, slot):
         raise LabError(f'{name}={x!r}: {why}; {remedy}') from None
 
 
+def _wrong_by_check(x, cfg):
+    "What the `check` of a recipe stumbles over, if it has one; its own words for it pass through"
+    check = getattr(x.func, 'check', None)
+    try:
+        if check is not None:
+            check(cfg, **x.keywords)
+    except LabError:
+        raise
+    except (TypeError, AttributeError, ArithmeticError, LookupError) as e:
+        return e
+    return None
+
+
+def _slots_inside(x, slot) -> dict:
+    "{keyword: slot} of the keywords of a recipe that hold recipes, as the table has them"
+    can = _can_be(x.func)
+    if not can:
+        return {}
+    return HOLDS.get(slot if slot in can else can[0], {})
+
+
+def _check_inside(x, cfg, slot):
+    "Raises `LabError` on what cannot stand in a recipe: each keyword holds one recipe, or several"
+    inside = _slots_inside(x, slot)
+    for k, v in x.keywords.items():
+        if k in ('steps', 'of') and k in inside and not isinstance(v, tuple):
+            _no_recipe(v, k, inside[k])
+        if v is None and k == 'scale':
+            continue  # RoPE without a scaling
+        for one in v if isinstance(v, tuple) else (v,):
+            if k in inside or isinstance(one, part) or callable(one):
+                _check_recipe(one, cfg, k, inside.get(k))
+
+
 def _check_recipe(x, cfg, name, slot=None):
     """Raises `LabError` on what cannot stand in a slot; runs the `check` of a recipe, and of all
     recipes in it"""
     _check_slot(x, name, slot)
-    try:
-        getattr(x.func, 'check', lambda cfg, **kw: None)(cfg, **x.keywords)
-    except LabError:
-        raise
-    except (TypeError, AttributeError, ArithmeticError, LookupError) as e:
-        wrong = e
-    else:
-        wrong = None
-    can = _can_be(x.func)
-    inner = HOLDS.get(slot if slot in can else can[0], {}) if can else {}
-    for k, v in x.keywords.items():
-        if k in ('steps', 'of') and k in inner and not isinstance(v, tuple):
-            _no_recipe(v, k, inner[k])
-        if v is None and k == 'scale':
-            continue
-        for one in v if isinstance(v, tuple) else (v,):
-            if k in inner or isinstance(one, part) or callable(one):
-                _check_recipe(one, cfg, k, inner.get(k))
+    wrong = _wrong_by_check(x, cfg)
+    # a check may have stumbled over a recipe inside; that one's line says more
+    _check_inside(x, cfg, slot)
     if wrong:
         raise LabError(f'{name}={x!r}: {short(str(wrong), 100)}; look at its keywords') from wrong
     _check_call(x, name, slot)
@@ -215,10 +242,11 @@ class Aux:
         self.said[layer] = what
 
     def loss(self):
-        return sum((x['loss'] for x in self.said.values() if 'loss' in x), torch.zeros(()))
+        losses = [what['loss'] for what in self.said.values() if 'loss' in what]
+        return sum(losses, torch.zeros(()))
 
 
-def _say_unheard(gradient):
+def _say_unheard(gradient):  # a hook: called when a gradient comes by
     warn_once(
         'a model learns here without what its parts say to aux, such as the balance of '
         'experts: call '
@@ -235,13 +263,15 @@ def register(f, name: str = None):
 
 def _said_as(f, slot=None):
     "What a file calls `f` in a slot. Raises `LabError` where it has no word for it"
-    if name := next((name for name, g in REGISTERED.items() if g is f), None):
-        return name
+    for name, registered in REGISTERED.items():
+        if registered is f:
+            return name
     name = _name_of(f)
-    for place in [SLOTS[slot]] if slot else SLOTS.values():
-        for said, where in place.items():
+    for words in [SLOTS[slot]] if slot else SLOTS.values():
+        for word, where in words.items():
+            # something else may bear this name: what it leads to must be `f`
             if where == f'{_home(f)}:{name}' and lookup(where) is f:
-                return said
+                return word
     as_what = f' as {slot}' if slot else ''
     call = "register(f, 'a_name')" if name == '<lambda>' else f'register({name})'
     raise LabError(

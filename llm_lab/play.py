@@ -27,11 +27,13 @@ def _likeliest(logits, k, **choice):
 def next_tokens(
     model,
     ids: Tensor,  # a text, (T,)
-    k=10,
-    **choice,  # how many; temperature, top_k, top_p, repetition_penalty
+    k=10,  # how many
+    **choice,  # temperature, top_k, top_p, repetition_penalty
 ) -> list:  # of (id, probability as the model says, probability after the filters)
     "The `k` likeliest next tokens, the likeliest first"
-    return _likeliest(DecodingState(model, len(ids))(ids[None])[0], k, ids=ids.cpu(), **choice)
+    read = DecodingState(model, len(ids))
+    logits = read(ids[None])[0]  # (V,)
+    return _likeliest(logits, k, ids=ids.cpu(), **choice)
 
 # %% ../nbs/85_play.ipynb #be993bb4
 def _name(tokenizer, id):
@@ -47,7 +49,11 @@ def _tail(text):
 
 
 def _percent(p):
-    return '0' if p == 0 else '<0.1%' if p < 0.001 else f'{p:.1%}' if p < 0.0995 else f'{p:.0%}'
+    if p == 0:
+        return '0'
+    if p < 0.001:
+        return '<0.1%'
+    return f'{p:.1%}' if p < 0.0995 else f'{p:.0%}'
 
 # %% ../nbs/85_play.ipynb #084ed770
 def _piece(tokenizer, text, id, logits, **choice):
@@ -55,13 +61,14 @@ def _piece(tokenizer, text, id, logits, **choice):
     the mouse"""
     p = sampling_probs(logits)[id].item()
     q = sampling_probs(logits, **choice)[id].item()
-    row = lambda i, p, q: f'{_name(tokenizer, i)}  {_percent(p)} → {_percent(q)}'
-    rivals = [row(*r) for r in _likeliest(logits, 6, **choice) if r[0] != id][:5]
-    return (
-        text,
-        p,
-        '\n'.join([row(id, p, q), 'rivals:', *rivals, '(the model → after the filters)']),
-    )
+
+    def row(id, p, q):
+        return f'{_name(tokenizer, id)}  {_percent(p)} → {_percent(q)}'
+
+    others = [r for r in _likeliest(logits, 6, **choice) if r[0] != id][:5]
+    rivals = [row(*r) for r in others]
+    tip = [row(id, p, q), 'rivals:', *rivals, '(the model → after the filters)']
+    return text, p, '\n'.join(tip)
 
 
 def written_html(
@@ -70,13 +77,13 @@ def written_html(
 ) -> str:
     """A written text as HTML: each token on a shade, the darker, the less it was expected; its
     story under the mouse"""
-    show = lambda text: html.escape(text).replace('\n', '<span style="opacity:.5">↵</span>\n')
-    shade = lambda p: f'background-color:rgba(230,120,20,{0.7 * (1 - p) ** 2:.2f})'
-    spans = ''.join(
-        f'<span title="{html.escape(tip)}" style="{shade(p)}">{show(text)}</span>'
-        for text, p, tip in pieces
-        if text
-    )
+
+    def span(text, p, tip):
+        shown = html.escape(text).replace('\n', '<span style="opacity:.5">↵</span>\n')
+        shade = f'background-color:rgba(230,120,20,{0.7 * (1 - p) ** 2:.2f})'
+        return f'<span title="{html.escape(tip)}" style="{shade}">{shown}</span>'
+
+    spans = ''.join(span(text, p, tip) for text, p, tip in pieces if text)
     return (
         '<div style="white-space:pre-wrap;overflow-wrap:anywhere;'
         'font-family:monospace;font-size:13px;line-height:1.6;'
@@ -92,28 +99,31 @@ def bars_html(
     """A table with two bars for each token: thin before the filters, thick after them; the longest
     fills its place"""
     full = max([1e-9, *(max(p, q) for _, p, q in rows)])
-    cell = (
-        '<td style="padding:0 6px;border:none;text-align:right;font:12px monospace">{}</td>'.format
-    )
-    bar = lambda p, size, colour: (
-        f'<div style="width:{max(150 * p / full, p > 0):.0f}px;height:{size}px;'
-        f'background-color:rgba({colour})"></div>'
-    )
-    line = lambda name, bars, p, q: (
-        f'<tr style="height:20px;background:transparent">{cell(name)}<td '
-        'style="padding:0;border:none;width:150px;'
-        f'text-align:left;font-size:12px">{bars}</td>{cell(p)}{cell(q)}</tr>'
-    )
-    head = line('<b>next</b>', f'after <i>“{html.escape(after)}”</i>', 'model', '<b>filters</b>')
-    body = ''.join(
-        line(
-            html.escape(name),
-            bar(p, 4, '128,128,128,.8') + bar(q, 9, '70,130,220,.9'),
-            _percent(p),
-            _percent(q),
+
+    def bar(p, height, colour):
+        width = max(150 * p / full, 1 if p > 0 else 0)  # what is possible can be seen
+        return (
+            f'<div style="width:{width:.0f}px;height:{height}px;'
+            f'background-color:rgba({colour})"></div>'
         )
-        for name, p, q in rows
-    )
+
+    def cell(content):
+        style = 'padding:0 6px;border:none;text-align:right;font:12px monospace'
+        return f'<td style="{style}">{content}</td>'
+
+    def line(name, bars, p, q):
+        style = 'padding:0;border:none;width:150px;text-align:left;font-size:12px'
+        return (
+            '<tr style="height:20px;background:transparent">'
+            f'{cell(name)}<td style="{style}">{bars}</td>{cell(p)}{cell(q)}</tr>'
+        )
+
+    head = line('<b>next</b>', f'after <i>“{html.escape(after)}”</i>', 'model', '<b>filters</b>')
+    lines = []
+    for name, p, q in rows:
+        bars = bar(p, 4, '128,128,128,.8') + bar(q, 9, '70,130,220,.9')
+        lines.append(line(html.escape(name), bars, _percent(p), _percent(q)))
+    body = ''.join(lines)
     return f'<table style="border-collapse:collapse;margin:0">{head}{body}</table>'
 
 # %% ../nbs/85_play.ipynb #16e4bb75
@@ -126,13 +136,16 @@ class Playground:
     `view` is the widget"""
 
     def __init__(self, model, tokenizer, prompt=''):
-        self.model, self.tokenizer = model, tokenizer
-        # the text, shown; the bars, after what
+        self.model = model
+        self.tokenizer = tokenizer
+        # the text that is shown
         self.given = prompt
         self.pieces = []
-        self.after = prompt
+        # the bars that are shown: what could come, and after which text
         self.logits = None
-        self.thread, self.halt = None, threading.Event()  # who writes, and the sign to end
+        self.after = prompt
+        self.thread = None  # who writes
+        self.halt = threading.Event()  # the sign to end
         self.build(require('ipywidgets'), prompt)
         for knob in self.knobs.values():
             knob.observe(self.turn, 'value')
@@ -222,13 +235,15 @@ def ask(self: Playground, _=None):
 def write(self: Playground, halt, prompt, n, seed, **choice):
     "Write a text until it is done or `halt` is set"
     ids = prompt_ids(self.model, self.tokenizer, prompt)
-    tail = prompt
-    due = 0.0
-    note = f'{note}; ' if (note := truncation_note(self.model, ids)) else ''
+    tail = prompt  # the end of the text so far
+    due = 0.0  # when to show it again
+    note = truncation_note(self.model, ids)
+    if note:
+        note += '; '
     self.given, self.pieces = prompt, []
     for text, id, logits in _written(self.model, self.tokenizer, ids, n, seed, **choice):
-        if halt.wait(0.01):
-            break  # a pause, ended at once by Stop
+        if halt.wait(0.01):  # a pause, ended at once by Stop
+            break
         self.pieces.append(_piece(self.tokenizer, text, id, logits, **choice))
         self.after = tail
         self.logits = logits
@@ -237,13 +252,15 @@ def write(self: Playground, halt, prompt, n, seed, **choice):
         if time.monotonic() > due:
             self.show(f'{note}{len(self.pieces)} of {n} tokens')
             due = time.monotonic() + 0.1
-    self.after, self.logits = tail, DecodingState(self.model, ids.shape[1])(ids)[0]
-    self.show(f'{note}{"stopped after" if halt.is_set() else "done:"} {len(self.pieces)} tokens')
+    self.after = tail
+    self.logits = DecodingState(self.model, ids.shape[1])(ids)[0]
+    done = 'stopped after' if halt.is_set() else 'done:'
+    self.show(f'{note}{done} {len(self.pieces)} tokens')
 
 # %% ../nbs/85_play.ipynb #a2887952
 @patch
 def run(self: Playground, *args, **choice):
-    "`write_tale`, and tell what goes wrong"
+    "`write`, and tell what goes wrong"
     try:
         self.write(*args, **choice)
     except Exception as e:

@@ -21,9 +21,8 @@ def rope_frequencies(
     base=10_000.0,  # the slowest hands turn about this much slower than the first
 ) -> Tensor:  # radians per token, (D/2,)
     "Speeds of hands: base^(−2m/D) for m = 0, 1, … (Vaswani et al. 2017, §3.5)"
-    return 1 / base ** (
-        torch.arange(0, D, 2, device='cpu') / D
-    )  # in this order, it has the bits of transformers' speeds
+    # in this order, it has the bits of transformers' speeds
+    return 1 / base ** (torch.arange(0, D, 2, device='cpu') / D)
 
 # %% ../nbs/31_positions.ipynb #96f1973b
 class Sinusoidal(nn.Module):
@@ -32,8 +31,11 @@ class Sinusoidal(nn.Module):
     2017, §3.5); nothing is learned"""
 
     def __init__(
-        self, cfg, base=10_000.0, size=None
-    ):  # of the numbers (root mean square); as first weights of the tokens if none
+        self,
+        cfg,
+        base=10_000.0,
+        size=None,  # root mean square of the vectors; that of the first token vectors if none
+    ):
         super().__init__()
         self.freq = rope_frequencies(cfg.d_model, base)
         self.size = size or 0.02 * (768 / cfg.d_model) ** 0.5
@@ -73,9 +75,8 @@ class Rope(nn.Module):
             f = scale(f)
         self.freq = torch.stack([-f, f], -1).flatten() if interleaved else torch.cat([-f, f])
 
-    def hands(
-        self, p, like
-    ):  # positions (T,) or (B, T) → cosines and signed sines, (T, D) or (B, 1, T, D)
+    def hands(self, p, like):
+        # positions (T,) or (B, T) → cosines and signed sines, (T, D) or (B, 1, T, D)
         if self.freq.device != p.device:
             self.freq = self.freq.to(p.device)  # not a buffer: it stays float32
         angle = p[..., None] * self.freq
@@ -133,9 +134,8 @@ def to_half_split(
     return torch.cat([heads[:, 0:n:2], heads[:, 1:n:2], heads[:, n:]], 1).flatten(0, 1)
 
 # %% ../nbs/31_positions.ipynb #3d5849d3
-def half_split(
-    model: MiniGPT,
-) -> MiniGPT:  # the same function; raises `LabError` if its Rope is not interleaved
+def half_split(model: MiniGPT) -> MiniGPT:
+    # the same function; raises `LabError` if its Rope is not interleaved
     """The model with channels of q and k reordered, so that its Rope turns halves, as in Hugging
     Face's files"""
     require_as_said(model)

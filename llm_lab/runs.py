@@ -20,7 +20,7 @@ import sys
 import time
 import warnings
 import torch
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -104,10 +104,13 @@ def load_data(
             f'changed since: its SHA-256 is {corpus.sha256[:12]}…, not {sha256[:12]}…; '
             'bring that text back, or start a new run'
         )
-    letters = lambda: CharTokenizer.train(letters_of(corpus))
-    tokenizer = d.vocab_size or 8192 if d.tokenizer == 'bpe' else letters()
+    if d.tokenizer == 'bpe':
+        tokenizer = d.vocab_size or 8192  # a number: `pack` learns so many tokens
+    else:
+        tokenizer = CharTokenizer.train(letters_of(corpus))
     folder = pack(corpus, tokenizer).folder
-    train, val = (PackedTokens(folder, s) for s in ('train', 'val'))
+    train = PackedTokens(folder, 'train')
+    val = PackedTokens(folder, 'val')
     return dict(corpus=corpus, tokenizer=train.tokenizer, train=train, val=val)
 
 # %% ../nbs/82_runs.ipynb #5b37335c
@@ -128,23 +131,25 @@ def require_corpus(cfg: RunConfig):
 # %% ../nbs/82_runs.ipynb #2d11575e
 def _starts(corpus, tokens):
     "Where documents begin, if they stand alone; else None"
-    return (
-        document_starts(tokens.ids, tokens.meta['tokenizer']['end']) if corpus.independent else None
-    )
+    if not corpus.independent:
+        return None
+    return document_starts(tokens.ids, tokens.meta['tokenizer']['end'])
 
 
 def make_batches(cfg: RunConfig, corpus, train, rank=0, world_size=1, device='cpu') -> BatchStream:
     "The rows that a process reads at each step; raises `LabError` when they cannot be shared out"
     d, t = cfg.data, cfg.train
-    if t.batch_size % (share := world_size * t.accumulate):
+    share = world_size * t.accumulate  # a step's rows go through so many forward passes
+    if t.batch_size % share:
         raise LabError(
             f'train.batch_size={t.batch_size} does not split into {world_size} processes of '
-            f'{t.accumulate} '
-            f'parts: give a multiple of {share}'
+            f'{t.accumulate} parts: give a multiple of {share}'
         )
-    starts = _starts(corpus, train) if d.rows == 'documents' else None
-    if d.rows == 'documents' and starts is None:
-        raise LabError(f'data.rows=documents: {corpus.name} is one running text; leave it out')
+    starts = None
+    if d.rows == 'documents':
+        starts = _starts(corpus, train)
+        if starts is None:
+            raise LabError(f'data.rows=documents: {corpus.name} is one running text; leave it out')
     return BatchStream(train, t.batch_size, d.block_len, t.seed, rank, world_size, device, starts)
 
 # %% ../nbs/82_runs.ipynb #8467b25b
@@ -182,23 +187,26 @@ _LOOKUP = re.compile(rb'\[W.*(hostname of the client socket cannot|Unable to res
 def _without_lookups():
     """Meanwhile, leave out of stderr that a host name cannot be looked up; every other line comes
     as it came"""
-    kept, (end, start) = os.dup(2), os.pipe()
+    # C++ writes these lines to descriptor 2 itself, where Python's sys.stderr sees nothing of
+    # them: so the descriptor becomes a pipe, and a thread reads at its other end
+    real = os.dup(2)
+    read_end, write_end = os.pipe()
 
     def pass_on():  # to the end, which is when nobody can write any more
-        with open(end, 'rb') as lines:
+        with open(read_end, 'rb') as lines:
             for line in lines:
                 if not _LOOKUP.match(line):
-                    os.write(kept, line)
-        os.close(kept)
+                    os.write(real, line)
+        os.close(real)
 
-    os.dup2(start, 2)
-    os.close(start)
+    os.dup2(write_end, 2)
+    os.close(write_end)
     reader = Thread(target=pass_on, daemon=True)
     reader.start()
     try:
         yield
     finally:
-        os.dup2(kept, 2)
+        os.dup2(real, 2)
         reader.join(1)  # a child may hold the other end: we do not wait for it
 
 # %% ../nbs/82_runs.ipynb #90d7836c
@@ -247,10 +255,15 @@ def _require_device(engine):
     "Raises `LabError` where an engine is not on the device that LLM_LAB_DEVICE names"
     if not (name := os.environ.get('LLM_LAB_DEVICE')):
         return
-    want, got = torch.device(name), engine.device
-    several = engine.num_processes > 1 and want.index is not None
-    if want.type != got.type or several or want.index not in (None, got.index or 0):
-        why = 'each process has a device of its own' if several else f'this process runs on {got}'
+    want = torch.device(name)
+    got = engine.device
+    one_for_all = engine.num_processes > 1 and want.index is not None
+    wrong_kind = want.type != got.type
+    wrong_index = want.index not in (None, got.index or 0)
+    if one_for_all or wrong_kind or wrong_index:
+        why = f'this process runs on {got}'
+        if one_for_all:
+            why = 'each process has a device of its own'
         raise LabError(
             f'LLM_LAB_DEVICE={name} cannot be obeyed, {why}: leave it out, or give {want.type}'
         )
@@ -261,21 +274,18 @@ def make_engine(tracker='none'):
 
     `SingleProcess` where that is not installed and one process is enough"""
     _check_launch()
-    if (
-        tracker == 'none'
-        and find_spec('accelerate') is None
-        and os.environ.get('WORLD_SIZE', '1') == '1'
-    ):
+    several = os.environ.get('WORLD_SIZE', '1') != '1'
+    if tracker == 'none' and not several and find_spec('accelerate') is None:
         return SingleProcess()
     if tracker != 'none':
         require(tracker)  # accelerate would leave it out without a word
-    if tracker != 'none' and (env := home() / '.env').is_file():
-        require('dotenv', 'python-dotenv').load_dotenv(env)
-    slow = require('accelerate').InitProcessGroupKwargs(
-        timeout=timedelta(hours=6)
-    )  # one packs, the others wait
-    several = os.environ.get('WORLD_SIZE', '1') != '1'
-    with _told_device(), _without_lookups() if several else nullcontext():
+        keys = home() / '.env'
+        if keys.is_file():
+            require('dotenv', 'python-dotenv').load_dotenv(keys)
+    # one packs, the others wait
+    slow = require('accelerate').InitProcessGroupKwargs(timeout=timedelta(hours=6))
+    quiet = _without_lookups() if several else nullcontext()
+    with _told_device(), quiet:
         engine = require('accelerate').Accelerator(
             cpu=torch.device(device()).type == 'cpu',
             mixed_precision='no',
@@ -290,9 +300,12 @@ def make_engine(tracker='none'):
 def all_gather_json(engine, x) -> list:
     "What each process has, in their order; plain data, about as long everywhere"
     text = json.dumps(x).encode()
-    text += b' ' * (-len(text) % 1024)  # all must send as much
-    sent = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(engine.device)[None]
-    return [json.loads(bytes(row.tolist())) for row in engine.gather(sent).cpu()]
+    # `gather` takes tensors of one shape. So each text is filled up to the next 1,024 bytes,
+    # with spaces, which JSON passes over; "about as long" is: they need equally many of these
+    text += b' ' * (-len(text) % 1024)
+    mine = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(engine.device)
+    rows = engine.gather(mine[None]).cpu()  # (processes, bytes)
+    return [json.loads(bytes(row.tolist())) for row in rows]
 
 # %% ../nbs/82_runs.ipynb #bbe7195a
 def model_config(cfg: RunConfig, vocab_size: int):
@@ -334,23 +347,34 @@ def _trial(cfg: RunConfig, vocab_size: int, precision: str):
         vocab_size, (t.batch_size, cfg.data.block_len + 1), generator=rng(t.seed, 'trial')
     )
     keep_freed_memory()
+
+    def make_step():
+        loss, length = step(model, opt, rows, t.clip, next_token_loss)
+        return [loss.item(), length.item()]
+
     with preserve_rng(), quick_linear(model):  # dropout draws
-        yield lambda: [x.item() for x in step(model, opt, rows, t.clip, next_token_loss)]
+        yield make_step
 
 
-def set_threads(
-    cfg: RunConfig, vocab_size: int, engine, tune=False
-) -> RunConfig:  # with the number written in
+def _measured_threads(cfg: RunConfig, vocab_size: int) -> int:
+    "With how many threads a step of this config is fastest here"
+    # not compiled: that would fix their number
+    plain = replace(cfg, train=replace(cfg.train, compile=False))
+    precision = 'float32' if cfg.train.precision == 'auto' else cfg.train.precision
+    with _trial(plain, vocab_size, precision) as make_step:
+        return fastest_threads(make_step)
+
+
+def set_threads(cfg: RunConfig, vocab_size: int, engine, tune=False) -> RunConfig:
+    # with the number written in
     "Give this process the config's threads: the fastest number for `auto`, and for none if `tune`"
     n = cfg.train.threads
-    alone = engine.num_processes == 1 and engine.device.type == 'cpu'
     if n == 'auto' or n is None:
-        asked, n = n == 'auto' or tune, torch.get_num_threads()
-        if asked and alone:  # what is compiled fixes their number
-            plain = replace(cfg, train=replace(cfg.train, compile=False))
-            known = 'float32' if cfg.train.precision == 'auto' else cfg.train.precision
-            with _trial(plain, vocab_size, known) as work:
-                n = fastest_threads(work)
+        measure = n == 'auto' or tune
+        alone = engine.num_processes == 1 and engine.device.type == 'cpu'
+        n = torch.get_num_threads()
+        if measure and alone:
+            n = _measured_threads(cfg, vocab_size)
     torch.set_num_threads(n)
     return replace(cfg, train=replace(cfg.train, threads=n))
 
@@ -362,39 +386,83 @@ def _measured_precision(cfg: RunConfig, vocab_size: int) -> tuple:  # (precision
     "bf16 where it makes the steps of this config faster, and about the same; else float32"
     if short_precision() == 'float32':
         return 'float32', 'this processor has no hardware for bf16'
-    with ExitStack() as held:
-        steps = {p: held.enter_context(_trial(cfg, vocab_size, p)) for p in ('float32', 'bf16')}
+    with (
+        _trial(cfg, vocab_size, 'float32') as step_in_float32,
+        _trial(cfg, vocab_size, 'bf16') as step_in_bf16,
+    ):
         torch.manual_seed(0)  # the same dropout in both
-        loss, length = steps['float32']()
+        loss, length = step_in_float32()
         torch.manual_seed(0)
         try:
-            a, b = steps['bf16']()
+            short_loss, short_length = step_in_bf16()
         except RuntimeError as e:
             return 'float32', f'in bf16 a step fails: {short(str(e), 80)}'
-        if not (abs(a - loss) < 0.02 * abs(loss) and abs(b - length) < 0.1 * abs(length)):
-            differs = f'{a:.4g}, {b:.4g} and not {loss:.4g}, {length:.4g}'
+        same_loss = abs(short_loss - loss) < 0.02 * abs(loss)
+        same_length = abs(short_length - length) < 0.1 * abs(length)
+        if not (same_loss and same_length):  # NaN is like nothing
+            differs = f'{short_loss:.4g}, {short_length:.4g} and not {loss:.4g}, {length:.4g}'
             return 'float32', f'in bf16 loss and gradient of a step are {differs}'
-        taken = race(steps)
-    faster = taken['float32'] / taken['bf16']
+        seconds = race({'float32': step_in_float32, 'bf16': step_in_bf16})
+    faster = seconds['float32'] / seconds['bf16']
     chosen = 'bf16' if faster >= _MARGIN else 'float32'
     return chosen, f'a step in bf16 is {faster:.2f} times as fast, {_MARGIN} are asked for'
 
 
-def set_precision(
-    cfg: RunConfig, vocab_size: int, engine
-) -> tuple:  # (config, why; '' if not `auto`)
+def set_precision(cfg: RunConfig, vocab_size: int, engine) -> tuple:
+    # (config, why; '' if not `auto`)
     "Where the config says `auto`: in which precision this device trains it best"
     if cfg.train.precision != 'auto':
         return cfg, ''
-    found, kind = None, engine.device.type
+    kind = engine.device.type
+    found = None
     if kind != 'cpu':
         found = short_precision(engine.device), f'{kind} multiplies it'
     elif engine.is_main_process:
         found = _measured_precision(cfg, vocab_size)
-    precision, why = all_gather_json(engine, found)[0]
+    precision, why = all_gather_json(engine, found)[0]  # the first process's, for all
     return replace(cfg, train=replace(cfg.train, precision=precision)), why
 
 # %% ../nbs/82_runs.ipynb #fd075dad
+def _texts_of(cfg, engine, sha256) -> dict:
+    "As `load_data`; the first process packs, while the others wait"
+    texts = load_data(cfg, sha256) if engine.is_main_process else None
+    engine.wait_for_everyone()
+    return texts or load_data(cfg, sha256)
+
+
+def _train_state(cfg, vocab_size, device) -> TrainState:
+    "Model and optimiser of a config, on the device, before the first step"
+    t = cfg.train
+    model = MiniGPT(_affordable(model_config(cfg, vocab_size), device.type), t.seed).to(device)
+    apply_activation_checkpointing(model, t.recompute)
+    opt = OPTIMIZERS[t.optimiser](model, lr=t.lr, weight_decay=t.weight_decay)
+    return TrainState(model, t.steps, opt=opt)
+
+
+def _about(cfg, folder, corpus) -> dict:
+    "What each checkpoint says of its origin"
+    about = dict(
+        config=cfg.name,
+        run=folder.name,
+        corpus=corpus.name,
+        licence=corpus.licence,
+        data=cfg.data.corpus,
+        corpus_sha256=corpus.sha256,
+    )
+    if corpus.field:
+        about['field'] = corpus.field
+    return about
+
+
+def _starts_within(ids, corpus, val):
+    "Where documents begin in `ids`, the first tokens of `val`; None where they are one text"
+    starts = _starts(corpus, val)
+    if starts is None:
+        return None
+    starts = starts[starts < len(ids) - 1]  # with at least one token to predict
+    return starts if len(starts) else None  # one long document: as one text
+
+
 class TrainingRun:
     """A config made real: texts, model, optimiser, batches, checkpoints, on the processes of an
     engine"""
@@ -409,65 +477,43 @@ class TrainingRun:
     ):
         self.folder = Path(folder)
         self.engine = engine
-        self.done = -1
         self.on = on
-        self.origin = {}
+        self.origin = {}  # where the config comes from: `train_run` sets it, run.json keeps it
+        self.asked = ''  # 'by SIGTERM', …: this process was asked to end, see `agree`
+        self.done = -1  # the step after which `tick` was called last
         self.early = False  # has it ended because nothing got better?
-        sha256 = on.sha256 if on else None
+
         _tried(cfg)  # a slip in a recipe costs no packing
-        mine = (
-            load_data(cfg, sha256) if engine.is_main_process else {}
-        )  # one packs, the others wait
-        engine.wait_for_everyone()
-        self.texts = mine or load_data(cfg, sha256)
-        corpus, tokenizer, train, val = self.texts.values()
-        cfg = set_threads(cfg, tokenizer.vocab_size, engine, tune)
-        cfg, self.why = set_precision(cfg, tokenizer.vocab_size, engine)
+        self.texts = _texts_of(cfg, engine, on.sha256 if on else None)
+        corpus, val = self.texts['corpus'], self.texts['val']
+        vocab_size = self.texts['tokenizer'].vocab_size
+        cfg = set_threads(cfg, vocab_size, engine, tune)
+        cfg, self.why = set_precision(cfg, vocab_size, engine)  # why this precision
         self.cfg = cfg
-        t = cfg.train
+
+        rank, world_size = engine.process_index, engine.num_processes
         self.stream = make_batches(
-            cfg, corpus, train, engine.process_index, engine.num_processes, str(engine.device)
+            cfg, corpus, self.texts['train'], rank, world_size, str(engine.device)
         )
-        model = MiniGPT(
-            _affordable(model_config(cfg, tokenizer.vocab_size), engine.device.type), t.seed
-        ).to(engine.device)
-        opt = OPTIMIZERS[t.optimiser](
-            apply_activation_checkpointing(model, t.recompute), lr=t.lr, weight_decay=t.weight_decay
-        )
-        self.step = StepRunner(t.accumulate, t.precision, t.compile)
-        self.run = TrainState(model, t.steps, opt=opt)
-        parts = dict(
-            data=self.stream, **({'scaler': self.step.scaler} if t.precision == 'fp16' else {})
-        )
-        about = dict(
-            config=cfg.name,
-            run=self.folder.name,
-            corpus=corpus.name,
-            licence=corpus.licence,
-            data=cfg.data.corpus,
-            corpus_sha256=corpus.sha256,
-        )
-        if corpus.field:
-            about['field'] = corpus.field
+        self.run = _train_state(cfg, vocab_size, engine.device)
+        self.step = StepRunner(cfg.train.accumulate, cfg.train.precision, cfg.train.compile)
+        self.ids = val.ids[: cfg.eval.tokens].long()
+        self.starts = _starts_within(self.ids, corpus, val)
+        self.metrics = MetricsLog(folder)
+
+        parts = dict(data=self.stream)  # what a checkpoint keeps beside model and optimiser
+        if cfg.train.precision == 'fp16':
+            parts['scaler'] = self.step.scaler
         self.saved = CheckpointManager(
             folder,
-            tokenizer,
-            cfg.log.keep,
-            about,
-            engine.process_index,
-            partial(all_gather_json, engine),
-            self.facts,
+            self.texts['tokenizer'],
+            keep=cfg.log.keep,
+            about=_about(cfg, self.folder, corpus),
+            rank=rank,
+            gather=partial(all_gather_json, engine),
+            facts=self.facts,
             **parts,
         )
-        self.metrics = MetricsLog(folder)
-        self.ids = val.ids[: cfg.eval.tokens].long()
-        self.asked = ''
-        starts = _starts(corpus, val)
-        if starts is not None:
-            starts = starts[starts < len(self.ids) - 1]
-        self.starts = (
-            starts if starts is not None and len(starts) else None
-        )  # one long document: as one text
 
     def facts(self):  # what a checkpoint keeps beside its state
         return dict(config=as_data(self.cfg), rows=self.metrics.told())
@@ -475,22 +521,30 @@ class TrainingRun:
     def tokens(self, step):
         return step * self.cfg.train.batch_size * self.cfg.data.block_len
 
+
+def _shown(folder):
+    "A folder as it is printed: from `home()`, if it lies there"
+    return folder.relative_to(home()) if folder.is_relative_to(home()) else folder
+
 # %% ../nbs/82_runs.ipynb #75757e32
 @patch
 def __repr__(self: TrainingRun):
-    c, e, train = self.cfg, self.engine, self.texts['train']
-    shown = self.folder.relative_to(home()) if self.folder.is_relative_to(home()) else self.folder
-    return (
-        f'run     {shown}\n'
-        f'data    {self.texts["corpus"].name}: {len(train):,} tokens to learn from, licence '
-        f'{self.texts["corpus"].licence}\n'
+    c, e = self.cfg, self.engine
+    corpus, n_train = self.texts['corpus'], len(self.texts['train'])
+    epochs = self.tokens(c.train.steps) / n_train
+    lines = [
+        f'run     {_shown(self.folder)}',
+        f'data    {corpus.name}: {n_train:,} tokens to learn from, licence {corpus.licence}',
         f'model   {self.run.model.n_params:,} parameters, {c.model.n_layers} layers of width '
-        f'{c.model.d_model}\n'
+        f'{c.model.d_model}',
         f'plan    {c.train.steps:,} steps of {c.train.batch_size} × {c.data.block_len} tokens, '
-        f'{self.tokens(c.train.steps) / len(train):.2f} times the text, {c.train.optimiser}, on '
+        f'{epochs:.2f} times the text, {c.train.optimiser}, on '
         f'{e.num_processes} × {e.device.type}, {torch.get_num_threads()} threads, '
-        f'{c.train.precision}' + (f'\n        {c.train.precision}: {self.why}' if self.why else '')
-    )
+        f'{c.train.precision}',
+    ]
+    if self.why:
+        lines.append(f'        {c.train.precision}: {self.why}')
+    return '\n'.join(lines)
 
 # %% ../nbs/82_runs.ipynb #00953076
 def peak_memory(device='cpu') -> int:  # bytes
@@ -550,10 +604,14 @@ def _per_byte(tokens, corpus):
 @patch
 def record(self: TrainingRun, run) -> dict:
     "The loss since the last look, the speed and the rest"
-    c, n, tokens = self.cfg, run.step, self.tokens(run.step)
-    loss, norm = run.history[:, max(0, n - c.log.every) : n].mean(1).tolist()
-    (before, start), self.then = self.then, (tokens, run.seconds)
-    rate = (tokens - before) / max(run.seconds - start, 1e-9)
+    step = run.step
+    first = max(0, step - self.cfg.log.every)
+    # history: (2, steps), the loss and the gradient's length of each step
+    loss, norm = run.history[:, first:step].mean(1).tolist()
+    tokens = self.tokens(step)
+    tokens_before, seconds_before = self.then  # at the last call; at first, as `go` has set it
+    self.then = tokens, run.seconds
+    rate = (tokens - tokens_before) / max(run.seconds - seconds_before, 1e-9)
     per_byte = _per_byte(self.texts['train'], self.texts['corpus'])
     return dict(
         loss=loss,
@@ -567,25 +625,32 @@ def record(self: TrainingRun, run) -> dict:
     )
 
 
+def _keep_sample(job, run):
+    "Let the model write a text, and put it into samples.jsonl"
+    c = job.cfg
+    text = sample(
+        run.model, job.texts['tokenizer'], c.eval.prompt, c.eval.sample_tokens, c.train.seed
+    )
+    job.metrics.keep(dict(step=run.step, prompt=c.eval.prompt, text=text))
+
+
 @patch
 def validate(self: TrainingRun, run) -> dict:
     "The validation loss, which is noted for `best`; now and then a text that the model writes"
-    c, n = self.cfg, run.step
-    parts = run.model.metrics()  # of training; the same names of other readings are replaced
-    tokens, corpus = self.texts['val'], self.texts['corpus']
-    ends, mark = None, tokens.meta['tokenizer']['end']
-    if self.starts is not None:
-        ends = document_starts(self.ids, mark)
+    c = self.cfg
+    val, corpus = self.texts['val'], self.texts['corpus']
+    # what the layers tell of training; where validation makes them tell the same, that counts
+    parts = run.model.metrics()
     losses = span_losses(run.model, self.ids, batch_size=c.eval.at_once, starts=self.starts)
-    windows = spans(len(self.ids), run.model.cfg.max_len, self.starts)
-    score = tally(losses, windows, self.ids, ends, tokens.tokenizer, corpus)
     parts |= run.model.metrics()
-    run.notes.append(dict(step=n, val=score.loss, of=len(self.ids)))
-    if n % c.eval.sample_every == 0 or n == run.steps:
-        text = sample(
-            run.model, self.texts['tokenizer'], c.eval.prompt, c.eval.sample_tokens, c.train.seed
-        )
-        self.metrics.keep(dict(step=n, prompt=c.eval.prompt, text=text))
+    windows = spans(len(self.ids), run.model.cfg.max_len, self.starts)
+    ends = None
+    if self.starts is not None:
+        ends = document_starts(self.ids, val.meta['tokenizer']['end'])
+    score = tally(losses, windows, self.ids, ends, val.tokenizer, corpus)
+    run.notes.append(dict(step=run.step, val=score.loss, of=len(self.ids)))
+    if run.step % c.eval.sample_every == 0 or run.step == run.steps:
+        _keep_sample(self, run)
     return dict(val=score.loss, val_bits_per_byte=score.bits_per_byte, **parts)
 
 # %% ../nbs/82_runs.ipynb #7b6456bb
@@ -621,12 +686,14 @@ def end_early(self: TrainingRun, run):
         return
     why = all_gather_json(self.engine, _no_better(run.notes, self.cfg.eval.patience))[0]
     if why:
-        run.stopped, self.early = why, True
+        run.stopped = why
+        self.early = True
 
 
 @patch
 def save(self: TrainingRun, run):
-    run.tokens, self.stream.step = self.tokens(run.step), run.step  # of all processes
+    run.tokens = self.tokens(run.step)  # of all processes
+    self.stream.step = run.step
     if self.engine.is_main_process:
         self.metrics.sync()  # no checkpoint is ahead of its numbers
     self.saved(run)
@@ -635,24 +702,30 @@ def save(self: TrainingRun, run):
 @patch
 def tick(self: TrainingRun, run):
     "What is due after this step; the last one is due for everything"
-    c, n, row = self.cfg, run.step, {}
+    n = run.step
     if n == self.done:
-        return
-    due = lambda every: n % every == 0 or n == run.steps
+        return  # `fit` calls it for the last step twice, where that is a multiple of `every`
     self.done = n
+    c = self.cfg
+    last = n == run.steps
+    due_log = last or n % c.log.every == 0
+    due_eval = last or n % c.eval.every == 0
+    due_checkpoint = last or n % c.log.checkpoint_every == 0
+
     self.agree(run)
     if self.engine.is_main_process:
-        if due(c.log.every):
+        row = {}
+        if due_log:
             row.update(self.record(run))
-        if due(c.eval.every):
+        if due_eval:
             with preserve_rng(self.engine.device):
                 row.update(self.validate(run))
         if row:
             self.metrics.write(dict(step=n, tokens=self.tokens(n), seconds=run.seconds) | row)
             self.engine.log(row, n)
-    if due(c.eval.every) or due(c.log.checkpoint_every):
+    if due_eval or due_checkpoint:
         self.save(run)
-    if due(c.eval.every):
+    if due_eval:
         self.end_early(run)
 
 # %% ../nbs/82_runs.ipynb #78a2eaa8
@@ -660,6 +733,47 @@ def schedule_of(t):
     "The schedule that the section `train` of a config describes: a function of (step, steps)"
     end = dict(end=t.min_lr / t.lr) if t.min_lr else {}
     return partial(SCHEDULES[t.schedule], warmup=t.warmup, **end)
+
+
+def _warn_of_other_rows(job, state):
+    "A warning for each log that does not hold what it held when the checkpoint was written"
+    rows = state.get('facts', {}).get('rows')
+    if not rows:  # a new run; an older checkpoint keeps none
+        return
+    for name, told in job.metrics.told().items():
+        if rows.get(name) != told:
+            warnings.warn(
+                f'{job.folder / name} is not what it was at step {job.run.step:,}: '
+                'rows are missing, or changed'
+            )
+
+
+def _open_logs(job, state, start):
+    "What the first process does before it trains: logs, config.yaml, run.json, trackers"
+    if job.saved.steps():
+        job.saved.tidy(job.run)  # a kill may have come before it
+    source = start.parent.parent if start else None  # the run of which this one is a branch
+    job.metrics.cut(job.run.step, source)
+    _warn_of_other_rows(job, state)
+    _describe(job, start)
+    if job.on:
+        print(_from_where(job, start), flush=True)
+    job.measure()
+    _track(job)
+
+
+def _engine_step(job):
+    "The step for `fit`; of several processes, one in which they add up their gradients"
+    # `fit` passes the plain model, but only the one from `prepare_model` talks to the others
+    shared = job.engine.prepare_model(job.run.model)
+    if job.engine.num_processes == 1:
+        return job.step
+
+    def step(model, opt, rows, clip, loss):
+        value, length = job.step(shared, opt, rows, clip, loss)
+        return job.engine.reduce(value, 'mean'), length
+
+    return step
 
 
 @patch
@@ -670,40 +784,25 @@ def go(self: TrainingRun, start=None):
     state = self.saved.load(run, start) if start or self.saved.steps() else {}
     self.end_early(run)  # a run that has ended stays so
     if e.is_main_process:
-        if self.saved.steps():
-            self.saved.tidy(run)  # a kill may have come before it
-        self.metrics.cut(run.step, start and start.parent.parent)
-        rows = state.get('facts', {}).get('rows')  # an older checkpoint has none
-        for name, told in self.metrics.told().items():
-            if rows and rows.get(name) != told:
-                warnings.warn(
-                    f'{self.folder / name} is not what it was at step {run.step:,}: '
-                    'rows are missing, or changed'
-                )
-        _describe(self, start)
-        if self.on:
-            print(_from_where(self, start), flush=True)
-        self.measure()
-        _track(self)
-    self.then = self.tokens(run.step), run.seconds
+        _open_logs(self, state, start)
+    self.then = self.tokens(run.step), run.seconds  # from here on `record` counts
     if e.device.type == 'cuda':  # the same bits on a GPU, too
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
         torch.use_deterministic_algorithms(True, warn_only=True)
-    model, step = e.prepare_model(run.model), self.step
+    step = _engine_step(self)
+
+    def ask(why):
+        self.asked = why
+
     if e.num_processes > 1:
-        run.stop = partial(setattr, self, 'asked')  # all stop at the same step
-
-        def step(_, opt, rows, clip, loss):  # the model that talks to the others
-            value, length = self.step(model, opt, rows, clip, loss)
-            return e.reduce(value, 'mean'), length
-
+        run.stop = ask  # a signal only leaves word: `agree` ends all at the same step
     every = math.gcd(c.log.every, c.eval.every, c.log.checkpoint_every)
     fit(
         run.model,
         self.stream,
         c.train.steps,
         clip=c.train.clip,
-        seed=c.train.seed + 7919 * e.process_index,
+        seed=c.train.seed + 7919 * e.process_index,  # a dropout of its own in each process
         run=run,
         schedule=schedule_of(c.train),
         step=step,
@@ -717,10 +816,14 @@ def go(self: TrainingRun, start=None):
 def _from_where(job, start) -> str:
     "From which step of which run it goes on, and with what else than before"
     step, last = job.run.step, job.cfg.train.steps
-    place = start.parent.parent if start else job.folder
-    shown = place.relative_to(home()) if place.is_relative_to(home()) else place
-    said = f'goes on from step {step:,} of {shown}' + ' in a branch' * bool(start)
-    other = [f'{path}={short(b)} (it was {short(a)})' for path, (a, b) in job.on.changes.items()]
+    if start:
+        said = f'goes on from step {step:,} of {_shown(start.parent.parent)} in a branch'
+    else:
+        said = f'goes on from step {step:,} of {_shown(job.folder)}'
+    other = [
+        f'{path}={short(now)} (it was {short(then)})'
+        for path, (then, now) in job.on.changes.items()
+    ]
     if other:
         said += ', with ' + ', '.join(other)
     if job.early:
@@ -741,50 +844,60 @@ def _json_in(folder, name) -> dict:
 
 def _to_judge(job) -> tuple:  # (model, the step of the best)
     "The last model of a run; the best one where `eval.patience` asks for it"
-    last, best = job.run.step, job.folder / 'best'
-    best = int(pointed(best).name[5:]) if best.is_file() else last
+    last = job.run.step
+    pointer = job.folder / 'best'
+    best = int(pointed(pointer).name.removeprefix('step-')) if pointer.is_file() else last
     if not job.cfg.eval.patience or best == last:
         return job.run.model, best
     return load(job.saved.place(best), job.engine.device)[0], best
 
 
-@patch
-def finish(self: TrainingRun, most=None):
-    "Judge the model on the whole validation split; write and return what result.json says"
-    live = StatusLine()
-    run = self.run
-    c = self.cfg
-    path = self.folder / 'result.json'
-    known = _json_in(self.folder, 'result.json') if path.exists() else {}
-    judged = 'the best model' if c.eval.patience else 'the last model'
-    if (known.get('steps'), known.get('judged', judged)) == (run.step, judged):
-        return known
-    texts, (model, best) = self.texts, _to_judge(self)
+def _final_score(job, model, most, live):
+    "The `Score` on the validation split; raises `LabError` that says how to get it later"
+    texts = job.texts
     try:
-        score = evaluate(
+        return evaluate(
             model,
             texts['tokenizer'],
             texts['corpus'],
             most=most,
-            batch_size=c.eval.at_once,
+            batch_size=job.cfg.eval.at_once,
             live=live,
         )
     except Exception as e:
         why = (str(e).splitlines() or [type(e).__name__])[0]
         raise LabError(
-            f'{self.folder} is trained and kept, but its evaluation failed: {why}; '
-            f'mend that, then: llm-lab eval {self.folder}'
+            f'{job.folder} is trained and kept, but its evaluation failed: {why}; '
+            f'mend that, then: llm-lab eval {job.folder}'
         ) from e
-    more = ''
-    if best != run.step and c.eval.patience:
-        more = f': {judged}, of step {best:,}'
-    elif best != run.step:
-        more = (
-            f': {judged}, of step {run.step:,}; `eval` and `sample` take the best, of step {best:,}'
-        )
-    live.close(f'validated on {score.tokens:,} tokens{more}')
+
+
+def _which_model(job, judged, best) -> str:
+    "Which model was judged, to add to a line; '' where the last one is the best"
+    last = job.run.step
+    if best == last:
+        return ''
+    if job.cfg.eval.patience:
+        return f': {judged}, of step {best:,}'
+    return f': {judged}, of step {last:,}; `eval` and `sample` take the best, of step {best:,}'
+
+
+@patch
+def finish(self: TrainingRun, most=None):
+    "Judge the model on the whole validation split; write and return what result.json says"
+    run = self.run
+    path = self.folder / 'result.json'
+    known = _json_in(self.folder, 'result.json') if path.exists() else {}
+    judged = 'the best model' if self.cfg.eval.patience else 'the last model'
+    # an older result.json does not say which one it judged
+    if known.get('steps') == run.step and known.get('judged', judged) == judged:
+        return known
+    model, best = _to_judge(self)
+    live = StatusLine()
+    score = _final_score(self, model, most, live)
+    live.close(f'validated on {score.tokens:,} tokens{_which_model(self, judged, best)}')
     result = dict(
-        name=c.name,
+        name=self.cfg.name,
         run=self.folder.name,
         params=run.model.n_params,
         steps=run.step,
@@ -839,14 +952,15 @@ def _require_free(folder):
     "Raises `LabError` unless a folder is empty, or left by a run that was killed as it began"
     names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
     strange = [n for n in names if not _BEGUN.fullmatch(n) and not _HIDDEN.fullmatch(n)]
-    if strange or names and '.lock' not in names:
-        strange = (strange or names)[0]
-        raise LabError(f'{folder} holds {strange}, which is of no run: choose another --run')
+    if not strange and '.lock' not in names:
+        strange = names  # a run begins with its lock: without it, all of this is of no run
+    if strange:
+        raise LabError(f'{folder} holds {strange[0]}, which is of no run: choose another --run')
 
 
 def _new_folder(cfg, name=None) -> Path:
+    "Where a new run goes: a folder of that name, which must be free, or one by date, time and hash"
     runs = _runs(cfg.name)
-    digest = hashlib.sha256(repr(cfg).encode()).hexdigest()[:6]
     if name is not None:
         folder = runs / require_name(name, '--run')
         if (folder / 'config.yaml').exists():
@@ -855,8 +969,11 @@ def _new_folder(cfg, name=None) -> Path:
             )
         _require_free(folder)
         return folder
+    digest = hashlib.sha256(repr(cfg).encode()).hexdigest()[:6]
     folder = runs / f'{time.strftime("%y%m%d-%H%M%S")}-{digest}'
-    return folder if not folder.exists() else folder.with_name(f'{folder.name}-{os.getpid()}')
+    if folder.exists():  # another process began such a run in this second
+        folder = folder.with_name(f'{folder.name}-{os.getpid()}')
+    return folder
 
 # %% ../nbs/82_runs.ipynb #a3d7f014
 def _smoke_folder(cfg) -> Path:
@@ -871,9 +988,13 @@ def _smoke_folder(cfg) -> Path:
 
 def _foreign(folder):
     "What is in a folder of checkpoints that no run has written; None if there is nothing"
-    if folder.is_symlink() or folder.exists() and not folder.is_dir():
+    if folder.is_symlink():
         return folder
-    for place in folder.iterdir() if folder.is_dir() else ():
+    if not folder.exists():
+        return None
+    if not folder.is_dir():
+        return folder
+    for place in folder.iterdir():
         if re.fullmatch(r'\.+step-\d+(\.gone|(\.\d+\.(new|old))+)', place.name):
             continue
         if place.is_symlink() or not re.fullmatch(r'step-\d+', place.name):
@@ -945,7 +1066,8 @@ def told_of(folder) -> dict:  # {} where there is none
         told = _json_in(folder, 'run.json')
     except LabError:
         told = {}
-    starts, own = told.get('starts'), told.pop('sha256', None)
+    starts = told.get('starts')
+    own = told.pop('sha256', None)  # the hash of all the rest
     good = isinstance(starts, list) and all(isinstance(s, dict) for s in starts)
     if not good or own not in (None, _hash(told)):
         raise LabError(
@@ -953,6 +1075,26 @@ def told_of(folder) -> dict:  # {} where there is none
             'delete it, or copy it again'
         )
     return told if own else dict(starts=starts)  # an old one has no hash: no more is believed
+
+
+def _keep_config(job):
+    "Write config.yaml, unless it says the same already: it may hold your comments"
+    path = job.folder / 'config.yaml'
+    known = replace(read_config(path), name=job.cfg.name) if path.exists() else None
+    if known != job.cfg:
+        write_config(job.cfg, path)
+
+
+def _start_of(job) -> dict:
+    "From which step a run starts now, where, and with which code"
+    return dict(
+        machine(),
+        step=job.run.step,
+        processes=job.engine.num_processes,
+        llm_lab=__version__,
+        commit=_git('rev-parse', 'HEAD'),
+        changed=bool(_git('status', '--porcelain')),
+    )
 
 
 def _describe(job, came_from):
@@ -972,27 +1114,14 @@ def _describe(job, came_from):
             val=texts['val'].sha256,
             tokenizer=texts['train'].meta['tokenizer']['sha256'],
         ),
-        starts=[
-            *told.get('starts', []),
-            dict(
-                machine(),
-                step=job.run.step,
-                processes=job.engine.num_processes,
-                llm_lab=__version__,
-                commit=_git('rev-parse', 'HEAD'),
-                changed=bool(_git('status', '--porcelain')),
-            ),
-        ],
+        starts=[*told.get('starts', []), _start_of(job)],
         config=job.origin | dict(decided=as_data(job.cfg)),
     )
-    config = job.folder / 'config.yaml'
-    known = replace(read_config(config), name=job.cfg.name) if config.exists() else None
-    if known != job.cfg:
-        write_config(job.cfg, config)  # else it may hold your comments
-    texts = {path: json.dumps(about | dict(sha256=_hash(about)), indent=1)}
+    _keep_config(job)
+    files = {path: json.dumps(about | dict(sha256=_hash(about)), indent=1)}
     if job.folder.parent.name == 'runs' and not (job.folder / '.smoke').exists():
-        texts[job.folder.parent / 'latest'] = job.folder.name
-    for path, text in texts.items():
+        files[job.folder.parent / 'latest'] = job.folder.name
+    for path, text in files.items():
         with atomic_write(path) as f:
             f.write_text(text + '\n', encoding='utf-8')
 
@@ -1018,25 +1147,25 @@ def _track(job):
 # %% ../nbs/82_runs.ipynb #d3f70e02
 def _is_run(folder):
     "Is this the folder of a run that has begun? An author's folder may hold a config.yaml, too"
-    there = lambda name: (folder / name).exists()
-    return there('run.json') or there('.lock') and there('config.yaml')
+    if (folder / 'run.json').exists():
+        return True
+    return (folder / '.lock').exists() and (folder / 'config.yaml').exists()
 
 
 def runs_of(name, smoke=False) -> list:  # folders, the one that was started last first
     "The runs of the configs of that name; with `smoke`, those that only tried"
     runs = _runs(name)
-    found = [
-        p
-        for p in (runs.iterdir() if runs.is_dir() else ())
-        if _is_run(p) and (p / '.smoke').exists() == smoke
-    ]
+    if not runs.is_dir():
+        return []
+    found = [p for p in runs.iterdir() if _is_run(p) and (p / '.smoke').exists() == smoke]
     last = pointed(runs / 'latest').name if (runs / 'latest').is_file() else ''
 
-    def started(p):
+    def age(p):  # `latest` knows; where it was lost, the times of the files do
         files = [p / name for name in ('run.json', 'config.yaml')]
-        return max(f.stat().st_mtime for f in files if f.exists())
+        started = max(f.stat().st_mtime for f in files if f.exists())
+        return p.name == last, started, p.name
 
-    return sorted(found, key=lambda p: (p.name == last, started(p), p.name), reverse=True)
+    return sorted(found, key=age, reverse=True)
 
 
 def run_to_go_on(config, run=None) -> tuple:  # (folder, or None; what to say when there is none)
@@ -1056,24 +1185,36 @@ def run_to_go_on(config, run=None) -> tuple:  # (folder, or None; what to say wh
     return None, f'there is no run of {source or name} to go on with: a new one begins'
 
 
+def _runs_called(words) -> list:
+    "The runs that are meant by (CONFIG, RUN), or by (RUN,), which may be of several configs"
+    experiments = home() / 'experiments'
+    if len(words) == 2:
+        among = [experiments / words[0] / 'runs']
+    else:
+        among = sorted(experiments.glob('*/runs'))
+    return [runs / words[-1] for runs in among if (runs / words[-1]).is_dir()]
+
+
 def find_model(path) -> Path:
     """Where a run, a checkpoint or a saved model is: a path, here or in `home()`, or a run's name.
 
     CONFIG is its newest run, CONFIG/RUN and RUN are that one. Raises `LabError` on several."""
-    words, top = Path(path).parts, home() / 'experiments'
-    named = all(map(is_name, words)) and len(words) < 3
-    is_config = named and len(words) == 1 and (top / words[0] / 'runs').is_dir()
-    if is_config and (found := runs_of(words[0])):
-        return found[0]
+    words = Path(path).parts
+    experiments = home() / 'experiments'
+    named = len(words) in (1, 2) and all(map(is_name, words))
+    is_config = named and len(words) == 1 and (experiments / words[0] / 'runs').is_dir()
+    if is_config:
+        newest_first = runs_of(words[0])
+        if newest_first:
+            return newest_first[0]
     for place in (Path(path), home() / path):
         if place.name == 'latest' and place.parent.name == 'runs' and place.is_file():
             return place.parent / pointed(place)
         if place.exists():
             return place
-    if not named or not words:
-        return Path(path)
-    among = [top / words[0] / 'runs'] if len(words) == 2 else sorted(top.glob('*/runs'))
-    found = [runs / words[-1] for runs in among if (runs / words[-1]).is_dir()]
+    if not named:
+        return Path(path)  # whoever opens it says that it is not there
+    found = _runs_called(words)
     if len(found) > 1:
         names = [f'{run.parent.parent.name}/{run.name}' for run in found]
         raise LabError(f'{len(found)} runs are called {path}: write {" or ".join(names)}')
@@ -1084,7 +1225,7 @@ def find_model(path) -> Path:
 # %% ../nbs/82_runs.ipynb #4534592f
 def _run_at(path) -> tuple:  # (folder of a run, a checkpoint of it or None)
     "The run at a path, or whose checkpoint is there. Raises on none, and on one that only tried"
-    # without a/../
+    # without a/../, unless a is a link and this led elsewhere
     place = Path(path).absolute()
     plain = Path(os.path.abspath(path))
     if plain.exists() and place.exists() and plain.samefile(place):
@@ -1112,21 +1253,32 @@ def _newest(folder):
     return None, None
 
 
+def _first_checkpoint(step, cfg) -> int:
+    "The step of the first checkpoint of a run that begins at `step`"
+    # from step 30, with a checkpoint every 20 steps and a validation every 50: min(40, 50) = 40
+    every = cfg.log.checkpoint_every, cfg.eval.every
+    return min(step // n * n + n for n in every)
+
+
 def _beginning(folder, told, cfg):
     """Where a run without checkpoints begins: at what it is a branch of, or None.
 
     Raises if it had one"""
     starts = [s['step'] for s in told.get('starts', []) if isinstance(s.get('step'), int)] or [0]
-    due = min(starts[0] // n * n + n for n in (cfg.log.checkpoint_every, cfg.eval.every))
     rows = read_metrics(folder / 'metrics.jsonl')
-    named = [n for n in ('latest', 'best', 'result.json') if (folder / n).exists()]
-    reached = rows[-1].get('step', 0) if rows else 0
-    if named or max(starts) > starts[0] or reached > min(due, cfg.train.steps):
+    logged = rows[-1].get('step', 0) if rows else 0
+    # three traces of a checkpoint: a pointer to one, a start that went on from one, and rows
+    # beyond the step at which the first one is written
+    named = any((folder / name).exists() for name in ('latest', 'best', 'result.json'))
+    went_on = max(starts) > starts[0]
+    beyond = logged > min(_first_checkpoint(starts[0], cfg), cfg.train.steps)
+    if named or went_on or beyond:
         raise LabError(
             f'{folder} has no checkpoint any more, so it cannot go on, and to begin '
             'anew would clear its log: copy a checkpoint back, or begin a new run'
         )
-    if not (source := told.get('came_from')):
+    source = told.get('came_from')
+    if not source:
         return None
     if not (Path(source) / 'manifest.json').is_file():
         raise LabError(
@@ -1153,69 +1305,92 @@ def _own_config(path):
 
 
 def _record(config):
+    "What run.json keeps of a config's file, by which a later edit is seen"
     return dict(source=origin(config)[1], stated=stated(config))
 
 
-def _as_edited(folder, told, old, config, overrides):
-    "The config of a run as its file says now, and what is typed. Raises where that is another's"
+def _as_edited(folder, told, written, config, overrides):
+    """(what run.json keeps of the config's file, the config to go on with): as that file says now,
+    and what is typed. Raises where the file is another's"""
+    record = told.get('config', {})
     if config is None:
-        return told.get('config', {}), read_config(as_data(old), overrides)
-    record, now = told.get('config', {}), _record(config)
+        return record, read_config(as_data(written), overrides)
+    now = _record(config)
     if 'source' in record and not same_config(record, config):
         raise LabError(
             f'{folder} was made from {record.get("source")}, not from {now["source"]}: '
             'leave that out, or name the other one'
         )
     then = record.get('stated', {})  # an old run does not say: all counts
-    return now, edited(old, then, now['stated'], overrides)
+    return now, edited(written, then, now['stated'], overrides)
+
+
+def _written_config(folder, told) -> RunConfig:
+    "The config of a run as its config.yaml says now; where that was deleted, as run.json does"
+    path = folder / 'config.yaml'
+    decided = told.get('config', {}).get('decided')
+    if decided and not os.path.lexists(path):
+        cfg = config_from_dict(decided)
+    else:
+        cfg = _own_config(path)
+    named = folder.parent.parent if folder.parent.name == 'runs' else folder
+    return replace(cfg, name=named.name)
+
+
+def _trained_config(state, told, written) -> RunConfig:
+    "The config with which a run came to the checkpoint of which `state` is the state.json"
+    decided = told.get('config', {}).get('decided')
+    known = state.get('facts', {}).get('config') or decided
+    if not isinstance(known, dict):  # an old one keeps none
+        return written
+    return config_from_dict(known, written.name)
 
 
 def resolve_resume(
     path,  # a run, or a checkpoint of one
     overrides=(),
     config=None,  # its config, which may have been edited since
-) -> (
-    GoingOn
-):  # config, folder, checkpoint that a branch begins from or None, SHA-256 of the text, …
+) -> GoingOn:  # config, folder, checkpoint that a branch begins from or None, …
     "What it takes to go on. Raises `LabError` that names what was changed and reaches back"
+    # Three configs meet here, and each may differ from the one before:
+    #   trained   with which the steps up to the checkpoint were made: it says what cannot change
+    #   written   config.yaml of the run, in which you may have edited something
+    #   cfg       to go on with: `written`, edits of the file the run was made from, overrides
     folder, start = _run_at(path)
     if start is None and os.environ.get('RANK', '0') == '0':
         run_lock(folder).release()  # raises while another writes there
-    told, path = told_of(folder), folder / 'config.yaml'
-    decided = told.get('config', {}).get('decided')
-    old = config_from_dict(decided) if decided and not os.path.lexists(path) else _own_config(path)
-    named = folder.parent.parent if folder.parent.name == 'runs' else folder
-    old = replace(old, name=named.name)
+    told = told_of(folder)
+    written = _written_config(folder, told)
+
     newest, state = _newest(folder)
     if start and newest and start.resolve() == newest.resolve():
-        start = None
-    branch = start is not None
+        start = None  # from its newest checkpoint the run itself goes on
+    branch = start is not None  # from an older one, a new run does
     if branch:
         state = read_state(start)
-    elif newest is None:
-        start = _beginning(folder, told, old)
+    elif newest is None:  # killed before its first checkpoint
+        start = _beginning(folder, told, written)
         state = read_state(start) if start else dict(facts={}, about={}, step=0)
-    known = state.get('facts', {}).get('config') or decided
-    then = (
-        config_from_dict(known, old.name) if isinstance(known, dict) else old
-    )  # an old one keeps none
+
+    trained = _trained_config(state, told, written)
     try:
-        check_resumable(then, old)
+        check_resumable(trained, written)
     except LabError as e:
-        raise LabError(f'{path} was edited: {e}') from None
-    record, cfg = _as_edited(folder, told, old, config, overrides)
-    if cfg.data.corpus != old.data.corpus:
+        raise LabError(f'{folder / "config.yaml"} was edited: {e}') from None
+    record, cfg = _as_edited(folder, told, written, config, overrides)
+    if cfg.data.corpus != written.data.corpus:
         cfg = kept_corpus(cfg)
-    cfg = check_resumable(then, replace(cfg, name=old.name))
+    cfg = check_resumable(trained, replace(cfg, name=written.name))
     require_corpus(cfg)
     if cfg.train.steps < state['step']:
         raise LabError(
             f'train.steps={cfg.train.steps}: {start or newest} is at step '
             f'{state["step"]:,}; give at least that'
         )
-    changes = differences(then, cfg)
     sha256 = state['about'].get('corpus_sha256') or told.get('hashes', {}).get('corpus')
-    return GoingOn(cfg, _new_folder(cfg) if branch else folder, start, sha256, record, changes)
+    changes = differences(trained, cfg)
+    goes_to = _new_folder(cfg) if branch else folder
+    return GoingOn(cfg, goes_to, start, sha256, record, changes)
 
 # %% ../nbs/82_runs.ipynb #b7dc2d23
 def _alone_now(error, engine, folder):
@@ -1228,16 +1403,17 @@ def _alone_now(error, engine, folder):
     ) from None
 
 # %% ../nbs/82_runs.ipynb #f3dff5f5
-def _asked_for(
-    config, overrides, resume, run, smoke
-) -> tuple:  # (config, `GoingOn` or None, what to say)
+def _asked_for(config, overrides, resume, run, smoke) -> tuple:
+    # (config, `GoingOn` or None, what to say)
     "What `train_run` was asked for: a new run, or one to go on with"
-    begins, on = '', None
+    begins = ''
+    on = None
     if resume == '' and isinstance(config, (str, Path)) and _is_run(Path(config)):
         resume, config = config, None  # a run is named, and no config
     if resume == '':
         found, begins = run_to_go_on(config or 'smoke', run)
-        on = found and resolve_resume(found, overrides, config or 'smoke')
+        if found:
+            on = resolve_resume(found, overrides, config or 'smoke')
     elif resume:
         if run is not None:
             raise LabError(f'--run {run} names a run of its own: leave it out, or {resume}')
@@ -1245,7 +1421,25 @@ def _asked_for(
     if on:
         return on.cfg, on, begins
     cfg = read_config(config or 'smoke', overrides)
-    return kept_corpus(smoke_config(cfg) if smoke else cfg), None, begins
+    if smoke:
+        cfg = smoke_config(cfg)
+    return kept_corpus(cfg), None, begins
+
+
+def _folder_for(cfg, on, run, smoke) -> Path:
+    "Where what was asked for goes"
+    if on:
+        return on.folder
+    return _smoke_folder(cfg) if smoke else _new_folder(cfg, run)
+
+
+def _taken_up(folder, engine, smoke):
+    "The lock of a run's folder, which the first process holds; None for the others"
+    if not engine.is_main_process:
+        return None
+    if smoke:
+        (made_folder(folder) / '.smoke').touch()  # by which the next one knows it
+    return run_lock(folder)
 
 
 def train_run(
@@ -1264,25 +1458,23 @@ def train_run(
     if run is not None:
         require_name(run, '--run')
     cfg, on, begins = _asked_for(config, overrides, resume, run, smoke)
-    folder = on.folder if on else _smoke_folder(cfg) if smoke else _new_folder(cfg, run)
+    folder = _folder_for(cfg, on, run, smoke)
     usable_device()  # raises where it cannot be used
     engine = make_engine(cfg.log.tracker)
     folder = Path(all_gather_json(engine, str(folder))[0])  # by the clock of the first process
-    if smoke and engine.is_main_process:
-        (made_folder(folder) / '.smoke').touch()  # by which the next one knows it
-    lock = run_lock(folder) if engine.is_main_process else None
+    lock = _taken_up(folder, engine, smoke)
     threads = torch.get_num_threads()
     try:
         if lock:
             _require_own(folder)
-        if lock and smoke:
-            _begin_anew(folder)
+            if smoke:
+                _begin_anew(folder)
         job = TrainingRun(cfg, folder, engine, tune and not on, on)
         job.origin = on.record if on else _record(config or 'smoke')
         job.foresee()
         if lock:
-            print(*filter(None, [begins, job]), sep='\n', flush=True)
-        job.go(on and on.start)
+            print(f'{begins}\n{job}' if begins else job, flush=True)
+        job.go(on.start if on else None)
         if lock and (job.early or not job.run.stopped):
             job.result = job.finish(cfg.eval.tokens if smoke else None)
         _end(engine, cfg.log.tracker)

@@ -19,22 +19,27 @@ from .core import LabError, rng
 # %% ../nbs/26_sampling.ipynb #c22cbbac
 def check_choice(temperature=1.0, top_k: int = None, top_p: float = None, repetition_penalty=1.0):
     "Raises `LabError` on settings that leave nothing to choose from"
-    for good, said, remedy in (
-        (temperature >= 0, f'{temperature=}', '0 (greedy) or more; 1 is as the model says'),
-        (
-            top_k is None or isinstance(top_k, int) and top_k >= 1,
-            f'{top_k=}',
-            'a whole number of at least 1, or none to keep all',
-        ),
-        (top_p is None or 0 < top_p <= 1, f'{top_p=}', 'a share above 0 and up to 1; 1 keeps all'),
-        (
-            0.01 <= repetition_penalty <= 100,
-            f'{repetition_penalty=}',
-            'a number from 0.01 to 100; 1 is no penalty',
-        ),
-    ):
+
+    def require(good, said, remedy):
         if not good:
             raise LabError(f'{said}: give {remedy}')
+
+    require(temperature >= 0, f'{temperature=}', '0 (greedy) or more; 1 is as the model says')
+    require(
+        top_k is None or (isinstance(top_k, int) and top_k >= 1),
+        f'{top_k=}',
+        'a whole number of at least 1, or none to keep all',
+    )
+    require(
+        top_p is None or 0 < top_p <= 1,
+        f'{top_p=}',
+        'a share above 0 and up to 1; 1 keeps all',
+    )
+    require(
+        0.01 <= repetition_penalty <= 100,
+        f'{repetition_penalty=}',
+        'a number from 0.01 to 100; 1 is no penalty',
+    )
 
 # %% ../nbs/26_sampling.ipynb #6203f9d3
 def sampling_probs(
@@ -49,12 +54,12 @@ def sampling_probs(
     scaled to sum to 1"""
     check_choice(temperature, top_k, top_p, repetition_penalty)
     if repetition_penalty != 1 and ids is not None:
-        l = logits.gather(-1, ids)
-        logits = logits.scatter(
-            -1, ids, torch.where(l > 0, l / repetition_penalty, l * repetition_penalty)
-        )
+        seen = logits.gather(-1, ids)  # (…, T): of each token of the text
+        less = torch.where(seen > 0, seen / repetition_penalty, seen * repetition_penalty)
+        logits = logits.scatter(-1, ids, less)
     if temperature < 1e-6:
-        return torch.zeros_like(logits).scatter(-1, logits.argmax(-1, keepdim=True), 1.0).float()
+        best = logits.argmax(-1, keepdim=True)
+        return torch.zeros_like(logits).scatter(-1, best, 1.0).float()
     if not top_k and (top_p or 1) == 1:
         return (logits.float() / temperature).softmax(-1)  # nothing to cut, no order needed
     # of equals, the earlier stands first
@@ -64,7 +69,8 @@ def sampling_probs(
     if top_k:
         p[..., top_k:] = 0
     if top_p and top_p < 1:
-        p[p.cumsum(-1) - p >= top_p * p.sum(-1, keepdim=True)] = 0  # enough stands before it
+        before = p.cumsum(-1) - p  # what stands before a token; if that is enough, it goes
+        p[before >= top_p * p.sum(-1, keepdim=True)] = 0
     return torch.zeros_like(p).scatter(-1, order, p / p.sum(-1, keepdim=True))
 
 # %% ../nbs/26_sampling.ipynb #306e43bf
@@ -72,12 +78,12 @@ def max_context(model):  # an int, or ∞
     """How many tokens of a text the model can see:
 
     `max_len`, or no limit if its caches keep only what is near"""
-    caches = model.cache(1, 1) if model.cfg.pos is None else None
-    return (
-        math.inf
-        if caches and all(getattr(c, 'endless', False) for c in caches.values())
-        else model.cfg.max_len
-    )
+    if model.cfg.pos is not None:  # learned positions end somewhere
+        return model.cfg.max_len
+    caches = model.cache(1, 1)
+    if caches and all(getattr(c, 'endless', False) for c in caches.values()):
+        return math.inf
+    return model.cfg.max_len
 
 # %% ../nbs/26_sampling.ipynb #7093ba92
 class DecodingState:
@@ -89,66 +95,80 @@ class DecodingState:
         model,
         length: int,  # of the longest text, when all is read
         pad: Tensor = None,  # empty places at the left of each text, (B,)
-        chunk=512,
-    ):  # how many tokens a model with a cache reads at once
+        chunk=512,  # how many tokens a model with a cache reads at once
+    ):
         self.model = model
         self.length = length
         self.room = max_context(model)
         self.pad = pad
         self.chunk = chunk
-        self.ids = None
-        self.whole = (
-            isinstance(model, MiniGPT) and type(model).forward is not MiniGPT.forward
-        )  # one of your own: not features and head
+        self.ids = None  # all that was read, (B, T)
+        self.cache = None
+        # one of your own, with its own `forward`, is called as a whole: not features and head
+        self.whole = isinstance(model, MiniGPT) and type(model).forward is not MiniGPT.forward
 
     @torch.no_grad()
     def __call__(self, ids):  # on the CPU; the model's mode is left as it was
         if not ids.shape[1]:
             raise LabError('an empty text: give at least one token')
         if self.ids is None:
-            self.ids, self.cache = (
-                ids[:, :0],
-                self.model.cache(len(ids), min(self.length, self.room)),
-            )
+            self.ids = ids[:, :0]
+            self.cache = self.model.cache(len(ids), min(self.length, self.room))
         start = self.ids.shape[1]
         self.ids = torch.cat([self.ids, ids], 1)
-        if (end := self.ids.shape[1]) > self.room:
+        end = self.ids.shape[1]
+        if end > self.room:
             self.cache = None  # the window slides: read all anew
-        start, step = (
-            (start, self.chunk) if self.cache else (max(0, end - self.model.cfg.max_len), end)
-        )
-        if training := self.model.training:
+        training = self.model.training
+        if training:
             self.model.eval()
         try:
-            for at in range(start, end, step):
-                x = self.features(at, min(at + step, end))
-            return (x[:, -1] if self.whole else self.model.head(x[:, -1])).cpu()
-        except BaseException:
-            self.cache, self.ids = None, self.ids[:, : -ids.shape[1]]
-            raise  # half a step: read anew
+            return self._logits(start, end)
+        except BaseException:  # half a step: the text is as before, and is read anew
+            self.cache = None
+            self.ids = self.ids[:, : -ids.shape[1]]
+            raise
         finally:
-            training and self.model.train()
+            if training:
+                self.model.train()
+
+    def _logits(self, start, end):  # (B, V), on the CPU
+        "After all tokens, of which those from `start` to `end` are new"
+        if self.cache:  # only what is new, in chunks: that bounds the memory
+            for at in range(start, end, self.chunk):
+                x = self.features(at, min(at + self.chunk, end))
+        else:  # the whole window at once
+            x = self.features(max(0, end - self.model.cfg.max_len), end)
+        last = x[:, -1]  # (B, C), or (B, V) of a model that is called as a whole
+        return (last if self.whole else self.model.head(last)).cpu()
 
 # %% ../nbs/26_sampling.ipynb #11997009
 @patch
 def features(self: DecodingState, start, end):  # columns → (B, T, C)
-    first, words = (0, dict(cache=self.cache)) if self.cache else (start, {})
-    i = torch.arange(start - first, end - first, device=self.ids.device)
+    """The tokens of some columns through the model, with their positions: within the text with a
+    cache, within the window without one"""
+    first = 0 if self.cache else start  # the column that has position 0
+    words = dict(cache=self.cache) if self.cache else {}
+    i = torch.arange(start - first, end - first, device=self.ids.device)  # (T,)
     if self.pad is not None:
-        i = (i - (self.pad - first).clamp_min(0)[:, None]).clamp_min(-1)
+        # a text begins behind its empty places, of which a window may have left some behind;
+        # what is empty has position −1
+        empty = (self.pad - first).clamp_min(0)[:, None]  # (B, 1)
+        i = (i - empty).clamp_min(-1)  # (B, T)
     if start > first or self.pad is not None:
         words['i'] = i  # 0, 1, 2, … need not be said
-    return (self.model if self.whole else self.model.features)(self.ids[:, start:end], **words)
+    read = self.model if self.whole else self.model.features
+    return read(self.ids[:, start:end], **words)
 
 # %% ../nbs/26_sampling.ipynb #1aed097f
 def sample_next(logits, ids, *draws, **choice):  # (B, V), (B, T) → (B, 1)
     "The next token of each text; one generator for all, or one for each"
     if choice.get('temperature', 1) < 1e-6 and 'repetition_penalty' not in choice:
-        return logits.argmax(-1, keepdim=True)
-    p = sampling_probs(logits, **choice, ids=ids.cpu() if 'repetition_penalty' in choice else None)
-    return torch.cat(
-        [torch.multinomial(rows, 1, generator=g) for rows, g in zip(p.chunk(len(draws)), draws)]
-    )
+        return logits.argmax(-1, keepdim=True)  # greedy needs no probabilities
+    past = ids.cpu() if 'repetition_penalty' in choice else None
+    p = sampling_probs(logits, **choice, ids=past)
+    groups = p.chunk(len(draws))  # the rows of each generator
+    return torch.cat([torch.multinomial(rows, 1, generator=g) for rows, g in zip(groups, draws)])
 
 
 def _drawn(model, ids, n, seed, **choice):
@@ -158,16 +178,16 @@ def _drawn(model, ids, n, seed, **choice):
     read = DecodingState(model, ids.shape[1] + n)
     for _ in range(n):
         logits = read(ids)
-        new = sample_next(logits, read.ids, draws, **choice)
+        new = sample_next(logits, read.ids, draws, **choice)  # (B, 1)
         yield logits, new[:, 0]
-        ids = new.to(ids.device)
+        ids = new.to(ids.device)  # only these are new to `read`
 
 # %% ../nbs/26_sampling.ipynb #c6327033
 def generate(
     model,
     ids: Tensor,  # prompts, (B, T)
-    n: int,
-    seed=0,  # how many tokens to write
+    n: int,  # how many tokens to write
+    seed=0,
     **choice,  # temperature, top_k, top_p, repetition_penalty
 ):
     "Yield n times the next token of each text, (B,)"
@@ -180,10 +200,13 @@ class DecodeStream:
     whole"""
 
     def __init__(self, tokenizer, before=()):
-        self.decode, self.window = tokenizer.decode, list(before)[-4:]
-        self.known = self.decode(self.window) if getattr(tokenizer, 'runs', False) else None
+        self.decode = tokenizer.decode
+        self.window = list(before)[-4:]  # no character has more than four bytes
+        in_runs = getattr(tokenizer, 'runs', False)  # of a `ForeignTokenizer`: see `of_runs`
+        self.known = self.decode(self.window) if in_runs else None
 
     def whole(self):
+        "The text of the window, without a last character that is not whole"
         text = self.decode(self.window)
         return text[:-1] if text.endswith('\ufffd') else text
 
@@ -199,9 +222,11 @@ class DecodeStream:
     def of_runs(self, id):
         "Where bytes in a row are read as one, and are all `�` until the last character is whole"
         self.window.append(id)
-        if (text := self.decode(self.window)).endswith('\ufffd'):
+        text = self.decode(self.window)
+        if text.endswith('\ufffd'):
             return ''
-        new, short = text[len(self.known) :], self.window[-4:]
+        new = text[len(self.known) :]
+        short = self.window[-4:]
         if '\ufffd' not in self.decode(short):
             self.window = short  # no run is cut
         self.known = self.decode(self.window)
@@ -234,9 +259,16 @@ def _written(model, tokenizer, ids, n, seed, **choice):
     mark"""
     decoder = DecodeStream(tokenizer, ids[0].tolist())
     for logits, new in _drawn(model, ids, n, seed, **choice):
-        if (id := new.item()) == tokenizer.eos_id:
+        id = new.item()
+        if id == tokenizer.eos_id:
             return
         yield decoder(id), id, logits[0]
+
+
+def _begun(text, stops):
+    "How many letters at the end of a text may be the beginning of a stop: 2 of 'aEN' for 'END'"
+    lengths = [k for stop in stops for k in range(len(stop)) if text.endswith(stop[:k])]
+    return max(lengths, default=0)
 
 
 def stop_at(stops, pieces):
@@ -245,20 +277,22 @@ def stop_at(stops, pieces):
     held = ''
     for piece in pieces:
         held += piece
-        if found := [held.index(s) for s in stops if s in held]:
+        found = [held.index(stop) for stop in stops if stop in held]
+        if found:
             yield held[: min(found)]
             return
-        cut = len(held) - max(
-            (k for s in stops for k in range(len(s)) if held.endswith(s[:k])), default=0
-        )
-        yield held[:cut]
-        held = held[cut:]
+        safe = len(held) - _begun(held, stops)
+        yield held[:safe]
+        held = held[safe:]
     yield held
 
 # %% ../nbs/26_sampling.ipynb #696050c5
 def stop_strings(stop) -> list:
     "The texts to end at, from one, several or none"
-    stops = list(stop) if isinstance(stop, (list, tuple)) else [] if stop is None else [stop]
+    if stop is None:
+        stops = []
+    else:
+        stops = list(stop) if isinstance(stop, (list, tuple)) else [stop]
     if not all(isinstance(s, str) and s for s in stops):
         raise LabError(f'{stop=}: give a text to end at, several, or leave it out')
     return stops
@@ -268,8 +302,8 @@ def stream(
     model,
     tokenizer,
     prompt: str = '',
-    n=300,
-    seed=0,  # how many tokens to write, at most
+    n=300,  # how many tokens to write, at most
+    seed=0,
     stop=(),  # a text to end at, or several; it is not given
     **choice,  # temperature, top_k, top_p, repetition_penalty
 ):

@@ -21,7 +21,7 @@ def _slower_short(k):
     return asked and k.dtype != torch.float64 and k.shape[2] < 512
 
 
-def _long(x):
+def _long(x):  # float32, but for a mask
     return x if x is None or x.dtype == torch.bool else x.float()
 
 
@@ -37,7 +37,7 @@ def scaled_dot_product(
         seen = seen[None]  # the quick kernels take masks of two or four dimensions
     if _slower_short(k):
         with torch.autocast('cpu', enabled=False):
-            return scaled_dot_product(*map(_long, (q, k, v, seen)), dropout)
+            return scaled_dot_product(_long(q), _long(k), _long(v), _long(seen), dropout)
     return F.scaled_dot_product_attention(
         q,
         k,
@@ -57,20 +57,29 @@ def causal(
     return j <= i
 
 # %% ../nbs/21_self_attention.ipynb #34f6f280
+def _required(parameter) -> bool:
+    "Must an argument be given, and can it be given by name?"
+    p = parameter
+    return p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+
+
+def _patterns_in(f) -> list:
+    "The patterns that a recipe of a pattern holds, as `both` and `either` of `sparse` do"
+    inner = []
+    for value in getattr(f, 'keywords', {}).values():
+        several = value if isinstance(value, tuple) else (value,)
+        inner += [p for p in several if isinstance(p, partial)]
+    return inner
+
+
 def words_of(f) -> list:
     """Names of the arguments that a pattern must be given beyond the positions i and j, also those
     of patterns inside it"""
-    required = lambda p: (
-        p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    )
-    mine = [n for n, p in signature(f).parameters.items() if n not in ('i', 'j') and required(p)]
-    inner = [
-        p
-        for v in getattr(f, 'keywords', {}).values()
-        for p in (v if isinstance(v, tuple) else (v,))
-        if isinstance(p, partial)
-    ]
-    return [*dict.fromkeys([*mine, *(w for p in inner for w in words_of(p))])]
+    # def fade(i, j, h) has the words ['h'], and part(both, of=(part(causal), part(fade))) has, too
+    words = [n for n, p in signature(f).parameters.items() if n not in ('i', 'j') and _required(p)]
+    for p in _patterns_in(f):
+        words += words_of(p)
+    return [*dict.fromkeys(words)]  # each once, in order
 
 
 def dense_mask(
@@ -83,11 +92,11 @@ def dense_mask(
 ) -> Tensor:  # bool, broadcasts to (B, H, T, S)
     "The dense picture of a pattern: which query may read which key?"
     i, j = (p[:, None] if p.dim() == 2 else p for p in (i, j))  # (B, 1, T): room for heads
-    known = dict(h=torch.arange(n_heads, device=i.device).view(-1, 1, 1), layer=layer, **ctx)
-    return (
-        pattern(i[..., :, None], j[..., None, :], **{w: known[w] for w in words_of(pattern)})
-        & (j >= 0)[..., None, :]
-    )
+    i, j = i[..., :, None], j[..., None, :]  # queries down, keys across: (…, T, 1) and (…, 1, S)
+    h = torch.arange(n_heads, device=i.device).view(-1, 1, 1)  # (H, 1, 1)
+    known = dict(h=h, layer=layer, **ctx)
+    asked = {w: known[w] for w in words_of(pattern)}
+    return pattern(i, j, **asked) & (j >= 0)
 
 # %% ../nbs/21_self_attention.ipynb #3aca470d
 class Attention(nn.Module):
@@ -115,6 +124,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(cfg.d_model, sum(self.sizes), bias)
         self.out = nn.Linear(width, cfg.d_model, bias)
         self.steps = nn.ModuleList(step(cfg, layer) for step in steps)
+        # what to ask of the model's `**ctx`; head and layer we know ourselves
         self.reads = [w for w in words_of(pattern) if w not in ('h', 'layer')]
 
     def seen(self, i, j, **ctx):  # who reads whom, with the words the pattern asks for
@@ -131,9 +141,8 @@ class Attention(nn.Module):
             for t in self.qkv(x).split(self.sizes, dim=-1)
         )
 
-    def join(
-        self, q, k, v, i, j, rising=False, **ctx
-    ):  # (B, H, T, D); rising: positions are 0, 1, 2, … on both sides
+    def join(self, q, k, v, i, j, rising=False, **ctx):
+        # (B, H, T, D); rising: positions are 0, 1, 2, … on both sides
         seen = None if self.plain and rising else self.seen(i, j, **ctx)
         return scaled_dot_product(q, k, v, seen, self.dropout if self.training else 0.0)
 
@@ -142,19 +151,20 @@ class Attention(nn.Module):
         j = i
         for step in self.steps:
             q, k, v, i, j = step(q, k, v, i, j, rising=rising, **ctx)
-        return self.out(
-            self.join(q, k, v, i, j, rising and j is i, **ctx).transpose(1, 2).flatten(2)
-        )
+        # a cache hands back other keys than it got: then the two sides differ
+        rising = rising and j is i
+        heads = self.join(q, k, v, i, j, rising, **ctx)  # (B, H, T, D)
+        return self.out(heads.transpose(1, 2).flatten(2))
 
 # %% ../nbs/21_self_attention.ipynb #b20a4289
 def _heads_fit(cfg, **kw):
     "The heads share the channels evenly"
     if not cfg.d_head and cfg.d_model % cfg.n_heads:
-        fits = [n for n in range(1, min(cfg.d_model, 9999) + 1) if cfg.d_model % n == 0]
-        near = sorted(sorted(fits, key=lambda n: abs(n - cfg.n_heads))[:2])
+        divisors = [n for n in range(1, min(cfg.d_model, 9999) + 1) if cfg.d_model % n == 0]
+        nearest_two = sorted(divisors, key=lambda n: abs(n - cfg.n_heads))[:2]
         raise LabError(
             f'n_heads={cfg.n_heads} does not divide d_model={cfg.d_model}: '
-            f'use {" or ".join(map(str, near))} heads, or give d_head'
+            f'use {" or ".join(map(str, sorted(nearest_two)))} heads, or give d_head'
         )
 
 

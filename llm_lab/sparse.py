@@ -25,6 +25,16 @@ def _count(name, n, least=1, most=1 << 31):  # an error that names the value
         raise LabError(f'{name}={n}: give {most:,} at most')
 
 
+# A pattern may carry up to three more functions, as attributes:
+#   .check(cfg, **keywords)             raises `LabError` for wrong keywords; read by `part` where a
+#                                       config is made
+#   .links(i, h, layer, **keywords)     the same pattern as a list of keys, (len(i), R) or, if heads
+#                                       differ, (H, len(i), R); below 0 where there is no key. Read
+#                                       by `cover` and by `Plan` (42), which need not try all pairs
+#   .reach(**keywords)                  how many of the last keys it reads, None for all; read by
+#                                       `reach` (35), for the size of a cache
+
+
 def sinks(
     i,
     j,  # query and key positions
@@ -43,9 +53,12 @@ def strided(i, j, stride: int) -> Tensor:
     return (j <= i) & ((i - j) % stride == 0)
 
 
-strided.links = lambda i, h, layer, stride: (
-    i[:, None] - stride * torch.arange(-(-len(i) // stride), device=i.device)
-)
+def _strided_links(i, h, layer, stride):
+    times = -(-len(i) // stride)  # rounded up: as many as the last query has
+    return i[:, None] - stride * torch.arange(times, device=i.device)
+
+
+strided.links = _strided_links
 strided.check = lambda cfg, stride=None, **kw: _count('stride', stride)
 
 
@@ -55,26 +68,30 @@ def document(
     doc: Tensor,  # the number of the document that each position belongs to, (T,) or (B, T)
 ) -> Tensor:
     "The past of the same document: texts packed into one row do not read each other"
-    of = lambda p: (
-        doc[p]
-        if doc.dim() == 1
-        else doc[torch.arange(len(doc), device=doc.device).view(-1, 1, 1, 1), p]
-    )
-    return (j <= i) & (of(i) == of(j))
+
+    def document_of(p):
+        if doc.dim() == 1:
+            return doc[p]
+        rows = torch.arange(len(doc), device=doc.device).view(-1, 1, 1, 1)  # beside heads, i and j
+        return doc[rows, p]
+
+    return (j <= i) & (document_of(i) == document_of(j))
 
 # %% ../nbs/41_sparse.ipynb #fd1392a9
-def _all(patterns, i, j, words):
-    return (p(i, j, **{w: words[w] for w in words_of(p)}) for p in patterns)
+def _each_allows(patterns, i, j, words):
+    "What each pattern allows; it is given those of the words that it reads"
+    for p in patterns:
+        yield p(i, j, **{w: words[w] for w in words_of(p)})
 
 
 def either(i, j, of, **words) -> Tensor:
     "What at least one of the patterns `of` allows"
-    return reduce(or_, _all(of, i, j, words))
+    return reduce(or_, _each_allows(of, i, j, words))
 
 
 def both(i, j, of, **words) -> Tensor:
     "What all of the patterns `of` allow"
-    return reduce(and_, _all(of, i, j, words))
+    return reduce(and_, _each_allows(of, i, j, words))
 
 
 def _several(cfg, of=(), **kw):
@@ -84,9 +101,20 @@ def _several(cfg, of=(), **kw):
         raise LabError(f'of={of!r}: give recipes, of=(part(…), part(…))')
 
 
-either.check = both.check = _several
-either.reach = lambda of: max(found) if all(found := [reach(p) for p in of]) else None
-both.reach = lambda of: min((n for p in of if (n := reach(p))), default=None)
+def _either_reach(of):  # as far as the one that reaches farthest; all of the past if one does
+    found = [reach(p) for p in of]
+    return max(found) if all(found) else None
+
+
+def _both_reach(of):  # as far as the one that reaches least
+    found = [reach(p) for p in of]
+    return min((n for n in found if n), default=None)
+
+
+either.check = _several
+both.check = _several
+either.reach = _either_reach
+both.reach = _both_reach
 
 # %% ../nbs/41_sparse.ipynb #374421a6
 def receptive_field(
@@ -95,36 +123,48 @@ def receptive_field(
     query: int = -1,
     n_heads: int = 1,
     **ctx,
-) -> (
-    Tensor
-):  # bool (L + 1, T): row l: what the query has heard of through the last l layers; row 0: itself
+) -> Tensor:  # bool (L + 1, T), row l: heard of through the last l layers; row 0: itself
     """The tokens whose first vectors can have changed what stands at `query` after the last layer,
     by any head"""
+    # Three layers with a window of 2, T = 4, query 3; from the last layer down, one key more each:
+    #   0 0 0 1 → 0 0 1 1 → 0 1 1 1 → 1 1 1 1
     i = torch.arange(T)
     found = torch.zeros(len(patterns) + 1, T, dtype=torch.bool)
     found[0, query] = True
     for n, layer in enumerate(reversed(range(len(patterns)))):
-        rows = found[n].nonzero()[:, 0]
-        seen = dense_mask(patterns[layer], i[rows], i, n_heads, layer, **ctx)
-        found[n + 1] = found[n] | seen.expand(1, n_heads, *seen.shape[-2:]).flatten(0, 2).any(
-            0
-        )  # the stream keeps itself
+        known = found[n].nonzero()[:, 0]  # who is asked for now: what do these read in this layer?
+        seen = dense_mask(patterns[layer], i[known], i, n_heads, layer, **ctx)
+        by_any = seen.expand(1, n_heads, *seen.shape[-2:]).flatten(0, 2).any(0)  # (T,)
+        found[n + 1] = found[n] | by_any  # the stream keeps itself
     return found
 
 # %% ../nbs/41_sparse.ipynb #d1fc1526
-def _mixed(x):  # whole numbers below 2³² → others, in no order to be seen
+def _mixed(x):
+    """A hash: whole numbers below 2³² → others below 2³², in no order to be seen.
+
+    The same number always gives the same, so that links need not be kept: the pattern, its list and
+    a kernel on a GPU calculate them anew. Both moves can be undone, so no two numbers become one:
+    `x ^ (x >> 16)` carries what is in the upper half into the lower one, the product with an odd
+    number carries it up again, and `& 0xFFFFFFFF` cuts it back to 32 bits"""
     for _ in range(2):
         x = ((x ^ (x >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
     return x ^ (x >> 16)
 
 
 def _drawn(i, r, h, layer, degree, seed, beyond):
-    "The link number r of each query"
+    """The link number r of each query; −1 if its share of the past is empty.
+
+    For query 9, beyond = 4 and degree 3: the keys 0 to 5 are far, in shares 0 1, 2 3 and 4 5"""
     far = (i + 1 - beyond).clamp_min(0)  # so many keys are `beyond` or more away
-    low, high = r * far // degree, (r + 1) * far // degree
-    x = _mixed(
-        _mixed(_mixed(_mixed(_mixed(seed + 1) + layer) + h + 0 * i.long()) + r) + i
-    )  # 64 bits, whatever comes in
+    low = r * far // degree
+    high = (r + 1) * far // degree
+    # one number out of five, mixed in one after the other; `0 * i.long()` makes it a tensor of 64
+    # bits, whatever comes in, so that the product in `_mixed` does not overflow
+    x = _mixed(seed + 1)
+    x = _mixed(x + layer)
+    x = _mixed(x + h + 0 * i.long())
+    x = _mixed(x + r)
+    x = _mixed(x + i)
     return torch.where(high > low, low + x % (high - low).clamp_min(1), -1)
 
 
@@ -138,38 +178,43 @@ def expander(
     beyond: int = 1,  # the nearest key, in tokens back; the size of a window beside it wastes none
 ) -> Tensor:
     "One key from each of `degree` equal shares of the past, drawn for each query, head and layer"
-    return reduce(
-        or_, (j == _drawn(i, r, h, layer, degree, seed, beyond) for r in range(degree))
-    ) & (j >= 0)
+    is_link = (j == _drawn(i, r, h, layer, degree, seed, beyond) for r in range(degree))
+    return reduce(or_, is_link) & (j >= 0)
 
 
-expander.links = lambda i, h, layer, degree=6, seed=0, beyond=1: _drawn(
-    i[:, None], torch.arange(degree, device=i.device), h, layer, degree, seed, beyond
-)
+def _expander_links(i, h, layer, degree=6, seed=0, beyond=1):
+    r = torch.arange(degree, device=i.device)
+    return _drawn(i[:, None], r, h, layer, degree, seed, beyond)
 
 
 def _degree_fits(cfg, degree=6, seed=0, beyond=1):
     _count('degree', degree, 1, 1024)  # so many links are drawn, one after the other
-    for name, n, least in (('beyond', beyond, 1), ('seed', seed, 0)):
-        _count(name, n, least)
+    _count('beyond', beyond, 1)
+    _count('seed', seed, 0)
 
 
+expander.links = _expander_links
 expander.check = _degree_fits
 
 # %% ../nbs/41_sparse.ipynb #4574fce2
 def powers(i, j, beyond: int = 1) -> Tensor:
     "The keys `beyond`, 2·`beyond`, 4·`beyond`, … tokens back (Li et al. 2019, §4.2)"
     times = (i - j) // beyond
-    return (i > j) & ((i - j) % beyond == 0) & (times & (times - 1) == 0)
+    is_power = times & (times - 1) == 0  # of two: one bit is set, as in 8 & 7 = 1000 & 0111
+    return (i > j) & ((i - j) % beyond == 0) & is_power
 
 
-powers.links = lambda i, h, layer, beyond=1: (
-    i[:, None] - beyond * 2 ** torch.arange(len(i).bit_length(), device=i.device)
-)
+def _powers_links(i, h, layer, beyond=1):
+    n = len(i).bit_length()  # 2ⁿ tokens back lies before any text of this length
+    return i[:, None] - beyond * 2 ** torch.arange(n, device=i.device)
+
+
+powers.links = _powers_links
 powers.check = lambda cfg, beyond=1, **kw: _count('beyond', beyond)
 
 # %% ../nbs/41_sparse.ipynb #9cf94eb7
 def _jump(i, s, h, a=7, b=13, c=1, e=3):
+    "Tokens back, 1 to i: c·s² + a·h + b·h² + e·s·h, modulo the number of past keys"
     m = i.clamp_min(1)  # past keys
     return (c * s * s + (a * h + b * h * h) % m + e * s * h) % m + 1
 
@@ -177,39 +222,42 @@ def _jump(i, s, h, a=7, b=13, c=1, e=3):
 def polynomial(i, j, h, degree: int = 6) -> Tensor:
     """`degree` keys at distances that are polynomials of the hop s and the head h, modulo the
     number of past keys"""
-    return reduce(or_, (i - j == _jump(i, s, h) for s in range(1, degree + 1))) & (j >= 0)
+    is_link = (i - j == _jump(i, s, h) for s in range(1, degree + 1))
+    return reduce(or_, is_link) & (j >= 0)
 
 
-polynomial.links = lambda i, h, layer, degree=6: (
-    i[:, None] - _jump(i[:, None], torch.arange(1, degree + 1, device=i.device), h)
-)
+def _polynomial_links(i, h, layer, degree=6):
+    i = i[:, None]
+    s = torch.arange(1, degree + 1, device=i.device)
+    return i - _jump(i, s, h)
+
+
+polynomial.links = _polynomial_links
 polynomial.check = lambda cfg, degree=6, **kw: _count('degree', degree, most=1024)
 
 # %% ../nbs/41_sparse.ipynb #9e3d7dc3
-def cover(
-    pattern: part,
-) -> tuple:  # (near, recipes of patterns with links); None where all of the past may be read
+def cover(pattern: part) -> tuple:
+    # (near, recipes of patterns with links); None where all of the past may be read
     "Keys among which are all that a pattern allows: the last `near`, and lists of links"
-    f, of = pattern.func, pattern.keywords.get('of', ())
-    if f is both:
-        return min(
-            (c for p in of if (c := cover(p))), key=lambda c: (len(c[1]), c[0]), default=None
-        )
-    if f is either:
-        found = [cover(p) for p in of]
-        return (
-            None
-            if None in found
-            else (max(n for n, _ in found), [p for _, ps in found for p in ps])
-        )
+    f = pattern.func
+    if f in (both, either):
+        covers = [cover(p) for p in pattern.keywords.get('of', ())]
+    if f is both:  # one of them is enough: the one with the fewest lists, then the nearest
+        known = [c for c in covers if c]
+        return min(known, key=lambda c: (len(c[1]), c[0]), default=None)
+    if f is either:  # all of them are needed
+        if None in covers:
+            return None
+        near = max(near for near, _ in covers)
+        return near, [p for _, linked in covers for p in linked]
     if hasattr(f, 'links'):
         return 1, [pattern]
-    return (n, []) if (n := reach(pattern)) else None
+    near = reach(pattern)
+    return (near, []) if near else None
 
 # %% ../nbs/41_sparse.ipynb #99b036d4
-def spectral_gap(
-    pattern, T: int, n_heads: int = 1, layer: int = 0
-) -> float:  # near 0 where parts are hardly joined; near 1 for the best of large graphs
+def spectral_gap(pattern, T: int, n_heads: int = 1, layer: int = 0) -> float:
+    # near 0 where parts are hardly joined; near 1 for the best of large graphs
     """1 − λ₂ of the links taken as a graph without directions, each link walked with the same
     chance (Chung 1997, §1.3)"""
     i = torch.arange(T)
@@ -235,12 +283,11 @@ cycle.check = lambda cfg, of=(), **kw: _several(cfg, of)
 # %% ../nbs/41_sparse.ipynb #647321ca
 def _masks(patterns, T, n_heads):  # (L, T, T): does any head read it?
     i = torch.arange(T)
-    return torch.stack(
-        [
-            dense_mask(p, i, i, n_heads, l).expand(1, n_heads, T, T)[0].any(0)
-            for l, p in enumerate(patterns)
-        ]
-    )
+    masks = []
+    for layer, p in enumerate(patterns):
+        seen = dense_mask(p, i, i, n_heads, layer).expand(1, n_heads, T, T)
+        masks.append(seen[0].any(0))
+    return torch.stack(masks)
 
 
 def said(found, query) -> str:  # as `receptive_field` gives it
@@ -252,6 +299,15 @@ def said(found, query) -> str:  # as `receptive_field` gives it
     )
 
 
+def _plot_layer(ax, seen, query, layer):
+    "The mask of a layer, (T, T), with the query's row marked"
+    ax.imshow(seen, cmap='gray_r')
+    ax.axhline(query, color='#e66100', lw=1)
+    ax.grid(False)
+    ax.set(xticks=[], yticks=[])
+    ax.set_title(f'layer {layer}', fontsize=8)
+
+
 def plot_reach(
     patterns,  # one for each layer
     T=40,
@@ -260,30 +316,23 @@ def plot_reach(
 ):  # a matplotlib figure
     """The graph of who can have told whom, from the tokens (below) to the query after the last
     layer, and the mask of each layer"""
-    plt, query, found, seen = (
-        pyplot(),
-        query % T,
-        receptive_field(patterns, T, query, n_heads),
-        _masks(patterns, T, n_heads),
-    )
+    plt = pyplot()
+    query = query % T
+    found = receptive_field(patterns, T, query, n_heads)
+    seen = _masks(patterns, T, n_heads)
     L = len(patterns)
     fig, axs = plt.subplots(1, L + 1, figsize=(5 + 1.4 * L, 2.2), width_ratios=[3] + [1] * L)
+    graph = axs[0]
     for l in range(L):  # what is found after n layers from above stands in row L − n
-        i, j = (seen[l] & found[L - l - 1][:, None]).nonzero().T
-        axs[0].plot(
-            torch.stack([j, i]), [[l] * len(i), [l + 1] * len(i)], color='k', lw=0.5, alpha=0.5
-        )
-        axs[l + 1].imshow(seen[l], cmap='gray_r')
-        axs[l + 1].axhline(query, color='#e66100', lw=1)
-        axs[l + 1].grid(False)
-        axs[l + 1].set(xticks=[], yticks=[])
-        axs[l + 1].set_title(f'layer {l}', fontsize=8)
+        i, j = (seen[l] & found[L - l - 1][:, None]).nonzero().T  # who reads whom
+        heights = [[l] * len(i), [l + 1] * len(i)]
+        graph.plot(torch.stack([j, i]), heights, color='k', lw=0.5, alpha=0.5)
+        _plot_layer(axs[l + 1], seen[l], query, l)
     for n, row in enumerate(found):
-        axs[0].scatter(
-            range(T), [L - n] * T, s=9, color=['k' if x else '.8' for x in row], zorder=3
-        )
-    axs[0].set(xlabel='token', yticks=range(L + 1), ylabel='layers done')
-    axs[0].grid(False)
+        colors = ['k' if x else '.8' for x in row]
+        graph.scatter(range(T), [L - n] * T, s=9, color=colors, zorder=3)
+    graph.set(xlabel='token', yticks=range(L + 1), ylabel='layers done')
+    graph.grid(False)
     fig.suptitle(said(found, query), x=0.02, ha='left', fontsize=9)
     return fig
 
@@ -301,9 +350,8 @@ def _live():
     return ReachMap
 
 
-def reach_map(
-    patterns, T=40, query=-1, n_heads=1
-):  # as `plot_reach`; the still picture where no widget can live
+def reach_map(patterns, T=40, query=-1, n_heads=1):
+    # as `plot_reach`; the still picture where no widget can live
     "Graph and masks to touch: click a token and see what it can have heard of after each layer"
     if not 1 <= T <= 64:
         raise LabError(f'T={T}: give 1 to 64 tokens, more cannot be told apart')

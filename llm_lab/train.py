@@ -35,12 +35,29 @@ from .gpt import GPTConfig, MiniGPT, quick_linear
 from itertools import chain
 
 # %% ../nbs/23_train.ipynb #0390be9d
+def _bare(model):
+    "The model itself; DistributedDataParallel holds it in `module`"
+    return getattr(model, 'module', model)
+
+
+def _has_aux(model) -> bool:
+    "Does a part of the model say something to `aux`?"
+    return 'aux' in getattr(_bare(model), 'words', ())
+
+
+def _for_gradient_alone(loss, aux):
+    "The same number as `loss`, with the gradient of `loss + aux.loss()`"
+    more = aux.loss()
+    return loss + (more - more.detach())  # adds 0; its derivative is that of `more`
+
+
 def next_token_loss(model, rows: Tensor) -> Tensor:  # ids, (B, T+1) → a number, in nats
     """Mean −ln P(next token) over the T places of each row; what parts say to `aux` counts for the
     gradient alone"""
-    aux = {'aux': Aux()} if 'aux' in getattr(getattr(model, 'module', model), 'words', ()) else {}
-    loss = F.cross_entropy(model(rows[:, :-1], **aux).flatten(0, 1), rows[:, 1:].flatten())
-    return loss + ((more := aux['aux'].loss()) - more.detach()) if aux else loss
+    ctx = {'aux': Aux()} if _has_aux(model) else {}
+    logits = model(rows[:, :-1], **ctx)  # (B, T, V)
+    loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+    return _for_gradient_alone(loss, ctx['aux']) if ctx else loss
 
 # %% ../nbs/23_train.ipynb #a60f3c82
 def balanced(loss):
@@ -50,15 +67,16 @@ def balanced(loss):
         return loss
 
     def listening(model, rows):
-        core = getattr(model, 'module', model)
-        if 'aux' not in getattr(core, 'words', ()):
+        if not _has_aux(model):
             return loss(model, rows)
-        before, core.ear = getattr(core, 'ear', None), (aux := Aux())
+        core, aux = _bare(model), Aux()
+        before = getattr(core, 'ear', None)
+        core.ear = aux  # read in `MiniGPT.features`, where a call passes no `aux` of its own
         try:
             value = loss(model, rows)
         finally:
             core.ear = before
-        return value + ((more := aux.loss()) - more.detach())
+        return _for_gradient_alone(value, aux)
 
     return listening
 
@@ -71,13 +89,17 @@ def spans(
     """Windows side by side, none longer than the context: every token after the first start is
     asked once"""
     starts = torch.as_tensor([0] if starts is None else starts)
-    ends = torch.cat(
-        [starts[1:], torch.tensor([n - 1])]
-    )  # a document's last question is the next one's start
-    count = (ends - starts + T - 1) // T
-    each = lambda x: x.repeat_interleave(count)
-    begin = each(starts) + T * (torch.arange(int(count.sum())) - each(count.cumsum(0) - count))
-    return torch.stack([begin, begin + 1, torch.minimum(begin + T, each(ends)) + 1], 1)
+    # a document's last question is the next one's start
+    ends = torch.cat([starts[1:], torch.tensor([n - 1])])
+    # n=9, T=3, starts=[1, 6]: ends [6, 8], so 2 windows of the first document and 1 of the second,
+    # numbers 0, 1 and 0, that begin at 1, 4 and 6
+    count = (ends - starts + T - 1) // T  # windows of each document: its length over T, rounded up
+    earlier = count.cumsum(0) - count  # windows of the documents before it
+    # from here on one value for each window, (W,)
+    number = torch.arange(int(count.sum())) - earlier.repeat_interleave(count)
+    begin = starts.repeat_interleave(count) + T * number
+    last = torch.minimum(begin + T, ends.repeat_interleave(count))
+    return torch.stack([begin, begin + 1, last + 1], 1)
 
 # %% ../nbs/23_train.ipynb #3c81d0f2
 def _left_on(device) -> tuple:
@@ -85,9 +107,8 @@ def _left_on(device) -> tuple:
     if device.type != 'cuda':
         return 1 << 30, memory_left()
     free, total = torch.cuda.mem_get_info(device)
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
-        device
-    )  # PyTorch's own, and free
+    # PyTorch's own, and free
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return max(1 << 30, total // 8), free + kept
 
 
@@ -102,18 +123,32 @@ def windows_at_once(model, T: int, most=64) -> int:
     device = next(model.parameters()).device
     if cfg is None:
         return most
-    table = 4 * T * cfg.vocab_size  # the logits of a window, float32
-    row = 3 * table + 4 * T * (
-        16 * cfg.d_model + 2 * cfg.n_heads * T
-    )  # their loss; a block, with attention written out
+    # bytes of one window, in float32
+    logits = 4 * T * cfg.vocab_size
+    block = 4 * T * (16 * cfg.d_model + 2 * cfg.n_heads * T)  # with attention written out
+    window = 3 * logits + block  # the loss makes two more tables as large as the logits
     usual, left = _left_on(device)
     if device.type == 'cpu':
-        must_fit(2 * table, f'a window of {T:,} tokens, {cfg.vocab_size:,} numbers for each,')
-    while most > 1 and (most * row > usual or 2 * most * row > left):
+        must_fit(2 * logits, f'a window of {T:,} tokens, {cfg.vocab_size:,} numbers for each,')
+    while most > 1 and (most * window > usual or 2 * most * window > left):
         most //= 2
     return most
 
 # %% ../nbs/23_train.ipynb #31daf2b1
+def _places(windows, n):
+    """(positions that a batch of windows reads, (B, T+1); where the losses of the last T of them
+    go, (B, T): n is the place of those that are not asked for)"""
+    # windows (0, 1, 4) and (3, 5, 6) of a text of n = 6 tokens:
+    #   read   0 1 2 3    3 4 5 6    the second ends early: its 6 is padding
+    #   asked    + + +      - + -    4 was asked by the first, and is context here
+    #   place    1 2 3      6 5 6
+    begin, first, end = windows.split(1, dim=1)  # (B, 1) each
+    longest = int((end - begin).max())
+    read = begin + torch.arange(longest)
+    asked = (read >= first) & (read < end)
+    return read, read.where(asked, n)[:, 1:]
+
+
 @torch.no_grad()
 def token_losses(
     model,
@@ -125,22 +160,25 @@ def token_losses(
     "−ln P of each token that a window asks for"
     training = model.training
     device = next(model.parameters()).device
-    out = torch.full(
-        (len(ids) + 1,), math.nan, device=device
-    )  # the last place takes what is not asked for
+    n = len(ids)
+    out = torch.full((n + 1,), math.nan, device=device)  # its last place takes what is not asked
     ids = ids.to(device)
-    windows = windows[(windows[:, 2] - windows[:, 0]).argsort(stable=True)]
-    T = int((windows[:, 2] - windows[:, 0]).max()) - 1 if len(windows) else 0
-    batch_size = batch_size or windows_at_once(model, T)
+    # A batch is as wide as its longest window, so windows of one length should meet in a batch:
+    # in the order of the text, a story of 20 tokens beside one of 256 would be mostly padding.
+    # Each loss is written to the place of its token, so the order does not show in the result.
+    length = windows[:, 2] - windows[:, 0]
+    windows = windows[length.argsort(stable=True)]
+    T = int(length.max()) - 1 if len(windows) else 0
+    batches = windows.split(batch_size or windows_at_once(model, T))
     model.eval()
-    for n, some in enumerate(batches := windows.split(batch_size)):
+    for done, batch in enumerate(batches):
         if live:
-            live(f'validating: {n} of {len(batches)} batches')
-        at = some[:, :1] + torch.arange(int((some[:, 2] - some[:, 0]).max()))
-        where = at.where((at >= some[:, 1:2]) & (at < some[:, 2:]), len(ids))[:, 1:]
-        rows = ids[at.clamp_max(len(ids) - 1).to(device)]
-        loss = F.cross_entropy(model(rows[:, :-1]).transpose(1, 2), rows[:, 1:], reduction='none')
-        out.scatter_(0, where.flatten().to(device), loss.flatten().float())
+            live(f'validating: {done} of {len(batches)} batches')
+        read, place = _places(batch, n)
+        rows = ids[read.clamp_max(n - 1).to(device)]  # (B, T+1)
+        logits = model(rows[:, :-1])  # (B, T, V)
+        loss = F.cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction='none')  # (B, T)
+        out.scatter_(0, place.flatten().to(device), loss.flatten().float())
     model.train(training)
     return out[:-1].cpu()
 
@@ -183,16 +221,15 @@ def random_crops(
             f'the text has {len(ids)} tokens, a window needs {block_len + 1}: give a longer '
             'text or a smaller block_len'
         )
-    windows = ids.unfold(0, block_len + 1, 1)
+    windows = ids.unfold(0, block_len + 1, 1)  # (n − block_len, block_len + 1), a view
     if starts is not None:
         starts = starts[starts < len(windows)]
+    choices = len(windows if starts is None else starts)
 
     def batch(step):
-        n = len(windows if starts is None else starts)
-        drawn = torch.randint(n, (batch_size,), generator=rng(seed, f'batch/{step}'))
-        return (
-            windows[drawn if starts is None else starts[drawn]].long().to(device, non_blocking=True)
-        )
+        drawn = torch.randint(choices, (batch_size,), generator=rng(seed, f'batch/{step}'))
+        begin = drawn if starts is None else starts[drawn]
+        return windows[begin].long().to(device, non_blocking=True)
 
     return batch
 
@@ -200,24 +237,22 @@ def random_crops(
 def document_starts(ids: Tensor, mark) -> Tensor:
     """Where documents begin: the places of the last token of each `mark` (a list of ids) in a text
     (n,)"""
-    return (
-        (ids.unfold(0, len(mark), 1) == torch.as_tensor(mark)).all(1).nonzero()[:, 0]
-        + len(mark)
-        - 1
-    )
+    windows = ids.unfold(0, len(mark), 1)  # (n − len(mark) + 1, len(mark))
+    found = (windows == torch.as_tensor(mark)).all(1)
+    return found.nonzero()[:, 0] + len(mark) - 1
 
 # %% ../nbs/23_train.ipynb #bf847f0f
 def adamw(model, lr=4e-3, weight_decay=0.1, betas=(0.9, 0.99)) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2019): matrices decay, vectors and embeddings do not; fused into
     one kernel"""
     tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    decays = lambda p: p.dim() >= 2 and id(p) not in tables
+    matrices, rest = [], []
+    for p in model.parameters():
+        decays = p.dim() >= 2 and id(p) not in tables
+        (matrices if decays else rest).append(p)
     groups = [
-        dict(
-            params=[p for p in model.parameters() if decays(p) == yes],
-            weight_decay=weight_decay * yes,
-        )
-        for yes in (True, False)
+        dict(params=matrices, weight_decay=weight_decay),
+        dict(params=rest, weight_decay=0.0),
     ]
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
@@ -237,9 +272,8 @@ def warmup_cosine(
     climb = warmup_steps(steps, warmup)
     if step < climb:
         return (step + 1) / climb
-    return end + (1 - end) * (
-        0.5 + 0.5 * math.cos(math.pi * (step - climb) / max(1, steps - climb))
-    )
+    angle = math.pi * (step - climb) / max(1, steps - climb)  # 0 to π
+    return end + (1 - end) * (0.5 + 0.5 * math.cos(angle))
 
 # %% ../nbs/23_train.ipynb #5708c670
 @dataclass
@@ -257,9 +291,8 @@ class TrainState:
     unit: str = ''  # of its loss, where that is known
     random: dict = None  # where dropout's streams stood when it was left
 
-    def __post_init__(
-        self,
-    ):  # loss (nats) and length of the gradient of each step, on the device of the model
+    def __post_init__(self):
+        # loss (nats) and length of the gradient of each step, on the device of the model
         self.history = torch.full(
             (2, self.steps), math.nan, device=next(self.model.parameters()).device
         )
@@ -271,37 +304,63 @@ class TrainState:
     def stop(self, why):
         self.stopped = why
 
+    def _latest_notes(self):
+        "The newest value of everything that callbacks have noted, each as ' | name value'"
+        latest = {}
+        for note in self.notes:
+            latest.update(note)
+        shown = ''
+        for name, value in latest.items():
+            if name not in ('step', 'of'):
+                value = f'{value:.3f}' if isinstance(value, float) else str(value)[:20]
+                shown += f' | {name} {value}'
+        return shown
+
     def line(self, loss):
         "The state of things in one line"
         rate = self.tokens / max(self.seconds, 1e-9)
         left = self.seconds / max(self.step, 1) * (self.steps - self.step)
-        known = {k: v for n in self.notes for k, v in n.items() if k not in ('step', 'of')}
-        extra = ''.join(
-            f' | {k} {v:.3f}' if isinstance(v, float) else f' | {k} {str(v)[:20]}'
-            for k, v in known.items()
-        )
+        unit = f' {self.unit}' if self.unit else ''
         return (
-            f'step {self.step:,} of {self.steps:,} | loss '
-            f'{loss:.3f}{self.unit and f" {self.unit}"}{extra} | {rate:,.0f} tokens/s | '
-            f'{int(left // 60)}:{int(left % 60):02d} left'
+            f'step {self.step:,} of {self.steps:,} | loss {loss:.3f}{unit}{self._latest_notes()} | '
+            f'{rate:,.0f} tokens/s | {int(left // 60)}:{int(left % 60):02d} left'
         )
 
 # %% ../nbs/23_train.ipynb #8017e6eb
+def _broken(x) -> bool:
+    "Is a number of a tensor, if there is one, NaN or infinite?"
+    return x is not None and not x.isfinite().all()
+
+
+def _broken_row(model, rows, loss) -> list:
+    "The first row of a batch that alone has such a loss, as one line; none if there is none"
+    for n, row in enumerate(rows):
+        if _broken(loss(model, row[None])):
+            return [f'row {n} of its batch']
+    return []
+
+
+def _broken_weight(model) -> list:
+    "The first weight with such a number, else the first gradient, as one line; none if none has"
+    named = [*model.named_parameters()]
+    for n, p in named:
+        if _broken(p):
+            return [f'weights of {n}']
+    for n, p in named:
+        if _broken(p.grad):
+            return [f'gradient of {n}']
+    return []
+
+
 def _trouble(run, batch, loss):
     "One line on the first step whose loss is no number"
-    step = int((~run.history[0, : run.step].isfinite()).nonzero()[0])
-    named = [*run.model.named_parameters()]
-    rows = batch(step)
-    broken = lambda x: x is not None and not x.isfinite().all()
+    losses = run.history[0, : run.step]
+    step = int((~losses.isfinite()).nonzero()[0])
+    rows = batch(step)  # the same as then: a function of the step
     loss(run.model, rows).backward()
-    found = [
-        f'row {n} of its batch' for n, row in enumerate(rows) if broken(loss(run.model, row[None]))
-    ][:1]
-    found += [f'weights of {n}' for n, p in named if broken(p)][:1] or [
-        f'gradient of {n}' for n, p in named if broken(p.grad)
-    ][:1]
+    found = _broken_row(run.model, rows, loss) + _broken_weight(run.model)
     return (
-        f'the loss of step {step} is {run.history[0, step].item()} '
+        f'the loss of step {step} is {losses[step].item()} '
         f'({", ".join(found) or "not when repeated"}): '
         'lower the learning rate, or look at the data'
     )
@@ -309,7 +368,12 @@ def _trouble(run, batch, loss):
 # %% ../nbs/23_train.ipynb #f472d64c
 def _called(every, step):
     "The callbacks that are due after this step"
-    return [f for n, f in every.items() if (step in n if isinstance(n, tuple) else step % n == 0)]
+    due = []
+    for when, f in every.items():
+        now = step in when if isinstance(when, tuple) else step % when == 0
+        if now:
+            due.append(f)
+    return due
 
 
 class _Watch:
@@ -319,11 +383,12 @@ class _Watch:
     def __init__(self, run, every, trouble):
         self.run = run
         self.every = every or {}
-        self.trouble = trouble
+        self.trouble = trouble  # () → what is said where a loss is no number
         self.live = StatusLine()
+        # when the run would have begun, had it never been left and never paused for a callback
         self.start = time.monotonic() - run.seconds
-        self.due = 0.0
-        self.read = run.step
+        self.due = 0.0  # when to read again
+        self.read = run.step  # up to which step the losses are known to be numbers
 
     def clock(self):
         self.run.seconds = time.monotonic() - self.start
@@ -337,22 +402,44 @@ class _Watch:
         self.read = step
         return losses[max(0, step - 20) : step].mean().item()
 
+    def call(self, f):
+        "Let a callback look at the run; what it draws is put back, what it returns is noted"
+        with preserve_rng(self.run.history.device):
+            said = f(self.run)
+        if isinstance(said, dict):
+            self.run.notes.append(dict(step=self.run.step, **said))
+
     def __call__(self):
         calls = _called(self.every, self.run.step)
         if not calls and time.monotonic() < self.due:
             return
-        loss, left = self.loss(), time.monotonic()
+        loss = self.loss()  # waits for the device, which is training: before the clock is stopped
+        stopped = time.monotonic()
         self.clock()
         for f in calls:
-            with preserve_rng(self.run.history.device):
-                said = f(self.run)
-            if isinstance(said, dict):
-                self.run.notes.append(dict(step=self.run.step, **said))
-        self.start += time.monotonic() - left
+            self.call(f)
+        self.start += time.monotonic() - stopped  # callbacks are no training time
         self.due = time.monotonic() + 0.5
         self.live(self.run.line(loss))
 
 # %% ../nbs/23_train.ipynb #292dd160
+def _move(opt, grads, scale, skip):
+    "A step of an optimiser with gradients divided by `scale`; with none where `skip` is True"
+    if opt.defaults.get('fused') and scale.device.type != 'mps':
+        # Fused optimisers of PyTorch read these two attributes, the way torch.amp.GradScaler
+        # speaks to them: the kernel divides each gradient by `grad_scale` while it moves the
+        # weights, and leaves weights, averages and step counts alone where `found_inf` is 1.
+        # So there is no pass over the gradients for clipping, and nobody waits for the device to
+        # know whether they are finite. `Muon` (in `optim`) reads them, too.
+        opt.grad_scale = scale
+        opt.found_inf = skip.float()
+    else:
+        for g in grads:
+            g.div_(scale).masked_fill_(skip, 0.0)
+    opt.step()
+    opt.grad_scale = opt.found_inf = None  # the next step may be somebody else's
+
+
 def update(
     model,
     opt,
@@ -362,18 +449,13 @@ def update(
     as none"""
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     length = nn.utils.get_total_norm(grads)
-    scale = (length / clip).clamp_min(1.0)
-    broken = ~length.isfinite()
-    if opt.defaults.get('fused') and length.device.type != 'mps':
-        opt.grad_scale, opt.found_inf = scale, broken.float()
-    else:
-        for g in grads:
-            g.div_(scale).masked_fill_(broken, 0.0)
-    opt.step()
+    scale = (length / clip).clamp_min(1.0)  # 1 where the gradient is short enough
+    _move(opt, grads, scale, skip=~length.isfinite())
     opt.zero_grad()
-    opt.grad_scale = opt.found_inf = None
     for m in model.modules():
-        getattr(m, 'settle', int)()  # parts that mind what a step has brought
+        settle = getattr(m, 'settle', None)
+        if settle is not None:
+            settle()  # parts that mind what a step has brought, such as a router
     return length
 
 
@@ -397,6 +479,13 @@ def _cosine(steps, lr, warmup, min_lr):
     if not 0 <= min_lr <= lr:
         raise LabError(f'min_lr={min_lr}: give 0 to the learning rate, {lr}')
     return partial(warmup_cosine, warmup=warmup, end=min_lr / lr if min_lr else 0.0)
+
+
+def _set_rates(opt, factor, step, steps):
+    "The learning rates of a step: those that the optimiser was made with, times the schedule"
+    for g in opt.param_groups:
+        # as PyTorch's schedulers: the first step notes the rate, and checkpoints keep the note
+        g['lr'] = g.setdefault('initial_lr', g['lr']) * factor(step, steps)
 
 
 def fit(
@@ -425,27 +514,25 @@ def fit(
     run = run or TrainState(model.train(), steps)
     run.unit = 'nats/token' if loss is next_token_loss else ''
     run.opt = opt = opt or run.opt or adamw(model.train(), lr, weight_decay)
-    watch = _Watch(run, every, lambda: _trouble(run, batch, loss))
+    watch = _Watch(run, every, trouble=lambda: _trouble(run, batch, loss))
     device = run.history.device
-    groups = opt.param_groups
     keep_freed_memory()
     with graceful_interrupt(run.stop), seeded_rng(seed, 'dropout', device), quick_linear(model):
         restore_rng_state(run.random or {})
         run.random = None  # who goes on has them
         while run.step < steps and not run.stopped:
-            for g in groups:
-                g['lr'] = g.setdefault('initial_lr', g['lr']) * factor(run.step, steps)
+            _set_rates(opt, factor, run.step, steps)
             rows = batch(run.step)
-            run.history[0, run.step], run.history[1, run.step] = step(model, opt, rows, clip, loss)
+            value, length = step(model, opt, rows, clip, loss)
+            run.history[0, run.step] = value
+            run.history[1, run.step] = length
             run.step += 1
             run.tokens += rows[:, 1:].numel()
             watch()
         run.random = rng_state(device)
     watch.clock()
-    watch.live.close(
-        run.line(watch.loss())
-        + (f' | stopped {run.stopped}, what was learned is kept' if run.stopped else '')
-    )
+    end = f' | stopped {run.stopped}, what was learned is kept' if run.stopped else ''
+    watch.live.close(run.line(watch.loss()) + end)
     return run
 
 # %% ../nbs/23_train.ipynb #a693bc6d
@@ -498,50 +585,60 @@ class Setup:
         return mean_loss(self.model, ids, live=live, starts=starts)
 
 # %% ../nbs/23_train.ipynb #a120d730
+def _encode_all(tokenizer, documents):
+    "The ids of each document; together where the tokenizer can, which is quicker"
+    if hasattr(tokenizer, 'encode_batch'):
+        return tokenizer.encode_batch(documents)
+    return map(tokenizer.encode, documents)
+
+
 def read_split(corpus, tokenizer, split) -> tuple:
     """(the ids of a split, (n,); where each document begins, if they stand alone, else None: its
     mark's last token)"""
     documents = [*corpus.documents(split)]
     # a text of one paragraph may be without the separator's characters
     mark = document_end_ids(corpus, tokenizer) if corpus.independent or len(documents) > 1 else []
-    each = (
-        tokenizer.encode_batch(documents)
-        if hasattr(tokenizer, 'encode_batch')
-        else map(tokenizer.encode, documents)
-    )
-    parts = [[*ids, *mark] for ids in each]
+    marked = [[*ids, *mark] for ids in _encode_all(tokenizer, documents)]
     if not corpus.independent:  # the marks stand between, as in a packed folder
-        ids = torch.tensor([*chain.from_iterable(parts)], dtype=torch.int64)
+        ids = torch.tensor([*chain.from_iterable(marked)], dtype=torch.int64)
         return ids[: len(ids) - len(mark)], None
-    parts = [torch.tensor(p) for p in (mark, *parts)]
-    return torch.cat(parts), torch.tensor([*map(len, parts)]).cumsum(0)[:-1] - 1
+    # a mark stands before the first document, too: with mark 9 and documents 1 2 and 3, the ids
+    # are 9 1 2 9 3 9, and the documents begin at 0 and 3
+    parts = [torch.tensor(p) for p in (mark, *marked)]
+    ends = torch.tensor([*map(len, parts)]).cumsum(0)
+    return torch.cat(parts), ends[:-1] - 1
 
 # %% ../nbs/23_train.ipynb #f30c6176
-def prepare(recipe: Recipe, corpus=None, device='cpu', tokenizer=None) -> Setup:
-    """Load the corpus, make a tokenizer of its characters if none is given, cut batches, build the
-    model"""
-    recipe.check()
-    corpus = corpus or load_corpus(recipe.corpus)
-    tokenizer = tokenizer or CharTokenizer.train(letters_of(corpus))
-    read = {s: read_split(corpus, tokenizer, s) for s in ('train', 'val')}
-    ids, starts = ({s: r[n] for s, r in read.items()} for n in (0, 1))
+def _require_length(ids: dict, recipe, corpus, tokenizer):
+    "Raises `LabError` where a text is too short for its contexts to differ"
     least = 10 * (recipe.block_len + 1)
-    if (n := sum(map(len, ids.values()))) < least:
+    n = sum(map(len, ids.values()))
+    if n < least:
         raise LabError(
             f'corpus {corpus.name!r} has {n:,} '
             f'{"characters" if tokenizer.kind == "chars" else "tokens"}, '
             f'contexts of {recipe.block_len} need {least:,}: give a longer text or a smaller '
             'block_len'
         )
+
+
+def prepare(recipe: Recipe, corpus=None, device='cpu', tokenizer=None) -> Setup:
+    """Load the corpus, make a tokenizer of its characters if none is given, cut batches, build the
+    model"""
+    recipe.check()
+    corpus = corpus or load_corpus(recipe.corpus)
+    tokenizer = tokenizer or CharTokenizer.train(letters_of(corpus))
+    ids, starts = {}, {}
+    for split in ('train', 'val'):
+        ids[split], starts[split] = read_split(corpus, tokenizer, split)
+    _require_length(ids, recipe, corpus, tokenizer)
     sizes = {'vocab_size': tokenizer.vocab_size, 'max_len': recipe.block_len, **dict(recipe.model)}
     model = MiniGPT(GPTConfig(**sizes), seed=recipe.seed).to(device)
-    rows = (
-        None
-        if starts['train'] is None
-        else spans(len(ids['train']), recipe.block_len, starts['train'])[:, 0]
-    )
+    begins = None  # of rows: anywhere, or where a window of a document begins
+    if starts['train'] is not None:
+        begins = spans(len(ids['train']), recipe.block_len, starts['train'])[:, 0]
     batch = random_crops(
-        ids['train'], recipe.batch_size, recipe.block_len, recipe.seed, device, rows
+        ids['train'], recipe.batch_size, recipe.block_len, recipe.seed, device, begins
     )
     return Setup(recipe, corpus, tokenizer, ids, starts, model, batch)
 

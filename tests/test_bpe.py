@@ -326,7 +326,7 @@ def small(size, of=bpe._pieces):
     return lambda parts, safe, special=None, longest=0: of(parts, safe, special, longest, size)
 
 
-def reading(size, of=bpe.read_parts):
+def reading(size, of=bpe.iter_text):
     return lambda source: (
         of(source, size)
         if isinstance(source, Path)

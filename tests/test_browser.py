@@ -75,7 +75,11 @@ def upto(name, words, folder, less=None, shows=''):
     that begins with `shows`; `test_notebooks.py` runs them all. `less` is (old, new)"""
     nb = nbformat.read(ROOT / 'nbs' / f'{name}.ipynb', 4)
     cells = [c for c in nb.cells if c.cell_type == 'code']
-    begins = lambda cell, words: any(line.startswith(words) for line in cell.source.splitlines())
+
+    def begins(cell, words):  # a call may be laid out on several lines
+        text = re.sub(r'\(\n +', '(', cell.source)
+        return any(line.startswith(words) for line in text.splitlines())
+
     last = next(n for n, c in enumerate(cells) if begins(c, words))
     nb.cells, (_, needed) = [cells[last]], uses(cells[last].source)
     for c in reversed(cells[:last]):
@@ -278,7 +282,7 @@ def test_a_touched_token_says_where_it_looks(opened, tmp_path):
     sys.path.insert(0, str(ROOT))
     asked = []
     with opened(
-        upto('27_looking', 'attention_map(*look(model', tmp_path, shows='HTML(heads_html('),
+        upto('27_looking', 'attention_map(*attention_of(model', tmp_path, shows='HTML(heads_html('),
         width=700,
         height=900,
     ) as page:

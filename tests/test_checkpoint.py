@@ -619,7 +619,7 @@ def test_a_pickle_in_the_place_of_a_folder_is_refused_unread(suffix, evil, tmp_p
 def test_a_pickle_in_the_place_of_any_file_of_a_sealed_checkpoint_is_refused(evil, good):
     "Every hash is right: the attacker made them. A pickle that torch.save wrote, and a bare one"
     data, marker = evil
-    place, load = good
+    place, resume = good
     torch.save(Payload(marker), place.parent / 'weights.pt')
     opens = {WEIGHTS, 'llm_lab.json', 'tokenizer.json'}
     for f in (
@@ -637,12 +637,12 @@ def test_a_pickle_in_the_place_of_any_file_of_a_sealed_checkpoint_is_refused(evi
             if not f.endswith(('manifest.json', 'package.json')):
                 resealed(place)
             if f in (WEIGHTS, MEMORY, 'state.json', 'manifest.json'):
-                fails(load, str(place / f))
+                fails(resume, str(place / f))
             if f in opens | {'package.json'}:
                 fails(lambda: load(place), f)
             for p, content in old.items():
                 p.write_bytes(content)
-    load()
+    resume()
     load(place)
     assert not marker.exists()
 
@@ -764,7 +764,7 @@ def test_nothing_in_this_project_reads_what_can_run_code():
         'import marshal\nmarshal.loads(b)',
         'import pandas as pd\npd.read_pickle(f)',
         'def f():\n    import _pickle\n    return _pickle.load',
-        'need("torch").load(f)',
+        'require("torch").load(f)',
         'code = "import torch; torch.load(f)"',
         'import torch.distributed.checkpoint as dcp\ndcp.load(state)',
     ],

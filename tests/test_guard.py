@@ -54,7 +54,7 @@ def for_others():
     return MiniGPT(llama(vocab_size=3, d_model=8, n_layers=1, n_heads=1, max_len=8))
 
 
-def keep(path, width=8):
+def keep_model(path, width=8):
     return save(path, model(width), TOK)
 
 
@@ -137,7 +137,7 @@ def ended(pid):
 
 
 @pytest.mark.parametrize('kind', ['docs', 'web project', 'model clone'])
-@pytest.mark.parametrize('write', [keep, export, 'here'])
+@pytest.mark.parametrize('write', [keep_model, export, 'here'])
 def test_a_folder_of_somebody_else_is_not_replaced(kind, write, tmp_path, monkeypatch):
     extra = {
         'docs': {},
@@ -153,7 +153,7 @@ def test_a_folder_of_somebody_else_is_not_replaced(kind, write, tmp_path, monkey
     if write == 'here':
         monkeypatch.chdir(folder)
         for path in ('.', '', folder.name and '../' + folder.name, '..', folder, folder.parent):
-            refused(lambda: keep(path), tmp_path, 'is the working folder, or lies above it')
+            refused(lambda: keep_model(path), tmp_path, 'is the working folder, or lies above it')
     else:
         refused(lambda: write(folder), tmp_path, f'{folder} holds ')
 
@@ -187,12 +187,12 @@ CHANGES = {
 
 
 @pytest.mark.parametrize('change', CHANGES)
-@pytest.mark.parametrize('write', [keep, export])
+@pytest.mark.parametrize('write', [keep_model, export])
 def test_what_a_user_adds_or_changes_stays(change, write, tmp_path):
     write(tmp_path / 'm')
     write(tmp_path / 'm')
     do, words = CHANGES[change]
-    name = 'package.json' if write is keep else 'llm_lab_files.json'
+    name = 'package.json' if write is keep_model else 'llm_lab_files.json'
     if write is export:
         if change == 'its list':
             return
@@ -211,23 +211,23 @@ def test_what_a_user_adds_or_changes_stays(change, write, tmp_path):
 
 
 def test_what_is_missing_or_left_by_a_finder_is_no_obstacle(tmp_path):
-    keep(tmp_path / 'm')
+    keep_model(tmp_path / 'm')
     (tmp_path / 'm' / 'README.md').unlink()
     (tmp_path / 'm' / '.DS_Store').write_text('icons')
-    keep(tmp_path / 'm', 16)
+    keep_model(tmp_path / 'm', 16)
     (tmp_path / 'empty').mkdir()
-    keep(tmp_path / 'empty')
+    keep_model(tmp_path / 'empty')
     assert load(tmp_path / 'm').model.cfg.d_model == 16
 
 
 def test_the_name_of_a_folder_need_not_be_utf8(tmp_path):
     for _ in range(2):
-        keep(tmp_path / os.fsdecode(b'\xff\xfe'))
+        keep_model(tmp_path / os.fsdecode(b'\xff\xfe'))
     assert load(tmp_path / os.fsdecode(b'\xff\xfe'))
 
 
 def test_an_improved_card_still_opens(tmp_path):
-    keep(tmp_path / 'm')
+    keep_model(tmp_path / 'm')
     (tmp_path / 'm' / 'README.md').write_text('# A cat among models')
     load(tmp_path / 'm')
 
@@ -242,25 +242,28 @@ def older(folder, tokenizer=TOK, **beside):
     del said['sha256']
     seal = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
     (folder / 'package.json').write_text(json.dumps({**said, 'sha256': seal}, indent=1))
+    card = (folder / 'README.md').read_text(encoding='utf-8').replace('GPTConfig(', 'Config(')
+    card = card.replace('import load\n', 'import open_model\n').replace('= load(', '= open_model(')
+    (folder / 'README.md').write_text(card, encoding='utf-8')
     return written_by(folder, **beside)
 
 
 @pytest.mark.parametrize('tokenizer', [TOK, BPE], ids=['chars', 'bpe'])
 def test_a_package_of_the_first_edition_is_replaced_if_its_card_is_as_it_was(tokenizer, tmp_path):
-    keep(older(tmp_path / 'm', tokenizer))
+    keep_model(older(tmp_path / 'm', tokenizer))
     card = older(tmp_path / 'n', tokenizer) / 'README.md'
     card.write_text(card.read_text().replace('- loss: 1.5', '- loss: 1.5 (seed 3 was better)'))
-    refused(lambda: keep(tmp_path / 'n'), tmp_path, 'holds README.md, so')
+    refused(lambda: keep_model(tmp_path / 'n'), tmp_path, 'holds README.md, so')
     for name in ('loss__png', 'result__json'):
         folder = older(tmp_path / name, tokenizer, **{name: 'a picture'})
-        refused(lambda: keep(folder), tmp_path, 'holds ' + name.replace('__', '.'))
+        refused(lambda: keep_model(folder), tmp_path, 'holds ' + name.replace('__', '.'))
 
 
 def test_a_folder_is_replaced_by_its_like(tmp_path):
     "A checkpoint, a package, a folder for others, packed tokens: none takes the place of another"
     saves = CheckpointManager(tmp_path / 'run', TOK)
     saves(at_step(begun(), 1))
-    makers = dict(package=keep, hf=export, packed=lambda p: pack(CORPUS, TOK, p, force=True))
+    makers = dict(package=keep_model, hf=export, packed=lambda p: pack(CORPUS, TOK, p, force=True))
     places = {n: tmp_path / n for n in makers}
     for name, make in makers.items():
         make(places[name])
@@ -272,7 +275,7 @@ def test_a_folder_is_replaced_by_its_like(tmp_path):
 
 
 def test_a_stranger_that_comes_while_a_save_is_written_stays(tmp_path):
-    keep(tmp_path / 'm')
+    keep_model(tmp_path / 'm')
     with pytest.raises(LabError, match='holds notes.txt'), atomic_write(tmp_path / 'm') as new:
         new.mkdir()
         (tmp_path / 'm' / 'notes.txt').write_text('mine')
@@ -290,7 +293,7 @@ def test_a_stranger_that_comes_while_a_save_is_written_stays(tmp_path):
 
 def test_a_name_that_is_not_taken(tmp_path):
     assert unused(tmp_path / 'tour') == tmp_path / 'tour'
-    keep(tmp_path / 'tour')
+    keep_model(tmp_path / 'tour')
     (tmp_path / 'tour-2').symlink_to('nowhere')
     (tmp_path / 'tour-3').write_text('')
     assert unused(tmp_path / 'tour') == tmp_path / 'tour-4'
@@ -321,7 +324,7 @@ def odd_places(tmp_path):
     }
 
 
-@pytest.mark.parametrize('write', [keep, export])
+@pytest.mark.parametrize('write', [keep_model, export])
 def test_an_odd_place_is_one_line(write, tmp_path, monkeypatch):
     (tmp_path / 'here').mkdir()
     monkeypatch.chdir(tmp_path / 'here')
@@ -350,39 +353,39 @@ def test_homes_and_disks_are_never_replaced(tmp_path, monkeypatch):
     for name, word in dict(
         lab='home', user='home', disk='is a disk', above='working folder'
     ).items():
-        refused(lambda: keep(tmp_path / name), tmp_path, word)
+        refused(lambda: keep_model(tmp_path / name), tmp_path, word)
 
 
 def test_where_one_may_not_write(tmp_path, monkeypatch):
     "The rights are asked of the system; the administrator, who may everything, is told so here"
     (tmp_path / 'locked').mkdir()
     monkeypatch.setattr(os, 'access', lambda path, how: Path(path) != tmp_path / 'locked')
-    refused(lambda: keep(tmp_path / 'locked' / 'm'), tmp_path, 'you may not write into')
+    refused(lambda: keep_model(tmp_path / 'locked' / 'm'), tmp_path, 'you may not write into')
 
     def mkdir(path, *a):
         raise PermissionError(errno.EACCES, 'Permission denied', str(path))
 
     monkeypatch.setattr(os, 'mkdir', mkdir)
-    refused(lambda: keep(tmp_path / 'new' / 'm'), tmp_path, 'you may not make')
+    refused(lambda: keep_model(tmp_path / 'new' / 'm'), tmp_path, 'you may not make')
 
 
 def test_a_link_stays_a_link(tmp_path):
     "To a folder, to one that is not there yet, to a link; also after a kill between the renames"
     (tmp_path / 'disk').mkdir()
-    keep(tmp_path / 'disk' / 'm')
+    keep_model(tmp_path / 'disk' / 'm')
     for name, to in dict(
         full=tmp_path / 'disk' / 'm', dangling=Path('disk') / 'new', twice=Path('dangling')
     ).items():
         (tmp_path / name).symlink_to(to)
         for width in (16, 8):
-            keep(tmp_path / name, width)
+            keep_model(tmp_path / name, width)
         assert (tmp_path / name).is_symlink() and load(tmp_path / name).model.cfg.d_model == 8
     assert sorted(p.name for p in (tmp_path / 'disk').iterdir()) == ['m', 'new']
     os.replace(tmp_path / 'disk' / 'm', tmp_path / 'disk' / f'.m.{guard._mark()}.old')
     assert load(tmp_path / 'full') and (tmp_path / 'full').is_symlink()
     written_by(tmp_path / 'theirs', thesis__tex='years')
     (tmp_path / 'out').symlink_to('theirs')
-    refused(lambda: keep(tmp_path / 'out'), tmp_path, 'holds thesis.tex')
+    refused(lambda: keep_model(tmp_path / 'out'), tmp_path, 'holds thesis.tex')
 
 
 # ---- names
@@ -623,8 +626,9 @@ def test_rows_go_into_files_of_a_run_only(name, tmp_path):
     table = written_by(
         tmp_path / 'table', metrics__csv=HEAD + ','.join(['1'] * len(COLUMNS)) + '\n'
     )
-    # rows, and nothing to make them anew from
-    refused(lambda: MetricsLog(table).cut(0), tmp_path, 'metrics.csv')
+    refused(
+        lambda: MetricsLog(table).cut(0), tmp_path, 'metrics.csv'
+    )  # rows, and nothing to make them anew from
 
 
 def test_checkpoints_leave_alone_what_is_not_theirs(tmp_path):
@@ -797,8 +801,8 @@ def test_the_next_writer_sweeps_what_a_killed_one_left_and_not_what_a_live_one_w
     dead, left = writer(tmp_path, 'die')
     live, its = writer(tmp_path, 'wait')  # which sweeps as well
     assert dead.wait(60) == -signal.SIGKILL and hidden(tmp_path) == [its] != [left]
-    keep(tmp_path / 'other')
-    keep(tmp_path / 'm')
+    keep_model(tmp_path / 'other')
+    keep_model(tmp_path / 'm')
     assert hidden(tmp_path) == [its] and (tmp_path / its / 'big.bin').stat().st_size == 100_000
     (tmp_path / 'm').rename(tmp_path / 'n')
     live.stdin.write('\n')
@@ -834,18 +838,18 @@ def test_whose_writer_is_dead(tmp_path):
         for end in ('new', 'old'):
             left = written_by(tmp_path / what / f'.m.{mark}.{end}', half='half')
             written_by(tmp_path / what / 'm').mkdir()
-            keep(tmp_path / what / 'm')
+            keep_model(tmp_path / what / 'm')
             assert left.exists() != dead, (what, end)
             shutil.rmtree(tmp_path / what)
     zombie.wait()
     left = written_by(tmp_path / f'.m.{cases["of another machine"][0]}.new', half='half')
     long_ago = time.time() - 2 * 24 * 60 * 60
     os.utime(left, (long_ago, long_ago))
-    keep(tmp_path / 'm')
+    keep_model(tmp_path / 'm')
     assert left.exists()  # something in it is younger than a day
     for path in (left / 'half', left):
         os.utime(path, (long_ago, long_ago))
-    keep(tmp_path / 'm')
+    keep_model(tmp_path / 'm')
     assert not left.exists()
 
 
@@ -866,20 +870,21 @@ def test_remains_of_the_first_edition_go_if_they_are_ours(tmp_path):
         written_by(tmp_path / '.m.7.8.new', a='x'),
         written_by(tmp_path / '.mm.7.new', model__safetensors='x'),
     ]
-    # where capitals count, it is another's
-    stay += [written_by(tmp_path / '.M.7.new', model__safetensors='x')]
-    keep(tmp_path / 'm')
+    stay += [
+        written_by(tmp_path / '.M.7.new', model__safetensors='x')
+    ]  # where capitals count, it is another's
+    keep_model(tmp_path / 'm')
     assert [p for p in ours if p.exists()] == [] and [p for p in stay if not p.exists()] == []
     os.utime(stay[2], (1, 1))
     os.utime(stay[2] / 'model.safetensors', (1, 1))
-    keep(tmp_path / 'm')
+    keep_model(tmp_path / 'm')
     assert not stay[2].exists()
 
 
 def test_a_folder_of_a_user_is_not_brought_back(tmp_path):
     mine = written_by(tmp_path / '.m.7.old', notes__txt='mine')
     assert not recover(tmp_path / 'm').exists()
-    keep(tmp_path / 'm')
+    keep_model(tmp_path / 'm')
     assert (mine / 'notes.txt').read_text() == 'mine'
 
 
@@ -888,13 +893,13 @@ def test_where_capitals_do_not_count_a_name_is_one_in_any_of_them(tmp_path):
     mark = guard._mark()
     left = written_by(tmp_path / f'.Model.{mark}.new', half='half')
     (tmp_path / f'.mODEL.{mark}.NEW').symlink_to(left.name)
-    keep(tmp_path / 'model')
+    keep_model(tmp_path / 'model')
     assert not left.exists()
 
 
 def saves_often(folder):
     for _ in range(25):
-        keep(folder / 'm')
+        keep_model(folder / 'm')
 
 
 def test_two_who_save_at_the_same_time_do_not_hurt_each_other(tmp_path):
@@ -907,7 +912,7 @@ def test_two_who_save_at_the_same_time_do_not_hurt_each_other(tmp_path):
 @pytest.mark.parametrize('when', range(8))
 def test_a_view_across_two_writers_is_looked_at_again(when, tmp_path, monkeypatch):
     "Emulated: the folder was away while its lists were read, and is back when its files are"
-    keep(tmp_path / 'm')
+    keep_model(tmp_path / 'm')
     real, calls = guard._sealed, []
 
     def sealed(path):
@@ -918,14 +923,14 @@ def test_a_view_across_two_writers_is_looked_at_again(when, tmp_path, monkeypatc
         return real(path)
 
     monkeypatch.setattr(guard, '_sealed', sealed)
-    keep(tmp_path / 'm', 16)
+    keep_model(tmp_path / 'm', 16)
     assert len(calls) > when and [p.name for p in tmp_path.iterdir()] == ['m']
 
 
 def test_the_only_whole_copy_is_never_removed(tmp_path, monkeypatch):
     """The new folder vanishes between the two renames: the old one comes back, or stays beside its
     place"""
-    keep(tmp_path / 'm')
+    keep_model(tmp_path / 'm')
     before, real = files(tmp_path / 'm'), os.replace
 
     def replace(a, b):
@@ -935,11 +940,11 @@ def test_the_only_whole_copy_is_never_removed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, 'replace', replace)
     with pytest.raises(FileNotFoundError):
-        keep(tmp_path / 'm', 16)
+        keep_model(tmp_path / 'm', 16)
     assert files(tmp_path / 'm') == before
     monkeypatch.setattr(guard, 'recover', lambda path: path)  # as if bringing it back failed, too
     with pytest.raises(FileNotFoundError):
-        keep(tmp_path / 'm', 16)
+        keep_model(tmp_path / 'm', 16)
     monkeypatch.undo()
     guard._sweep(tmp_path / 'm')
     assert files(recover(tmp_path / 'm')) == before
@@ -948,8 +953,8 @@ def test_the_only_whole_copy_is_never_removed(tmp_path, monkeypatch):
 @pytest.mark.parametrize('theirs', ['a package', 'the old one', 'thesis'])
 def test_what_comes_between_the_two_renames_is_seen(theirs, tmp_path, monkeypatch):
     "Another writer's package is the old one then; a reader may bring back ours; a stranger stays"
-    keep(tmp_path / 'm')
-    keep(tmp_path / 'other', 16)
+    keep_model(tmp_path / 'm')
+    keep_model(tmp_path / 'other', 16)
     written_by(tmp_path / 'thesis', chapter1__tex='years')
     real, left = os.replace, [1]
 
@@ -965,10 +970,10 @@ def test_what_comes_between_the_two_renames_is_seen(theirs, tmp_path, monkeypatc
     monkeypatch.setattr(os, 'replace', replace)
     if theirs == 'thesis':
         with pytest.raises(LabError, match='holds chapter1.tex'):
-            keep(tmp_path / 'm', 8)
+            keep_model(tmp_path / 'm', 8)
         assert (tmp_path / 'm' / 'chapter1.tex').read_text() == 'years'
     else:
-        keep(tmp_path / 'm', 8)
+        keep_model(tmp_path / 'm', 8)
         assert load(tmp_path / 'm').model.cfg.d_model == 8
     assert not left[0] and hidden(tmp_path) == []
 
@@ -999,7 +1004,7 @@ def all_writers(folder):
     rows.sync()
     rows.cut(1)
     for _ in range(2):
-        keep(folder / 'm')
+        keep_model(folder / 'm')
         export(folder / 'hf')
         write_config(read_config('smoke'), folder / 'c.yaml')
         BPE.save(folder / 'tok')
@@ -1029,14 +1034,14 @@ def test_a_folder_that_cannot_be_synced_is_no_obstacle_and_said_once(
     monkeypatch.setattr(guard, '_said', set())
     monkeypatch.setattr(guard.os, 'open', no_open)
     with warnings.catch_warnings(record=True, action='always', category=UserWarning) as said:
-        keep(tmp_path / 'm')
+        keep_model(tmp_path / 'm')
     assert len(said) == 1
 
 
 @pytest.mark.parametrize('code', ['EIO', 'ENOSPC', 'EDQUOT'])
 def test_an_error_that_means_lost_bytes_is_raised(code, tmp_path, monkeypatch, silent):
     code = getattr(errno, code)
-    keep(tmp_path / 'm')
+    keep_model(tmp_path / 'm')
     for folders in (True, False):
         with monkeypatch.context() as m:
             m.setattr(
@@ -1045,7 +1050,7 @@ def test_an_error_that_means_lost_bytes_is_raised(code, tmp_path, monkeypatch, s
                 failing(os.fsync, lambda h: stat.S_ISDIR(os.fstat(h).st_mode) == folders, code),
             )
             with pytest.raises(OSError) as e:
-                keep(tmp_path / 'm')
+                keep_model(tmp_path / 'm')
             assert e.value.errno == code
         assert load(tmp_path / 'm') and hidden(tmp_path) == []
     with monkeypatch.context() as m:  # a file that cannot say is another thing than a folder
@@ -1053,7 +1058,7 @@ def test_an_error_that_means_lost_bytes_is_raised(code, tmp_path, monkeypatch, s
             os, 'fsync', failing(os.fsync, lambda h: stat.S_ISREG(os.fstat(h).st_mode), errno.EBADF)
         )
         with pytest.raises(OSError):
-            keep(tmp_path / 'm')
+            keep_model(tmp_path / 'm')
 
 
 @pytest.mark.parametrize('code', ['ENOLCK', 'ENOSYS', 'EOPNOTSUPP', 'ENOTSUP'])
@@ -1084,7 +1089,7 @@ def test_where_folders_cannot_be_renamed_they_are_copied(code, tmp_path, monkeyp
     monkeypatch.setattr(os, 'replace', replace)
     with warnings.catch_warnings(record=True, action='always', category=UserWarning) as said:
         for width in (8, 16, 8):
-            keep(tmp_path / 'm', width)
+            keep_model(tmp_path / 'm', width)
     assert len(said) == 1 and 'cannot rename folders' in str(said[0].message)
     assert load(tmp_path / 'm').model.cfg.d_model == 8 and hidden(tmp_path) == []
     copy = shutil.copyfile
@@ -1099,7 +1104,7 @@ def test_where_folders_cannot_be_renamed_they_are_copied(code, tmp_path, monkeyp
     for when in range(1, 99):  # noqa: B007
         fill[0] = 0
         try:
-            keep(tmp_path / 'm', 16)
+            keep_model(tmp_path / 'm', 16)
         except OSError:
             assert load(tmp_path / 'm').model.cfg.d_model == 8 and hidden(tmp_path) == []
         else:
@@ -1249,7 +1254,7 @@ def small_run(name, **kw):
 
 
 WRITERS = {
-    'package': keep,
+    'package': keep_model,
     'package of bpe': lambda p: save(p, model(), BPE),
     'hf': export,
     'chars': TOK.save,
@@ -1312,10 +1317,10 @@ def test_a_thousand_files_survive_two_hundred_calls(seed, tmp_path, monkeypatch)
 
 def test_the_guard_of_a_package_reads_each_file_once(tmp_path, monkeypatch):
     "So a save costs about what it did: the old package is hashed, and not copied"
-    keep(tmp_path / 'm')
+    keep_model(tmp_path / 'm')
     read, real = [], guard._hash_of
     monkeypatch.setattr(guard, '_hash_of', lambda path: read.append(path.name) or real(path))
-    keep(tmp_path / 'm')
+    keep_model(tmp_path / 'm')
     assert sorted(read) == ['README.md', 'llm_lab.json', 'model.safetensors', 'tokenizer.json']
     assert replaceable(tmp_path / 'm') == tmp_path / 'm'
     assert snapshot(tmp_path / 'm').keys() == {p.name for p in (tmp_path / 'm').iterdir()}

@@ -116,11 +116,11 @@ def test_a_compiled_step_is_the_same_step(capsys, monkeypatch):
 def test_without_a_compiler_the_run_goes_on_and_says_so_once(tmp_path):
     "A fresh process whose C++ compiler does not exist"
     code = (
-        "import torch\nfrom llm_lab.gpt import Config, MiniGPT\nfrom llm_lab.train import *\nfrom "
-        "llm_lab.efficient import *\n"
-        "m = MiniGPT(Config(vocab_size=20, max_len=16, d_model=32, n_layers=1, n_heads=2))\n"
+        "import torch\nfrom llm_lab.gpt import GPTConfig, MiniGPT\nfrom llm_lab.train import *\n"
+        "from llm_lab.efficient import *\n"
+        "m = MiniGPT(GPTConfig(vocab_size=20, max_len=16, d_model=32, n_layers=1, n_heads=2))\n"
         "run = fit(m, random_crops(torch.arange(400) % 20, 4, 16), 3, "
-        "step=Step(compile=True))\nprint(run.step)"
+        "step=StepRunner(compile=True))\nprint(run.step)"
     )
     env = dict(
         os.environ, CXX=str(tmp_path / 'none'), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / 'cache')
@@ -138,8 +138,8 @@ def test_keep_memory_ends_the_handing_out_of_pages():
     "With tensors that glibc would else always give back: more than 32 MB"
     code = (
         "import json, sys, torch\nfrom resource import getrusage, RUSAGE_SELF\nfrom "
-        "llm_lab.hardware import keep_memory\n"
-        "if sys.argv[1] == 'keep': assert keep_memory()\n"
+        "llm_lab.hardware import keep_freed_memory\n"
+        "if sys.argv[1] == 'keep': assert keep_freed_memory()\n"
         "def many(): return [torch.ones(10_000_000) for n in range(2)]\n"
         "for n in range(6): many()\n"
         "a = getrusage(RUSAGE_SELF).ru_minflt\nmany()\nprint(getrusage(RUSAGE_SELF).ru_minflt - a)"

@@ -435,7 +435,7 @@ def test_what_experiments_import_is_in_an_extra():
                 wanted |= {o.name.partition('.')[0] for o in node.names}
             if isinstance(node, ast.ImportFrom) and not node.level:
                 wanted.add(node.module.partition('.')[0])
-            if isinstance(node, ast.Call) and getattr(node.func, 'id', '') == 'need':
+            if isinstance(node, ast.Call) and getattr(node.func, 'id', '') == 'require':
                 wanted.add(node.args[0].value.partition('.')[0])
     assert {'torch', 'rustbpe', 'local_attention'} <= wanted
     assert wanted - here <= groups['requirements'] | groups['experiments_requirements'], (

@@ -61,13 +61,13 @@ MUTANTS = {  # name: (module, what stands there, what it becomes, the test that 
     ),
     'eval on the global RNG': (
         'train',
-        'with preserve_rng(self.run.history.device):\n                said',
-        'if True:\n                said',
+        'with preserve_rng(self.run.history.device):\n            said',
+        'if True:\n            said',
         ONLOOKERS,
     ),
     'rows not cut': (
         'runs',
-        'self.metrics.cut(run.step, start and start.parent.parent)',
+        'job.metrics.cut(job.run.step, source)',
         'pass',
         KILLED,
     ),
@@ -115,8 +115,8 @@ MUTANTS = {  # name: (module, what stands there, what it becomes, the test that 
     ),
     'log cleared': (
         'runs',
-        'if named or max(starts) > starts[0] or reached',
-        'if False and reached',
+        'if named or went_on or beyond:',
+        'if False:',
         CHANGES,
     ),
     'any text': ('runs', 'if sha256 and corpus.sha256 != sha256:', 'if False:', CHANGES),

@@ -72,9 +72,9 @@ def own(scope):
 
 
 def globals_in(node, names, hidden=frozenset()):
-    "(kind, node, name) of all that means one of the global `names` below a node"
+    "(node, name, names that are hidden there) of all that means a global of `names` below a node"
     if isinstance(node, ast.Name) and node.id in names and node.id not in hidden:
-        yield 'name', node, node.id
+        yield node, node.id, hidden
     if isinstance(node, ast.ClassDef):  # its own names are seen by its lines, not by its methods
         mine = hidden | {n for s in node.body for n in stores(s)}
         for o in ast.iter_child_nodes(node):
@@ -162,7 +162,7 @@ class File:
                 if named == module:
                     # setattr(files, 'written', …)
                     text = re.sub(rf"\b({alias}, ')({old})'", rf"\g<1>{new}'", text)
-            text = backticks(text, old, new)
+            text = backticks(text, module, old, new)
         return text
 
     def code(self, text, parsed):
@@ -175,7 +175,9 @@ class File:
         strings = [o for o in ast.walk(parsed) if isinstance(o, ast.JoinedStr)]
         inside = {id(x): s for s in strings for x in ast.walk(s)}
         formatted = {}
-        for _, node, name in globals_in(parsed, self.here):
+        for node, name, hidden in globals_in(parsed, self.here):
+            if (new := self.here[name]) in hidden:
+                self.notes.append(f'{self.where}: {new} is a variable where {name} is called')
             if id(node) in inside:
                 formatted.setdefault(id(inside[id(node)]), (inside[id(node)], set()))[1].add(name)
             else:
@@ -234,9 +236,9 @@ class File:
         return re.sub(r'("""|\'\'\')(.*?)\1', script, text, flags=re.S)
 
 
-def backticks(text, old, new):
+def backticks(text, module, old, new):
     "`old`, `old(…)` and `old.x` in prose, comments and docstrings"
-    return re.sub(rf'(`(?:\w+\.)?){old}(?=[`(.])', rf'\g<1>{new}', text)
+    return re.sub(rf'(`(?:{module}\.)?){old}(?=[`(.])', rf'\g<1>{new}', text)
 
 
 # ---- all files
@@ -260,8 +262,8 @@ def rename(root, names):
         for c in nb['cells']:
             if c['cell_type'] == 'markdown':
                 text = source(c)
-                for (_, old), new in names.items():
-                    text = backticks(text, old, new)
+                for (module, old), new in names.items():
+                    text = backticks(text, module, old, new)
                 for block in re.findall(r'```python\n(.*?)```', text, re.S):
                     text = text.replace(block, File([block], names, '', p.name).renamed()[0])
                 c['source'] = text.splitlines(keepends=True)
@@ -274,11 +276,11 @@ def rename(root, names):
         f = File([p.read_text(encoding='utf-8')], names, '', str(p.relative_to(root)))
         write(p, f.renamed()[0])
         notes += f.notes
-    for p in (root / 'SECURITY.md', root / 'experiments' / 'LOG.md'):
+    for p in (root / 'SECURITY.md', root / 'README.md'):  # a diary keeps the names of its day
         if p.exists():
             text = p.read_text(encoding='utf-8')
-            for (_, old), new in names.items():
-                text = backticks(text, old, new)
+            for (module, old), new in names.items():
+                text = backticks(text, module, old, new)
             write(p, text)
     return notes
 

@@ -197,9 +197,9 @@ def first_token(rounds=5):
     """Seconds from 'imports done' to the first token of a saved model, each in a fresh process; the
     median"""
     code = (
-        "import sys, time, torch\nfrom llm_lab.package import open_model\n"
+        "import sys, time, torch\nfrom llm_lab.package import load\n"
         "from llm_lab.sampling import stream\nstart = time.perf_counter()\n"
-        "model, tok, _ = open_model(sys.argv[1]); next(stream(model, tok, 'ab')); "
+        "model, tok, _ = load(sys.argv[1]); next(stream(model, tok, 'ab')); "
         "print(time.perf_counter() - start)"
     )
     tour_size = GPTConfig(vocab_size=65, max_len=128, d_model=160, n_heads=5)
