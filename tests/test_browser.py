@@ -193,11 +193,11 @@ def test_a_clicked_token_shows_what_it_can_have_heard_of(opened, tmp_path):
     """The live graph of `sparse`: a click on a token, or into the graph, changes lines and words;
     the numbers are those of `receptive_field`"""
     from playwright.sync_api import expect
-    from llm_lab.kv_cache import window
+    from llm_lab.kv_cache import sliding_window
     from llm_lab.parts import part
-    from llm_lab.sparse import either, expander, receptive_field, said
+    from llm_lab.sparse import or_masks, expander_links, receptive_field, said
 
-    patterns = [part(either, of=(part(window, size=4), part(expander, degree=2, beyond=4)))] * 3
+    patterns = [part(or_masks, of=(part(sliding_window, size=4), part(expander_links, degree=2, beyond=4)))] * 3
     with opened(upto('41_sparse', 'reach_map(small', tmp_path), width=900, height=900) as page:
         shot.run_all(page, WAIT)
         assert shot.seen(page)['error'] == []

@@ -13,7 +13,7 @@ from cases import cases, crossed, some
 
 from llm_lab.bpe import BPETokenizer
 from llm_lab.kv_cache import (
-    Cached,
+    CacheTransform,
     Completion,
     KVCache,
     RollingCache,
@@ -21,7 +21,7 @@ from llm_lab.kv_cache import (
     complete,
     held_cache_bytes,
     select_rows,
-    window,
+    sliding_window,
 )
 from llm_lab.chars import CharTokenizer
 from llm_lab.self_attention import Attention, causal
@@ -29,8 +29,8 @@ from llm_lab.gpt import GPTConfig, MiniGPT, config_from, to_data
 from llm_lab.parts import part
 from llm_lab.gqa import GQA, planned_cache_bytes
 from llm_lab.core import LabError, rng
-from llm_lab.llama_block import Capped, QKNorm, RMSNorm, llama
-from llm_lab.positions import Rope, Sinusoidal, linear_scaling
+from llm_lab.llama_block import SoftcapHead, QKNorm, RMSNorm, llama
+from llm_lab.positions import RoPE, SinusoidalPositions, linear_scaling
 from llm_lab.looking import attention_maps
 from llm_lab.package import load, save
 from llm_lab.sampling import DecodingState, sample_next, generate, prompt_ids, sample, stream
@@ -43,7 +43,7 @@ TOK = CharTokenizer.train('abcdefghijklmnopqrstuvwxyz .,\n')
 def modern(n, *steps, pattern=part(causal), bias=False, **kw):
     return llama(
         **SIZE | kw,
-        attn=part(GQA, n_kv_heads=n, steps=(*steps, part(Rope)), pattern=pattern, bias=bias),
+        attn=part(GQA, n_kv_heads=n, steps=(*steps, part(RoPE)), pattern=pattern, bias=bias),
     )
 
 
@@ -55,24 +55,24 @@ def fade(i, j, h, layer):
 KINDS = {
     'GPT-2': GPTConfig(**SIZE),
     'no positions': GPTConfig(**SIZE, pos=None),
-    'sines': GPTConfig(**SIZE, pos=part(Sinusoidal)),
+    'sines': GPTConfig(**SIZE, pos=part(SinusoidalPositions)),
     'tied': GPTConfig(**SIZE, tie=True, norm=part(RMSNorm)),
     'Llama': llama(**SIZE),
-    'soft cap': llama(**SIZE, head=part(Capped)),
-    'interleaved, half': llama(**SIZE, rope=part(Rope, interleaved=True, partial=0.5)),
-    'slower hands': llama(**SIZE, rope=part(Rope, scale=part(linear_scaling, factor=4.0))),
+    'soft cap': llama(**SIZE, head=part(SoftcapHead)),
+    'interleaved, half': llama(**SIZE, rope=part(RoPE, interleaved=True, partial=0.5)),
+    'slower hands': llama(**SIZE, rope=part(RoPE, scale=part(linear_scaling, factor=4.0))),
     '2 heads': modern(2),
     '1 head, QK-norm': modern(1, part(QKNorm)),
     '4 heads, biases': modern(4, bias=True),
     'wide heads': modern(2, d_head=16),
     'heads look apart': modern(2, pattern=part(fade)),
-    'window of 1': modern(2, pattern=part(window, size=1)),
-    'window of 5': modern(1, part(QKNorm), pattern=part(window, size=5)),
-    'window of 13': modern(4, pattern=part(window, size=13)),
-    'window of 39': modern(2, pattern=part(window, size=T - 1)),
-    'window beyond': modern(2, pattern=part(window, size=99)),
-    'window, learned': GPTConfig(**SIZE, attn=part(Attention, pattern=part(window, size=6))),
-    'window, none': GPTConfig(**SIZE, pos=None, attn=part(Attention, pattern=part(window, size=6))),
+    'window of 1': modern(2, pattern=part(sliding_window, size=1)),
+    'window of 5': modern(1, part(QKNorm), pattern=part(sliding_window, size=5)),
+    'window of 13': modern(4, pattern=part(sliding_window, size=13)),
+    'window of 39': modern(2, pattern=part(sliding_window, size=T - 1)),
+    'window beyond': modern(2, pattern=part(sliding_window, size=99)),
+    'window, learned': GPTConfig(**SIZE, attn=part(Attention, pattern=part(sliding_window, size=6))),
+    'window, none': GPTConfig(**SIZE, pos=None, attn=part(Attention, pattern=part(sliding_window, size=6))),
 }
 each = pytest.mark.parametrize('kind', KINDS)
 plain = torch.no_grad()(lambda model, *args, **ctx: model(*args, **ctx))
@@ -293,7 +293,7 @@ def test_a_slip_is_loud(slip, monkeypatch):
 
 def test_the_order_of_steps_is_a_matter_of_cost():
     "Keys that turn after they come back turn by the positions that came back with them"
-    late = llama(**SIZE, attn=part(Attention, steps=(part(Cached), part(Rope))))
+    late = llama(**SIZE, attn=part(Attention, steps=(part(CacheTransform), part(RoPE))))
     model, ids = shaken(late), ids_of(9, 2)
     near(in_pieces(model, ids, [20, 1, 7, 12]), plain(model, ids))
 
@@ -344,18 +344,18 @@ def test_wrong_recipes_are_refused():
             llama(
                 **SIZE,
                 attn=part(
-                    Attention, pattern=part(window, size=5), steps=(part(Cached, size=size),)
+                    Attention, pattern=part(sliding_window, size=5), steps=(part(CacheTransform, size=size),)
                 ),
             )
     with pytest.raises(LabError, match='which reads all keys'):
-        llama(**SIZE, attn=part(Attention, steps=(part(Cached, size=5),)))
+        llama(**SIZE, attn=part(Attention, steps=(part(CacheTransform, size=5),)))
     for size in (0, -1, 2.5, True, None):
         with pytest.raises((LabError, TypeError)):
-            modern(2, pattern=part(window, size=size))
+            modern(2, pattern=part(sliding_window, size=size))
     wide = llama(
         **SIZE,
         attn=part(
-            Attention, pattern=part(window, size=5), steps=(part(Rope), part(Cached, size=9))
+            Attention, pattern=part(sliding_window, size=5), steps=(part(RoPE), part(CacheTransform, size=9))
         ),
     )
     # more than needed is fine

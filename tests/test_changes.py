@@ -696,8 +696,8 @@ def another(path, f, now, luck):
             mlp='MLP',
             attn='Attention',
             norm='torch.nn:RMSNorm',
-            pos='Sinusoidal',
-            head='Capped',
+            pos='SinusoidalPositions',
+            head='SoftcapHead',
             init='gpt2_init',
         )
         return {'part': part[path.partition('.')[2]]}

@@ -33,8 +33,8 @@ from llm_lab.gpt import GPTConfig, MiniGPT
 from llm_lab.parts import part
 from llm_lab.gqa import GQA
 from llm_lab.core import LabError
-from llm_lab.llama_block import Capped, QKNorm, llama
-from llm_lab.positions import Rope
+from llm_lab.llama_block import SoftcapHead, QKNorm, llama
+from llm_lab.positions import RoPE
 from llm_lab.init import spectral_init
 from llm_lab.optim import OPTIMIZERS, muon
 from llm_lab.efficient import StepRunner
@@ -205,8 +205,8 @@ def test_every_optimiser_is_resumed_bit_by_bit(name, precision, tmp_path):
     'parts',
     [
         dict(
-            attn=part(GQA, n_kv_heads=1, steps=(part(QKNorm), part(Rope, partial=0.5))),
-            head=part(Capped, cap=9.0),
+            attn=part(GQA, n_kv_heads=1, steps=(part(QKNorm), part(RoPE, partial=0.5))),
+            head=part(SoftcapHead, cap=9.0),
             tie=True,
         ),
         dict(init=part(spectral_init)),

@@ -11,7 +11,7 @@ from cases import crossed
 from torch import nn
 from test_cache import KINDS, SIZE, T, TOK, ids_of, near, plain, shaken
 
-from llm_lab.kv_cache import Cached, with_kv_cache, complete, window
+from llm_lab.kv_cache import CacheTransform, with_kv_cache, complete, sliding_window
 from llm_lab.inference import (
     Int8Linear,
     TransposedLinear,
@@ -26,7 +26,7 @@ from llm_lab.gqa import GQA
 from llm_lab.core import LabError, rng
 from llm_lab.hardware import exact_by_onednn
 from llm_lab.llama_block import QKNorm, llama
-from llm_lab.positions import Rope
+from llm_lab.positions import RoPE
 from llm_lab.init import spectral_init
 from llm_lab.looking import attention_maps, logit_lens, ablate_head
 from llm_lab.package import save
@@ -81,7 +81,7 @@ def test_wide_layers_of_all_sizes(shape, bias):
 
 
 def test_a_model_as_wide_as_real_ones():
-    attn = part(GQA, n_kv_heads=2, steps=(part(QKNorm), part(Rope)))
+    attn = part(GQA, n_kv_heads=2, steps=(part(QKNorm), part(RoPE)))
     cfg = llama(2048, max_len=64, d_model=512, n_layers=2, n_heads=8, attn=attn, tie=True)
     model = MiniGPT(cfg).eval()
     ids = torch.randint(2048, (1, 40), generator=rng(0, 'ids'))
@@ -94,11 +94,11 @@ def test_a_model_as_wide_as_real_ones():
 def test_the_short_road_is_not_taken_where_it_is_wrong():
     """A ring larger than the window, a cache that keeps all for a window, a step behind the cache:
     all need the mask or the order"""
-    rope, far = part(Rope), part(window, size=5)
+    rope, far = part(RoPE), part(sliding_window, size=5)
     for steps, pattern in (
-        ((rope, part(Cached, size=9)), far),
-        ((rope, part(Cached)), far),
-        ((part(Cached), rope), None),
+        ((rope, part(CacheTransform, size=9)), far),
+        ((rope, part(CacheTransform)), far),
+        ((part(CacheTransform), rope), None),
     ):
         cfg = llama(
             **SIZE, attn=part(Attention, steps=steps, **(dict(pattern=pattern) if pattern else {}))
@@ -127,7 +127,7 @@ for f in (comb, apart):
 @pytest.mark.parametrize('pattern', [comb, apart])
 def test_a_pattern_with_holes_takes_the_old_road(pattern):
     model = shaken(
-        llama(**SIZE, attn=part(Attention, steps=(part(Rope),), pattern=part(pattern, size=7)))
+        llama(**SIZE, attn=part(Attention, steps=(part(RoPE),), pattern=part(pattern, size=7)))
     )
     ids = ids_of(2, 2)
     quick, want = for_inference(model), plain(model, ids)
@@ -167,8 +167,8 @@ def test_dropout_training_and_low_precision(dtype):
 
 
 def test_layers_with_rings_of_different_sizes():
-    near_by = part(Attention, pattern=part(window, size=5), steps=(part(Rope),), bias=False)
-    far = part(GQA, n_kv_heads=2, steps=(part(Rope, base=100.0),))
+    near_by = part(Attention, pattern=part(sliding_window, size=5), steps=(part(RoPE),), bias=False)
+    far = part(GQA, n_kv_heads=2, steps=(part(RoPE, base=100.0),))
     model = shaken(replace(llama(**SIZE), attn=part(mixed, near=near_by, far=far)))
     ids = ids_of(8, 2)
     quick, want = for_inference(model), plain(model, ids)

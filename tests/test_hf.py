@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from llm_lab.bpe import BPETokenizer
-from llm_lab.kv_cache import Cached, RollingCache, with_kv_cache, window
+from llm_lab.kv_cache import CacheTransform, RollingCache, with_kv_cache, sliding_window
 from llm_lab.chars import CharTokenizer
 from llm_lab.families import (
     HF_ACTIVATIONS,
@@ -39,10 +39,10 @@ from llm_lab.hub import from_hf, to_hf
 from llm_lab.kernels import SparseAttention, choose_kernel
 from llm_lab.core import LabError, rng
 from llm_lab.llama_block import QKNorm, RMSNorm, SwiGLU, llama
-from llm_lab.positions import Rope, half_split, linear_scaling, llama3_scaling
+from llm_lab.positions import RoPE, half_split, linear_scaling, llama3_scaling
 from llm_lab.moe import MoE, Router, balance_loss, softmax_top_k, top_k_softmax
 from llm_lab.sampling import generate
-from llm_lab.sparse import cycle
+from llm_lab.sparse import alternate
 
 transformers = pytest.importorskip('transformers', reason='pip install transformers')
 transformers.logging.set_verbosity_error()
@@ -298,7 +298,7 @@ def test_the_hands_stand_at_the_same_bits_far_out(base):
             rope_parameters=rope | dict(rope_theta=base),
         )
         theirs = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(cfg)
-        ours = Rope(GPTConfig(d_model=128, n_heads=1), base=base, scale=scale)
+        ours = RoPE(GPTConfig(d_model=128, n_heads=1), base=base, scale=scale)
         # there the formula is rewritten
         same = dict(rtol=0, atol=0) if rope['rope_type'] != 'llama3' else dict(rtol=2e-7, atol=0)
         torch.testing.assert_close(ours.freq[64:], theirs.inv_freq, **same)
@@ -371,7 +371,7 @@ def narrow(tmp_path_factory):
 
 
 def near(size):
-    return part(window, size=size)
+    return part(sliding_window, size=size)
 
 
 def text(model, T, seed=0):
@@ -531,7 +531,7 @@ def mixture(tmp_path_factory):
 
 def test_the_grid_covers_what_it_should(mixture):
     mlps = [mixture(*case)[2].cfg.mlp for case in GRID]
-    assert {m.func for m in mlps} == {MoE, cycle} and len({repr(m) for m in mlps}) == len(GRID)
+    assert {m.func for m in mlps} == {MoE, alternate} and len({repr(m) for m in mlps}) == len(GRID)
 
 
 @mixtures
@@ -633,7 +633,7 @@ def test_the_balance_loss_of_one_layer(mixture, family, k):
 
 def test_either_way_to_choose_leaves_as_either_family(tmp_path):
     "Softmax then the best, or the best then softmax: one function, which both families can say"
-    attn = part(Attention, steps=(part(QKNorm), part(Rope)))
+    attn = part(Attention, steps=(part(QKNorm), part(RoPE)))
     for choose in (part(softmax_top_k), part(top_k_softmax)):
         for family, kw in (('mixtral', {}), ('qwen3_moe', dict(attn=attn))):
             mlp = part(MoE, n_experts=4, top_k=3, router=part(Router, choose=choose, z=0.0))
@@ -716,7 +716,7 @@ def ours_for(attn, size, sink=lambda s, D: s, last=()):
         n_kv_heads=2,
         sink=True,
         pattern=near(size) if size else part(causal),
-        steps=(part(Rope, base=150_000.0), *last),
+        steps=(part(RoPE, base=150_000.0), *last),
     )
     maps = [attn.q_proj, attn.k_proj, attn.v_proj]
     new.load_state_dict(
@@ -832,7 +832,7 @@ def test_sinks_while_writing():
     model = oss_with(16)
     ids = torch.randint(50, (2, 60), generator=rng(0, 'ids'))
     size = 16
-    kinds = dict(last=(part(Cached, size=size),)), dict(last=(part(Cached),))
+    kinds = dict(last=(part(CacheTransform, size=size),)), dict(last=(part(CacheTransform),))
     ours = [
         ours_for(o.self_attn, o.self_attn.sliding_window, **kw).eval()
         for o, kw in zip(model.layers, kinds)
@@ -948,7 +948,7 @@ def our_draws():
         )
         eps = r.choice([1e-6, 1e-5])
         rope = part(
-            Rope, base=r.choice([50.0, 10_000.0]), partial=0.5 if seed > 9 else 1.0, scale=scale
+            RoPE, base=r.choice([50.0, 10_000.0]), partial=0.5 if seed > 9 else 1.0, scale=scale
         )
         steps = (part(QKNorm, eps=eps), rope) if seed in (6, 7, 8) else (rope,)
         attn = (
@@ -982,7 +982,7 @@ def test_ours_comes_back_bit_by_bit(tmp_path, seed, cfg):
 
 
 def test_an_interleaved_model_leaves_as_halves(tmp_path):
-    attn = part(GQA, n_kv_heads=1, steps=(part(QKNorm), part(Rope, interleaved=True)))
+    attn = part(GQA, n_kv_heads=1, steps=(part(QKNorm), part(RoPE, interleaved=True)))
     model = loud(MiniGPT(llama(d_model=24, n_heads=3, n_layers=2, max_len=30, attn=attn)), 1)
     with pytest.raises(LabError, match=r'half_split\(model\)'):
         to_hf(tmp_path / 'x', model)
@@ -1120,7 +1120,7 @@ def test_partial_rotary_of_phi3_in_the_old_place():
     assert config_from_hf(old) == config_from_hf(
         CLASSES['phi3'](**old).to_dict() | {'model_type': 'phi3'}
     )
-    assert config_from_hf(old).attn.keywords['steps'] == (part(Rope, base=500.0, partial=0.5),)
+    assert config_from_hf(old).attn.keywords['steps'] == (part(RoPE, base=500.0, partial=0.5),)
 
 
 def test_every_activation_is_theirs():

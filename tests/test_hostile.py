@@ -110,16 +110,16 @@ def places(word, **kw):
         ('act', dict(mlp=of('MLP', act=x))),
         ('act', dict(mlp=of('llm_lab.llama_block:SwiGLU', act=x))),
         ('mask', dict(attn=of('Attention', pattern=x))),
-        ('transform', dict(attn=of('Attention', steps=[of('Rope'), x]))),
-        ('scaling', dict(attn=of('Attention', steps=[of('Rope', scale=x)]))),
+        ('transform', dict(attn=of('Attention', steps=[of('RoPE'), x]))),
+        ('scaling', dict(attn=of('Attention', steps=[of('RoPE', scale=x)]))),
         ('init', dict(init=of('spectral_init', first=x))),
         ('mlp', dict(mlp=of('MoE', expert=x))),
         ('router', dict(mlp=of('MoE', router=x))),
         ('choice', dict(mlp=of('MoE', router=of('Router', choose=x)))),
-        ('mask', dict(attn=of('SparseAttention', pattern=of('either', of=[of('causal'), x])))),
-        ('mixer', dict(attn=of('cycle', of=[of('Attention'), x]))),
-        ('mlp', dict(mlp=of('cycle', of=[x]))),
-        ('act', dict(mlp=of('cycle', of=[of('MLP')], act=x))),
+        ('mask', dict(attn=of('SparseAttention', pattern=of('or_masks', of=[of('causal'), x])))),
+        ('mixer', dict(attn=of('alternate', of=[of('Attention'), x]))),
+        ('mlp', dict(mlp=of('alternate', of=[x]))),
+        ('act', dict(mlp=of('alternate', of=[of('MLP')], act=x))),
         # where no recipe may stand at all
         (None, dict(mlp=of('MLP', bias=x))),
         (None, dict(attn=of('Attention', bias=[x]))),
@@ -127,7 +127,7 @@ def places(word, **kw):
         (None, dict(norm=of('RMSNorm', eps=x))),
         (None, dict(mlp=of('MoE', router=of('Router', choose=of('sigmoid_top_k', scale=x))))),
         (None, dict(tie=x)),
-        (None, dict(head=of('Capped', cap=x))),
+        (None, dict(head=of('SoftcapHead', cap=x))),
     ]
 
 
@@ -175,7 +175,7 @@ def wrong_size(r):
         ]
     )
     of = lambda name, **kw: dict(part=name, **kw)
-    rope = lambda **kw: dict(attn=of('Attention', steps=[of('Rope', **kw)]))
+    rope = lambda **kw: dict(attn=of('Attention', steps=[of('RoPE', **kw)]))
     big = huge if isinstance(huge, int) and huge > 10**8 else 10**9
     return r.choice(
         [
@@ -195,26 +195,26 @@ def wrong_size(r):
             lambda: dict(mlp=of('MoE', capacity=r.choice(['x', -1, 0]))),
             lambda: dict(
                 attn=of(
-                    'SparseAttention', pattern=of('expander', degree=r.choice([10**9, -1, 'x']))
+                    'SparseAttention', pattern=of('expander_links', degree=r.choice([10**9, -1, 'x']))
                 )
             ),
             lambda: dict(
-                attn=of('SparseAttention', pattern=of('sinks', n=r.choice([10**9, 10**15, -1])))
+                attn=of('SparseAttention', pattern=of('attention_sinks', n=r.choice([10**9, 10**15, -1])))
             ),
-            lambda: dict(attn=of('SparseAttention', pattern=of('polynomial', degree=10**9))),
+            lambda: dict(attn=of('SparseAttention', pattern=of('polynomial_links', degree=10**9))),
             lambda: dict(
-                attn=of('Attention', pattern=of('window', size=r.choice([0, -5, 'x', 10**30])))
+                attn=of('Attention', pattern=of('sliding_window', size=r.choice([0, -5, 'x', 10**30])))
             ),
-            lambda: dict(attn=of('Attention', pattern=of('window'))),
+            lambda: dict(attn=of('Attention', pattern=of('sliding_window'))),
             lambda: dict(attn=of('GQA', n_kv_heads=r.choice([0, 10**9, 'x', None]))),
             lambda: dict(
                 attn=of(
                     'Attention',
-                    steps=[of('Rope')] * 1_000_000 if r.random() < 0.1 else [of('Rope')] * 12_000,
+                    steps=[of('RoPE')] * 1_000_000 if r.random() < 0.1 else [of('RoPE')] * 12_000,
                 )
             ),
-            lambda: dict(attn=of('Attention', steps=of('Rope'))),
-            lambda: dict(attn=of('Attention', steps='Rope')),
+            lambda: dict(attn=of('Attention', steps=of('RoPE'))),
+            lambda: dict(attn=of('Attention', steps='RoPE')),
             lambda: dict(attn=of('Attention', pattern=None)),
             lambda: rope(base=r.choice([0, -1, 'x', True, float('inf')])),
             lambda: rope(partial=r.choice([2, 0, 'x'])),
@@ -225,13 +225,13 @@ def wrong_size(r):
             lambda: dict(head=of('Linear', bias='x')),
             lambda: dict(head=of('Linear', device='meta')),
             lambda: dict(head=of('Linear', in_features=3)),
-            lambda: dict(head=of('Capped', cap='x')),
+            lambda: dict(head=of('SoftcapHead', cap='x')),
             lambda: dict(norm=of('LayerNorm', normalized_shape=10**9)),
             lambda: dict(norm=of('LayerNorm', dtype='float64')),
             lambda: dict(mlp=of('MLP', cfg=5)),
             lambda: dict(mlp=of('MLP', layer=5)),
             lambda: dict(attn=of('Attention', pattern=of('causal', i=3))),
-            lambda: dict(attn=of('Attention', pattern=of('document', doc=3))),
+            lambda: dict(attn=of('Attention', pattern=of('same_document', doc=3))),
             lambda: dict(mlp=of('MLP', act=of('GELU', approximate='x'))),
             lambda: dict(mlp=of('MLP', act=of('ReLU', inplace=True))),
             lambda: dict(init=of('gpt2_init', model=5)),
@@ -239,8 +239,8 @@ def wrong_size(r):
             lambda: dict(init=of('scaled_init', std='x')),
             lambda: dict(mlp=of('MoE', router=of('Router', top_k=3))),
             lambda: dict(mlp=of('MoE', router=of('Router', choose=of('softmax_top_k', logits=1)))),
-            lambda: dict(attn=nested('cycle', 'Attention', r.choice([20, 400, 3000]))),
-            lambda: dict(attn=of('SparseAttention', pattern=nested('either', 'causal', 300))),
+            lambda: dict(attn=nested('alternate', 'Attention', r.choice([20, 400, 3000]))),
+            lambda: dict(attn=of('SparseAttention', pattern=nested('or_masks', 'causal', 300))),
             lambda: dict(mlp=of('MLP', d_fff=3)),
             lambda: dict(colour='red'),
             lambda: dict(attn=of('Attention', bias=2**60)),
@@ -566,7 +566,7 @@ YAML = [
     'train: {steps: 1e400}',
     '\x00',
     '%YAML 9.9\n---\na: b',
-    'model: {pos: {part: Learned, cfg: 5}}',
+    'model: {pos: {part: LearnedPositions, cfg: 5}}',
     'model: {init: {part: "llm_lab.package:load", path: x}}',
 ]
 
@@ -805,7 +805,7 @@ def honest(folder):
     from llm_lab.parts import part
     from llm_lab.hub import to_hf
     from llm_lab.llama_block import QKNorm, SwiGLU, llama
-    from llm_lab.positions import Rope
+    from llm_lab.positions import RoPE
     from llm_lab.moe import MoE, Router, softmax_top_k
     from llm_lab.packing import pack
     from llm_lab.package import save
@@ -828,7 +828,7 @@ def honest(folder):
     )
     from llm_lab.self_attention import Attention
 
-    qk = part(Attention, steps=(part(QKNorm), part(Rope)), bias=False)
+    qk = part(Attention, steps=(part(QKNorm), part(RoPE)), bias=False)
     for name, cfg in dict(
         gpt2=GPTConfig(**size),
         llama=llama(**size),
@@ -1205,22 +1205,22 @@ def everything():
     from llm_lab.gpt import GPTConfig, config_from
 
     more = {
-        'cycle': dict(of=[dict(part='Attention'), dict(part='GQA', n_kv_heads=1)]),
+        'alternate': dict(of=[dict(part='Attention'), dict(part='GQA', n_kv_heads=1)]),
         'GQA': dict(n_kv_heads=1),
-        'window': dict(size=4),
+        'sliding_window': dict(size=4),
         'strided': dict(stride=2),
-        'either': dict(of=[dict(part='window', size=2), dict(part='strided', stride=2)]),
-        'both': dict(of=[dict(part='window', size=6), dict(part='causal')]),
+        'or_masks': dict(of=[dict(part='sliding_window', size=2), dict(part='strided', stride=2)]),
+        'and_masks': dict(of=[dict(part='sliding_window', size=6), dict(part='causal')]),
         'linear_scaling': dict(factor=4.0),
     }
     size = dict(vocab_size=4, max_len=8, d_model=8, n_layers=2, n_heads=2)
     for slot, name, a in entries():
-        if slot in ('corpus', 'tokenizer') or name == 'document':
+        if slot in ('corpus', 'tokenizer') or name == 'same_document':
             continue  # a pattern that asks for a word
         x = dict(part=a, **more.get(name, {}))
-        if (slot, name) == ('mlp', 'cycle'):
+        if (slot, name) == ('mlp', 'alternate'):
             x = dict(part=a, of=[dict(part='MLP'), dict(part='MoE', n_experts=2)])
-        if name == 'Cached':
+        if name == 'CacheTransform':
             told = dict(attn=dict(part='Attention', steps=[x]))
         else:
             told = next(told for s, told in places('?') if s == slot)
@@ -1387,11 +1387,11 @@ def test_links_into_the_cache_of_hugging_face_are_followed_and_no_others(tmp_pat
 
 @pytest.mark.slow
 def test_the_largest_configuration_that_is_looked_at_takes_seconds():
-    from llm_lab.gpt import config_from, sketch
+    from llm_lab.gpt import config_from, meta_model
 
     start = time.process_time()
-    steps = [dict(part='Rope'), dict(part='QKNorm')]
-    sketch(
+    steps = [dict(part='RoPE'), dict(part='QKNorm')]
+    meta_model(
         config_from(
             dict(
                 d_model=16,

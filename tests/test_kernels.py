@@ -11,7 +11,7 @@ import pytest
 import torch
 from cases import cases, some
 
-from llm_lab.kv_cache import with_kv_cache, reach, window
+from llm_lab.kv_cache import with_kv_cache, lookback, sliding_window
 from llm_lab.corpora import Corpus
 from llm_lab.gpt import GPTConfig, MiniGPT, config_from, to_data
 from llm_lab.self_attention import scaled_dot_product, causal, dense_mask
@@ -32,21 +32,21 @@ from llm_lab.kernels import (
 from llm_lab.core import LabError, rng
 from llm_lab.hardware import flops
 from llm_lab.llama_block import QKNorm, llama
-from llm_lab.positions import Rope
+from llm_lab.positions import RoPE
 from llm_lab.looking import attention_maps, intervene
 from llm_lab.efficient import apply_activation_checkpointing
 from llm_lab.package import load, save
 from llm_lab.chars import CharTokenizer
 from llm_lab.sampling import DecodingState, generate
 from llm_lab.sparse import (
-    both,
-    cycle,
-    document,
-    either,
-    expander,
-    polynomial,
-    powers,
-    sinks,
+    and_masks,
+    alternate,
+    same_document,
+    or_masks,
+    expander_links,
+    polynomial_links,
+    power_links,
+    attention_sinks,
     strided,
 )
 from llm_lab.train import next_token_loss
@@ -55,22 +55,22 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def near(size):
-    return part(window, size=size)
+    return part(sliding_window, size=size)
 
 
 TOK = CharTokenizer.train('abcdefghijklmnopqrstuvwxyz .,\n')
 
 
 def far(size, degree=6, seed=0):
-    return part(either, of=(near(size), part(expander, degree=degree, seed=seed, beyond=size)))
+    return part(or_masks, of=(near(size), part(expander_links, degree=degree, seed=seed, beyond=size)))
 
 
 def any_of(*of):
-    return part(either, of=of)
+    return part(or_masks, of=of)
 
 
 def all_of(*of):
-    return part(both, of=of)
+    return part(and_masks, of=of)
 
 
 def fade(i, j, h):
@@ -91,21 +91,21 @@ PATTERNS = {
     'links': far(16),
     'more links': far(5, 11, 3),
     'a link': far(40, 1),
-    'links alone': part(expander, degree=4),
-    'links from 1': any_of(near(16), part(expander, degree=6)),
-    'sinks': any_of(near(9), part(sinks, n=4)),
-    'sinks alone': part(sinks, n=3),
+    'links alone': part(expander_links, degree=4),
+    'links from 1': any_of(near(16), part(expander_links, degree=6)),
+    'sinks': any_of(near(9), part(attention_sinks, n=4)),
+    'sinks alone': part(attention_sinks, n=3),
     'strided': part(strided, stride=10),
     'window, strided': any_of(near(9), part(strided, stride=13)),
-    'powers': any_of(near(8), part(powers, beyond=8)),
-    'powers alone': part(powers),
-    'polynomial': any_of(near(12), part(polynomial, degree=5)),
+    'powers': any_of(near(8), part(power_links, beyond=8)),
+    'powers alone': part(power_links),
+    'polynomial': any_of(near(12), part(polynomial_links, degree=5)),
     'thinned': all_of(near(50), part(strided, stride=3)),
-    'three': any_of(near(6), part(sinks, n=2), part(expander, degree=3, beyond=6)),
+    'three': any_of(near(6), part(attention_sinks, n=2), part(expander_links, degree=3, beyond=6)),
     'by head': part(fade),
-    'some read nothing': all_of(near(3), part(sinks, n=1)),
+    'some read nothing': all_of(near(3), part(attention_sinks, n=1)),
     'links of a window': all_of(far(9), near(70)),
-    'nested': any_of(all_of(near(30), part(strided, stride=2)), part(sinks, n=1)),
+    'nested': any_of(all_of(near(30), part(strided, stride=2)), part(attention_sinks, n=1)),
 }
 each = pytest.mark.parametrize('kind', PATTERNS)
 
@@ -227,7 +227,7 @@ def test_one_plan_says_the_same_to_every_kernel(kind):
 def test_documents_in_one_row_do_not_read_each_other():
     T, r = 120, rng(0, 'docs')
     docs = (torch.rand(2, T, generator=r) < 0.05).cumsum(1)
-    for pattern in (all_of(near(30), part(document)), all_of(far(8), part(document))):
+    for pattern in (all_of(near(30), part(same_document)), all_of(far(8), part(same_document))):
         inputs, g = drawn(2, 4, 2, T, 8)
         plan = Plan(pattern, T, 4, doc=docs)
         agree(plan, inputs, g, doc=docs)
@@ -245,7 +245,7 @@ def test_documents_in_one_row_do_not_read_each_other():
         assert (got - exact(*inputs[:3], pattern, doc=docs)).abs().max() < 3e-6
     # window and document: as if the second text stood alone
     alone = [x[:, :, docs[0] == 1][:1] for x in inputs[:3]]
-    whole = exact(*inputs[:3], all_of(near(30), part(document)), doc=docs)[0][:, docs[0] == 1]
+    whole = exact(*inputs[:3], all_of(near(30), part(same_document)), doc=docs)[0][:, docs[0] == 1]
     assert (exact(*alone, near(30))[0] - whole).abs().max() < 1e-12
 
 
@@ -403,8 +403,8 @@ def test_the_choice_is_told():
         choose_kernel(near(64), 4096, dropout=0.1)[0] == 'dense'
         and choose_kernel(far(64), 4096, 'cuda')[0] == 'flex'
     )
-    assert choose_kernel(part(document), 4096)[0] == 'dense' and cover(
-        all_of(part(document), near(9))
+    assert choose_kernel(part(same_document), 4096)[0] == 'dense' and cover(
+        all_of(part(same_document), near(9))
     ) == (
         9,
         [],
@@ -420,7 +420,7 @@ def test_work_does_not_grow_with_the_text():
     assert cover(any_of(near(8), part(causal))) is None  # no dense pattern is called sparse
 
 
-def models(pattern, sparse=True, n_kv=2, steps=(part(QKNorm), part(Rope)), T=200, sink=False, **kw):
+def models(pattern, sparse=True, n_kv=2, steps=(part(QKNorm), part(RoPE)), T=200, sink=False, **kw):
     attn = (
         part(
             SparseAttention,
@@ -468,7 +468,7 @@ def test_a_model_is_the_same_with_and_without(kind):
 def test_writing_with_a_cache_is_writing_without(kind, sink):
     model = shaken(models(PATTERNS[kind], sink=sink)).eval()
     ids = torch.randint(30, (1, 150), generator=rng(2, 'ids'))
-    assert reach(PATTERNS[kind]) == (7 if kind == 'window 7' else None)
+    assert lookback(PATTERNS[kind]) == (7 if kind == 'window 7' else None)
     with torch.no_grad():
         want = model(ids)
     for pieces in ([140, 1, 1, 1, 1, 6], [1] * 20 + [130], [150]):
@@ -549,7 +549,7 @@ def test_operations_are_counted_as_they_are_done():
 
 def test_layers_take_turns():
     kinds = part(SparseAttention, pattern=near(8)), part(GQA, n_kv_heads=2)
-    cfg = llama(30, d_model=32, n_heads=4, n_layers=5, max_len=64, attn=part(cycle, of=kinds))
+    cfg = llama(30, d_model=32, n_heads=4, n_layers=5, max_len=64, attn=part(alternate, of=kinds))
     model = MiniGPT(cfg)
     assert [type(b.attn).__name__ for b in model.blocks] == ['SparseAttention', 'GQA'] * 2 + [
         'SparseAttention'
@@ -564,31 +564,31 @@ def test_layers_take_turns():
     assert torch.cat(list(generate(kept, ids, 40, temperature=0))).equal(plain)
     for bad in ((), ('x',)):
         with pytest.raises(LabError, match='give recipes'):
-            GPTConfig(attn=part(cycle, of=bad))
+            GPTConfig(attn=part(alternate, of=bad))
 
 
 def test_wrong_recipes_are_told():
     wrong = {
         'size=0': near(0),
-        'n=0': part(sinks, n=0),
+        'n=0': part(attention_sinks, n=0),
         'stride=1.5': part(strided, stride=1.5),
-        'degree=0': part(expander, degree=0),
-        'beyond=0': part(expander, beyond=0),
-        'beyond=-1': part(powers, beyond=-1),
-        'degree=-1': part(polynomial, degree=-1),
-        r'of=\(\)': part(either, of=()),
-        'of=part': part(either, of=near(3)),
+        'degree=0': part(expander_links, degree=0),
+        'beyond=0': part(expander_links, beyond=0),
+        'beyond=-1': part(power_links, beyond=-1),
+        'degree=-1': part(polynomial_links, degree=-1),
+        r'of=\(\)': part(or_masks, of=()),
+        'of=part': part(or_masks, of=near(3)),
         'stride=None': part(strided),
         'pattern=None': None,
-        'off': part(both, off=(near(3),)),
-        'layers': part(either, of=(near(3),), layers=3),
+        'off': part(and_masks, off=(near(3),)),
+        'layers': part(or_masks, of=(near(3),), layers=3),
     }
     for said, recipe in wrong.items():
         with pytest.raises(LabError, match=said):
             GPTConfig(attn=part(SparseAttention, pattern=recipe))
     with pytest.raises(LabError, match='n_kv_heads=3'):
         GPTConfig(attn=part(SparseAttention, pattern=near(3), n_kv_heads=3))
-    model = MiniGPT(GPTConfig(attn=part(SparseAttention, pattern=all_of(near(8), part(document)))))
+    model = MiniGPT(GPTConfig(attn=part(SparseAttention, pattern=all_of(near(8), part(same_document)))))
     with pytest.raises(LabError, match="needs the word 'doc'"):
         model(torch.zeros(1, 9, dtype=torch.int64))
     assert kv_heads(GPTConfig(attn=part(SparseAttention, pattern=near(3), n_kv_heads=2))) == 2

@@ -51,7 +51,7 @@ from llm_lab.efficient import StepRunner, apply_activation_checkpointing, step_m
 from llm_lab.batching import BatchStream
 from llm_lab.package import load, save
 from llm_lab.sampling import generate
-from llm_lab.sparse import cycle
+from llm_lab.sparse import alternate
 from llm_lab.train import TrainState, adamw, fit, mean_loss, next_token_loss, train_step
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -1070,7 +1070,7 @@ KINDS = dict(
     every_other=small(llama, n_layers=4),
 )
 KINDS['every_other'] = replace(
-    KINDS['every_other'], mlp=part(cycle, of=(part(SwiGLU), KINDS['every_other'].mlp))
+    KINDS['every_other'], mlp=part(alternate, of=(part(SwiGLU), KINDS['every_other'].mlp))
 )
 
 

@@ -15,13 +15,13 @@ from torch.nn.utils import parametrize, parametrizations, prune
 
 import llm_lab.runs as run_module
 from llm_lab.kv_cache import (
-    Cached,
+    CacheTransform,
     KVCache,
     RollingCache,
     with_kv_cache,
     complete,
     select_rows,
-    window,
+    sliding_window,
 )
 from llm_lab.chars import CharTokenizer
 from llm_lab.checkpoint import CheckpointManager
@@ -38,15 +38,15 @@ from llm_lab.gpt import (
     MLP,
     Block,
     GPTConfig,
-    Learned,
+    LearnedPositions,
     MiniGPT,
     config_from,
     own_in,
     quick_linear,
-    require_as_said,
-    sketch,
+    require_faithful,
+    meta_model,
     to_data,
-    tried,
+    check_parts,
 )
 from llm_lab.self_attention import Attention
 from llm_lab.parts import part, register
@@ -55,14 +55,14 @@ from llm_lab.hub import to_hf
 from llm_lab.core import REGISTERED, LabError, rng
 from llm_lab.hardware import flops
 from llm_lab.llama_block import RMSNorm, SwiGLU, llama
-from llm_lab.positions import Rope, half_split
+from llm_lab.positions import RoPE, half_split
 from llm_lab.init import merge_spectral, spectral_init
 from llm_lab.moe import MoE, Router, routing
 from llm_lab.efficient import StepRunner, apply_activation_checkpointing, step_memory
 from llm_lab.package import load, save
 from llm_lab.runs import model_config, train_run
 from llm_lab.sampling import DecodingState, generate
-from llm_lab.sparse import cycle
+from llm_lab.sparse import alternate
 from llm_lab.train import adamw, fit, next_token_loss, random_crops, train_step
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -190,12 +190,12 @@ class Nameless(nn.Module):
         return q, k, v, i, j
 
 
-rope = part(Rope)
-keeps = part(Attention, steps=(part(Rope), part(Cached)))
-bare = part(Attention, steps=(part(Rope),))
-near_by = part(window, size=5)
-rolls = part(GQA, n_kv_heads=1, pattern=near_by, steps=(rope, part(Cached, size=5)))
-turns = lambda *of, **kw: llama(**SIZE | kw, attn=part(cycle, of=of))
+rope = part(RoPE)
+keeps = part(Attention, steps=(part(RoPE), part(CacheTransform)))
+bare = part(Attention, steps=(part(RoPE),))
+near_by = part(sliding_window, size=5)
+rolls = part(GQA, n_kv_heads=1, pattern=near_by, steps=(rope, part(CacheTransform, size=5)))
+turns = lambda *of, **kw: llama(**SIZE | kw, attn=part(alternate, of=of))
 both = lambda *steps: part(Attention, steps=steps)
 # {what: (configuration, has it a cache?)}
 CACHES = {
@@ -206,7 +206,7 @@ CACHES = {
     'a ring and none': (turns(rolls, bare), False),
     'a ring and all': (turns(rolls, keeps), True),
     'a ring': (turns(rolls), True),
-    'GQA in one': (turns(keeps, part(GQA, n_kv_heads=1, steps=(rope, part(Cached)))), True),
+    'GQA in one': (turns(keeps, part(GQA, n_kv_heads=1, steps=(rope, part(CacheTransform)))), True),
     'GQA without': (turns(keeps, part(GQA, n_kv_heads=1, steps=(rope,))), False),
     'own without': (turns(keeps, part(Plain)), False),
     'own that looks back': (turns(part(Before), keeps), False),
@@ -217,8 +217,8 @@ CACHES = {
     'MLP with, same key': (llama(**SIZE, attn=keeps, mlp=part(Remembers)), False),
     'MLP with, own key': (llama(**SIZE, attn=keeps, mlp=part(Keyed)), True),
     'only the MLP': (llama(**SIZE, attn=bare, mlp=part(Keyed)), False),
-    'two caches in one': (llama(**SIZE, attn=both(rope, part(Cached), part(Cached))), False),
-    'a slip in a forward': (turns(part(Forgets, steps=(rope, part(Cached)), bias=False)), False),
+    'two caches in one': (llama(**SIZE, attn=both(rope, part(CacheTransform), part(CacheTransform))), False),
+    'a slip in a forward': (turns(part(Forgets, steps=(rope, part(CacheTransform)), bias=False)), False),
     'half of a pair': (turns(part(Pair, one=keeps, two=bare)), False),
     'a pair under one key': (turns(part(Pair, one=keeps, two=keeps)), False),
     'no name': (turns(both(rope, part(Nameless))), False),
@@ -315,7 +315,7 @@ def test_fast_takes_any_mixer():
     for attn in (
         part(Plain),
         part(Folded),
-        part(cycle, of=(part(Folded), bare)),
+        part(alternate, of=(part(Folded), bare)),
         part(Pair, one=keeps, two=part(Folded)),
     ):
         model = shaken(llama(**SIZE, attn=attn))
@@ -344,14 +344,14 @@ def test_llama_adds_nothing_to_a_mixer_of_ones_own():
     assert llama(attn=part(Plain)).attn == part(Plain)
     with pytest.warns(UserWarning, match='Mine is your own, so llama gives it no RoPE'):
         assert llama(attn=part(Mine)).attn == part(Mine)
-    assert llama(attn=part(Mine), rope=part(Rope, base=9.0)).attn == part(
-        Mine, steps=(part(Rope, base=9.0),)
+    assert llama(attn=part(Mine), rope=part(RoPE, base=9.0)).attn == part(
+        Mine, steps=(part(RoPE, base=9.0),)
     )
     full = part(Attention, steps=(rope,), bias=False)
-    assert llama(attn=part(cycle, of=(part(Plain), part(Attention)))).attn == part(
-        cycle, of=(part(Plain), full)
+    assert llama(attn=part(alternate, of=(part(Plain), part(Attention)))).attn == part(
+        alternate, of=(part(Plain), full)
     )
-    one_line(lambda: llama(attn=part(Plain), rope=rope), 'rope=part(Rope)', 'takes no steps')
+    one_line(lambda: llama(attn=part(Plain), rope=rope), 'rope=part(RoPE)', 'takes no steps')
     register(Mine)
     for attn in (dict(part='Mine'), dict(part='Mine', bias=True)):
         said = model_data(ModelConfig(block='llama', attn=attn))
@@ -359,11 +359,11 @@ def test_llama_adds_nothing_to_a_mixer_of_ones_own():
     said = model_data(
         ModelConfig(
             block='llama',
-            attn=dict(part='sparse:cycle', of=[dict(part='Mine'), dict(part='Attention')]),
+            attn=dict(part='sparse:alternate', of=[dict(part='Mine'), dict(part='Attention')]),
         )
     )
-    assert config_from({**said, 'attn': said['attn'] | {'part': 'cycle'}}).attn == part(
-        cycle, of=(part(Mine), full)
+    assert config_from({**said, 'attn': said['attn'] | {'part': 'alternate'}}).attn == part(
+        alternate, of=(part(Mine), full)
     )
 
 
@@ -474,8 +474,8 @@ CHANGES = {  # {what: (change, words of the refusal)}
         'blocks.0.mlp.out.bias was added',
     ),
     'a step more': (
-        lambda m: m.blocks[0].attn.steps.append(Rope(m.cfg)),
-        'blocks.0.attn.steps.1 (Rope) was added',
+        lambda m: m.blocks[0].attn.steps.append(RoPE(m.cfg)),
+        'blocks.0.attn.steps.1 (RoPE) was added',
     ),
     'a step less': (
         lambda m: m.blocks[0].attn.steps.pop(-1),
@@ -526,7 +526,7 @@ CHANGES = {  # {what: (change, words of the refusal)}
     'tied by hand': (tied, 'head.weight is shared'),
     'another pattern': (
         set_at('blocks.0.attn.pattern', lambda old: near_by),
-        'blocks.0.attn.pattern is part(window, size=5)',
+        'blocks.0.attn.pattern is part(sliding_window, size=5)',
     ),
     'another eps': (set_at('blocks.0.norm1.eps', lambda old: 0.1), 'blocks.0.norm1.eps is 0.1'),
     'slower hands': (slower, 'freq was changed'),
@@ -547,7 +547,7 @@ def test_a_model_that_was_changed_is_refused_by_every_save(what, tmp_path):
     "Before a byte is written, in one line; a conversion that would drop the change refuses as well"
     change, words = CHANGES[what]
     model = MiniGPT(llama(**SIZE))
-    require_as_said(model)
+    require_faithful(model)
     change(model)
     saves = [
         lambda: save(tmp_path / 'deep' / 'p', model, TOK),
@@ -606,7 +606,7 @@ def test_checkpoints_ask_too(tmp_path):
 
 
 def test_conversions_ask_too():
-    turned = llama(**SIZE, attn=both(part(Rope, interleaved=True)))
+    turned = llama(**SIZE, attn=both(part(RoPE, interleaved=True)))
     bound = llama(**SIZE, init=part(spectral_init))
     for make, cfg in ((half_split, turned), (merge_spectral, bound)):
         model = MiniGPT(cfg)
@@ -725,7 +725,7 @@ def test_an_own_part_has_no_word_in_a_strangers_file(tmp_path):
     for kw in (
         dict(mlp=part(NeedsLayer)),
         dict(attn=part(Plain)),
-        dict(mlp=part(cycle, of=(part(SwiGLU), part(NeedsLayer)))),
+        dict(mlp=part(alternate, of=(part(SwiGLU), part(NeedsLayer)))),
         dict(mlp=part(MoE, n_experts=2, router=part(MLPRouter))),
     ):
         one_line(lambda: to_hf(tmp_path / 'h', MiniGPT(llama(**SIZE, **kw))), 'has no word in a')
@@ -861,12 +861,12 @@ def test_what_is_planned_is_measured_where_it_cannot_be_foretold():
     )
     whole = step_memory(llama(**size, mlp=part(SwiGLU, d_ff=16)), 8)
     assert 0.5 * whole < memory[2] < 3 * whole  # about as much as a plain one of that width
-    shapes = sketch(llama(**size, attn=part(Picky), tie=True))
+    shapes = meta_model(llama(**size, attn=part(Picky), tie=True))
     assert shapes.head.weight is shapes.tok.weight
-    require_as_said(MiniGPT(llama(**size, attn=part(Picky), tie=True), seed=4))
+    require_faithful(MiniGPT(llama(**size, attn=part(Picky), tie=True), seed=4))
     assert (
         run_module._work(loop, 16) > 0
-        and sketch(llama(**size, attn=part(Picky))).tok.weight.device.type == 'meta'
+        and meta_model(llama(**size, attn=part(Picky))).tok.weight.device.type == 'meta'
     )
     with pytest.raises(ZeroDivisionError):
         step_memory(llama(**size, mlp=part(Wrong)), 2)
@@ -1020,19 +1020,19 @@ IN_A_FILE = {  # {key=value: words of the answer}
     'model.mlp={part: MLP, act: {part: gelu}}': ["act='gelu'", "did you mean 'GELU'"],
     'model.mlp={part: MLP, act: null}': ['model.mlp.act=None', 'give a recipe'],
     'model.mlp={part: MLP, act: {part: RMSNorm}}': ["act='RMSNorm'", 'belongs into norm'],
-    'model.attn={part: Attention, steps: [Rope]}': [
-        "model.attn.steps[0]='Rope'",
-        'Rope',
+    'model.attn={part: Attention, steps: [RoPE]}': [
+        "model.attn.steps[0]='RoPE'",
+        'RoPE',
     ],
-    'model.attn={part: Attention, steps: Rope}': [
-        "model.attn.steps='Rope'",
+    'model.attn={part: Attention, steps: RoPE}': [
+        "model.attn.steps='RoPE'",
         'in a list',
-        'Rope',
+        'RoPE',
     ],
-    'model.attn={part: Attention, steps: {part: Rope}}': ['model.attn.steps=', 'in a list'],
+    'model.attn={part: Attention, steps: {part: RoPE}}': ['model.attn.steps=', 'in a list'],
     'model.attn={part: Attention, steps: [{part: Ropr}]}': [
         "steps[0]='Ropr'",
-        "did you mean 'Rope'",
+        "did you mean 'RoPE'",
     ],
     'model.attn={part: Attention, steps: [{part: SwiGLU}]}': ['steps[0]', 'belongs into mlp'],
     'model.norm={part: GroupNorm}': ["model.norm='GroupNorm'", 'RMSNorm'],
@@ -1055,13 +1055,13 @@ IN_A_FILE = {  # {key=value: words of the answer}
     'model.norm=null': ['model.norm=None'],
     'model.head=null': ['model.head=None'],
     'model.pos=rope': ["model.pos='rope'", 'recipe'],
-    'model.pos={part: Rope}': ["model.pos='Rope'", 'belongs into attn.steps'],
+    'model.pos={part: RoPE}': ["model.pos='RoPE'", 'belongs into attn.steps'],
     'model.attn={part: Attention, pattern: causal}': [
         "model.attn.pattern='causal'",
         'causal',
     ],
-    'model.attn={part: Attention, pattern: {part: window}}': ['size=None', 'whole number'],
-    'model.attn={part: Attention, pattern: {part: window, size: wide}}': [
+    'model.attn={part: Attention, pattern: {part: sliding_window}}': ['size=None', 'whole number'],
+    'model.attn={part: Attention, pattern: {part: sliding_window, size: wide}}': [
         'model.attn.pattern.size',
         'wide',
     ],
@@ -1080,10 +1080,10 @@ IN_A_FILE = {  # {key=value: words of the answer}
     'model.mlp=[{part: MLP}]': ['model.mlp=', 'recipe'],
     'model.mlp={part: [MLP]}': ['model.mlp=', 'recipe'],
     'model.mlp={}x': ['model.mlp'],
-    'model.attn={part: cycle, of: {part: Attention}}': ['model.attn.of=', 'in a list'],
-    'model.attn={part: cycle, of: []}': ['of='],
+    'model.attn={part: alternate, of: {part: Attention}}': ['model.attn.of=', 'in a list'],
+    'model.attn={part: alternate, of: []}': ['of='],
     'model.init={part: gpt2_init, std: big}': ['model.init.std', 'big'],
-    'model.head={part: Capped, cap: 0}': ['cap=0'],
+    'model.head={part: SoftcapHead, cap: 0}': ['cap=0'],
     'model.mlp={part: NoModule}': ['model.mlp=', 'NoModule', 'torch.nn.Module'],
     'model.mlp={part: Needs}': ['model.mlp=', "'width'", 'write part(Needs, width=…)'],
     'model.mlp={part: Needs, widht: 8}': ['model.mlp', "'widht'", "did you mean 'width'"],
@@ -1147,11 +1147,11 @@ def make_slips():
             'mlp=<lambda>',
             'a function with a name',
         ),
-        (lambda: steps([Rope]), 'steps=Rope', 'steps=(part(Rope),)'),
-        (lambda: steps(Rope), 'steps=Rope', 'steps=(part(Rope),)'),
-        (lambda: steps('Rope'), "steps='Rope'", 'steps=(part(Rope),)'),
-        (lambda: steps(part(Rope)), 'steps=Rope', 'steps=(part(Rope),)'),
-        (lambda: steps(['Rope']), "steps='Rope'"),
+        (lambda: steps([RoPE]), 'steps=RoPE', 'steps=(part(RoPE),)'),
+        (lambda: steps(RoPE), 'steps=RoPE', 'steps=(part(RoPE),)'),
+        (lambda: steps('RoPE'), "steps='RoPE'", 'steps=(part(RoPE),)'),
+        (lambda: steps(part(RoPE)), 'steps=RoPE', 'steps=(part(RoPE),)'),
+        (lambda: steps(['RoPE']), "steps='RoPE'"),
         (lambda: steps(None), 'steps=None'),
         (lambda: steps((part(SwiGLU),)), 'SwiGLU can be mlp, not attn.steps'),
         (lambda: GPTConfig(norm=part(nn.GroupNorm, num_groups=2)), 'norm=', 'GroupNorm', 'RMSNorm'),
@@ -1162,15 +1162,15 @@ def make_slips():
         (lambda: part(GQA, n_kv_head=2), "'n_kv_head'", 'n_kv_heads'),
         (lambda: GPTConfig(attn=part(SwiGLU)), 'attn=part(SwiGLU)', 'can be mlp, not attn'),
         (lambda: GPTConfig(mlp=part(Attention)), 'mlp=part(Attention)', 'can be attn'),
-        (lambda: GPTConfig(pos=part(Rope)), 'pos=part(Rope)', 'can be attn.steps, not pos'),
+        (lambda: GPTConfig(pos=part(RoPE)), 'pos=part(RoPE)', 'can be attn.steps, not pos'),
         (lambda: GPTConfig(pos='rope'), "pos='rope'"),
-        (lambda: GPTConfig(pos=Learned), 'pos=Learned', 'part(Learned)'),
+        (lambda: GPTConfig(pos=LearnedPositions), 'pos=LearnedPositions', 'part(LearnedPositions)'),
         (lambda: GPTConfig(mlp=None), 'mlp=None', 'mlp=part(MLP)'),
         (lambda: GPTConfig(attn=None), 'attn=None'),
         (lambda: GPTConfig(init=None), 'init=None'),
         (lambda: GPTConfig(mlp={'part': 'MLP'}), 'mlp={'),
         (lambda: pattern('causal'), "pattern='causal'", 'pattern=part(causal)'),
-        (lambda: pattern(window), 'pattern=window', 'part(window)'),
+        (lambda: pattern(sliding_window), 'pattern=window', 'part(sliding_window)'),
         (lambda: pattern(None), 'pattern=None'),
         (lambda: GPTConfig(n_heads=3), 'n_heads=3 does not divide d_model=128'),
         (lambda: GPTConfig(attn=part(GQA)), 'n_kv_heads=None'),
@@ -1181,13 +1181,13 @@ def make_slips():
         (lambda: GPTConfig(attn=part(NoLayer)), 'attn=part(NoLayer)', 'NoLayer(cfg, layer)'),
         (lambda: MiniGPT(GPTConfig(mlp=part(BadName))), 'mlp=part(BadName)', 'hidden_size'),
         (
-            lambda: GPTConfig(attn=part(cycle, of=(part(Attention), GQA))),
+            lambda: GPTConfig(attn=part(alternate, of=(part(Attention), GQA))),
             'of=',
             'GQA',
             'give recipes',
         ),
-        (lambda: tried(GPTConfig(mlp=part(GivesTwo))), 'mlp=part(GivesTwo) makes tuple'),
-        (lambda: tried(GPTConfig(attn=part(NoPlaces))), 'attn=part(NoPlaces) cannot read'),
+        (lambda: check_parts(GPTConfig(mlp=part(GivesTwo))), 'mlp=part(GivesTwo) makes tuple'),
+        (lambda: check_parts(GPTConfig(attn=part(NoPlaces))), 'attn=part(NoPlaces) cannot read'),
         (lambda: MiniGPT(GPTConfig(tie=True, head=part(Headless))), 'tie=True', 'has no weight'),
         (
             lambda: to_data(GPTConfig(mlp=part(lambda cfg, layer=0: MLP(cfg)))),
@@ -1214,9 +1214,9 @@ def test_a_slip_in_a_program_is_one_line(n):
 
 def test_what_is_right_is_tried_in_peace():
     for cfg, _ in CACHES.values():
-        assert tried(cfg) == cfg
+        assert check_parts(cfg) == cfg
     for kw in NUMBERS.values():
-        tried(llama(**SIZE, **kw))
+        check_parts(llama(**SIZE, **kw))
     assert own_in(llama(**SIZE, attn=part(Plain))) and not own_in(llama(**SIZE, mlp=part(MoE)))
 
 
@@ -1224,15 +1224,15 @@ def test_null_means_none(home, monkeypatch):
     """In a file: no positions, no steps; what is left out is as the block has it; older files are
     read as they were meant"""
     made = lambda *items: model_config(read_config('smoke', items), 9)
-    assert made().pos == part(Learned) and made('model.pos=null').pos is None
+    assert made().pos == part(LearnedPositions) and made('model.pos=null').pos is None
     assert made('model.block=llama').pos is None and made(
-        'model.block=llama', 'model.pos={part: Learned}'
-    ).pos == part(Learned)
+        'model.block=llama', 'model.pos={part: LearnedPositions}'
+    ).pos == part(LearnedPositions)
     assert made('model.block=llama', 'model.attn={part: Attention, steps: null}').attn == part(
         Attention, steps=(), bias=False
     )
     assert made('model.block=llama', 'model.attn={part: Attention}').attn == part(
-        Attention, steps=(part(Rope),), bias=False
+        Attention, steps=(part(RoPE),), bias=False
     )
     for item in ('model.tie=true', 'model.pos=null', 'model.block=llama'):
         cfg = read_config('smoke', [item])

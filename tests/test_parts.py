@@ -10,13 +10,13 @@ from cases import covering
 from torch import nn
 
 from llm_lab.chars import CharTokenizer
-from llm_lab.gpt import MLP, GPTConfig, Learned, MiniGPT, config_from, quick_linear, to_data
+from llm_lab.gpt import MLP, GPTConfig, LearnedPositions, MiniGPT, config_from, quick_linear, to_data
 from llm_lab.self_attention import Attention, causal
 from llm_lab.parts import part
 from llm_lab.gqa import GQA
 from llm_lab.core import rng
-from llm_lab.llama_block import Capped, QKNorm, ReLU2, RMSNorm, SwiGLU, llama
-from llm_lab.positions import Rope, Sinusoidal, linear_scaling, llama3_scaling
+from llm_lab.llama_block import SoftcapHead, QKNorm, ReLU2, RMSNorm, SwiGLU, llama
+from llm_lab.positions import RoPE, SinusoidalPositions, linear_scaling, llama3_scaling
 from llm_lab.init import projections, scaled_init, spectral_init
 from llm_lab.looking import attention_maps
 from llm_lab.efficient import StepRunner, apply_activation_checkpointing
@@ -38,7 +38,7 @@ def drawn(seed):
     heads = r.choice([1, 2, 4])
     size = r.choice([None, None, 4, 8])
     rope = part(
-        Rope,
+        RoPE,
         base=r.choice([100.0, 10_000.0]),
         partial=r.choice([1.0, 0.5]),
         interleaved=r.choice([True, False]),
@@ -63,7 +63,7 @@ def drawn(seed):
         tie=r.choice([True, False]),
         attn=attn,
         norm=r.choice([part(RMSNorm), part(nn.LayerNorm)]),
-        pos=r.choice([None, part(Learned), part(Sinusoidal)]),
+        pos=r.choice([None, part(LearnedPositions), part(SinusoidalPositions)]),
         mlp=r.choice(
             [
                 part(MLP),
@@ -72,7 +72,7 @@ def drawn(seed):
                 part(SwiGLU, act=part(nn.GELU), d_ff=20),
             ]
         ),
-        head=r.choice([part(nn.Linear, bias=False), part(Capped, cap=20.0)]),
+        head=r.choice([part(nn.Linear, bias=False), part(SoftcapHead, cap=20.0)]),
         init=r.choice([first, part(spectral_init, first=first), part(spectral_init, gain=2.0)]),
     )
 
@@ -150,7 +150,7 @@ def test_positions_may_be_given_in_any_order_or_by_text(seed):
 
 def test_a_model_that_turns_reads_the_same_at_any_place_and_one_that_adds_does_not():
     ids = ids_of(0)
-    for pos, same in ((None, True), (part(Learned), False), (part(Sinusoidal), False)):
+    for pos, same in ((None, True), (part(LearnedPositions), False), (part(SinusoidalPositions), False)):
         model = MiniGPT(
             llama(TOK.vocab_size, d_model=16, n_layers=2, n_heads=2, max_len=99, pos=pos)
         ).eval()
@@ -161,11 +161,11 @@ def test_a_model_that_turns_reads_the_same_at_any_place_and_one_that_adds_does_n
 def test_speeds_stay_exact_in_low_precision():
     """The hands are no buffer: a model in bfloat16 turns by the same angles, far from the beginning
     of the text, too"""
-    rope = Rope(GPTConfig(d_model=16, n_heads=1)).to(torch.bfloat16)
+    rope = RoPE(GPTConfig(d_model=16, n_heads=1)).to(torch.bfloat16)
     assert rope.freq.dtype == torch.float32 and not list(rope.buffers())
     q = torch.ones(1, 1, 1, 16, dtype=torch.bfloat16)
     far = torch.tensor([5001])
-    exact = Rope(GPTConfig(d_model=16, n_heads=1))(q.float(), q.float(), q.float(), far, far)[0]
+    exact = RoPE(GPTConfig(d_model=16, n_heads=1))(q.float(), q.float(), q.float(), far, far)[0]
     torch.testing.assert_close(rope(q, q, q, far, far)[0].float(), exact, atol=0.02, rtol=0)
 
 
@@ -181,7 +181,7 @@ def test_the_modern_block_learns_in_low_precision_and_is_judged_in_full(init):
             n_heads=4,
             max_len=T,
             init=init,
-            attn=part(GQA, n_kv_heads=2, steps=(part(QKNorm), part(Rope))),
+            attn=part(GQA, n_kv_heads=2, steps=(part(QKNorm), part(RoPE))),
         )
     )
     ids = ids_of(0)

@@ -4,12 +4,12 @@ Recall of a pair, and a language whose facts return, by how long ago they were t
 
 python experiments/long_context/run.py [--jobs 2] [--save] [--dry] [--full]
 
-Models differ only in who may read whom: `masked_attention` reads all of the past, `window` the
-last 64 tokens, `expander` these and 6 links drawn for each query, head and layer from all of the
+Models differ only in who may read whom: `masked_attention` reads all of the past, `sliding_window` the
+last 64 tokens, `expander_links` these and 6 links drawn for each query, head and layer from all of the
 past beyond; in `mixed` layers take turns, a window, all of the past, a window, and in
 `global_first` they begin with all of the past. They have the same first weights and see the same
 rows, in three paired seeds; they learn on texts of 512 tokens and are tested on 512 to 4,096.
-None is told positions: neither task needs any, and Rope trained at 512 is lost beyond (LOG.md).
+None is told positions: neither task needs any, and RoPE trained at 512 is lost beyond (LOG.md).
 
 First they learn `recall`: 32 pairs of a key and one of 8 values, one token each, lie among
 random words; later each key is asked, and its value comes next. In training the distance is
@@ -24,7 +24,7 @@ head joins it to its question; and what share of the past `receptive_field` find
 layer. Each cell is kept in runs/ when it is done, and is not run again; every run has one
 thread. The last line is JSON; `--save` keeps it in result.json. `--dry` builds every model and a
 batch and trains nothing. `--full` is for a GPU: 12 layers of width 512, longer texts, more
-pairs, Rope on half of the channels where layers are not global, and books of PG-19 as a third
+pairs, RoPE on half of the channels where layers are not global, and books of PG-19 as a third
 lesson. About 25 minutes on two cores."""
 
 import argparse
@@ -42,7 +42,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from llm_lab.kv_cache import window
+from llm_lab.kv_cache import sliding_window
 from llm_lab.gpt import MiniGPT
 from llm_lab.self_attention import causal, dense_mask
 from llm_lab.parts import part
@@ -50,10 +50,10 @@ from llm_lab.kernels import SparseAttention
 from llm_lab.hardware import device, machine
 from llm_lab.core import progress
 from llm_lab.files import atomic_write
-from llm_lab.positions import Rope
+from llm_lab.positions import RoPE
 from llm_lab.llama_block import llama
 from llm_lab.optim import muon
-from llm_lab.sparse import cycle, either, expander, receptive_field
+from llm_lab.sparse import alternate, or_masks, expander_links, receptive_field
 from llm_lab.train import fit, next_token_loss
 from texts import (
     FULL,
@@ -70,8 +70,8 @@ from texts import (
 )
 
 HERE, SEEDS = Path(__file__).parent, (1, 2, 3)
-NEAR = part(window, size=64)
-LINKED = part(either, of=(NEAR, part(expander, degree=6, beyond=64)))
+NEAR = part(sliding_window, size=64)
+LINKED = part(or_masks, of=(NEAR, part(expander_links, degree=6, beyond=64)))
 PATTERNS = dict(
     dense=(part(causal),),
     window=(NEAR,),
@@ -86,9 +86,9 @@ def layers(name, size):
 
 
 def model(name, size, seed):
-    steps = lambda p: (part(Rope, partial=0.5),) if size.full and p != part(causal) else ()
+    steps = lambda p: (part(RoPE, partial=0.5),) if size.full and p != part(causal) else ()
     attn = part(
-        cycle, of=[part(SparseAttention, pattern=p, steps=steps(p)) for p in PATTERNS[name]]
+        alternate, of=[part(SparseAttention, pattern=p, steps=steps(p)) for p in PATTERNS[name]]
     )
     return MiniGPT(
         llama(

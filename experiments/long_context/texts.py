@@ -35,7 +35,7 @@ class Size:
     keys: int = 32
     values: int = 8
     texts: int = 32  # of a test
-    full: bool = False  # the sizes for a GPU, with Rope and books?
+    full: bool = False  # the sizes for a GPU, with RoPE and books?
 
     @property
     def pairs(self):

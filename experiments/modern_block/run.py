@@ -27,15 +27,15 @@ from statistics import mean, median, stdev
 import torch
 from torch import nn
 
-from llm_lab.gpt import MLP, Learned, MiniGPT, quick_linear
+from llm_lab.gpt import MLP, LearnedPositions, MiniGPT, quick_linear
 from llm_lab.self_attention import Attention
 from llm_lab.parts import part
 from llm_lab.gqa import GQA
 from llm_lab.hardware import keep_freed_memory, machine
 from llm_lab.core import progress, rng
 from llm_lab.files import atomic_write
-from llm_lab.llama_block import Capped, QKNorm, ReLU2, SwiGLU, llama
-from llm_lab.positions import Rope, Sinusoidal
+from llm_lab.llama_block import SoftcapHead, QKNorm, ReLU2, SwiGLU, llama
+from llm_lab.positions import RoPE, SinusoidalPositions
 from llm_lab.init import scaled_init, spectral_init
 from llm_lab.optim import muon
 from llm_lab.train import Recipe, fit, prepare, train_step
@@ -50,18 +50,18 @@ steps = lambda *s: part(Attention, steps=s, bias=False)
 CHOICES = {
     'the base': {},
     'positions: none': dict(attn=steps()),
-    'positions: learned': dict(attn=steps(), pos=part(Learned)),
-    'positions: sines, added': dict(attn=steps(), pos=part(Sinusoidal)),
-    'RoPE on half of the channels': dict(attn=steps(part(Rope, partial=0.5))),
-    'RoPE, base 500 instead of 10,000': dict(attn=steps(part(Rope, base=500.0))),
+    'positions: learned': dict(attn=steps(), pos=part(LearnedPositions)),
+    'positions: sines, added': dict(attn=steps(), pos=part(SinusoidalPositions)),
+    'RoPE on half of the channels': dict(attn=steps(part(RoPE, partial=0.5))),
+    'RoPE, base 500 instead of 10,000': dict(attn=steps(part(RoPE, base=500.0))),
     'LayerNorm': dict(norm=part(nn.LayerNorm)),
     'MLP with GELU': dict(mlp=part(MLP, bias=False)),
     'MLP with ReLU²': dict(mlp=part(MLP, act=part(ReLU2), bias=False)),
-    'biases': dict(attn=part(Attention, steps=(part(Rope),)), mlp=part(SwiGLU, bias=True)),
-    'QK-norm': dict(attn=steps(part(QKNorm), part(Rope))),
-    'softcap 15': dict(head=part(Capped, cap=15.0)),
-    '2 key heads for 4': dict(attn=part(GQA, n_kv_heads=2, steps=(part(Rope),), bias=False)),
-    '1 key head for 4': dict(attn=part(GQA, n_kv_heads=1, steps=(part(Rope),), bias=False)),
+    'biases': dict(attn=part(Attention, steps=(part(RoPE),)), mlp=part(SwiGLU, bias=True)),
+    'QK-norm': dict(attn=steps(part(QKNorm), part(RoPE))),
+    'softcap 15': dict(head=part(SoftcapHead, cap=15.0)),
+    '2 key heads for 4': dict(attn=part(GQA, n_kv_heads=2, steps=(part(RoPE),), bias=False)),
+    '1 key head for 4': dict(attn=part(GQA, n_kv_heads=1, steps=(part(RoPE),), bias=False)),
     'head and token table shared': dict(tie=True),
     'init: not scaled by depth': dict(init=part(scaled_init, out='plain')),
     'init: blocks begin silent': dict(init=part(scaled_init, out='zero')),
@@ -70,12 +70,12 @@ CHOICES = {
     'spectral, learned gains': dict(init=part(spectral_init)),
     'spectral, gain 3': dict(init=part(spectral_init, gain=3.0)),
     'biases, QK-norm and learned gains': dict(
-        attn=part(Attention, steps=(part(QKNorm), part(Rope))),
+        attn=part(Attention, steps=(part(QKNorm), part(RoPE))),
         mlp=part(SwiGLU, bias=True),
         init=part(spectral_init),
     ),
     "GPT-2's block, all of it": dict(
-        attn=part(Attention), mlp=part(MLP), norm=part(nn.LayerNorm), pos=part(Learned)
+        attn=part(Attention), mlp=part(MLP), norm=part(nn.LayerNorm), pos=part(LearnedPositions)
     ),
 }
 

@@ -27,20 +27,20 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from llm_lab.kv_cache import window
+from llm_lab.kv_cache import sliding_window
 from llm_lab.parts import part
 from llm_lab.self_attention import dense_mask
 from llm_lab.kernels import Plan, sparse_attention, get_plan, choose_kernel
 from llm_lab.hardware import keep_freed_memory, machine
 from llm_lab.core import require, progress, rng
-from llm_lab.sparse import either, expander
+from llm_lab.sparse import or_masks, expander_links
 
 H, D = 8, 64
 PATTERNS = {
-    'window 256': part(window, size=256),
-    'window 64': part(window, size=64),
+    'window 256': part(sliding_window, size=256),
+    'window 64': part(sliding_window, size=64),
     'window 64 + 6 links': part(
-        either, of=(part(window, size=64), part(expander, degree=6, beyond=64))
+        or_masks, of=(part(sliding_window, size=64), part(expander_links, degree=6, beyond=64))
     ),
 }
 # the others are not asked for more

@@ -30,17 +30,17 @@ from llm_lab.kernels import SparseAttention
 from llm_lab.core import LabError, progress
 from llm_lab.hardware import machine
 from llm_lab.llama_block import QKNorm, llama
-from llm_lab.positions import Rope
+from llm_lab.positions import RoPE
 from llm_lab.init import scaled_init, spectral_init
-from llm_lab.kv_cache import window
-from llm_lab.sparse import either, expander
+from llm_lab.kv_cache import sliding_window
+from llm_lab.sparse import or_masks, expander_links
 from llm_lab.train import fit, mean_loss, random_crops
 
 HERE = Path(__file__).parent
 T = 256
 RATES = (0.004, 0.032, 0.128)
 NAMES = ('QK-norm', 'orthogonal', 'spectral')
-PATTERN = part(either, of=(part(window, size=64), part(expander, degree=6, beyond=64)))
+PATTERN = part(or_masks, of=(part(sliding_window, size=64), part(expander_links, degree=6, beyond=64)))
 
 
 def text():
@@ -55,7 +55,7 @@ def text():
 
 def cell(tok, ids, qk, orthogonal, spectral, lr, seed, steps):
     init = part(scaled_init, orthogonal=bool(orthogonal))
-    attn = part(SparseAttention, pattern=PATTERN, steps=(part(QKNorm),) * qk + (part(Rope),))
+    attn = part(SparseAttention, pattern=PATTERN, steps=(part(QKNorm),) * qk + (part(RoPE),))
     model = MiniGPT(
         llama(
             tok.vocab_size,
