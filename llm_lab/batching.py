@@ -66,9 +66,8 @@ def _document_rows(n, T, starts):
     spare = count * T - lengths  # how far its last row reaches beyond its end
     document = np.repeat(np.arange(len(starts)), count)  # of each row: 0 0 0 1 1
     first_row = np.cumsum(count) - count  # of each document: 0 3
-    k = (
-        np.arange(len(document)) - first_row[document]
-    )  # of each row, within its document: 0 1 2 0 1
+    # of each row, within its document: 0 1 2 0 1
+    k = np.arange(len(document)) - first_row[document]
     begins = starts[document] + k * T
     room = np.where(k > 0, spare[document], 0)
     return begins, room

@@ -57,7 +57,7 @@ class ModelConfig:  # as `GPTConfig`; what the data decide is missing
     mlp: dict = _recipe()
     norm: dict = _recipe()
     pos: dict | None = _recipe()  # null: none
-    head: dict = _recipe()
+    lm_head: dict = _recipe()
     init: dict = _recipe()
 
 # %% ../nbs/06_config.ipynb #fc636875
@@ -237,7 +237,7 @@ class RunConfig:
 BLOCKS = dict(
     gpt2={},
     llama=dict(
-        attn=dict(part='Attention', steps=[dict(part='Rope')], bias=False),
+        attn=dict(part='Attention', transforms=[dict(part='RoPE')], bias=False),
         mlp=dict(part='SwiGLU'),
         norm=dict(part='RMSNorm'),
         pos=None,

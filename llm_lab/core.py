@@ -105,11 +105,11 @@ def short(value, width=60) -> str:
 
 # %% ../nbs/01_core.ipynb #b0566c78
 _DECLARED = dict(  # slot: CHAPTER:NAME, of this book where no module is said
-    mixer='self_attention:Attention gqa:GQA kernels:SparseAttention sparse:cycle',
-    mlp='gpt:MLP llama_block:SwiGLU moe:MoE sparse:cycle',
+    mixer='self_attention:Attention gqa:GQA kernels:SparseAttention sparse:alternate',
+    mlp='gpt:MLP llama_block:SwiGLU moe:MoE sparse:alternate',
     norm='llama_block:RMSNorm torch.nn:LayerNorm torch.nn:RMSNorm torch.nn:Identity',
-    pos='gpt:Learned positions:Sinusoidal',
-    head='llama_block:Capped torch.nn:Linear',
+    pos='gpt:LearnedPositions positions:SinusoidalPositions',
+    lm_head='llama_block:SoftcapHead torch.nn:Linear',
     init='gpt:gpt2_init init:scaled_init init:spectral_init',
     act='llama_block:ReLU2 '
     + ' '.join(
@@ -119,12 +119,12 @@ _DECLARED = dict(  # slot: CHAPTER:NAME, of this book where no module is said
             'Hardswish Hardsigmoid Hardtanh LogSigmoid Tanhshrink Identity'
         ).split()
     ),
-    # steps: what is done to q, k, v before they meet
-    transform='positions:Rope llama_block:QKNorm kv_cache:Cached',
-    # patterns: who may see whom
-    mask='self_attention:causal kv_cache:window sparse:sinks sparse:strided sparse:document '
-    'sparse:either sparse:both sparse:expander sparse:powers sparse:polynomial',
-    scaling='positions:linear_scaling positions:llama3_scaling',  # of Rope's speeds
+    # transforms: what is done to q, k, v before they meet
+    transform='positions:RoPE llama_block:QKNorm kv_cache:CacheTransform',
+    # masks: who may see whom
+    mask='self_attention:causal kv_cache:sliding_window sparse:attention_sinks sparse:strided sparse:same_document '
+    'sparse:or_masks sparse:and_masks sparse:expander_links sparse:power_links sparse:polynomial_links',
+    scaling='positions:linear_scaling positions:llama3_scaling',  # of RoPE's speeds
     router='moe:Router',
     choice='moe:softmax_top_k moe:top_k_softmax moe:sigmoid_top_k',
     corpus=(
@@ -166,12 +166,12 @@ def nearest(word, words) -> str:
 
 PLACES = dict(  # where the parts of a slot stand in a configuration
     mixer='attn',
-    transform='attn.steps',
-    mask='attn.pattern',
+    transform='attn.transforms',
+    mask='attn.mask',
     act='mlp.act',
     router='mlp.router',
     choice='mlp.router.choose',
-    scaling='the scale of Rope',
+    scaling='the scale of RoPE',
 )
 
 
@@ -228,8 +228,8 @@ def lookup(name, slot=None, path=''):  # a class, a function
 
 # %% ../nbs/01_core.ipynb #e90dbac3
 HOLDS = dict(  # {slot: {keyword: slot of the recipe that it holds}}
-    config=dict(attn='mixer', mlp='mlp', norm='norm', pos='pos', head='head', init='init'),
-    mixer=dict(steps='transform', pattern='mask', of='mixer'),
+    config=dict(attn='mixer', mlp='mlp', norm='norm', pos='pos', lm_head='lm_head', init='init'),
+    mixer=dict(transforms='transform', mask='mask', of='mixer'),
     mlp=dict(act='act', expert='mlp', router='router', of='mlp'),
     mask=dict(of='mask'),
     transform=dict(scale='scaling'),
@@ -237,15 +237,15 @@ HOLDS = dict(  # {slot: {keyword: slot of the recipe that it holds}}
     router=dict(choose='choice'),
 )
 # lists of recipes; those of which null means none
-_MANY = ('steps', 'of')
-_NONE = ('scale', 'pos', 'steps')
+_MANY = ('transforms', 'of')
+_NONE = ('scale', 'pos', 'transforms')
 _FILLED = dict(  # what the model fills in itself, and a file must not
     router='n_experts top_k',
     choice='logits top_k bias',
     init='model generator',
     scaling='freq',
     norm='d normalized_shape',
-    head='d vocab_size in_features out_features',
+    lm_head='d vocab_size in_features out_features',
     mask='i j h layer doc',
 )
 _NEVER = {'self', 'args', 'kwargs', 'cfg', 'layer', 'device', 'dtype', 'inplace'}

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
-from .gpt import MiniGPT, own_in, sketch
+from .gpt import MiniGPT, own_in, meta_model
 from .core import LabError, StatusLine, preserve_rng, rng
 from .hardware import must_fit
 from .train import adamw, balanced, next_token_loss, train_step, update
@@ -79,7 +79,7 @@ def step_memory(
     except RuntimeError:  # numbers were asked for, and there are none
         if not own_in(cfg):
             raise
-    must_fit(32 * sketch(cfg).n_params, 'a step, made to be measured,')
+    must_fit(32 * meta_model(cfg).n_params, 'a step, made to be measured,')
     with preserve_rng():
         one, two = (most(n, nullcontext) for n in (1, 2))
     return one + (two - one) * (batch_size - 1)
@@ -88,9 +88,10 @@ def step_memory(
 def apply_activation_checkpointing(model, on=True):
     """Keep only what enters each block, and calculate the rest again on the way back; returns the
     model"""
-    vars(model).pop('through', None)  # what the model calls each block through: `MiniGPT.through`
+    # what the model calls each block through: `MiniGPT.run_block`
+    vars(model).pop('run_block', None)
     if on:
-        model.through = partial(checkpoint, use_reentrant=False)
+        model.run_block = partial(checkpoint, use_reentrant=False)
     return model
 
 # %% ../nbs/29_efficient.ipynb #1e04c39c

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from .core import LabError
-from .gpt import MiniGPT, require_as_said
+from .gpt import MiniGPT, require_faithful
 from .parts import part
 from .moe import ExpertLinear, Router, routing
 
@@ -112,11 +112,12 @@ def _for_each_expert(old, new):
 
 def upcycle(
     model: MiniGPT,
-    mlp: part,  # experts like the model's MLPs: part(MoE, expert=model.cfg.mlp, …), or in a `cycle`
+    # experts like the model's MLPs: part(MoE, expert=model.cfg.mlp, …), or in an `alternate`
+    mlp: part,
 ) -> MiniGPT:  # raises `LabError` where the experts are not like them
     """The model with experts that all begin as its MLPs (Komatsuzaki et al. 2022):
     the same function, if weights sum to one"""
-    require_as_said(model)
+    require_faithful(model)
     if any(isinstance(m, ExpertLinear) for m in model.modules()):
         raise LabError('this model has experts already: give a dense one')
     new = MiniGPT(replace(model.cfg, mlp=mlp)).to(model.tok.weight)

@@ -17,10 +17,10 @@ from .self_attention import Attention, causal
 from .gpt import GPTConfig, MLP, MiniGPT, is_own
 from .parts import part
 from .llama_block import QKNorm, RMSNorm, ReLU2, SwiGLU
-from .positions import Rope, linear_scaling, llama3_scaling
+from .positions import RoPE, linear_scaling, llama3_scaling
 from .gqa import GQA
-from .kv_cache import window
-from .sparse import cycle
+from .kv_cache import sliding_window
+from .sparse import alternate
 from .kernels import SparseAttention
 from .moe import MoE, Router, softmax_top_k
 
@@ -28,7 +28,7 @@ from .moe import MoE, Router, softmax_top_k
 _LLAMA = {
     'tok': ['model.embed_tokens'],
     'norm': ['model.norm'],
-    'head': ['lm_head'],
+    'lm_head': ['lm_head'],
     'blocks.N.norm1': ['model.layers.N.input_layernorm'],
     'blocks.N.attn.qkv': [f'model.layers.N.self_attn.{o}_proj' for o in 'qkv'],
     'blocks.N.attn.out': ['model.layers.N.self_attn.o_proj'],
@@ -40,7 +40,7 @@ _GPT2 = {
     'tok': ['transformer.wte'],
     'pos.table': ['transformer.wpe'],
     'norm': ['transformer.ln_f'],
-    'head': ['lm_head'],
+    'lm_head': ['lm_head'],
     'blocks.N.norm1': ['transformer.h.N.ln_1'],
     'blocks.N.norm2': ['transformer.h.N.ln_2'],
     'blocks.N.attn.qkv': ['transformer.h.N.attn.c_attn^T'],
@@ -49,7 +49,7 @@ _GPT2 = {
     'blocks.N.mlp.out': ['transformer.h.N.mlp.c_proj^T'],
 }
 _QWEN3 = _LLAMA | {
-    f'blocks.N.attn.steps.0.{o}': [f'model.layers.N.self_attn.{o}_norm'] for o in 'qk'
+    f'blocks.N.attn.transforms.0.{o}': [f'model.layers.N.self_attn.{o}_norm'] for o in 'qk'
 }
 
 
@@ -121,7 +121,7 @@ def hf_views(
     once. No copies"""
     out = {}
     for name, w in (state or model.state_dict()).items():
-        if model.cfg.tie and name == 'head.weight':
+        if model.cfg.tie and name == 'lm_head.weight':
             continue
         # 'blocks.3.attn.qkv.weight' → 'blocks.3.', '3', 'attn.qkv', 'weight'
         block, layer, module, kind = re.fullmatch(r'(blocks\.(\d+)\.)?(.+)\.(\w+)', name).groups('')
@@ -357,7 +357,7 @@ def _rope(v, family):
     if share != 1 and family != 'phi3':
         _refuse('partial_rotary_factor', share, f'{family} turns all channels; set it to 1')
     return part(
-        Rope,
+        RoPE,
         base=_number(words, 'rope_theta'),
         partial=share,
         scale=_rope_scale(kind, words),
@@ -374,14 +374,14 @@ def _context(family, most, max_len):
     raise LabError(f'max_len={max_len!r}: this file has {most} positions: {remedy}')
 
 
-def _pattern(v, family, most):
+def _mask_of(v, family, most):
     "Which keys a query reads, in texts of up to `most` tokens"
     v = {k: v.get(k) for k in DEFAULTS[family]}  # a word of another family says nothing here
     if v.get('sliding_window') is None or not v.get('use_sliding_window', True):
         return part(causal)
     size = _number(v, 'sliding_window', int)
     if family != 'qwen3' or size >= most:
-        return part(window, size=size)
+        return part(sliding_window, size=size)
     _refuse(
         'sliding_window',
         size,
@@ -398,18 +398,18 @@ def _reader(attn, cfg):
         del kw['n_kv_heads']  # a key head for each query head
     if 'sink' in kw:
         return part(SparseAttention, **kw)
-    pattern = kw.get('pattern', part(causal))
-    windowed = pattern.func is window
-    if windowed and pattern.keywords['size'] < cfg.max_len:
+    mask = kw.get('mask', part(causal))
+    windowed = mask.func is sliding_window
+    if windowed and mask.keywords['size'] < cfg.max_len:
         return part(SparseAttention, **kw)
-    if windowed or pattern == part(causal):
-        kw.pop('pattern', None)  # all of the past is seen
+    if windowed or mask == part(causal):
+        kw.pop('mask', None)  # all of the past is seen
     return part(GQA if 'n_kv_heads' in kw else Attention, **kw)
 
 # %% ../nbs/71_families.ipynb #e3952ca2
 def _at(mlp, layer):
-    "The recipe of one layer: of `cycle` with of=(a, b) and d_ff=8, layer 1 has `b` with d_ff=8"
-    if mlp.func is not cycle:
+    "The recipe of one layer: of `alternate` with of=(a, b) and d_ff=8, layer 1 has `b` with d_ff=8"
+    if mlp.func is not alternate:
         return mlp
     turns = mlp.keywords['of']
     shared = {k: v for k, v in mlp.keywords.items() if k != 'of'}
@@ -419,19 +419,19 @@ def _at(mlp, layer):
 
 def _layers(cfg):
     "The recipe of each layer; only one where all have the same"
-    if cfg.mlp.func is not cycle:
+    if cfg.mlp.func is not alternate:
         return [cfg.mlp]
     return [_at(cfg.mlp, layer) for layer in range(cfg.n_layers)]
 
 
 def _in_turn(each):
-    "The shortest recipe for the recipes of all layers: [a, b, a] → `cycle` with of=[a, b]"
+    "The shortest recipe for the recipes of all layers: [a, b, a] → `alternate` with of=[a, b]"
 
     def repeats(n):
         return each == [each[layer % n] for layer in range(len(each))]
 
     period = next(n for n in range(1, len(each) + 1) if repeats(n))
-    return each[0] if period == 1 else part(cycle, of=each[:period])
+    return each[0] if period == 1 else part(alternate, of=each[:period])
 
 # %% ../nbs/71_families.ipynb #804a1b35
 def _filled(p):
@@ -570,15 +570,15 @@ def _modern_parts(v, family, act, eps, most):
 
     d_head = size_or(C // H, 'head_dim')
     n_kv_heads = size_or(H, 'num_key_value_heads')
-    steps = [_rope(v, family)]
+    transforms = [_rope(v, family)]
     if family.startswith('qwen3'):
-        steps.insert(0, part(QKNorm, eps=eps))
+        transforms.insert(0, part(QKNorm, eps=eps))
     attn = part(
         SparseAttention,
         n_kv_heads=n_kv_heads,
-        steps=steps,
+        transforms=transforms,
         bias=has_bias('attention_bias'),
-        pattern=_pattern(v, family, most),
+        mask=_mask_of(v, family, most),
     )
     mlp = _mlp(v, family, part(SwiGLU, act=act, bias=has_bias('mlp_bias')))
     return dict(attn=attn, norm=part(RMSNorm, eps=eps), pos=None, mlp=mlp, d_head=d_head)
@@ -637,8 +637,8 @@ def _plain_or_mixture(v, plain, moe):
 # %% ../nbs/71_families.ipynb #e44b9a49
 def _window_size(attn):
     "How many keys a window shows to a query; None if there is no window"
-    pattern = attn.keywords.get('pattern')
-    return pattern.keywords['size'] if pattern and pattern.func is window else None
+    mask = attn.keywords.get('mask')
+    return mask.keywords['size'] if mask and mask.func is sliding_window else None
 
 
 def _act_name(act):
@@ -686,7 +686,7 @@ def _draft(cfg, family):
     out |= dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
     if family == 'gpt2':
         return out
-    return out | _rope_said(_filled(cfg.attn).get('steps', ()), family)
+    return out | _rope_said(_filled(cfg.attn).get('transforms', ()), family)
 
 # %% ../nbs/71_families.ipynb #721d5d64
 def _sparse_step(plain, n_layers):
@@ -719,9 +719,9 @@ def _experts_said(cfg):
     return said, each[plain[0]] if plain else moe['expert']
 
 # %% ../nbs/71_families.ipynb #686b950c
-def _rope_said(steps, family):
+def _rope_said(transforms, family):
     "What the newer and the older words say about RoPE"
-    rope = _filled(next((step for step in steps if step.func is Rope), part(Rope)))
+    rope = _filled(next((step for step in transforms if step.func is RoPE), part(RoPE)))
     said = dict(rope_theta=float(rope['base']), rope_type='default')
     scale = rope['scale']
     for kind, (function, keys) in ROPE_SCALINGS.items():

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from .core import LabError
 from .self_attention import Attention, causal
-from .gpt import GPTConfig, MiniGPT, require_as_said
+from .gpt import GPTConfig, MiniGPT, require_faithful
 from .parts import part
 
 # %% ../nbs/34_gqa.ipynb #7ca49e48
@@ -27,11 +27,11 @@ class GQA(Attention):
         layer=0,
         *,
         n_kv_heads: int,  # n_heads: multi-head attention; 1: multi-query attention (Shazeer 2019)
-        steps=(),
-        pattern=part(causal),
+        transforms=(),
+        mask=part(causal),
         bias=True,
     ):
-        super().__init__(cfg, layer, steps, pattern, bias)
+        super().__init__(cfg, layer, transforms, mask, bias)
         self.sizes = (cfg.n_heads * cfg.head_dim, *(n_kv_heads * cfg.head_dim,) * 2)  # q, k, v
         self.qkv = nn.Linear(cfg.d_model, sum(self.sizes), bias)
 
@@ -104,14 +104,13 @@ def _reheaded(model, attn, change):
 def to_gqa(
     model: MiniGPT,  # with `Attention` or `GQA`; it is not changed
     n_kv_heads: int,  # must divide the number of key and value heads there are
-    pool=partial(
-        torch.mean, dim=1
-    ),  # the heads of each group, (n_kv_heads, heads, D, …) → one, (n_kv_heads, D, …)
+    # the heads of each group, (n_kv_heads, heads, D, …) → one, (n_kv_heads, D, …)
+    pool=partial(torch.mean, dim=1),
 ) -> MiniGPT:
     """A copy with fewer key and value heads, each the mean of a group (Ainslie et al.
 
     2023, §2.1), to be trained on"""
-    require_as_said(model)
+    require_faithful(model)
     old = kv_heads(model.cfg)
     fits = [n for n in range(1, old + 1) if old % n == 0]
     if not isinstance(n_kv_heads, int) or n_kv_heads not in fits:

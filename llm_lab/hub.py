@@ -19,7 +19,7 @@ from .core import LabError, short
 from .files import bytes_in, check_size, file_in, is_name, json_of, replaceable, atomic_write
 from .hardware import must_fit
 from .chars import CharTokenizer, begins, load_tokenizer
-from .gpt import MiniGPT, require_as_said, sketch
+from .gpt import MiniGPT, require_faithful, meta_model
 from .package import Opened
 from .families import config_from_hf, hf_config, least_tensors, hf_views
 from copy import copy
@@ -104,7 +104,7 @@ def to_hf(
     Raises `LabError` where it would not be exactly this model, or the folder holds anything
     else."""
     folder = Path(folder)
-    require_as_said(model)  # else its file would be another model's
+    require_faithful(model)  # else its file would be another model's
     replaceable(folder)  # before the tensors are made ready
     said = hf_config(model.cfg, family)
     state = {n: w.contiguous() for n, w in hf_views(model, said['model_type']).items()}
@@ -337,7 +337,7 @@ def _make_room(model, kinds, where):
     must_fit(size, f'{where}: a model of {model.n_params:,} numbers')
     model.to_empty(device='cpu')
     if model.cfg.tie:
-        model.head.weight = model.tok.weight
+        model.lm_head.weight = model.tok.weight
 
 
 def from_hf(
@@ -359,7 +359,7 @@ def from_hf(
                 f'{folder}: config.json asks for {n:,} tensors or more, the files hold '
                 f'{len(found):,}: copy it again'
             )
-        model = sketch(cfg)  # shapes only, until the dtype is known
+        model = meta_model(cfg)  # shapes only, until the dtype is known
         names = _matched(hf_views(model, family), found, cfg.tie, folder)
         kinds = {_KINDS[found[name].get_slice(name).get_dtype()] for name in names.values()}
         _make_room(model, kinds, folder)

@@ -23,8 +23,8 @@ from .parts import part
 from .sampling import DecodingState, max_context
 from .efficient import try_compile
 from .llama_block import QKNorm
-from .positions import Rope
-from .kv_cache import Cached, with_kv_cache, window
+from .positions import RoPE
+from .kv_cache import CacheTransform, with_kv_cache, sliding_window
 
 # %% ../nbs/36_inference.ipynb #9ccbe84d
 @cache
@@ -105,7 +105,7 @@ def _simple(block):
         return False
     if any(hasattr(m, 'cache') for m in block.mlp.modules()):
         return False  # an MLP that keeps something, too
-    if any(_hooked(m) for m in (block, attn, *attn.steps)):
+    if any(_hooked(m) for m in (block, attn, *attn.transforms)):
         return False
     # the methods that `token` and `read` stand for must be the book's own
     if type(block).forward is not Block.forward:
@@ -113,16 +113,16 @@ def _simple(block):
     if type(attn).forward is not Attention.forward or type(attn).project is not Attention.project:
         return False
     # `by_mask`, where an attention says it: its join is the usual one, under another mask
-    if not getattr(attn, 'by_mask', type(attn).join is Attention.join):
+    if not getattr(attn, 'by_mask', type(attn).attend_heads is Attention.attend_heads):
         return False
-    kinds = [type(s) for s in attn.steps]
-    if not {*kinds} <= {Rope, QKNorm, Cached}:
+    kinds = [type(s) for s in attn.transforms]
+    if not {*kinds} <= {RoPE, QKNorm, CacheTransform}:
         return False
-    if kinds.count(Cached) != 1 or kinds[-1] is not Cached:
+    if kinds.count(CacheTransform) != 1 or kinds[-1] is not CacheTransform:
         return False
     # no mask is used on the short road: the query must read all that its cache keeps
-    size = attn.steps[-1].size
-    return attn.plain if size is None else attn.pattern == part(window, size=size)
+    size = attn.transforms[-1].size
+    return attn.plain if size is None else attn.mask == part(sliding_window, size=size)
 
 
 def _alike(a, b):
@@ -149,12 +149,12 @@ def _plain_map(parent, m):
 
 
 def _n_steps(model):
-    return [len(m.steps) for m in model.modules() if isinstance(m, Attention)]
+    return [len(m.transforms) for m in model.modules() if isinstance(m, Attention)]
 
 
 def _replace_linear(model, layer):
     "Give each linear layer its new form, `layer(old, is it the head?)`"
-    head = model.head
+    head = model.lm_head
     for parent in list(model.modules()):
         for name, old in list(parent.named_children()):
             if _plain_map(parent, old):
@@ -162,15 +162,15 @@ def _replace_linear(model, layer):
 
 
 def _share_ropes(model):
-    "One `Rope` for all layers that turn alike: its angles are then calculated once a token"
+    "One `RoPE` for all layers that turn alike: its angles are then calculated once a token"
     known = []
     for attn in model.modules():
         if not isinstance(attn, Attention):
             continue
-        for n, step in enumerate(attn.steps):
-            if isinstance(step, Rope):
-                attn.steps[n] = next((r for r in known if _alike(r, step)), step)
-                known.append(attn.steps[n])
+        for n, step in enumerate(attn.transforms):
+            if isinstance(step, RoPE):
+                attn.transforms[n] = next((r for r in known if _alike(r, step)), step)
+                known.append(attn.transforms[n])
 
 
 class Fast(nn.Module):
@@ -196,11 +196,11 @@ class Fast(nn.Module):
     def cache(self, batch, length):
         return self.model.cache(batch, length)
 
-    def head(self, x):
-        return self.model.head(x)
+    def lm_head(self, x):
+        return self.model.lm_head(x)
 
     def forward(self, ids, i=None, **words):
-        return self.head(self.features(ids, i, **words))
+        return self.lm_head(self.features(ids, i, **words))
 
 # %% ../nbs/36_inference.ipynb #87353421
 @patch
@@ -229,7 +229,7 @@ def _is_short(self: Fast, ids, i, words):
 def token(self: Fast, ids, i, at, ends, ks, vs):
     # (B, 1), (1,), and for each layer a place, an end, keys, values → (B, 1, C)
     m = self.model
-    hands = {}  # {id of a Rope: its cosines and sines at i}, for all layers that share it
+    hands = {}  # {id of a RoPE: its cosines and sines at i}, for all layers that share it
     x = m.pos(m.tok(ids), i) if m.pos else m.tok(ids)
     for block, *kept in zip(m.blocks, at, ends, ks, vs):
         x = x + self.read(block.attn, block.norm1(x), i, hands, *kept)
@@ -245,15 +245,15 @@ def read(self: Fast, attn, x, i, hands, at, end, ks, vs):
     H, G = attn.n_heads, ks.shape[1]
     # q and k stay together, (B, H + G, 1, D): they are turned by the same angles, in one go
     qk, v = attn.qkv(x).view(B, -1, 1, attn.head_dim).split([H + G, G], 1)
-    for s in attn.steps:
-        if type(s) is Rope:
+    for s in attn.transforms:
+        if type(s) is RoPE:
             if id(s) not in hands:
                 hands[id(s)] = s.hands(i, x)
             qk = s.turn(qk, *hands[id(s)])
         elif type(s) is QKNorm:
             q, k, *_ = s(*qk.split((H, G), 1), v, i, i)
             qk = torch.cat((q, k), 1)
-        # `Cached`, the last one, is what follows
+        # `CacheTransform`, the last one, is what follows
     q, k = qk.split((H, G), 1)
     ks.index_copy_(2, at, k)
     vs.index_copy_(2, at, v)
@@ -310,7 +310,7 @@ def bytes_per_token(model) -> int:
         if hasattr(o, 'share'):
             share |= {id(t): o.share for t in o.parameters()}
     tensors = {}  # by id, so that bound weights count once
-    for o in (m.blocks, m.norm, m.head):
+    for o in (m.blocks, m.norm, m.lm_head):
         tensors |= {id(t): t for t in (*o.parameters(), *o.buffers())}
     return round(sum(t.nbytes * share.get(n, 1) for n, t in tensors.items()))
 

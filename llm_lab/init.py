@@ -13,7 +13,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import register_parametrization
-from .gpt import MiniGPT, require_as_said
+from .gpt import MiniGPT, require_faithful
 from .parts import part
 from .core import LabError
 
@@ -160,7 +160,7 @@ def merge_spectral(model: MiniGPT) -> MiniGPT:
     kept = re.compile(r'parametrizations\.weight\.(0\.\w+|original)$')
     if model.cfg.init.func is not spectral_init:
         raise LabError(f'init={model.cfg.init}: no weights are bound; use the model')
-    require_as_said(model)
+    require_faithful(model)
     model = deepcopy(model).eval()
     for name, w in model.state_dict().items():
         if (place := kept.search(name)) is None:

@@ -15,34 +15,34 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
-from .self_attention import Attention, scaled_dot_product, causal, dense_mask, words_of
+from .self_attention import Attention, scaled_dot_product, causal, dense_mask, needs_of
 from .parts import part
 from .gqa import GQA
 from .core import LabError, pyplot
-from .sparse import both, cover, either
+from .sparse import and_masks, cover, or_masks
 
 # %% ../nbs/42_kernels.ipynb #10aafbf5
 class Plan:
-    """A pattern at `T` tokens: folds of `block` queries, each with the keys around it, and for each
+    """A mask at `T` tokens: folds of `block` queries, each with the keys around it, and for each
     query a list of far links"""
 
     def __init__(
         self,
-        pattern,
+        mask,
         T,
         n_heads=1,
         layer=0,
         block=None,
-        **ctx,  # the words that the pattern reads
+        **ctx,  # the words that the mask reads
     ):
-        self.pattern = pattern
+        self.mask = mask
         self.T = T
         self.n_heads = n_heads
         self.layer = layer
         self.ctx = ctx
-        covered = cover(pattern)
+        covered = cover(mask)
         if covered is None:
-            raise LabError(f'{pattern} may read all of the past: there is nothing to skip')
+            raise LabError(f'{mask} may read all of the past: there is nothing to skip')
         near, self.linked = covered
         self.near = min(near, T)
         # keys before a fold, in whole steps of the kernel
@@ -63,30 +63,30 @@ class Plan:
         self.known = {}  # by `links`: {(B, G): Links}
         self.blocks = {}  # by `flex_kernel`: {device: block mask}
 
-    def mask(self):  # bool, broadcasts to (texts, H, T, T): all pairs, for `masked_attention`
+    def dense_mask(self):  # bool, broadcasts to (texts, H, T, T): all pairs, for `masked_attention`
         i = torch.arange(self.T)
-        return dense_mask(self.pattern, i, i, self.n_heads, self.layer, **self.ctx)
+        return dense_mask(self.mask, i, i, self.n_heads, self.layer, **self.ctx)
 
     def flops(self, head_dim):
         # of the pairs that are read
         return 4 * head_dim * int(self.keys().expand(-1, self.n_heads, -1).sum())
 
     def allowed(self, i, j):
-        """The pattern itself, pair by pair:
+        """The mask, pair by pair:
 
         (N, 1) and (N, S) or (H, N, S) → (texts, heads, N, S), 1 of each where all are alike"""
-        needed = words_of(self.pattern)
+        needed = needs_of(self.mask)
         # places before or behind the text are asked as its ends; what they say is not used
         query = i.clamp(0, self.T - 1)
         key = j.clamp(0, self.T - 1)
         found = []
         for words in self._words_of_each_text():
-            seen = self.pattern(query, key, **{w: words[w] for w in needed})
+            seen = self.mask(query, key, **{w: words[w] for w in needed})
             found.append(seen.view(-1, *j.shape[-2:]))
         return torch.stack(found) & (j >= 0)
 
     def _words_of_each_text(self):
-        "What the pattern may read, once for each text; just once where it is the same for all"
+        "What the mask may read, once for each text; just once where it is the same for all"
         batched = [w for w, x in self.ctx.items() if x.dim() == 2]  # (B, T): a row for each text
         n_texts = len(self.ctx[batched[0]]) if batched else 1
         for b in range(n_texts):
@@ -100,12 +100,12 @@ def _round_up(n, step):
 
 
 def _width(p, T):
-    "How many links a pattern lists for each query; on `meta`, where nothing is calculated"
+    "How many links a mask lists for each query; on `meta`, where nothing is calculated"
     return p.func.links(torch.arange(T, device='meta'), 0, 0, **p.keywords).shape[-1]
 
 # %% ../nbs/42_kernels.ipynb #64b83393
-def _bias(seen):
-    return torch.zeros(seen.shape).masked_fill_(~seen, -math.inf)
+def _bias(mask):
+    return torch.zeros(mask.shape).masked_fill_(~mask, -math.inf)
 
 
 def _seen_in_fold(plan, i):  # (m, 1) → (texts, heads, m, left + block)
@@ -141,7 +141,7 @@ def _far_links(plan):
 
 @patch
 def make(self: Plan, like=None) -> Plan:  # like: a mask to share, if it is the same
-    """Ask the pattern: who is seen in each fold, and which links are allowed, far and not there
+    """Ask the mask: who is seen in each fold, and which links are allowed, far and not there
     twice"""
     i = torch.arange(self.n * self.block)[:, None]
     # 1024 queries at a time keep what is in work small
@@ -498,19 +498,19 @@ _compiled = lru_cache(torch.compile)
 
 
 def _rule(p):
-    "A pattern as a function of (i, j, words) that looks nothing up, for the compiler"
-    if p.func in (either, both):
-        join = torch.logical_or if p.func is either else torch.logical_and
+    "A mask as a function of (i, j, words) that looks nothing up, for the compiler"
+    if p.func in (or_masks, and_masks):
+        join = torch.logical_or if p.func is or_masks else torch.logical_and
         inner = [_rule(o) for o in p.keywords['of']]
         return lambda i, j, words: reduce(join, (rule(i, j, words) for rule in inner))
-    names, f, given = words_of(p), p.func, p.keywords
+    names, f, given = needs_of(p), p.func, p.keywords
     return lambda i, j, words: f(i, j, **given, **{w: words[w] for w in names})
 
 # %% ../nbs/42_kernels.ipynb #17188fec
 def block_mask(plan, device=torch.device('cpu')):
-    """The plan for `flex_attention`: blocks of 128 × 128 that are skipped, and the pattern itself
+    """The plan for `flex_attention`: blocks of 128 × 128 that are skipped, and the mask itself
     inside the others"""
-    rule = _rule(plan.pattern)
+    rule = _rule(plan.mask)
     layer = plan.layer
     # settled here, because `seen` is compiled: each word, and whether it has a row for each text
     ctx = {w: (x, x.dim() == 2) for w, x in plan.ctx.items()}
@@ -520,7 +520,7 @@ def block_mask(plan, device=torch.device('cpu')):
         return rule(i, j, words | dict(h=h, layer=layer))
 
     texts = next((len(x) for x, each in ctx.values() if each), None)
-    heads = plan.n_heads if 'h' in words_of(plan.pattern) else None
+    heads = plan.n_heads if 'h' in needs_of(plan.mask) else None
     return create_block_mask(
         seen, texts, heads, plan.T, plan.T, device, _compile=device.type != 'cpu'
     )
@@ -552,37 +552,37 @@ def _one_more_key(x):  # (B, G, S, D) → (B, G, S + 1, D)
     return torch.cat([x, x.new_zeros(*x.shape[:2], 1, x.shape[3])], 2)
 
 
-def masked_attention(q, k, v, seen, sink=None, dropout=0.0):  # seen as for `scaled_dot_product`
+def masked_attention(q, k, v, mask, sink=None, dropout=0.0):  # seen as for `scaled_dot_product`
     """All scores, of which the mask keeps some; a sink stands as one more key, of zeros, whose
     score is given"""
-    if seen is not None and seen.is_floating_point():
-        seen = seen.to(q.dtype)  # the kernel would misread another one
+    if mask is not None and mask.is_floating_point():
+        mask = mask.to(q.dtype)  # the kernel would misread another one
     if sink is None:
-        return scaled_dot_product(q, k, v, seen, dropout)
-    if seen is None:
-        seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-    if seen.is_floating_point():
-        bias = seen
+        return scaled_dot_product(q, k, v, mask, dropout)
+    if mask is None:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    if mask.is_floating_point():
+        bias = mask
     else:
-        bias = q.new_zeros(seen.shape).masked_fill(~seen, -math.inf)
+        bias = q.new_zeros(mask.shape).masked_fill(~mask, -math.inf)
     # (texts, H, T, S), and a column for the sink: q · 0 + sink = sink
-    bias = bias.expand(*torch.broadcast_shapes(seen.shape[:-2], (1, q.shape[1])), -1, -1)
+    bias = bias.expand(*torch.broadcast_shapes(mask.shape[:-2], (1, q.shape[1])), -1, -1)
     column = sink.to(q.dtype)[:, None, None].expand(*bias.shape[:-1], 1)
     bias = torch.cat([bias, column], -1)
     return scaled_dot_product(q, _one_more_key(k), _one_more_key(v), bias, dropout)
 
 # %% ../nbs/42_kernels.ipynb #a38dde6f
 @lru_cache(1024)
-def choose_kernel(pattern: part, T: int, device='cpu', dropout=0.0) -> tuple:
+def choose_kernel(mask: part, T: int, device='cpu', dropout=0.0) -> tuple:
     # ('folds', 'flex' or 'dense', why)
     "Which kernel reads a whole text of `T` tokens, and the reason in a line"
-    if cover(pattern) is None:
-        return 'dense', 'the pattern may read all of the past'
+    if cover(mask) is None:
+        return 'dense', 'the mask may read all of the past'
     if dropout:
         return 'dense', 'dropout on attention weights needs all of them'
     if T < 33:
         return 'dense', f'{T} tokens are few'
-    plan = Plan(pattern, T)
+    plan = Plan(mask, T)
     met = f'{plan.touched} keys a query'
     # the bounds are measured, by `experiments/speed_attention`
     if device == 'cuda':
@@ -597,22 +597,22 @@ def choose_kernel(pattern: part, T: int, device='cpu', dropout=0.0) -> tuple:
 
 # %% ../nbs/42_kernels.ipynb #9e4fbeef
 @lru_cache(64)
-def get_plan(pattern, T, n_heads=1, layer=0, made=True) -> Plan:
+def get_plan(mask, T, n_heads=1, layer=0, made=True) -> Plan:
     # once, then kept; `made` for folds
-    "The plan of a pattern; layers whose folds are alike share them"
-    plan = Plan(pattern, T, n_heads, layer)
+    "The plan of a mask; layers whose folds are alike share them"
+    plan = Plan(mask, T, n_heads, layer)
     if not made:
         return plan
-    # only links differ from layer to layer in most patterns: the mask of layer 0 is tried first
-    first = get_plan(pattern, T, n_heads, 0).bias if layer else None
+    # only links differ from layer to layer in most masks: the mask of layer 0 is tried first
+    first = get_plan(mask, T, n_heads, 0).bias if layer else None
     return plan.make(like=first)
 
 
 @lru_cache(32)
-def _mask(pattern, T, n_heads, layer, device):
+def _mask(mask, T, n_heads, layer, device):
     "What `masked_attention` is given, made once; None if it is all of the past"
     i = torch.arange(T, device=device)
-    seen = dense_mask(pattern, i, i, n_heads, layer)
+    seen = dense_mask(mask, i, i, n_heads, layer)
     past = i <= i[:, None]
     if seen.equal(past.expand_as(seen)):
         return None
@@ -620,37 +620,35 @@ def _mask(pattern, T, n_heads, layer, device):
 
 # %% ../nbs/42_kernels.ipynb #c03f4b87
 @lru_cache
-def _reads_layer(pattern):
-    return 'layer' in words_of(pattern)
+def _reads_layer(mask):
+    return 'layer' in needs_of(mask)
 
 
 def sparse_attention(
     q,
     k,
     v,  # of a whole text: (B, H, T, D), (B, G, T, D) twice
-    pattern: part,
+    mask: part,
     layer=0,
     sink=None,
     dropout=0.0,
-    **ctx,  # ctx: the words that the pattern reads
+    **ctx,  # ctx: the words that the mask reads
 ) -> Tensor:  # (B, H, T, D)
-    """Attention by a pattern, by the kernel that `choose_kernel` chooses; plans and masks are kept
+    """Attention by a mask, by the kernel that `choose_kernel` chooses; plans and masks are kept
     where they depend on nothing but lengths"""
     if torch.compiler.is_compiling():
-        return torch.compiler.disable(sparse_attention)(
-            q, k, v, pattern, layer, sink, dropout, **ctx
-        )
+        return torch.compiler.disable(sparse_attention)(q, k, v, mask, layer, sink, dropout, **ctx)
     _, H, T, _ = q.shape
-    # a pattern that does not read the layer has one plan for all of them
-    asked = (pattern, T, H, layer if _reads_layer(pattern) else 0)
+    # a mask that does not read the layer has one plan for all of them
+    asked = (mask, T, H, layer if _reads_layer(mask) else 0)
     keep = not ctx and not isinstance(q, FakeTensor)
-    kind = choose_kernel(pattern, T, q.device.type, dropout)[0]
+    kind = choose_kernel(mask, T, q.device.type, dropout)[0]
     if kind == 'dense':
         if keep and T <= 512:  # larger masks are not kept
             seen = _mask(*asked, str(q.device))
         else:
             i = torch.arange(T, device=q.device)
-            seen = dense_mask(pattern, i, i, *asked[2:], **ctx)
+            seen = dense_mask(mask, i, i, *asked[2:], **ctx)
         return masked_attention(q, k, v, seen, sink, dropout)
     plan = get_plan(*asked, kind == 'folds') if keep else Plan(*asked, **ctx)
     kernel = tiled_attention if kind == 'folds' else flex_kernel
@@ -661,17 +659,17 @@ def sparse_attention(
 def attention_stats(
     q,
     k,  # some queries, (B, H, n, D); keys, (B, G, S, D)
-    seen,
+    mask,
     far,  # bool, broadcast to (B, H, n, S): who is read, and who of them counts as far
 ) -> dict:  # numbers of each head, (H,)
     """Entropy of the weights as a share of the most that is possible (Zhai et al. 2023, §3), weight
     on far keys, largest score"""
     grouped = q.float().unflatten(1, (k.shape[1], -1))  # (B, G, H/G, n, D)
     scores = (grouped @ k.float()[:, :, None].mT).flatten(1, 2)  # (B, H, n, S)
-    scores = scores.masked_fill(~seen, -math.inf) * q.shape[-1] ** -0.5
+    scores = scores.masked_fill(~mask, -math.inf) * q.shape[-1] ** -0.5
     w = scores.softmax(-1).nan_to_num()
     entropy = -(w * w.clamp_min(1e-30).log()).sum(-1)
-    most = seen.sum(-1).clamp_min(1).log()  # of n keys: ln n, where all get the same
+    most = mask.sum(-1).clamp_min(1).log()  # of n keys: ln n, where all get the same
     share = entropy / most.clamp_min(1e-9)
     return dict(
         entropy=share.where(most > 0, 1.0).mean((0, 2)),
@@ -681,7 +679,7 @@ def attention_stats(
 
 # %% ../nbs/42_kernels.ipynb #bee995f9
 class SparseAttention(GQA):
-    """Attention by a pattern that skips what it does not read, and grouped heads; with learned
+    """Attention by a mask that skips what it does not read, and grouped heads; with learned
     sinks as in gpt-oss (OpenAI 2025)"""
 
     def __init__(
@@ -689,18 +687,18 @@ class SparseAttention(GQA):
         cfg,
         layer=0,
         *,
-        pattern=part(causal),
+        mask=part(causal),
         n_kv_heads=None,  # as `n_heads` if none
         sink=False,  # learn a logit per head that takes weight, gives nothing (Miller 2023: fixed)
-        steps=(),
+        transforms=(),
         bias=True,
     ):
         super().__init__(
             cfg,
             layer,
             n_kv_heads=n_kv_heads or cfg.n_heads,
-            steps=steps,
-            pattern=pattern,
+            transforms=transforms,
+            mask=mask,
             bias=bias,
         )
         self.sink = nn.Parameter(torch.zeros(cfg.n_heads)) if sink else None
@@ -709,19 +707,19 @@ class SparseAttention(GQA):
         # is the mask all that makes it different? `for_inference` reads it
         self.by_mask = not sink and type(self) is SparseAttention
 
-    def join(self, q, k, v, i, j, rising=False, **ctx):  # as `Attention.join`
-        words = {w: ctx[w] for w in self.reads if w in ctx}
+    def attend_heads(self, q, k, v, i, j, contiguous=False, **ctx):  # as `Attention.join`
+        words = {w: ctx[w] for w in self.needs if w in ctx}
         dropout = self.dropout if self.training else 0.0
-        if rising and len(words) == len(self.reads):
+        if contiguous and len(words) == len(self.needs):
             if not self.training and not isinstance(q, FakeTensor) and len(i):
                 self.note(q, k, i, words)
-            return sparse_attention(q, k, v, self.pattern, self.layer, self.sink, dropout, **words)
+            return sparse_attention(q, k, v, self.mask, self.layer, self.sink, dropout, **words)
         return masked_attention(q, k, v, self.seen(i, j, **ctx), self.sink, dropout)
 
 
-def _kv_fits(cfg, n_kv_heads=None, pattern=part(causal), **kw):
-    if not isinstance(pattern, part):
-        raise LabError(f'pattern={pattern!r}: give a recipe, such as part(window, size=128)')
+def _kv_fits(cfg, n_kv_heads=None, mask=part(causal), **kw):
+    if not isinstance(mask, part):
+        raise LabError(f'mask={mask!r}: give a recipe, such as part(sliding_window, size=128)')
     if n_kv_heads is None:
         Attention.check(cfg)
     else:
@@ -740,10 +738,10 @@ def note(self: SparseAttention, q, k, i, words, n=8, most=16):
         return
     T = len(i)
     rows = (torch.arange(1, n + 1, device=i.device) * T // n - 1).clamp_min(0)
-    seen = dense_mask(self.pattern, i[rows], i, self.n_heads, self.layer, **words)
+    seen = dense_mask(self.mask, i[rows], i, self.n_heads, self.layer, **words)
     if seen.dim() == 4:  # a mask for each text: of the first one, as q and k below
         seen = seen[:1]
-    covered = cover(self.pattern)
+    covered = cover(self.mask)
     near = covered[0] if covered else T
     far = i[rows, None] - i >= near
     self.noted.append(attention_stats(q[:1, :, rows], k[:1], seen, far))

@@ -41,12 +41,12 @@ def intervene(model, f):  # f: (attn, q, k, v, i, j, **ctx) → (q, k, v, i, j)
     if not found:
         raise LabError('this model has no attention to look at: make one with attn=part(Attention)')
     for attn in found:
-        attn.steps.append(_Step(partial(f, attn)))
+        attn.transforms.append(_Step(partial(f, attn)))
     try:
         yield
     finally:
         for attn in found:
-            attn.steps.pop(-1)
+            attn.transforms.pop(-1)
 
 # %% ../nbs/27_looking.ipynb #e775469a
 @torch.no_grad()
@@ -84,7 +84,7 @@ def attention_maps(
         # value s is 1 in column s and 0 elsewhere, so that the sums are the weights
         units = torch.eye(k.shape[2], dtype=q.dtype, device=q.device).expand(*k.shape[:2], -1, -1)
         # not `rising`: kernels for whole texts are for values of the usual width
-        weights = attn.join(q, k, units, i, j, **ctx | dict(rising=False))
+        weights = attn.attend_heads(q, k, units, i, j, **ctx | dict(contiguous=False))
         notes.append((weights.float().cpu(), j.cpu()))
         return q, k, v, i, j
 
@@ -317,7 +317,7 @@ def _shared(weights, tokens, layer=0, head=0, query=-1):
         tokens=list(tokens),
         shape=list(weights.shape[:3]),
         layer=layer,
-        head=head,
+        lm_head=head,
         query=query,
         data=weights.contiguous().numpy().astype('<f4').tobytes(),
     )
@@ -415,7 +415,7 @@ def logit_lens(model, ids, i=None, **ctx) -> Tensor:
     said = []
 
     def note(x):
-        said.append(model.head(model.norm(x)).float().cpu())
+        said.append(model.lm_head(model.norm(x)).float().cpu())
 
     hooks = [model.blocks[0].register_forward_pre_hook(lambda block, args: note(args[0]))]
     hooks += [b.register_forward_hook(lambda block, args, x: note(x)) for b in model.blocks]

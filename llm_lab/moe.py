@@ -328,7 +328,7 @@ class Router(nn.Module):
             ones = torch.ones_like(chosen, dtype=kind).flatten()
             counts = torch.zeros_like(bias).index_add_(0, chosen.flatten(), ones)
             if aux is not None:
-                aux.say(
+                aux.add(
                     self.layer,
                     loss=self.loss(logits, w, chosen, p, counts),
                     chosen=chosen,
@@ -383,7 +383,7 @@ def note(self: Router, counts, p):
 
 @patch
 @torch.no_grad()
-def settle(self: Router):
+def after_step(self: Router):
     """After a step: who had more than his share becomes less likely, by `bias_rate`
     (Wang et al. 2024, algorithm 1)"""
     if self.since is None:
@@ -441,7 +441,7 @@ class MoE(nn.Module):
     """An MLP of which each token uses `top_k` of `n_experts`
     (Shazeer et al. 2017; Jiang et al. 2024); `cfg.init` parts the experts"""
 
-    reads = ('aux',)
+    needs = ('aux',)
 
     def __init__(
         self,
@@ -566,8 +566,8 @@ def speak(self: MoE, aux, w, chosen, load):
     "Note what a router of the reader's own has chosen, where it says nothing itself"
     if self.training and self._note_keeper() is self:
         self.noted = dict(load=load.detach())
-    if aux is not None and self.layer not in aux.said:
-        aux.say(self.layer, chosen=chosen, weights=w.detach(), load=load.detach() / chosen.numel())
+    if aux is not None and self.layer not in aux.terms:
+        aux.add(self.layer, chosen=chosen, weights=w.detach(), load=load.detach() / chosen.numel())
 
 
 @patch
@@ -595,8 +595,8 @@ def routing(model: MiniGPT, ids: Tensor) -> dict:  # ids (T,) or (B, T) → {lay
     (E,), for each layer"""
     aux = Aux()
     training = model.training
-    if 'aux' not in model.words:
+    if 'aux' not in model.needs:
         raise LabError(f'mlp={model.cfg.mlp!r}: this model has no experts to watch')
     model.eval()(ids if ids.dim() == 2 else ids[None], aux=aux)
     model.train(training)
-    return aux.said
+    return aux.terms

@@ -23,7 +23,15 @@ from .files import bytes_in, json_of, laid_out, pointed, recover, atomic_write
 from .hardware import memory_left, must_fit
 from .corpora import load_corpus
 from .chars import tokenizer_from_json
-from .gpt import GPTConfig, MiniGPT, config_from, require_as_said, sketch, to_data, typed
+from llm_lab.gpt import (
+    GPTConfig,
+    MiniGPT,
+    config_from,
+    require_faithful,
+    meta_model,
+    to_data,
+    cast_like,
+)
 from .parts import part
 from .train import Recipe, fit, prepare
 from types import SimpleNamespace
@@ -80,14 +88,14 @@ def _card_or_name(name, model, about):
 def write_package(new: Path, model: MiniGPT, tokenizer, about: dict, name: str):
     """Make the folder `new` and write the files of a package into it; raises `LabError` if the
     model is another one"""
-    said = to_data(require_as_said(model).cfg)  # before a byte is written
+    said = to_data(require_faithful(model).cfg)  # before a byte is written
     new.mkdir()
     tokenizer.save(new)
     (new / 'llm_lab.json').write_text(json.dumps(said, indent=1), encoding='utf-8')
     state = {
         k: v.contiguous()
         for k, v in model.state_dict().items()
-        if not (model.cfg.tie and k == 'head.weight')
+        if not (model.cfg.tie and k == 'lm_head.weight')
     }
     (new / 'model.safetensors').write_bytes(tensor_bytes(state))
     text = _card_or_name(name, model, about)
@@ -139,7 +147,7 @@ def save(
         raise LabError(
             f'a {type(model).__name__} is not saved: give the MiniGPT that it was made from'
         )
-    to_data(require_as_said(model).cfg)  # before anything is made
+    to_data(require_faithful(model).cfg)  # before anything is made
     folder = Path(folder)
     name = (name or folder.name).encode(errors='replace').decode()  # a path need not be UTF-8
     with atomic_write(folder, more=_of_first_edition) as new:
@@ -265,11 +273,11 @@ def load_weights(model: MiniGPT, weights: bytes, name='this file'):
     another model's"""
     state = parse_json(weights, name, tensors_from)
     if model.cfg.tie and 'tok.weight' in state:
-        state['head.weight'] = state['tok.weight']
+        state['lm_head.weight'] = state['tok.weight']
     if not state:
         raise LabError(f'{name}: the weights do not fit the configuration: there are none')
     try:
-        typed(model, state).load_state_dict(state)
+        cast_like(model, state).load_state_dict(state)
     except (RuntimeError, TypeError) as e:
         why = ''.join(str(e).splitlines()[1:2]).strip() or short(str(e))
         raise LabError(f'{name}: the weights do not fit the configuration: {why}') from None
@@ -301,7 +309,7 @@ def _fitting(shapes: MiniGPT, head: dict, name):
     calculated with"""
     want = {n: list(t.shape) for n, t in shapes.state_dict().items()}
     if shapes.cfg.tie:
-        want.pop('head.weight', None)  # it is the table of tokens
+        want.pop('lm_head.weight', None)  # it is the table of tokens
     have = _shapes_in(head, name)
     odd = [n for n in (*want, *have) if want.get(n) != have.get(n)]
     if not odd:
@@ -329,12 +337,12 @@ def _in_memory(shapes: MiniGPT, head: dict) -> MiniGPT:
     "The model in memory, to be filled; first weights are not drawn where nothing hangs on them"
     cfg = shapes.cfg
     bound = any(_BOUND.search(n) for n in head)
-    slots = ('attn', 'mlp', 'norm', 'pos', 'head', 'init')
+    slots = ('attn', 'mlp', 'norm', 'pos', 'lm_head', 'init')
     if bound or any(_own(getattr(cfg, slot)) for slot in slots):
         return MiniGPT(cfg)  # they may need what they make themselves
     model = shapes.to_empty(device='cpu')
     if cfg.tie:
-        model.head.weight = model.tok.weight
+        model.lm_head.weight = model.tok.weight
     return model
 
 # %% ../nbs/24_package.ipynb #20369905
@@ -369,7 +377,7 @@ def load(
     tok = _sealed(folder, said, 'tokenizer.json', _REMEDY, most=1 << 26)
     tokenizer = tokenizer_from_json(json_of(tok, folder / 'tokenizer.json'), folder)
     try:
-        shapes = sketch(config_from(json_of(cfg, folder / 'llm_lab.json')))
+        shapes = meta_model(config_from(json_of(cfg, folder / 'llm_lab.json')))
     except LabError as e:
         raise LabError(f'{folder}/llm_lab.json: {e}') from None
     weights = _weights(folder, said, shapes)

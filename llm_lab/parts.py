@@ -76,7 +76,7 @@ _FILLS = dict(
     transform='cfg layer',
     pos='cfg',
     norm='d',
-    head='d vocab_size',
+    lm_head='d vocab_size',
     act='',
     init='model generator',
     router='cfg layer n_experts top_k',
@@ -117,7 +117,7 @@ def _no_recipe(value, name, slot):
         recipe = 'part(f)'
     elif isinstance(value, str):
         recipe = f'part({_nearest_part(value, known)})'
-    if name in ('steps', 'of'):
+    if name in ('transforms', 'of'):
         recipe = f'({recipe},)'  # these hold several
     raise LabError(f'{name}={said} is no recipe: write {advice}{name}={recipe}')
 
@@ -188,7 +188,7 @@ def _check_inside(x, cfg, slot):
     "Raises `LabError` on what cannot stand in a recipe: each keyword holds one recipe, or several"
     inside = _slots_inside(x, slot)
     for k, v in x.keywords.items():
-        if k in ('steps', 'of') and k in inside and not isinstance(v, tuple):
+        if k in ('transforms', 'of') and k in inside and not isinstance(v, tuple):
             _no_recipe(v, k, inside[k])
         if v is None and k == 'scale':
             continue  # RoPE without a scaling
@@ -238,7 +238,7 @@ class Aux:
     def __init__(self):
         self.said = {}
 
-    def say(self, layer, **what):
+    def add(self, layer, **what):
         self.said[layer] = what
 
     def loss(self):
@@ -251,7 +251,7 @@ def _say_unheard(gradient):  # a hook: called when a gradient comes by
         'a model learns here without what its parts say to aux, such as the balance of '
         'experts: call '
         'model(ids, aux=aux) with aux=Aux() and add aux.loss(), or use fit, train_step or '
-        'Step, which do'
+        'StepRunner, which do'
     )
 
 # %% ../nbs/20_parts.ipynb #715d917d

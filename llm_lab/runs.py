@@ -58,7 +58,7 @@ from .corpora import CORPORA, at_home, found_path, kept_path, letters_of, load_c
 from .chars import CharTokenizer
 from .batching import BatchStream
 from .packing import PackedTokens, pack
-from .gpt import MiniGPT, config_from, own_in, quick_linear, sketch, tried
+from .gpt import MiniGPT, config_from, own_in, quick_linear, meta_model, check_parts
 from .package import load
 from .train import TrainState, span_losses, spans, document_starts, fit, next_token_loss
 from .evaluation import evaluate, read_metrics, tally
@@ -321,7 +321,7 @@ def model_config(cfg: RunConfig, vocab_size: int):
 def _tried(cfg: RunConfig):
     "Raises `LabError` where a recipe makes no part that can read; the texts need not be there"
     try:
-        tried(model_config(cfg, cfg.data.vocab_size or 256))
+        check_parts(model_config(cfg, cfg.data.vocab_size or 256))
     except LabError as e:
         raise LabError(f'model.{str(e).removeprefix("model.")}') from None
 
@@ -329,7 +329,7 @@ def _tried(cfg: RunConfig):
 def _affordable(cfg, device='cpu'):
     """Raises `LabError` where a model and what training keeps beside it are more than the memory
     that is left"""
-    n = sketch(cfg).n_params
+    n = meta_model(cfg).n_params
     # on the CPU each number has its gradient and two moments; on another device it only passes
     # through
     must_fit((16 if device == 'cpu' else 4) * n, f'training a model of {n:,} parameters')

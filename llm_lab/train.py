@@ -70,12 +70,13 @@ def balanced(loss):
         if not _has_aux(model):
             return loss(model, rows)
         core, aux = _bare(model), Aux()
-        before = getattr(core, 'ear', None)
-        core.ear = aux  # read in `MiniGPT.features`, where a call passes no `aux` of its own
+        before = getattr(core, 'default_aux', None)
+        # read in `MiniGPT.features`, where a call passes no `aux` of its own
+        core.default_aux = aux
         try:
             value = loss(model, rows)
         finally:
-            core.ear = before
+            core.default_aux = before
         return _for_gradient_alone(value, aux)
 
     return listening
@@ -453,9 +454,9 @@ def update(
     _move(opt, grads, scale, skip=~length.isfinite())
     opt.zero_grad()
     for m in model.modules():
-        settle = getattr(m, 'settle', None)
-        if settle is not None:
-            settle()  # parts that mind what a step has brought, such as a router
+        after_step = getattr(m, 'after_step', None)
+        if after_step is not None:
+            after_step()  # parts that mind what a step has brought, such as a router
     return length
 
 

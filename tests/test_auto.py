@@ -604,7 +604,7 @@ def test_a_step_in_bf16_is_near_the_step_in_float32(pattern):
     def near(i, j, size=5):
         return (j <= i) & (i - j < size)
 
-    attn = part(Attention, pattern=part(near)) if pattern else GPTConfig().attn
+    attn = part(Attention, mask=part(near)) if pattern else GPTConfig().attn
     model = MiniGPT(
         GPTConfig(vocab_size=20, max_len=32, d_model=32, n_layers=2, n_heads=4, attn=attn)
     )

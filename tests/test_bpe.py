@@ -185,9 +185,8 @@ CHOICES = dict(
     least=st.integers(0, 4),
     ties=st.sampled_from([*CHOICES]),
 )
-@example(
-    text='ababababcdxef' + ' abababab' * 3 + ' cd xef ef ef ef', n=30, least=1, ties='first'
-)  # what stands before cd shrinks
+# what stands before cd shrinks
+@example(text='ababababcdxef' + ' abababab' * 3 + ' cd xef ef ef ef', n=30, least=1, ties='first')
 def test_merges_are_those_of_the_obvious_trainer(text, n, least, ties):
     assert quietly(text, 256 + n, min_frequency=least, ties=ties).merges == obvious(
         text, n, least, CHOICES[ties]
@@ -617,9 +616,8 @@ spiked = st.lists(
     seed=st.integers(0, 99),
     other=st.booleans(),
 )
-@example(
-    text=END + SPACED + END, names={SPACED}, size=1, seed=0, other=False
-)  # between two of another name, and nothing else
+# between two of another name, and nothing else
+@example(text=END + SPACED + END, names={SPACED}, size=1, seed=0, other=False)
 @example(text=SPACED + END, names={'<|end'}, size=9, seed=1, other=True)
 def test_typed_text_is_never_special_unless_allowed_by_name(
     tok, llama, text, names, size, seed, other
@@ -990,7 +988,7 @@ def test_what_bpe_cannot_follow_has_its_library_s_ids_or_is_refused_in_one_line(
         'no model': changed(lambda d: d.pop('model')),
         'no content': changed(lambda d: d['added_tokens'][0].pop('content')),
         'no type': step({}, plain),
-        'no pattern': step(dict(cut, pattern=None), plain),
+        'no pattern': step(dict(cut, mask=None), plain),
         'null step': step(None, plain),
         'a list': [1],
         'null': None,

@@ -197,7 +197,9 @@ def test_a_clicked_token_shows_what_it_can_have_heard_of(opened, tmp_path):
     from llm_lab.parts import part
     from llm_lab.sparse import or_masks, expander_links, receptive_field, said
 
-    patterns = [part(or_masks, of=(part(sliding_window, size=4), part(expander_links, degree=2, beyond=4)))] * 3
+    patterns = [
+        part(or_masks, of=(part(sliding_window, size=4), part(expander_links, degree=2, beyond=4)))
+    ] * 3
     with opened(upto('41_sparse', 'reach_map(small', tmp_path), width=900, height=900) as page:
         shot.run_all(page, WAIT)
         assert shot.seen(page)['error'] == []
@@ -348,10 +350,8 @@ def test_a_touched_token_says_where_it_looks(opened, tmp_path):
         thumbs.nth(3).click()
         says(0, 3, 9)
         assert (pressed(thumbs), pressed(knobs)) == ([3], [0, L + 3])
-        for canvas in (
-            thumbs.nth(3).locator('canvas'),
-            large,
-        ):  # a pixel a weight, its strength √weight
+        # a pixel a weight, its strength √weight
+        for canvas in (thumbs.nth(3).locator('canvas'), large):
             shades = weights[0, 3].sqrt().mul(255).flatten().tolist()
             assert max(abs(a - b) for a, b in zip(drawn(canvas), shades, strict=True)) < 1
         thumbs.nth(H).focus()

@@ -40,10 +40,10 @@ SIZE = dict(vocab_size=30, d_model=32, n_heads=4, n_layers=3, max_len=T)
 TOK = CharTokenizer.train('abcdefghijklmnopqrstuvwxyz .,\n')
 
 
-def modern(n, *steps, pattern=part(causal), bias=False, **kw):
+def modern(n, *steps, mask=part(causal), bias=False, **kw):
     return llama(
         **SIZE | kw,
-        attn=part(GQA, n_kv_heads=n, steps=(*steps, part(RoPE)), pattern=pattern, bias=bias),
+        attn=part(GQA, n_kv_heads=n, transforms=(*steps, part(RoPE)), mask=mask, bias=bias),
     )
 
 
@@ -58,21 +58,23 @@ KINDS = {
     'sines': GPTConfig(**SIZE, pos=part(SinusoidalPositions)),
     'tied': GPTConfig(**SIZE, tie=True, norm=part(RMSNorm)),
     'Llama': llama(**SIZE),
-    'soft cap': llama(**SIZE, head=part(SoftcapHead)),
+    'soft cap': llama(**SIZE, lm_head=part(SoftcapHead)),
     'interleaved, half': llama(**SIZE, rope=part(RoPE, interleaved=True, partial=0.5)),
     'slower hands': llama(**SIZE, rope=part(RoPE, scale=part(linear_scaling, factor=4.0))),
     '2 heads': modern(2),
     '1 head, QK-norm': modern(1, part(QKNorm)),
     '4 heads, biases': modern(4, bias=True),
     'wide heads': modern(2, d_head=16),
-    'heads look apart': modern(2, pattern=part(fade)),
-    'window of 1': modern(2, pattern=part(sliding_window, size=1)),
-    'window of 5': modern(1, part(QKNorm), pattern=part(sliding_window, size=5)),
-    'window of 13': modern(4, pattern=part(sliding_window, size=13)),
-    'window of 39': modern(2, pattern=part(sliding_window, size=T - 1)),
-    'window beyond': modern(2, pattern=part(sliding_window, size=99)),
-    'window, learned': GPTConfig(**SIZE, attn=part(Attention, pattern=part(sliding_window, size=6))),
-    'window, none': GPTConfig(**SIZE, pos=None, attn=part(Attention, pattern=part(sliding_window, size=6))),
+    'heads look apart': modern(2, mask=part(fade)),
+    'window of 1': modern(2, mask=part(sliding_window, size=1)),
+    'window of 5': modern(1, part(QKNorm), mask=part(sliding_window, size=5)),
+    'window of 13': modern(4, mask=part(sliding_window, size=13)),
+    'window of 39': modern(2, mask=part(sliding_window, size=T - 1)),
+    'window beyond': modern(2, mask=part(sliding_window, size=99)),
+    'window, learned': GPTConfig(**SIZE, attn=part(Attention, mask=part(sliding_window, size=6))),
+    'window, none': GPTConfig(
+        **SIZE, pos=None, attn=part(Attention, mask=part(sliding_window, size=6))
+    ),
 }
 each = pytest.mark.parametrize('kind', KINDS)
 plain = torch.no_grad()(lambda model, *args, **ctx: model(*args, **ctx))
@@ -99,7 +101,7 @@ def near(a, b, eps=1e-5):
 
 def in_pieces(model, ids, cut, pad=None):
     "All logits, read in pieces"
-    quick = model if 'cache' in model.words else with_kv_cache(model)
+    quick = model if 'cache' in model.needs else with_kv_cache(model)
     cache, at, out = quick.cache(len(ids), ids.shape[1]), 0, []
     for piece in ids.split(cut, 1):
         i = torch.arange(at, at := at + piece.shape[1])
@@ -232,15 +234,15 @@ def test_the_weights_are_shared_and_the_model_is_left_alone():
     model, ids = shaken(KINDS['Llama']), ids_of(7, 1)
     before, said = str(model), plain(model, ids)
     quick = with_kv_cache(model.train())
-    assert quick.training and str(model) == before and model.words == set()
+    assert quick.training and str(model) == before and model.needs == set()
     assert all(a is b for a, b in zip(model.parameters(), quick.parameters()))
     quick(ids).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
     with torch.no_grad():
-        quick.head.weight.mul_(2)
+        quick.lm_head.weight.mul_(2)
     near(plain(model.eval(), ids), 2 * said)
     tied = with_kv_cache(shaken(KINDS['tied']))
-    assert tied.head.weight is tied.tok.weight
+    assert tied.lm_head.weight is tied.tok.weight
 
 
 def test_bfloat16_rounds_and_nothing_more():
@@ -252,7 +254,7 @@ def test_bfloat16_rounds_and_nothing_more():
         cache = with_kv_cache(small).cache(2, 9)
         plain(with_kv_cache(small), ids[:, :4], cache=cache)
         assert held_cache_bytes(cache) == planned_cache_bytes(
-            replace(small.cfg, attn=part(small.cfg.attn, pattern=part(causal))),
+            replace(small.cfg, attn=part(small.cfg.attn, mask=part(causal))),
             4,
             2,
             torch.bfloat16,
@@ -293,7 +295,7 @@ def test_a_slip_is_loud(slip, monkeypatch):
 
 def test_the_order_of_steps_is_a_matter_of_cost():
     "Keys that turn after they come back turn by the positions that came back with them"
-    late = llama(**SIZE, attn=part(Attention, steps=(part(CacheTransform), part(RoPE))))
+    late = llama(**SIZE, attn=part(Attention, transforms=(part(CacheTransform), part(RoPE))))
     model, ids = shaken(late), ids_of(9, 2)
     near(in_pieces(model, ids, [20, 1, 7, 12]), plain(model, ids))
 
@@ -344,18 +346,22 @@ def test_wrong_recipes_are_refused():
             llama(
                 **SIZE,
                 attn=part(
-                    Attention, pattern=part(sliding_window, size=5), steps=(part(CacheTransform, size=size),)
+                    Attention,
+                    mask=part(sliding_window, size=5),
+                    transforms=(part(CacheTransform, size=size),),
                 ),
             )
     with pytest.raises(LabError, match='which reads all keys'):
-        llama(**SIZE, attn=part(Attention, steps=(part(CacheTransform, size=5),)))
+        llama(**SIZE, attn=part(Attention, transforms=(part(CacheTransform, size=5),)))
     for size in (0, -1, 2.5, True, None):
         with pytest.raises((LabError, TypeError)):
-            modern(2, pattern=part(sliding_window, size=size))
+            modern(2, mask=part(sliding_window, size=size))
     wide = llama(
         **SIZE,
         attn=part(
-            Attention, pattern=part(sliding_window, size=5), steps=(part(RoPE), part(CacheTransform, size=9))
+            Attention,
+            mask=part(sliding_window, size=5),
+            transforms=(part(RoPE), part(CacheTransform, size=9)),
         ),
     )
     # more than needed is fine

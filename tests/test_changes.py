@@ -697,7 +697,7 @@ def another(path, f, now, luck):
             attn='Attention',
             norm='torch.nn:RMSNorm',
             pos='SinusoidalPositions',
-            head='SoftcapHead',
+            lm_head='SoftcapHead',
             init='gpt2_init',
         )
         return {'part': part[path.partition('.')[2]]}
@@ -1148,10 +1148,8 @@ def killed(step):
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_at_0_and_says_so(world):
     world.again()
     shutil.rmtree(world.run)
-    for more in (
-        [TYPED, '--run', 'x'],
-        ['--run', 'x', '--resume'],
-    ):  # what was typed at first is not forgotten
+    # what was typed at first is not forgotten
+    for more in ([TYPED, '--run', 'x'], ['--run', 'x', '--resume']):
         assert world.life('train', 'my.yaml', *more, before=killed(2))[0] == -signal.SIGKILL
     code, out, err = world.life('train', 'my.yaml', '--resume')
     assert code == 0 and 'goes on from step 0 of experiments/my/runs/x\n' in out, (out, err)
@@ -1252,7 +1250,7 @@ def test_a_model_that_has_diverged_is_not_saved(world):
         def save(job, state):
             if state.step == 6:
                 with torch.no_grad():
-                    state.model.head.weight[0, 0] = torch.nan
+                    state.model.lm_head.weight[0, 0] = torch.nan
             real(job, state)
 
         runs.TrainingRun.save = save

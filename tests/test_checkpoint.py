@@ -205,8 +205,8 @@ def test_every_optimiser_is_resumed_bit_by_bit(name, precision, tmp_path):
     'parts',
     [
         dict(
-            attn=part(GQA, n_kv_heads=1, steps=(part(QKNorm), part(RoPE, partial=0.5))),
-            head=part(SoftcapHead, cap=9.0),
+            attn=part(GQA, n_kv_heads=1, transforms=(part(QKNorm), part(RoPE, partial=0.5))),
+            lm_head=part(SoftcapHead, cap=9.0),
             tie=True,
         ),
         dict(init=part(spectral_init)),

@@ -81,7 +81,7 @@ def test_wide_layers_of_all_sizes(shape, bias):
 
 
 def test_a_model_as_wide_as_real_ones():
-    attn = part(GQA, n_kv_heads=2, steps=(part(QKNorm), part(RoPE)))
+    attn = part(GQA, n_kv_heads=2, transforms=(part(QKNorm), part(RoPE)))
     cfg = llama(2048, max_len=64, d_model=512, n_layers=2, n_heads=8, attn=attn, tie=True)
     model = MiniGPT(cfg).eval()
     ids = torch.randint(2048, (1, 40), generator=rng(0, 'ids'))
@@ -101,7 +101,8 @@ def test_the_short_road_is_not_taken_where_it_is_wrong():
         ((part(CacheTransform), rope), None),
     ):
         cfg = llama(
-            **SIZE, attn=part(Attention, steps=steps, **(dict(pattern=pattern) if pattern else {}))
+            **SIZE,
+            attn=part(Attention, transforms=steps, **(dict(mask=pattern) if pattern else {})),
         )
         model, ids = shaken(cfg), ids_of(2, 2)
         quick = for_inference(model)
@@ -121,13 +122,13 @@ def apart(i, j, h, size):
 
 
 for f in (comb, apart):
-    f.reach = lambda size: size
+    f.lookback = lambda size: size
 
 
 @pytest.mark.parametrize('pattern', [comb, apart])
-def test_a_pattern_with_holes_takes_the_old_road(pattern):
+def test_a_pattern_with_holes_takes_the_old_road(mask):
     model = shaken(
-        llama(**SIZE, attn=part(Attention, steps=(part(RoPE),), pattern=part(pattern, size=7)))
+        llama(**SIZE, attn=part(Attention, transforms=(part(RoPE),), mask=part(mask, size=7)))
     )
     ids = ids_of(2, 2)
     quick, want = for_inference(model), plain(model, ids)
@@ -167,8 +168,10 @@ def test_dropout_training_and_low_precision(dtype):
 
 
 def test_layers_with_rings_of_different_sizes():
-    near_by = part(Attention, pattern=part(sliding_window, size=5), steps=(part(RoPE),), bias=False)
-    far = part(GQA, n_kv_heads=2, steps=(part(RoPE, base=100.0),))
+    near_by = part(
+        Attention, mask=part(sliding_window, size=5), transforms=(part(RoPE),), bias=False
+    )
+    far = part(GQA, n_kv_heads=2, transforms=(part(RoPE, base=100.0),))
     model = shaken(replace(llama(**SIZE), attn=part(mixed, near=near_by, far=far)))
     ids = ids_of(8, 2)
     quick, want = for_inference(model), plain(model, ids)
@@ -273,7 +276,7 @@ def test_eight_bits_in_a_model():
     model, ids = MiniGPT(KINDS['2 heads']).eval(), ids_of(4, 4)
     quick = for_inference(model, 'int8')
     assert sum(isinstance(m, Int8Linear) for m in quick.modules()) == 4 * 3 and isinstance(
-        quick.model.head, TransposedLinear
+        quick.model.lm_head, TransposedLinear
     )
     a, b = plain(quick, ids), plain(model, ids)
     assert 1e-4 < (a - b).norm() / b.norm() < 0.03

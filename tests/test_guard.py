@@ -626,9 +626,8 @@ def test_rows_go_into_files_of_a_run_only(name, tmp_path):
     table = written_by(
         tmp_path / 'table', metrics__csv=HEAD + ','.join(['1'] * len(COLUMNS)) + '\n'
     )
-    refused(
-        lambda: MetricsLog(table).cut(0), tmp_path, 'metrics.csv'
-    )  # rows, and nothing to make them anew from
+    # rows, and nothing to make them anew from
+    refused(lambda: MetricsLog(table).cut(0), tmp_path, 'metrics.csv')
 
 
 def test_checkpoints_leave_alone_what_is_not_theirs(tmp_path):
@@ -870,9 +869,8 @@ def test_remains_of_the_first_edition_go_if_they_are_ours(tmp_path):
         written_by(tmp_path / '.m.7.8.new', a='x'),
         written_by(tmp_path / '.mm.7.new', model__safetensors='x'),
     ]
-    stay += [
-        written_by(tmp_path / '.M.7.new', model__safetensors='x')
-    ]  # where capitals count, it is another's
+    # where capitals count, it is another's
+    stay += [written_by(tmp_path / '.M.7.new', model__safetensors='x')]
     keep_model(tmp_path / 'm')
     assert [p for p in ours if p.exists()] == [] and [p for p in stay if not p.exists()] == []
     os.utime(stay[2], (1, 1))

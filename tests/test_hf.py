@@ -404,7 +404,7 @@ def test_a_window_is_theirs(narrow, family, size, seed):
         )
     with torch.no_grad():  # which key is read: the last is size − 1 back
         for wrong in (size + 1, size - 1 or 2):
-            assert (changed(ours, pattern=near(wrong))(text(ours, 100)) - want).abs().max() > 1e-4
+            assert (changed(ours, mask=near(wrong))(text(ours, 100)) - want).abs().max() > 1e-4
 
 
 @windowed
@@ -604,7 +604,7 @@ def test_the_balance_loss_is_theirs(mixture, family, E, k, norm):
     with torch.no_grad():
         logits = ours(ids, aux=aux)
         out = theirs(ids, labels=ids, output_router_logits=True)
-    said = list(aux.said.values())
+    said = list(aux.terms.values())
     assert len(said) == len(out.router_logits) == (1 if family == 'qwen3_moe' and E == 8 else 3)
     for mine, other in zip(said, out.router_logits):
         assert torch.equal(mine['chosen'].sort(1).values, other.topk(k).indices.sort(1).values)
@@ -633,7 +633,7 @@ def test_the_balance_loss_of_one_layer(mixture, family, k):
 
 def test_either_way_to_choose_leaves_as_either_family(tmp_path):
     "Softmax then the best, or the best then softmax: one function, which both families can say"
-    attn = part(Attention, steps=(part(QKNorm), part(RoPE)))
+    attn = part(Attention, transforms=(part(QKNorm), part(RoPE)))
     for choose in (part(softmax_top_k), part(top_k_softmax)):
         for family, kw in (('mixtral', {}), ('qwen3_moe', dict(attn=attn))):
             mlp = part(MoE, n_experts=4, top_k=3, router=part(Router, choose=choose, z=0.0))
@@ -715,8 +715,8 @@ def ours_for(attn, size, sink=lambda s, D: s, last=()):
         attn.layer_idx,
         n_kv_heads=2,
         sink=True,
-        pattern=near(size) if size else part(causal),
-        steps=(part(RoPE, base=150_000.0), *last),
+        mask=near(size) if size else part(causal),
+        transforms=(part(RoPE, base=150_000.0), *last),
     )
     maps = [attn.q_proj, attn.k_proj, attn.v_proj]
     new.load_state_dict(
@@ -763,7 +763,7 @@ def compared(theirs, ours, words, x, g):
         dict(theirs.named_parameters()),
     )
     got = grads(
-        lambda x: ours(x, torch.arange(x.shape[1]), rising=True), dict(ours.named_parameters())
+        lambda x: ours(x, torch.arange(x.shape[1]), contiguous=True), dict(ours.named_parameters())
     )
     for kind in ('weight', 'bias'):
         got |= dict(
@@ -840,7 +840,7 @@ def test_sinks_while_writing():
     whole = asked(model, input_ids=ids)
     for pieces in ([1] * 60, [40] + [1] * 20, [5, 30, 1, 24]):
         kept = transformers.DynamicCache(config=model.config)
-        caches = {l: o.steps[-1].cache(2, 60) for l, o in enumerate(ours)}
+        caches = {l: o.transforms[-1].cache(2, 60) for l, o in enumerate(ours)}
         at = 0
         for n in pieces:
             notes = asked(
@@ -865,9 +865,9 @@ def step(n=0, **kw):
     "A change of one step of the attention"
 
     def change(cfg):
-        steps = list(cfg.attn.keywords['steps'])
+        steps = list(cfg.attn.keywords['transforms'])
         steps[n] = part(steps[n], **kw)
-        return replace(cfg, attn=part(cfg.attn, steps=steps))
+        return replace(cfg, attn=part(cfg.attn, transforms=steps))
 
     return change
 
@@ -882,7 +882,7 @@ DETAILS = {
     'order of steps': (
         'qwen3',
         0,
-        lambda c: replace(c, attn=part(c.attn, steps=c.attn.keywords['steps'][::-1])),
+        lambda c: replace(c, attn=part(c.attn, transforms=c.attn.keywords['transforms'][::-1])),
     ),
     'GELU': ('gpt2', 0, lambda c: replace(c, mlp=part(c.mlp, act=part(nn.GELU)))),
     'weights of experts': (
@@ -959,7 +959,7 @@ def our_draws():
         yield llama(
             **size,
             d_head=r.choice([None, 8, 20]),
-            attn=part(attn, steps=steps, bias=seed in (3, 4)),
+            attn=part(attn, transforms=steps, bias=seed in (3, 4)),
             norm=part(RMSNorm, eps=eps),
             mlp=part(SwiGLU, d_ff=r.randint(8, 60)),
         )
@@ -982,7 +982,7 @@ def test_ours_comes_back_bit_by_bit(tmp_path, seed, cfg):
 
 
 def test_an_interleaved_model_leaves_as_halves(tmp_path):
-    attn = part(GQA, n_kv_heads=1, steps=(part(QKNorm), part(RoPE, interleaved=True)))
+    attn = part(GQA, n_kv_heads=1, transforms=(part(QKNorm), part(RoPE, interleaved=True)))
     model = loud(MiniGPT(llama(d_model=24, n_heads=3, n_layers=2, max_len=30, attn=attn)), 1)
     with pytest.raises(LabError, match=r'half_split\(model\)'):
         to_hf(tmp_path / 'x', model)
@@ -1102,7 +1102,7 @@ def test_old_and_new_words_for_rope(tmp_path, name):
     ours = from_hf(tmp_path / 'x').model
     speeds = theirs.model.rotary_emb.inv_freq
     torch.testing.assert_close(
-        ours.blocks[0].attn.steps[0].freq[len(speeds) :], speeds, rtol=1e-6, atol=0
+        ours.blocks[0].attn.transforms[0].freq[len(speeds) :], speeds, rtol=1e-6, atol=0
     )
     ids = torch.randint(ours.cfg.vocab_size, (2, 60), generator=rng(0, 'ids'))
     with torch.no_grad():
@@ -1120,7 +1120,7 @@ def test_partial_rotary_of_phi3_in_the_old_place():
     assert config_from_hf(old) == config_from_hf(
         CLASSES['phi3'](**old).to_dict() | {'model_type': 'phi3'}
     )
-    assert config_from_hf(old).attn.keywords['steps'] == (part(RoPE, base=500.0, partial=0.5),)
+    assert config_from_hf(old).attn.keywords['transforms'] == (part(RoPE, base=500.0, partial=0.5),)
 
 
 def test_every_activation_is_theirs():
@@ -1156,7 +1156,7 @@ def test_files_of_the_hub_without_prefix_and_with_buffers(tmp_path, pair):
         'model.layers.0.self_attn.rotary_emb.inv_freq': torch.ones(2)
     }
     save_file(state, tmp_path / 'y' / 'model.safetensors')
-    assert torch.equal(from_hf(tmp_path / 'y').model.head.weight, ours.head.weight)
+    assert torch.equal(from_hf(tmp_path / 'y').model.lm_head.weight, ours.lm_head.weight)
 
 
 def test_several_files_with_an_index(tmp_path, pair):
@@ -1191,7 +1191,7 @@ def test_a_tied_table_may_be_written_twice(tmp_path, pair):
         state | {'lm_head.weight': state['model.embed_tokens.weight'].clone()},
         tmp_path / 'x' / 'model.safetensors',
     )
-    assert torch.equal(from_hf(tmp_path / 'x').model.head.weight, ours.head.weight)
+    assert torch.equal(from_hf(tmp_path / 'x').model.lm_head.weight, ours.lm_head.weight)
     save_file(
         state | {'lm_head.weight': state['model.embed_tokens.weight'] + 1},
         tmp_path / 'x' / 'model.safetensors',
@@ -1206,9 +1206,8 @@ def test_no_tensor_can_be_renamed_lost_or_added(tmp_path, pair, family):
     state = load_file(folder / 'model.safetensors')
     (tmp_path / 'x').mkdir()
     shutil.copy(folder / 'config.json', tmp_path / 'x')
-    for n in [
-        n for n in state if '.experts.' not in n or '.experts.1.' in n
-    ]:  # one expert speaks for all
+    # one expert speaks for all
+    for n in [n for n in state if '.experts.' not in n or '.experts.1.' in n]:
         for change, words in (
             ({n + 'x': state[n]}, 'lacks'),
             ({}, 'lacks'),

@@ -105,18 +105,18 @@ def places(word, **kw):
         ('mlp', dict(mlp=x)),
         ('norm', dict(norm=x)),
         ('pos', dict(pos=x)),
-        ('head', dict(head=x)),
+        ('lm_head', dict(lm_head=x)),
         ('init', dict(init=x)),
         ('act', dict(mlp=of('MLP', act=x))),
         ('act', dict(mlp=of('llm_lab.llama_block:SwiGLU', act=x))),
-        ('mask', dict(attn=of('Attention', pattern=x))),
-        ('transform', dict(attn=of('Attention', steps=[of('RoPE'), x]))),
-        ('scaling', dict(attn=of('Attention', steps=[of('RoPE', scale=x)]))),
+        ('mask', dict(attn=of('Attention', mask=x))),
+        ('transform', dict(attn=of('Attention', transforms=[of('RoPE'), x]))),
+        ('scaling', dict(attn=of('Attention', transforms=[of('RoPE', scale=x)]))),
         ('init', dict(init=of('spectral_init', first=x))),
         ('mlp', dict(mlp=of('MoE', expert=x))),
         ('router', dict(mlp=of('MoE', router=x))),
         ('choice', dict(mlp=of('MoE', router=of('Router', choose=x)))),
-        ('mask', dict(attn=of('SparseAttention', pattern=of('or_masks', of=[of('causal'), x])))),
+        ('mask', dict(attn=of('SparseAttention', mask=of('or_masks', of=[of('causal'), x])))),
         ('mixer', dict(attn=of('alternate', of=[of('Attention'), x]))),
         ('mlp', dict(mlp=of('alternate', of=[x]))),
         ('act', dict(mlp=of('alternate', of=[of('MLP')], act=x))),
@@ -127,7 +127,7 @@ def places(word, **kw):
         (None, dict(norm=of('RMSNorm', eps=x))),
         (None, dict(mlp=of('MoE', router=of('Router', choose=of('sigmoid_top_k', scale=x))))),
         (None, dict(tie=x)),
-        (None, dict(head=of('SoftcapHead', cap=x))),
+        (None, dict(lm_head=of('SoftcapHead', cap=x))),
     ]
 
 
@@ -175,7 +175,7 @@ def wrong_size(r):
         ]
     )
     of = lambda name, **kw: dict(part=name, **kw)
-    rope = lambda **kw: dict(attn=of('Attention', steps=[of('RoPE', **kw)]))
+    rope = lambda **kw: dict(attn=of('Attention', transforms=[of('RoPE', **kw)]))
     big = huge if isinstance(huge, int) and huge > 10**8 else 10**9
     return r.choice(
         [
@@ -195,43 +195,47 @@ def wrong_size(r):
             lambda: dict(mlp=of('MoE', capacity=r.choice(['x', -1, 0]))),
             lambda: dict(
                 attn=of(
-                    'SparseAttention', pattern=of('expander_links', degree=r.choice([10**9, -1, 'x']))
+                    'SparseAttention', mask=of('expander_links', degree=r.choice([10**9, -1, 'x']))
                 )
             ),
             lambda: dict(
-                attn=of('SparseAttention', pattern=of('attention_sinks', n=r.choice([10**9, 10**15, -1])))
+                attn=of(
+                    'SparseAttention', mask=of('attention_sinks', n=r.choice([10**9, 10**15, -1]))
+                )
             ),
-            lambda: dict(attn=of('SparseAttention', pattern=of('polynomial_links', degree=10**9))),
+            lambda: dict(attn=of('SparseAttention', mask=of('polynomial_links', degree=10**9))),
             lambda: dict(
-                attn=of('Attention', pattern=of('sliding_window', size=r.choice([0, -5, 'x', 10**30])))
+                attn=of('Attention', mask=of('sliding_window', size=r.choice([0, -5, 'x', 10**30])))
             ),
-            lambda: dict(attn=of('Attention', pattern=of('sliding_window'))),
+            lambda: dict(attn=of('Attention', mask=of('sliding_window'))),
             lambda: dict(attn=of('GQA', n_kv_heads=r.choice([0, 10**9, 'x', None]))),
             lambda: dict(
                 attn=of(
                     'Attention',
-                    steps=[of('RoPE')] * 1_000_000 if r.random() < 0.1 else [of('RoPE')] * 12_000,
+                    transforms=[of('RoPE')] * 1_000_000
+                    if r.random() < 0.1
+                    else [of('RoPE')] * 12_000,
                 )
             ),
-            lambda: dict(attn=of('Attention', steps=of('RoPE'))),
-            lambda: dict(attn=of('Attention', steps='RoPE')),
-            lambda: dict(attn=of('Attention', pattern=None)),
+            lambda: dict(attn=of('Attention', transforms=of('RoPE'))),
+            lambda: dict(attn=of('Attention', transforms='RoPE')),
+            lambda: dict(attn=of('Attention', mask=None)),
             lambda: rope(base=r.choice([0, -1, 'x', True, float('inf')])),
             lambda: rope(partial=r.choice([2, 0, 'x'])),
             lambda: rope(interleaved='yes'),
             lambda: rope(scale=of('linear_scaling', factor=r.choice([0, 'x', None]))),
             lambda: rope(scale=of('linear_scaling')),
             lambda: rope(scale=4),
-            lambda: dict(head=of('Linear', bias='x')),
-            lambda: dict(head=of('Linear', device='meta')),
-            lambda: dict(head=of('Linear', in_features=3)),
-            lambda: dict(head=of('SoftcapHead', cap='x')),
+            lambda: dict(lm_head=of('Linear', bias='x')),
+            lambda: dict(lm_head=of('Linear', device='meta')),
+            lambda: dict(lm_head=of('Linear', in_features=3)),
+            lambda: dict(lm_head=of('SoftcapHead', cap='x')),
             lambda: dict(norm=of('LayerNorm', normalized_shape=10**9)),
             lambda: dict(norm=of('LayerNorm', dtype='float64')),
             lambda: dict(mlp=of('MLP', cfg=5)),
             lambda: dict(mlp=of('MLP', layer=5)),
-            lambda: dict(attn=of('Attention', pattern=of('causal', i=3))),
-            lambda: dict(attn=of('Attention', pattern=of('same_document', doc=3))),
+            lambda: dict(attn=of('Attention', mask=of('causal', i=3))),
+            lambda: dict(attn=of('Attention', mask=of('same_document', doc=3))),
             lambda: dict(mlp=of('MLP', act=of('GELU', approximate='x'))),
             lambda: dict(mlp=of('MLP', act=of('ReLU', inplace=True))),
             lambda: dict(init=of('gpt2_init', model=5)),
@@ -240,7 +244,7 @@ def wrong_size(r):
             lambda: dict(mlp=of('MoE', router=of('Router', top_k=3))),
             lambda: dict(mlp=of('MoE', router=of('Router', choose=of('softmax_top_k', logits=1)))),
             lambda: dict(attn=nested('alternate', 'Attention', r.choice([20, 400, 3000]))),
-            lambda: dict(attn=of('SparseAttention', pattern=nested('or_masks', 'causal', 300))),
+            lambda: dict(attn=of('SparseAttention', mask=nested('or_masks', 'causal', 300))),
             lambda: dict(mlp=of('MLP', d_fff=3)),
             lambda: dict(colour='red'),
             lambda: dict(attn=of('Attention', bias=2**60)),
@@ -828,7 +832,7 @@ def honest(folder):
     )
     from llm_lab.self_attention import Attention
 
-    qk = part(Attention, steps=(part(QKNorm), part(RoPE)), bias=False)
+    qk = part(Attention, transforms=(part(QKNorm), part(RoPE)), bias=False)
     for name, cfg in dict(
         gpt2=GPTConfig(**size),
         llama=llama(**size),
@@ -1466,7 +1470,7 @@ def test_no_memory_is_taken_for_a_model_that_is_not_in_the_file(tmp_path, monkey
         dict(n_layers=900),
         dict(mlp=dict(part='MoE', n_experts=10**6)),
         dict(vocab_size=5),
-        dict(head=dict(part='Linear', bias=True)),
+        dict(lm_head=dict(part='Linear', bias=True)),
     ):
         (place / 'llm_lab.json').write_text(honest)
         with_config(place, lie)

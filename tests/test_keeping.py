@@ -701,12 +701,8 @@ def born(nursery, home, poem):
     'signals,ignored,code,word',
     [
         ([signal.SIGTERM], [signal.SIGINT], 143, 'by SIGTERM'),  # as `llm-lab tour &` in a script
-        (
-            [signal.SIGHUP, signal.SIGHUP],
-            [],
-            129,
-            'by SIGHUP',
-        ),  # the shell says it, then the system
+        # the shell says it, then the system
+        ([signal.SIGHUP, signal.SIGHUP], [], 129, 'by SIGHUP'),
         ([signal.SIGINT], [], 0, 'by hand'),
     ]
     if os.name != 'nt'

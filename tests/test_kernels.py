@@ -62,7 +62,9 @@ TOK = CharTokenizer.train('abcdefghijklmnopqrstuvwxyz .,\n')
 
 
 def far(size, degree=6, seed=0):
-    return part(or_masks, of=(near(size), part(expander_links, degree=degree, seed=seed, beyond=size)))
+    return part(
+        or_masks, of=(near(size), part(expander_links, degree=degree, seed=seed, beyond=size))
+    )
 
 
 def any_of(*of):
@@ -77,7 +79,7 @@ def fade(i, j, h):
     return (j <= i) & (i - j < 3 + 4 * h)
 
 
-fade.reach = lambda: 40
+fade.lookback = lambda: 40
 
 
 PATTERNS = {
@@ -110,13 +112,13 @@ PATTERNS = {
 each = pytest.mark.parametrize('kind', PATTERNS)
 
 
-def exact(q, k, v, pattern, layer=0, sink=None, **ctx):
+def exact(q, k, v, mask, layer=0, sink=None, **ctx):
     "All pairs, one softmax, float64"
     H = q.shape[1]
     G = k.shape[1]
     D = q.shape[3]
     i = torch.arange(q.shape[2])
-    seen = dense_mask(pattern, i, i, H, layer, **ctx)
+    seen = dense_mask(mask, i, i, H, layer, **ctx)
     q, k, v = (
         x.double() for x in (q, k.repeat_interleave(H // G, 1), v.repeat_interleave(H // G, 1))
     )
@@ -140,7 +142,7 @@ def drawn(B, H, G, T, D, seed=0, sink=False):
 
 
 def agree(plan, inputs, g, tolerance=3e-6, **ctx):
-    want = grads(lambda q, k, v, s: exact(q, k, v, plan.pattern, plan.layer, s, **ctx), inputs, g)
+    want = grads(lambda q, k, v, s: exact(q, k, v, plan.mask, plan.layer, s, **ctx), inputs, g)
     got = grads(lambda q, k, v, s: tiled_attention(q, k, v, plan, s), inputs, g)
     for a, b in zip(got, want):
         assert (a - b).abs().max() <= tolerance * max(1, b.abs().max()), (a - b).abs().max()
@@ -213,9 +215,9 @@ def test_one_plan_says_the_same_to_every_kernel(kind):
         (q, k, v, s), _ = drawn(1, H, G, T, 16, sink=sink)
         plan = Plan(PATTERNS[kind], T, H, 1)
         assert (
-            masked_attention(q, k, v, plan.mask(), s) - exact(q, k, v, PATTERNS[kind], 1, s)
+            masked_attention(q, k, v, plan.dense_mask(), s) - exact(q, k, v, PATTERNS[kind], 1, s)
         ).abs().max() < 3e-6
-        assert plan.flops(16) == 4 * 16 * int(plan.mask().expand(1, H, T, T).sum())
+        assert plan.flops(16) == 4 * 16 * int(plan.dense_mask().expand(1, H, T, T).sum())
         with torch.no_grad():
             got = flex_kernel(*(x if x is None else x.detach() for x in (q, k, v)), plan, s)
         want = exact(q, k, v, PATTERNS[kind], 1, s)
@@ -420,17 +422,17 @@ def test_work_does_not_grow_with_the_text():
     assert cover(any_of(near(8), part(causal))) is None  # no dense pattern is called sparse
 
 
-def models(pattern, sparse=True, n_kv=2, steps=(part(QKNorm), part(RoPE)), T=200, sink=False, **kw):
+def models(mask, sparse=True, n_kv=2, steps=(part(QKNorm), part(RoPE)), T=200, sink=False, **kw):
     attn = (
         part(
             SparseAttention,
             n_kv_heads=n_kv,
-            steps=steps,
-            pattern=pattern,
+            transforms=steps,
+            mask=mask,
             **dict(sink=sink) if sink else {},
         )
         if sparse
-        else part(GQA, n_kv_heads=n_kv, steps=steps, pattern=pattern)
+        else part(GQA, n_kv_heads=n_kv, transforms=steps, mask=mask)
     )
     return MiniGPT(llama(30, d_model=32, n_heads=4, n_layers=3, max_len=T, attn=attn, **kw))
 
@@ -548,15 +550,15 @@ def test_operations_are_counted_as_they_are_done():
 
 
 def test_layers_take_turns():
-    kinds = part(SparseAttention, pattern=near(8)), part(GQA, n_kv_heads=2)
+    kinds = part(SparseAttention, mask=near(8)), part(GQA, n_kv_heads=2)
     cfg = llama(30, d_model=32, n_heads=4, n_layers=5, max_len=64, attn=part(alternate, of=kinds))
     model = MiniGPT(cfg)
     assert [type(b.attn).__name__ for b in model.blocks] == ['SparseAttention', 'GQA'] * 2 + [
         'SparseAttention'
     ]
-    assert all(len(b.attn.steps) == 1 and b.attn.qkv.bias is None for b in model.blocks) and str(
-        config_from(to_data(cfg))
-    ) == str(cfg)
+    assert all(
+        len(b.attn.transforms) == 1 and b.attn.qkv.bias is None for b in model.blocks
+    ) and str(config_from(to_data(cfg))) == str(cfg)
     ids = torch.randint(30, (1, 12), generator=rng(0, 'ids'))
     plain = torch.cat(list(generate(shaken(model).eval(), ids, 40, temperature=0)))
     kept = with_kv_cache(model)
@@ -579,19 +581,21 @@ def test_wrong_recipes_are_told():
         r'of=\(\)': part(or_masks, of=()),
         'of=part': part(or_masks, of=near(3)),
         'stride=None': part(strided),
-        'pattern=None': None,
+        'mask=None': None,
         'off': part(and_masks, off=(near(3),)),
         'layers': part(or_masks, of=(near(3),), layers=3),
     }
     for said, recipe in wrong.items():
         with pytest.raises(LabError, match=said):
-            GPTConfig(attn=part(SparseAttention, pattern=recipe))
+            GPTConfig(attn=part(SparseAttention, mask=recipe))
     with pytest.raises(LabError, match='n_kv_heads=3'):
-        GPTConfig(attn=part(SparseAttention, pattern=near(3), n_kv_heads=3))
-    model = MiniGPT(GPTConfig(attn=part(SparseAttention, pattern=all_of(near(8), part(same_document)))))
-    with pytest.raises(LabError, match="needs the word 'doc'"):
+        GPTConfig(attn=part(SparseAttention, mask=near(3), n_kv_heads=3))
+    model = MiniGPT(
+        GPTConfig(attn=part(SparseAttention, mask=all_of(near(8), part(same_document))))
+    )
+    with pytest.raises(LabError, match="needs the keyword 'doc'"):
         model(torch.zeros(1, 9, dtype=torch.int64))
-    assert kv_heads(GPTConfig(attn=part(SparseAttention, pattern=near(3), n_kv_heads=2))) == 2
+    assert kv_heads(GPTConfig(attn=part(SparseAttention, mask=near(3), n_kv_heads=2))) == 2
 
 
 def test_a_window_is_no_shorter_road_than_it_was():

@@ -368,9 +368,8 @@ def test_who_comes_too_late_is_not_heard_and_learns_nothing():
         if moe.shared:
             continue
         mute = ~kept.any(1)
-        assert (got['out'][0, mute] == 0).all() and (
-            got['x'][0, mute] == 0
-        ).all()  # exactly: also the bias of an expert is not heard
+        # exactly: also the bias of an expert is not heard
+        assert (got['out'][0, mute] == 0).all() and (got['x'][0, mute] == 0).all()
         silent += int(mute.sum())
     assert dropped > (500 if ALL else 50) and silent > (100 if ALL else 0)
 
@@ -415,7 +414,7 @@ def test_in_eval_mode_nobody_is_dropped_and_a_token_does_not_know_its_batch():
         def told(x):
             with torch.no_grad():
                 y = moe(x, aux := Aux())
-            return aux.said[0]['chosen'], y.flatten(0, -2)
+            return aux.terms[0]['chosen'], y.flatten(0, -2)
 
         x = tokens(30, 16, seed, torch.float32)[0].detach()
         other = tokens(77, 16, seed + 99, torch.float32)[0].detach()
@@ -577,7 +576,7 @@ def test_balance_pushes_from_the_busy_to_the_idle():
         moe(x, aux := Aux())
         aux.loss().backward()
         opt.step()
-        seen.append(aux.said[0]['load'].max().item())
+        seen.append(aux.terms[0]['load'].max().item())
     assert seen[0] > 0.7 and seen[-1] < 0.4
 
 
@@ -613,7 +612,7 @@ def test_what_is_said_is_what_the_papers_write(importance, choose):
         torch.autograd.grad(want, (moe.router.weight, x)),
     ):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
-    said = aux.said[0]
+    said = aux.terms[0]
     assert (
         torch.equal(said['chosen'], e)
         and not said['weights'].requires_grad
@@ -648,8 +647,8 @@ def test_the_loss_is_the_bits_of_the_cross_entropy_and_the_gradient_that_of_all_
     model.zero_grad()
     logits = model(ROWS[:, :-1], aux=(aux := Aux()))
     pure = F.cross_entropy(logits.flatten(0, 1), ROWS[:, 1:].flatten())
-    assert loss.item() == pure.item() and [*aux.said] == [0, 1]
-    (pure + sum(said['loss'] for said in aux.said.values())).backward()
+    assert loss.item() == pure.item() and [*aux.terms] == [0, 1]
+    (pure + sum(said['loss'] for said in aux.terms.values())).backward()
     agree(got, gradients(model), 1e-6)
     model.zero_grad()
     next_token_loss(apply_activation_checkpointing(model), ROWS).backward()
@@ -696,13 +695,13 @@ def test_looking_moves_no_bias_and_a_layer_without_one_has_none():
     model = shaken(MiniGPT(small(bias_rate=0.01)))
     router = model.blocks[0].mlp.router
     mean_loss(model, IDS[:200])
-    router.settle()
+    router.after_step()
     assert not router.bias.any()
     model.train()(ROWS[:, :-1])
-    router.settle()
+    router.after_step()
     assert router.bias.any()
     bias = router.bias.clone()
-    router.settle()
+    router.after_step()
     assert torch.equal(router.bias, bias)  # nothing new was read
     assert [k for k in MiniGPT(small()).state_dict() if 'router' in k] == [
         f'blocks.{n}.mlp.router.weight' for n in range(2)
@@ -722,7 +721,7 @@ def test_a_bias_that_follows_the_load_evens_it():
     first = busiest()
     for _ in range(150):
         moe(x)
-        moe.router.settle()
+        moe.router.after_step()
     assert first > 2 and busiest() < 1.3
 
 
@@ -818,7 +817,7 @@ def test_metrics_are_a_count_by_hand_of_the_last_batch():
     said = listened(model)
     for start in (0, 40, 90):
         model(IDS[start : start + 48].view(3, 16), aux=(aux := Aux()))
-    chosen, p = said[-1][1], aux.said[0]['share']
+    chosen, p = said[-1][1], aux.terms[0]['share']
     counts = [int((chosen == n).sum()) for n in range(4)]
     late = int((~served(chosen, 4, math.ceil(0.8 * 48 * 2 / 4))).sum())
     entropy = sum(-float(q) * math.log(float(q)) for q in p.flatten()) / len(p) / math.log(4)
@@ -897,19 +896,19 @@ def test_a_choice_keeps_its_digits_in_low_precision(choose):
     x, kinds = tokens(64, 16, dtype=torch.float32), []
     real = moe.router.choose
     moe.router.choose = lambda logits, *a: kinds.append(logits.dtype) or real(logits, *a)
-    full, chosen = moe(x, a := Aux()), a.said[0]['chosen']
+    full, chosen = moe(x, a := Aux()), a.terms[0]['chosen']
     with torch.autocast('cpu', torch.bfloat16):
         low = moe(x, b := Aux())
     assert (
-        torch.equal(b.said[0]['chosen'], chosen)
-        and b.said[0]['loss'].item() == a.said[0]['loss'].item()
+        torch.equal(b.terms[0]['chosen'], chosen)
+        and b.terms[0]['loss'].item() == a.terms[0]['loss'].item()
     )
     assert (low - full).abs().max() < 0.03 * full.abs().max() and not torch.equal(low, full)
     low.float().square().sum().backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in moe.parameters())
     assert (
         moe.to(torch.bfloat16)(x.bfloat16(), c := Aux()).dtype == torch.bfloat16
-        and c.said[0]['loss'].dtype == torch.float32
+        and c.terms[0]['loss'].dtype == torch.float32
     )
     assert kinds == [torch.float32] * 3
 

@@ -134,7 +134,7 @@ class Before(nn.Module):
 class Remembers(nn.Module):
     "The same with a memory of its own, a list under its layer; a mixer or an MLP"
 
-    reads = ('cache',)
+    needs = ('cache',)
 
     def __init__(self, cfg, layer=0):
         super().__init__()
@@ -162,8 +162,8 @@ class Keyed(Remembers):
 class Forgets(Attention):
     "An attention of one's own that hands its steps no cache"
 
-    def forward(self, x, i, rising=False, cache=None, **ctx):
-        return super().forward(x, i, rising, **ctx)
+    def forward(self, x, i, contiguous=False, cache=None, **ctx):
+        return super().forward(x, i, contiguous, **ctx)
 
 
 class Pair(nn.Module):
@@ -191,12 +191,12 @@ class Nameless(nn.Module):
 
 
 rope = part(RoPE)
-keeps = part(Attention, steps=(part(RoPE), part(CacheTransform)))
-bare = part(Attention, steps=(part(RoPE),))
+keeps = part(Attention, transforms=(part(RoPE), part(CacheTransform)))
+bare = part(Attention, transforms=(part(RoPE),))
 near_by = part(sliding_window, size=5)
-rolls = part(GQA, n_kv_heads=1, pattern=near_by, steps=(rope, part(CacheTransform, size=5)))
+rolls = part(GQA, n_kv_heads=1, mask=near_by, transforms=(rope, part(CacheTransform, size=5)))
 turns = lambda *of, **kw: llama(**SIZE | kw, attn=part(alternate, of=of))
-both = lambda *steps: part(Attention, steps=steps)
+both = lambda *steps: part(Attention, transforms=steps)
 # {what: (configuration, has it a cache?)}
 CACHES = {
     'none': (turns(bare), False),
@@ -206,8 +206,11 @@ CACHES = {
     'a ring and none': (turns(rolls, bare), False),
     'a ring and all': (turns(rolls, keeps), True),
     'a ring': (turns(rolls), True),
-    'GQA in one': (turns(keeps, part(GQA, n_kv_heads=1, steps=(rope, part(CacheTransform)))), True),
-    'GQA without': (turns(keeps, part(GQA, n_kv_heads=1, steps=(rope,))), False),
+    'GQA in one': (
+        turns(keeps, part(GQA, n_kv_heads=1, transforms=(rope, part(CacheTransform)))),
+        True,
+    ),
+    'GQA without': (turns(keeps, part(GQA, n_kv_heads=1, transforms=(rope,))), False),
     'own without': (turns(keeps, part(Plain)), False),
     'own that looks back': (turns(part(Before), keeps), False),
     'own with': (turns(keeps, part(Remembers)), True),
@@ -217,8 +220,14 @@ CACHES = {
     'MLP with, same key': (llama(**SIZE, attn=keeps, mlp=part(Remembers)), False),
     'MLP with, own key': (llama(**SIZE, attn=keeps, mlp=part(Keyed)), True),
     'only the MLP': (llama(**SIZE, attn=bare, mlp=part(Keyed)), False),
-    'two caches in one': (llama(**SIZE, attn=both(rope, part(CacheTransform), part(CacheTransform))), False),
-    'a slip in a forward': (turns(part(Forgets, steps=(rope, part(CacheTransform)), bias=False)), False),
+    'two caches in one': (
+        llama(**SIZE, attn=both(rope, part(CacheTransform), part(CacheTransform))),
+        False,
+    ),
+    'a slip in a forward': (
+        turns(part(Forgets, transforms=(rope, part(CacheTransform)), bias=False)),
+        False,
+    ),
     'half of a pair': (turns(part(Pair, one=keeps, two=bare)), False),
     'a pair under one key': (turns(part(Pair, one=keeps, two=keeps)), False),
     'no name': (turns(both(rope, part(Nameless))), False),
@@ -345,13 +354,13 @@ def test_llama_adds_nothing_to_a_mixer_of_ones_own():
     with pytest.warns(UserWarning, match='Mine is your own, so llama gives it no RoPE'):
         assert llama(attn=part(Mine)).attn == part(Mine)
     assert llama(attn=part(Mine), rope=part(RoPE, base=9.0)).attn == part(
-        Mine, steps=(part(RoPE, base=9.0),)
+        Mine, transforms=(part(RoPE, base=9.0),)
     )
-    full = part(Attention, steps=(rope,), bias=False)
+    full = part(Attention, transforms=(rope,), bias=False)
     assert llama(attn=part(alternate, of=(part(Plain), part(Attention)))).attn == part(
         alternate, of=(part(Plain), full)
     )
-    one_line(lambda: llama(attn=part(Plain), rope=rope), 'rope=part(RoPE)', 'takes no steps')
+    one_line(lambda: llama(attn=part(Plain), rope=rope), 'rope=part(RoPE)', 'takes no transforms')
     register(Mine)
     for attn in (dict(part='Mine'), dict(part='Mine', bias=True)):
         said = model_data(ModelConfig(block='llama', attn=attn))
@@ -431,7 +440,7 @@ def one_weight(m):
 
 
 def tied(m):
-    m.head.weight = m.tok.weight
+    m.lm_head.weight = m.tok.weight
 
 
 def hook(path, f):
@@ -443,7 +452,7 @@ def early(path, f):
 
 
 def slower(m):
-    m.blocks[0].attn.steps[0].freq = m.blocks[0].attn.steps[0].freq / 2
+    m.blocks[0].attn.transforms[0].freq = m.blocks[0].attn.transforms[0].freq / 2
 
 
 def prefix(m):
@@ -462,7 +471,7 @@ CHANGES = {  # {what: (change, words of the refusal)}
     'another norm': (set_at('norm', lambda old: nn.LayerNorm(16)), 'norm is a LayerNorm'),
     'a wrapped layer': (set_at('blocks.0.attn.out', Scaled), 'blocks.0.attn.out is a Scaled'),
     'a wrapped head': (
-        set_at('head', lambda old: nn.Sequential(old, nn.Tanh())),
+        set_at('lm_head', lambda old: nn.Sequential(old, nn.Tanh())),
         'head is a Sequential',
     ),
     'a wider layer': (
@@ -474,12 +483,12 @@ CHANGES = {  # {what: (change, words of the refusal)}
         'blocks.0.mlp.out.bias was added',
     ),
     'a step more': (
-        lambda m: m.blocks[0].attn.steps.append(RoPE(m.cfg)),
-        'blocks.0.attn.steps.1 (RoPE) was added',
+        lambda m: m.blocks[0].attn.transforms.append(RoPE(m.cfg)),
+        'blocks.0.attn.transforms.1 (RoPE) was added',
     ),
     'a step less': (
-        lambda m: m.blocks[0].attn.steps.pop(-1),
-        'blocks.0.attn.steps.0 was taken out',
+        lambda m: m.blocks[0].attn.transforms.pop(-1),
+        'blocks.0.attn.transforms.0 was taken out',
     ),
     'a changed class': (
         lambda m: setattr(m.blocks[1], '__class__', ParallelBlock),
@@ -494,8 +503,8 @@ CHANGES = {  # {what: (change, words of the refusal)}
         'the model.features was replaced',
     ),
     'another through': (
-        lambda m: setattr(m, 'through', lambda block, x, i, **ctx: x),
-        'the model.through was replaced',
+        lambda m: setattr(m, 'run_block', lambda block, x, i, **ctx: x),
+        'the model.run_block was replaced',
     ),
     'a hook': (
         hook('blocks.0.mlp', lambda m, args, y: 2 * y),
@@ -525,8 +534,8 @@ CHANGES = {  # {what: (change, words of the refusal)}
     'one weight twice': (one_weight, 'blocks.1.mlp.up.weight is shared'),
     'tied by hand': (tied, 'head.weight is shared'),
     'another pattern': (
-        set_at('blocks.0.attn.pattern', lambda old: near_by),
-        'blocks.0.attn.pattern is part(sliding_window, size=5)',
+        set_at('blocks.0.attn.mask', lambda old: near_by),
+        'blocks.0.attn.mask is part(sliding_window, size=5)',
     ),
     'another eps': (set_at('blocks.0.norm1.eps', lambda old: 0.1), 'blocks.0.norm1.eps is 0.1'),
     'slower hands': (slower, 'freq was changed'),
@@ -592,7 +601,7 @@ def test_a_changed_class_of_this_library_is_seen(tmp_path, monkeypatch):
 def test_an_untied_table_is_not_lost(tmp_path):
     model = MiniGPT(llama(**SIZE, tie=True))
     save(tmp_path / 'p', model, TOK)
-    model.head.weight = nn.Parameter(model.head.weight.detach().clone())
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
     one_line(lambda: save(tmp_path / 'q', model, TOK), 'head.weight is not shared')
 
 
@@ -929,14 +938,14 @@ def test_a_loss_of_ones_own_keeps_the_balance(step):
 def test_the_balance_is_of_each_row_however_it_is_read():
     model = apply_activation_checkpointing(MiniGPT(MIXED))
     fit(model, lambda step: ids_of(4, T, step), 2, loss=two_readings)
-    assert model.ear is None
+    assert model.default_aux is None
 
     def broken(model, rows):
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         train_step(model, adamw(model), ids_of(2), loss=broken)
-    assert model.ear is None
+    assert model.default_aux is None
 
 
 def test_a_loop_by_hand_is_told(monkeypatch):
@@ -1021,20 +1030,26 @@ IN_A_FILE = {  # {key=value: words of the answer}
     'model.mlp={part: MLP, act: null}': ['model.mlp.act=None', 'give a recipe'],
     'model.mlp={part: MLP, act: {part: RMSNorm}}': ["act='RMSNorm'", 'belongs into norm'],
     'model.attn={part: Attention, steps: [RoPE]}': [
-        "model.attn.steps[0]='RoPE'",
+        "model.attn.transforms[0]='RoPE'",
         'RoPE',
     ],
     'model.attn={part: Attention, steps: RoPE}': [
-        "model.attn.steps='RoPE'",
+        "model.attn.transforms='RoPE'",
         'in a list',
         'RoPE',
     ],
-    'model.attn={part: Attention, steps: {part: RoPE}}': ['model.attn.steps=', 'in a list'],
-    'model.attn={part: Attention, steps: [{part: Ropr}]}': [
+    'model.attn={part: Attention, transforms: {part: RoPE}}': [
+        'model.attn.transforms=',
+        'in a list',
+    ],
+    'model.attn={part: Attention, transforms: [{part: Ropr}]}': [
         "steps[0]='Ropr'",
         "did you mean 'RoPE'",
     ],
-    'model.attn={part: Attention, steps: [{part: SwiGLU}]}': ['steps[0]', 'belongs into mlp'],
+    'model.attn={part: Attention, transforms: [{part: SwiGLU}]}': [
+        'transforms[0]',
+        'belongs into mlp',
+    ],
     'model.norm={part: GroupNorm}': ["model.norm='GroupNorm'", 'RMSNorm'],
     'model.norm=RMSNorm': ["model.norm='RMSNorm'", 'recipe'],
     'model.norm={part: layernorm}': ["model.norm='layernorm'", "did you mean 'LayerNorm'"],
@@ -1053,16 +1068,16 @@ IN_A_FILE = {  # {key=value: words of the answer}
     'model.mlp=null': ['model.mlp=None', 'give a recipe'],
     'model.attn=null': ['model.attn=None'],
     'model.norm=null': ['model.norm=None'],
-    'model.head=null': ['model.head=None'],
+    'model.lm_head=null': ['model.lm_head=None'],
     'model.pos=rope': ["model.pos='rope'", 'recipe'],
-    'model.pos={part: RoPE}': ["model.pos='RoPE'", 'belongs into attn.steps'],
+    'model.pos={part: RoPE}': ["model.pos='RoPE'", 'belongs into attn.transforms'],
     'model.attn={part: Attention, pattern: causal}': [
-        "model.attn.pattern='causal'",
+        "model.attn.mask='causal'",
         'causal',
     ],
-    'model.attn={part: Attention, pattern: {part: sliding_window}}': ['size=None', 'whole number'],
-    'model.attn={part: Attention, pattern: {part: sliding_window, size: wide}}': [
-        'model.attn.pattern.size',
+    'model.attn={part: Attention, mask: {part: sliding_window}}': ['size=None', 'whole number'],
+    'model.attn={part: Attention, mask: {part: sliding_window, size: wide}}': [
+        'model.attn.mask.size',
         'wide',
     ],
     'model.mlp={part: MLP, d_ff: 4x}': ["model.mlp.d_ff='4x'", 'something like int'],
@@ -1083,7 +1098,7 @@ IN_A_FILE = {  # {key=value: words of the answer}
     'model.attn={part: alternate, of: {part: Attention}}': ['model.attn.of=', 'in a list'],
     'model.attn={part: alternate, of: []}': ['of='],
     'model.init={part: gpt2_init, std: big}': ['model.init.std', 'big'],
-    'model.head={part: SoftcapHead, cap: 0}': ['cap=0'],
+    'model.lm_head={part: SoftcapHead, cap: 0}': ['cap=0'],
     'model.mlp={part: NoModule}': ['model.mlp=', 'NoModule', 'torch.nn.Module'],
     'model.mlp={part: Needs}': ['model.mlp=', "'width'", 'write part(Needs, width=…)'],
     'model.mlp={part: Needs, widht: 8}': ['model.mlp', "'widht'", "did you mean 'width'"],
@@ -1129,8 +1144,8 @@ def test_a_slip_in_a_file_is_one_line_before_anything_is_packed(item, home, monk
 
 
 def make_slips():
-    steps = lambda v: GPTConfig(attn=part(Attention, steps=v))
-    pattern = lambda v: GPTConfig(attn=part(Attention, pattern=v))
+    steps = lambda v: GPTConfig(attn=part(Attention, transforms=v))
+    pattern = lambda v: GPTConfig(attn=part(Attention, mask=v))
     return [
         (lambda: GPTConfig(mlp=part(MLP, act='gelu')), "act='gelu'", 'act=part(GELU)'),
         (lambda: GPTConfig(mlp=part(MLP, act='GELU')), 'act=part(GELU)'),
@@ -1147,13 +1162,13 @@ def make_slips():
             'mlp=<lambda>',
             'a function with a name',
         ),
-        (lambda: steps([RoPE]), 'steps=RoPE', 'steps=(part(RoPE),)'),
-        (lambda: steps(RoPE), 'steps=RoPE', 'steps=(part(RoPE),)'),
-        (lambda: steps('RoPE'), "steps='RoPE'", 'steps=(part(RoPE),)'),
-        (lambda: steps(part(RoPE)), 'steps=RoPE', 'steps=(part(RoPE),)'),
-        (lambda: steps(['RoPE']), "steps='RoPE'"),
-        (lambda: steps(None), 'steps=None'),
-        (lambda: steps((part(SwiGLU),)), 'SwiGLU can be mlp, not attn.steps'),
+        (lambda: steps([RoPE]), 'transforms=RoPE', 'transforms=(part(RoPE),)'),
+        (lambda: steps(RoPE), 'transforms=RoPE', 'transforms=(part(RoPE),)'),
+        (lambda: steps('RoPE'), "transforms='RoPE'", 'transforms=(part(RoPE),)'),
+        (lambda: steps(part(RoPE)), 'transforms=RoPE', 'transforms=(part(RoPE),)'),
+        (lambda: steps(['RoPE']), "transforms='RoPE'"),
+        (lambda: steps(None), 'transforms=None'),
+        (lambda: steps((part(SwiGLU),)), 'SwiGLU can be mlp, not attn.transforms'),
         (lambda: GPTConfig(norm=part(nn.GroupNorm, num_groups=2)), 'norm=', 'GroupNorm', 'RMSNorm'),
         (lambda: GPTConfig(norm=part(nn.BatchNorm1d)), 'norm=', 'BatchNorm1d', 'LayerNorm'),
         (lambda: GPTConfig(norm=RMSNorm(128)), 'norm=RMSNorm(…)', 'norm=part(RMSNorm)'),
@@ -1162,16 +1177,16 @@ def make_slips():
         (lambda: part(GQA, n_kv_head=2), "'n_kv_head'", 'n_kv_heads'),
         (lambda: GPTConfig(attn=part(SwiGLU)), 'attn=part(SwiGLU)', 'can be mlp, not attn'),
         (lambda: GPTConfig(mlp=part(Attention)), 'mlp=part(Attention)', 'can be attn'),
-        (lambda: GPTConfig(pos=part(RoPE)), 'pos=part(RoPE)', 'can be attn.steps, not pos'),
+        (lambda: GPTConfig(pos=part(RoPE)), 'pos=part(RoPE)', 'can be attn.transforms, not pos'),
         (lambda: GPTConfig(pos='rope'), "pos='rope'"),
         (lambda: GPTConfig(pos=LearnedPositions), 'pos=LearnedPositions', 'part(LearnedPositions)'),
         (lambda: GPTConfig(mlp=None), 'mlp=None', 'mlp=part(MLP)'),
         (lambda: GPTConfig(attn=None), 'attn=None'),
         (lambda: GPTConfig(init=None), 'init=None'),
         (lambda: GPTConfig(mlp={'part': 'MLP'}), 'mlp={'),
-        (lambda: pattern('causal'), "pattern='causal'", 'pattern=part(causal)'),
-        (lambda: pattern(sliding_window), 'pattern=window', 'part(sliding_window)'),
-        (lambda: pattern(None), 'pattern=None'),
+        (lambda: pattern('causal'), "mask='causal'", 'mask=part(causal)'),
+        (lambda: pattern(sliding_window), 'mask=sliding_window', 'part(sliding_window)'),
+        (lambda: pattern(None), 'mask=None'),
         (lambda: GPTConfig(n_heads=3), 'n_heads=3 does not divide d_model=128'),
         (lambda: GPTConfig(attn=part(GQA)), 'n_kv_heads=None'),
         (lambda: GPTConfig(mlp=part(Needs)), "'width'", 'width=…'),
@@ -1188,7 +1203,7 @@ def make_slips():
         ),
         (lambda: check_parts(GPTConfig(mlp=part(GivesTwo))), 'mlp=part(GivesTwo) makes tuple'),
         (lambda: check_parts(GPTConfig(attn=part(NoPlaces))), 'attn=part(NoPlaces) cannot read'),
-        (lambda: MiniGPT(GPTConfig(tie=True, head=part(Headless))), 'tie=True', 'has no weight'),
+        (lambda: MiniGPT(GPTConfig(tie=True, lm_head=part(Headless))), 'tie=True', 'has no weight'),
         (
             lambda: to_data(GPTConfig(mlp=part(lambda cfg, layer=0: MLP(cfg)))),
             '<lambda>',
@@ -1229,17 +1244,17 @@ def test_null_means_none(home, monkeypatch):
         'model.block=llama', 'model.pos={part: LearnedPositions}'
     ).pos == part(LearnedPositions)
     assert made('model.block=llama', 'model.attn={part: Attention, steps: null}').attn == part(
-        Attention, steps=(), bias=False
+        Attention, transforms=(), bias=False
     )
     assert made('model.block=llama', 'model.attn={part: Attention}').attn == part(
-        Attention, steps=(part(RoPE),), bias=False
+        Attention, transforms=(part(RoPE),), bias=False
     )
     for item in ('model.tie=true', 'model.pos=null', 'model.block=llama'):
         cfg = read_config('smoke', [item])
         write_config(cfg, home / 'x.yaml')
         write_config(cfg, home / 'x.yaml')  # it knows its own files
         assert replace(read_config(home / 'x.yaml'), name='smoke') == cfg
-    old = dict.fromkeys(('attn', 'mlp', 'norm', 'pos', 'head', 'init'))
+    old = dict.fromkeys(('attn', 'mlp', 'norm', 'pos', 'lm_head', 'init'))
     assert config_from_dict(dict(model=old)) == config_from_dict(dict(model={}))
     recipe = dict(part='MLP')
     assert (

@@ -139,9 +139,8 @@ def test_a_long_run_back_and_forth_is_the_same_as_steps_alone():
     s = BatchStream(ids, 12, 8)
     for step in (0, 340, 341, 342, 5, 1000, 682, 681, 0):
         assert (s(step) == BatchStream(ids, 12, 8)(step)).all(), step
-    begins = torch.cat(
-        [next(s)[:, 0] for _ in range(2000)]
-    ).tolist()  # 64 epochs, over many borders of what is worked out ahead
+    # 64 epochs, over many borders of what is worked out ahead
+    begins = torch.cat([next(s)[:, 0] for _ in range(2000)]).tolist()
     N = 3000 // 8
     for k in range(0, len(begins) - N + 1, N):
         assert len({(b + j) % 3000 for b in begins[k : k + N] for j in range(8)}) == N * 8

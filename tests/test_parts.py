@@ -10,7 +10,15 @@ from cases import covering
 from torch import nn
 
 from llm_lab.chars import CharTokenizer
-from llm_lab.gpt import MLP, GPTConfig, LearnedPositions, MiniGPT, config_from, quick_linear, to_data
+from llm_lab.gpt import (
+    MLP,
+    GPTConfig,
+    LearnedPositions,
+    MiniGPT,
+    config_from,
+    quick_linear,
+    to_data,
+)
 from llm_lab.self_attention import Attention, causal
 from llm_lab.parts import part
 from llm_lab.gqa import GQA
@@ -45,7 +53,7 @@ def drawn(seed):
         scale=r.choice([None, part(linear_scaling, factor=4.0), part(llama3_scaling, original=16)]),
     )
     steps = r.choice([(), (rope,), (part(QKNorm), rope), (rope, part(QKNorm, eps=1e-5))])
-    how = dict(steps=steps, bias=r.choice([True, False]), pattern=part(causal))
+    how = dict(transforms=steps, bias=r.choice([True, False]), mask=part(causal))
     attn = r.choice(
         [
             part(Attention, **how),
@@ -72,7 +80,7 @@ def drawn(seed):
                 part(SwiGLU, act=part(nn.GELU), d_ff=20),
             ]
         ),
-        head=r.choice([part(nn.Linear, bias=False), part(SoftcapHead, cap=20.0)]),
+        lm_head=r.choice([part(nn.Linear, bias=False), part(SoftcapHead, cap=20.0)]),
         init=r.choice([first, part(spectral_init, first=first), part(spectral_init, gain=2.0)]),
     )
 
@@ -105,9 +113,8 @@ def test_parts_of_any_kind_make_a_model(seed, tmp_path):
         assert (g[:, t + 1 :] == 0).all() and (g[:, : t + 1].abs().sum(-1) > 0).all()
     hook.remove()
 
-    next_token_loss(
-        model, ids
-    ).backward()  # every weight learns, the same with blocks that run twice
+    # every weight learns, the same with blocks that run twice
+    next_token_loss(model, ids).backward()
     plain = {n: p.grad.clone() for n, p in model.named_parameters()}
     assert [
         n
@@ -150,7 +157,11 @@ def test_positions_may_be_given_in_any_order_or_by_text(seed):
 
 def test_a_model_that_turns_reads_the_same_at_any_place_and_one_that_adds_does_not():
     ids = ids_of(0)
-    for pos, same in ((None, True), (part(LearnedPositions), False), (part(SinusoidalPositions), False)):
+    for pos, same in (
+        (None, True),
+        (part(LearnedPositions), False),
+        (part(SinusoidalPositions), False),
+    ):
         model = MiniGPT(
             llama(TOK.vocab_size, d_model=16, n_layers=2, n_heads=2, max_len=99, pos=pos)
         ).eval()
@@ -181,7 +192,7 @@ def test_the_modern_block_learns_in_low_precision_and_is_judged_in_full(init):
             n_heads=4,
             max_len=T,
             init=init,
-            attn=part(GQA, n_kv_heads=2, steps=(part(QKNorm), part(RoPE))),
+            attn=part(GQA, n_kv_heads=2, transforms=(part(QKNorm), part(RoPE))),
         )
     )
     ids = ids_of(0)

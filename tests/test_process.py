@@ -221,9 +221,8 @@ def test_sigkill_before_every_rename_of_an_overwrite(tmp_path):
         and widths[:-1] == [16] * (len(widths) - 1)
         and len(widths) >= 3
     ), widths
-    (
-        tmp_path / '.model.1.old'
-    ).mkdir()  # and what a kill after the renames leaves is cleared by the next writer
+    # and what a kill after the renames leaves is cleared by the next writer
+    (tmp_path / '.model.1.old').mkdir()
     save(tmp_path / 'model', old, CharTokenizer('abc'))
     assert [d.name for d in tmp_path.iterdir() if d.name.endswith('.old')] == []
 

@@ -452,9 +452,8 @@ def test_files_called_train_val_and_test_are_the_splits(shape, tmp_path):
         and not notes
     )
     assert 'test' not in again['val'] + again['train']
-    if (
-        '.json' not in shape or '.jsonl' in shape
-    ):  # a lone train part is cut; a lone test part is no training text
+    # a lone train part is cut; a lone test part is no training text
+    if '.json' not in shape or '.jsonl' in shape:
         put(tmp_path / 'one', ('train',))
         assert [*parts_of(tmp_path / 'one')[0]] == ['train', 'val']
     put(tmp_path / 'none', ('val', 'test'))
@@ -830,10 +829,8 @@ def test_a_small_text_is_learned_and_not_its_blocks():
     tok = CharTokenizer.train(text)
     ids = torch.tensor(tok.encode(text))
     train, val, losses = ids[:18_000], ids[18_000:], []
-    for starts in (
-        None,
-        np.arange(0, len(train), 64),
-    ):  # of documents of one block each, rows stand still
+    # of documents of one block each, rows stand still
+    for starts in (None, np.arange(0, len(train), 64)):
         model = MiniGPT(
             GPTConfig(vocab_size=tok.vocab_size, max_len=64, d_model=64, n_layers=2, n_heads=4)
         )

@@ -88,7 +88,7 @@ def layers(name, size):
 def model(name, size, seed):
     steps = lambda p: (part(RoPE, partial=0.5),) if size.full and p != part(causal) else ()
     attn = part(
-        alternate, of=[part(SparseAttention, pattern=p, steps=steps(p)) for p in PATTERNS[name]]
+        alternate, of=[part(SparseAttention, mask=p, transforms=steps(p)) for p in PATTERNS[name]]
     )
     return MiniGPT(
         llama(
@@ -167,13 +167,8 @@ def books_test(net, name, size, T):  # by place in the text: does more past help
 
 
 LESSONS = dict(
-    recall=(
-        recall_batch,
-        recall_loss,
-        recall_test,
-        1,
-        1,
-    ),  # one after the other; shares of steps and rate
+    # one after the other; shares of steps and rate
+    recall=(recall_batch, recall_loss, recall_test, 1, 1),
     facts=(facts_batch, next_token_loss, facts_test, 1, 0.4),
     books=(books_batch, next_token_loss, books_test, 1, 0.5),
 )

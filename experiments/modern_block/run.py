@@ -46,7 +46,7 @@ TUNING = 100
 RATES = (0.005, 0.01, 0.02, 0.04)
 SIZE = dict(d_model=64, n_layers=3, n_heads=4, max_len=288)
 BASE = llama(**SIZE, init=part(scaled_init))
-steps = lambda *s: part(Attention, steps=s, bias=False)
+steps = lambda *s: part(Attention, transforms=s, bias=False)
 CHOICES = {
     'the base': {},
     'positions: none': dict(attn=steps()),
@@ -57,11 +57,11 @@ CHOICES = {
     'LayerNorm': dict(norm=part(nn.LayerNorm)),
     'MLP with GELU': dict(mlp=part(MLP, bias=False)),
     'MLP with ReLU²': dict(mlp=part(MLP, act=part(ReLU2), bias=False)),
-    'biases': dict(attn=part(Attention, steps=(part(RoPE),)), mlp=part(SwiGLU, bias=True)),
+    'biases': dict(attn=part(Attention, transforms=(part(RoPE),)), mlp=part(SwiGLU, bias=True)),
     'QK-norm': dict(attn=steps(part(QKNorm), part(RoPE))),
-    'softcap 15': dict(head=part(SoftcapHead, cap=15.0)),
-    '2 key heads for 4': dict(attn=part(GQA, n_kv_heads=2, steps=(part(RoPE),), bias=False)),
-    '1 key head for 4': dict(attn=part(GQA, n_kv_heads=1, steps=(part(RoPE),), bias=False)),
+    'softcap 15': dict(lm_lm_head=part(SoftcapHead, cap=15.0)),
+    '2 key heads for 4': dict(attn=part(GQA, n_kv_heads=2, transforms=(part(RoPE),), bias=False)),
+    '1 key head for 4': dict(attn=part(GQA, n_kv_heads=1, transforms=(part(RoPE),), bias=False)),
     'head and token table shared': dict(tie=True),
     'init: not scaled by depth': dict(init=part(scaled_init, out='plain')),
     'init: blocks begin silent': dict(init=part(scaled_init, out='zero')),
@@ -70,7 +70,7 @@ CHOICES = {
     'spectral, learned gains': dict(init=part(spectral_init)),
     'spectral, gain 3': dict(init=part(spectral_init, gain=3.0)),
     'biases, QK-norm and learned gains': dict(
-        attn=part(Attention, steps=(part(QKNorm), part(RoPE))),
+        attn=part(Attention, transforms=(part(QKNorm), part(RoPE))),
         mlp=part(SwiGLU, bias=True),
         init=part(spectral_init),
     ),

@@ -101,7 +101,7 @@ def loads(model, ids):
     "Each layer's loads on a text, as multiples of an even share, (L, E)"
     aux, rows = Aux(), ids[: 16 * 256].view(-1, 256)
     model.eval()(rows.to(next(model.parameters()).device), aux=aux)
-    return [(x['load'] * len(x['load'])).tolist() for x in aux.said.values()]
+    return [(x['load'] * len(x['load'])).tolist() for x in aux.terms.values()]
 
 
 def cell(text, name, size, seed, steps):

@@ -96,9 +96,8 @@ def speed(T, rounds):
         turn(f, *inputs)  # plans are made
     took = {name: [] for name in ways}
     for n in range(rounds):
-        for name in random.Random(n).sample(
-            [*ways], len(ways)
-        ):  # nobody always follows the same one
+        # nobody always follows the same one
+        for name in random.Random(n).sample([*ways], len(ways)):
             took[name].append(turn(ways[name], *inputs))
     return {name: median(t) for name, t in took.items()}
 

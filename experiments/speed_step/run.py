@@ -71,14 +71,14 @@ class PlainGPT(nn.Module):
         self.tok = nn.Embedding(V, C)
         self.pos = nn.Embedding(T, C)
         self.norm = nn.LayerNorm(C)
-        self.head = nn.Linear(C, V, bias=False)
+        self.lm_head = nn.Linear(C, V, bias=False)
         self.blocks = nn.ModuleList(PlainBlock() for _ in range(L))
 
     def forward(self, ids):
         x = self.tok(ids) + self.pos(torch.arange(ids.shape[1]))
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x))
+        return self.lm_head(self.norm(x))
 
 
 def text():

@@ -40,7 +40,9 @@ HERE = Path(__file__).parent
 T = 256
 RATES = (0.004, 0.032, 0.128)
 NAMES = ('QK-norm', 'orthogonal', 'spectral')
-PATTERN = part(or_masks, of=(part(sliding_window, size=64), part(expander_links, degree=6, beyond=64)))
+PATTERN = part(
+    or_masks, of=(part(sliding_window, size=64), part(expander_links, degree=6, beyond=64))
+)
 
 
 def text():
@@ -55,7 +57,7 @@ def text():
 
 def cell(tok, ids, qk, orthogonal, spectral, lr, seed, steps):
     init = part(scaled_init, orthogonal=bool(orthogonal))
-    attn = part(SparseAttention, pattern=PATTERN, steps=(part(QKNorm),) * qk + (part(RoPE),))
+    attn = part(SparseAttention, mask=PATTERN, transforms=(part(QKNorm),) * qk + (part(RoPE),))
     model = MiniGPT(
         llama(
             tok.vocab_size,
