@@ -73,15 +73,15 @@ def _document_rows(n, T, starts):
     return begins, room
 
 
-def _check_sizes(n, batch_size, block_len, rank, world_size):
+def _check_sizes(n, batch_size, length, rank, world_size):
     "Raises `LabError` where no batch could be made of n tokens"
-    for k, v in dict(batch_size=batch_size, block_len=block_len, world_size=world_size).items():
+    for k, v in dict(batch_size=batch_size, length=length, world_size=world_size).items():
         if not isinstance(v, int) or v < 1:
             raise LabError(f'{k}={v!r}: give a whole number above 0')
-    if n <= block_len:
+    if n <= length:
         raise LabError(
-            f'the text has {n} tokens, a block needs {block_len + 1}: '
-            'give a longer text or a smaller block_len'
+            f'the text has {n} tokens, a block needs {length + 1}: '
+            'give a longer text or a smaller length'
         )
     if batch_size % world_size or not 0 <= rank < world_size:
         raise LabError(
@@ -99,7 +99,7 @@ class BatchStream:
         self,
         tokens,  # `PackedTokens`, or a tensor of ids (n,)
         batch_size: int,  # rows of a step, those of all ranks together
-        block_len: int,  # T: a row asks T questions
+        length: int,  # T: a row asks T questions
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -109,25 +109,25 @@ class BatchStream:
         import torch
 
         ids = getattr(tokens, 'ids', tokens)
-        _check_sizes(len(ids), batch_size, block_len, rank, world_size)
+        _check_sizes(len(ids), batch_size, length, rank, world_size)
         self.batch_size = batch_size
         self.rank = rank
         self.world_size = world_size
         self.device = device
-        self.rows = None if starts is None else _document_rows(len(ids), block_len, starts)
-        self.per_epoch = len(ids) // block_len if starts is None else len(self.rows[0])
+        self.rows = None if starts is None else _document_rows(len(ids), length, starts)
+        self.per_epoch = len(ids) // length if starts is None else len(self.rows[0])
         self.made_of = dict(
             tokens=getattr(tokens, 'sha256', None),
             n=len(ids),
             batch_size=batch_size,
-            block_len=block_len,
+            length=length,
             seed=seed,
             starts=None,
         )
         if self.rows:
             self.made_of['starts'] = hashlib.sha256(self.rows[0].tobytes()).hexdigest()
         self.ids = ids
-        self.ahead = torch.arange(block_len + 1)
+        self.ahead = torch.arange(length + 1)
         self.step = 0
         self._known = (None, None)  # (number of a part, the beginnings of its steps): `blocks_of`
 
@@ -159,7 +159,7 @@ def blocks_of(self: BatchStream, step: int):  # places in the text, int64, (B / 
 @patch
 def _begins(self: BatchStream, step, steps):  # int64, (steps, B / world_size)
     "Where this rank's blocks begin, at a step and those that follow"
-    n, T, seed = (self.made_of[key] for key in ('n', 'block_len', 'seed'))
+    n, T, seed = (self.made_of[key] for key in ('n', 'length', 'seed'))
     B = self.batch_size
     places = np.arange(steps * B).reshape(steps, B) + step * B  # in the endless order
     mine = places[:, self.rank :: self.world_size]

@@ -319,7 +319,7 @@ _CHIP = 'color:#111;border-radius:3px;padding:1px 2px;margin:1px;display:inline-
 def tokens_html(
     tokenizer,  # any that speaks the protocol
     text: str,
-    most=400,  # tokens shown
+    max_tokens=400,  # tokens shown
 ) -> str:
     """The text as coloured chips, one for each token, with id and bytes as `title`; inline styles
     only"""
@@ -337,8 +337,8 @@ def tokens_html(
         line_end = '<br>' if '\n' in text else ''
         return f'<span style="{style}" title="{title}">{shown}</span>{line_end}'
 
-    chips = [chip(n, id) for n, id in enumerate(ids[:most])]
-    more = f' … {len(ids) - most:,} more' if len(ids) > most else ''
+    chips = [chip(n, id) for n, id in enumerate(ids[:max_tokens])]
+    more = f' … {len(ids) - max_tokens:,} more' if len(ids) > max_tokens else ''
     return (
         '<div style="font-family:monospace;line-height:1.7;max-width:46em">'
         + ''.join(chips)

@@ -47,35 +47,35 @@ def _is_plain(value):
     return value is None or isinstance(value, (bool, int, float, str, tuple, list))
 
 
-def optimizer_state(model, opt) -> tuple:
+def optimizer_state(model, optimizer) -> tuple:
     # ({'blocks.0.attn.qkv.weight/momentum': tensor, …}, groups as plain data)
-    "What an optimiser remembers, and its settings; raises `LabError` on a memory that is no tensor"
+    "What an optimizer remembers, and its settings; raises `LabError` on a memory that is no tensor"
     # PyTorch numbers the parameters by their place in the groups; their names outlive a new order
     names = {id(p): name for name, p in model.named_parameters()}
     tensors = {}
-    for p, kept in opt.state.items():
+    for p, kept in optimizer.state.items():
         for k, v in kept.items():
             if v is not None:
                 tensors[f'{names[id(p)]}/{k}'] = v
     for k, v in tensors.items():
         if not isinstance(v, torch.Tensor):
             raise LabError(
-                f'{k} of the optimiser is {v!r}: only tensors can be kept; use another optimiser'
+                f'{k} of the optimizer is {v!r}: only tensors can be kept; use another optimizer'
             )
     groups = []
-    for g in opt.param_groups:
+    for g in optimizer.param_groups:
         settings = {k: v for k, v in g.items() if k != 'params' and _is_plain(v)}
         groups.append(settings | {'params': [names[id(p)] for p in g['params']]})
     return tensors, groups
 
 # %% ../nbs/81_checkpoint.ipynb #c595e636
-def restore_optimizer(model, opt, tensors: dict, groups: list):
+def restore_optimizer(model, optimizer, tensors: dict, groups: list):
     "Let `opt` remember what another one did; raises `LabError` when it moves other parameters"
     names = {id(p): name for name, p in model.named_parameters()}
-    mine = [[names[id(p)] for p in g['params']] for g in opt.param_groups]
+    mine = [[names[id(p)] for p in g['params']] for g in optimizer.param_groups]
     if mine != [g['params'] for g in groups]:
         raise LabError(
-            'the optimiser that was saved moves its parameters in other groups: make the one '
+            'the optimizer that was saved moves its parameters in other groups: make the one '
             'that was used then'
         )
     number = {name: n for n, name in enumerate(sum(mine, []))}  # as `state_dict` counts them
@@ -83,12 +83,12 @@ def restore_optimizer(model, opt, tensors: dict, groups: list):
     for key, v in tensors.items():
         name, _, k = key.rpartition('/')
         state.setdefault(number[name], {})[k] = v
-    now = opt.state_dict()['param_groups']
+    now = optimizer.state_dict()['param_groups']
     for g, said in zip(now, groups):
         for k, v in said.items():
             if k != 'params':
                 g[k] = tuple(v) if isinstance(v, list) else v  # JSON has no tuples, as of betas
-    opt.load_state_dict(dict(state=state, param_groups=now))
+    optimizer.load_state_dict(dict(state=state, param_groups=now))
 
 # %% ../nbs/81_checkpoint.ipynb #37a2b970
 def _text(states):
@@ -196,7 +196,7 @@ def _made(run, processes):
 
 # %% ../nbs/81_checkpoint.ipynb #5623dd60
 def _diverged(model, tensors) -> str:  # '' if none has
-    "The first weight that is not finite, or what the optimiser remembers that is no number"
+    "The first weight that is not finite, or what the optimizer remembers that is no number"
     for name, p in model.named_parameters():
         if not p.isfinite().all():
             return name
@@ -242,7 +242,7 @@ def save(self: CheckpointManager, run, random: list):
         return
     for name in ('latest', 'best'):
         require_ours(self.folder / name, _names_a_step)
-    tensors, groups = optimizer_state(run.model, run.opt)
+    tensors, groups = optimizer_state(run.model, run.optimizer)
     if odd := _diverged(run.model, tensors):
         raise LabError(
             f'{self.folder} has diverged: {odd} is no number after step {run.step:,}, '
@@ -334,7 +334,7 @@ def tidy(self: CheckpointManager, run):
     sweep_checkpoints(self.folder)
 
 # %% ../nbs/81_checkpoint.ipynb #9a861791
-def _read_whole(path) -> tuple:  # (files as bytes, state, tensors of the optimiser)
+def _read_whole(path) -> tuple:  # (files as bytes, state, tensors of the optimizer)
     "All of a checkpoint. Raises `LabError` where a bit of it is not as it was written"
     data, _ = read_verified(
         path, 'manifest.json', None, 'checkpoint', f'go on from another one in {path.parent}'
@@ -366,7 +366,7 @@ def load(
     run,
     path=None,  # a checkpoint; the newest of this run if none
 ) -> dict:  # what its state.json says
-    """Bring model, optimiser, history, streams and parts to where they were.
+    """Bring model, optimizer, history, streams and parts to where they were.
 
     Raises `LabError` when one bit is not as it was"""
     newest = path is None
@@ -437,13 +437,13 @@ def _check_state(state, path):
 
 @patch
 def restore(self: CheckpointManager, run, state: dict, tensors: dict, processes: int):
-    """Optimiser, history, parts and streams as they were;
+    """Optimizer, history, parts and streams as they were;
 
     `tensors` are those of optimizer.safetensors"""
     history = tensors.pop('history')
     if history.shape != (2, state['step']):
         raise ValueError(f'history of shape {tuple(history.shape)}')
-    restore_optimizer(run.model, run.opt, tensors, state['groups'])
+    restore_optimizer(run.model, run.optimizer, tensors, state['groups'])
     for k, v in self.parts.items():
         v.load_state_dict(state['parts'][k])
     run.history[:, : state['step']] = history

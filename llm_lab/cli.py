@@ -110,10 +110,10 @@ def _place(path):
 def write_from(
     path,  # a saved model or a run; looked for here, then in `home()`
     prompt='',
-    n=300,
+    max_new_tokens=300,
     seed=0,
     stop=(),  # a text to end at, or several
-    **choice,  # temperature, top_k, top_p, repetition_penalty
+    **sampling,  # temperature, top_k, top_p, repetition_penalty
 ):
     """Print `prompt` and what the model makes of it, as it comes; each token is read once if the
     model can keep a cache (`kv_cache`)"""
@@ -128,7 +128,13 @@ def write_from(
         _say(f'the best model of this run writes, {best}; {last} is the last')
     with warnings.catch_warnings(record=True, action='always') as notes:
         pieces = stream(
-            with_kv_cache(model, strict=False), tokenizer, prompt, n, seed, stop, **choice
+            with_kv_cache(model, strict=False),
+            tokenizer,
+            prompt,
+            max_new_tokens,
+            seed,
+            stop,
+            **sampling,
         )
     for note in notes:
         print(note.message, file=sys.stderr)  # the prompt is longer than the context
@@ -374,7 +380,7 @@ def _eval(a):
             more = f'; result.json judges the last one, {last}'
         print(f'the best model of this run, {best}{more}')
     print(verdict(score, of=Path(a.text).name if a.text else a.split))
-    ends = f' of the documents, {score.end_bits:.3f} bits for each end mark' if score.ends else ''
+    ends = f' of the documents, {score.end_bits:.3f} bits for each end mark' if score.n_ends else ''
     print(
         f'perplexity {score.perplexity:.3f} per token, {score.bits_per_byte:.3f} bits per '
         f'byte{ends}'

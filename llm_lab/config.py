@@ -34,7 +34,7 @@ class DataConfig:
     limit: int | None = _key(None, 1)  # so many training documents; all if none
     tokenizer: str = _key('chars', of=('chars', 'bpe'))
     vocab_size: int | None = _key(None, 257, 1 << 22)  # of bpe; 8192 if none
-    block_len: int = _key(128, 1, 1 << 24)  # context, in tokens
+    length: int = _key(128, 1, 1 << 24)  # context, in tokens
     # where they begin: side by side, or at documents
     rows: str = _key('blocks', of=('blocks', 'documents'))
 
@@ -67,7 +67,7 @@ class TrainConfig:
     batch_size: int = _key(16, 1, 1 << 20)  # rows of a step, of all processes together
     # parts of a batch that go through the model one after the other
     accumulate: int = _key(1, 1, 1 << 20)
-    optimiser: str = _key('muon', of=('adamw', 'muon', 'sgd'))
+    optimizer: str = _key('muon', of=('adamw', 'muon', 'sgd'))
     lr: float = _key(0.01, 1e-9, 10)
     weight_decay: float = _key(0.1, 0, 10)
     schedule: str = _key('cosine', of=('cosine', 'constant', 'wsd', 'step_decay'))
@@ -228,10 +228,8 @@ class RunConfig:
             )
         _check_training(self.train)
         _check_heads(self.model)
-        if self.eval.tokens <= d.block_len:
-            raise LabError(
-                f'eval.tokens={self.eval.tokens}: give more than data.block_len={d.block_len}'
-            )
+        if self.eval.tokens <= d.length:
+            raise LabError(f'eval.tokens={self.eval.tokens}: give more than data.length={d.length}')
 
 # %% ../nbs/06_config.ipynb #6011d29c
 BLOCKS = dict(
@@ -331,19 +329,19 @@ def config_from_dict(data: dict, name='run') -> RunConfig:
 # %% ../nbs/06_config.ipynb #ac7a88f2
 CONFIGS = dict(
     golden=dict(
-        data=dict(corpus='tiny_shakespeare', block_len=64),
+        data=dict(corpus='tiny_shakespeare', length=64),
         train=dict(steps=2000, batch_size=12, lr=0.004),
         eval=dict(patience=3),
     ),
     tinystories_baseline=dict(
-        data=dict(corpus='tinystories', tokenizer='bpe', vocab_size=8192, block_len=512),
+        data=dict(corpus='tinystories', tokenizer='bpe', vocab_size=8192, length=512),
         model=dict(d_model=256, n_layers=6, n_heads=8),
         train=dict(steps=20_000, batch_size=32, lr=0.004, warmup=500),
         eval=dict(every=1000, tokens=200_000, sample_every=2000, prompt='Once upon a time'),
         log=dict(checkpoint_every=500),
     ),
     smoke=dict(
-        data=dict(block_len=64),
+        data=dict(length=64),
         model=dict(d_model=32, n_layers=1),
         train=dict(steps=60, batch_size=8),
         eval=dict(every=20, tokens=2000, sample_every=60, sample_tokens=50),
@@ -669,7 +667,7 @@ def check_resumable(old: RunConfig, new: RunConfig) -> RunConfig:
 
 def smoke_config(cfg: RunConfig) -> RunConfig:
     "The same, only to see whether it would work: 20 steps, little validation"
-    few = max(2000, cfg.data.block_len + 1)
+    few = max(2000, cfg.data.length + 1)
     return replace(
         cfg,
         train=replace(cfg.train, steps=20, warmup=None),

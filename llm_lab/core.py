@@ -122,8 +122,9 @@ _DECLARED = dict(  # slot: CHAPTER:NAME, of this book where no module is said
     # transforms: what is done to q, k, v before they meet
     transform='positions:RoPE llama_block:QKNorm kv_cache:CacheTransform',
     # masks: who may see whom
-    mask='self_attention:causal kv_cache:sliding_window sparse:attention_sinks sparse:strided sparse:same_document '
-    'sparse:or_masks sparse:and_masks sparse:expander_links sparse:power_links sparse:polynomial_links',
+    mask='self_attention:causal kv_cache:sliding_window sparse:attention_sinks sparse:strided '
+    'sparse:same_document sparse:or_masks sparse:and_masks sparse:expander_links '
+    'sparse:power_links sparse:polynomial_links',
     scaling='positions:linear_scaling positions:llama3_scaling',  # of RoPE's speeds
     router='moe:Router',
     choice='moe:softmax_top_k moe:top_k_softmax moe:sigmoid_top_k',

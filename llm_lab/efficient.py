@@ -52,12 +52,12 @@ class _Alive(TorchDispatchMode):
 def step_memory(
     cfg,
     batch_size: int,
-    opt=adamw,
+    optimizer=adamw,
     step=train_step,
     # what is done to the model first, such as `apply_activation_checkpointing`
     prepare=lambda model: model,
 ) -> int:  # bytes
-    """The most that all tensors of a training step take at once, optimiser state included; nothing
+    """The most that all tensors of a training step take at once, optimizer state included; nothing
     is calculated.
 
     Where the shapes of a part of your own hang on numbers, steps of 1 and 2 rows are made, and a
@@ -66,7 +66,7 @@ def step_memory(
     def most(n, mode):
         with mode(), _Alive() as alive:
             model = prepare(MiniGPT(cfg))
-            o = opt(model)
+            o = optimizer(model)
             rows = torch.zeros(n, cfg.max_len + 1, dtype=torch.int64)
             if mode is nullcontext:
                 rows.random_(cfg.vocab_size, generator=rng(0, 'rows'))
@@ -112,10 +112,12 @@ def free_memory(device='cpu') -> int:
     )
 
 # %% ../nbs/29_efficient.ipynb #1683b7dd
-def _runs(cfg, batch_size, device, opt=adamw, step=train_step, prepare=lambda model: model) -> bool:
+def _runs(
+    cfg, batch_size, device, optimizer=adamw, step=train_step, prepare=lambda model: model
+) -> bool:
     "Does a step with so many rows go through on this device?"
     model = prepare(MiniGPT(cfg).to(device))
-    o = opt(model)
+    o = optimizer(model)
     shape = (batch_size, cfg.max_len + 1)  # (B, T + 1)
     try:
         for _ in range(2):  # the optimizer's state is made in the first one
@@ -129,10 +131,10 @@ def largest_batch(
     cfg,
     memory: int = None,  # bytes; nine tenths of what is free if none
     device='cpu',
-    most=4096,
+    max_size=4096,
     **kw,  # `opt`, `step`, `prepare`, as for `step_memory`
 ) -> int:  # rows
-    """The largest batch whose training step fits into the memory, optimiser state included; raises
+    """The largest batch whose training step fits into the memory, optimizer state included; raises
     if none does"""
     memory = int(0.9 * free_memory(device)) if memory is None else memory
     live = StatusLine()
@@ -148,9 +150,9 @@ def largest_batch(
         )
     # `low` fits, `high` does not or is more than allowed: double until there is such a pair, …
     low, high = 1, 2
-    while high <= most and fits(high):
+    while high <= max_size and fits(high):
         low, high = high, 2 * high
-    high = min(high, most + 1)
+    high = min(high, max_size + 1)
     while high - low > 1:  # … and halve what lies between
         middle = (low + high) // 2
         if fits(middle):
@@ -211,23 +213,23 @@ class StepRunner:
         self.scaler = torch.amp.GradScaler('cpu', enabled=precision == 'fp16')
         self.fast = {}  # {loss: compiled}, since `fit` hands the loss over at each step
 
-    def _ready(self, loss):
+    def _ready(self, loss_fn):
         "The loss that is called: balanced, and compiled once if that was asked for"
         if not self.compile:
-            return balanced(loss)
-        if loss not in self.fast:
-            self.fast[loss] = try_compile(balanced(loss))
-        return self.fast[loss]
+            return balanced(loss_fn)
+        if loss_fn not in self.fast:
+            self.fast[loss_fn] = try_compile(balanced(loss_fn))
+        return self.fast[loss_fn]
 
     def __call__(
         self,
         model,
-        opt,
+        optimizer,
         rows,  # ids, (B, T + 1)
         clip=1.0,
-        loss=next_token_loss,
+        loss_fn=next_token_loss,
     ):  # (loss, length of the gradient)
-        loss = self._ready(loss)
+        loss_fn = self._ready(loss_fn)
         total = 0.0
         dtype = PRECISIONS[self.precision]
         parts = rows.chunk(self.accumulate)
@@ -238,16 +240,16 @@ class StepRunner:
             with quiet():
                 with torch.autocast(rows.device.type, dtype, enabled=dtype is not None):
                     # the mean over the batch: a part counts by its rows
-                    value = loss(model, part) * (len(part) / len(rows))
+                    value = loss_fn(model, part) * (len(part) / len(rows))
                 self.scaler.scale(value).backward()
             total += value.detach()
         if not self.scaler.is_enabled():
-            return total, update(model, opt, clip)
+            return total, update(model, optimizer, clip)
         # In fp16 a small gradient would become 0, so the loss was multiplied by a large scale; the
         # gradient is divided by it again. One that the scale has made too large for fp16 is ∞ or
         # NaN now, and that is where the step is skipped: in `update`, which moves nothing along a
         # gradient that is not finite. (So `scaler.step`, which would look itself, is not called.)
-        self.scaler.unscale_(opt)
-        length = update(model, opt, clip)
+        self.scaler.unscale_(optimizer)
+        length = update(model, optimizer, clip)
         self.scaler.update()  # after such a step the scale is halved; after many good ones, doubled
         return total, length

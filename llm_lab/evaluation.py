@@ -61,7 +61,7 @@ class Score:
     bytes: int  # of the documents, UTF-8; what stands between them is left out
     error: float  # standard error of `nats`, over documents; ∞ where there are too few
     floor: float | None = None  # true entropy in bits per character, where it is known
-    ends: int = 0  # end marks of documents that were asked, too
+    n_ends: int = 0  # end marks of documents that were asked, too
     end_nats: float = 0.0  # what they cost, a part of `nats`
     bare_error: float | None = (
         None  # standard error of the rest, `nats − end_nats`; `error` if none
@@ -96,7 +96,7 @@ class Score:
 
     @property
     def end_bits(self):  # of an end mark; None if there was none
-        return self.end_nats / math.log(2) / self.ends if self.ends else None
+        return self.end_nats / math.log(2) / self.n_ends if self.n_ends else None
 
     @property
     def interval(self):  # bits per character, 95 %; None if nobody can tell
@@ -131,7 +131,7 @@ def as_dict(self: Score) -> dict:
     """Its numbers, plain, as a run keeps them in `result.json`, and their units; what nobody can
     tell is None"""
     said = {}
-    for key in (*UNITS, 'tokens', 'chars', 'bytes', 'ends'):
+    for key in (*UNITS, 'tokens', 'chars', 'bytes', 'n_ends'):
         value = getattr(self, key)
         said[key] = list(value) if isinstance(value, tuple) else value  # as JSON gives it back
     return dict(said, units=UNITS)
@@ -217,7 +217,7 @@ def tally(
         bytes=size,
         error=ratio_error(nats, counts),
         floor=corpus.floor,
-        ends=0 if ends is None else int((ends >= asked).sum()),
+        n_ends=0 if ends is None else int((ends >= asked).sum()),
         end_nats=float(sum(nats) - sum(bare_nats)),
         bare_error=ratio_error(bare_nats, bare_counts),
     )
@@ -228,7 +228,7 @@ def evaluate(
     tokenizer,
     corpus,
     split='val',
-    most: int = None,  # tokens from the beginning of the split; all if none
+    max_tokens: int = None,  # tokens from the beginning of the split; all if none
     stride: int = None,  # new tokens in each window; the context if none: blocks
     batch_size: int = None,  # windows read together; as many as fit if none
     live=None,
@@ -237,7 +237,7 @@ def evaluate(
     alone"""
     ids, starts = read_split(corpus, tokenizer, split)
     ends = None if starts is None else torch.cat([starts, torch.tensor([len(ids) - 1])])
-    ids = ids[:most]
+    ids = ids[:max_tokens]
     T = model.cfg.max_len
     if starts is None:
         has_next = len(ids) > 1
@@ -386,7 +386,7 @@ def _line(name, run):
         name=name,
         **{k: known.get(k) for k in ('params', 'steps', 'tokens', 'seconds')},
         time=None if seconds is None else str(timedelta(seconds=round(seconds))),
-        **{k: losses.get(k) for k in (*UNITS, 'chars', 'bytes', 'ends')},
+        **{k: losses.get(k) for k in (*UNITS, 'chars', 'bytes', 'n_ends')},
         tokenizer=known.get('tokenizer'),
         rows=rows,
         final=bool(score),
@@ -438,7 +438,7 @@ def _remarks(lines, unit):
     "The finding, and what must be known to believe it"
     known = [l for l in lines if l['loss'] is not None]
     differ = _other_tokenizers(known)
-    older = any(l['final'] and l['ends'] is None for l in known)
+    older = any(l['final'] and l['n_ends'] is None for l in known)
     by_loss = unit == 'loss' and len(known) > 1
     lengths = _apart([l['bytes'] for l in known], 0.01)
     on_the_way = not all(l['final'] for l in known)

@@ -374,18 +374,18 @@ def _context(family, most, max_len):
     raise LabError(f'max_len={max_len!r}: this file has {most} positions: {remedy}')
 
 
-def _mask_of(v, family, most):
+def _mask_of(v, family, max_len):
     "Which keys a query reads, in texts of up to `most` tokens"
     v = {k: v.get(k) for k in DEFAULTS[family]}  # a word of another family says nothing here
     if v.get('sliding_window') is None or not v.get('use_sliding_window', True):
         return part(causal)
     size = _number(v, 'sliding_window', int)
-    if family != 'qwen3' or size >= most:
+    if family != 'qwen3' or size >= max_len:
         return part(sliding_window, size=size)
     _refuse(
         'sliding_window',
         size,
-        f'not in all layers, and below the context of {most}; give max_len={size}',
+        f'not in all layers, and below the context of {max_len}; give max_len={size}',
     )
 
 # %% ../nbs/71_families.ipynb #e466e0d4
@@ -476,7 +476,7 @@ def _canonical_recipe(recipe):
     "`canonical` of one recipe, and of all recipes in it"
     kw = {k: canonical(v) for k, v in recipe.keywords.items()}
     if recipe.func is Router and not kw.get('bias_rate'):
-        # softmax_top_k that renormalises is top_k_softmax, the default: the denominator cancels.
+        # softmax_top_k that renormalizes is top_k_softmax, the default: the denominator cancels.
         # Not where a bias moves the choice: there it is added to shares, here to logits
         if kw.get('choose') == part(softmax_top_k):
             del kw['choose']
@@ -541,7 +541,7 @@ def config_from_hf(
     return canonical(cfg)
 
 
-def _gpt2_parts(v, family, act, eps, most):
+def _gpt2_parts(v, family, act, eps, max_len):
     "The parts of GPT-2, by field of the configuration"
     d_ff = None if v['n_inner'] is None else _number(v, 'n_inner', int)
     return dict(mlp=part(MLP, d_ff=d_ff, act=act), norm=part(nn.LayerNorm, eps=eps))
@@ -556,7 +556,7 @@ def least_tensors(cfg: GPTConfig) -> int:
     return sum(experts) * (cfg.n_layers // len(experts))
 
 # %% ../nbs/71_families.ipynb #1b0cca00
-def _modern_parts(v, family, act, eps, most):
+def _modern_parts(v, family, act, eps, max_len):
     "The parts of the modern families, by field of the configuration"
     C, H = v['hidden_size'], v['num_attention_heads']
     if family == 'llama' and C % H:
@@ -578,7 +578,7 @@ def _modern_parts(v, family, act, eps, most):
         n_kv_heads=n_kv_heads,
         transforms=transforms,
         bias=has_bias('attention_bias'),
-        mask=_mask_of(v, family, most),
+        mask=_mask_of(v, family, max_len),
     )
     mlp = _mlp(v, family, part(SwiGLU, act=act, bias=has_bias('mlp_bias')))
     return dict(attn=attn, norm=part(RMSNorm, eps=eps), pos=None, mlp=mlp, d_head=d_head)
@@ -609,10 +609,10 @@ def _mlp(v, family, gated):
 def _mixture(v, family, gated):
     "The recipe of a layer with experts"
     if family == 'mixtral':
-        count, width, renormalise = 'num_local_experts', 'intermediate_size', True
+        count, width, renormalize = 'num_local_experts', 'intermediate_size', True
     else:
-        count, width, renormalise = 'num_experts', 'moe_intermediate_size', v['norm_topk_prob']
-    choose = part(softmax_top_k, renormalise=renormalise)
+        count, width, renormalize = 'num_experts', 'moe_intermediate_size', v['norm_topk_prob']
+    choose = part(softmax_top_k, renormalize=renormalize)
     return part(
         MoE,
         n_experts=_number(v, count, int),
@@ -710,7 +710,7 @@ def _experts_said(cfg):
         num_local_experts=moe['n_experts'],
         num_experts_per_tok=moe['top_k'],
         moe_intermediate_size=_d_ff(cfg, moe['expert']) or 1,
-        norm_topk_prob=choose.get('renormalise', True),
+        norm_topk_prob=choose.get('renormalize', True),
         router_aux_loss_coef=router.get('balance', 0.0),
         router_jitter_noise=0.0,
         decoder_sparse_step=step,

@@ -713,15 +713,17 @@ def file_in(
 def bytes_in(
     folder,
     name: str,
-    most: int = MOST_JSON,  # bytes that it may have
+    max_bytes: int = MOST_JSON,  # bytes that it may have
     remedy='copy or make it again',
 ) -> bytes:
     """The bytes of a plain file in a folder.
 
     Raises `LabError` as `file_in`, and where it is too large"""
     path = file_in(folder, name, remedy)
-    if (size := path.stat().st_size) > most:
-        raise LabError(f'{path} has {size:,} bytes, more than the {most:,} it could need: {remedy}')
+    if (size := path.stat().st_size) > max_bytes:
+        raise LabError(
+            f'{path} has {size:,} bytes, more than the {max_bytes:,} it could need: {remedy}'
+        )
     with open(path, 'rb') as f:
         return f.read(size)
 

@@ -26,7 +26,7 @@ from .hardware import device, usable_device
 from .files import atomic_write
 
 # %% ../nbs/86_first_tour.ipynb #e10cc89d
-TOUR = dict(batch_size=8, block_len=128, lr=3e-3)  # beside the defaults of `Recipe`
+TOUR = dict(batch_size=8, length=128, lr=3e-3)  # beside the defaults of `Recipe`
 SIZE = dict(d_model=160)  # and of `GPTConfig`; a head for every 32 channels
 
 
@@ -37,7 +37,7 @@ def _context(corpus):
     lengths = sorted(len(d) + len(corpus.separator) for d in corpus.documents('val'))
     long = lengths[int(0.99 * len(lengths))]
     T = min(512, 32 * math.ceil(long / 32))
-    return dict(block_len=T, batch_size=round(1024 / T))  # as many tokens in a step
+    return dict(length=T, batch_size=round(1024 / T))  # as many tokens in a step
 
 
 def _nearest_divisor(n, wanted):
@@ -110,13 +110,13 @@ LOOKS = 18  # so often we look how it goes: every ten seconds of three minutes
 def _budget(minutes, per_step, recipe, n_val):
     """(steps, characters to validate at a look): a forward pass is a third of a step, all looks
     take 5% of the time"""
-    per_token = per_step / (recipe.batch_size * recipe.block_len) / 3  # seconds, only forward
+    per_token = per_step / (recipe.batch_size * recipe.length) / 3  # seconds, only forward
     timing = 20 * per_step
     validation = n_val * per_token  # the last one, of everything
-    samples = 5 * WRITES * per_token * recipe.block_len  # each character reads the whole context
+    samples = 5 * WRITES * per_token * recipe.length  # each character reads the whole context
     seconds = 60 * minutes - timing - validation - samples
     affordable = int(seconds / 20 / LOOKS / per_token)
-    part = min(n_val, 20_000, max(2 * recipe.block_len, affordable))
+    part = min(n_val, 20_000, max(2 * recipe.length, affordable))
     steps = int((seconds - LOOKS * part * per_token) / per_step)
     return max(20, steps), part
 
@@ -206,9 +206,11 @@ def _watcher(setup, part, steps):
     floor = setup.corpus.floor
 
     def looked(run):
-        val = setup.loss(most=part)
+        val = setup.loss(max_tokens=part)
         if run.step in writes:
-            text = sample(run.model, setup.tokenizer, n=WRITES, seed=1, temperature=0.8).strip('\n')
+            text = sample(
+                run.model, setup.tokenizer, max_new_tokens=WRITES, seed=1, temperature=0.8
+            ).strip('\n')
             far = f', {val / math.log(2) / floor - 1:.0%} above the floor' if floor else ''
             print(
                 f'\n--- after {run.seconds:.0f} s and {run.step:,} steps, '
@@ -563,7 +565,7 @@ def _introduction(setup):
         'to test on\n'
         f'model   MiniGPT: {model.n_params:,} parameters, {cfg.n_layers} layers of width '
         f'{cfg.d_model}, '
-        f'context {setup.recipe.block_len}, on {device()}'
+        f'context {setup.recipe.length}, on {device()}'
     )
 
 # %% ../nbs/86_first_tour.ipynb #0219f621
@@ -603,7 +605,7 @@ def _planned(setup, minutes):
     steps, part = _budget(minutes, per_step, recipe, len(setup.ids['val']))
     print(
         f'plan    a step takes {1000 * per_step:.0f} ms: {steps:,} steps of {recipe.batch_size} × '
-        f'{recipe.block_len} characters in {minutes:g} minutes, on {threads} threads. Ctrl-C '
+        f'{recipe.length} characters in {minutes:g} minutes, on {threads} threads. Ctrl-C '
         'stops and keeps what was learned',
         flush=True,
     )
@@ -649,8 +651,8 @@ def _learned(setup, keeper, minutes):
                     recipe.lr,
                     recipe.weight_decay,
                     seed=recipe.seed,
-                    every=calls,
-                    run=run,
+                    callbacks=calls,
+                    state=run,
                 )
         except BaseException:  # also Ctrl-C of somebody impatient
             _settle(run, keeper)

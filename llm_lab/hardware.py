@@ -214,7 +214,7 @@ _KINDS = {
     'norms': 'layer_norm|rms_norm',
     'loss': 'softmax|nll|cross_entropy',
     'embeddings': 'embedding|index',
-    'optimiser': '_fused_|_foreach_',
+    'optimizer': '_fused_|_foreach_',
     'other operations': '',
 }
 

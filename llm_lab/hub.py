@@ -123,10 +123,10 @@ _BUFFERS = re.compile(r'(^|\.)(attn\.(masked_)?bias|rotary_emb\.inv_freq)$')
 _KINDS = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)
 
 
-def _json(path, most=1 << 26, read=json.loads):
+def _json(path, max_bytes=1 << 26, read=json.loads):
     "What a JSON file of at most so many bytes says; `LabError` if there is none"
     try:
-        return json_of(bytes_in(path.parent, path.name, most), path, read=read)
+        return json_of(bytes_in(path.parent, path.name, max_bytes), path, read=read)
     except OSError:
         raise LabError(f'{path.parent} has no {path.name}: give a folder of Hugging Face') from None
 

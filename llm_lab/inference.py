@@ -126,7 +126,9 @@ def _simple(block):
 
 
 def _alike(a, b):
-    return (a.turned, a.interleaved) == (b.turned, b.interleaved) and torch.equal(a.freq, b.freq)
+    return (a.n_rotated, a.interleaved) == (b.n_rotated, b.interleaved) and torch.equal(
+        a.freq, b.freq
+    )
 
 
 def _place(c, i):
@@ -248,8 +250,8 @@ def read(self: Fast, attn, x, i, hands, at, end, ks, vs):
     for s in attn.transforms:
         if type(s) is RoPE:
             if id(s) not in hands:
-                hands[id(s)] = s.hands(i, x)
-            qk = s.turn(qk, *hands[id(s)])
+                hands[id(s)] = s.cos_sin(i, x)
+            qk = s.rotate(qk, *hands[id(s)])
         elif type(s) is QKNorm:
             q, k, *_ = s(*qk.split((H, G), 1), v, i, i)
             qk = torch.cat((q, k), 1)

@@ -731,10 +731,10 @@ SparseAttention.check = staticmethod(_kv_fits)
 # %% ../nbs/42_kernels.ipynb #9121eea3
 @patch
 @torch.compiler.disable
-def note(self: SparseAttention, q, k, i, words, n=8, most=16):
+def note(self: SparseAttention, q, k, i, words, n=8, max_texts=16):
     """Read the gauges at the last queries of `n` parts of a text, for the first `most` texts since
     they were asked; nothing waits"""
-    if len(self.noted) >= most:
+    if len(self.noted) >= max_texts:
         return
     T = len(i)
     rows = (torch.arange(1, n + 1, device=i.device) * T // n - 1).clamp_min(0)

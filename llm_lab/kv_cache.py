@@ -70,8 +70,8 @@ class KVCache:
 
 # %% ../nbs/35_kv_cache.ipynb #3339ff5b
 class CacheTransform(nn.Module):
-    """A transform, best the last: keys and values join those in the word `cache`, and all of them come
-    back"""
+    """A transform, best the last: keys and values join those in the keyword `cache`, and all of
+    them come back"""
 
     needs = ('cache',)
 
@@ -210,27 +210,27 @@ def complete(
     model,
     tokenizer,
     prompts,  # a text, or several
-    n=100,  # how many tokens to write for each, at most
+    max_new_tokens=100,  # how many tokens to write for each, at most
     samples=1,  # texts for each prompt
     seed=0,  # of the first; the next ones have seed + 1, seed + 2, …
     stop=(),  # a text to end at, or several; it is not given
-    **choice,  # temperature, top_k, top_p, repetition_penalty
+    **sampling,  # temperature, top_k, top_p, repetition_penalty
 ) -> list:  # for each prompt, a list of `Completion`s
     """Continue several texts at once, each as `sample` does; a model with a cache reads every
     prompt once"""
-    check_sampling(**choice)
-    for name, x, least in (('n', n, 0), ('samples', samples, 1)):
+    check_sampling(**sampling)
+    for name, x, least in (('n', max_new_tokens, 0), ('samples', samples, 1)):
         if type(x) is not int or x < least:
             raise LabError(f'{name}={x!r}: give a whole number of at least {least}')
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     stops = stop_strings(stop)
-    if not prompts or not n:
+    if not prompts or not max_new_tokens:
         return [[Completion() for _ in range(samples)] for _ in prompts]
     found = [prompt_ids(model, tokenizer, p) for p in prompts]
     if note := next(filter(None, (truncation_note(model, p) for p in found)), ''):
         warnings.warn(note, stacklevel=2)
     ids, pad = _together([p[0] for p in found])
-    reader = DecodingState(model, ids.shape[1] + n, pad)
+    reader = DecodingState(model, ids.shape[1] + max_new_tokens, pad)
     rows = [b for b in range(len(ids)) for _ in range(samples)]
     logits = reader(ids)[rows]
     select_rows(reader, rows)
@@ -240,9 +240,11 @@ def complete(
         for s in range(samples)
     ]
     done = [c for c, *_ in going]
-    steps = range(n, 0, -1)
-    for left in progress(steps, f'{len(done)} texts') if n * len(done) > 5000 else steps:
-        new = sample_next(logits, reader.ids, *(g for *_, g in going), **choice)
+    steps = range(max_new_tokens, 0, -1)
+    for left in (
+        progress(steps, f'{len(done)} texts') if max_new_tokens * len(done) > 5000 else steps
+    ):
+        new = sample_next(logits, reader.ids, *(g for *_, g in going), **sampling)
         said = zip(new[:, 0].tolist(), logits.float().log_softmax(-1).gather(1, new)[:, 0].tolist())
         on = [
             r

@@ -32,22 +32,22 @@ def _taken(scores, chosen):  # (N, E), (N, k) → (N, k)
     return torch.where(_mine(chosen, scores.shape[-1]), scores[..., None, :], 0.0).sum(-1)
 
 
-def _weighed(scores, chosen, renormalise=True):
+def _weighed(scores, chosen, renormalize=True):
     w = _taken(scores, chosen)
-    return w / w.sum(-1, keepdim=True) if renormalise else w
+    return w / w.sum(-1, keepdim=True) if renormalize else w
 
 
 def softmax_top_k(
     logits: Tensor,  # (N, E)
     top_k: int,
     bias=0.0,  # on the choice, not on the weights: (E,)
-    renormalise=True,  # do the weights of a token sum to one?
+    renormalize=True,  # do the weights of a token sum to one?
 ) -> tuple:  # weights (N, k), chosen experts (N, k), shares of all experts (N, E)
     """Softmax over all experts, then the best `top_k`
     (Lepikhin et al. 2020; Fedus et al. 2021, eq. 1; Qwen3)"""
     p = logits.softmax(-1)
     chosen = (p + bias).topk(top_k).indices
-    return _weighed(p, chosen, renormalise), chosen, p
+    return _weighed(p, chosen, renormalize), chosen, p
 
 
 def top_k_softmax(logits, top_k, bias=0.0):  # as `softmax_top_k`
@@ -57,12 +57,12 @@ def top_k_softmax(logits, top_k, bias=0.0):  # as `softmax_top_k`
     return _taken(logits, chosen).softmax(-1), chosen, logits.softmax(-1)
 
 
-def sigmoid_top_k(logits, top_k, bias=0.0, scale=1.0, renormalise=True):
+def sigmoid_top_k(logits, top_k, bias=0.0, scale=1.0, renormalize=True):
     # as `softmax_top_k`; `scale` multiplies the weights
-    "Each expert scored by itself, the best `top_k` renormalised (DeepSeek-AI 2024, eq. 12–16)"
+    "Each expert scored by itself, the best `top_k` renormalized (DeepSeek-AI 2024, eq. 12–16)"
     s = logits.sigmoid()
     chosen = (s + bias).topk(top_k).indices
-    return scale * _weighed(s, chosen, renormalise), chosen, s / s.sum(-1, keepdim=True)
+    return scale * _weighed(s, chosen, renormalize), chosen, s / s.sum(-1, keepdim=True)
 
 # %% ../nbs/51_moe.ipynb #7700dea5
 # pieces are filled up to a multiple of this, unless there are few pairs: a kernel prepares itself
@@ -90,7 +90,7 @@ def _table(pairs, n_experts):
 def sort_by_expert(
     chosen: Tensor,  # (N, k)
     n_experts: int,
-    most: int = None,  # places that an expert has; no end if none
+    capacity: int = None,  # places that an expert has; no end if none
 ) -> tuple:
     # row of each pair (k·N,) in the sorted table; rows of each expert (E,), and how many of them
     # are filled (E,); rows of the table
@@ -105,14 +105,14 @@ def sort_by_expert(
     )
     begin = counts.cumsum(0) - counts  # of each expert among the sorted pairs
     rank = torch.arange(len(e), device=e.device) - begin[e]
-    if most is not None:
-        counts = counts.clamp_max(most)
+    if capacity is not None:
+        counts = counts.clamp_max(capacity)
     M, pad = _table(len(e), n_experts)
     rows = (counts + pad - 1) // pad * pad  # filled up
     begin = rows.cumsum(0) - rows  # of each expert in the table
     row = begin[e] + rank
-    if most is not None:
-        row = torch.where(rank < most, row, M - 1)
+    if capacity is not None:
+        row = torch.where(rank < capacity, row, M - 1)
     place = torch.empty_like(row).scatter_(0, order, row)  # back to the order of the pairs
     return place, rows, counts, M
 

@@ -111,7 +111,7 @@ class Muon(torch.optim.Optimizer):
 
 # %% ../nbs/28_optim.ipynb #ee119fb6
 class CombinedOptimizer(torch.optim.Optimizer):
-    "Several optimisers that look like one, with one list of groups and one state"
+    "Several optimizers that look like one, with one list of groups and one state"
 
     grad_scale = None  # set by `train.update`, and handed on to the parts
     found_inf = None

@@ -182,10 +182,10 @@ def _told(folder, name, kind, remedy):
     return said
 
 
-def _sealed(folder, said, name, remedy, most=1 << 26):
+def _sealed(folder, said, name, remedy, max_bytes=1 << 26):
     "The bytes of a file as it was when it was sealed. Raises `LabError` when it is not"
     try:
-        data = bytes_in(folder, name, most, remedy)
+        data = bytes_in(folder, name, max_bytes, remedy)
     except OSError:
         raise LabError(f'{folder} lacks {name}: {remedy}') from None
     if _sha(data) != said['files'].get(name):
@@ -373,8 +373,8 @@ def load(
     about = said.get('about')
     if not isinstance(about, dict):
         raise LabError(f'{folder}/package.json says nothing about it: {_REMEDY}')
-    cfg = _sealed(folder, said, 'llm_lab.json', _REMEDY, most=1 << 22)
-    tok = _sealed(folder, said, 'tokenizer.json', _REMEDY, most=1 << 26)
+    cfg = _sealed(folder, said, 'llm_lab.json', _REMEDY, max_bytes=1 << 22)
+    tok = _sealed(folder, said, 'tokenizer.json', _REMEDY, max_bytes=1 << 26)
     tokenizer = tokenizer_from_json(json_of(tok, folder / 'tokenizer.json'), folder)
     try:
         shapes = meta_model(config_from(json_of(cfg, folder / 'llm_lab.json')))
@@ -391,7 +391,7 @@ def load(
 # %% ../nbs/24_package.ipynb #8d074c3f
 RECIPES = dict(
     tales=Recipe(
-        steps=5000, batch_size=2, block_len=288, seed=1, model=(('d_model', 64), ('n_layers', 2))
+        steps=5000, batch_size=2, length=288, seed=1, model=(('d_model', 64), ('n_layers', 2))
     )
 )
 
@@ -407,7 +407,7 @@ def _keep(recipe, folder):
         licence=s.corpus.licence,
         steps=run.step,
         tokens=run.tokens,
-        val_loss=s.loss(most=20_000),
+        val_loss=s.loss(max_tokens=20_000),
     )
     save(folder, s.model, s.tokenizer, about)
 

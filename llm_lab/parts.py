@@ -236,13 +236,13 @@ class Aux:
     "What parts say beside their output, by layer: `model(ids, aux=Aux())`"
 
     def __init__(self):
-        self.said = {}
+        self.terms = {}
 
     def add(self, layer, **what):
-        self.said[layer] = what
+        self.terms[layer] = what
 
     def loss(self):
-        losses = [what['loss'] for what in self.said.values() if 'loss' in what]
+        losses = [what['loss'] for what in self.terms.values() if 'loss' in what]
         return sum(losses, torch.zeros(()))
 
 

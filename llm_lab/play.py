@@ -16,10 +16,10 @@ from .core import LabError, require, widgets_live
 from .sampling import DecodingState, _written, sampling_probs, prompt_ids, truncation_note
 
 # %% ../nbs/85_play.ipynb #d1e3ea26
-def _likeliest(logits, k, **choice):
+def _likeliest(logits, k, **sampling):
     "The `k` likeliest ids of `logits` (V,), as `next_tokens` gives them"
     p = sampling_probs(logits)
-    q = sampling_probs(logits, **choice)
+    q = sampling_probs(logits, **sampling)
     top = p.topk(min(k, len(p))).indices
     return list(zip(top.tolist(), p[top].tolist(), q[top].tolist()))
 
@@ -28,12 +28,12 @@ def next_tokens(
     model,
     ids: Tensor,  # a text, (T,)
     k=10,  # how many
-    **choice,  # temperature, top_k, top_p, repetition_penalty
+    **sampling,  # temperature, top_k, top_p, repetition_penalty
 ) -> list:  # of (id, probability as the model says, probability after the filters)
     "The `k` likeliest next tokens, the likeliest first"
     read = DecodingState(model, len(ids))
     logits = read(ids[None])[0]  # (V,)
-    return _likeliest(logits, k, ids=ids.cpu(), **choice)
+    return _likeliest(logits, k, ids=ids.cpu(), **sampling)
 
 # %% ../nbs/85_play.ipynb #be993bb4
 def _name(tokenizer, id):
@@ -56,16 +56,16 @@ def _percent(p):
     return f'{p:.1%}' if p < 0.0995 else f'{p:.0%}'
 
 # %% ../nbs/85_play.ipynb #084ed770
-def _piece(tokenizer, text, id, logits, **choice):
+def _piece(tokenizer, text, id, logits, **sampling):
     """What `written_html` shows of a new token: text, probability as the model says, words under
     the mouse"""
     p = sampling_probs(logits)[id].item()
-    q = sampling_probs(logits, **choice)[id].item()
+    q = sampling_probs(logits, **sampling)[id].item()
 
     def row(id, p, q):
         return f'{_name(tokenizer, id)}  {_percent(p)} → {_percent(q)}'
 
-    others = [r for r in _likeliest(logits, 6, **choice) if r[0] != id][:5]
+    others = [r for r in _likeliest(logits, 6, **sampling) if r[0] != id][:5]
     rivals = [row(*r) for r in others]
     tip = [row(id, p, q), 'rivals:', *rivals, '(the model → after the filters)']
     return text, p, '\n'.join(tip)
@@ -193,7 +193,7 @@ def build(self: Playground, w, prompt):
 
 # %% ../nbs/85_play.ipynb #9e005703
 @patch
-def choice(self: Playground):
+def sampling_arguments(self: Playground):
     "The filters as the knobs stand now"
     return {name: None if k.value == 'all' else k.value for name, k in self.knobs.items()}
 
@@ -204,7 +204,8 @@ def turn(self: Playground, _=None):
     if self.logits is None:
         return
     rows = [
-        (_name(self.tokenizer, i), p, q) for i, p, q in _likeliest(self.logits, 10, **self.choice())
+        (_name(self.tokenizer, i), p, q)
+        for i, p, q in _likeliest(self.logits, 10, **self.sampling_arguments())
     ]
     self.bars.value = bars_html(rows, _tail(self.after))
 
@@ -232,7 +233,7 @@ def ask(self: Playground, _=None):
 
 # %% ../nbs/85_play.ipynb #659aa2d6
 @patch
-def write(self: Playground, halt, prompt, n, seed, **choice):
+def write(self: Playground, halt, prompt, max_new_tokens, seed, **sampling):
     "Write a text until it is done or `halt` is set"
     ids = prompt_ids(self.model, self.tokenizer, prompt)
     tail = prompt  # the end of the text so far
@@ -241,16 +242,18 @@ def write(self: Playground, halt, prompt, n, seed, **choice):
     if note:
         note += '; '
     self.given, self.pieces = prompt, []
-    for text, id, logits in _written(self.model, self.tokenizer, ids, n, seed, **choice):
+    for text, id, logits in _written(
+        self.model, self.tokenizer, ids, max_new_tokens, seed, **sampling
+    ):
         if halt.wait(0.01):  # a pause, ended at once by Stop
             break
-        self.pieces.append(_piece(self.tokenizer, text, id, logits, **choice))
+        self.pieces.append(_piece(self.tokenizer, text, id, logits, **sampling))
         self.after = tail
         self.logits = logits
         tail = (tail + text)[-20:]
         ids = torch.cat([ids, ids.new_tensor([[id]])], 1)
         if time.monotonic() > due:
-            self.show(f'{note}{len(self.pieces)} of {n} tokens')
+            self.show(f'{note}{len(self.pieces)} of {max_new_tokens} tokens')
             due = time.monotonic() + 0.1
     self.after = tail
     self.logits = DecodingState(self.model, ids.shape[1])(ids)[0]
@@ -259,10 +262,10 @@ def write(self: Playground, halt, prompt, n, seed, **choice):
 
 # %% ../nbs/85_play.ipynb #a2887952
 @patch
-def run(self: Playground, *args, **choice):
+def run(self: Playground, *args, **sampling):
     "`write`, and tell what goes wrong"
     try:
-        self.write(*args, **choice)
+        self.write(*args, **sampling)
     except Exception as e:
         self.show(f'{e}' if isinstance(e, LabError) else f'{type(e).__name__}: {e}')
 
@@ -280,7 +283,9 @@ def generate(self: Playground, _=None):
         self.thread.join()  # at most one token
     self.halt = threading.Event()
     job = self.halt, self.prompt.value, self.length.value, self.seed.value
-    self.thread = threading.Thread(target=self.run, args=job, kwargs=self.choice(), daemon=True)
+    self.thread = threading.Thread(
+        target=self.run, args=job, kwargs=self.sampling_arguments(), daemon=True
+    )
     self.thread.start()
 
 # %% ../nbs/85_play.ipynb #71d4aef2

@@ -68,14 +68,14 @@ class RoPE(nn.Module):
         scale=None,  # a recipe: speeds → speeds
     ):
         super().__init__()
-        self.turned = int(cfg.head_dim * partial)
+        self.n_rotated = int(cfg.head_dim * partial)
         self.interleaved = interleaved
-        f = rope_frequencies(self.turned, base)
+        f = rope_frequencies(self.n_rotated, base)
         if scale:
             f = scale(f)
         self.freq = torch.stack([-f, f], -1).flatten() if interleaved else torch.cat([-f, f])
 
-    def hands(self, p, like):
+    def cos_sin(self, p, like):
         # positions (T,) or (B, T) → cosines and signed sines, (T, D) or (B, 1, T, D)
         if self.freq.device != p.device:
             self.freq = self.freq.to(p.device)  # not a buffer: it stays float32
@@ -83,19 +83,19 @@ class RoPE(nn.Module):
         angle = angle[:, None] if p.dim() == 2 else angle
         return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
 
-    def turn(self, x, c, s):
-        x, rest = x[..., : self.turned], x[..., self.turned :]
+    def rotate(self, x, c, s):
+        x, rest = x[..., : self.n_rotated], x[..., self.n_rotated :]
         other = (
             x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
             if self.interleaved
-            else x.roll(self.turned // 2, -1)
+            else x.roll(self.n_rotated // 2, -1)
         )
         x = torch.addcmul(x * c, other, s)
         return torch.cat([x, rest], -1) if rest.shape[-1] else x
 
     def forward(self, q, k, v, i, j, **ctx):
-        at = self.hands(i, q)
-        return self.turn(q, *at), self.turn(k, *(at if j is i else self.hands(j, k))), v, i, j
+        at = self.cos_sin(i, q)
+        return self.rotate(q, *at), self.rotate(k, *(at if j is i else self.cos_sin(j, k))), v, i, j
 
 # %% ../nbs/31_positions.ipynb #944a0632
 def _pairs(cfg, partial=1.0, base=10_000.0, scale=None, **kw):

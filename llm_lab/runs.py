@@ -150,7 +150,7 @@ def make_batches(cfg: RunConfig, corpus, train, rank=0, world_size=1, device='cp
         starts = _starts(corpus, train)
         if starts is None:
             raise LabError(f'data.rows=documents: {corpus.name} is one running text; leave it out')
-    return BatchStream(train, t.batch_size, d.block_len, t.seed, rank, world_size, device, starts)
+    return BatchStream(train, t.batch_size, d.length, t.seed, rank, world_size, device, starts)
 
 # %% ../nbs/82_runs.ipynb #8467b25b
 class SingleProcess:
@@ -312,7 +312,7 @@ def model_config(cfg: RunConfig, vocab_size: int):
     "The `GPTConfig` of the model; what it refuses is told with the path of the section"
     try:
         return config_from(
-            dict(vocab_size=vocab_size, max_len=cfg.data.block_len, **model_data(cfg.model))
+            dict(vocab_size=vocab_size, max_len=cfg.data.length, **model_data(cfg.model))
         )
     except LabError as e:
         raise LabError(f'model.{e}') from None
@@ -341,10 +341,10 @@ def _trial(cfg: RunConfig, vocab_size: int, precision: str):
     "Within, a function that makes a step of the run on a model thrown away later: [loss, length]"
     t = cfg.train
     model = MiniGPT(_affordable(model_config(cfg, vocab_size)), t.seed)
-    opt = OPTIMIZERS[t.optimiser](apply_activation_checkpointing(model, t.recompute), lr=1e-6)
+    opt = OPTIMIZERS[t.optimizer](apply_activation_checkpointing(model, t.recompute), lr=1e-6)
     step = StepRunner(t.accumulate, precision, t.compile)
     rows = torch.randint(
-        vocab_size, (t.batch_size, cfg.data.block_len + 1), generator=rng(t.seed, 'trial')
+        vocab_size, (t.batch_size, cfg.data.length + 1), generator=rng(t.seed, 'trial')
     )
     keep_freed_memory()
 
@@ -431,12 +431,12 @@ def _texts_of(cfg, engine, sha256) -> dict:
 
 
 def _train_state(cfg, vocab_size, device) -> TrainState:
-    "Model and optimiser of a config, on the device, before the first step"
+    "Model and optimizer of a config, on the device, before the first step"
     t = cfg.train
     model = MiniGPT(_affordable(model_config(cfg, vocab_size), device.type), t.seed).to(device)
     apply_activation_checkpointing(model, t.recompute)
-    opt = OPTIMIZERS[t.optimiser](model, lr=t.lr, weight_decay=t.weight_decay)
-    return TrainState(model, t.steps, opt=opt)
+    opt = OPTIMIZERS[t.optimizer](model, lr=t.lr, weight_decay=t.weight_decay)
+    return TrainState(model, t.steps, optimizer=opt)
 
 
 def _about(cfg, folder, corpus) -> dict:
@@ -464,7 +464,7 @@ def _starts_within(ids, corpus, val):
 
 
 class TrainingRun:
-    """A config made real: texts, model, optimiser, batches, checkpoints, on the processes of an
+    """A config made real: texts, model, optimizer, batches, checkpoints, on the processes of an
     engine"""
 
     def __init__(
@@ -501,7 +501,7 @@ class TrainingRun:
         self.starts = _starts_within(self.ids, corpus, val)
         self.metrics = MetricsLog(folder)
 
-        parts = dict(data=self.stream)  # what a checkpoint keeps beside model and optimiser
+        parts = dict(data=self.stream)  # what a checkpoint keeps beside model and optimizer
         if cfg.train.precision == 'fp16':
             parts['scaler'] = self.step.scaler
         self.saved = CheckpointManager(
@@ -519,7 +519,7 @@ class TrainingRun:
         return dict(config=as_data(self.cfg), rows=self.metrics.told())
 
     def tokens(self, step):
-        return step * self.cfg.train.batch_size * self.cfg.data.block_len
+        return step * self.cfg.train.batch_size * self.cfg.data.length
 
 
 def _shown(folder):
@@ -537,8 +537,8 @@ def __repr__(self: TrainingRun):
         f'data    {corpus.name}: {n_train:,} tokens to learn from, licence {corpus.licence}',
         f'model   {self.run.model.n_params:,} parameters, {c.model.n_layers} layers of width '
         f'{c.model.d_model}',
-        f'plan    {c.train.steps:,} steps of {c.train.batch_size} × {c.data.block_len} tokens, '
-        f'{epochs:.2f} times the text, {c.train.optimiser}, on '
+        f'plan    {c.train.steps:,} steps of {c.train.batch_size} × {c.data.length} tokens, '
+        f'{epochs:.2f} times the text, {c.train.optimizer}, on '
         f'{e.num_processes} × {e.device.type}, {torch.get_num_threads()} threads, '
         f'{c.train.precision}',
     ]
@@ -583,7 +583,7 @@ def _work(cfg, T) -> float:
 def measure(self: TrainingRun):
     """Set what speeds are compared with: the operations that a token takes, and the most that all
     processes can do"""
-    T, device = self.cfg.data.block_len, self.engine.device.type
+    T, device = self.cfg.data.length, self.engine.device.type
     self.work = _work(self.run.model.cfg, T)
     self.peak = self.engine.num_processes * peak_flops(device, PRECISIONS[self.cfg.train.precision])
 
@@ -617,7 +617,7 @@ def record(self: TrainingRun, run) -> dict:
         loss=loss,
         ppl=math.exp(min(loss, 700)),
         bits_per_byte=loss * per_byte,
-        lr=run.opt.param_groups[0]['lr'],
+        lr=run.optimizer.param_groups[0]['lr'],
         grad_norm=norm,
         tokens_per_s=rate,
         mfu=rate * self.work / self.peak,
@@ -803,10 +803,10 @@ def go(self: TrainingRun, start=None):
         c.train.steps,
         clip=c.train.clip,
         seed=c.train.seed + 7919 * e.process_index,  # a dropout of its own in each process
-        run=run,
+        state=run,
         schedule=schedule_of(c.train),
-        step=step,
-        every={every: self.tick, (c.train.steps,): self.tick},
+        step_fn=step,
+        callbacks={every: self.tick, (c.train.steps,): self.tick},
     )
     if run.stopped:
         self.save(run)
@@ -852,7 +852,7 @@ def _to_judge(job) -> tuple:  # (model, the step of the best)
     return load(job.saved.place(best), job.engine.device)[0], best
 
 
-def _final_score(job, model, most, live):
+def _final_score(job, model, max_tokens, live):
     "The `Score` on the validation split; raises `LabError` that says how to get it later"
     texts = job.texts
     try:
@@ -860,7 +860,7 @@ def _final_score(job, model, most, live):
             model,
             texts['tokenizer'],
             texts['corpus'],
-            most=most,
+            max_tokens=max_tokens,
             batch_size=job.cfg.eval.at_once,
             live=live,
         )

@@ -99,7 +99,7 @@ class DecodingState:
     ):
         self.model = model
         self.length = length
-        self.room = max_context(model)
+        self.max_context = max_context(model)
         self.pad = pad
         self.chunk = chunk
         self.ids = None  # all that was read, (B, T)
@@ -113,11 +113,11 @@ class DecodingState:
             raise LabError('an empty text: give at least one token')
         if self.ids is None:
             self.ids = ids[:, :0]
-            self.cache = self.model.cache(len(ids), min(self.length, self.room))
+            self.cache = self.model.cache(len(ids), min(self.length, self.max_context))
         start = self.ids.shape[1]
         self.ids = torch.cat([self.ids, ids], 1)
         end = self.ids.shape[1]
-        if end > self.room:
+        if end > self.max_context:
             self.cache = None  # the window slides: read all anew
         training = self.model.training
         if training:
@@ -161,24 +161,24 @@ def features(self: DecodingState, start, end):  # columns → (B, T, C)
     return read(self.ids[:, start:end], **words)
 
 # %% ../nbs/26_sampling.ipynb #1aed097f
-def sample_next(logits, ids, *draws, **choice):  # (B, V), (B, T) → (B, 1)
+def sample_next(logits, ids, *draws, **sampling):  # (B, V), (B, T) → (B, 1)
     "The next token of each text; one generator for all, or one for each"
-    if choice.get('temperature', 1) < 1e-6 and 'repetition_penalty' not in choice:
+    if sampling.get('temperature', 1) < 1e-6 and 'repetition_penalty' not in sampling:
         return logits.argmax(-1, keepdim=True)  # greedy needs no probabilities
-    past = ids.cpu() if 'repetition_penalty' in choice else None
-    p = sampling_probs(logits, **choice, ids=past)
+    past = ids.cpu() if 'repetition_penalty' in sampling else None
+    p = sampling_probs(logits, **sampling, ids=past)
     groups = p.chunk(len(draws))  # the rows of each generator
     return torch.cat([torch.multinomial(rows, 1, generator=g) for rows, g in zip(groups, draws)])
 
 
-def _drawn(model, ids, n, seed, **choice):
+def _drawn(model, ids, max_new_tokens, seed, **sampling):
     "Yield n times the logits (B, V) of the next token and the one drawn from them, (B,)"
-    check_sampling(**choice)
+    check_sampling(**sampling)
     draws = rng(seed, 'sample')
-    read = DecodingState(model, ids.shape[1] + n)
-    for _ in range(n):
+    read = DecodingState(model, ids.shape[1] + max_new_tokens)
+    for _ in range(max_new_tokens):
         logits = read(ids)
-        new = sample_next(logits, read.ids, draws, **choice)  # (B, 1)
+        new = sample_next(logits, read.ids, draws, **sampling)  # (B, 1)
         yield logits, new[:, 0]
         ids = new.to(ids.device)  # only these are new to `read`
 
@@ -186,12 +186,12 @@ def _drawn(model, ids, n, seed, **choice):
 def generate(
     model,
     ids: Tensor,  # prompts, (B, T)
-    n: int,  # how many tokens to write
+    max_new_tokens: int,  # how many tokens to write
     seed=0,
-    **choice,  # temperature, top_k, top_p, repetition_penalty
+    **sampling,  # temperature, top_k, top_p, repetition_penalty
 ):
     "Yield n times the next token of each text, (B,)"
-    for _, new in _drawn(model, ids, n, seed, **choice):
+    for _, new in _drawn(model, ids, max_new_tokens, seed, **sampling):
         yield new
 
 # %% ../nbs/26_sampling.ipynb #73968950
@@ -254,11 +254,11 @@ def truncation_note(model, ids):
     return f'the prompt has {n} tokens, the model sees the last {most}' if n > most else ''
 
 # %% ../nbs/26_sampling.ipynb #55ee95f8
-def _written(model, tokenizer, ids, n, seed, **choice):
+def _written(model, tokenizer, ids, max_new_tokens, seed, **sampling):
     """Yield (text, id, the logits it was drawn from) for each new token, up to the tokenizer's end
     mark"""
     decoder = DecodeStream(tokenizer, ids[0].tolist())
-    for logits, new in _drawn(model, ids, n, seed, **choice):
+    for logits, new in _drawn(model, ids, max_new_tokens, seed, **sampling):
         id = new.item()
         if id == tokenizer.eos_id:
             return
@@ -302,23 +302,29 @@ def stream(
     model,
     tokenizer,
     prompt: str = '',
-    n=300,  # how many tokens to write, at most
+    max_new_tokens=300,  # how many tokens to write, at most
     seed=0,
     stop=(),  # a text to end at, or several; it is not given
-    **choice,  # temperature, top_k, top_p, repetition_penalty
+    **sampling,  # temperature, top_k, top_p, repetition_penalty
 ):
     """Iterate over the continuation of `prompt` in pieces of text.
 
     Warns when the prompt is longer than the context"""
-    check_sampling(**choice)
+    check_sampling(**sampling)
     stops = stop_strings(stop)
     ids = prompt_ids(model, tokenizer, prompt)
     if note := truncation_note(model, ids):
         warnings.warn(note, stacklevel=2)
-    pieces = (text for text, *_ in _written(model, tokenizer, ids, n, seed, **choice))
+    pieces = (
+        text for text, *_ in _written(model, tokenizer, ids, max_new_tokens, seed, **sampling)
+    )
     return filter(None, stop_at(stops, pieces))
 
 
-def sample(model, tokenizer, prompt: str = '', n=300, seed=0, stop=(), **choice) -> str:
+def sample(
+    model, tokenizer, prompt: str = '', max_new_tokens=300, seed=0, stop=(), **sampling
+) -> str:
     "`prompt` and its continuation by at most `n` tokens"
-    return prompt + ''.join(stream(model, tokenizer, prompt, n, seed, stop, **choice))
+    return prompt + ''.join(
+        stream(model, tokenizer, prompt, max_new_tokens, seed, stop, **sampling)
+    )

@@ -63,7 +63,7 @@ def _required(parameter) -> bool:
     return p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
 
 
-def _patterns_in(f) -> list:
+def _masks_in(f) -> list:
     "The masks that a recipe of a mask holds, as `and_masks` and `or_masks` of `sparse` do"
     inner = []
     for value in getattr(f, 'keywords', {}).values():
@@ -75,11 +75,11 @@ def _patterns_in(f) -> list:
 def needs_of(f) -> list:
     """Names of the arguments that a mask must be given beyond the positions i and j, also those
     of masks inside it"""
-    # def fade(i, j, h) has the words ['h'], and part(and_masks, of=(part(causal), part(fade))) has, too
-    words = [n for n, p in signature(f).parameters.items() if n not in ('i', 'j') and _required(p)]
-    for p in _patterns_in(f):
-        words += needs_of(p)
-    return [*dict.fromkeys(words)]  # each once, in order
+    # def fade(i, j, h) needs ['h'], and so does part(and_masks, of=(part(causal), part(fade)))
+    needs = [n for n, p in signature(f).parameters.items() if n not in ('i', 'j') and _required(p)]
+    for p in _masks_in(f):
+        needs += needs_of(p)
+    return [*dict.fromkeys(needs)]  # each once, in order
 
 
 def dense_mask(

@@ -151,8 +151,8 @@ def entropy_of(words: tuple) -> float:  # bits
 class Teller:
     "Walks through a story; whoever inherits says how to `pick(options, weights)`, an index"
 
-    def __init__(self, knobs):
-        self.knobs, self.cast, self.state = knobs, {}, {}  # cast: {variable: (word, pool)}
+    def __init__(self, cfg):
+        self.cfg, self.cast, self.state = cfg, {}, {}  # cast: {variable: (word, pool)}
         self.pieces, self.at, self.mentioned = [], 0, {}
 
     def say(self, piece):
@@ -170,7 +170,7 @@ class Teller:
         return n
 
     def words(self, pool, attr=None):  # in use, or an attribute of each
-        words = POOLS[pool][: self.knobs.richness]
+        words = POOLS[pool][: self.cfg.richness]
         return [ATTRIBUTES[attr][w] for w in words] if attr else words
 
     def known(self, pool):
@@ -213,8 +213,8 @@ def tell(self: Teller, *templates, weights=None):
 
 # %% ../nbs/13_tales.ipynb #e1b17989
 class _Writer(Teller):  # draws
-    def __init__(self, knobs, seed):
-        super().__init__(knobs)
+    def __init__(self, cfg, seed):
+        super().__init__(cfg)
         self.random = Random(repr(seed))
 
     def pick(self, options, weights):
@@ -232,7 +232,7 @@ def _opening(t):
             '{*place}.'
         ),
     )
-    t.state.update(holder='hero', other='friend', left=t.knobs.distance + 1, pet=False, last='')
+    t.state.update(holder='hero', other='friend', left=t.cfg.distance + 1, pet=False, last='')
     return _meeting
 
 
@@ -335,10 +335,10 @@ def _rescue(t):
 
 def _end(t):
     t.cast['holder'] = t.cast[t.state['holder']]
-    for ways in _LATE[: t.knobs.recall] or [(' That was all.',)]:
+    for ways in _LATE[: t.cfg.recall] or [(' That was all.',)]:
         t.tell(*ways)
     left = list(_QUESTIONS)
-    for _ in range(t.knobs.questions):
+    for _ in range(t.cfg.questions):
         left.pop(t.tell(*left))
 
 
@@ -349,18 +349,18 @@ def _story(teller):
     return teller.pieces
 
 # %% ../nbs/13_tales.ipynb #21e83bcc
-def write_tale(seed, knobs=TalesConfig()) -> str:
+def write_tale(seed, cfg=TalesConfig()) -> str:
     """A tale, without the end mark;
 
     `seed` is anything with a repr, and the same seed tells the same story"""
-    return ''.join(p.text for p in _story(_Writer(knobs, seed)))
+    return ''.join(p.text for p in _story(_Writer(cfg, seed)))
 
 # %% ../nbs/13_tales.ipynb #d8cd1f5c
 class _Reader(Teller):
     "A teller that tells a given text; anything else is an error"
 
-    def __init__(self, knobs, text):
-        super().__init__(knobs)
+    def __init__(self, cfg, text):
+        super().__init__(cfg)
         self.text = text
 
     def fail(self):
@@ -378,16 +378,16 @@ class _Reader(Teller):
         super().say(piece)
 
 
-def parse_tale(text: str, knobs=TalesConfig()) -> list:
+def parse_tale(text: str, cfg=TalesConfig()) -> list:
     "The `Piece`s of a tale without its end mark. Raises `LabError` where no tale can go on so"
-    pieces = _story(reader := _Reader(knobs, text))
+    pieces = _story(reader := _Reader(cfg, text))
     return pieces if reader.at == len(text) else reader.fail()  # it must end where the text ends
 
 # %% ../nbs/13_tales.ipynb #0b292913
-def valid_prefix(text: str, knobs=TalesConfig()) -> int:  # a number of characters
+def valid_prefix(text: str, cfg=TalesConfig()) -> int:  # a number of characters
     """How many characters of `text` a tale can begin with, up to the piece where the first mistake
     stands"""
-    reader = _Reader(knobs, text)
+    reader = _Reader(cfg, text)
     try:
         _story(reader)
     except LabError:
@@ -395,9 +395,9 @@ def valid_prefix(text: str, knobs=TalesConfig()) -> int:  # a number of characte
     return reader.at
 
 # %% ../nbs/13_tales.ipynb #34b6d38f
-def tale_bits(text: str, knobs=TalesConfig()) -> float:
+def tale_bits(text: str, cfg=TalesConfig()) -> float:
     "−log₂ of the probability of a tale: its exact code length"
-    return sum(p.bits for p in parse_tale(text, knobs))
+    return sum(p.bits for p in parse_tale(text, cfg))
 
 # %% ../nbs/13_tales.ipynb #b7b171ef
 Anatomy = namedtuple('Anatomy', 'bits kind distance')
@@ -412,13 +412,13 @@ def _shares(piece):
         left = fits
 
 
-def char_surprisal(text: str, knobs=TalesConfig()) -> Anatomy:
+def char_surprisal(text: str, cfg=TalesConfig()) -> Anatomy:
     """Arrays: each character's true surprisal in bits; its kind; for recalls, characters since the
     last mention"""
     return Anatomy(
         *map(
             np.array,
-            zip(*((b, p.kind, p.distance) for p in parse_tale(text, knobs) for b in _shares(p))),
+            zip(*((b, p.kind, p.distance) for p in parse_tale(text, cfg) for b in _shares(p))),
         )
     )
 
@@ -427,8 +427,8 @@ class _Expecter(Teller):
     """A teller that follows `path` where the story forks, the first option beyond it, and keeps the
     sums"""
 
-    def __init__(self, knobs, cast, state, path):
-        super().__init__(knobs)
+    def __init__(self, cfg, cast, state, path):
+        super().__init__(cfg)
         self.cast = dict(cast)
         self.state = dict(state)
         self.path = path
@@ -463,12 +463,12 @@ class _Expecter(Teller):
 
 # %% ../nbs/13_tales.ipynb #a81130b3
 @cache
-def _ways(knobs, scene, cast, state):
+def _ways(cfg, scene, cast, state):
     "All ways through a scene: the expected sums, and {(next scene, memory): probability}"
     sums, after, paths = np.zeros(3), defaultdict(float), [()]
     while paths:
         path = paths.pop()
-        t = _Expecter(knobs, cast, state, path)
+        t = _Expecter(cfg, cast, state, path)
         then = scene(t)
         sums += t.p * t.sums
         if then:
@@ -482,14 +482,14 @@ Expected = namedtuple('Expected', 'bits chars recall')
 
 
 @cache
-def expectations(knobs=TalesConfig()) -> Expected:
+def expectations(cfg=TalesConfig()) -> Expected:
     """Exact means over all tales: bits; characters without the end mark; bits that a reader saves
     by remembering"""
     table, sums = {(_opening, (), ()): 1.0}, np.zeros(3)
     while table:
         after = defaultdict(float)
         for memory, p in table.items():
-            one, then = _ways(knobs, *memory)
+            one, then = _ways(cfg, *memory)
             sums += p * one
             for m, q in then.items():
                 after[m] += p * q
@@ -500,33 +500,31 @@ def expectations(knobs=TalesConfig()) -> Expected:
 END = '\n\n'
 
 
-def entropy_rate(knobs=TalesConfig()) -> float:  # bits per character
+def entropy_rate(cfg=TalesConfig()) -> float:  # bits per character
     "The entropy of Tiny Tales per character, end marks included: no model's expected loss is lower"
-    e = expectations(knobs)
+    e = expectations(cfg)
     return e.bits / (e.chars + len(END))
 
 # %% ../nbs/13_tales.ipynb #72b42f1d
-def recall_question(seed, knobs=TalesConfig(recall=0, questions=1)) -> tuple:
+def recall_question(seed, cfg=TalesConfig(recall=0, questions=1)) -> tuple:
     """(a tale up to the answer of its last question, the only right answer, its distance in
     characters)"""
-    if not knobs.questions:
+    if not cfg.questions:
         raise LabError('questions=0: give a knob for at least 1')
-    pieces = _story(_Writer(knobs, seed))
+    pieces = _story(_Writer(cfg, seed))
     n = max(n for n, p in enumerate(pieces) if p.kind == 'recall')
     return ''.join(p.text for p in pieces[:n]), pieces[n].text, pieces[n].distance
 
 # %% ../nbs/13_tales.ipynb #a3bca28f
 @cache
-def tiny_tales(n=20_000, knobs=TalesConfig()) -> Corpus:
+def tiny_tales(n=20_000, cfg=TalesConfig()) -> Corpus:
     """`n` tales for training, a fiftieth of that to validate, as many to test: the same on every
     machine"""
     count = dict(train=n, val=n // 50, test=n // 50)
-    splits = {
-        s: END.join(write_tale(f'{s}/{k}', knobs) for k in range(m)) for s, m in count.items()
-    }
+    splits = {s: END.join(write_tale(f'{s}/{k}', cfg) for k in range(m)) for s, m in count.items()}
     digest = hashlib.sha256(END.join(splits.values()).encode()).hexdigest()
     return Corpus(
-        'tiny_tales', splits, END, 'Apache-2.0', 'llm_lab.tales', digest, entropy_rate(knobs), True
+        'tiny_tales', splits, END, 'Apache-2.0', 'llm_lab.tales', digest, entropy_rate(cfg), True
     )
 
 # %% ../nbs/13_tales.ipynb #d1ebcb98
@@ -536,7 +534,7 @@ SPANS = 32, 64, 128
 def split_excess(
     tales,  # texts without the end mark
     losses,  # for each: −log₂ P of each of its characters and of the end mark's, in bits
-    knobs=TalesConfig(),
+    cfg=TalesConfig(),
 ) -> dict:  # {'choice': …, 'literal': …, 'recall ≤32': …, …}, bits per character of the whole text
     """What a model pays above the floor, by what it did not know; the sum is its whole distance
     from perfect"""
@@ -548,7 +546,7 @@ def split_excess(
                 f'{len(loss)} losses for a tale of {size} characters, end mark included: '
                 'give one each'
             )
-        true, kind, distance = char_surprisal(tale, knobs)
+        true, kind, distance = char_surprisal(tale, cfg)
         extra = np.array(loss, float)
         extra[: len(tale)] -= true
         names = [

@@ -45,10 +45,10 @@ def _has_aux(model) -> bool:
     return 'aux' in getattr(_bare(model), 'words', ())
 
 
-def _for_gradient_alone(loss, aux):
+def _for_gradient_alone(loss_fn, aux):
     "The same number as `loss`, with the gradient of `loss + aux.loss()`"
     more = aux.loss()
-    return loss + (more - more.detach())  # adds 0; its derivative is that of `more`
+    return loss_fn + (more - more.detach())  # adds 0; its derivative is that of `more`
 
 
 def next_token_loss(model, rows: Tensor) -> Tensor:  # ids, (B, T+1) → a number, in nats
@@ -60,21 +60,21 @@ def next_token_loss(model, rows: Tensor) -> Tensor:  # ids, (B, T+1) → a numbe
     return _for_gradient_alone(loss, ctx['aux']) if ctx else loss
 
 # %% ../nbs/23_train.ipynb #a60f3c82
-def balanced(loss):
+def balanced(loss_fn):
     """The same loss; what parts say to `aux`, where it does not ask, counts for the gradient, as in
     `next_token_loss`"""
-    if loss is next_token_loss:
-        return loss
+    if loss_fn is next_token_loss:
+        return loss_fn
 
     def listening(model, rows):
         if not _has_aux(model):
-            return loss(model, rows)
+            return loss_fn(model, rows)
         core, aux = _bare(model), Aux()
         before = getattr(core, 'default_aux', None)
         # read in `MiniGPT.features`, where a call passes no `aux` of its own
         core.default_aux = aux
         try:
-            value = loss(model, rows)
+            value = loss_fn(model, rows)
         finally:
             core.default_aux = before
         return _for_gradient_alone(value, aux)
@@ -187,7 +187,7 @@ def token_losses(
 def span_losses(
     model,
     ids: Tensor,  # a text, (n,)
-    block_len: int = None,  # context; the model's max_len if none
+    length: int = None,  # context; the model's max_len if none
     batch_size: int = None,
     live=None,  # as for `token_losses`
     starts=None,  # where documents begin; the text as one if none
@@ -196,33 +196,33 @@ def span_losses(
     once"""
     if len(ids) < 2:
         raise LabError(f'a text of {len(ids)} tokens has no next token: give at least 2')
-    windows = spans(len(ids), block_len or model.cfg.max_len, starts)
+    windows = spans(len(ids), length or model.cfg.max_len, starts)
     return token_losses(model, ids, windows, batch_size, live).double()
 
 
 def mean_loss(
-    model, ids: Tensor, block_len: int = None, batch_size: int = None, live=None, starts=None
+    model, ids: Tensor, length: int = None, batch_size: int = None, live=None, starts=None
 ) -> float:
     "The mean of `span_losses`, in nats per token"
-    losses = span_losses(model, ids, block_len, batch_size, live, starts)
+    losses = span_losses(model, ids, length, batch_size, live, starts)
     return losses[~losses.isnan()].mean().item()
 
 # %% ../nbs/23_train.ipynb #dc05f6b1
 def random_crops(
     ids: Tensor,  # the training text, (n,)
     batch_size: int,
-    block_len: int,
+    length: int,
     seed=0,
     device='cpu',
     starts=None,  # where a row may begin; anywhere if none
-):  # a function of the step: rows (batch_size, block_len + 1)
+):  # a function of the step: rows (batch_size, length + 1)
     "Batches as a pure function of (seed, step): windows of the text that start at random places"
-    if len(ids) <= block_len:
+    if len(ids) <= length:
         raise LabError(
-            f'the text has {len(ids)} tokens, a window needs {block_len + 1}: give a longer '
-            'text or a smaller block_len'
+            f'the text has {len(ids)} tokens, a window needs {length + 1}: give a longer '
+            'text or a smaller length'
         )
-    windows = ids.unfold(0, block_len + 1, 1)  # (n − block_len, block_len + 1), a view
+    windows = ids.unfold(0, length + 1, 1)  # (n − length, length + 1), a view
     if starts is not None:
         starts = starts[starts < len(windows)]
     choices = len(windows if starts is None else starts)
@@ -288,12 +288,12 @@ class TrainState:
     seconds: float = 0.0  # spent
     notes: list = field(default_factory=list)  # the dicts that callbacks returned, with the step
     stopped: str = ''  # why it ended before its time
-    opt: object = None  # its optimiser
+    optimizer: object = None  # its optimizer
     unit: str = ''  # of its loss, where that is known
     random: dict = None  # where dropout's streams stood when it was left
 
     def __post_init__(self):
-        # loss (nats) and length of the gradient of each step, on the device of the model
+        # loss (nats) and gradient norm of each step, on the device of the model
         self.history = torch.full(
             (2, self.steps), math.nan, device=next(self.model.parameters()).device
         )
@@ -333,10 +333,10 @@ def _broken(x) -> bool:
     return x is not None and not x.isfinite().all()
 
 
-def _broken_row(model, rows, loss) -> list:
+def _broken_row(model, rows, loss_fn) -> list:
     "The first row of a batch that alone has such a loss, as one line; none if there is none"
     for n, row in enumerate(rows):
-        if _broken(loss(model, row[None])):
+        if _broken(loss_fn(model, row[None])):
             return [f'row {n} of its batch']
     return []
 
@@ -353,13 +353,13 @@ def _broken_weight(model) -> list:
     return []
 
 
-def _trouble(run, batch, loss):
+def _trouble(state, batches, loss_fn):
     "One line on the first step whose loss is no number"
-    losses = run.history[0, : run.step]
+    losses = state.history[0, : state.step]
     step = int((~losses.isfinite()).nonzero()[0])
-    rows = batch(step)  # the same as then: a function of the step
-    loss(run.model, rows).backward()
-    found = _broken_row(run.model, rows, loss) + _broken_weight(run.model)
+    rows = batches(step)  # the same as then: a function of the step
+    loss_fn(state.model, rows).backward()
+    found = _broken_row(state.model, rows, loss_fn) + _broken_weight(state.model)
     return (
         f'the loss of step {step} is {losses[step].item()} '
         f'({", ".join(found) or "not when repeated"}): '
@@ -367,10 +367,10 @@ def _trouble(run, batch, loss):
     )
 
 # %% ../nbs/23_train.ipynb #f472d64c
-def _called(every, step):
+def _called(callbacks, step):
     "The callbacks that are due after this step"
     due = []
-    for when, f in every.items():
+    for when, f in callbacks.items():
         now = step in when if isinstance(when, tuple) else step % when == 0
         if now:
             due.append(f)
@@ -381,15 +381,15 @@ class _Watch:
     """Called after each step; twice a second, and when a callback is due, it reads the losses and
     tells"""
 
-    def __init__(self, run, every, trouble):
-        self.run = run
-        self.every = every or {}
+    def __init__(self, state, callbacks, trouble):
+        self.run = state
+        self.every = callbacks or {}
         self.trouble = trouble  # () → what is said where a loss is no number
         self.live = StatusLine()
         # when the run would have begun, had it never been left and never paused for a callback
-        self.start = time.monotonic() - run.seconds
+        self.start = time.monotonic() - state.seconds
         self.due = 0.0  # when to read again
-        self.read = run.step  # up to which step the losses are known to be numbers
+        self.read = state.step  # up to which step the losses are known to be numbers
 
     def clock(self):
         self.run.seconds = time.monotonic() - self.start
@@ -424,53 +424,53 @@ class _Watch:
         self.live(self.run.line(loss))
 
 # %% ../nbs/23_train.ipynb #292dd160
-def _move(opt, grads, scale, skip):
-    "A step of an optimiser with gradients divided by `scale`; with none where `skip` is True"
-    if opt.defaults.get('fused') and scale.device.type != 'mps':
-        # Fused optimisers of PyTorch read these two attributes, the way torch.amp.GradScaler
+def _move(optimizer, grads, scale, skip):
+    "A step of an optimizer with gradients divided by `scale`; with none where `skip` is True"
+    if optimizer.defaults.get('fused') and scale.device.type != 'mps':
+        # Fused optimizers of PyTorch read these two attributes, the way torch.amp.GradScaler
         # speaks to them: the kernel divides each gradient by `grad_scale` while it moves the
         # weights, and leaves weights, averages and step counts alone where `found_inf` is 1.
         # So there is no pass over the gradients for clipping, and nobody waits for the device to
         # know whether they are finite. `Muon` (in `optim`) reads them, too.
-        opt.grad_scale = scale
-        opt.found_inf = skip.float()
+        optimizer.grad_scale = scale
+        optimizer.found_inf = skip.float()
     else:
         for g in grads:
             g.div_(scale).masked_fill_(skip, 0.0)
-    opt.step()
-    opt.grad_scale = opt.found_inf = None  # the next step may be somebody else's
+    optimizer.step()
+    optimizer.grad_scale = optimizer.found_inf = None  # the next step may be somebody else's
 
 
 def update(
     model,
-    opt,
-    clip=1.0,  # largest length of the whole gradient (Pascanu et al. 2013)
-) -> Tensor:  # its length before; it stays on the device
-    """Move the weights along the clipped gradient and empty it; a gradient that is no number counts
+    optimizer,
+    clip=1.0,  # largest norm of the whole gradient (Pascanu et al. 2013)
+) -> Tensor:  # its norm before; it stays on the device
+    """Move the weights along the clipped gradient and empty it; a gradient that is not finite counts
     as none"""
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    length = nn.utils.get_total_norm(grads)
-    scale = (length / clip).clamp_min(1.0)  # 1 where the gradient is short enough
-    _move(opt, grads, scale, skip=~length.isfinite())
-    opt.zero_grad()
+    grad_norm = nn.utils.get_total_norm(grads)
+    scale = (grad_norm / clip).clamp_min(1.0)  # 1 where the gradient is short enough
+    _move(optimizer, grads, scale, skip=~grad_norm.isfinite())
+    optimizer.zero_grad()
     for m in model.modules():
         after_step = getattr(m, 'after_step', None)
         if after_step is not None:
             after_step()  # parts that mind what a step has brought, such as a router
-    return length
+    return grad_norm
 
 
 def train_step(
     model,
-    opt,
+    optimizer,
     rows: Tensor,
     clip=1.0,
-    loss=next_token_loss,  # `rows` are ids, (B, T+1)
-) -> tuple:  # (loss before the step, in nats; length of the gradient); they stay on the device
+    loss_fn=next_token_loss,  # `rows` are ids, (B, T+1)
+) -> tuple:  # (loss before the step, in nats; gradient norm); they stay on the device
     "One step of training: loss, gradient, clipping, update; the gradient is empty afterwards"
-    value = balanced(loss)(model, rows)
+    value = balanced(loss_fn)(model, rows)
     value.backward()
-    return value.detach(), update(model, opt, clip)
+    return value.detach(), update(model, optimizer, clip)
 
 # %% ../nbs/23_train.ipynb #af7dc542
 def _cosine(steps, lr, warmup, min_lr):
@@ -482,59 +482,62 @@ def _cosine(steps, lr, warmup, min_lr):
     return partial(warmup_cosine, warmup=warmup, end=min_lr / lr if min_lr else 0.0)
 
 
-def _set_rates(opt, factor, step, steps):
-    "The learning rates of a step: those that the optimiser was made with, times the schedule"
-    for g in opt.param_groups:
+def _set_rates(optimizer, factor, step, steps):
+    "The learning rates of a step: those that the optimizer was made with, times the schedule"
+    for g in optimizer.param_groups:
         # as PyTorch's schedulers: the first step notes the rate, and checkpoints keep the note
         g['lr'] = g.setdefault('initial_lr', g['lr']) * factor(step, steps)
 
 
 def fit(
     model,
-    batch,  # a function of the step: rows of ids (B, T+1)
+    batches,  # step → ids (B, T+1)
     steps: int,
     lr=4e-3,
     weight_decay=0.1,
     warmup: int = None,  # steps of climbing; 100, or a tenth of all, if none
     min_lr=0.0,  # where the rate comes down to
-    clip=1.0,  # largest length of the whole gradient
-    every: dict = None,  # {n: f}: f(run) every n steps; {(10, 50): f}: at these; its dict is noted
+    clip=1.0,  # largest norm of the whole gradient
+    # {n: f}: f(state) every n steps; {(10, 50): f}: at these; the dict it returns is noted
+    callbacks: dict = None,
     seed=0,  # of dropout
-    opt=None,  # an optimiser with rates of its own; `adamw(model, lr, weight_decay)` if none
+    optimizer=None,  # an optimizer with rates of its own; `adamw(model, lr, weight_decay)` if none
     schedule=None,  # f(step, steps): the factor on the rates; by the two words above if none
-    loss=next_token_loss,
-    step=train_step,
-    run=None,  # a `TrainState` of this model that goes on where it stands
+    loss_fn=next_token_loss,
+    step_fn=train_step,
+    state=None,  # a `TrainState` of this model that goes on where it stands
 ) -> TrainState:
     """Train `model` with clipped gradients.
 
     Ctrl-C stops and keeps what was learned; raises where a loss is no number"""
-    if run and run.steps != steps:
-        raise LabError(f'steps={steps:,}: this run is planned for {run.steps:,}; give that')
+    if state and state.steps != steps:
+        raise LabError(f'steps={steps:,}: this run is planned for {state.steps:,}; give that')
     factor = schedule or _cosine(steps, lr, warmup, min_lr)
-    run = run or TrainState(model.train(), steps)
-    run.unit = 'nats/token' if loss is next_token_loss else ''
-    run.opt = opt = opt or run.opt or adamw(model.train(), lr, weight_decay)
-    watch = _Watch(run, every, trouble=lambda: _trouble(run, batch, loss))
-    device = run.history.device
+    state = state or TrainState(model.train(), steps)
+    state.unit = 'nats/token' if loss_fn is next_token_loss else ''
+    state.optimizer = optimizer = (
+        optimizer or state.optimizer or adamw(model.train(), lr, weight_decay)
+    )
+    watch = _Watch(state, callbacks, trouble=lambda: _trouble(state, batches, loss_fn))
+    device = state.history.device
     keep_freed_memory()
-    with graceful_interrupt(run.stop), seeded_rng(seed, 'dropout', device), quick_linear(model):
-        restore_rng_state(run.random or {})
-        run.random = None  # who goes on has them
-        while run.step < steps and not run.stopped:
-            _set_rates(opt, factor, run.step, steps)
-            rows = batch(run.step)
-            value, length = step(model, opt, rows, clip, loss)
-            run.history[0, run.step] = value
-            run.history[1, run.step] = length
-            run.step += 1
-            run.tokens += rows[:, 1:].numel()
+    with graceful_interrupt(state.stop), seeded_rng(seed, 'dropout', device), quick_linear(model):
+        restore_rng_state(state.random or {})
+        state.random = None  # who goes on has them
+        while state.step < steps and not state.stopped:
+            _set_rates(optimizer, factor, state.step, steps)
+            rows = batches(state.step)
+            value, grad_norm = step_fn(model, optimizer, rows, clip, loss_fn)
+            state.history[0, state.step] = value
+            state.history[1, state.step] = grad_norm
+            state.step += 1
+            state.tokens += rows[:, 1:].numel()
             watch()
-        run.random = rng_state(device)
+        state.random = rng_state(device)
     watch.clock()
-    end = f' | stopped {run.stopped}, what was learned is kept' if run.stopped else ''
-    watch.live.close(run.line(watch.loss()) + end)
-    return run
+    end = f' | stopped {state.stopped}, what was learned is kept' if state.stopped else ''
+    watch.live.close(state.line(watch.loss()) + end)
+    return state
 
 # %% ../nbs/23_train.ipynb #a693bc6d
 @dataclass(frozen=True)
@@ -544,7 +547,7 @@ class Recipe:
     corpus: str = 'tiny_tales'
     steps: int = 1000
     batch_size: int = 8
-    block_len: int = 128  # context, in tokens
+    length: int = 128  # context, in tokens
     lr: float = 4e-3
     weight_decay: float = 0.1
     seed: int = 0
@@ -552,7 +555,7 @@ class Recipe:
 
     def check(self):
         "Raises `LabError` on numbers that cannot be trained with"
-        for k in ('steps', 'batch_size', 'block_len', 'seed'):
+        for k in ('steps', 'batch_size', 'length', 'seed'):
             n, least = getattr(self, k), int(k != 'seed')
             if not isinstance(n, int) or n < least:
                 raise LabError(f'{k}={n!r}: give a whole number of at least {least}')
@@ -577,10 +580,10 @@ class Setup:
     model: nn.Module
     batch: object
 
-    def loss(self, split='val', most=None, live=None) -> float:  # nats per token
+    def loss(self, split='val', max_tokens=None, live=None) -> float:  # nats per token
         """The loss on a split, or on its first `most` tokens; story by story where documents stand
         alone"""
-        ids, starts = self.ids[split][:most], self.starts[split]
+        ids, starts = self.ids[split][:max_tokens], self.starts[split]
         if starts is not None:
             starts = starts[starts < len(ids) - 1]
         return mean_loss(self.model, ids, live=live, starts=starts)
@@ -612,14 +615,14 @@ def read_split(corpus, tokenizer, split) -> tuple:
 # %% ../nbs/23_train.ipynb #f30c6176
 def _require_length(ids: dict, recipe, corpus, tokenizer):
     "Raises `LabError` where a text is too short for its contexts to differ"
-    least = 10 * (recipe.block_len + 1)
+    least = 10 * (recipe.length + 1)
     n = sum(map(len, ids.values()))
     if n < least:
         raise LabError(
             f'corpus {corpus.name!r} has {n:,} '
             f'{"characters" if tokenizer.kind == "chars" else "tokens"}, '
-            f'contexts of {recipe.block_len} need {least:,}: give a longer text or a smaller '
-            'block_len'
+            f'contexts of {recipe.length} need {least:,}: give a longer text or a smaller '
+            'length'
         )
 
 
@@ -633,13 +636,13 @@ def prepare(recipe: Recipe, corpus=None, device='cpu', tokenizer=None) -> Setup:
     for split in ('train', 'val'):
         ids[split], starts[split] = read_split(corpus, tokenizer, split)
     _require_length(ids, recipe, corpus, tokenizer)
-    sizes = {'vocab_size': tokenizer.vocab_size, 'max_len': recipe.block_len, **dict(recipe.model)}
+    sizes = {'vocab_size': tokenizer.vocab_size, 'max_len': recipe.length, **dict(recipe.model)}
     model = MiniGPT(GPTConfig(**sizes), seed=recipe.seed).to(device)
     begins = None  # of rows: anywhere, or where a window of a document begins
     if starts['train'] is not None:
-        begins = spans(len(ids['train']), recipe.block_len, starts['train'])[:, 0]
+        begins = spans(len(ids['train']), recipe.length, starts['train'])[:, 0]
     batch = random_crops(
-        ids['train'], recipe.batch_size, recipe.block_len, recipe.seed, device, begins
+        ids['train'], recipe.batch_size, recipe.length, recipe.seed, device, begins
     )
     return Setup(recipe, corpus, tokenizer, ids, starts, model, batch)
 

@@ -47,7 +47,7 @@ def begin():
             vocab_size=TOK.vocab_size, max_len=16, d_model=16, n_layers=1, n_heads=2, dropout=0.1
         )
     )
-    return TrainState(model, 30, opt=muon(model))
+    return TrainState(model, 30, optimizer=muon(model))
 
 
 def trained(steps):
@@ -55,7 +55,9 @@ def trained(steps):
     run = begin()
     calls = {10: lambda run: dict(val=3 - run.step / 10), (steps,): lambda run: run.stop('here')}
     with redirect_stdout(sys.stderr):
-        return fit(run.model, BATCH, 30, run=run, step=StepRunner(accumulate=2), every=calls)
+        return fit(
+            run.model, BATCH, 30, state=run, step_fn=StepRunner(accumulate=2), callbacks=calls
+        )
 
 
 def keeper(folder, *mine):

@@ -30,7 +30,7 @@ from llm_lab.train import next_token_loss, train_step
 pytestmark = pytest.mark.usefixtures('one_thread')
 TINY = (
     'data.corpus=own.txt',
-    'block_len=16',
+    'length=16',
     'd_model=16',
     'n_layers=1',
     'n_heads=2',
@@ -261,7 +261,8 @@ def test_muon_counts_in_what_the_processor_is_quick_at(monkeypatch):
 
 def test_a_plan_of_muons_memory_measures_nothing_that_is_not_there(fresh):
     assert (
-        step_memory(GPTConfig(vocab_size=20, max_len=16, d_model=32, n_layers=1), 2, opt=muon) > 0
+        step_memory(GPTConfig(vocab_size=20, max_len=16, d_model=32, n_layers=1), 2, optimizer=muon)
+        > 0
     )
     assert short_precision() in ('bf16', 'float32')
 
@@ -356,7 +357,7 @@ def test_who_goes_on_keeps_what_was_chosen():
 # --- precision
 
 ASKED = dict(
-    data=dict(block_len=16),
+    data=dict(length=16),
     model=dict(d_model=16, n_layers=1, n_heads=2),
     train=dict(precision='auto', batch_size=4),
 )
@@ -458,7 +459,7 @@ def test_a_trial_is_the_step_of_the_run_and_leaves_no_trace():
     weights of others stay"""
     cfg = config_from_dict(
         dict(
-            data=dict(block_len=16),
+            data=dict(length=16),
             model=dict(d_model=16, n_layers=1, n_heads=2, dropout=0.5),
             train=dict(batch_size=4),
         )
@@ -487,7 +488,7 @@ def test_auto_threads_are_raced_and_null_are_those_there_are(monkeypatch):
     def of(said, tune=False, engine=SingleProcess()):
         cfg = config_from_dict(
             dict(
-                data=dict(block_len=8),
+                data=dict(length=8),
                 model=dict(d_model=8, n_layers=1, n_heads=1),
                 train=dict(said, batch_size=2),
             )
@@ -576,7 +577,7 @@ def test_a_command_with_auto_ends_well(name, desk):
         *(
             ()
             if name == 'smoke'
-            else ('optimiser=adamw', 'accumulate=2', 'recompute=true', 'dropout=.1', 'block=llama')
+            else ('optimizer=adamw', 'accumulate=2', 'recompute=true', 'dropout=.1', 'block=llama')
         ),
     ]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -1109,7 +1109,7 @@ def test_a_model_with_this_tokenizer_is_packed_opened_and_writes(tok, tmp_path):
     model, back, _ = load(tmp_path / 'm')
     assert same(tok, back)
     assert len([*generate(model, torch.tensor([tok.encode('the house 家')]), 20)]) == 20
-    assert len(''.join(stream(model, back, 'the house 家', n=20))) > 0
+    assert len(''.join(stream(model, back, 'the house 家', max_new_tokens=20))) > 0
 
     class Scripted(torch.nn.Module):
         "A model that writes what it is told, whatever it reads"
@@ -1139,9 +1139,9 @@ def test_a_model_with_this_tokenizer_is_packed_opened_and_writes(tok, tmp_path):
     single = [tok.letter_ids[c] for c in bytes_to_printable(words)]  # every byte a token
     for ids in (single, tok.encode(words)):
         told = lambda: Scripted([*ids, tok.eos_id, *ids], 1)
-        pieces = [*stream(told(), tok, '', n=len(ids) + 3, temperature=0)]
+        pieces = [*stream(told(), tok, '', max_new_tokens=len(ids) + 3, temperature=0)]
         assert ''.join(pieces) == words and '\ufffd' not in ''.join(pieces) and (len(pieces) > 3)
-        assert sample(told(), tok, '', n=len(ids) + 3, temperature=0) == words
+        assert sample(told(), tok, '', max_new_tokens=len(ids) + 3, temperature=0) == words
 
 
 # ---- memory

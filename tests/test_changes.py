@@ -45,9 +45,9 @@ WORDS = 'to be or not that is the question whether nobler in mind'.split()
 TYPED = 'train.weight_decay=0.2'  # when the run began; its file does not say so
 STOP, END = 8, 12
 FILE = dict(
-    data=dict(corpus='own.txt', block_len=16),
+    data=dict(corpus='own.txt', length=16),
     model=dict(d_model=8, n_layers=1, n_heads=2, dropout=0.1),
-    train=dict(steps=END, batch_size=4, lr=0.02, optimiser='adamw', warmup=2),
+    train=dict(steps=END, batch_size=4, lr=0.02, optimizer='adamw', warmup=2),
     eval=dict(every=4, tokens=60, sample_every=4, sample_tokens=3, prompt='to be'),
     log=dict(every=2, checkpoint_every=3, keep=2),
 )

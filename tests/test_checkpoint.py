@@ -66,28 +66,28 @@ def begin(opt=muon, steps=40, dropout=0.2, make=GPTConfig, **parts):
             **parts,
         )
     )
-    return TrainState(model, steps, opt=opt(model)), BatchStream(IDS, 6, 16, seed=1)
+    return TrainState(model, steps, optimizer=opt(model)), BatchStream(IDS, 6, 16, seed=1)
 
 
-def go(run, batch, *saves, step=None, every=None, **kw):
-    every = {**(every or {}), **{(n,): f for n, f in saves}}
+def go(run, batch, *saves, step=None, callbacks=None, **kw):
+    callbacks = {**(callbacks or {}), **{(n,): f for n, f in saves}}
     return fit(
         run.model,
         batch,
         run.steps,
-        run=run,
-        step=step or StepRunner(accumulate=3),
-        every=every,
+        state=run,
+        step_fn=step or StepRunner(accumulate=3),
+        callbacks=callbacks,
         **kw,
     )
 
 
 def bits(run):
     "All that a run is, as bytes, by name"
-    tensors, groups = optimizer_state(run.model, run.opt)
+    tensors, groups = optimizer_state(run.model, run.optimizer)
     tensors = {
         **run.model.state_dict(),
-        **{f'optimiser/{k}': v for k, v in tensors.items()},
+        **{f'optimizer/{k}': v for k, v in tensors.items()},
         'history': run.history,
     }
     facts = json.dumps([groups, run.step, run.tokens]).encode()
@@ -132,7 +132,7 @@ def looked():
 def kept(tmp_path_factory, looked):
     "(folder, the finished run) of 40 steps, a checkpoint of each"
     folder, (run, batch) = tmp_path_factory.mktemp('kept') / 'run', begin()
-    go(run, batch, every={**looked, 1: CheckpointManager(folder, TOK, keep=99, data=batch)})
+    go(run, batch, callbacks={**looked, 1: CheckpointManager(folder, TOK, keep=99, data=batch)})
     return folder, run
 
 
@@ -170,25 +170,25 @@ def test_a_run_that_is_resumed_again_and_again_ends_with_the_same_files(kept, tm
     "Each life saves into the folder that it found"
     run, batch = begin()
     first = CheckpointManager(tmp_path, TOK, data=batch)
-    go(run, batch, every={(13,): first, 13: lambda run: run.stop('here')})
+    go(run, batch, callbacks={(13,): first, 13: lambda run: run.stop('here')})
     for at, until in ((13, 29), (29, 40)):
         run, batch = begin()
         saves = CheckpointManager(tmp_path, TOK, data=batch)
         assert saves.load(run)['step'] == at
-        go(run, batch, every={(until,): saves, until: lambda run: run.stop('here')})
+        go(run, batch, callbacks={(until,): saves, until: lambda run: run.stop('here')})
     assert same(bits(run), bits(kept[1]))
     assert digests(saves.place(40)) == digests(CheckpointManager(kept[0], TOK).place(40))
 
 
 @pytest.mark.parametrize('name,precision', crossed(OPTIMIZERS, ['float32', 'bf16']))
-def test_every_optimiser_is_resumed_bit_by_bit(name, precision, tmp_path):
+def test_every_optimizer_is_resumed_bit_by_bit(name, precision, tmp_path):
     start = lambda: begin(OPTIMIZERS[name], steps=24)
     run, batch = start()
     go(
         run,
         batch,
-        every={1: CheckpointManager(tmp_path, TOK, keep=99, data=batch)},
-        step=StepRunner(accumulate=3, precision=precision),
+        callbacks={1: CheckpointManager(tmp_path, TOK, keep=99, data=batch)},
+        step_fn=StepRunner(accumulate=3, precision=precision),
     )
     for at in some((1, 11, 23, 2), 2):
         assert same(
@@ -220,7 +220,7 @@ def test_the_modern_block_is_resumed_bit_by_bit(parts, tmp_path):
     start = lambda: begin(steps=12, make=llama, **parts)
     run, batch = start()
     saves = CheckpointManager(tmp_path, TOK, keep=99, data=batch)
-    go(run, batch, every={1: saves})
+    go(run, batch, callbacks={1: saves})
     for at in (1, 5, 11):
         assert same(bits(resumed(tmp_path, at, begin=start)), bits(run)), at
     assert torch.equal(
@@ -242,7 +242,7 @@ def test_the_scale_of_fp16_comes_along_as_a_part(name, tmp_path):
         return CheckpointManager(tmp_path, TOK, keep=99, data=batch, scaler=step.scaler)
 
     run, batch, step = start()
-    go(run, batch, every={1: parts(batch, step)}, step=step)
+    go(run, batch, callbacks={1: parts(batch, step)}, step_fn=step)
     assert not run.history[1].isfinite().all() and run.history[1, -3:].isfinite().any()
     for at in (1, 5, 14, 23):
         for forget in (False, True):
@@ -250,7 +250,7 @@ def test_the_scale_of_fp16_comes_along_as_a_part(name, tmp_path):
             parts(batch, other).load(again, parts(batch, other).place(at))
             if forget:
                 other.scaler = start()[2].scaler
-            go(again, batch, step=other)
+            go(again, batch, step_fn=other)
             assert forget or (
                 same(bits(again), bits(run))
                 and other.scaler.state_dict() == step.scaler.state_dict()
@@ -270,7 +270,7 @@ def test_evaluating_or_sampling_during_a_run_changes_no_weight(kept, tmp_path):
         return dict(val=mean_loss(run.model, IDS[:300]))
 
     def samples(run):
-        said.append(sample(run.model, TOK, 'ab', n=6, seed=run.step))
+        said.append(sample(run.model, TOK, 'ab', max_new_tokens=6, seed=run.step))
 
     def draws(run):
         torch.rand(7), torch.randperm(5), F.dropout(torch.ones(9), 0.5), torch.nn.Linear(3, 3)
@@ -284,7 +284,7 @@ def test_evaluating_or_sampling_during_a_run_changes_no_weight(kept, tmp_path):
     careless = dict(zip((1, 2, 3, 4, 5), (evaluates, samples, draws, seeds, trains_on_nothing)))
     run, batch = begin()
     saves = CheckpointManager(tmp_path, TOK, keep=99, data=batch)
-    go(run, batch, every={**careless, (12, 20): draws, (12, 20, 40): saves})
+    go(run, batch, callbacks={**careless, (12, 20): draws, (12, 20, 40): saves})
     assert same(bits(run), bits(kept[1])) and run.model.training
     assert len(said) == 20 and len(run.notes) == 40 and len({n['val'] for n in run.notes}) > 30
     for at in (12, 20):
@@ -299,7 +299,7 @@ def test_a_draw_inside_a_step_does_change_the_weights(kept):
         torch.rand(1)
         return next_token_loss(model, rows)
 
-    assert not same(bits(go(*begin(), loss=draws)), bits(kept[1]))
+    assert not same(bits(go(*begin(), loss_fn=draws)), bits(kept[1]))
 
 
 # ---- every system call of a save

@@ -1,4 +1,4 @@
-"What a config may say is what there is: the words of optimisers, schedules, the keys of a model."
+"What a config may say is what there is: the words of optimizers, schedules, the keys of a model."
 
 from dataclasses import MISSING, fields
 
@@ -13,7 +13,7 @@ DECIDED = ('vocab_size', 'max_len')  # by the data
 
 def test_the_words_of_the_keys_are_those_that_exist():
     words = {f.name: f.metadata.get('of') for f in fields(TrainConfig)}
-    assert {*words['optimiser']} == {*OPTIMIZERS}
+    assert {*words['optimizer']} == {*OPTIMIZERS}
     assert {*words['schedule']} == {*SCHEDULES}
     assert {*words['precision']} == {*PRECISIONS, 'auto'}
 

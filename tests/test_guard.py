@@ -580,7 +580,7 @@ def test_a_picture_replaces_a_picture_of_ours_only(tmp_path):
 
 def begun():
     a_model = model()
-    return TrainState(a_model, 99, opt=torch.optim.SGD(a_model.parameters(), 1.0))
+    return TrainState(a_model, 99, optimizer=torch.optim.SGD(a_model.parameters(), 1.0))
 
 
 def at_step(run, step):
@@ -680,7 +680,7 @@ def home(tmp_path, monkeypatch):
 def tiny(home, *more, **kw):
     words = [
         f'data.corpus={home.parent / "poem.txt"}',
-        'data.block_len=16',
+        'data.length=16',
         'model.d_model=8',
         'model.n_heads=1',
         'eval.tokens=100',
@@ -1243,7 +1243,7 @@ def small_run(name, **kw):
     runs.peak_flops = lambda *a: 1e9
     words = [
         f'data.corpus={os.environ["LLM_LAB_HOME"]}/../poem.txt',
-        'data.block_len=16',
+        'data.length=16',
         'model.d_model=8',
         'model.n_heads=1',
         'steps=3',

@@ -303,7 +303,7 @@ def test_the_hands_stand_at_the_same_bits_far_out(base):
         same = dict(rtol=0, atol=0) if rope['rope_type'] != 'llama3' else dict(rtol=2e-7, atol=0)
         torch.testing.assert_close(ours.freq[64:], theirs.inv_freq, **same)
         if rope['rope_type'] != 'llama3':
-            c, s = ours.hands(far, torch.ones(()))
+            c, s = ours.cos_sin(far, torch.ones(()))
             x = torch.ones(1, len(far), 1)
             assert torch.equal(c, theirs(x, far[None])[0][0]) and torch.equal(
                 s[:, 64:], theirs(x, far[None])[1][0, :, 64:]
@@ -895,7 +895,7 @@ DETAILS = {
                 of=(
                     part(
                         c.mlp.keywords['of'][0],
-                        router=part(Router, choose=part(softmax_top_k, renormalise=False)),
+                        router=part(Router, choose=part(softmax_top_k, renormalize=False)),
                     ),
                     *c.mlp.keywords['of'][1:],
                 ),

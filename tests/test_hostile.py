@@ -556,10 +556,10 @@ YAML = [
     'model: {d_model: 1000000000}',
     'model: {d_model: 131072, n_layers: 1024, n_heads: 128}',
     'data: {vocab_size: 1000000000, tokenizer: bpe}',
-    'data: {block_len: 100000000000}\neval: {tokens: 1000000000000}',
+    'data: {length: 100000000000}\neval: {tokens: 1000000000000}',
     'train: {batch_size: 1000000000000}',
     'log: {tracker: model_code}',
-    'train: {optimiser: "os:system"}',
+    'train: {optimizer: "os:system"}',
     'model: {block: "llm_lab.cli:main"}',
     'model: {attn: {part: GQA, n_kv_heads: 1000000000}}',
     'model: {mlp: {part: MoE, n_experts: 1000000000}}',
@@ -819,7 +819,7 @@ def honest(folder):
     tok = CharTokenizer('abc\n')
     model = MiniGPT(GPTConfig(**size))
     save(folder / 'package', model, tok, {})
-    run = TrainState(model, 10, opt=adamw(model))
+    run = TrainState(model, 10, optimizer=adamw(model))
     run.step = 2
     saves = CheckpointManager(folder / 'run', tok)
     saves(run)

@@ -27,7 +27,7 @@ from llm_lab.runs import SingleProcess, TrainingRun, train_run
 from llm_lab.first_tour import surviving_output, tour
 
 pytestmark = pytest.mark.usefixtures('one_thread')
-SMALL = [('block_len', 16), ('d_model', 16), ('n_layers', 1), ('n_heads', 2)]
+SMALL = [('length', 16), ('d_model', 16), ('n_layers', 1), ('n_heads', 2)]
 POEM = 'the cat sat on the mat. the dog sat on the log.\n' * 40
 STEPS = 12
 
@@ -487,7 +487,7 @@ def test_a_validation_text_in_which_nothing_is_asked(home, poem):
 def run_settings(poem, **more):
     own = {
         'data.corpus': poem,
-        'data.block_len': 16,
+        'data.length': 16,
         'model.d_model': 16,
         'model.n_layers': 1,
         'model.n_heads': 2,

@@ -57,7 +57,7 @@ from llm_lab.train import TrainState, adamw, fit, mean_loss, next_token_loss, tr
 ROOT = Path(__file__).resolve().parent.parent
 CHOICES = {
     'softmax, top k': part(softmax_top_k),
-    'softmax, top k, as it is': part(softmax_top_k, renormalise=False),
+    'softmax, top k, as it is': part(softmax_top_k, renormalize=False),
     'top k, softmax': part(top_k_softmax),
     'sigmoid': part(sigmoid_top_k, scale=2.5),
 }
@@ -438,7 +438,7 @@ def test_in_eval_mode_nobody_is_dropped_and_a_token_does_not_know_its_batch():
 # ---- how to choose
 
 
-def test_a_choice_before_the_softmax_is_the_choice_after_it_renormalised():
+def test_a_choice_before_the_softmax_is_the_choice_after_it_renormalized():
     for seed in range(cases(20)):
         logits = 3 * torch.randn(50, 8, generator=rng(seed, 'logits'), dtype=torch.float64)
         for k in (1, 2, 5, 8):
@@ -452,7 +452,7 @@ def test_a_choice_before_the_softmax_is_the_choice_after_it_renormalised():
 def test_weights_are_in_order_sum_to_one_and_do_not_feel_the_bias(choose):
     f = CHOICES[choose]
     scale = f.keywords.get('scale', 1.0)
-    whole = f.keywords.get('renormalise', True)
+    whole = f.keywords.get('renormalize', True)
     logits = 2 * torch.randn(200, 6, generator=rng(0, 'logits'), dtype=torch.float64)
     for k in range(1, 7):
         w, e, p = f(logits, k)
@@ -514,7 +514,7 @@ def test_choices_are_those_of_mixtral_qwen3_and_deepseek():
         ),
         (
             Qwen3MoeTopKRouter(Qwen3MoeConfig(**sizes, num_experts=10, norm_topk_prob=False)),
-            part(softmax_top_k, renormalise=False),
+            part(softmax_top_k, renormalize=False),
             None,
         ),
         (deepseek, part(sigmoid_top_k, scale=2.5), correction),
@@ -731,29 +731,31 @@ def test_a_run_that_is_resumed_ends_with_the_same_bits(name, tmp_path):
 
     def begin():
         model = MiniGPT(replace(small(llama, bias_rate=0.01, capacity=0.8), dropout=0.2))
-        return TrainState(model, 12, opt=OPTIMIZERS[name](model)), BatchStream(IDS, 6, 16, seed=1)
+        return TrainState(model, 12, optimizer=OPTIMIZERS[name](model)), BatchStream(
+            IDS, 6, 16, seed=1
+        )
 
-    def go(run, batch, every=()):
+    def go(run, batch, callbacks=()):
         return fit(
             run.model,
             batch,
             12,
-            run=run,
-            step=StepRunner(accumulate=3),
-            every={2: lambda run: run.model.metrics(), **dict(every)},
+            state=run,
+            step_fn=StepRunner(accumulate=3),
+            callbacks={2: lambda run: run.model.metrics(), **dict(callbacks)},
         )
 
     def bits(run):
         tensors = {
             **run.model.state_dict(),
-            **optimizer_state(run.model, run.opt)[0],
+            **optimizer_state(run.model, run.optimizer)[0],
             'history': run.history,
         }
         return {k: v.numpy().tobytes() for k, v in tensors.items()}
 
     run, batch = begin()
     saves = CheckpointManager(tmp_path, TOK, keep=99, data=batch)
-    whole = bits(go(run, batch, every={1: saves}))
+    whole = bits(go(run, batch, callbacks={1: saves}))
     bias = run.model.state_dict()['blocks.0.mlp.router.bias']
     noted = {
         f'moe{layer}_{k}' for layer in (0, 1) for k in ('load_max', 'load_min', 'entropy', 'drops')
@@ -974,7 +976,7 @@ def test_what_the_compiler_sees_is_the_same_step():
         ):
             model = shaken(MiniGPT(cfg))
             opt = adamw(model)
-            losses = [train_step(model, opt, ROWS, loss=loss)[0].item() for _ in range(3)]
+            losses = [train_step(model, opt, ROWS, loss_fn=loss)[0].item() for _ in range(3)]
             told.append(
                 (losses, {k: v.clone() for k, v in model.state_dict().items()}, model.metrics())
             )

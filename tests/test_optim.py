@@ -1,5 +1,5 @@
 """What `train` and `efficient` promise and no notebook shows: compilers, fresh processes, other
-optimisers, low precision in whole runs."""
+optimizers, low precision in whole runs."""
 
 import copy
 import math
@@ -38,12 +38,12 @@ def flat(model):
 
 def trained(step=train_step, opt=adamw, steps=6, cfg=SMALL, prepare=lambda m: m, **kw):
     model = prepare(MiniGPT(cfg))
-    run = fit(model, BATCH, steps, opt=opt(model, lr=2e-3), step=step, **kw)
+    run = fit(model, BATCH, steps, optimizer=opt(model, lr=2e-3), step_fn=step, **kw)
     return flat(model), run
 
 
 @pytest.mark.parametrize('name', OPTIMIZERS)
-def test_every_optimiser_learns_under_every_way_of_stepping(name):
+def test_every_optimizer_learns_under_every_way_of_stepping(name):
     "In float32 the ways agree; in short numbers they come near"
     torch.manual_seed(0)
     text = torch.arange(4000) % 7  # can be learned at once
@@ -51,7 +51,7 @@ def test_every_optimiser_learns_under_every_way_of_stepping(name):
     def loss_after(step, prepare=lambda m: m):
         model = prepare(MiniGPT(SMALL))
         opt = OPTIMIZERS[name](model, lr=dict(adamw=0.01, muon=0.01, sgd=0.3)[name])
-        fit(model, random_crops(text, 6, 16), 120, opt=opt, step=step)
+        fit(model, random_crops(text, 6, 16), 120, optimizer=opt, step_fn=step)
         return next_token_loss(model.eval(), text[:17][None]).item()
 
     ways = [
@@ -66,7 +66,7 @@ def test_every_optimiser_learns_under_every_way_of_stepping(name):
 
 @pytest.mark.parametrize('opt', OPTIMIZERS.values())
 def test_parts_and_checkpoints_give_the_weights_of_the_whole(opt):
-    whole, run = trained(opt=opt)
+    whole, run = trained(optimizer=opt)
     way = (whole - flat(MiniGPT(SMALL))).norm()
     for step, prepare in (
         (StepRunner(accumulate=2), lambda m: m),
@@ -200,7 +200,7 @@ def test_clipping_inside_muon_is_clipping_before_it():
 
 
 def test_a_state_is_saved_and_loaded_as_one(tmp_path):
-    "Through plain data, as a checkpoint will do it; the loaded optimiser goes on bit by bit"
+    "Through plain data, as a checkpoint will do it; the loaded optimizer goes on bit by bit"
     model = MiniGPT(SMALL)
     opt = muon(model)
     for n in range(3):
@@ -219,7 +219,7 @@ def test_a_state_is_saved_and_loaded_as_one(tmp_path):
     assert isinstance(again, CombinedOptimizer)
 
 
-def test_nothing_of_a_clipped_step_stays_in_the_optimiser():
+def test_nothing_of_a_clipped_step_stays_in_the_optimizer():
     "Who calls `step` by hand afterwards gets a whole step"
     for make in OPTIMIZERS.values():
         model = MiniGPT(SMALL)
@@ -248,7 +248,7 @@ def test_frozen_weights_stay():
 def test_fit_multiplies_each_groups_own_rate():
     model = MiniGPT(SMALL)
     opt = muon(model, lr=0.02, rest_lr=0.004)
-    fit(model, BATCH, 4, opt=opt, schedule=lambda step, steps: 0.5**step)
+    fit(model, BATCH, 4, optimizer=opt, schedule=lambda step, steps: 0.5**step)
     assert [g['lr'] for g in opt.param_groups] == pytest.approx([0.0025, 0.0005, 0.0005])
 
 
@@ -274,7 +274,7 @@ def test_a_loss_that_is_no_number_is_traced(capsys):
             r'blocks\.1\.mlp\.up\.weight\): lower'
         ),
     ):
-        fit(model, BATCH, 200, every={5: break_it})
+        fit(model, BATCH, 200, callbacks={5: break_it})
 
 
 def test_fp16_scaling_of_a_run_can_be_seen_and_goes_on():
@@ -296,7 +296,7 @@ def test_memory_is_a_line_in_the_batch_and_the_search_finds_its_end():
     with pytest.raises(LabError, match='one row takes'):
         largest_batch(SMALL, memory=10)
     # one average instead of two
-    assert step_memory(SMALL, 32, opt=muon) < step_memory(SMALL, 32, opt=adamw)
+    assert step_memory(SMALL, 32, optimizer=muon) < step_memory(SMALL, 32, optimizer=adamw)
     assert step_memory(SMALL, 32, step=StepRunner(accumulate=8)) < step_memory(SMALL, 32)
 
 

@@ -610,7 +610,7 @@ def test_checkpoints_ask_too(tmp_path):
     model.blocks[0].mlp.act = nn.ReLU()
     batch = random_crops(torch.randint(17, (200,)), 2, T - 1)
     saved = CheckpointManager(tmp_path / 'run', TOK)
-    one_line(lambda: fit(model, batch, 4, every={2: saved}), 'blocks.0.mlp.act is a ReLU')
+    one_line(lambda: fit(model, batch, 4, callbacks={2: saved}), 'blocks.0.mlp.act is a ReLU')
     assert [p for p in tmp_path.rglob('*') if p.is_file()] == []
 
 
@@ -832,7 +832,7 @@ def home(tmp_path, monkeypatch):
 
 SMALL = (
     'data.corpus=small.txt',
-    'data.block_len=16',
+    'data.length=16',
     'train.steps=4',
     'train.batch_size=2',
     'eval.tokens=40',
@@ -929,7 +929,7 @@ def test_a_loss_of_ones_own_keeps_the_balance(step):
     ):
         for loss in (next_token_loss, own_loss):
             model = MiniGPT(cfg)
-            run = fit(model, lambda step: ids_of(4, T, step), 3, loss=loss, step=step)
+            run = fit(model, lambda step: ids_of(4, T, step), 3, loss_fn=loss, step_fn=step)
             ends.append((run.losses, torch.cat([p.detach().flatten() for p in model.parameters()])))
     (a, x), (b, y), (c, z), (d, w) = ends
     assert a == b and torch.equal(x, y) and c == d and torch.equal(z, w) and not torch.equal(x, z)
@@ -937,14 +937,14 @@ def test_a_loss_of_ones_own_keeps_the_balance(step):
 
 def test_the_balance_is_of_each_row_however_it_is_read():
     model = apply_activation_checkpointing(MiniGPT(MIXED))
-    fit(model, lambda step: ids_of(4, T, step), 2, loss=two_readings)
+    fit(model, lambda step: ids_of(4, T, step), 2, loss_fn=two_readings)
     assert model.default_aux is None
 
     def broken(model, rows):
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        train_step(model, adamw(model), ids_of(2), loss=broken)
+        train_step(model, adamw(model), ids_of(2), loss_fn=broken)
     assert model.default_aux is None
 
 
@@ -972,7 +972,13 @@ def test_a_compiled_loss_of_ones_own_keeps_the_balance(monkeypatch):
     for loss in (next_token_loss, own_loss):
         torch._dynamo.reset()
         model = MiniGPT(MIXED)
-        fit(model, lambda step: ids_of(4, T, step), 3, loss=loss, step=StepRunner(compile=True))
+        fit(
+            model,
+            lambda step: ids_of(4, T, step),
+            3,
+            loss_fn=loss,
+            step_fn=StepRunner(compile=True),
+        )
         ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     torch.testing.assert_close(*ends)
 

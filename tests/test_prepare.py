@@ -122,7 +122,7 @@ def test_from_the_hub_to_three_steps(home):
             vocab_size=tokens.tokenizer.vocab_size, max_len=32, d_model=32, n_layers=1, n_heads=2
         )
     )
-    run = fit(model, BatchStream(tokens, batch_size=4, block_len=32), 3)
+    run = fit(model, BatchStream(tokens, batch_size=4, length=32), 3)
     assert run.step == 3 and run.tokens == 3 * 4 * 32 and all(map(math.isfinite, run.losses))
 
 
@@ -209,7 +209,7 @@ def test_a_recipe_takes_the_tokenizer_of_a_packed_folder(home):
     tales = tiny_tales(200)
     tokens = PackedTokens(pack(tales, 400).folder)
     setup = made_ready(
-        Recipe(steps=3, block_len=32, model=(('d_model', 32), ('n_layers', 1))),
+        Recipe(steps=3, length=32, model=(('d_model', 32), ('n_layers', 1))),
         tales,
         tokenizer=tokens.tokenizer,
     )

@@ -16,7 +16,7 @@ from llm_lab.chars import CharTokenizer
 from llm_lab.gpt import GPTConfig, MiniGPT
 from llm_lab.package import load, save
 
-SMALL = ['block_len=32', 'd_model=32', 'n_layers=1', 'n_heads=2']
+SMALL = ['length=32', 'd_model=32', 'n_layers=1', 'n_heads=2']
 RUN = [sys.executable, '-m', 'llm_lab.cli']
 
 

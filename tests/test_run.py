@@ -125,7 +125,7 @@ def settings(text, **change):
     begin where stories do"""
     own = {
         'data.corpus': text,
-        'data.block_len': 16,
+        'data.length': 16,
         'data.rows': 'documents',
         'model.d_model': 16,
         'model.n_heads': 2,
@@ -171,7 +171,7 @@ def sha(path):
 
 
 def bits(folder):
-    """All that a run has left, but for its clocks: weights, optimiser and losses bit by bit, and
+    """All that a run has left, but for its clocks: weights, optimizer and losses bit by bit, and
     every line that it wrote"""
     place = folder / 'checkpoints' / f'step-{max(steps_of(folder)):06d}'
     rows = rows_of(folder)
@@ -544,7 +544,7 @@ def ended(nursery, lives):
 
 
 ADAMW = dict(
-    train__optimiser='adamw',
+    train__optimizer='adamw',
     train__steps=50,
     train__batch_size=12,
     train__accumulate=2,
@@ -1029,7 +1029,7 @@ def test_a_disk_that_fills_up_ends_the_run_and_room_lets_it_go_on(disk, nursery,
 
 def test_a_run_that_has_diverged_is_judged_like_any_other(nursery, home, text):
     "Its loss is a number, however large"
-    wild = dict(train__lr=10, train__optimiser='sgd', train__clip=1e9, model__dropout=0)
+    wild = dict(train__lr=10, train__optimizer='sgd', train__clip=1e9, model__dropout=0)
     life = nursery.live(home, 'train', *settings(text, **wild), '--run', 'x')
     assert life['code'] == 0 and life['err'] == '', life
     assert json.loads((folder_of(home) / 'result.json').read_text())['scores']['val']['loss'] > 1000
@@ -1244,7 +1244,7 @@ FILES = {
     'model: {attn: []}\n': ['model.attn'],
     'model: {n_heads: 3}\n': ['model.n_heads', 'model.d_model'],
     'train: {accumulate: 5}\n': ['train.accumulate', 'train.batch_size'],
-    'data: {block_len: 30000}\n': ['eval.tokens', 'data.block_len'],
+    'data: {length: 30000}\n': ['eval.tokens', 'data.length'],
     'data: {vocab_size: 300}\n': ['data.vocab_size'],
     'train: {seed: 99999999999999999999}\n': ['train.seed'],
     'train: {steps: 1000000000000}\n': ['train.steps'],
@@ -1409,13 +1409,13 @@ def test_what_is_odd_but_right_is_taken(home):
     besides = {
         'data.vocab_size': {'data.tokenizer': 'bpe'},
         'train.accumulate': {'train.batch_size': None},
-        'eval.tokens': {'data.block_len': 1},
+        'eval.tokens': {'data.length': 1},
         'model.n_heads': {'model.d_head': 8},
         'model.d_model': {'model.n_heads': 1},
         'model.n_kv_heads': {'model.n_heads': None, 'model.d_head': 8},
         'train.min_lr': {'train.lr': None},
         'train.warmup': {'train.steps': None},
-        'data.block_len': {'eval.tokens': 10**9},
+        'data.length': {'eval.tokens': 10**9},
     }
     for path, f in _PATHS.items():
         section, _, key = path.partition('.')

@@ -29,7 +29,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 many = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 pytestmark = pytest.mark.usefixtures('one_thread')
 TINY = (
-    'block_len=16',
+    'length=16',
     'model.d_model=16',
     'model.n_layers=1',
     'model.n_heads=2',
@@ -673,7 +673,7 @@ def test_a_tour_tells_where_its_text_is(home, typed, monkeypatch):
         'body',
         '--minutes',
         '.02',
-        'block_len=16',
+        'length=16',
         'd_model=16',
         'n_layers=1',
         'n_heads=2',
@@ -834,12 +834,12 @@ def test_a_small_text_is_learned_and_not_its_blocks():
         model = MiniGPT(
             GPTConfig(vocab_size=tok.vocab_size, max_len=64, d_model=64, n_layers=2, n_heads=4)
         )
-        run = TrainState(model, 500, opt=muon(model, lr=0.004))
+        run = TrainState(model, 500, optimizer=muon(model, lr=0.004))
         fit(
             model,
             BatchStream(train, 12, 64, starts=starts),
             500,
-            run=run,
+            state=run,
             schedule=partial(SCHEDULES['cosine'], warmup=50),
         )
         losses.append(mean_loss(model, val))

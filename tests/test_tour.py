@@ -19,7 +19,7 @@ def trained_on(corpus, characters):
     run = fit(
         setup.model,
         setup.batch,
-        characters // (recipe.batch_size * recipe.block_len),
+        characters // (recipe.batch_size * recipe.length),
         recipe.lr,
         recipe.weight_decay,
     )
@@ -58,6 +58,6 @@ def test_the_tour_learns():
     `first_tour` and test_process.py let shorter tours learn"""
     corpus = load_corpus('tiny_tales')
     setup = trained_on(corpus, 172_800)
-    assert evaluate(setup.model, setup.tokenizer, corpus, most=10_000).loss < 0.6 * math.log(
+    assert evaluate(setup.model, setup.tokenizer, corpus, max_tokens=10_000).loss < 0.6 * math.log(
         setup.tokenizer.vocab_size
     )

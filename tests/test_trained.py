@@ -23,7 +23,7 @@ from llm_lab.package import load_or_train
 
 sizes = ('d_model', 16), ('n_layers', 1), ('n_heads', 1)
 package.RECIPES['tiny'] = Recipe(
-    f'{sys.argv[1]}/text.txt', steps=3, batch_size=2, block_len=32, model=sizes
+    f'{sys.argv[1]}/text.txt', steps=3, batch_size=2, length=32, model=sizes
 )
 fit, here = package.fit, Path(sys.argv[1])
 
@@ -78,7 +78,7 @@ def test_where_the_disk_has_no_locks_it_is_trained_all_the_same(text, tmp_path, 
     monkeypatch.setattr(filelock.FileLock, '_acquire', none)
     sizes = (('d_model', 16), ('n_layers', 1), ('n_heads', 1))
     monkeypatch.setitem(
-        package.RECIPES, 'tiny', Recipe(str(text), steps=3, batch_size=2, block_len=32, model=sizes)
+        package.RECIPES, 'tiny', Recipe(str(text), steps=3, batch_size=2, length=32, model=sizes)
     )
     assert load_or_train('tiny')[2]['steps'] == 3
     monkeypatch.setattr(package, 'fit', lambda *args, **kw: pytest.fail('it was trained again'))

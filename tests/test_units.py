@@ -179,11 +179,11 @@ def test_another_tokenizer_forgets_the_size_and_only_a_size_that_was_not_typed()
 
 def test_comments_and_quoted_signs_stay(tmp_path):
     (tmp_path / 'c.yaml').write_text(
-        'data:\n  corpus: de.txt # the German one\n  block_len: 8 #short\neval:\n  prompt: '
+        'data:\n  corpus: de.txt # the German one\n  length: 8 #short\neval:\n  prompt: '
         '"a #1: b"   #x\n'
     )
     cfg = read_config(tmp_path / 'c.yaml')
-    assert (cfg.data.corpus, cfg.data.block_len, cfg.eval.prompt) == ('de.txt', 8, 'a #1: b')
+    assert (cfg.data.corpus, cfg.data.length, cfg.eval.prompt) == ('de.txt', 8, 'a #1: b')
 
 
 DEEP = """
@@ -512,14 +512,14 @@ def test_fit_obeys_warmup_and_min_lr():
         rates.append(opt.param_groups[0]['lr'])
         return torch.zeros(()), torch.zeros(())
 
-    fit(tiny_model(), lambda n: rows, 50, lr=0.01, warmup=40, min_lr=0.002, step=step)
+    fit(tiny_model(), lambda n: rows, 50, lr=0.01, warmup=40, min_lr=0.002, step_fn=step)
     assert (
         rates[:40] == pytest.approx([0.01 * (s + 1) / 40 for s in range(40)])
         and min(rates[40:]) >= 0.002
         and max(rates) == pytest.approx(0.01)
     )
     rates.clear()
-    fit(tiny_model(), lambda n: rows, 50, lr=0.01, step=step)
+    fit(tiny_model(), lambda n: rows, 50, lr=0.01, step_fn=step)
     # none is given: a tenth of all
     assert rates[:5] == pytest.approx([0.002, 0.004, 0.006, 0.008, 0.01])
     for wrong in (dict(warmup=51), dict(warmup=-1), dict(min_lr=0.02), dict(min_lr=-1.0)):
@@ -650,7 +650,7 @@ def test_a_score_is_what_its_definition_says(many):
             (total, n, ends, per_byte), rel=1e-5
         )
         assert (
-            score.ends == (8 if corpus.independent else 0)
+            score.n_ends == (8 if corpus.independent else 0)
             and (score.end_bits is None) != corpus.independent
         )
 
@@ -755,10 +755,10 @@ def test_the_price_of_end_marks_does_not_choose_the_winner(tmp_path):
     documents for nothing"""
     ln2 = math.log(2)
     good = Score(
-        1000 * ln2 + 300 * ln2, 600, 1100, 1000, 1.0, ends=100, end_nats=300 * ln2, bare_error=1.0
+        1000 * ln2 + 300 * ln2, 600, 1100, 1000, 1.0, n_ends=100, end_nats=300 * ln2, bare_error=1.0
     )
     poor = Score(
-        1100 * ln2 + 1 * ln2, 900, 2300, 1000, 1.0, ends=100, end_nats=1 * ln2, bare_error=1.0
+        1100 * ln2 + 1 * ln2, 900, 2300, 1000, 1.0, n_ends=100, end_nats=1 * ln2, bare_error=1.0
     )
     table = compare([kept(tmp_path / 'good', good, 'a'), kept(tmp_path / 'poor', poor, 'b')])
     assert table.lines[0]['name'] == 'good' and table.remarks[0].startswith(
@@ -772,8 +772,8 @@ def test_the_price_of_end_marks_does_not_choose_the_winner(tmp_path):
 def test_intervals_that_decide_are_in_the_unit_that_decides(tmp_path):
     "Per character the intervals lie apart; per byte of the documents they overlap"
     ln2 = math.log(2)
-    one = Score(1000 * ln2, 600, 1100, 1000, 5.0, ends=100, end_nats=1 * ln2, bare_error=100.0)
-    two = Score(1400 * ln2, 600, 1100, 1000, 5.0, ends=100, end_nats=300 * ln2, bare_error=100.0)
+    one = Score(1000 * ln2, 600, 1100, 1000, 5.0, n_ends=100, end_nats=1 * ln2, bare_error=100.0)
+    two = Score(1400 * ln2, 600, 1100, 1000, 5.0, n_ends=100, end_nats=300 * ln2, bare_error=100.0)
     assert one.interval[1] < two.interval[0]
     assert (
         'are not told apart'
@@ -784,7 +784,7 @@ def test_intervals_that_decide_are_in_the_unit_that_decides(tmp_path):
 def test_older_results_are_told(tmp_path):
     old = kept(tmp_path / 'old', Score(10.0, 9, 9, 9, 1.0))
     said = json.loads((old / 'result.json').read_text())
-    del said['scores']['val']['ends']
+    del said['scores']['val']['n_ends']
     (old / 'result.json').write_text(json.dumps(said))
     assert any('older results' in r for r in compare([old]).remarks)
     for broken in ('{"scores": 5}', '{"scores": {"val": [1]}}'):
@@ -890,7 +890,7 @@ def test_less_memory_means_fewer_windows_and_none_is_a_line(monkeypatch):
 # ---- which model, which text
 
 SMALL = (
-    'data.block_len=16',
+    'data.length=16',
     'model.d_model=16',
     'model.n_layers=1',
     'model.n_heads=2',
@@ -1084,4 +1084,4 @@ def test_a_text_of_one_paragraph_needs_no_line_end():
     corpus = Corpus('line', dict(train='to be or not to be', val='to be or not'))
     tok = CharTokenizer.train(corpus.text('train'))
     score = evaluate(model_for(tok), tok, corpus)
-    assert (score.tokens, score.chars, score.bytes, score.ends) == (11, 11, 11, 0)
+    assert (score.tokens, score.chars, score.bytes, score.n_ends) == (11, 11, 11, 0)

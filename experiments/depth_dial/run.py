@@ -44,8 +44,8 @@ def cell(depth, lr, seed, steps):
         Recipe('tiny_tales', steps, 4, 288, seed=seed, model=(('d_model', 8), ('n_layers', 1)))
     )
     setup.model = MiniGPT(llama(setup.tokenizer.vocab_size, depth=depth, max_len=288), seed)
-    fit(setup.model, setup.batch, steps, opt=muon(setup.model, lr=lr), seed=seed)
-    loss = setup.loss(most=40_000) / math.log(2)
+    fit(setup.model, setup.batch, steps, optimizer=muon(setup.model, lr=lr), seed=seed)
+    loss = setup.loss(max_tokens=40_000) / math.log(2)
     with atomic_write(file) as f:
         f.write_text(json.dumps(loss))
     return loss

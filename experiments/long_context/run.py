@@ -4,9 +4,9 @@ Recall of a pair, and a language whose facts return, by how long ago they were t
 
 python experiments/long_context/run.py [--jobs 2] [--save] [--dry] [--full]
 
-Models differ only in who may read whom: `masked_attention` reads all of the past, `sliding_window` the
-last 64 tokens, `expander_links` these and 6 links drawn for each query, head and layer from all of the
-past beyond; in `mixed` layers take turns, a window, all of the past, a window, and in
+Models differ only in who may read whom: `masked_attention` reads all of the past, `sliding_window`
+the last 64 tokens, `expander_links` these and 6 links drawn for each query, head and layer from
+all of the past beyond; in `mixed` layers take turns, a window, all of the past, a window, and in
 `global_first` they begin with all of the past. They have the same first weights and see the same
 rows, in three paired seeds; they learn on texts of 512 tokens and are tested on 512 to 4,096.
 None is told positions: neither task needs any, and RoPE trained at 512 is lost beyond (LOG.md).
@@ -195,9 +195,9 @@ def cell(kind, name, seed, size):
         net.to(device()),
         batch(size, seed),
         int(steps * size.steps),
-        opt=muon(net, lr=lr * size.lr),
+        optimizer=muon(net, lr=lr * size.lr),
         seed=seed,
-        loss=partial(loss, size) if kind == 'recall' else loss,
+        loss_fn=partial(loss, size) if kind == 'recall' else loss,
     )
     with torch.no_grad():
         tests = {T: test(net.eval(), name, size, T) for T in size.lengths}

@@ -95,9 +95,9 @@ def cell(name, lr, seed, corpus, n_steps):
         )
     )
     setup.model = MiniGPT(replace(made_of, vocab_size=setup.tokenizer.vocab_size), seed)
-    run = fit(setup.model, setup.batch, n_steps, opt=muon(setup.model, lr=lr), seed=seed)
+    run = fit(setup.model, setup.batch, n_steps, optimizer=muon(setup.model, lr=lr), seed=seed)
     said = dict(
-        loss=setup.loss(most=60_000) / math.log(2),
+        loss=setup.loss(max_tokens=60_000) / math.log(2),
         params=setup.model.n_params,
         training=[x / math.log(2) for x in run.losses[::20]],
         floor=setup.corpus.floor,

@@ -8,7 +8,7 @@ every model multiplies as much for a token, but for the router, whose share is p
 16 experts, one or two for each token, kept in balance by losses (0.01, and z at 0.001); with 8
 and two also without both losses, and with sigmoid scores and a bias in their place
 (DeepSeek-V3's way). One expert for each token keeps its softmax share as its weight, two are
-renormalised. Seeds are paired: the same batches, from windows that are cut anywhere, in training
+renormalized. Seeds are paired: the same batches, from windows that are cut anywhere, in training
 and in judging; so a story's beginning may be missing, and the corpus's floor cannot be reached.
 At the end: the validation loss in bits per character, its difference to the dense model of the
 same seed with a 95 % interval (Student's t), and the loads on validation text, as multiples of
@@ -69,7 +69,7 @@ def mlp(width, e, k, **router):
         if 'bias_rate' in router
         else part(top_k_softmax)
         if k > 1
-        else part(softmax_top_k, renormalise=False)
+        else part(softmax_top_k, renormalize=False)
     )
     return part(
         MoE,
@@ -119,7 +119,7 @@ def cell(text, name, size, seed, steps):
     model = build(name, size, tok.vocab_size, seed).to(where)
     seen = []
     batch = random_crops(ids['train'], SIZES[size]['rows'], 256, seed, where)
-    run = fit(model, batch, steps, every={50: lambda run: seen.append(model.metrics())})
+    run = fit(model, batch, steps, callbacks={50: lambda run: seen.append(model.metrics())})
     out = dict(
         bits=mean_loss(model.eval(), ids['val']) / math.log(2),
         params=model.n_params,

@@ -40,7 +40,7 @@ def child(way, rounds):
         [
             'corpus=tiny_tales',
             f'train.steps={rounds * TURN + 1}',
-            'optimiser=adamw',
+            'optimizer=adamw',
             'lr=0.004',
             'log.every=10',
             f'eval.every={NEVER}',
@@ -69,7 +69,13 @@ def child(way, rounds):
 
         job.step = waiting
         if way == WAYS[0]:
-            fit(job.run.model, job.stream, cfg.train.steps, opt=job.run.opt, step=waiting)
+            fit(
+                job.run.model,
+                job.stream,
+                cfg.train.steps,
+                optimizer=job.run.optimizer,
+                step_fn=waiting,
+            )
         else:
             job.go()
 

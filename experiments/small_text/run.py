@@ -4,7 +4,7 @@ Blocks that stand still, blocks that move, random crops.
 
 python experiments/small_text/run.py [--steps 1000] [--only WAY] [--save]
 
-The model and the optimiser of the config `golden` on the first 60,000 characters of
+The model and the optimizer of the config `golden` on the first 60,000 characters of
 tiny_shakespeare: 54,000 to learn from, read 14 times in 1,000 steps of 12 × 64 tokens; 6,000 to
 judge by. The same steps three times, with other batches: blocks cut at the same places in each
 epoch; `BatchStream`, which cuts at others each time; rows from random places. Written down are
@@ -52,7 +52,7 @@ def learned(way, steps, threads=1):
     train, val = (torch.tensor(tok.encode(text[s])) for s in ('train', 'val'))
     model = MiniGPT(model_config(cfg, tok.vocab_size), t.seed)
     run = TrainState(
-        model, steps, opt=OPTIMIZERS[t.optimiser](model, lr=t.lr, weight_decay=t.weight_decay)
+        model, steps, optimizer=OPTIMIZERS[t.optimizer](model, lr=t.lr, weight_decay=t.weight_decay)
     )
     vals = {}
 
@@ -61,12 +61,12 @@ def learned(way, steps, threads=1):
 
     fit(
         model,
-        WAYS[way](train, t.batch_size, d.block_len),
+        WAYS[way](train, t.batch_size, d.length),
         steps,
         clip=t.clip,
-        run=run,
+        state=run,
         schedule=partial(SCHEDULES[t.schedule], warmup=t.warmup),
-        every={250: look, (steps,): look},
+        callbacks={250: look, (steps,): look},
     )
     best = min(vals, key=vals.get)
     return dict(

@@ -25,7 +25,7 @@ from llm_lab.train import fit, next_token_loss, random_crops
 WARM = 20
 
 
-def seconds(cfg, batch_size, steps, where, step, optimiser):
+def seconds(cfg, batch_size, steps, where, step, optimizer):
     "Of one step; the loop reads a loss, and so waits for the device, at both ends"
     ids = torch.randint(cfg.vocab_size, (2_000_000,), generator=rng(0, 'ids'))
     model = MiniGPT(cfg).to(where)
@@ -34,9 +34,9 @@ def seconds(cfg, batch_size, steps, where, step, optimiser):
         model,
         batch,
         WARM + steps,
-        opt=OPTIMIZERS[optimiser](model, lr=1e-4),
-        step=step,
-        every={(WARM, WARM + steps): lambda run: dict(at=run.seconds)},
+        optimizer=OPTIMIZERS[optimizer](model, lr=1e-4),
+        step_fn=step,
+        callbacks={(WARM, WARM + steps): lambda run: dict(at=run.seconds)},
     )
     return (run.notes[1]['at'] - run.notes[0]['at']) / steps
 
@@ -55,12 +55,12 @@ def main(batch_size, steps, small):
         tflop_a_step=round(work / 1e12, 4),
         peak_tflops=round(peak / 1e12, 2),
     )
-    for name, step, optimiser in (
+    for name, step, optimizer in (
         ('eager', StepRunner(precision='bf16'), 'adamw'),
         ('compiled', StepRunner(precision='bf16', compile=True), 'adamw'),
         ('compiled, Muon', StepRunner(precision='bf16', compile=True), 'muon'),
     ):
-        s = seconds(cfg, batch_size, steps, where, step, optimiser)
+        s = seconds(cfg, batch_size, steps, where, step, optimizer)
         result[name] = dict(
             step_ms=round(1000 * s, 2),
             tokens_per_s=round(batch_size * cfg.max_len / s),

@@ -119,7 +119,7 @@ def our_loop(turn, step=train_step, opt=None, onednn=True, make=small):
         turn(n)
         return rows(n)
 
-    fit(model, batch, 1_000_000, lr=1e-3, step=step, opt=opt and opt(model))
+    fit(model, batch, 1_000_000, lr=1e-3, step_fn=step, optimizer=opt and opt(model))
 
 
 def transformers_loop(turn):
@@ -168,7 +168,7 @@ LOOPS = {
     'transformers GPT-2': transformers_loop,
     'llm_lab, no oneDNN': lambda turn: our_loop(turn, onednn=False),
     'llm_lab, bf16': lambda turn: our_loop(turn, StepRunner(precision='bf16')),
-    'llm_lab, Muon': lambda turn: our_loop(turn, opt=muon),
+    'llm_lab, Muon': lambda turn: our_loop(turn, optimizer=muon),
     'llm_lab Llama': lambda turn: our_loop(turn, make=small_llama),
     'transformers Llama': transformers_llama,
 }

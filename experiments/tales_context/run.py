@@ -33,7 +33,7 @@ def cell(context, minutes):
             result = tour(
                 'tiny_tales',
                 minutes,
-                [('block_len', context), ('batch_size', round(1024 / context))],
+                [('length', context), ('batch_size', round(1024 / context))],
             )
         path.parent.mkdir(exist_ok=True)
         with atomic_write(path) as new:

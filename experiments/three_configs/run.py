@@ -4,7 +4,7 @@ what a short run learns.
 python experiments/three_configs/run.py [--steps 300] [--text tiny_shakespeare] [--save] [--full]
 
 The configurations as they are but for the text, the context (128 tokens), the batch (8 rows) and
-the optimiser (AdamW at 0.001): a look on a laptop, not a verdict; at full length they train for
+the optimizer (AdamW at 0.001): a look on a laptop, not a verdict; at full length they train for
 20,000 steps on TinyStories (`--full`: on a GPU, with nothing changed). All three read the same
 tokens (BPE of 8,192) in the same order. The loss is that of the validation split in bits per
 byte; loads and drops are of the last training batch. Each is an ordinary run of the lab, kept
@@ -27,9 +27,9 @@ from llm_lab.runs import train_run
 HERE = Path(__file__).parent
 NAMES = ('condor', 'tinystories_baseline', 'falcon')
 SHORT = (
-    'data.block_len=128',
+    'data.length=128',
     'train.batch_size=8',
-    'train.optimiser=adamw',
+    'train.optimizer=adamw',
     'train.lr=.001',
     'train.warmup=30',
     'eval.every=100',
@@ -67,12 +67,12 @@ def main(steps, text, full):
         model = MiniGPT(
             config_from(
                 model_data(cfg.model)
-                | dict(vocab_size=cfg.data.vocab_size, max_len=cfg.data.block_len)
+                | dict(vocab_size=cfg.data.vocab_size, max_len=cfg.data.length)
             )
         )
         work = (
-            flops(lambda: model(torch.zeros(1, cfg.data.block_len, dtype=torch.int64)))
-            / cfg.data.block_len
+            flops(lambda: model(torch.zeros(1, cfg.data.length, dtype=torch.int64)))
+            / cfg.data.length
             / 1e6
         )
         row, result = one(name, f'three-{text}-{steps}' if changes else 'three-full', changes)

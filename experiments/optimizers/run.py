@@ -1,13 +1,13 @@
-"""Which optimiser learns most from the same text?
+"""Which optimizer learns most from the same text?
 
 AdamW, Muon and SGD, each at its own best learning rate, five paired seeds.
 
-python experiments/optimisers/run.py [--steps 2000] [--jobs 2] [--save]
+python experiments/optimizers/run.py [--steps 2000] [--jobs 2] [--save]
 
 nanoGPT's CPU shape and budget on tiny_shakespeare: 4 layers, width 128, 2,000 steps of 12 × 64
-characters. For each optimiser the learning rate is searched on a seed of its own, in factors of
+characters. For each optimizer the learning rate is searched on a seed of its own, in factors of
 two, until the best has a worse one on both sides. Then it runs with five other seeds: the same
-first weights and the same batches for all optimisers, so differences are paired. Each cell of
+first weights and the same batches for all optimizers, so differences are paired. Each cell of
 the grid is kept in runs/ when it is done, and is not run again. Every run has one thread;
 `--jobs` run at a time. The last line is JSON; `--save` keeps it in result.json with date and
 machine. About 30 minutes on two cores."""
@@ -33,37 +33,41 @@ TUNING, SEEDS = 100, (1, 2, 3, 4, 5)
 NANOGPT = 1.898  # nanoGPT's own loop and model, the same shape, budget and validation
 
 
-def cell(optimiser, lr, seed, steps):
+def cell(optimizer, lr, seed, steps):
     "One run: its loss on the whole validation text in nats per character; kept in a file"
-    file = HERE / 'runs' / f'{optimiser}-{lr:.6g}-{seed}-{steps}.json'
+    file = HERE / 'runs' / f'{optimizer}-{lr:.6g}-{seed}-{steps}.json'
     if file.exists():
         return json.loads(file.read_text())
     torch.set_num_threads(1)
     setup = prepare(Recipe('tiny_shakespeare', steps, 12, 64, seed=seed))
     run = fit(
-        setup.model, setup.batch, steps, opt=OPTIMIZERS[optimiser](setup.model, lr=lr), seed=seed
+        setup.model,
+        setup.batch,
+        steps,
+        optimizer=OPTIMIZERS[optimizer](setup.model, lr=lr),
+        seed=seed,
     )
-    said = dict(optimiser=optimiser, lr=lr, seed=seed, loss=setup.loss(), training=run.losses[::20])
+    said = dict(optimizer=optimizer, lr=lr, seed=seed, loss=setup.loss(), training=run.losses[::20])
     with atomic_write(file) as f:
         f.write_text(json.dumps(said))
     return said
 
 
-def tuned(optimiser, steps, run):
+def tuned(optimizer, steps, run):
     """The best learning rate in factors of two, with a worse one on both sides, and all that were
     tried"""
     seen = {}
 
     def loss(k):
         if k not in seen:
-            seen[k] = run(optimiser, START[optimiser] * 2.0**k, TUNING, steps)['loss']
+            seen[k] = run(optimizer, START[optimizer] * 2.0**k, TUNING, steps)['loss']
         return seen[k] if math.isfinite(seen[k]) else math.inf
 
     best = 0
     while step := min((-1, 0, 1), key=lambda d: loss(best + d)):
         best += step
-    return START[optimiser] * 2.0**best, {
-        f'{START[optimiser] * 2.0**k:.6g}': round(v, 4) for k, v in sorted(seen.items())
+    return START[optimizer] * 2.0**best, {
+        f'{START[optimizer] * 2.0**k:.6g}': round(v, 4) for k, v in sorted(seen.items())
     }
 
 
@@ -76,8 +80,8 @@ def interval(values):
 
 
 def search(job):
-    optimiser, steps = job
-    return optimiser, *tuned(optimiser, steps, cell)
+    optimizer, steps = job
+    return optimizer, *tuned(optimizer, steps, cell)
 
 
 def main(steps, jobs):
@@ -88,12 +92,12 @@ def main(steps, jobs):
         }
         grid = [(o, found[o][0], seed, steps) for seed in SEEDS for o in OPTIMIZERS]
         runs = list(progress(pool.map(cell, *zip(*grid)), 'runs', len(grid)))
-    losses = {o: [r['loss'] for r in runs if r['optimiser'] == o] for o in OPTIMIZERS}
+    losses = {o: [r['loss'] for r in runs if r['optimizer'] == o] for o in OPTIMIZERS}
     curves = {
-        o: [round(mean(v), 4) for v in zip(*(r['training'] for r in runs if r['optimiser'] == o))]
+        o: [round(mean(v), 4) for v in zip(*(r['training'] for r in runs if r['optimizer'] == o))]
         for o in OPTIMIZERS
     }
-    print(f'{"optimiser":10}{"rate":>8}  validation loss, nats per character')
+    print(f'{"optimizer":10}{"rate":>8}  validation loss, nats per character')
     for o, values in losses.items():
         print(
             (
