@@ -140,7 +140,7 @@ class CheckpointManager:
 
 # %% ../nbs/81_checkpoint.ipynb #c30797f1
 @patch
-def place(self: CheckpointManager, step: int) -> Path:
+def folder_of(self: CheckpointManager, step: int) -> Path:
     return self.folder / 'checkpoints' / f'step-{step:06d}'
 
 
@@ -215,7 +215,7 @@ def _there_already(manager, run) -> bool:
     if last in manager.mine and last <= run.step:
         return last == run.step
     raise LabError(
-        f'{manager.place(last)} was not written on the way to step {run.step}: load it, or '
+        f'{manager.folder_of(last)} was not written on the way to step {run.step}: load it, or '
         'name another folder'
     )
 
@@ -260,7 +260,7 @@ def save(self: CheckpointManager, run, random: list):
         facts=self.facts(),
         parts={k: v.state_dict() for k, v in self.parts.items()},
     )
-    with atomic_write(self.place(run.step)) as new:
+    with atomic_write(self.folder_of(run.step)) as new:
         _write_checkpoint(self, run, new, state, tensors)
         self.mine.add(run.step)  # also if an error comes after the rename
         self.wrote[run.step] = snapshot(new)
@@ -305,7 +305,7 @@ def _best(steps, notes):
 @patch
 def drop(self: CheckpointManager, step):
     "Take the checkpoint of a step off the list; it stays if anything in it is not ours"
-    place = self.place(step)
+    place = self.folder_of(step)
     try:
         if self.wrote.get(step) != snapshot(place):
             replaceable(place)
@@ -349,7 +349,7 @@ def _read_whole(path) -> tuple:  # (files as bytes, state, tensors of the optimi
 def _require_fitting(manager, run, path, state, own):
     "Raises `LabError` unless a checkpoint stands under its name, and fits what is planned"
     named = own and re.fullmatch(r'step-\d+', path.name)
-    if named and path.resolve() != manager.place(state['step']).resolve():
+    if named and path.resolve() != manager.folder_of(state['step']).resolve():
         raise LabError(f'{path} is the checkpoint of step {state["step"]:,}: give it its name back')
     if state['step'] > run.steps:
         raise LabError(f'{path} is beyond the {run.steps:,} steps that are planned: plan more')
@@ -373,9 +373,9 @@ def load(
     if newest and not self.steps():
         some = ' whose weights are numbers' if self.left_out else ''
         raise LabError(f'{self.folder} holds no checkpoint{some}: nothing to go on from')
-    path = self.place(max(self.steps())) if newest else resolve(path)
+    path = self.folder_of(max(self.steps())) if newest else resolve(path)
     data, state, tensors = _read_whole(path)
-    own = path.parent.resolve() == self.place(0).parent.resolve()  # else a branch begins here
+    own = path.parent.resolve() == self.folder_of(0).parent.resolve()  # else a branch begins here
     _require_fitting(self, run, path, state, own)
     load_weights(run.model, data.get('model.safetensors', b''), path / 'model.safetensors')
     if odd := _diverged(run.model, tensors):
@@ -634,7 +634,7 @@ def _write_lines(path, lines):
 
 
 @patch
-def cut(self: MetricsLog, step: int, source=None):
+def truncate(self: MetricsLog, step: int, source=None):
     """Forget what came after `step`, and a line that a kill has torn;
 
     `source` is another run to begin with"""

@@ -228,7 +228,7 @@ class StepRunner:
         rows,  # ids, (B, T + 1)
         clip=1.0,
         loss_fn=next_token_loss,
-    ):  # (loss, length of the gradient)
+    ):  # (loss, gradient norm)
         loss_fn = self._ready(loss_fn)
         total = 0.0
         dtype = PRECISIONS[self.precision]

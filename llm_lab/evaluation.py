@@ -189,16 +189,16 @@ def tally(
     losses: Tensor,  # −ln P of each token that was asked, (n,)
     windows: Tensor,  # that asked for them, (W, 3)
     ids: Tensor,  # the text, (n,)
-    ends,  # the last place of each end mark in it, ascending; None: one running text
+    end_marks,  # the last place of each end mark in it, ascending; None: one running text
     tokenizer,
     corpus,
 ) -> Score:
     "What the losses of a text add up to: in all, over documents, and what their end marks cost"
     # Of '|ab|c|', whose end marks | stand at 0, 3 and 5, the tokens a b | c | are asked. The
     # documents are 'ab|' and 'c|', (first, end) = (1, 4) and (4, 6)
-    starts = None if ends is None else ends[ends < len(ids) - 1]
-    width = 0 if ends is None else len(document_end_ids(corpus, tokenizer))
-    is_end = _end_places(len(ids), ends, width)  # (n,)
+    starts = None if end_marks is None else end_marks[end_marks < len(ids) - 1]
+    width = 0 if end_marks is None else len(document_end_ids(corpus, tokenizer))
+    is_end = _end_places(len(ids), end_marks, width)  # (n,)
     nats, counts = [], []  # of each document: what its tokens cost, and how many they are
     bare_nats, bare_counts = [], []  # the same without its end mark
     for first, end in _in_documents(windows, starts).tolist():
@@ -217,7 +217,7 @@ def tally(
         bytes=size,
         error=ratio_error(nats, counts),
         floor=corpus.floor,
-        n_ends=0 if ends is None else int((ends >= asked).sum()),
+        n_ends=0 if end_marks is None else int((end_marks >= asked).sum()),
         end_nats=float(sum(nats) - sum(bare_nats)),
         bare_error=ratio_error(bare_nats, bare_counts),
     )

@@ -190,7 +190,7 @@ class Fast(nn.Module):
         _share_ropes(m)
         self.blocks = m.blocks
         self.norm = m.norm
-        self.step = self.token  # `for_inference` may put its compiled form here
+        self.step = self.next_features  # `for_inference` may put its compiled form here
         # may single tokens take the short road, `token`? Else the model itself reads them
         self.simple = type(m) is MiniGPT and all(map(_simple, m.blocks))
         self.n_steps = _n_steps(m)
@@ -228,19 +228,19 @@ def _is_short(self: Fast, ids, i, words):
 
 
 @patch
-def token(self: Fast, ids, i, at, ends, ks, vs):
+def next_features(self: Fast, ids, i, at, stops, ks, vs):
     # (B, 1), (1,), and for each layer a place, an end, keys, values → (B, 1, C)
     m = self.model
-    hands = {}  # {id of a RoPE: its cosines and sines at i}, for all layers that share it
+    angles = {}  # {id of a RoPE: its cosines and sines at i}, for all layers that share it
     x = m.pos(m.tok(ids), i) if m.pos else m.tok(ids)
-    for block, *kept in zip(m.blocks, at, ends, ks, vs):
-        x = x + self.read(block.attn, block.norm1(x), i, hands, *kept)
+    for block, *kept in zip(m.blocks, at, stops, ks, vs):
+        x = x + self.attend_one(block.attn, block.norm1(x), i, angles, *kept)
         x = x + block.mlp(block.norm2(x))
     return m.norm(x)
 
 # %% ../nbs/36_inference.ipynb #a58c72d9
 @patch
-def read(self: Fast, attn, x, i, hands, at, end, ks, vs):
+def attend_one(self: Fast, attn, x, i, angles, at, end, ks, vs):
     # x (B, 1, C), ks and vs (B, G, length, D) → (B, 1, C)
     "Attention of one new token; its key and value go to the place `at`"
     B = len(x)
@@ -249,9 +249,9 @@ def read(self: Fast, attn, x, i, hands, at, end, ks, vs):
     qk, v = attn.qkv(x).view(B, -1, 1, attn.head_dim).split([H + G, G], 1)
     for s in attn.transforms:
         if type(s) is RoPE:
-            if id(s) not in hands:
-                hands[id(s)] = s.cos_sin(i, x)
-            qk = s.rotate(qk, *hands[id(s)])
+            if id(s) not in angles:
+                angles[id(s)] = s.cos_sin(i, x)
+            qk = s.rotate(qk, *angles[id(s)])
         elif type(s) is QKNorm:
             q, k, *_ = s(*qk.split((H, G), 1), v, i, i)
             qk = torch.cat((q, k), 1)

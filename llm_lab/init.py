@@ -108,7 +108,7 @@ class Spectral(nn.Module):
             self.register_buffer('gain', torch.full_like(sigma, gain))
 
     @torch.no_grad()
-    def turn(self, weight):
+    def power_iteration(self, weight):
         # one round of power iteration: u toward the direction that is stretched most
         self.u = torch.stack(
             [F.normalize(w.T @ (w @ u), dim=0) for w, u in zip(weight.split(self.sizes), self.u)]
@@ -123,7 +123,7 @@ class Spectral(nn.Module):
             if self.training:  # once for each change, also if a block runs twice
                 now = None if torch.compiler.is_compiling() else weight._version
                 if now is None or now != self.seen:
-                    self.turn(weight)
+                    self.power_iteration(weight)
                     self.seen = now
             by = self.gain / self.sigma(weight).clamp_min(1e-12)
             return torch.cat([w * g for w, g in zip(weight.split(self.sizes), by)])

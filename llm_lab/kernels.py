@@ -714,7 +714,7 @@ class SparseAttention(GQA):
             if not self.training and not isinstance(q, FakeTensor) and len(i):
                 self.note(q, k, i, words)
             return sparse_attention(q, k, v, self.mask, self.layer, self.sink, dropout, **words)
-        return masked_attention(q, k, v, self.seen(i, j, **ctx), self.sink, dropout)
+        return masked_attention(q, k, v, self.dense_mask(i, j, **ctx), self.sink, dropout)
 
 
 def _kv_fits(cfg, n_kv_heads=None, mask=part(causal), **kw):
@@ -731,14 +731,14 @@ SparseAttention.check = staticmethod(_kv_fits)
 # %% ../nbs/42_kernels.ipynb #9121eea3
 @patch
 @torch.compiler.disable
-def note(self: SparseAttention, q, k, i, words, n=8, max_texts=16):
+def note(self: SparseAttention, q, k, i, needed, n=8, max_texts=16):
     """Read the gauges at the last queries of `n` parts of a text, for the first `most` texts since
     they were asked; nothing waits"""
     if len(self.noted) >= max_texts:
         return
     T = len(i)
     rows = (torch.arange(1, n + 1, device=i.device) * T // n - 1).clamp_min(0)
-    seen = dense_mask(self.mask, i[rows], i, self.n_heads, self.layer, **words)
+    seen = dense_mask(self.mask, i[rows], i, self.n_heads, self.layer, **needed)
     if seen.dim() == 4:  # a mask for each text: of the first one, as q and k below
         seen = seen[:1]
     covered = cover(self.mask)

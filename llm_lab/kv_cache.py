@@ -337,7 +337,7 @@ def _keeps_enough(cfg, size=None):
         if mine and (need is None or _wide(size) < need):
             raise LabError(
                 f'size={size} is too small a cache for {mask}, which reads '
-                f'{need or "all"} keys: use cached(model)'
+                f'{need or "all"} keys: use with_kv_cache(model)'
             )
 
 

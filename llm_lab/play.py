@@ -148,7 +148,7 @@ class Playground:
         self.halt = threading.Event()  # the sign to end
         self.build(require('ipywidgets'), prompt)
         for knob in self.knobs.values():
-            knob.observe(self.turn, 'value')
+            knob.observe(self.redraw_bars, 'value')
         self.prompt.observe(self.ask, 'value')
         self.buttons[0].on_click(self.generate)
         self.buttons[1].on_click(self.stop)
@@ -199,7 +199,7 @@ def sampling_arguments(self: Playground):
 
 
 @patch
-def turn(self: Playground, _=None):
+def redraw_bars(self: Playground, _=None):
     "A knob was turned: redraw the bars"
     if self.logits is None:
         return
@@ -215,7 +215,7 @@ def show(self: Playground, status):
     "Redraw the text, the status line and the bars"
     self.text.value = written_html(self.pieces, self.given)
     self.status.value = f'<i>{html.escape(status)}</i>'
-    self.turn()
+    self.redraw_bars()
 
 # %% ../nbs/85_play.ipynb #89ae0fc9
 @patch

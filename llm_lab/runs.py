@@ -753,7 +753,7 @@ def _open_logs(job, state, start):
     if job.saved.steps():
         job.saved.tidy(job.run)  # a kill may have come before it
     source = start.parent.parent if start else None  # the run of which this one is a branch
-    job.metrics.cut(job.run.step, source)
+    job.metrics.truncate(job.run.step, source)
     _warn_of_other_rows(job, state)
     _describe(job, start)
     if job.on:
@@ -849,7 +849,7 @@ def _to_judge(job) -> tuple:  # (model, the step of the best)
     best = int(pointed(pointer).name.removeprefix('step-')) if pointer.is_file() else last
     if not job.cfg.eval.patience or best == last:
         return job.run.model, best
-    return load(job.saved.place(best), job.engine.device)[0], best
+    return load(job.saved.folder_of(best), job.engine.device)[0], best
 
 
 def _final_score(job, model, max_tokens, live):
@@ -883,7 +883,7 @@ def _which_model(job, judged, best) -> str:
 
 
 @patch
-def finish(self: TrainingRun, most=None):
+def finish(self: TrainingRun, max_tokens=None):
     "Judge the model on the whole validation split; write and return what result.json says"
     run = self.run
     path = self.folder / 'result.json'
@@ -894,7 +894,7 @@ def finish(self: TrainingRun, most=None):
         return known
     model, best = _to_judge(self)
     live = StatusLine()
-    score = _final_score(self, model, most, live)
+    score = _final_score(self, model, max_tokens, live)
     live.close(f'validated on {score.tokens:,} tokens{_which_model(self, judged, best)}')
     result = dict(
         name=self.cfg.name,

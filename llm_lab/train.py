@@ -113,7 +113,7 @@ def _left_on(device) -> tuple:
     return max(1 << 30, total // 8), free + kept
 
 
-def windows_at_once(model, T: int, most=64) -> int:
+def windows_at_once(model, T: int, max_windows=64) -> int:
     """How many windows of T tokens a model reads together when it is only asked:
 
     1 to `most`, a power of 2.
@@ -123,7 +123,7 @@ def windows_at_once(model, T: int, most=64) -> int:
     cfg = getattr(model, 'cfg', None)
     device = next(model.parameters()).device
     if cfg is None:
-        return most
+        return max_windows
     # bytes of one window, in float32
     logits = 4 * T * cfg.vocab_size
     block = 4 * T * (16 * cfg.d_model + 2 * cfg.n_heads * T)  # with attention written out
@@ -131,9 +131,9 @@ def windows_at_once(model, T: int, most=64) -> int:
     usual, left = _left_on(device)
     if device.type == 'cpu':
         must_fit(2 * logits, f'a window of {T:,} tokens, {cfg.vocab_size:,} numbers for each,')
-    while most > 1 and (most * window > usual or 2 * most * window > left):
-        most //= 2
-    return most
+    while max_windows > 1 and (max_windows * window > usual or 2 * max_windows * window > left):
+        max_windows //= 2
+    return max_windows
 
 # %% ../nbs/23_train.ipynb #31daf2b1
 def _places(windows, n):
@@ -446,8 +446,8 @@ def update(
     optimizer,
     clip=1.0,  # largest norm of the whole gradient (Pascanu et al. 2013)
 ) -> Tensor:  # its norm before; it stays on the device
-    """Move the weights along the clipped gradient and empty it; a gradient that is not finite counts
-    as none"""
+    """Move the weights along the clipped gradient and empty it; a gradient that is not finite
+    counts as none"""
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     grad_norm = nn.utils.get_total_norm(grads)
     scale = (grad_norm / clip).clamp_min(1.0)  # 1 where the gradient is short enough

@@ -67,7 +67,7 @@ def keeper(folder, *mine):
 
 
 def digests(folder, step):
-    place = keeper(folder).place(step)
+    place = keeper(folder).folder_of(step)
     return [
         hashlib.sha256((place / f).read_bytes()).hexdigest()
         for f in ('model.safetensors', 'optimizer.safetensors')

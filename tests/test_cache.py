@@ -275,7 +275,7 @@ def test_a_slip_is_loud(slip, monkeypatch):
 
     if slip == 'no mask':
         monkeypatch.setattr(
-            Attention, 'seen', lambda self, i, j, **ctx: (j >= 0).expand(len(i), -1)
+            Attention, 'dense_mask', lambda self, i, j, **ctx: (j >= 0).expand(len(i), -1)
         )
     if slip == 'positions':
         instead('add', lambda self, k, v, j: add(self, k, v, j - j[0]))

@@ -177,7 +177,7 @@ def test_a_run_that_is_resumed_again_and_again_ends_with_the_same_files(kept, tm
         assert saves.load(run)['step'] == at
         go(run, batch, callbacks={(until,): saves, until: lambda run: run.stop('here')})
     assert same(bits(run), bits(kept[1]))
-    assert digests(saves.place(40)) == digests(CheckpointManager(kept[0], TOK).place(40))
+    assert digests(saves.folder_of(40)) == digests(CheckpointManager(kept[0], TOK).folder_of(40))
 
 
 @pytest.mark.parametrize('name,precision', crossed(OPTIMIZERS, ['float32', 'bf16']))
@@ -224,7 +224,7 @@ def test_the_modern_block_is_resumed_bit_by_bit(parts, tmp_path):
     for at in (1, 5, 11):
         assert same(bits(resumed(tmp_path, at, begin=start)), bits(run)), at
     assert torch.equal(
-        load(saves.place(12)).model(IDS[None, :16]), run.model.eval()(IDS[None, :16])
+        load(saves.folder_of(12)).model(IDS[None, :16]), run.model.eval()(IDS[None, :16])
     )
 
 
@@ -247,7 +247,7 @@ def test_the_scale_of_fp16_comes_along_as_a_part(name, tmp_path):
     for at in (1, 5, 14, 23):
         for forget in (False, True):
             again, batch, other = start()
-            parts(batch, other).load(again, parts(batch, other).place(at))
+            parts(batch, other).load(again, parts(batch, other).folder_of(at))
             if forget:
                 other.scaler = start()[2].scaler
             go(again, batch, step_fn=other)
@@ -289,7 +289,7 @@ def test_evaluating_or_sampling_during_a_run_changes_no_weight(kept, tmp_path):
     assert len(said) == 20 and len(run.notes) == 40 and len({n['val'] for n in run.notes}) > 30
     for at in (12, 20):
         assert same(bits(resumed(tmp_path, at)), bits(kept[1])), at
-    assert digests(saves.place(40)) == digests(CheckpointManager(kept[0], TOK).place(40))
+    assert digests(saves.folder_of(40)) == digests(CheckpointManager(kept[0], TOK).folder_of(40))
 
 
 def test_a_draw_inside_a_step_does_change_the_weights(kept):
@@ -816,7 +816,7 @@ def test_the_newest_and_the_best_stay_through_any_number_of_lives(tmp_path):
                 else not (folder / 'best').exists()
             )
             assert (
-                resolve(folder) == saves.place(best[0] if best else step)
+                resolve(folder) == saves.folder_of(best[0] if best else step)
                 and load(folder).about['step'] == (best or [step])[0]
             )
             if luck.random() < 0.4:
@@ -887,7 +887,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
     saved does nothing"""
     first, run = CheckpointManager(tmp_path, TOK), begin()[0]
     first(at_step(run, 10))
-    before = digests(first.place(10))
+    before = digests(first.folder_of(10))
     first(run)
     for step in (5, 10, 20):
         # noqa: B023
@@ -900,13 +900,13 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
     for saves, heir in heirs:
         saves.load(heir)
     heirs[0][0](at_step(heirs[0][1], 20))
-    taken = digests(first.place(20))
+    taken = digests(first.folder_of(20))
     for step in (15, 20, 30):
         fails(lambda: heirs[1][0](at_step(heirs[1][1], step)), 'step-000020')  # noqa: B023
     assert (
         first.steps() == [10, 20]
-        and digests(first.place(10)) == before
-        and digests(first.place(20)) == taken
+        and digests(first.folder_of(10)) == before
+        and digests(first.folder_of(20)) == taken
     )
 
 

@@ -125,8 +125,8 @@ for f in (comb, apart):
     f.lookback = lambda size: size
 
 
-@pytest.mark.parametrize('pattern', [comb, apart])
-def test_a_pattern_with_holes_takes_the_old_road(mask):
+@pytest.mark.parametrize('mask', [comb, apart])
+def test_a_mask_with_holes_takes_the_old_road(mask):
     model = shaken(
         llama(**SIZE, attn=part(Attention, transforms=(part(RoPE),), mask=part(mask, size=7)))
     )

@@ -269,7 +269,7 @@ def test_a_folder_is_replaced_by_its_like(tmp_path):
         make(places[name])
     for name, make in makers.items():
         make(places[name])
-        for other, place in (*places.items(), ('checkpoint', saves.place(1))):
+        for other, place in (*places.items(), ('checkpoint', saves.folder_of(1))):
             if other != name:
                 refused(lambda: make(place), place)
 
@@ -622,12 +622,12 @@ def test_rows_go_into_files_of_a_run_only(name, tmp_path):
         folder = written_by(tmp_path / f'{n}', **{name.replace('.', '__'): text})
         write = MetricsLog(folder).keep if name[0] == 's' else MetricsLog(folder).write
         refused(lambda: write(ROW), tmp_path, name)
-        refused(lambda: MetricsLog(folder).cut(0), tmp_path, name)
+        refused(lambda: MetricsLog(folder).truncate(0), tmp_path, name)
     table = written_by(
         tmp_path / 'table', metrics__csv=HEAD + ','.join(['1'] * len(COLUMNS)) + '\n'
     )
     # rows, and nothing to make them anew from
-    refused(lambda: MetricsLog(table).cut(0), tmp_path, 'metrics.csv')
+    refused(lambda: MetricsLog(table).truncate(0), tmp_path, 'metrics.csv')
 
 
 def test_checkpoints_leave_alone_what_is_not_theirs(tmp_path):
@@ -646,7 +646,7 @@ def test_checkpoints_leave_alone_what_is_not_theirs(tmp_path):
     saves(at_step(run, 1))
     for path in mine:
         path.write_text('mine')
-    for path in (place := saves.place(1)) / 'notes.txt', saves.place(1) / 'README.md':
+    for path in (place := saves.folder_of(1)) / 'notes.txt', saves.folder_of(1) / 'README.md':
         path.write_text('my notes')
     (place / 'README.md').write_text('better')
     with warnings.catch_warnings(record=True, action='always', category=UserWarning) as said:
@@ -1000,7 +1000,7 @@ def all_writers(folder):
     rows.write(ROW)
     rows.keep(ROW)
     rows.sync()
-    rows.cut(1)
+    rows.truncate(1)
     for _ in range(2):
         keep_model(folder / 'm')
         export(folder / 'hf')
@@ -1226,7 +1226,7 @@ def rows(path):
     log.write(ROW)
     log.keep(ROW)
     log.sync()
-    log.cut(0)
+    log.truncate(0)
 
 
 def plot(path):

@@ -394,7 +394,7 @@ def test_both_kernels_are_asked():
 @windowed
 def test_a_window_is_theirs(narrow, family, size, seed):
     theirs, _, ours = narrow(family, size, seed)
-    assert ours.cfg.attn.func is SparseAttention and ours.cfg.attn.keywords['pattern'] == near(size)
+    assert ours.cfg.attn.func is SparseAttention and ours.cfg.attn.keywords['mask'] == near(size)
     got, want, mine, other = both_ways(theirs, ours, family, text(ours, 100))
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * want.abs().max().item())
     big = max(g.abs().max() for g in other.values()).item()
@@ -448,7 +448,7 @@ def test_a_shorter_context_may_end_the_window(narrow):
     assert plain.cfg == replace(
         ours.cfg,
         max_len=16,
-        attn=part(GQA, **{k: v for k, v in ours.cfg.attn.keywords.items() if k != 'pattern'}),
+        attn=part(GQA, **{k: v for k, v in ours.cfg.attn.keywords.items() if k != 'mask'}),
     )
     assert from_hf(folder, max_len=17).model.cfg == replace(ours.cfg, max_len=17)
     ids = text(ours, 17)

@@ -392,7 +392,7 @@ def test_slips_are_seen():
 
 
 def test_the_choice_is_told():
-    assert choose_kernel(part(causal), 4096) == ('dense', 'the pattern may read all of the past')
+    assert choose_kernel(part(causal), 4096) == ('dense', 'the mask may read all of the past')
     assert choose_kernel(near(256), 4096) == (
         'folds',
         '32 folds of 128 queries, 384 keys a query instead of 4,096',

@@ -207,9 +207,9 @@ RETIRED = set(
     engine_of excess expect fast fetched fill flexed floor folded freed frequencies
     from_letters gathered gauges going_on gone_on grouped heads_picture held keep_memory
     kept_bytes kept_streams kv_bytes label left_out look looks_at loss_picture makes_sense
-    moe_spec need normal open_model optimizer_state orthogonalized parsed picked place
+    moe_spec need normal open_model optimiser_state orthogonalized parsed picked place
     placed planned question rate reach_picture reached read read_parts read_rows
-    restore_optimizer restored room routes save_package scores_picture seal seeded
+    restore_optimiser restored room routes save_package scores_picture seal seeded
     set_streams shuffled side single sliding smaller smoothed speed spikes split stepped
     stoppable stories streams texts_of to_letters together tokenizer_from too_long
     train_config trained until upcycled verified views visible way without_head write

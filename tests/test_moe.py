@@ -764,7 +764,7 @@ def test_a_run_that_is_resumed_ends_with_the_same_bits(name, tmp_path):
     for at in (1, 6, 11):
         for forget in (False, True):
             again, batch = begin()
-            CheckpointManager(tmp_path, TOK, data=batch).load(again, saves.place(at))
+            CheckpointManager(tmp_path, TOK, data=batch).load(again, saves.folder_of(at))
             if forget:
                 again.model.blocks[0].mlp.router.bias.zero_()
             assert (bits(go(again, batch)) == whole) != forget, at
@@ -772,7 +772,7 @@ def test_a_run_that_is_resumed_ends_with_the_same_bits(name, tmp_path):
                 assert [n for n in again.notes if n['step'] > at] == [
                     n for n in run.notes if n['step'] > at
                 ]
-    assert torch.equal(load(saves.place(12)).model.blocks[0].mlp.router.bias, bias)
+    assert torch.equal(load(saves.folder_of(12)).model.blocks[0].mlp.router.bias, bias)
 
 
 @pytest.mark.parametrize('choose', CHOICES)

@@ -88,7 +88,10 @@ def drawn(seed):
 def features(seed):
     "What this draw has, choice by choice: the names and the numbers of its recipes"
     cfg = drawn(seed)
-    return {*re.findall(r'[\w.]+=?[\w.]*', str(cfg)), f'{len(cfg.attn.keywords["steps"])} steps'}
+    return {
+        *re.findall(r'[\w.]+=?[\w.]*', str(cfg)),
+        f'{len(cfg.attn.keywords["transforms"])} steps',
+    }
 
 
 SEEDS = covering(range(40), features)

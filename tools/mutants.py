@@ -55,7 +55,7 @@ MUTANTS = {  # name: (module, what stands there, what it becomes, the test that 
     'prune before commit': (
         'checkpoint',
         'self.save(run, random)',
-        '[remove(self.place(s)) for s in self.steps()[: 1 - self.keep or None]]\n'
+        '[remove(self.folder_of(s)) for s in self.steps()[: 1 - self.keep or None]]\n'
         '            self.save(run, random)',
         FAULTS,
     ),
