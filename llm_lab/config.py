@@ -19,7 +19,7 @@ from .core import HOLDS, SLOTS, LabError, address, check_recipe, home, require, 
 from .files import require_ours, atomic_write
 
 # %% ../nbs/06_config.ipynb #1f60c8d2
-from .core import REGISTERED
+from .core import FORMAT_1, REGISTERED, _refuse_format_1
 
 # %% ../nbs/06_config.ipynb #6a30dd62
 def _key(default, least=None, most=None, of=None, also=None):
@@ -311,6 +311,8 @@ def _section(name, keys):
         raise LabError(f'{name}={keys!r}: give keys and values, such as {name}: {{{example}: …}}')
     for key in keys:
         path = f'{name}.{key}'
+        if path in FORMAT_1['keys']:
+            _refuse_format_1(path)
         if path not in _PATHS:
             raise LabError(f'{_line(path)}: there is no such key; {_nearest_path(path)}')
     if name == 'model':

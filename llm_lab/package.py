@@ -37,7 +37,7 @@ from .train import Recipe, fit, prepare
 from types import SimpleNamespace
 
 # %% ../nbs/24_package.ipynb #e5a18245
-FORMAT = 1
+FORMAT = 2
 _FILES = ('llm_lab.json', 'tokenizer.json', 'model.safetensors')
 
 
@@ -167,9 +167,11 @@ def _told(folder, name, kind, remedy):
     if not isinstance(said, dict):
         raise LabError(f'{path} is damaged: {remedy}')
     if said.get('format', FORMAT) != FORMAT:
+        older = said['format'] == 1
+        remedy = 'python tools/migrate.py FOLDER' if older else 'install a newer llm_lab'
         raise LabError(
-            f'{path} has {kind} format {short(said.get("format"))}, this library reads {FORMAT}: '
-            'install a newer llm_lab'
+            f'{path} has {kind} format {short(said["format"])}, this library reads {FORMAT}: '
+            f'{remedy}'
         )
     try:
         own = _sha({k: v for k, v in said.items() if k != 'sha256'})
