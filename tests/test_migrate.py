@@ -1,4 +1,4 @@
-"""tools/migrate.py: what the first edition saved becomes format 2, to the byte as it is saved today.
+"""tools/migrate.py: what the first edition saved becomes format 2, to the byte as we save it.
 
 The oracle is the inverse, written here by hand: a run of today is dressed as one of then, and must
 come back as the same bytes. (Runs and packages that the first edition itself had written were
