@@ -21,7 +21,8 @@ from fastcore.basics import patch
 from safetensors.torch import load as tensors_from, save as tensor_bytes
 from . import __version__
 from .core import LabError, short, rng_state
-from .hardware import machine, quick_products
+from .hardware import machine
+from .onednn import onednn_is_faster
 from llm_lab.files import (
     made_folder,
     remove,
@@ -190,7 +191,7 @@ def _made(run, processes):
         dtype=str(next(run.model.parameters()).dtype),
         hardware=_hardware(kind),
         matmul=torch.get_float32_matmul_precision(),
-        products='oneDNN' if kind == 'cpu' and quick_products() else 'PyTorch',
+        products='oneDNN' if kind == 'cpu' and onednn_is_faster() else 'PyTorch',
         **{k: os.environ.get(k, 'not set') for k in SWAYS},
     )
 

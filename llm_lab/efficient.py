@@ -17,7 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
-from .gpt import MiniGPT, own_in, meta_model
+from .gpt import MiniGPT
+from .package import own_in, meta_model
 from .core import LabError, StatusLine, preserve_rng, rng
 from .hardware import must_fit
 from .train import adamw, balanced, next_token_loss, train_step, update

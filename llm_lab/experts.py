@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from .core import LabError
-from .gpt import MiniGPT, require_faithful
+from .gpt import MiniGPT
+from .package import require_faithful
 from .parts import part
 from .moe import ExpertLinear, Router, routing
 

@@ -79,7 +79,7 @@ def _time_step(setup):
     from copy import deepcopy
     from itertools import count
     from statistics import median
-    from llm_lab.gpt import quick_linear
+    from llm_lab.onednn import onednn_linears
     from llm_lab.hardware import fastest_threads, keep_freed_memory, use_threads
     from llm_lab.train import adamw, train_step
 
@@ -93,7 +93,7 @@ def _time_step(setup):
         loss, _ = train_step(model, opt, setup.batch(next(step)))
         loss.item()  # wait for the device
 
-    with quick_linear(model):
+    with onednn_linears(model):
         threads = fastest_threads(work)
         with use_threads(threads):
             for _ in range(20):

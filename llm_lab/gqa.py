@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from .core import LabError
 from .self_attention import Attention, causal
-from .gpt import GPTConfig, MiniGPT, require_faithful
+from .gpt import GPTConfig, MiniGPT
+from .package import require_faithful
 from .parts import part
 
 # %% ../nbs/34_gqa.ipynb #7ca49e48

@@ -19,7 +19,8 @@ from .core import LabError, short
 from .files import bytes_in, check_size, file_in, is_name, json_of, replaceable, atomic_write
 from .hardware import must_fit
 from .chars import CharTokenizer, begins, load_tokenizer
-from .gpt import MiniGPT, require_faithful, meta_model
+from .gpt import MiniGPT
+from .package import require_faithful, meta_model
 from .package import Opened
 from .families import config_from_hf, hf_config, least_tensors, hf_views
 from copy import copy

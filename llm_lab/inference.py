@@ -16,7 +16,8 @@ from torch import nn
 from torch.nn import functional as F
 from fastcore.basics import patch
 from .core import LabError, rng
-from .hardware import keep_freed_memory, quick_products
+from .hardware import keep_freed_memory
+from .onednn import onednn_is_faster
 from .self_attention import Attention
 from .gpt import Block, MiniGPT, is_own
 from .parts import part
@@ -73,7 +74,7 @@ class TransposedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = layer.weight.shape
         self.onednn = (
-            quick_products()
+            onednn_is_faster()
             and layer.weight.dtype == torch.float32
             and layer.weight.numel() >= 200_000  # a smaller one is not worth the call
         )

@@ -13,7 +13,8 @@ from dataclasses import replace
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import register_parametrization
-from .gpt import MiniGPT, require_faithful
+from .gpt import MiniGPT
+from .package import require_faithful
 from .parts import part
 from .core import LabError
 

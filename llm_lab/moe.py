@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 from fastcore.basics import patch
 from .core import LabError
-from .hardware import by_onednn, quick_products
+from .onednn import with_onednn, onednn_is_faster
 from .parts import Aux, part
 from .gpt import MiniGPT
 from .llama_block import SwiGLU
@@ -187,7 +187,7 @@ def _quick(f):
 
     def call(first, *others):
         on_cpu = first.dtype == torch.float32 and first.device.type == 'cpu'
-        run = by_onednn(f) if on_cpu and quick_products() else f
+        run = with_onednn(f) if on_cpu and onednn_is_faster() else f
         return run(first, *others)
 
     return call

@@ -11,7 +11,8 @@ import re
 import torch
 from dataclasses import replace
 from torch import Tensor, nn
-from .gpt import MiniGPT, require_faithful
+from .gpt import MiniGPT
+from .package import require_faithful
 from .parts import part
 from .core import LabError
 

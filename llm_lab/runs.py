@@ -50,15 +50,17 @@ from llm_lab.hardware import (
     keep_freed_memory,
     machine,
     must_fit,
-    peak_flops,
     race,
     usable_device,
 )
+from .onednn import peak_flops
 from .corpora import CORPORA, at_home, found_path, kept_path, letters_of, load_corpus
 from .chars import CharTokenizer
 from .batching import BatchStream
 from .packing import PackedTokens, pack
-from .gpt import MiniGPT, config_from, own_in, quick_linear, meta_model, check_parts
+from .gpt import MiniGPT
+from .package import config_from, own_in, meta_model, check_parts
+from .onednn import onednn_linears
 from .package import load
 from .train import TrainState, span_losses, spans, document_starts, fit, next_token_loss
 from .evaluation import evaluate, read_metrics, tally
@@ -352,7 +354,7 @@ def _trial(cfg: RunConfig, vocab_size: int, precision: str):
         loss, length = step(model, opt, rows, t.clip, next_token_loss)
         return [loss.item(), length.item()]
 
-    with preserve_rng(), quick_linear(model):  # dropout draws
+    with preserve_rng(), onednn_linears(model):  # dropout draws
         yield make_step
 
 

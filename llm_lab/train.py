@@ -31,7 +31,8 @@ from .corpora import letters_of, load_corpus
 from .chars import CharTokenizer
 from .packing import document_end_ids
 from .parts import Aux
-from .gpt import GPTConfig, MiniGPT, quick_linear
+from .gpt import GPTConfig, MiniGPT
+from .onednn import onednn_linears
 from itertools import chain
 
 # %% ../nbs/23_train.ipynb #0390be9d
@@ -521,7 +522,7 @@ def fit(
     watch = _Watch(state, callbacks, trouble=lambda: _trouble(state, batches, loss_fn))
     device = state.history.device
     keep_freed_memory()
-    with graceful_interrupt(state.stop), seeded_rng(seed, 'dropout', device), quick_linear(model):
+    with graceful_interrupt(state.stop), seeded_rng(seed, 'dropout', device), onednn_linears(model):
         restore_rng_state(state.random or {})
         state.random = None  # who goes on has them
         while state.step < steps and not state.stopped:

@@ -14,14 +14,16 @@ import torch
 from cases import ALL
 from torch.nn import functional as F
 
-from llm_lab import efficient, gpt, hardware, optim, runs
+from llm_lab import efficient, hardware, onednn, optim, runs
 from llm_lab.config import RunConfig, TrainConfig, config_from_dict, check_resumable, read_config
 from llm_lab.self_attention import Attention
-from llm_lab.gpt import GPTConfig, MiniGPT, quick_linear
+from llm_lab.gpt import GPTConfig, MiniGPT
+from llm_lab.onednn import onednn_linears
 from llm_lab.self_attention import scaled_dot_product
 from llm_lab.parts import part
 from llm_lab.core import LabError, home, rng
-from llm_lab.hardware import by_onednn, exact_by_onednn, fastest_threads, quick_products, race
+from llm_lab.onednn import with_onednn, onednn_is_exact, onednn_is_faster
+from llm_lab.hardware import fastest_threads, race
 from llm_lab.optim import Muon, adamw, muon, short_precision
 from llm_lab.efficient import StepRunner, step_memory
 from llm_lab.runs import SingleProcess, set_precision, set_threads, train_run
@@ -43,14 +45,14 @@ TINY = (
     'checkpoint_every=2',
 )
 needs_onednn = pytest.mark.skipif(
-    not exact_by_onednn(), reason="oneDNN's other way is not there, or is not float32's"
+    not onednn_is_exact(), reason="oneDNN's other way is not there, or is not float32's"
 )
 
 
 @pytest.fixture
 def fresh():
     "Measured answers are forgotten, before and after"
-    measured = exact_by_onednn, quick_products, short_precision
+    measured = onednn_is_exact, onednn_is_faster, short_precision
     for f in measured:
         f.cache_clear()
     yield
@@ -101,9 +103,9 @@ def took(usual, quick):
 def test_the_library_for_products_is_chosen_by_what_was_measured(
     monkeypatch, usual, quick, exact, chosen
 ):
-    monkeypatch.setattr(hardware, 'exact_by_onednn', lambda: exact)
-    monkeypatch.setattr(hardware, 'least_seconds', took(usual, quick))
-    assert quick_products() is chosen
+    monkeypatch.setattr(onednn, 'onednn_is_exact', lambda: exact)
+    monkeypatch.setattr(onednn, 'least_seconds', took(usual, quick))
+    assert onednn_is_faster() is chosen
 
 
 @pytest.mark.usefixtures('fresh')
@@ -114,12 +116,12 @@ def test_short_numbers_are_those_of_the_hardware(monkeypatch, bf16, amx, chosen)
     "By the instructions that there are: a clock would not say the same in every process"
     monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: bf16)
     monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda: amx)
-    monkeypatch.setattr(hardware, 'least_seconds', lambda *args, **kw: pytest.fail('measured'))
+    monkeypatch.setattr(onednn, 'least_seconds', lambda *args, **kw: pytest.fail('measured'))
     assert short_precision() == chosen
 
 
 def test_no_kernel_is_chosen_by_a_makers_name():
-    for module in (hardware, gpt, optim, efficient, runs):
+    for module in (hardware, onednn, optim, efficient, runs):
         assert not {'AuthenticAMD', 'GenuineIntel', 'vendor_id'} & set(
             open(module.__file__).read().split("'")
         )
@@ -138,16 +140,16 @@ def test_what_is_measured_is_real_whatever_mode_the_caller_is_in(monkeypatch):
         seen.extend(type(work()) for work in ways.values())
         return dict.fromkeys(ways, 1.0)
 
-    monkeypatch.setattr(hardware, 'least_seconds', look)
-    plain = exact_by_onednn()
-    exact_by_onednn.cache_clear()
+    monkeypatch.setattr(onednn, 'least_seconds', look)
+    plain = onednn_is_exact()
+    onednn_is_exact.cache_clear()
     with (
         FakeTensorMode(),
         FlopCounterMode(display=False) as counter,
         torch.autocast('cpu', torch.bfloat16),
     ):
-        assert exact_by_onednn() == plain
-        quick_products(), short_precision()
+        assert onednn_is_exact() == plain
+        onednn_is_faster(), short_precision()
     assert {*seen} == {torch.Tensor} and counter.get_total_flops() == 0
 
 
@@ -170,9 +172,9 @@ def test_a_model_by_onednn_is_the_model(monkeypatch, compile):
     loss = torch.compile(next_token_loss) if compile else next_token_loss
 
     def gradients(quick):
-        monkeypatch.setattr(gpt, 'quick_products', lambda: quick)
+        monkeypatch.setattr(onednn, 'onednn_is_faster', lambda: quick)
         model.zero_grad()
-        with quick_linear(model):
+        with onednn_linears(model):
             assert ('forward' in vars(model.blocks[0].mlp.up)) is quick
             loss(model, rows).backward()
         return torch.cat([p.grad.flatten() for p in model.parameters()])
@@ -188,7 +190,7 @@ def test_the_setting_of_everybody_is_left_as_it_was():
     a, got = torch.randn(40, 50, generator=rng(0, 'a')), []
 
     def many():
-        got.extend(by_onednn(torch.mm)(a, a.T) for _ in range(30))
+        got.extend(with_onednn(torch.mm)(a, a.T) for _ in range(30))
 
     threads = [threading.Thread(target=many) for _ in range(3)]
     for t in threads:

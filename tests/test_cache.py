@@ -25,7 +25,8 @@ from llm_lab.kv_cache import (
 )
 from llm_lab.chars import CharTokenizer
 from llm_lab.self_attention import Attention, causal
-from llm_lab.gpt import GPTConfig, MiniGPT, config_from, to_data
+from llm_lab.gpt import GPTConfig, MiniGPT
+from llm_lab.package import config_from, to_data
 from llm_lab.parts import part
 from llm_lab.gqa import GQA, planned_cache_bytes
 from llm_lab.core import LabError, rng

@@ -24,7 +24,7 @@ from llm_lab.gpt import GPTConfig, MiniGPT
 from llm_lab.parts import part
 from llm_lab.gqa import GQA
 from llm_lab.core import LabError, rng
-from llm_lab.hardware import exact_by_onednn
+from llm_lab.onednn import onednn_is_exact
 from llm_lab.llama_block import QKNorm, llama
 from llm_lab.positions import RoPE
 from llm_lab.init import spectral_init
@@ -186,10 +186,10 @@ def mixed(cfg, layer=0, *, near, far):
 
 
 @pytest.mark.skipif(
-    not exact_by_onednn(), reason="oneDNN's other way is not there, or is not float32's"
+    not onednn_is_exact(), reason="oneDNN's other way is not there, or is not float32's"
 )
 def test_threads_leave_the_settings_of_torch_as_they_were(monkeypatch):
-    monkeypatch.setattr('llm_lab.inference.quick_products', lambda: True)
+    monkeypatch.setattr('llm_lab.inference.onednn_is_faster', lambda: True)
     quick = for_inference(MiniGPT(llama(2000, d_model=512, n_layers=1, n_heads=4, max_len=64)))
     prompt = torch.randint(2000, (1, 5), generator=rng(0, 'prompt'))
     want = torch.cat(list(generate(quick, prompt, 20))).tolist()

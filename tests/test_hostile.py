@@ -1206,7 +1206,8 @@ def test_the_configs_of_the_repository_are_read():
 
 def everything():
     "Configurations that name each entry of the table at least once"
-    from llm_lab.gpt import GPTConfig, config_from
+    from llm_lab.gpt import GPTConfig
+    from llm_lab.package import config_from
 
     more = {
         'alternate': dict(of=[dict(part='Attention'), dict(part='GQA', n_kv_heads=1)]),
@@ -1256,7 +1257,8 @@ def test_honest_packages_of_all_parts_open(tmp_path):
 
 def test_what_the_reader_registers_may_stand_anywhere_and_hold_anything(tmp_path):
     from llm_lab.chars import CharTokenizer
-    from llm_lab.gpt import MLP, GPTConfig, MiniGPT, config_from, to_data
+    from llm_lab.gpt import MLP, GPTConfig, MiniGPT
+    from llm_lab.package import config_from, to_data
     from llm_lab.parts import part, register
     from llm_lab.llama_block import ReLU2
     from llm_lab.package import load, save
@@ -1391,7 +1393,7 @@ def test_links_into_the_cache_of_hugging_face_are_followed_and_no_others(tmp_pat
 
 @pytest.mark.slow
 def test_the_largest_configuration_that_is_looked_at_takes_seconds():
-    from llm_lab.gpt import config_from, meta_model
+    from llm_lab.package import config_from, meta_model
 
     start = time.process_time()
     steps = [dict(part='RoPE'), dict(part='QKNorm')]

@@ -13,7 +13,8 @@ from cases import cases, some
 
 from llm_lab.kv_cache import with_kv_cache, lookback, sliding_window
 from llm_lab.corpora import Corpus
-from llm_lab.gpt import GPTConfig, MiniGPT, config_from, to_data
+from llm_lab.gpt import GPTConfig, MiniGPT
+from llm_lab.package import config_from, to_data
 from llm_lab.self_attention import scaled_dot_product, causal, dense_mask
 from llm_lab.parts import part
 from llm_lab.gqa import GQA, kv_heads

@@ -28,10 +28,13 @@ from llm_lab.kv_cache import with_kv_cache
 from llm_lab.chars import CharTokenizer
 from llm_lab.checkpoint import CheckpointManager, optimizer_state
 from llm_lab.inference import for_inference
-from llm_lab.gpt import MLP, GPTConfig, MiniGPT, config_from, quick_linear, to_data
+from llm_lab.gpt import MLP, GPTConfig, MiniGPT
+from llm_lab.package import config_from, to_data
+from llm_lab.onednn import onednn_linears
 from llm_lab.parts import Aux, part, register
 from llm_lab.core import LabError, rng
-from llm_lab.hardware import exact_by_onednn, flops
+from llm_lab.onednn import onednn_is_exact
+from llm_lab.hardware import flops
 from llm_lab.llama_block import RMSNorm, SwiGLU, llama
 from llm_lab.moe import (
     PAD,
@@ -1032,14 +1035,14 @@ def test_the_compiler_loses_nothing_whatever_the_choice(choose, kw):
 @pytest.mark.parametrize('precision', ['float32', 'bf16'])
 def test_a_compiled_step_is_the_same_step(precision, prepare, capsys, monkeypatch):
     "Slow: a compiler makes half a minute of C++ for each"
-    for module in ('gpt', 'moe'):
-        monkeypatch.setattr(f'llm_lab.{module}.quick_products', exact_by_onednn)
+    for module in ('onednn', 'moe'):
+        monkeypatch.setattr(f'llm_lab.{module}.onednn_is_faster', onednn_is_exact)
     told = []
     for compile in (False, True):
         model = prepare(shaken(MiniGPT(small(bias_rate=0.01, capacity=1.25))))
         opt = adamw(model, lr=1e-3)
         step = StepRunner(compile=compile, precision=precision)
-        with quick_linear(model):
+        with onednn_linears(model):
             losses = [step(model, opt, ROWS)[0].item() for _ in range(3)]
         told.append(
             (losses, torch.cat([t.flatten() for t in model.state_dict().values()]), model.metrics())

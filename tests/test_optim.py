@@ -13,10 +13,11 @@ import torch
 from cases import ALL, HANG
 from torch.nn import functional as F
 
-from llm_lab import gpt
-from llm_lab.gpt import GPTConfig, MiniGPT, _QuickLinear, quick_linear
+from llm_lab import onednn
+from llm_lab.gpt import GPTConfig, MiniGPT
+from llm_lab.onednn import _QuickLinear, onednn_linears
 from llm_lab.core import LabError, rng
-from llm_lab.hardware import exact_by_onednn
+from llm_lab.onednn import onednn_is_exact
 from llm_lab.optim import OPTIMIZERS, SCHEDULES, Muon, CombinedOptimizer, adamw, muon
 from llm_lab.efficient import (
     StepRunner,
@@ -36,9 +37,9 @@ def flat(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-def trained(step=train_step, opt=adamw, steps=6, cfg=SMALL, prepare=lambda m: m, **kw):
+def trained(step=train_step, optimizer=adamw, steps=6, cfg=SMALL, prepare=lambda m: m, **kw):
     model = prepare(MiniGPT(cfg))
-    run = fit(model, BATCH, steps, optimizer=opt(model, lr=2e-3), step_fn=step, **kw)
+    run = fit(model, BATCH, steps, optimizer=optimizer(model, lr=2e-3), step_fn=step, **kw)
     return flat(model), run
 
 
@@ -89,14 +90,14 @@ def test_checkpointing_is_bitwise_also_with_dropout():
 
 def test_a_compiled_step_is_the_same_step(capsys, monkeypatch):
     "Also with the quick linear layers, which are operations of our own, and with checkpoints"
-    monkeypatch.setattr(gpt, 'quick_products', exact_by_onednn)
+    monkeypatch.setattr(onednn, 'onednn_is_faster', onednn_is_exact)
     # a second block takes as long again to compile
     cfg = SMALL if ALL else replace(SMALL, n_layers=1)
 
     def one(step, prepare=lambda m: m):
         model = prepare(MiniGPT(cfg))
         opt = adamw(model, lr=1e-3)
-        with quick_linear(model):
+        with onednn_linears(model):
             losses = [step(model, opt, BATCH(n))[0].item() for n in range(3)]
         return flat(model), losses
 
@@ -317,7 +318,7 @@ def test_the_finder_backs_off_where_the_device_says_no(monkeypatch):
 
 
 @pytest.mark.skipif(
-    not exact_by_onednn(), reason="oneDNN's other way is not there, or is not float32's"
+    not onednn_is_exact(), reason="oneDNN's other way is not there, or is not float32's"
 )
 @pytest.mark.parametrize('shape', [(1, 5, 3), (2, 1, 16), (7, 33, 64)])
 @pytest.mark.parametrize('bias', [True, False])
@@ -340,10 +341,10 @@ def test_the_quick_layer_is_a_linear_layer(shape, bias):
 
 def test_quick_layers_leave_shorter_numbers_alone():
     model = MiniGPT(SMALL)
-    with quick_linear(model), torch.autocast('cpu', torch.bfloat16):
+    with onednn_linears(model), torch.autocast('cpu', torch.bfloat16):
         assert model(BATCH(0)[:, :-1]).dtype == torch.bfloat16
     half = MiniGPT(SMALL).double()
-    with quick_linear(half):
+    with onednn_linears(half):
         assert half(BATCH(0)[:, :-1]).dtype == torch.float64
 
 

@@ -34,20 +34,9 @@ from llm_lab.config import (
     write_config,
 )
 from llm_lab.inference import for_inference
-from llm_lab.gpt import (
-    MLP,
-    Block,
-    GPTConfig,
-    LearnedPositions,
-    MiniGPT,
-    config_from,
-    own_in,
-    quick_linear,
-    require_faithful,
-    meta_model,
-    to_data,
-    check_parts,
-)
+from llm_lab.gpt import MLP, Block, GPTConfig, LearnedPositions, MiniGPT
+from llm_lab.package import config_from, own_in, require_faithful, meta_model, to_data, check_parts
+from llm_lab.onednn import onednn_linears
 from llm_lab.self_attention import Attention
 from llm_lab.parts import part, register
 from llm_lab.gqa import GQA, to_gqa
@@ -658,7 +647,7 @@ def test_what_changes_no_function_is_saved(tmp_path):
     for cfg, change in ways:
         model = MiniGPT(cfg, seed=3)
         change(model)
-        with quick_linear(model):
+        with onednn_linears(model):
             save(tmp_path / 'p', model, TOK)
         again = load(tmp_path / 'p').model
         with torch.no_grad():

@@ -10,15 +10,9 @@ from cases import covering
 from torch import nn
 
 from llm_lab.chars import CharTokenizer
-from llm_lab.gpt import (
-    MLP,
-    GPTConfig,
-    LearnedPositions,
-    MiniGPT,
-    config_from,
-    quick_linear,
-    to_data,
-)
+from llm_lab.gpt import MLP, GPTConfig, LearnedPositions, MiniGPT
+from llm_lab.package import config_from, to_data
+from llm_lab.onednn import onednn_linears
 from llm_lab.self_attention import Attention, causal
 from llm_lab.parts import part
 from llm_lab.gqa import GQA
@@ -125,7 +119,7 @@ def test_parts_of_any_kind_make_a_model(seed, tmp_path):
         if not g.isfinite().all() or (g == 0).all() and 'qkv.bias' not in n
     ] == []
     model.zero_grad()
-    with quick_linear(model):
+    with onednn_linears(model):
         next_token_loss(apply_activation_checkpointing(model), ids).backward()
     apply_activation_checkpointing(model, False)
     for n, p in model.named_parameters():

@@ -18,7 +18,7 @@ from safetensors.torch import load as tensors_from, save as tensor_bytes
 
 from llm_lab.core import FORMAT_1, LabError
 from llm_lab.files import atomic_write, bytes_in, json_of
-from llm_lab.gpt import config_from, meta_model
+from llm_lab.package import config_from, meta_model
 from llm_lab.package import FORMAT, model_card, write_manifest
 
 PARTS, KEYWORDS, KEYS = (FORMAT_1[k] for k in ('parts', 'keywords', 'keys'))

@@ -38,7 +38,8 @@ from torch.nn import functional as F
 
 from llm_lab.gpt import MiniGPT
 from llm_lab.hub import to_hf
-from llm_lab.hardware import by_onednn, keep_freed_memory, machine, quick_products
+from llm_lab.onednn import with_onednn, onednn_is_faster
+from llm_lab.hardware import keep_freed_memory, machine
 from llm_lab.core import progress, rng
 from llm_lab.llama_block import llama
 from llm_lab.efficient import PRECISIONS
@@ -105,7 +106,7 @@ def products(rounds):
         short, turned = a.bfloat16(), b.bfloat16()
         ways = {
             'PyTorch': lambda a=a, b=b: a @ b,
-            'oneDNN': lambda a=a, b=b: by_onednn(torch.mm)(a, b),
+            'oneDNN': lambda a=a, b=b: with_onednn(torch.mm)(a, b),
             'bf16': lambda a=short, b=turned: a @ b,
         }
         took = in_turns(ways, 6 * rounds)
@@ -131,7 +132,7 @@ def rows(rounds):
         kinds = {
             'linear': (lambda w, x=x: F.linear(x, w), by_out),
             'turned': (lambda w, x=x: torch.mm(x, w), by_in),
-            'turned, oneDNN': (lambda w, x=x: by_onednn(torch.mm)(x, w), by_in),
+            'turned, oneDNN': (lambda w, x=x: with_onednn(torch.mm)(x, w), by_in),
             'bf16': (lambda w, x=short: F.linear(x, w), half),
             'int8': (lambda w, x=short, s=scale: torch._weight_int8pack_mm(x, w, s), eight),
         }
@@ -262,7 +263,7 @@ def main():
     a = ap.parse_args()
     keep_freed_memory()
     start = time.time()
-    about = dict(processor(), quick_products=quick_products(), short_precision=short_precision())
+    about = dict(processor(), quick_products=onednn_is_faster(), short_precision=short_precision())
     print(f'{machine()["cpu"]}, {torch.get_num_threads()} threads; ' + ' '.join(about['flags']))
     print(
         f'products by oneDNN: {about["quick_products"]}; Muon counts in {about["short_precision"]}'

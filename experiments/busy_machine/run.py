@@ -43,7 +43,8 @@ def worker(lab_first):
     if lab_first:
         import llm_lab  # noqa: F401 its choice must be there before PyTorch is
     import torch
-    from llm_lab.gpt import GPTConfig, MiniGPT, quick_linear
+    from llm_lab.gpt import GPTConfig, MiniGPT
+    from llm_lab.onednn import onednn_linears
     from llm_lab.hardware import keep_freed_memory
     from llm_lab.train import adamw, random_crops, train_step
 
@@ -52,7 +53,7 @@ def worker(lab_first):
     model = MiniGPT(GPTConfig(vocab_size=65, max_len=128))
     opt = adamw(model)
     batch = random_crops(torch.randint(65, (100_000,)), 8, 128)
-    with quick_linear(model):
+    with onednn_linears(model):
         for line in sys.stdin:
             times = []
             for step in range(int(line)):

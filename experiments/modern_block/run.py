@@ -27,7 +27,8 @@ from statistics import mean, median, stdev
 import torch
 from torch import nn
 
-from llm_lab.gpt import MLP, LearnedPositions, MiniGPT, quick_linear
+from llm_lab.gpt import MLP, LearnedPositions, MiniGPT
+from llm_lab.onednn import onednn_linears
 from llm_lab.self_attention import Attention
 from llm_lab.parts import part
 from llm_lab.gqa import GQA
@@ -119,7 +120,7 @@ def paces(names, rounds=15, turn=4):
     for _ in progress(range(rounds + 1), 'times'):
         for n, m in models.items():
             start = time.perf_counter()
-            with quick_linear(m):
+            with onednn_linears(m):
                 for _ in range(turn):
                     train_step(m, opts[n], rows)
             took[n].append((time.perf_counter() - start) / turn)

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from llm_lab.gpt import GPTConfig, MiniGPT
-from llm_lab.hardware import device, flops, machine, peak_flops
+from llm_lab.hardware import device, flops, machine
+from llm_lab.onednn import peak_flops
 from llm_lab.core import rng
 from llm_lab.optim import OPTIMIZERS
 from llm_lab.efficient import StepRunner

@@ -8,7 +8,7 @@ backward, gradients of the weights and of the input. Ours is `moe`; it multiplie
 where that is quicker, as a training run does. Mixtral is transformers' block as it comes
 (`eager`) and its grouped form (`grouped_mm`), with the same weights; before the clock runs, all
 three must give the same outputs and gradients. Dense is one SwiGLU of width 1,024, the same
-number of multiplications, plainly and as a training run has it (`quick_linear`, `gpt`).
+number of multiplications, plainly and as a training run has it (`onednn_linears`, `gpt`).
 Contenders take turns in random order; each turn has new tokens, so the experts' shares differ
 from turn to turn, as they do in training. Medians. `even` shares the tokens out evenly; `skewed`
 lets a quarter of the experts have most of them. `--gpu` compares in bf16 on a CUDA device. The
@@ -23,7 +23,8 @@ from statistics import median
 
 import torch
 
-from llm_lab.gpt import GPTConfig, quick_linear
+from llm_lab.gpt import GPTConfig
+from llm_lab.onednn import onednn_linears
 from llm_lab.parts import part
 from llm_lab.hardware import keep_freed_memory, machine
 from llm_lab.core import require, rng
@@ -102,7 +103,7 @@ def race(ways, rounds, device, dtype, skewed=False):
         x = tokens(n + 3, ways['ours'].router.weight, device, dtype, skewed)
         for name in random.Random(n).sample(names, len(names)):
             if name == 'dense, quick':
-                with quick_linear(ways['dense']):
+                with onednn_linears(ways['dense']):
                     t = turn(ways['dense'], x, g, wait)
             else:
                 t = turn(ways[name], x, g, wait)

@@ -24,12 +24,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from llm_lab import gpt
+from llm_lab import onednn
 from llm_lab.chars import CharTokenizer
 from llm_lab.gpt import GPTConfig, MiniGPT
 from llm_lab.parts import part
 from llm_lab.gqa import GQA
-from llm_lab.hardware import flops, machine, peak_flops
+from llm_lab.hardware import flops, machine
+from llm_lab.onednn import peak_flops
 from llm_lab.core import progress, rng
 from llm_lab.llama_block import SwiGLU, llama
 from llm_lab.efficient import StepRunner
@@ -110,16 +111,16 @@ def small_llama():
     return MiniGPT(llama(V, **size, attn=part(GQA, n_kv_heads=2), mlp=part(SwiGLU, d_ff=344)))
 
 
-def our_loop(turn, step=train_step, opt=None, onednn=True, make=small):
-    if not onednn:
-        gpt.quick_products = lambda: False
+def our_loop(turn, step=train_step, optimizer=None, use_onednn=True, make=small):
+    if not use_onednn:
+        onednn.onednn_is_faster = lambda: False
     rows, model = random_crops(text(), B, T), make()
 
     def batch(n):
         turn(n)
         return rows(n)
 
-    fit(model, batch, 1_000_000, lr=1e-3, step_fn=step, optimizer=opt and opt(model))
+    fit(model, batch, 1_000_000, lr=1e-3, step_fn=step, optimizer=optimizer and optimizer(model))
 
 
 def transformers_loop(turn):
@@ -166,7 +167,7 @@ LOOPS = {
     'llm_lab, compiled': lambda turn: our_loop(turn, StepRunner(compile=True)),
     'plain eager GPT-2': lambda turn: plain_loop(PlainGPT().train(), lambda out: out, turn),
     'transformers GPT-2': transformers_loop,
-    'llm_lab, no oneDNN': lambda turn: our_loop(turn, onednn=False),
+    'llm_lab, no oneDNN': lambda turn: our_loop(turn, use_onednn=False),
     'llm_lab, bf16': lambda turn: our_loop(turn, StepRunner(precision='bf16')),
     'llm_lab, Muon': lambda turn: our_loop(turn, optimizer=muon),
     'llm_lab Llama': lambda turn: our_loop(turn, make=small_llama),

@@ -19,7 +19,8 @@ import torch
 
 from llm_lab.config import model_data, read_config
 from llm_lab.experts import active_params
-from llm_lab.gpt import MiniGPT, config_from
+from llm_lab.gpt import MiniGPT
+from llm_lab.package import config_from
 from llm_lab.hardware import flops, machine
 from llm_lab.core import home
 from llm_lab.runs import train_run
