@@ -312,7 +312,7 @@ def _section(name, keys):
     for key in keys:
         path = f'{name}.{key}'
         if path in FORMAT_1['keys']:
-            _refuse_format_1(path)
+            _refuse_format_1(path, FORMAT_1['keys'][path])
         if path not in _PATHS:
             raise LabError(f'{_line(path)}: there is no such key; {_nearest_path(path)}')
     if name == 'model':

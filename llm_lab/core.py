@@ -204,19 +204,19 @@ FORMAT_1 = dict(
 )
 
 
-def _refuse_format_1(word, path=''):
-    "Raises `LabError` on a name, a keyword or a key that only format 1 had"
-    bare = re.sub(r'^llm_lab\.\w+:', '', word)  # it named the module, too
-    now = FORMAT_1['parts'].get(bare)
-    if now is None and bare != word and any(bare in parts for parts in SLOTS.values()):
-        now = bare
-    now = now or FORMAT_1['keywords'].get(word) or FORMAT_1['keys'].get(word)
-    if now is not None:
-        where = f'{path}={short(word)}' if path else word
-        raise LabError(
-            f'{where} is format 1, it is called {now} now: convert the file by '
-            'python tools/migrate.py PATH'
-        )
+def _part_of_format_1(word):
+    "What a part of format 1 is called now; its files named the module, too"
+    bare = re.sub(r'^llm_lab\.\w+:', '', word)
+    return FORMAT_1['parts'].get(bare, bare)
+
+
+def _refuse_format_1(word, now, path=''):
+    "Raises `LabError` on a name, a keyword or a key of format 1"
+    where = f'{path}={short(word)}' if path else word
+    raise LabError(
+        f'{where} is format 1, it is called {now} now: convert the file by '
+        'python tools/migrate.py PATH'
+    )
 
 
 def _elsewhere(name, slot) -> list:
@@ -248,7 +248,9 @@ def address(
                 return SLOTS[s][name]
             if name in SLOTS[s].values():
                 return name
-        _refuse_format_1(name, path)
+        now = _part_of_format_1(name)
+        if any(now in SLOTS[s] for s in slots):
+            _refuse_format_1(name, now, path)
     names = sorted({n for s in slots for n in SLOTS[s]})
     other = _elsewhere(name, slot)
     if other:
@@ -348,7 +350,7 @@ def check_recipe(
 def _check_keyword(v, slot, keyword, path, deep):
     "What a keyword of a declared part says; returns how many parts that makes"
     if keyword in FORMAT_1['keywords']:
-        _refuse_format_1(keyword, path)
+        _refuse_format_1(path, FORMAT_1['keywords'][keyword])
     if keyword in _NEVER or keyword in _FILLED.get(slot, '').split():
         raise LabError(f'{path}: the model fills this in; leave it out')
     held = HOLDS.get(slot, {}).get(keyword)  # the slot of the recipe that stands there

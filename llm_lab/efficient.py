@@ -196,7 +196,9 @@ PRECISIONS = dict(float32=None, bf16=torch.bfloat16, fp16=torch.float16)
 
 
 class StepRunner:
-    "A training step with accumulated, low-precision or compiled gradients: `fit(…, step=Step(…))`"
+    """A training step with accumulated, low-precision or compiled gradients:
+
+    `fit(…, step_fn=StepRunner(…))`"""
 
     def __init__(
         self,

@@ -174,7 +174,7 @@ def picture(self: Plan, head=0):  # a matplotlib figure, for some hundred tokens
     "Black: pairs that are read. Grey: pairs that are multiplied, then hidden"
     plt = pyplot()
     j = torch.arange(self.T)
-    seen = self.mask().expand(1, self.n_heads, -1, -1)[0, head].float()
+    seen = self.dense_mask().expand(1, self.n_heads, -1, -1)[0, head].float()
     begin = j[:, None] // self.block * self.block  # of the fold of each query
     met = (j >= begin - self.left) & (j < begin + self.block)
     grey = 0.3 * met.float()

@@ -115,7 +115,7 @@ def _given(x, kw, asked):
         return part(x, transforms=kw['transforms'])
     warn_once(
         f'{x.func.__name__} is your own, so llama gives it no RoPE: '
-        'write transforms=(part(RoPE),) where it should rotate, or transforms=() where it should not'
+        'write transforms=(part(RoPE),) where it should turn, or transforms=() where it should not'
     )
     return x
 

@@ -217,8 +217,8 @@ def steps_for(
 
 # %% ../nbs/28_optim.ipynb #2fa8fac4
 class EarlyStop:
-    """For `fit(every={100: EarlyStop(…)})`: ends a run that gets no better, and gives the model its
-    best weights back"""
+    """For `fit(callbacks={100: EarlyStop(…)})`: ends a run that gets no better, and gives the model
+    its best weights back"""
 
     def __init__(
         self,
@@ -270,7 +270,7 @@ def diverged(means) -> bool:  # means of the loss, one for each look
 
 # %% ../nbs/28_optim.ipynb #fdc0c21e
 class DivergenceMonitor:
-    "For `fit(every={50: Alarm()})`: notes spikes, and ends a run that has diverged"
+    "For `fit(callbacks={50: DivergenceMonitor()})`: notes spikes, and ends a run that has diverged"
 
     def __init__(self, width=50, by=6.0):
         self.width = width

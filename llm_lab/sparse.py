@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['attention_sinks', 'strided', 'same_document', 'or_masks', 'and_masks', 'receptive_field', 'expander_links',
-           'power_links', 'polynomial_links', 'cover', 'spectral_gap', 'alternate', 'said', 'plot_reach', 'reach_map']
+           'power_links', 'polynomial_links', 'cover', 'spectral_gap', 'alternate', 'describe_receptive_field',
+           'plot_receptive_field', 'receptive_field_map']
 
 # %% ../nbs/41_sparse.ipynb #5bd11461
 from functools import cache, reduce
@@ -284,14 +285,14 @@ alternate.check = lambda cfg, of=(), **kw: _several(cfg, of)
 # %% ../nbs/41_sparse.ipynb #647321ca
 def _masks(masks, T, n_heads):  # (L, T, T): does any head read it?
     i = torch.arange(T)
-    masks = []
+    found = []
     for layer, p in enumerate(masks):
         seen = dense_mask(p, i, i, n_heads, layer).expand(1, n_heads, T, T)
-        masks.append(seen[0].any(0))
-    return torch.stack(masks)
+        found.append(seen[0].any(0))
+    return torch.stack(found)
 
 
-def said(found, query) -> str:  # as `receptive_field` gives it
+def describe_receptive_field(found, query) -> str:  # as `receptive_field` gives it
     "In words: how many tokens a query has heard of after each layer"
     counts = found.sum(1).tolist()
     return (
@@ -309,7 +310,7 @@ def _plot_layer(ax, seen, query, layer):
     ax.set_title(f'layer {layer}', fontsize=8)
 
 
-def plot_reach(
+def plot_receptive_field(
     masks,  # one for each layer
     T=40,
     query=-1,
@@ -334,7 +335,7 @@ def plot_reach(
         graph.scatter(range(T), [L - n] * T, s=9, color=colors, zorder=3)
     graph.set(xlabel='token', yticks=range(L + 1), ylabel='layers done')
     graph.grid(False)
-    fig.suptitle(said(found, query), x=0.02, ha='left', fontsize=9)
+    fig.suptitle(describe_receptive_field(found, query), x=0.02, ha='left', fontsize=9)
     return fig
 
 # %% ../nbs/41_sparse.ipynb #85fdd2fe
@@ -351,8 +352,8 @@ def _live():
     return ReachMap
 
 
-def reach_map(masks, T=40, query=-1, n_heads=1):
-    # as `plot_reach`; the still picture where no widget can live
+def receptive_field_map(masks, T=40, query=-1, n_heads=1):
+    # as `plot_receptive_field`; the still picture where no widget can live
     "Graph and masks to touch: click a token and see what it can have heard of after each layer"
     if not 1 <= T <= 64:
         raise LabError(f'T={T}: give 1 to 64 tokens, more cannot be told apart')
@@ -362,4 +363,4 @@ def reach_map(masks, T=40, query=-1, n_heads=1):
             return _live()(size=T, layers=len(masks), query=query % T, data=data)
         except LabError:
             pass  # anywidget is not installed
-    return show(plot_reach(masks, T, query, n_heads))
+    return show(plot_receptive_field(masks, T, query, n_heads))

@@ -43,13 +43,13 @@ def _bare(model):
 
 def _has_aux(model) -> bool:
     "Does a part of the model say something to `aux`?"
-    return 'aux' in getattr(_bare(model), 'words', ())
+    return 'aux' in getattr(_bare(model), 'needs', ())
 
 
-def _for_gradient_alone(loss_fn, aux):
+def _for_gradient_alone(loss, aux):
     "The same number as `loss`, with the gradient of `loss + aux.loss()`"
     more = aux.loss()
-    return loss_fn + (more - more.detach())  # adds 0; its derivative is that of `more`
+    return loss + (more - more.detach())  # adds 0; its derivative is that of `more`
 
 
 def next_token_loss(model, rows: Tensor) -> Tensor:  # ids, (B, T+1) → a number, in nats
@@ -383,8 +383,8 @@ class _Watch:
     tells"""
 
     def __init__(self, state, callbacks, trouble):
-        self.run = state
-        self.every = callbacks or {}
+        self.state = state
+        self.callbacks = callbacks or {}
         self.trouble = trouble  # () → what is said where a loss is no number
         self.live = StatusLine()
         # when the run would have begun, had it never been left and never paused for a callback
@@ -393,12 +393,12 @@ class _Watch:
         self.read = state.step  # up to which step the losses are known to be numbers
 
     def clock(self):
-        self.run.seconds = time.monotonic() - self.start
+        self.state.seconds = time.monotonic() - self.start
 
     def loss(self):
         """The mean of the last 20 steps, the only number that is read from the device; raises when
         one is none"""
-        step, losses = self.run.step, self.run.history[0]
+        step, losses = self.state.step, self.state.history[0]
         if not losses[self.read : step].sum().isfinite():
             raise LabError(self.trouble())
         self.read = step
@@ -406,13 +406,13 @@ class _Watch:
 
     def call(self, f):
         "Let a callback look at the run; what it draws is put back, what it returns is noted"
-        with preserve_rng(self.run.history.device):
-            said = f(self.run)
+        with preserve_rng(self.state.history.device):
+            said = f(self.state)
         if isinstance(said, dict):
-            self.run.notes.append(dict(step=self.run.step, **said))
+            self.state.notes.append(dict(step=self.state.step, **said))
 
     def __call__(self):
-        calls = _called(self.every, self.run.step)
+        calls = _called(self.callbacks, self.state.step)
         if not calls and time.monotonic() < self.due:
             return
         loss = self.loss()  # waits for the device, which is training: before the clock is stopped
@@ -422,7 +422,7 @@ class _Watch:
             self.call(f)
         self.start += time.monotonic() - stopped  # callbacks are no training time
         self.due = time.monotonic() + 0.5
-        self.live(self.run.line(loss))
+        self.live(self.state.line(loss))
 
 # %% ../nbs/23_train.ipynb #292dd160
 def _move(optimizer, grads, scale, skip):
@@ -503,7 +503,7 @@ def fit(
     callbacks: dict = None,
     seed=0,  # of dropout
     optimizer=None,  # an optimizer with rates of its own; `adamw(model, lr, weight_decay)` if none
-    schedule=None,  # f(step, steps): the factor on the rates; by the two words above if none
+    schedule=None,  # f(step, steps): the factor on the rates; by `warmup` and `min_lr` if none
     loss_fn=next_token_loss,
     step_fn=train_step,
     state=None,  # a `TrainState` of this model that goes on where it stands

@@ -38,7 +38,7 @@ def to(pattern):
 PLACES = dict(
     packing=(packing, '_write'),
     packed=(os, 'replace', to(r'/packed/[^/]+$')),
-    cutting_rows=(MetricsLog, 'cut'),
+    cutting_rows=(MetricsLog, 'truncate'),
     describing=(runs, '_describe'),
     noting=(os, 'replace', to(r'/(config\.yaml|run\.json|runs/latest)$')),
     rewriting=(os, 'replace', to(r'/(metrics|samples)\.\w+$')),
@@ -82,7 +82,7 @@ class Fate:
     def __init__(
         self, place=None, when='before', k=1, signal=signal.SIGKILL, after=None, careless=False
     ):
-        self.folder_of = place
+        self.place = place
         self.when = when
         self.k = k
         self.signal = signal
@@ -92,7 +92,7 @@ class Fate:
 
     def meet(self, place, when, args):
         self.met[f'{place}/{when}'] += 1
-        if (place, when) != (self.folder_of, self.when) or self.met[f'{place}/{when}'] != self.k:
+        if (place, when) != (self.place, self.when) or self.met[f'{place}/{when}'] != self.k:
             return
         if place in HALF:
             HALF[place](*args)

@@ -988,7 +988,7 @@ def test_what_bpe_cannot_follow_has_its_library_s_ids_or_is_refused_in_one_line(
         'no model': changed(lambda d: d.pop('model')),
         'no content': changed(lambda d: d['added_tokens'][0].pop('content')),
         'no type': step({}, plain),
-        'no pattern': step(dict(cut, mask=None), plain),
+        'no pattern': step(dict(cut, pattern=None), plain),
         'null step': step(None, plain),
         'a list': [1],
         'null': None,
@@ -1129,7 +1129,7 @@ def test_a_model_with_this_tokenizer_is_packed_opened_and_writes(tok, tmp_path):
             self.at = ids.shape[1] - self.prompt
             return ids[..., None].float()
 
-        def head(self, x):
+        def lm_head(self, x):
             return (
                 torch.nn.functional.one_hot(torch.tensor([self.ids[self.at]]), tok.vocab_size)
                 * 99.0

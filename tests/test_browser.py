@@ -195,7 +195,7 @@ def test_a_clicked_token_shows_what_it_can_have_heard_of(opened, tmp_path):
     from playwright.sync_api import expect
     from llm_lab.kv_cache import sliding_window
     from llm_lab.parts import part
-    from llm_lab.sparse import or_masks, expander_links, receptive_field, said
+    from llm_lab.sparse import or_masks, expander_links, receptive_field, describe_receptive_field
 
     patterns = [
         part(or_masks, of=(part(sliding_window, size=4), part(expander_links, degree=2, beyond=4)))
@@ -207,18 +207,20 @@ def test_a_clicked_token_shows_what_it_can_have_heard_of(opened, tmp_path):
         words, tokens, lines = (
             box.locator(o) for o in ('.reach-words', '.reach-token', 'svg line')
         )
-        expect(words).to_have_text(said(receptive_field(patterns, 32, 26), 26))
+        expect(words).to_have_text(describe_receptive_field(receptive_field(patterns, 32, 26), 26))
         box.scroll_into_view_if_needed()
         page.screenshot(path=str(OUT / '41_sparse.reach.png'))
         for t in (9, 0, 31):
             tokens.nth(t).click()
-            expect(words).to_have_text(said(receptive_field(patterns, 32, t), t))
+            expect(words).to_have_text(
+                describe_receptive_field(receptive_field(patterns, 32, t), t)
+            )
             assert tokens.nth(t).get_attribute('aria-pressed') == 'true'
             if t == 0:
                 expect(lines).to_have_count(3)
         graph = box.locator('svg').bounding_box()
         page.mouse.click(graph['x'] + graph['width'] * 12.5 / 32, graph['y'] + 20)
-        expect(words).to_have_text(said(receptive_field(patterns, 32, 12), 12))
+        expect(words).to_have_text(describe_receptive_field(receptive_field(patterns, 32, 12), 12))
         assert box.locator('canvas').count() == 3
 
 

@@ -342,7 +342,8 @@ def test_wrong_recipes_are_refused():
     for size in (4, 1):
         with pytest.raises(
             LabError,
-            match=f'size={size} is too small a cache for part\\(window, size=5\\), which reads 5',
+            match=f'size={size} is too small a cache for '
+            r'part\(sliding_window, size=5\), which reads 5',
         ):
             llama(
                 **SIZE,
@@ -450,7 +451,7 @@ def test_misuse_is_told_in_one_line():
             lambda: complete(quick, TOK, 'a', samples=0),
             'samples=0: give a whole number of at least 1',
         ),
-        (lambda: complete(quick, TOK, 'a', 2.5), 'n=2.5: give a whole number'),
+        (lambda: complete(quick, TOK, 'a', 2.5), 'max_new_tokens=2.5: give a whole number'),
         (lambda: complete(quick, TOK, 'a', stop=[3]), 'give a text to end at'),
         (lambda: DecodingState(quick, 9)(ids[:, :0]), 'an empty text'),
     ):

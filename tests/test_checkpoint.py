@@ -69,14 +69,14 @@ def begin(opt=muon, steps=40, dropout=0.2, make=GPTConfig, **parts):
     return TrainState(model, steps, optimizer=opt(model)), BatchStream(IDS, 6, 16, seed=1)
 
 
-def go(run, batch, *saves, step=None, callbacks=None, **kw):
+def go(run, batch, *saves, step_fn=None, callbacks=None, **kw):
     callbacks = {**(callbacks or {}), **{(n,): f for n, f in saves}}
     return fit(
         run.model,
         batch,
         run.steps,
         state=run,
-        step_fn=step or StepRunner(accumulate=3),
+        step_fn=step_fn or StepRunner(accumulate=3),
         callbacks=callbacks,
         **kw,
     )
@@ -145,7 +145,7 @@ def test_a_run_ends_with_the_same_bits_wherever_it_is_resumed(kept, looked):
     assert same(bits(go(*begin())), whole)  # neither looking nor saving changed it
     assert CheckpointManager(folder, TOK).steps() == [*range(1, 41)]
     for at in some(range(1, 41), 5):
-        again = resumed(folder, at, every=looked)
+        again = resumed(folder, at, callbacks=looked)
         assert same(bits(again), whole), at
         assert again.notes == run.notes, at
 
@@ -194,7 +194,7 @@ def test_every_optimizer_is_resumed_bit_by_bit(name, precision, tmp_path):
         assert same(
             bits(
                 resumed(
-                    tmp_path, at, begin=start, step=StepRunner(accumulate=3, precision=precision)
+                    tmp_path, at, begin=start, step_fn=StepRunner(accumulate=3, precision=precision)
                 )
             ),
             bits(run),
@@ -931,7 +931,7 @@ run, batch = begin(steps=120)
 saves = Checkpoints(sys.argv[1], TOK, keep=2, data=batch)
 if saves.steps(): saves.load(run)
 def tell(run): print(run.step, flush=True)
-go(run, batch, every={{1: tell, 5: saves}})
+go(run, batch, callbacks={{1: tell, 5: saves}})
 """
 
 

@@ -317,4 +317,4 @@ def test_compiled_is_the_same(kind):
         slow = DecodingState(model, T)
         for piece in ids.split([5] + [1] * 30 + [5], 1):
             near(reader(piece), slow(piece))
-    assert quick.step is not quick.token
+    assert quick.step is not quick.next_features

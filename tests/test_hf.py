@@ -878,8 +878,8 @@ DETAILS = {
     'neighbours': ('llama', 0, step(interleaved=True)),
     'no scaling': ('llama', 4, step(scale=None)),
     'all channels turn': ('phi3', 1, step(partial=0.5)),
-    'eps of the steps': ('qwen3', 0, step(eps=0.01)),
-    'order of steps': (
+    'eps of the transforms': ('qwen3', 0, step(eps=0.01)),
+    'order of transforms': (
         'qwen3',
         0,
         lambda c: replace(c, attn=part(c.attn, transforms=c.attn.keywords['transforms'][::-1])),
@@ -913,8 +913,8 @@ def test_one_wrong_detail_is_seen(pair, name):
     theirs, _, ours = pair(family, seed)
     other = MiniGPT(change(ours.cfg)).eval()
     state = ours.state_dict()
-    if name == 'order of steps':
-        state = {n.replace('steps.0', 'steps.1'): w for n, w in state.items()}
+    if name == 'order of transforms':
+        state = {n.replace('transforms.0', 'transforms.1'): w for n, w in state.items()}
     other.load_state_dict(state)
     ids = torch.randint(ours.cfg.vocab_size, (2, T), generator=rng(seed, 'ids'))
     with torch.no_grad():

@@ -1189,7 +1189,7 @@ def test_what_the_repository_names_can_be_named():
         'torch.nn:Embedding',
         'torch.nn:NAME',
         'llm_lab.CHAPTER:NAME',
-        'llm_lab.gpt:Attention',  # the first edition's address
+        'llm_lab.gpt:Attention',  # format 1
     }
     for path in files:
         text = path.read_text(encoding='utf-8')
@@ -1226,7 +1226,7 @@ def everything():
         if (slot, name) == ('mlp', 'alternate'):
             x = dict(part=a, of=[dict(part='MLP'), dict(part='MoE', n_experts=2)])
         if name == 'CacheTransform':
-            told = dict(attn=dict(part='Attention', steps=[x]))
+            told = dict(attn=dict(part='Attention', transforms=[x]))
         else:
             told = next(told for s, told in places('?') if s == slot)
         yield (

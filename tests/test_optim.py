@@ -120,7 +120,7 @@ def test_without_a_compiler_the_run_goes_on_and_says_so_once(tmp_path):
         "from llm_lab.efficient import *\n"
         "m = MiniGPT(GPTConfig(vocab_size=20, max_len=16, d_model=32, n_layers=1, n_heads=2))\n"
         "run = fit(m, random_crops(torch.arange(400) % 20, 4, 16), 3, "
-        "step=StepRunner(compile=True))\nprint(run.step)"
+        "step_fn=StepRunner(compile=True))\nprint(run.step)"
     )
     env = dict(
         os.environ, CXX=str(tmp_path / 'none'), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / 'cache')

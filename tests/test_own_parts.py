@@ -860,7 +860,7 @@ def test_what_is_planned_is_measured_where_it_cannot_be_foretold():
     whole = step_memory(llama(**size, mlp=part(SwiGLU, d_ff=16)), 8)
     assert 0.5 * whole < memory[2] < 3 * whole  # about as much as a plain one of that width
     shapes = meta_model(llama(**size, attn=part(Picky), tie=True))
-    assert shapes.head.weight is shapes.tok.weight
+    assert shapes.lm_head.weight is shapes.tok.weight
     require_faithful(MiniGPT(llama(**size, attn=part(Picky), tie=True), seed=4))
     assert (
         run_module._work(loop, 16) > 0
@@ -1024,11 +1024,11 @@ IN_A_FILE = {  # {key=value: words of the answer}
     'model.mlp={part: MLP, act: {part: gelu}}': ["act='gelu'", "did you mean 'GELU'"],
     'model.mlp={part: MLP, act: null}': ['model.mlp.act=None', 'give a recipe'],
     'model.mlp={part: MLP, act: {part: RMSNorm}}': ["act='RMSNorm'", 'belongs into norm'],
-    'model.attn={part: Attention, steps: [RoPE]}': [
+    'model.attn={part: Attention, transforms: [RoPE]}': [
         "model.attn.transforms[0]='RoPE'",
         'RoPE',
     ],
-    'model.attn={part: Attention, steps: RoPE}': [
+    'model.attn={part: Attention, transforms: RoPE}': [
         "model.attn.transforms='RoPE'",
         'in a list',
         'RoPE',
@@ -1038,7 +1038,7 @@ IN_A_FILE = {  # {key=value: words of the answer}
         'in a list',
     ],
     'model.attn={part: Attention, transforms: [{part: Ropr}]}': [
-        "steps[0]='Ropr'",
+        "transforms[0]='Ropr'",
         "did you mean 'RoPE'",
     ],
     'model.attn={part: Attention, transforms: [{part: SwiGLU}]}': [
@@ -1066,7 +1066,7 @@ IN_A_FILE = {  # {key=value: words of the answer}
     'model.lm_head=null': ['model.lm_head=None'],
     'model.pos=rope': ["model.pos='rope'", 'recipe'],
     'model.pos={part: RoPE}': ["model.pos='RoPE'", 'belongs into attn.transforms'],
-    'model.attn={part: Attention, pattern: causal}': [
+    'model.attn={part: Attention, mask: causal}': [
         "model.attn.mask='causal'",
         'causal',
     ],
@@ -1238,7 +1238,7 @@ def test_null_means_none(home, monkeypatch):
     assert made('model.block=llama').pos is None and made(
         'model.block=llama', 'model.pos={part: LearnedPositions}'
     ).pos == part(LearnedPositions)
-    assert made('model.block=llama', 'model.attn={part: Attention, steps: null}').attn == part(
+    assert made('model.block=llama', 'model.attn={part: Attention, transforms: null}').attn == part(
         Attention, transforms=(), bias=False
     )
     assert made('model.block=llama', 'model.attn={part: Attention}').attn == part(

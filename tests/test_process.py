@@ -324,7 +324,7 @@ def test_the_notebooks_interrupt_button_stops_training(tmp_path):
             'import torch\nfrom llm_lab.gpt import GPTConfig, MiniGPT\nfrom llm_lab.train '
             'import fit, random_crops\n'
             'print("ready")\nrun = fit(MiniGPT(GPTConfig(vocab_size=9, d_model=32, n_layers=1)), '
-            'random_crops(torch.randint(9, (5000,)), 4, 32), 1_000_000, every={(20,): lambda '
+            'random_crops(torch.randint(9, (5000,)), 4, 32), 1_000_000, callbacks={(20,): lambda '
             'run: print("under way")})\n'
             'print("steps", run.step, run.stopped)'
         )

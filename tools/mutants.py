@@ -30,7 +30,7 @@ DAMAGE = (
 MUTANTS = {  # name: (module, what stands there, what it becomes, the test that must turn red)
     'no RNG restore': (
         'train',
-        '        restore_rng_state(run.random or {})\n',
+        '        restore_rng_state(state.random or {})\n',
         '',
         RESUME,
     ),
@@ -48,8 +48,8 @@ MUTANTS = {  # name: (module, what stands there, what it becomes, the test that 
     ),
     'in-place write': (
         'checkpoint',
-        'with atomic_write(self.place(run.step)) as new:',
-        'if new := self.place(run.step):',
+        'with atomic_write(self.folder_of(run.step)) as new:',
+        'if new := self.folder_of(run.step):',
         FAULTS,
     ),
     'prune before commit': (
@@ -61,13 +61,13 @@ MUTANTS = {  # name: (module, what stands there, what it becomes, the test that 
     ),
     'eval on the global RNG': (
         'train',
-        'with preserve_rng(self.run.history.device):\n            said',
+        'with preserve_rng(self.state.history.device):\n            said',
         'if True:\n            said',
         ONLOOKERS,
     ),
     'rows not cut': (
         'runs',
-        'job.metrics.cut(job.run.step, source)',
+        'job.metrics.truncate(job.run.step, source)',
         'pass',
         KILLED,
     ),

@@ -133,7 +133,7 @@ def recall_batch(size, seed):
 def recall_loss(size, net, rows):
     "Only answers count"
     asks = rows[:, :-1] >= size.asks
-    return F.cross_entropy(net.head(net.features(rows[:, :-1])[asks]), rows[:, 1:][asks])
+    return F.cross_entropy(net.lm_head(net.features(rows[:, :-1])[asks]), rows[:, 1:][asks])
 
 
 def facts_batch(size, seed):
