@@ -300,7 +300,7 @@ def for_inference(
     keep_freed_memory()
     new = Fast(with_kv_cache(model, strict=False), _layer(weights))
     if compile:
-        new.step = try_compile(new.token, options={'cpp.threads': 1})
+        new.step = try_compile(new.next_features, options={'cpp.threads': 1})
     return new
 
 # %% ../nbs/36_inference.ipynb #3e3eea8d

@@ -219,7 +219,7 @@ def complete(
     """Continue several texts at once, each as `sample` does; a model with a cache reads every
     prompt once"""
     check_sampling(**sampling)
-    for name, x, least in (('n', max_new_tokens, 0), ('samples', samples, 1)):
+    for name, x, least in (('max_new_tokens', max_new_tokens, 0), ('samples', samples, 1)):
         if type(x) is not int or x < least:
             raise LabError(f'{name}={x!r}: give a whole number of at least {least}')
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)

@@ -200,7 +200,9 @@ def test_a_clicked_token_shows_what_it_can_have_heard_of(opened, tmp_path):
     patterns = [
         part(or_masks, of=(part(sliding_window, size=4), part(expander_links, degree=2, beyond=4)))
     ] * 3
-    with opened(upto('41_sparse', 'reach_map(small', tmp_path), width=900, height=900) as page:
+    with opened(
+        upto('41_sparse', 'receptive_field_map(small', tmp_path), width=900, height=900
+    ) as page:
         shot.run_all(page, WAIT)
         assert shot.seen(page)['error'] == []
         box = page.locator('.reach')
