@@ -228,6 +228,47 @@ def retired(root):
     ]
 
 
+# what methods, keywords and fields were called
+RETIRED_MEMBERS = set(
+    """
+    block_len choice ear hands join knobs most opt optimiser pattern reads renormalise rising
+    room seen settle through until words_of
+    """.split()
+)
+
+
+def members(path):
+    "(owner, name) of each method, field and keyword that a module offers"
+
+    def signature(owner, f):
+        a = f.args
+        for x in (*a.posonlyargs, *a.args, *a.kwonlyargs):
+            yield owner or f.name, x.arg
+
+    for node in tree_of(path).body:
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith('_'):
+            if any(ast.unparse(d).startswith('patch') for d in node.decorator_list):
+                yield '', node.name
+            yield from signature('', node)
+        if isinstance(node, ast.ClassDef) and not node.name.startswith('_'):
+            for o in node.body:
+                if isinstance(o, ast.AnnAssign) and isinstance(o.target, ast.Name):
+                    yield node.name, o.target.id
+                if isinstance(o, ast.FunctionDef) and not re.match('_(?!_init__)', o.name):
+                    yield node.name, o.name
+                    yield from signature(node.name, o)
+
+
+def retired_members(root):
+    "No method, field or keyword has a name of the first edition again"
+    return [
+        f'llm_lab/{stem}.py: {owner}.{name} is retired'.replace(': .', ': ')
+        for stem, p in modules(root).items()
+        for owner, name in members(p)
+        if name in RETIRED_MEMBERS
+    ]
+
+
 # ---- law 6: code is made to be read
 
 COLUMNS = 100
@@ -323,7 +364,18 @@ def pages(root):
     return bad
 
 
-LAWS = [one_to_one, imports, homes, retired, columns, statements, links, pages, pictures]
+LAWS = [
+    one_to_one,
+    imports,
+    homes,
+    retired,
+    retired_members,
+    columns,
+    statements,
+    links,
+    pages,
+    pictures,
+]
 
 
 @pytest.mark.parametrize('law', LAWS)
@@ -442,6 +494,11 @@ def test_a_public_name_that_is_a_stem_is_seen(tmp_path):
 def test_a_retired_name_is_seen(tmp_path):
     said = retired(toy(tmp_path, module='__all__ = ["written"]\ndef written(): pass\n'))
     assert said == ['llm_lab/b.py: written is retired']
+    code = 'class A:\n    rising: int\n\n    def settle(self, opt): pass\n\n\ndef f(most): pass\n'
+    said = retired_members(toy(tmp_path, module=code))
+    assert said == [
+        f'llm_lab/b.py: {what} is retired' for what in ('A.rising', 'A.settle', 'A.opt', 'f.most')
+    ]
 
 
 def test_a_page_needs_no_module(tmp_path):
