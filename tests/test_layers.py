@@ -495,7 +495,8 @@ def test_a_retired_name_is_seen(tmp_path):
     said = retired(toy(tmp_path, module='__all__ = ["written"]\ndef written(): pass\n'))
     assert said == ['llm_lab/b.py: written is retired']
     code = 'class A:\n    rising: int\n\n    def settle(self, opt): pass\n\n\ndef f(most): pass\n'
-    said = retired_members(toy(tmp_path, module=code))
+    (tmp_path / 'b').mkdir()
+    said = retired_members(toy(tmp_path / 'b', module=code))
     assert said == [
         f'llm_lab/b.py: {what} is retired' for what in ('A.rising', 'A.settle', 'A.opt', 'f.most')
     ]
