@@ -226,17 +226,11 @@ def _divided(folder, files) -> dict:
     return {}
 
 
-def _chosen(folder) -> tuple:  # (kind of the files, {split: files}); '' where there are no splits
-    "The files of a folder that are its text; what is left out is told in a warning"
-    files = {}
-    for f in _visible(folder):
-        if kind := KINDS.get(f.suffix.lower()):
-            files.setdefault(kind, []).append(f)
-    divided = {}  # {kind: {split: files}}, of the kinds whose names tell splits
-    for kind, fs in files.items():
-        if parts := _divided(folder, fs):
-            divided[kind] = parts
-    # the first of these ranks of which there is a kind; it must be one kind only
+def _one_kind(folder, files, divided) -> str:
+    """The kind of file that is the text of a folder; raises `LabError` unless it is one kind.
+
+    `files` is {kind: files}, `divided` those kinds whose names tell splits"""
+    # the first of these ranks of which there is a kind counts
     for rank in ([*divided], ['txt'], ['jsonl', 'csv', 'parquet'], ['md']):
         kinds = [kind for kind in rank if kind in files]
         if kinds:
@@ -251,19 +245,39 @@ def _chosen(folder) -> tuple:  # (kind of the files, {split: files}); '' where t
             f'{folder} holds .{" and .".join(kinds)} files: '
             'name one of them, or a folder with one kind'
         )
-    (kind,) = kinds
-    parts = divided.get(kind) or {'': files[kind]}
-    taken = {f for held in parts.values() for f in held}
+    return kinds[0]
+
+
+def _warn_of_left_out(folder, files, kind, taken):
+    "Name the first files of other kinds, and of this one, that are no part of the text"
     left = []
     for k, fs in files.items():
         if k == 'md' and kind != 'txt':
             continue  # the README.md beside a data set is no news
         left += [f.relative_to(folder).as_posix() for f in fs if f not in taken]
-    if left:
-        few = ', '.join(left[:3])
-        if len(left) > 3:
-            few += f' and {len(left) - 3:,} more'
-        warnings.warn(f'{folder}: the text is {len(taken):,} .{kind} files; left out: {few}')
+    if not left:
+        return
+    few = ', '.join(left[:3])
+    if len(left) > 3:
+        few += f' and {len(left) - 3:,} more'
+    warnings.warn(f'{folder}: the text is {len(taken):,} .{kind} files; left out: {few}')
+
+
+def _chosen(folder) -> tuple:  # (kind of the files, {split: files}); '' where there are no splits
+    "The files of a folder that are its text; what is left out is told in a warning"
+    files = {}  # {kind: its files}
+    for f in _visible(folder):
+        kind = KINDS.get(f.suffix.lower())
+        if kind:
+            files.setdefault(kind, []).append(f)
+    divided = {}  # {kind: {split: files}}, of the kinds whose names tell splits
+    for kind, fs in files.items():
+        parts = _divided(folder, fs)
+        if parts:
+            divided[kind] = parts
+    kind = _one_kind(folder, files, divided)
+    parts = divided.get(kind) or {'': files[kind]}
+    _warn_of_left_out(folder, files, kind, {f for held in parts.values() for f in held})
     return kind, parts
 
 # %% ../nbs/04_corpora.ipynb #1668f7d7
