@@ -22,7 +22,7 @@ from contextlib import nullcontext, suppress
 
 # %% ../nbs/89_cli.ipynb #ebb71d77
 def _say(line):
-    "One line for the user, on stderr; where that is closed, nobody wants it"
+    "Print one line for the user on stderr; where that is closed, nobody reads it"
     with suppress(OSError, ValueError):
         print(line, file=sys.stderr, flush=True)
 
@@ -35,13 +35,15 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2)
 
     def _print_message(self, message, file=None):
+        # argparse swallows the error of a disk that is full; here it is raised
         if message:
-            (file or sys.stderr).write(message)  # argparse hides that a disk is full
+            (file or sys.stderr).write(message)
 
     def _get_values(self, action, words):
         if words != ['--'] or not action.option_strings:
             return super()._get_values(action, words)
-        value = self._get_value(action, '--')  # `--tokens=--`: argparse drops it, and trips
+        # `--prompt=--`: argparse would drop the two dashes, and then miss a value
+        value = self._get_value(action, '--')
         self._check_value(action, value)
         return value
 
@@ -65,43 +67,46 @@ _whole = _number(int, lambda n: n > 0, 'give a whole number above 0')
 
 # %% ../nbs/89_cli.ipynb #b53cee95
 def _number_or_truth(text):
-    "What `true`, `-3` or `1e-3` stands for; raises `ValueError`"
-    words = dict(true=True, false=False)
-    if text.lower() in words:
-        return words[text.lower()]
-    return int(text) if text.lstrip('-').isdigit() else float(text)
+    "The value of `true`, `-3` or `1e-3`; raises `ValueError` on anything else"
+    truth = dict(true=True, false=False)
+    if text.lower() in truth:
+        return truth[text.lower()]
+    is_whole = text.lstrip('-').isdigit()
+    return int(text) if is_whole else float(text)
 
 
 def _setting(text):
     "`key=value` as (key, number or truth value)"
-    key, eq, value = text.partition('=')
+    key, equals, value = text.partition('=')
     try:
         value = _number_or_truth(value)
     except ValueError:
-        eq = ''
-    if not eq:
+        value = None
+    if not equals or value is None:
         raise argparse.ArgumentTypeError(
             f'{text!r} will not do: write key=number, such as d_model=192'
         )
     return key, value
 
 # %% ../nbs/89_cli.ipynb #b0c4d7e5
-def _named_in(file):
+def _checkpoint_named_in(file):
     "The checkpoint that `best` or `latest` names; '' where there is no such file"
     return pointed(file).name if file.is_file() else ''
 
 
-def _which(path):
-    "(the checkpoint that a run's folder stands for, the last one); two empty texts if it is no run"
+def _best_and_last(path):
+    """(best, last): the names of a run's best and last checkpoint; two empty strings if the folder
+    is no run"""
     path = Path(path)
     if (path / 'package.json').exists():
         return '', ''
-    best, last = _named_in(path / 'best'), _named_in(path / 'latest')
+    best, last = _checkpoint_named_in(path / 'best'), _checkpoint_named_in(path / 'latest')
     return best or last, last or best
 
 # %% ../nbs/89_cli.ipynb #ebac8df8
-def _place(path):
-    "Where it is: here, or in `home()`; CONFIG is its newest run, CONFIG/RUN or RUN is that one"
+def _find_model(path):
+    """The folder that a path names, looked for here and in `home()`; CONFIG is its newest run,
+    CONFIG/RUN or RUN is that one"""
     from llm_lab.runs import find_model
 
     return find_model(path)
@@ -121,9 +126,9 @@ def write_from(
     from llm_lab.package import load
     from llm_lab.sampling import stream
 
-    place = _place(path)
+    place = _find_model(path)
     model, tokenizer, _ = load(place, usable_device())
-    best, last = _which(place)
+    best, last = _best_and_last(place)
     if best != last:
         _say(f'the best model of this run writes, {best}; {last} is the last')
     with warnings.catch_warnings(record=True, action='always') as notes:
@@ -152,7 +157,7 @@ _FIELD = 'of records, the field that holds the text (default text)'
 
 
 def _tour(a):
-    "Take the tour. Ctrl-C is the offered way to end it, so that is no failure; a shutdown is one"
+    "Take the tour. To end it by Ctrl-C is offered, so that is no failure; a shutdown is one"
     why = tour(a.corpus, a.minutes, a.settings, a.name, a.field)['stopped']
     return 0 if why == 'by hand' else STOPPED.get(why, 0)
 
@@ -285,7 +290,7 @@ def _train(a):
     job = train_run(
         named[0] if named else None,
         *settings,
-        resume=_place(resume) if resume else resume,  # '' is the newest run
+        resume=_find_model(resume) if resume else resume,  # '' is the newest run
         run=a.name,
         smoke=a.smoke,
         tune=True,
@@ -334,15 +339,15 @@ def _train_options(t):
     t.set_defaults(run=_train)
 
 # %% ../nbs/89_cli.ipynb #58421a4a
-def _judges_last(run) -> bool:
-    """Is it the last model that result.json tells about?
+def _scores_last(run) -> bool:
+    """Does result.json hold the evaluation of the last model?
 
-    It is the best one where `eval.patience` was set"""
+    It is that of the best one where `eval.patience` was set"""
     try:
-        told = json_of(bytes_in(run, 'result.json'), run / 'result.json')
+        result = json_of(bytes_in(run, 'result.json'), run / 'result.json')
     except LabError:
-        return False  # it is not there, or tells nothing
-    return isinstance(told, dict) and told.get('judged') == 'the last model'
+        return False  # it is not there, or is damaged
+    return isinstance(result, dict) and result.get('judged') == 'the last model'
 
 
 def _score_of_corpus(a, model, tokenizer, about):
@@ -352,7 +357,8 @@ def _score_of_corpus(a, model, tokenizer, about):
     from llm_lab.core import StatusLine
 
     corpus = load_corpus(a.corpus, field=a.field) if a.corpus else corpus_of(about)
-    same_name = about.get('corpus') == corpus.name  # which alone tells little
+    # the name alone proves little: a file may have changed, or another may bear its name
+    same_name = about.get('corpus') == corpus.name
     same_text = about.get('corpus_sha256') in (None, corpus.sha256)
     if same_name and not same_text:
         print(f'{corpus.name} is not the text it was trained on, or has changed', file=sys.stderr)
@@ -367,16 +373,16 @@ def _eval(a):
     from llm_lab.evaluation import evaluate_file
     from llm_lab.package import load
 
-    place = _place(a.path)
+    place = _find_model(a.path)
     model, tokenizer, about = load(place, usable_device())
     if a.text:
         score = evaluate_file(model, tokenizer, a.text, a.stride, a.batch_size, field=a.field)
     else:
         score = _score_of_corpus(a, model, tokenizer, about)
-    best, last = _which(place)
+    best, last = _best_and_last(place)
     if best:
         more = ''
-        if best != last and _judges_last(place):
+        if best != last and _scores_last(place):
             more = f'; result.json judges the last one, {last}'
         print(f'the best model of this run, {best}{more}')
     print(verdict(score, of=Path(a.text).name if a.text else a.split))
@@ -421,18 +427,19 @@ def _runs(a):
 
     if a.plot:
         _check_picture(a.plot)
-    found = [*map(_place, a.paths)] or sorted(
+    found = [*map(_find_model, a.paths)] or sorted(
         p.parent for p in home().glob('experiments/*/runs/*/metrics.jsonl')
     )
     if not found:
         print(f'no run yet: {command()} train smoke')
         return
-    print(table := compare(_comparable(found)))
+    table = compare(_comparable(found))
+    print(table)
     if a.plot:
         save_picture(table.picture(), a.plot)
 
 
-def _judge_options(e, r):
+def _eval_options(e, r):
     "Tell the parsers of `eval` and `runs` what they can be asked"
     e.add_argument('path', help='a run, a checkpoint or a saved model')
     e.add_argument('--split', default='val', help='of its corpus: val (default), test, train')
@@ -472,7 +479,7 @@ def _parser():
         )
     )
     _train_options(add('train', 'do what a config says', 'From a config to a trained model.'))
-    _judge_options(
+    _eval_options(
         add('eval', 'judge a saved model', _eval.__doc__),
         add('runs', 'compare runs', _runs.__doc__),
     )
@@ -489,8 +496,8 @@ def _check_device():
         )
 
 
-def _refused(error):
-    "One line on what the system refuses, and the exit code"
+def _report_refusal(error):
+    "Print one line on what the system refuses; returns the exit code"
     _say(
         f'llm-lab: {error.filename or "a file"}: {error.strerror or error}; '
         'free some space or check the rights, or set LLM_LAB_HOME to another folder'
@@ -498,14 +505,14 @@ def _refused(error):
     return 1
 
 
-def _ran(args):
-    "The exit code of a command; its error becomes a line, and so does a warning"
+def _run_command(args):
+    "Run a command and return its exit code; an error becomes one line, and so does a warning"
     try:
         _check_device()
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *rest: print(message, file=sys.stderr)
             code = args.run(args)
-        sys.stdout.flush()  # now, where its fault can be told
+        sys.stdout.flush()  # now, while an error can still be reported
     except KeyboardInterrupt as e:
         print('\nstopped')
         return STOPPED.get(str(e), 130)
@@ -516,21 +523,23 @@ def _ran(args):
         return 1
     except (MemoryError, RuntimeError) as e:
         if not re.search('memory', f'{type(e).__name__} {e}', re.I):
-            raise
+            raise  # a bug: its traceback is wanted
         why = (str(e).splitlines() or [type(e).__name__])[0][:120]
         _say(f'llm-lab: the memory is too small: {why}; make model or batch smaller')
         return 1
     except OSError as e:
-        return _refused(e)
+        return _report_refusal(e)
     return code if isinstance(code, int) else 0
 
 
-def _end_output():
-    "Is all said that was printed? What cannot be is dropped: Python would trip over it at exit"
+def _flush_output():
+    """Has all output reached its reader? What cannot be written is dropped, because Python would
+    fail on it again at exit"""
     try:
         sys.stdout.flush()
     except (OSError, ValueError):
         with suppress(OSError, ValueError):
+            # from now on the file descriptor of stdout leads nowhere
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, sys.stdout.fileno())
             os.close(null)
@@ -538,44 +547,46 @@ def _end_output():
     return True
 
 
-def _answered(argv):
-    "The exit code of what was typed"
+def _run_typed(argv):
+    "Parse what was typed, run it, and return the exit code"
     args, rest = _parser().parse_known_args(argv)
-    if args.command == 'train' and all('=' in r and r[0] != '-' for r in rest):
-        args.words += rest  # after an option
+    settings_only = all('=' in r and r[0] != '-' for r in rest)
+    if args.command == 'train' and settings_only:
+        args.words += rest  # settings after an option, which argparse does not look for
     elif rest:
         _parser().error(f'unrecognized arguments: {" ".join(rest)}')
-    must_end_well = args.command in ('tour', 'train', 'prepare')  # whoever reads it
+    # these finish their work even if nobody reads their output any more
+    must_end_well = args.command in ('tour', 'train', 'prepare')
     with surviving_output() if must_end_well else nullcontext():
-        return _ran(args)
+        return _run_command(args)
 
 
 def main(argv=None) -> int:
     "Run `llm-lab`; returns the exit code: 0, 1 for an error, 2 for bad usage, or one of `STOPPED`"
     for name in ('stdout', 'stderr'):
-        if getattr(sys, name) is None:  # closed from the start
+        if getattr(sys, name) is None:  # closed by whoever started the process
             setattr(sys, name, open(os.devnull, 'w', encoding='utf-8'))
         out = getattr(sys, name)
         if hasattr(out, 'reconfigure'):
             out.reconfigure(errors='replace')  # a console may be without €
     try:
-        code = _answered(argv)
+        code = _run_typed(argv)
     except SystemExit as e:  # --help, and bad usage
-        if e.code or _end_output():
+        if e.code or _flush_output():
             raise
         code = 1
     except BrokenPipeError:
         code = 1
     except OSError as e:
-        code = _refused(e)
-    return code if _end_output() else code or 1
+        code = _report_refusal(e)
+    return code if _flush_output() else code or 1
 
 # %% ../nbs/89_cli.ipynb #c7a46148
 def program():
     """What `llm-lab` and `python -m llm_lab.cli` run: `main`, and its exit code.
 
-    One of several processes leaves without Python's own teardown: a thread of gloo that still asks
-    for the interpreter then ends the process by SIGABRT, after all was done and kept"""
+    One of several processes leaves without Python's own teardown. With it, a thread of gloo that
+    still asks for the interpreter would end the process by SIGABRT, after all was done and kept"""
     code = main()
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:
         os._exit(code)  # `main` has flushed what was printed

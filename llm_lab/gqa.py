@@ -18,9 +18,8 @@ from .parts import part
 
 # %% ../nbs/34_gqa.ipynb #7ca49e48
 class GQA(Attention):
-    """Grouped-query attention: H/G query heads share a key and value head (Ainslie et al.
-
-    2023, §2.2)"""
+    """Grouped-query attention: H/G query heads share a key and value head (Ainslie et al. 2023,
+    §2.2)"""
 
     def __init__(
         self,
@@ -33,18 +32,25 @@ class GQA(Attention):
         bias=True,
     ):
         super().__init__(cfg, layer, transforms, mask, bias)
-        self.sizes = (cfg.n_heads * cfg.head_dim, *(n_kv_heads * cfg.head_dim,) * 2)  # q, k, v
+        # one linear layer makes q, k and v: H·D rows for q, G·D for k and as many for v
+        q_rows = cfg.n_heads * cfg.head_dim
+        kv_rows = n_kv_heads * cfg.head_dim
+        self.sizes = (q_rows, kv_rows, kv_rows)
         self.qkv = nn.Linear(cfg.d_model, sum(self.sizes), bias)
 
 # %% ../nbs/34_gqa.ipynb #f99085e9
+def _divisors(n):
+    # no more than 9,999 are tried: a configuration from a file may hold any number
+    return [d for d in range(1, min(n, 9999) + 1) if n % d == 0]
+
+
 def _groups_fit(cfg, n_kv_heads=None, **kw):
-    "Every key and value head serves the same number of query heads"
+    "Raises `LabError` unless every key and value head serves the same number of query heads"
     Attention.check(cfg)
     if type(n_kv_heads) is not int or n_kv_heads < 1 or cfg.n_heads % n_kv_heads:
-        fits = [n for n in range(1, min(cfg.n_heads, 9999) + 1) if cfg.n_heads % n == 0]
         raise LabError(
             f'n_kv_heads={n_kv_heads!r} does not divide n_heads={cfg.n_heads}: '
-            f'choose from {", ".join(map(str, fits))}'
+            f'choose from {", ".join(map(str, _divisors(cfg.n_heads)))}'
         )
 
 
@@ -54,10 +60,12 @@ GQA.check = staticmethod(_groups_fit)
 def kv_heads(cfg: GPTConfig) -> int:
     """Key and value heads in each layer; raises `LabError` for an attention that is neither
     `Attention` nor `GQA`"""
-    if cfg.attn.func is Attention:
+    mixer = cfg.attn.func
+    if mixer is Attention:
         return cfg.n_heads
-    if isinstance(cfg.attn.func, type) and issubclass(cfg.attn.func, GQA):
+    if isinstance(mixer, type) and issubclass(mixer, GQA):
         return cfg.attn.keywords.get('n_kv_heads') or cfg.n_heads
+    # another subclass of `Attention` may keep anything: a guess would be a wrong number of bytes
     raise LabError(
         f'attn={cfg.attn}: what it keeps is not known; use part(Attention) or part(GQA, '
         'n_kv_heads=…)'
@@ -70,32 +78,43 @@ def planned_cache_bytes(
     batch: int = 1,  # texts
     dtype=torch.float32,
 ) -> int:
-    """Bytes of the keys and values of all layers, none forgotten:
+    """Bytes of the keys and values of all layers, none forgotten.
 
-    2 · layers · kv heads · head_dim numbers a token"""
-    return 2 * cfg.n_layers * kv_heads(cfg) * cfg.head_dim * dtype.itemsize * length * batch
+    A token has 2 · layers · kv heads · head_dim numbers. Raises `LabError` for an attention that
+    `kv_heads` does not know"""
+    per_token = 2 * cfg.n_layers * kv_heads(cfg) * cfg.head_dim  # 2: a key and a value
+    return per_token * dtype.itemsize * length * batch
 
 # %% ../nbs/34_gqa.ipynb #f5c148d5
+def _require_plain_projections(model, new):
+    """Raises `LabError` where the weights of `model` are not those of its configuration, as `new`
+    has them: an adapter or a parametrization would be lost"""
+    odd = sorted(model.state_dict().keys() ^ new.state_dict().keys())
+    for layer, block in enumerate(model.blocks):
+        if type(block.attn.qkv) is not nn.Linear:
+            odd.append(f'blocks.{layer}.attn.qkv')
+    if odd:
+        raise LabError(
+            f'{min(odd)} is not the plain map that the configuration tells of: '
+            'take off first what was put on the model'
+        )
+
+
 def _reheaded(model, attn, change):
-    """`model` with the recipe `attn`;
+    """A copy of `model` with the recipe `attn`.
 
     `change` makes its key and value heads, (heads, D, …), from those there are"""
     new = MiniGPT(replace(model.cfg, attn=attn)).to(next(model.parameters()))
+    _require_plain_projections(model, new)
+
+    def changed(rows):  # weights (heads · D, C) or biases (heads · D,)
+        heads = rows.unflatten(0, (-1, model.cfg.head_dim))  # (heads, D, …)
+        return change(heads).flatten(0, 1)
+
     state = model.state_dict()
-    odd = [
-        f'blocks.{l}.attn.qkv'
-        for l, b in enumerate(model.blocks)
-        if type(b.attn.qkv) is not nn.Linear
-    ]
-    if odd := sorted(odd + [*(state.keys() ^ new.state_dict().keys())]):
-        raise LabError(
-            f'{odd[0]} is not the plain map that the configuration tells of: '
-            'take off first what was put on the model'
-        )
-    changed = lambda rows: change(rows.unflatten(0, (-1, model.cfg.head_dim))).flatten(0, 1)
     for name in state:
         if '.attn.qkv.' not in name:
-            continue  # weights (rows, C) and biases (rows,)
+            continue
         q, k, v = state[name].split(model.blocks[0].attn.sizes)
         state[name] = torch.cat([q, changed(k), changed(v)])
     new.load_state_dict(state)
@@ -108,18 +127,25 @@ def to_gqa(
     # the heads of each group, (n_kv_heads, heads, D, …) → one, (n_kv_heads, D, …)
     pool=partial(torch.mean, dim=1),
 ) -> MiniGPT:
-    """A copy with fewer key and value heads, each the mean of a group (Ainslie et al.
+    """A copy with fewer key and value heads, each the mean of a group, to be trained on (Ainslie et
+    al. 2023, §2.1).
 
-    2023, §2.1), to be trained on"""
+    Raises `LabError` where the groups would be of different sizes, or where the model is not what
+    its configuration says"""
     require_faithful(model)
     old = kv_heads(model.cfg)
-    fits = [n for n in range(1, old + 1) if old % n == 0]
+    fits = _divisors(old)
     if not isinstance(n_kv_heads, int) or n_kv_heads not in fits:
         raise LabError(
             f'n_kv_heads={n_kv_heads!r} does not divide the {old} key and value heads of the '
             'model: '
             f'choose from {", ".join(map(str, fits))}'
         )
-    kind = GQA if model.cfg.attn.func is Attention else model.cfg.attn.func
-    attn = part(kind, **{**model.cfg.attn.keywords, 'n_kv_heads': n_kv_heads})
-    return _reheaded(model, attn, lambda heads: pool(heads.unflatten(0, (n_kv_heads, -1))))
+    mixer = GQA if model.cfg.attn.func is Attention else model.cfg.attn.func
+    keywords = {**model.cfg.attn.keywords, 'n_kv_heads': n_kv_heads}
+
+    def change(heads):
+        # with 8 heads and n_kv_heads=2, heads 0 to 3 become one, and 4 to 7 the other
+        return pool(heads.unflatten(0, (n_kv_heads, -1)))
+
+    return _reheaded(model, part(mixer, **keywords), change)

@@ -18,15 +18,8 @@ from .core import LabError
 
 # %% ../nbs/03_hardware.ipynb #eb48677f
 def memory_left() -> float:  # bytes; ∞ where the system does not say
-    "How much memory could still be had here, in a container, too"
-    group = Path('/sys/fs/cgroup')
-    try:
-        left = int((group / 'memory.max').read_text()) - int((group / 'memory.current').read_text())
-        # files that were read are counted as used, and make room where it is needed
-        said = (line.split() for line in (group / 'memory.stat').read_text().splitlines())
-        left += sum(int(n) for name, n in said if name == 'inactive_file')
-    except (OSError, ValueError):
-        left = math.inf  # no container, or one without a limit
+    "How many bytes of memory could still be had here, in a container, too"
+    left = _left_in_container()
     try:
         lines = Path('/proc/meminfo').read_text().splitlines()
     except OSError:
@@ -37,9 +30,25 @@ def memory_left() -> float:  # bytes; ∞ where the system does not say
     return left
 
 
+def _left_in_container() -> float:  # bytes; ∞ where there is no container, or one without a limit
+    "What the limit of the control group (cgroup v2, which containers use) still leaves"
+    group = Path('/sys/fs/cgroup')
+    try:
+        limit = int((group / 'memory.max').read_text())
+        used = int((group / 'memory.current').read_text())
+        lines = (group / 'memory.stat').read_text().splitlines()  # 'inactive_file 123', …
+        stats = [line.split() for line in lines]
+        # copies of files that were read count as used, but make room where it is needed
+        file_copies = sum(int(n) for name, n in stats if name == 'inactive_file')
+    except (OSError, ValueError):
+        return math.inf
+    return limit - used + file_copies
+
+
 def must_fit(n: float, what: str):
     "Raises `LabError` where `n` bytes are more than the memory that is left"
-    if n > (left := memory_left()):
+    left = memory_left()
+    if n > left:
         raise LabError(
             f'{what} needs {n / 1e9:,.1f} GB of memory, {left / 1e9:,.1f} GB are left: '
             'use a larger machine or a smaller model'
@@ -50,7 +59,8 @@ def device() -> str:  # 'cuda', 'mps' or 'cpu'
     "The fastest device at hand; `$LLM_LAB_DEVICE` overrides"
     import torch
 
-    if name := os.environ.get('LLM_LAB_DEVICE'):
+    name = os.environ.get('LLM_LAB_DEVICE')
+    if name:
         return name
     if torch.cuda.is_available():
         return 'cuda'
@@ -58,7 +68,7 @@ def device() -> str:  # 'cuda', 'mps' or 'cpu'
 
 # %% ../nbs/03_hardware.ipynb #7d20c9e4
 def usable_device() -> str:
-    "`device()`, after one sum was made on it; raises `LabError` where that does not work"
+    "`device()`, tried with one sum; raises `LabError` where that does not work"
     import torch
 
     name = device()
@@ -96,19 +106,19 @@ def machine() -> dict:
 def flops(
     f,  # a function without arguments
 ) -> int:
-    """Operations in the matrix products of one call, those of the way back too:
-
-    2 for each multiply and add"""
+    """Floating-point operations in the matmuls of one call, backward pass included: 2 for each
+    multiply and add"""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
+    # MATH: attention as plain matmuls, because the counter does not know every fused kernel
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        f()  # attention as plain products
+        f()
     return counter.get_total_flops()
 
 # %% ../nbs/03_hardware.ipynb #b6019d06
 def once(f):
-    "`f`, measured once a process for each argument, on plain tensors whatever the caller's mode"
+    "`f`, called once a process for each argument; its result is kept. For measurements"
 
     @cache
     @wraps(f)
@@ -116,6 +126,8 @@ def once(f):
         import torch
         from torch.utils._python_dispatch import _disable_current_modes
 
+        # on plain tensors, whatever the caller does: fake tensors would make the clock run for
+        # nothing, and autocast would measure another format
         with _disable_current_modes(), torch.no_grad(), torch.autocast('cpu', enabled=False):
             return f(*args)
 
@@ -126,7 +138,8 @@ def least_seconds(
     ways: dict,  # {name: a function without arguments}
     rounds=30,
 ) -> dict:  # {name: seconds}
-    "The fewest seconds that a call took, of many in turns: other programs hardly disturb that"
+    """The fewest seconds that a call of each took. They are called in turns, and the best of many
+    counts, because other programs hardly disturb that"""
     least = dict.fromkeys(ways, math.inf)
     for _ in range(rounds):
         for name, work in ways.items():
@@ -136,6 +149,8 @@ def least_seconds(
     return least
 
 # %% ../nbs/03_hardware.ipynb #91df9c11
+# {kind of operation: a pattern of PyTorch's names for it}; the first that fits counts. The names of
+# the kinds are keys of results that are kept, so they stay.
 _KINDS = {
     'matrix products': 'mm|linear|conv',
     'attention': 'attention',
@@ -154,13 +169,13 @@ def _clocked(spent, wait):
 
     class Clocked(TorchDispatchMode):
         def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-            start, out = time.perf_counter(), op(*args, **(kwargs or {}))
+            start = time.perf_counter()
+            out = op(*args, **(kwargs or {}))
             wait()
-            took = time.perf_counter() - start
-            kind = next(
-                k for k, words in _KINDS.items() if re.search(words, op.overloadpacket.__name__)
-            )
-            spent[kind] = spent.get(kind, 0.0) + took
+            seconds = time.perf_counter() - start
+            name = op.overloadpacket.__name__  # as 'mm' or '_scaled_dot_product_flash_attention'
+            kind = next(k for k, pattern in _KINDS.items() if re.search(pattern, name))
+            spent[kind] = spent.get(kind, 0.0) + seconds
             return out
 
     return Clocked()
@@ -170,13 +185,14 @@ def time_by_kind(
     f,  # a function without arguments
     calls=10,
 ) -> dict:  # {kind of operation: seconds a call}, longest first
-    """Where the time of a call goes: every operation timed by itself; what is left is 'between
-    operations'"""
+    """Where the time of a call goes: every operation timed by itself; the rest of the call, timed
+    without the clock, is 'between operations'"""
     import torch
 
     wait = torch.accelerator.synchronize if torch.accelerator.is_available() else lambda: None
-    spent, whole = {}, 0.0
-    f()
+    spent = {}
+    whole = 0.0  # seconds of calls without the clock
+    f()  # the first call also sets things up
     wait()
     for _ in range(calls):
         start = time.perf_counter()
@@ -190,15 +206,17 @@ def time_by_kind(
 
 # %% ../nbs/03_hardware.ipynb #ece56c23
 def keep_freed_memory() -> bool:  # could it be asked?
-    """Ask the C library (glibc) to keep freed memory for the next tensor: fresh pages cost more
-    than a sum over them"""
+    """For the whole process, and until it ends: ask the C library (glibc) to keep freed memory for
+    the next tensor, because fresh pages cost more than a sum over them"""
     import ctypes
 
     try:
         option = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return False  # macOS, Windows and musl do it their own way
-    return all(option(which, 1 << 30) for which in (-3, -1))  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+    # M_MMAP_THRESHOLD (-3): take blocks up to 1 GB from the heap, not as mappings of their own,
+    # which always go back. M_TRIM_THRESHOLD (-1): give the end of the heap back only from 1 GB on.
+    return all(option(which, 1 << 30) for which in (-3, -1))
 
 # %% ../nbs/03_hardware.ipynb #f1187097
 @contextmanager
@@ -215,10 +233,11 @@ def use_threads(n: int):
 
 
 def _seconds_per_call(work, seconds):
-    """Seconds that `work()` takes: the mean over so long, at least two calls; one before them warms
-    up"""
+    """Seconds that a call of `work` takes: the mean of as many calls as fit into `seconds`, at
+    least two; one call before them warms up"""
     work()
-    calls, start = 0, time.perf_counter()
+    calls = 0
+    start = time.perf_counter()
     while calls < 2 or time.perf_counter() - start < seconds:
         work()
         calls += 1
@@ -230,7 +249,8 @@ def race(
     seconds=0.2,  # to try each for, in each of three rounds
     within=nullcontext,  # what each name stands in while it is tried, such as `use_threads`
 ) -> dict:  # {name: seconds of a call}, the median of its rounds
-    "How fast is each way here and now? In turns; who is far behind drops out"
+    """How fast is each way here and now? They run in turns, three rounds; after a round, whatever
+    takes 1.5 times as long as the fastest drops out"""
     taken = {name: [] for name in ways}
     left = [*ways]
     for _ in range(3):
@@ -238,6 +258,7 @@ def race(
             with within(name):
                 taken[name].append(_seconds_per_call(ways[name], seconds))
         typical = {name: sorted(t)[len(t) // 2] for name, t in taken.items()}
+        # reversed: no way always runs first, so a machine that warms up favours none
         left = [name for name in reversed(left) if typical[name] < 1.5 * min(typical.values())]
     return typical
 
@@ -246,9 +267,9 @@ def fastest_threads(
     work,  # a function without arguments that waits for its result: a step on a copy of the model
     seconds=0.2,  # to try each number of threads for, in each of three rounds
 ) -> int:  # at most torch.get_num_threads(), which is as before
-    """With how many threads is `work()` fastest here and now?
+    """With how many threads is `work()` fastest here and now? All, half of them, or one.
 
-    With $OMP_NUM_THREADS the caller has decided"""
+    Where $OMP_NUM_THREADS is set, the caller has decided"""
     import torch
 
     most = torch.get_num_threads()
@@ -256,4 +277,5 @@ def fastest_threads(
     if len(choices) == 1 or os.environ.get('OMP_NUM_THREADS'):
         return most
     taken = race(dict.fromkeys(choices, work), seconds, use_threads)
+    # the fewest that are within a tenth of the best: more would bring less than that
     return next(n for n in choices if taken[n] < 1.1 * min(taken.values()))

@@ -30,42 +30,62 @@ from llm_lab.sampling import (
 # %% ../nbs/35_kv_cache.ipynb #66087a66
 class KVCache:
     """Keys, values and positions of one layer, in `length` places that are made when the first
-    tokens come"""
+    tokens come.
+
+    `k`, `v` (B, G, length, D); `j` (length,) or (B, length), −1 where nothing stands yet; `n`, the
+    tokens that have come."""
 
     endless = False  # a text longer than `length` is refused
 
     def __init__(self, length: int):
-        self.length, self.n, self.k = length, 0, None
+        self.length = length
+        self.n = 0
+        # no tensors yet: the first tokens bring their shape, dtype and device
+        self.k = None
 
     def make(self, k, v, j):
+        """Make the places for keys and values like these.
+
+        Raises `LabError` where another batch is in them already."""
         if self.n:
-            if k.shape[:2] == self.k.shape[:2]:
+            if k.shape[:2] == self.k.shape[:2]:  # the same B and G
                 return
             raise LabError(
                 f'the cache holds {len(self.k)} texts, {len(k)} are given: ask model.cache '
                 'for a new one'
             )
-        self.k, self.v = (t.new_zeros(*t.shape[:2], self.length, t.shape[3]) for t in (k, v))
-        self.j = j.new_full((*j.shape[:-1], self.length), -1)
+        self.k = k.new_zeros(*k.shape[:2], self.length, k.shape[3])
+        self.v = v.new_zeros(*v.shape[:2], self.length, v.shape[3])
+        self.j = j.new_full((*j.shape[:-1], self.length), -1)  # no query attends to position −1
 
     def add(self, k, v, j):
-        # (B, G, T, D) twice, positions (T,) or (B, T) → all that is known, (B, G, S, D), …
-        new, first = slice(self.n, self.n + k.shape[2]), self.n == 0
-        if new.stop > self.length:
+        """Keep new tokens: k, v (B, G, T, D) and positions j, (T,) or (B, T).
+
+        Returns all that is known now, (B, G, S, D) twice and (S,) or (B, S). Raises `LabError`
+        where the places do not suffice."""
+        first = self.n == 0
+        end = self.n + k.shape[2]
+        if end > self.length:
             raise LabError(
-                f'the cache has {self.length} places, {new.stop} are needed: make it, or the '
+                f'the cache has {self.length} places, {end} are needed: make it, or the '
                 'reader, longer'
             )
         self.make(k, v, j)
-        self.k[:, :, new], self.v[:, :, new], self.j[..., new] = k, v, j
-        self.n = new.stop
+        self.k[:, :, self.n : end] = k
+        self.v[:, :, self.n : end] = v
+        self.j[..., self.n : end] = j
+        self.n = end
         if first:
-            return k, v, j  # nothing was there before: as without a cache
-        return self.k[:, :, : self.n], self.v[:, :, : self.n], self.j[..., : self.n]
+            # nothing was there before. The very tensors come back, so that attention sees that j
+            # is i, and needs no mask: as without a cache
+            return k, v, j
+        return self.k[:, :, :end], self.v[:, :, :end], self.j[..., :end]
 
-    def pick(self, rows):  # go on with these texts, by number
-        self.k, self.v = self.k[rows], self.v[rows]
-        if self.j.dim() == 2:
+    def pick(self, rows):
+        "Go on with these sequences, by number: fewer of them, or one several times"
+        self.k = self.k[rows]
+        self.v = self.v[rows]
+        if self.j.dim() == 2:  # (B, length); positions (length,) are those of all sequences
             self.j = self.j[rows]
 
 # %% ../nbs/35_kv_cache.ipynb #3339ff5b
@@ -77,49 +97,70 @@ class CacheTransform(nn.Module):
 
     def __init__(self, cfg, layer=0, size: int = None):  # keep the last `size`, or all if none
         super().__init__()
-        self.layer, self.size = layer, size
+        self.layer = layer
+        self.size = size
 
     def cache(self, batch, length):
-        return KVCache(length) if self.size is None else RollingCache(self.size)
+        "An empty cache for this layer"
+        if self.size is None:
+            return KVCache(length)
+        return RollingCache(self.size)
 
     def forward(self, q, k, v, i, j, cache=None, contiguous=False, **ctx):
         if cache is None:
             return q, k, v, i, j
-        if contiguous and (n := cache[self.layer].n):
+        kept = cache[self.layer]
+        # `contiguous`: no positions were given, so these tokens were counted from 0. After others
+        # that is a mistake, and nothing else would show it
+        if contiguous and kept.n:
             raise LabError(
-                f'the cache holds {n} tokens already: say where the next ones stand, '
+                f'the cache holds {kept.n} tokens already: say where the next ones stand, '
                 'model(ids, i=…, cache=…)'
             )
-        k, v, j = cache[self.layer].add(k, v, j)
+        k, v, j = kept.add(k, v, j)
         return q, k, v, i, j
 
 # %% ../nbs/35_kv_cache.ipynb #45133943
 def lookback(mask: part):  # an int, or None for all
     "How many of the last keys a mask reads, itself included"
-    f = getattr(mask.func, 'lookback', None)
-    return f and f(**mask.keywords)
+    of_keywords = getattr(mask.func, 'lookback', None)
+    if of_keywords is None:
+        return None  # a mask that does not state it may read everything
+    return of_keywords(**mask.keywords)
 
 
-def _keeping(x):
-    "A recipe, each attention in it with `CacheTransform` as the last step"
-    if isinstance(x, tuple):
-        return tuple(map(_keeping, x))
-    if not isinstance(x, part):
-        return x
-    kw = {k: _keeping(v) for k, v in x.keywords.items()}
-    if isinstance(x.func, type) and issubclass(x.func, Attention) and not hasattr(x.func, 'cache'):
-        size = lookback(kw.get('mask', part(causal)))
-        last = part(CacheTransform) if size is None else part(CacheTransform, size=size)
-        kw['transforms'] = (
-            *(s for s in kw.get('transforms', ()) if s.func is not CacheTransform),
-            last,
+def _is_attention(x):
+    "Is this the recipe of an attention?"
+    return isinstance(x, part) and isinstance(x.func, type) and issubclass(x.func, Attention)
+
+
+def _cached_transforms(attention, keywords):
+    """The transforms in an attention's keywords, with `CacheTransform` as the last.
+
+    Raises `LabError` where the attention takes none."""
+    size = lookback(keywords.get('mask', part(causal)))
+    last = part(CacheTransform) if size is None else part(CacheTransform, size=size)
+    others = [t for t in keywords.get('transforms', ()) if t.func is not CacheTransform]
+    accepted = signature(attention).parameters
+    if 'transforms' not in accepted and 'kw' not in accepted:
+        raise LabError(
+            f'{attention.__name__} takes no transforms: give it a `cache(batch, length)` of its '
+            'own, or use the model as it is'
         )
-        if 'transforms' not in (known := signature(x.func).parameters) and 'kw' not in known:
-            raise LabError(
-                f'{x.func.__name__} takes no transforms: give it a `cache(batch, length)` of its '
-                'own, or use the model as it is'
-            )
-    return part(x, **kw)
+    return (*others, last)
+
+
+def _with_cache_transforms(x):
+    "A recipe, with `CacheTransform` as the last transform of each attention in it"
+    if isinstance(x, tuple):
+        return tuple(map(_with_cache_transforms, x))
+    if not isinstance(x, part):
+        return x  # a number, a text: no attention is in it
+    keywords = {name: _with_cache_transforms(value) for name, value in x.keywords.items()}
+    # an attention with a `cache` of its own keeps what it needs by itself
+    if _is_attention(x) and not hasattr(x.func, 'cache'):
+        keywords['transforms'] = _cached_transforms(x.func, keywords)
+    return part(x, **keywords)
 
 # %% ../nbs/35_kv_cache.ipynb #2f01cba7
 def with_kv_cache(
@@ -142,25 +183,37 @@ def with_kv_cache(
 def _with_caches(model):
     """A copy of the model, `CacheTransform` last in each of its attentions; the model itself if it
     is so already"""
-    cfg = replace(model.cfg, attn=_keeping(model.cfg.attn))
-    if cfg == model.cfg and model.cache(1, 1):
-        return model
-    if cfg == model.cfg and not any(isinstance(m, CacheTransform) for m in model.modules()):
-        raise LabError(
-            f'no attention is found in attn={cfg.attn}: give its recipe, part(Attention, …), '
-            'as a keyword'
-        )
-    new = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
-    new.cfg, new.needs = cfg, new.needs | {'cache'}
-    for attn in (m for m in new.modules() if isinstance(m, Attention) and not hasattr(m, 'cache')):
-        before = (step for step in attn.transforms if not isinstance(step, CacheTransform))
-        attn.transforms = nn.ModuleList(
-            [*before, CacheTransform(cfg, attn.layer, lookback(attn.mask))]
-        )
+    cfg = replace(model.cfg, attn=_with_cache_transforms(model.cfg.attn))
+    if cfg == model.cfg:
+        if model.cache(1, 1):
+            return model
+        if not any(isinstance(m, CacheTransform) for m in model.modules()):
+            raise LabError(
+                f'no attention is found in attn={cfg.attn}: give its recipe, part(Attention, …), '
+                'as a keyword'
+            )
+    new = _copy_with_transforms(model, cfg)
     if new.cache(1, 1):
         return new
-    why = caches_of(new, 1, 1)[1] or 'a part reads tokens one by one otherwise than at once'
+    _, why = caches_of(new, 1, 1)
+    why = why or 'a part reads tokens one by one otherwise than at once'
     raise LabError(f'this model can have no cache: {why}; use it as it is')
+
+
+def _copy_with_transforms(model, cfg):
+    "A copy of the modules, not of the weights, `CacheTransform` last in each attention"
+    # deepcopy takes what is in its memo for copied already: so the tensors are shared
+    tensors = (*model.parameters(), *model.buffers())
+    new = copy.deepcopy(model, {id(t): t for t in tensors})
+    new.cfg = cfg
+    new.needs = new.needs | {'cache'}  # a new set: the old one belongs to the model given
+    for attn in new.modules():
+        if not isinstance(attn, Attention) or hasattr(attn, 'cache'):
+            continue
+        others = [t for t in attn.transforms if not isinstance(t, CacheTransform)]
+        last = CacheTransform(cfg, attn.layer, lookback(attn.mask))
+        attn.transforms = nn.ModuleList([*others, last])
+    return new
 
 # %% ../nbs/35_kv_cache.ipynb #5e09433f
 @dataclass
@@ -170,42 +223,90 @@ class Completion:
 
     text: str = ''
     ids: list = field(default_factory=list)
-    logprobs: list = field(default_factory=list)  # of each id, as the model says; nats
+    logprobs: list = field(default_factory=list)  # of each id, in nats, as the model predicted it
     ended: str = 'length'
 
-    def take(self, id, logprob, decoder, stops, eos_id):  # goes it on?
+    def take(self, id, logprob, decoder, stops, eos_id) -> bool:
+        "Append one token; returns whether the text goes on"
         if id == eos_id:
             self.ended = 'eos'
             return False
         self.ids.append(id)
         self.logprobs.append(logprob)
         self.text += decoder(id)
-        if found := [self.text.index(s) for s in stops if s in self.text]:
-            self.text, self.ended = self.text[: min(found)], 'stop'
+        found = [self.text.index(stop) for stop in stops if stop in self.text]
+        if found:
+            self.text = self.text[: min(found)]  # a token may bring two of them: the earlier ends
+            self.ended = 'stop'
         return not found
 
 # %% ../nbs/35_kv_cache.ipynb #9b56114a
-def _together(prompts):  # [(T,), …] → (B, T), (B,)
-    """Prompts that end in one column; an empty place is filled with the prompt's own first token,
-    and counted"""
-    pad = torch.tensor([max(map(len, prompts)) - len(p) for p in prompts], device=prompts[0].device)
-    return torch.stack(
-        [torch.cat([p[:1].expand(n), p]) for p, n in zip(prompts, pad.tolist())]
-    ), pad if pad.any() else None
+def _pad_left(prompts):  # [(T,), …] → (B, T), (B,) or None where nothing is padded
+    "Prompts that end in one column, and how much padding stands before each"
+    longest = max(map(len, prompts))
+    pad = [longest - len(prompt) for prompt in prompts]
+    # padding is filled with the prompt's own first token, because the repetition penalty looks at
+    # all ids: a token that is there anyway changes nothing
+    filled = [torch.cat([prompt[:1].expand(n), prompt]) for prompt, n in zip(prompts, pad)]
+    if not any(pad):
+        return torch.stack(filled), None
+    return torch.stack(filled), torch.tensor(pad, device=prompts[0].device)
 
 
 def select_rows(reader, rows):
-    "Let a reader go on with these of its texts, by number: fewer of them, or one several times"
+    """Let a reader go on with these of its sequences, by number: fewer of them, or one several
+    times"""
     reader.ids = reader.ids[rows]
-    reader.pad = None if reader.pad is None else reader.pad[rows]
-    kept = [*(reader.cache or {}).values()]
-    if not all(hasattr(c, 'pick') for c in kept):
-        reader.cache = None  # not of ours: the texts are read anew
-    else:
-        for c in kept:
-            c.pick(rows)
+    if reader.pad is not None:
+        reader.pad = reader.pad[rows]
+    caches = list((reader.cache or {}).values())
+    if not all(hasattr(cache, 'pick') for cache in caches):
+        reader.cache = None  # a cache of another kind cannot follow: all is read anew
+        return
+    for cache in caches:
+        cache.pick(rows)
 
 # %% ../nbs/35_kv_cache.ipynb #16e32524
+@dataclass
+class _Continuation:
+    "A text in the making, with what belongs to it alone"
+
+    completion: Completion
+    decoder: DecodeStream
+    generator: torch.Generator
+
+
+def _check_counts(max_new_tokens, samples):
+    for name, x, least in (('max_new_tokens', max_new_tokens, 0), ('samples', samples, 1)):
+        if type(x) is not int or x < least:
+            raise LabError(f'{name}={x!r}: give a whole number of at least {least}')
+
+
+def _write(reader, logits, going, max_new_tokens, stops, eos_id, sampling):
+    """Append a token to each of the continuations `going` at a time, until all have ended.
+
+    `logits` (B, V) are those of the first token; later ones come from `reader`"""
+    steps = range(max_new_tokens, 0, -1)
+    if max_new_tokens * len(going) > 5000:
+        steps = progress(steps, f'{len(going)} texts')
+    for left in steps:
+        generators = [c.generator for c in going]
+        new = sample_next(logits, reader.ids, *generators, **sampling)  # (B, 1)
+        # the probability that the model gave, before temperature, top_k and top_p
+        logprobs = logits.float().log_softmax(-1).gather(1, new)  # (B, 1)
+        on = []  # the rows that go on
+        for row, (id, logprob) in enumerate(zip(new[:, 0].tolist(), logprobs[:, 0].tolist())):
+            c = going[row]
+            if c.completion.take(id, logprob, c.decoder, stops, eos_id):
+                on.append(row)
+        if left == 1 or not on:
+            break
+        if len(on) < len(going):  # what has ended is computed no more
+            select_rows(reader, on)
+            going = [going[row] for row in on]
+        logits = reader(new[on].to(reader.ids.device))
+
+
 def complete(
     model,
     tokenizer,
@@ -217,76 +318,65 @@ def complete(
     **sampling,  # temperature, top_k, top_p, repetition_penalty
 ) -> list:  # for each prompt, a list of `Completion`s
     """Continue several texts at once, each as `sample` does; a model with a cache reads every
-    prompt once"""
+    prompt once.
+
+    Raises `LabError` on counts and sampling settings that cannot be; warns where a prompt is longer
+    than the model sees"""
     check_sampling(**sampling)
-    for name, x, least in (('max_new_tokens', max_new_tokens, 0), ('samples', samples, 1)):
-        if type(x) is not int or x < least:
-            raise LabError(f'{name}={x!r}: give a whole number of at least {least}')
+    _check_counts(max_new_tokens, samples)
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     stops = stop_strings(stop)
     if not prompts or not max_new_tokens:
         return [[Completion() for _ in range(samples)] for _ in prompts]
-    found = [prompt_ids(model, tokenizer, p) for p in prompts]
-    if note := next(filter(None, (truncation_note(model, p) for p in found)), ''):
-        warnings.warn(note, stacklevel=2)
-    ids, pad = _together([p[0] for p in found])
+    found = [prompt_ids(model, tokenizer, prompt) for prompt in prompts]
+    notes = [truncation_note(model, each) for each in found]
+    if any(notes):
+        warnings.warn(next(filter(None, notes)), stacklevel=2)  # once, whatever their number
+    ids, pad = _pad_left([prompt for prompt, *_ in found])
     reader = DecodingState(model, ids.shape[1] + max_new_tokens, pad)
+    # read each prompt once, then let its row be there for each of its samples
     rows = [b for b in range(len(ids)) for _ in range(samples)]
-    logits = reader(ids)[rows]
+    logits = reader(ids)[rows]  # (B · samples, V)
     select_rows(reader, rows)
-    going = [
-        (Completion(), DecodeStream(tokenizer, ids[b].tolist()), rng(seed + s, 'sample'))
-        for b in range(len(ids))
-        for s in range(samples)
-    ]
-    done = [c for c, *_ in going]
-    steps = range(max_new_tokens, 0, -1)
-    for left in (
-        progress(steps, f'{len(done)} texts') if max_new_tokens * len(done) > 5000 else steps
-    ):
-        new = sample_next(logits, reader.ids, *(g for *_, g in going), **sampling)
-        said = zip(new[:, 0].tolist(), logits.float().log_softmax(-1).gather(1, new)[:, 0].tolist())
-        on = [
-            r
-            for r, ((c, d, _), one) in enumerate(zip(going, said))
-            if c.take(*one, d, stops, tokenizer.eos_id)
-        ]
-        if left == 1 or not on:
-            break
-        if len(on) < len(going):
-            select_rows(reader, on)
-            going = [going[r] for r in on]
-        logits = reader(new[on].to(reader.ids.device))
+    going = []
+    for b in range(len(ids)):
+        for s in range(samples):
+            decoder = DecodeStream(tokenizer, ids[b].tolist())
+            going.append(_Continuation(Completion(), decoder, rng(seed + s, 'sample')))
+    _write(reader, logits, going, max_new_tokens, stops, tokenizer.eos_id, sampling)
+    done = [c.completion for c in going]
     return [done[b * samples : (b + 1) * samples] for b in range(len(prompts))]
 
 # %% ../nbs/35_kv_cache.ipynb #1bf72a7c
 def held_cache_bytes(cache: dict) -> int:
     """Bytes of the keys and values that stand in a model's cache; places that are still empty do
     not count"""
-    return sum(
-        2 * c.k[:, :, : min(c.n, c.length)].nbytes
-        for c in cache.values()
-        if isinstance(c, KVCache) and c.n
-    )
+    total = 0
+    for c in cache.values():
+        if isinstance(c, KVCache) and c.n:
+            filled = min(c.n, c.length)  # a ring that has gone round is full
+            total += 2 * c.k[:, :, :filled].nbytes  # values are as large as keys
+    return total
 
 # %% ../nbs/35_kv_cache.ipynb #5cba9f6d
 def sliding_window(
     i,  # query positions, (T, 1)
     j,  # key positions, (S,)
-    size: int,  # keys each query may see, itself included
-) -> Tensor:  # bool (T, S): may query i read key j?
+    size: int,  # keys each query may attend to, itself included
+) -> Tensor:  # bool (T, S): may query i attend to key j?
     "The last `size` keys, and never the future (Beltagy et al. 2020, §3.1)"
     return (j <= i) & (i - j < size)
 
 
-def _wide(size):  # what `lookback` asks for
-    if type(size) is not int or size < 1:
+def _window_size(size):
+    "`size`, where it can be that of a window"
+    if type(size) is not int or size < 1:  # `type`, because True is an int, too
         raise LabError(f'size={size!r}: give a whole number of at least 1')
     return size
 
 
-sliding_window.lookback = _wide
-sliding_window.check = lambda cfg, size=None, **kw: _wide(size)
+sliding_window.lookback = _window_size
+sliding_window.check = lambda cfg, size=None, **kw: _window_size(size)
 
 # %% ../nbs/35_kv_cache.ipynb #c2492704
 class RollingCache(KVCache):
@@ -295,46 +385,70 @@ class RollingCache(KVCache):
 
     endless = True
 
-    def add(self, k, v, j):  # as `KVCache`
-        T, S, first = k.shape[2], self.length, self.n == 0
+    def add(self, k, v, j):
+        """As `KVCache.add`, without an end: token n stands at n mod `length`.
+
+        What comes back is not in the order of the positions."""
+        T = k.shape[2]
+        S = self.length
+        first = self.n == 0
         self.make(k, v, j)
-        known = (
-            (k, v, j)
-            if first
-            else tuple(
-                torch.cat(both, d) for *both, d in ((self.k, k, 2), (self.v, v, 2), (self.j, j, -1))
+        known = None
+        if first:
+            known = k, v, j
+        elif T > 1:
+            # read before it is written: the first of these queries still needs keys that the last
+            # of them overwrites
+            known = (
+                torch.cat((self.k, k), 2),
+                torch.cat((self.v, v), 2),
+                torch.cat((self.j, j), -1),
             )
-            if T > 1
-            else ()
-        )
-        at = torch.arange(max(self.n, self.n + T - S), self.n + T, device=j.device) % S
-        self.k[:, :, at], self.v[:, :, at], self.j[..., at] = (
-            k[:, :, -S:],
-            v[:, :, -S:],
-            j[..., -S:],
-        )
+        # of more than S tokens only the last S stay: with size 5, tokens 7 to 11 → 2, 3, 4, 0, 1
+        oldest = max(self.n, self.n + T - S)
+        at = torch.arange(oldest, self.n + T, device=j.device) % S
+        self.k[:, :, at] = k[:, :, -S:]
+        self.v[:, :, at] = v[:, :, -S:]
+        self.j[..., at] = j[..., -S:]
         self.n += T
-        return known or (self.k, self.v, self.j)
+        if known is None:
+            # one token: the key that it overwrites has just left the window
+            return self.k, self.v, self.j
+        return known
 
 # %% ../nbs/35_kv_cache.ipynb #4b4bb620
 def _attentions(x):
-    "Every recipe of an attention in `x`"
-    for y in x if isinstance(x, tuple) else x.keywords.values() if isinstance(x, part) else ():
+    "Yield every recipe of an attention in `x`, however deep it stands"
+    if isinstance(x, tuple):
+        inner = x
+    elif isinstance(x, part):
+        inner = x.keywords.values()
+    else:
+        return
+    for y in inner:
         yield from _attentions(y)
-    if isinstance(x, part) and isinstance(x.func, type) and issubclass(x.func, Attention):
+    if _is_attention(x):
         yield x
 
 
+def _has_cache_of(attn, size):
+    "Does this recipe of an attention hold `CacheTransform` with that size?"
+    for t in attn.keywords.get('transforms', ()):
+        if isinstance(t, part) and t.func is CacheTransform and t.keywords.get('size') == size:
+            return True
+    return False
+
+
 def _keeps_enough(cfg, size=None):
+    "Raises `LabError` where a cache of `size` would forget what its mask still reads"
     if size is None:
         return
-    for a in _attentions(cfg.attn):
-        need = lookback(mask := a.keywords.get('mask', part(causal)))
-        mine = any(
-            isinstance(s, part) and s.func is CacheTransform and s.keywords.get('size') == size
-            for s in a.keywords.get('transforms', ())
-        )
-        if mine and (need is None or _wide(size) < need):
+    for attn in _attentions(cfg.attn):
+        mask = attn.keywords.get('mask', part(causal))
+        need = lookback(mask)
+        if not _has_cache_of(attn, size):
+            continue  # the check is of another attention's cache
+        if need is None or _window_size(size) < need:
             raise LabError(
                 f'size={size} is too small a cache for {mask}, which reads '
                 f'{need or "all"} keys: use with_kv_cache(model)'

@@ -21,8 +21,8 @@ from .core import SEQUENTIAL, LabError, require, pyplot, rng, widgets_live
 from .self_attention import Attention
 
 # %% ../nbs/27_looking.ipynb #d453cecd
-class _Step(nn.Module):
-    "A step made of a function"
+class _FunctionTransform(nn.Module):
+    "A transform made of a function"
 
     def __init__(self, f):
         super().__init__()
@@ -34,14 +34,15 @@ class _Step(nn.Module):
 
 @contextmanager
 def intervene(model, f):  # f: (attn, q, k, v, i, j, **ctx) → (q, k, v, i, j)
-    """Within, every attention runs `f` last; then the model is as it was, also after an error.
+    """Within, every attention runs `f` as its last transform; afterwards the model is as it was,
+    also after an error. It changes the model in place, so one thread at a time.
 
-    One thread at a time"""
+    Raises `LabError` where the model has no attention"""
     found = [m for m in model.modules() if isinstance(m, Attention)]
     if not found:
         raise LabError('this model has no attention to look at: make one with attn=part(Attention)')
-    for attn in found:
-        attn.transforms.append(_Step(partial(f, attn)))
+    for attn in found:  # `f` is told which attention calls it
+        attn.transforms.append(_FunctionTransform(partial(f, attn)))
     try:
         yield
     finally:
@@ -51,7 +52,7 @@ def intervene(model, f):  # f: (attn, q, k, v, i, j, **ctx) → (q, k, v, i, j)
 # %% ../nbs/27_looking.ipynb #e775469a
 @torch.no_grad()
 def _read(model, ids, i=None, **ctx):  # ids (T,) or (B, T)
-    "Let the model read in evaluation mode, and leave it in the mode it was in"
+    "The logits of the model in evaluation mode; afterwards it is in the mode it was in"
     training = model.training
     ids = torch.as_tensor(ids, device=next(model.parameters()).device)
     try:
@@ -60,9 +61,12 @@ def _read(model, ids, i=None, **ctx):  # ids (T,) or (B, T)
         model.train(training)
 
 
-def _placed(weights, j, size):  # (B, H, T, S), key positions (S,) or (B, S) → (B, H, T, size)
-    """Each weight in the column of its key's position; an empty place, −1, gets one more column,
-    which is cut off"""
+def _by_position(weights, j, size):  # (B, H, T, S), key positions (S,) or (B, S) → (B, H, T, size)
+    """Each weight in the column of its key's position; padding, −1, goes to one more column, which
+    is cut off.
+
+    Weights .5 .9 .1 of keys at 3, −1, 0 become .1 0 0 .5"""
+    # −1 modulo size + 1 is size, the last column
     at = j.remainder(size + 1).expand(len(weights), -1)[:, None, None].expand_as(weights)
     return weights.new_zeros(*weights.shape[:3], size + 1).scatter_add_(-1, at, weights)[..., :-1]
 
@@ -71,19 +75,18 @@ def attention_maps(
     model,
     ids,  # one text, (T,), or several of one length, (B, T)
     i=None,  # its positions, (T,) or (B, T); 0, 1, 2, … if none
-    **ctx,  # words that parts of the model read; a cache is filled, as by any reading
+    **ctx,  # keyword arguments that parts of the model need; a cache is filled, as by any reading
 ) -> Tensor:
     # (L, H, T, S), or (B, L, H, T, S) for several: [layer, head, query, key position], float32 on
     # the CPU
-    """Attention weights of every layer and head:
-
-    `scaled_dot_product` itself, asked with unit vectors as values"""
+    """Attention weights of every layer and head, by `scaled_dot_product` itself, asked with unit
+    vectors as values. Each row sums to 1"""
     notes = []  # of each layer: weights (B, H, T, S), key positions (S,) or (B, S)
 
     def watch(attn, q, k, v, i, j, **ctx):
         # value s is 1 in column s and 0 elsewhere, so that the sums are the weights
         units = torch.eye(k.shape[2], dtype=q.dtype, device=q.device).expand(*k.shape[:2], -1, -1)
-        # not `rising`: kernels for whole texts are for values of the usual width
+        # not `contiguous`: kernels for whole sequences want values of the usual width
         weights = attn.attend_heads(q, k, units, i, j, **ctx | dict(contiguous=False))
         notes.append((weights.float().cpu(), j.cpu()))
         return q, k, v, i, j
@@ -91,7 +94,7 @@ def attention_maps(
     with intervene(model, watch):
         _read(model, ids, i, **ctx)
     size = 1 + max(int(j.max()) for _, j in notes)  # layers may keep different keys
-    maps = torch.stack([_placed(weights, j, size) for weights, j in notes], 1)
+    maps = torch.stack([_by_position(weights, j, size) for weights, j in notes], 1)
     return maps if torch.as_tensor(ids).dim() == 2 else maps[0]
 
 # %% ../nbs/27_looking.ipynb #b56ac978
@@ -107,19 +110,20 @@ def visible_token(token: str) -> str:
 
 
 def describe_row(weights: Tensor, tokens, query=-1, n=3) -> str:  # weights: one map, (T, T)
-    "In words: the `n` places that get most of a query's weight"
+    "In words: the `n` positions that get most of a query's weight"
     row = weights[query].tolist()
-    by_weight = sorted(range(len(row)), key=lambda place: -row[place])
-    best = [place for place in by_weight[:n] if row[place] > 0]
+    by_weight = sorted(range(len(row)), key=lambda position: -row[position])
+    best = [position for position in by_weight[:n] if row[position] > 0]
 
-    def quoted(place):
-        return f'“{visible_token(tokens[place])}”'
+    def quoted(position):
+        return f'“{visible_token(tokens[position])}”'
 
     return f'{quoted(query)} looks at ' + ', '.join(f'{quoted(s)} {row[s]:.2f}' for s in best)
 
 # %% ../nbs/27_looking.ipynb #c45e3718
 def _checked(weights, tokens, layer=0, head=0, query=-1, most=None):
-    "The choice, counted from the start; raises `LabError` where maps, text and choice do not fit"
+    """[layer, head, query], each counted from the start; raises `LabError` where maps, text and
+    choice do not fit"""
     T = len(tokens)
     if weights.dim() != 4 or weights.shape[2:] != (T, T):
         raise LabError(
@@ -134,12 +138,13 @@ def _checked(weights, tokens, layer=0, head=0, query=-1, most=None):
             raise LabError(f'{name}={n}: choose from 0 to {size - 1}')
     return [n % size for n, size in zip(choice, weights.shape)]
 
-# %% ../nbs/27_looking.ipynb #87135945
+
 def plot_attention(weights: Tensor, tokens, layer=0, head=0, query=-1):
-    # as `attention_of` gives them → a figure
+    # as `attention_of` gives them → a matplotlib figure
     """One map; the shade is √weight, so that small weights show; the row of `query` is marked, and
-    told in the title"""
-    (layer, head, query), plt = _checked(weights, tokens, layer, head, query), pyplot()
+    described in the title"""
+    layer, head, query = _checked(weights, tokens, layer, head, query)
+    plt = pyplot()
     fig, ax = plt.subplots(figsize=(4, 4))
     ax.imshow(weights[layer, head].sqrt(), cmap=SEQUENTIAL, vmin=0, vmax=1)
     ax.grid(False)
@@ -160,8 +165,8 @@ def plot_attention(weights: Tensor, tokens, layer=0, head=0, query=-1):
 
 # %% ../nbs/27_looking.ipynb #578c1c6f
 def mean_distance(weights: Tensor) -> Tensor:  # (…, T, S) → (…)
-    """How many places back a head looks: the mean over queries, the last T of S positions, of Σ
-    weight·(i − j)"""
+    """How many positions back a head looks: the mean over queries, the last T of S positions, of
+    Σ weight·(i − j)"""
     T, S = weights.shape[-2:]
     j = torch.arange(S)
     i = j[-T:, None]
@@ -197,8 +202,8 @@ _MOST = 256  # the longest text that is shown as text
 
 def _element(name, inside, **attributes):
     "An element of a page; what is inside, and the attributes, must be escaped already"
-    said = ''.join(f' {key}="{value}"' for key, value in attributes.items())
-    return f'<{name}{said}>{inside}</{name}>'
+    written = ''.join(f' {key}="{value}"' for key, value in attributes.items())
+    return f'<{name}{written}>{inside}</{name}>'
 
 
 def _ground(strength, dark):
@@ -209,7 +214,7 @@ def _ground(strength, dark):
 
 def _shaded(token, weight, looks):
     """A token on a ground of strength √weight, its weight in the tool tip; underlined if it is the
-    one who looks"""
+    query"""
     shown = escape(token.replace('\n', '↵\n'))
     if weight < 0.005 and not looks:
         return shown
@@ -221,22 +226,23 @@ def _shaded(token, weight, looks):
 
 
 def attention_html(weights: Tensor, tokens, layer=0, head=0, query=-1) -> str:
-    """The text for each head, shaded by one query's weights, one unfolded.
+    """An HTML page: the text once for each head, shaded by one query's weights, one unfolded.
 
     No script, no style sheet, no picture"""
     layer, head, query = _checked(weights, tokens, layer, head, query, _MOST)
     page = []
     for l in range(weights.shape[0]):
         for h in range(weights.shape[1]):
-            says = f'layer {l}, head {h}: {describe_row(weights[l, h], tokens, query)}'
+            description = f'layer {l}, head {h}: {describe_row(weights[l, h], tokens, query)}'
             row = weights[l, h, query].tolist()
-            text = ''.join(
-                _shaded(token, weight, place == query)
-                for place, (token, weight) in enumerate(zip(tokens, row))
+            spans = []
+            for position, (token, weight) in enumerate(zip(tokens, row)):
+                spans.append(_shaded(token, weight, position == query))
+            text = _element(
+                'div', ''.join(spans), style='font-family:monospace;white-space:pre-wrap'
             )
-            text = _element('div', text, style='font-family:monospace;white-space:pre-wrap')
             is_open = ' open' if (l, h) == (layer, head) else ''
-            summary = _element('summary', escape(says))
+            summary = _element('summary', escape(description))
             page.append(f'<details{is_open}>{summary}{text}</details>')
     return ''.join(page)
 
@@ -258,15 +264,15 @@ def _png(w) -> str:  # one map, (T, T)
     return 'data:image/png;base64,' + b64encode(png.getvalue()).decode()
 
 
-def _unfolding_map(w, name, says):
-    "A cell of the table: a small map, and after a click a large one, with what it says"
+def _unfolding_map(w, name, description):
+    "A cell of the table: a small map, and after a click a large one and its description"
     png = _png(w)
 
     def image(size):
         return f'<img src="{png}" alt="{name}" width="{size}" height="{size}">'
 
     summary = _element('summary', image(56), title=name)
-    unfolded = f'<b>{name}</b><br>{image(280)}<br>{escape(says)}'
+    unfolded = f'<b>{name}</b><br>{image(280)}<br>{escape(description)}'
     return _element(
         'td',
         _element('details', summary + unfolded),
@@ -275,9 +281,8 @@ def _unfolding_map(w, name, says):
 
 
 def heads_html(weights: Tensor, tokens, query=-1) -> str:
-    """All maps of a text, a row for each layer; a click unfolds one and says where a query looks.
-
-    No script"""
+    """An HTML table of all maps of a text, a row for each layer; a click unfolds one and shows
+    where a query looks. No script"""
     _, _, query = _checked(weights, tokens, query=query, most=_MOST)
     far = mean_distance(weights).tolist()
     rows = []
@@ -311,13 +316,13 @@ def _live():
 
 # %% ../nbs/27_looking.ipynb #1242fad1
 def _shared(weights, tokens, layer=0, head=0, query=-1):
-    "What the program in the page is told; the weights go as little-endian float32"
+    "What Python and the program in the page share; the weights go as little-endian float32"
     layer, head, query = _checked(weights, tokens, layer, head, query, _MOST)
     return dict(
         tokens=list(tokens),
         shape=list(weights.shape[:3]),
         layer=layer,
-        lm_head=head,
+        head=head,
         query=query,
         data=weights.contiguous().numpy().astype('<f4').tobytes(),
     )
@@ -409,13 +414,13 @@ def plot_scores(scores: dict, chance: dict):
 
 # %% ../nbs/27_looking.ipynb #dbf5d231
 def logit_lens(model, ids, i=None, **ctx) -> Tensor:
-    # asked as `attention_maps`; (L+1, T, V), or (B, L+1, T, V)
-    """What it would say if it stopped after the embedding, after each block: logits
+    # arguments as of `attention_maps`; (L+1, T, V), or (B, L+1, T, V)
+    """The logits that the model would give if it stopped after the embedding, and after each block
     (nostalgebraist 2020)"""
-    said = []
+    read = []
 
     def note(x):
-        said.append(model.lm_head(model.norm(x)).float().cpu())
+        read.append(model.lm_head(model.norm(x)).float().cpu())
 
     hooks = [model.blocks[0].register_forward_pre_hook(lambda block, args: note(args[0]))]
     hooks += [b.register_forward_hook(lambda block, args, x: note(x)) for b in model.blocks]
@@ -424,22 +429,24 @@ def logit_lens(model, ids, i=None, **ctx) -> Tensor:
     finally:
         for hook in hooks:
             hook.remove()
-    lens = torch.stack(said, 1)
+    lens = torch.stack(read, 1)
     return lens if torch.as_tensor(ids).dim() == 2 else lens[0]
 
 # %% ../nbs/27_looking.ipynb #7aca681f
 def _lens_cell(inside, title='', style=''):
+    "A cell of the table; text and attributes must be escaped already"
     style = f'padding:1px 3px;border:none;text-align:center;{style}'
     return _element('td', inside, title=title, style=style)
 
 
 def _lens_row(name, cells):
+    "A row of the table, its name in front"
     cells = _lens_cell(name) + ''.join(cells)
     return _element('tr', cells, style='background:transparent')
 
 
 def _guess_cell(layer, token, follower, guesses, p):
-    """The likeliest of the guesses, which are sorted, on a ground of its probability.
+    """The first of the guesses, which are sorted, on a ground of its probability.
 
     All are in the tool tip; bold if the text goes on like that; `follower` is None at its end"""
     lines = [f'{layer}, after “{visible_token(token)}”:']
@@ -452,7 +459,7 @@ def _guess_cell(layer, token, follower, guesses, p):
 
 def lens_html(lens: Tensor, tokens, tokenizer) -> str:
     # as `logit_lens` and `attention_of` give them for one text
-    """The likeliest next token after each layer, the last layer on top.
+    """An HTML table of the likeliest next token after each layer, the last layer on top.
 
     No script, no style sheet, no picture"""
     if lens.dim() != 3 or lens.shape[1] != len(tokens) or len(tokens) > _MOST:
@@ -478,8 +485,8 @@ def lens_html(lens: Tensor, tokens, tokenizer) -> str:
 
 # %% ../nbs/27_looking.ipynb #7d535cca
 def ablate_head(model, layer: int, head: int):
-    """Within, one head, with values of its own, adds nothing: they are zero (a knock-out, as in
-    Michel et al. 2019)"""
+    """Within, one head adds nothing, because its values are zero (ablation, as in Michel et al.
+    2019). The head must have values of its own, so this is not for grouped queries"""
     for name, n, size in (('layer', layer, model.cfg.n_layers), ('head', head, model.cfg.n_heads)):
         if not 0 <= n < size:
             raise LabError(f'{name}={n}: choose from 0 to {size - 1}')

@@ -46,10 +46,10 @@ from llm_lab.core import (
 from .files import atomic_write, bytes_in, json_of, laid_out, pointed, recover
 from .hardware import memory_left, must_fit
 from .corpora import load_corpus
-from .onednn import _quick_forward
+from .onednn import _onednn_forward
 from .chars import tokenizer_from_json
-from .parts import Aux, _built, _said_as, part
-from .gpt import GPTConfig, MiniGPT, _close, _resting, _some_ids, is_own
+from .parts import Aux, _build_part, _saved_name, part
+from .gpt import GPTConfig, MiniGPT, _allclose, _eval_mode, _probe_ids, is_own
 from .train import Recipe, fit, prepare
 
 # %% ../nbs/24_package.ipynb #e5a18245
@@ -57,7 +57,8 @@ FORMAT = 2
 _FILES = ('llm_lab.json', 'tokenizer.json', 'model.safetensors')
 
 
-def _sha(data):
+def _sha(data) -> str:
+    "The SHA-256 of bytes, or of plain data as JSON with sorted keys"
     data = data if isinstance(data, bytes) else json.dumps(data, sort_keys=True).encode()
     return hashlib.sha256(data).hexdigest()
 
@@ -65,10 +66,11 @@ def _sha(data):
 def write_manifest(folder, name: str, files, **facts):
     """Write `folder/name`: the format, the SHA-256 of each of these files, some facts, and the
     SHA-256 of all that"""
-    said = dict(format=FORMAT, files={f: _sha((folder / f).read_bytes()) for f in files}, **facts)
-    (folder / name).write_text(
-        json.dumps({**said, 'sha256': _sha(said)}, indent=1), encoding='utf-8'
+    manifest = dict(
+        format=FORMAT, files={f: _sha((folder / f).read_bytes()) for f in files}, **facts
     )
+    text = json.dumps({**manifest, 'sha256': _sha(manifest)}, indent=1)
+    (folder / name).write_text(text, encoding='utf-8')
 
 
 def model_card(name: str, model: MiniGPT, about: dict) -> str:
@@ -93,15 +95,18 @@ def model_card(name: str, model: MiniGPT, about: dict) -> str:
     )
 
 # %% ../nbs/24_package.ipynb #87140c91
-def _said(x, slot=None):
-    "A value as plain data; a recipe stands in a slot"
+def _to_plain(x, slot=None):
+    "A value as plain data; `slot` is where a recipe stands, None if that is not known"
     if isinstance(x, part):
-        word = _said_as(x.func, slot)
-        slot = slot or next((s for s in SLOTS if word in SLOTS[s]), None)
-        inner = {} if word in REGISTERED else HOLDS.get(slot, {})
-        return {'part': word, **{k: _said(v, inner.get(k)) for k, v in x.keywords.items()}}
+        name = _saved_name(x.func, slot)
+        if slot is None:  # the first slot in which the table has that name
+            slot = next((s for s in SLOTS if name in SLOTS[s]), None)
+        # {keyword: slot of the recipes that it holds}; nobody knows that of a registered part
+        inner = {} if name in REGISTERED else HOLDS.get(slot, {})
+        keywords = {k: _to_plain(v, inner.get(k)) for k, v in x.keywords.items()}
+        return {'part': name, **keywords}
     if isinstance(x, (tuple, list)):
-        return [_said(v, slot) for v in x]
+        return [_to_plain(v, slot) for v in x]
     if x is None or isinstance(x, (bool, int, float, str)):
         return x
     raise LabError(
@@ -109,36 +114,22 @@ def _said(x, slot=None):
     )
 
 
-def _bearable(data, n_layers, head_dim):
-    """Raises `LabError` where recipes are forbidden ones, or would make more parts than anybody
-    waits for"""
-    parts = {}  # {name: how many parts its recipe makes}
-    for k, slot in HOLDS['config'].items():
-        if k in data:
-            none = k == 'pos' and data[k] is None
-            parts[k] = 0 if none else check_recipe(data[k], slot, k)
-    n = n_layers * (parts.get('attn', 1) + parts.get('mlp', 1)) + sum(parts.values())
-    if n > 10_000 or n * head_dim > 1 << 26:
-        raise LabError(
-            f'n_layers={n_layers:,}: these recipes make {n:,} parts of width {head_dim:,}; '
-            'give fewer layers or transforms'
-        )
-
-# %% ../nbs/24_package.ipynb #6459d3c5
 def to_data(x):
     """Configurations and recipes as plain data: dicts, lists, numbers, strings.
 
     Raises `LabError` on what could not be read again"""
     if not isinstance(x, GPTConfig):
-        return _said(x)
-    data = {f.name: _said(getattr(x, f.name), HOLDS['config'].get(f.name)) for f in fields(x)}
-    config_from(data)
+        return _to_plain(x)
+    slots = HOLDS['config']
+    data = {f.name: _to_plain(getattr(x, f.name), slots.get(f.name)) for f in fields(x)}
+    config_from(data)  # raises where it could not be read again
     return data
 
 # %% ../nbs/24_package.ipynb #a3ba89f3
-def _fits(value, parameter) -> bool:
-    "Could a plain value stand where this parameter's default stands?"
-    default, kind = parameter.default, parameter.annotation
+def _is_like_default(value, parameter) -> bool:
+    "Could a plain value stand where this parameter's default stands? 3 for 4.0, but no 'x' for 4"
+    default = parameter.default
+    kind = parameter.annotation  # decides where there is no default, as in `d_ff: int = None`
     if default is not None and default is not parameter.empty:
         kind = type(default)
     if value is None:
@@ -152,7 +143,8 @@ def _fits(value, parameter) -> bool:
     )
 
 
-def _no_transforms(k, v) -> bool:  # a file may write null for an empty list of transforms
+def _no_transforms(k, v) -> bool:
+    "A file may write null for an empty list of transforms"
     return k == 'transforms' and v is None
 
 
@@ -162,46 +154,63 @@ def _check_plain(x, f, path):
     for k, v in x.items():
         if k not in known or isinstance(v, (dict, list)) or _no_transforms(k, v):
             continue
-        if not _fits(v, known[k]):
+        if not _is_like_default(v, known[k]):
             default = known[k].default
             unclear = default in (None, Parameter.empty)
             like = known[k].annotation.__name__ if unclear else repr(default)
             raise LabError(f'{path}.{k}={short(v)}: {f.__name__} takes something like {like}')
 
 
-def _made(x, path=''):
-    "What plain data, which `check_recipe` has seen, describe"
+def _recipe_from(x, path=''):
+    "The recipe, list or value that plain data describe; `check_recipe` has seen them before"
     if isinstance(x, list):
-        return tuple(_made(v, f'{path}[{n}]') for n, v in enumerate(x))
+        return tuple(_recipe_from(v, f'{path}[{n}]') for n, v in enumerate(x))
     if not isinstance(x, dict):
         return x
-    word = address(x['part'])
+    where = address(x['part'])  # as 'llm_lab.gpt:MLP'; a registered name as it is
     kw = {}
     for k, v in x.items():
         if k != 'part':
-            kw[k] = () if _no_transforms(k, v) else _made(v, f'{path}.{k}')
+            kw[k] = () if _no_transforms(k, v) else _recipe_from(v, f'{path}.{k}')
     try:
-        made = part(lookup(word), **kw)
+        recipe = part(lookup(where), **kw)
     except LabError as e:
         raise LabError(f'{path}: {e}') from None
-    if word in REGISTERED:
-        return made  # its author knows what it takes
-    _check_plain(x, made.func, path)
-    if word in SLOTS['act'].values():
-        _bends(made, path)
-    return made
+    if where in REGISTERED:
+        return recipe  # its author knows what it takes
+    _check_plain(x, recipe.func, path)
+    if where in SLOTS['act'].values():
+        _check_activation(recipe, path)
+    return recipe
 
 
-def _bends(act, path):
+def _check_activation(act, path):
     "Raises `LabError` where an activation does not work with its keywords"
     try:
         act()(torch.zeros(2))
     except (TypeError, RuntimeError, ValueError) as e:
         raise LabError(f'{path}={act}: {short(str(e), 100)}; leave its keywords out') from None
 
+
+def _check_part_count(data, n_layers, head_dim):
+    """Raises `LabError` where plain data name a part that may not stand there, or recipes that
+    would make more parts than anybody waits for"""
+    parts = {}  # {key: how many parts its recipe makes}
+    for key, slot in HOLDS['config'].items():
+        if key not in data:
+            continue
+        without = key == 'pos' and data[key] is None  # a model without positions
+        parts[key] = 0 if without else check_recipe(data[key], slot, key)
+    n = n_layers * (parts.get('attn', 1) + parts.get('mlp', 1)) + sum(parts.values())
+    if n > 10_000 or n * head_dim > 1 << 26:
+        raise LabError(
+            f'n_layers={n_layers:,}: these recipes make {n:,} parts of width {head_dim:,}; '
+            'give fewer layers or transforms'
+        )
+
 # %% ../nbs/24_package.ipynb #f65eb1b5
 def config_from(data: dict) -> GPTConfig:
-    """The configuration that `to_data` described.
+    """The configuration that `to_data` turned into plain data.
 
     Raises `LabError` on unknown names, and on what no file may ask for"""
     if not isinstance(data, dict):
@@ -215,10 +224,10 @@ def config_from(data: dict) -> GPTConfig:
             plain(v, k)
             plain_values[k] = v
     # the sizes first: no recipe is looked up before it is known how many parts they would make
-    sizes = GPTConfig(**plain_values, attn=part(_nothing))
-    _bearable(data, sizes.n_layers, sizes.head_dim)
+    sizes = GPTConfig(**plain_values, attn=part(_no_mixer))
+    _check_part_count(data, sizes.n_layers, sizes.head_dim)
     try:
-        return GPTConfig(**{k: _made(v, k) for k, v in data.items()})
+        return GPTConfig(**{k: _recipe_from(v, k) for k, v in data.items()})
     except (TypeError, ArithmeticError, AttributeError, KeyError) as e:
         raise LabError(
             f'these recipes do not go together ({type(e).__name__}: {short(str(e), 100)}): '
@@ -226,13 +235,13 @@ def config_from(data: dict) -> GPTConfig:
         ) from e
 
 
-def _nothing(cfg, layer=0):
+def _no_mixer(cfg, layer=0):
     "Stands for an attention while only the sizes are looked at"
 
 # %% ../nbs/24_package.ipynb #1ad6788e
-class _Undrawn(TorchFunctionMode):
-    """Within, `torch.nn.init` draws nothing: shapes have no values, and pretending to draw them
-    takes most of the time"""
+class _SkipInit(TorchFunctionMode):
+    """Within, `torch.nn.init` draws nothing: tensors on *meta* have no values, and pretending to
+    draw them takes most of the time"""
 
     def __torch_function__(self, f, types, args=(), kwargs=None):
         if getattr(f, '__module__', '') == 'torch.nn.init':
@@ -245,27 +254,27 @@ def own_in(cfg) -> bool:
     return any(is_own(getattr(cfg, name)) for name in HOLDS['config'])
 
 
-def _sketched(cfg, seed=None) -> MiniGPT:
-    """A model of shapes; where a part of the reader's own needs numbers to be made, it has them for
-    a moment"""
+def _shapes_of(cfg, seed=None) -> MiniGPT:
+    """A model on the device *meta*; where a part of the reader's own needs values to be made, the
+    model is made in memory for a moment, and moved"""
     try:
-        with torch.device('meta'), _Undrawn():
+        with torch.device('meta'), _SkipInit():
             return MiniGPT(cfg, seed)
     except RuntimeError:
         if not own_in(cfg):
             raise
         model = MiniGPT(cfg, seed).to('meta')
         if cfg.tie:
-            model.lm_head.weight = model.tok.weight  # a move parts them
+            model.lm_head.weight = model.tok.weight  # moving gave each its own tensor
         return model
 
 
 def meta_model(cfg: GPTConfig) -> MiniGPT:
     """A model of shapes alone, on the device *meta*, whatever its size.
 
-    Raises `LabError` where none can be made"""
+    Raises `LabError` where no model can be made of this configuration"""
     try:
-        return _sketched(cfg)
+        return _shapes_of(cfg)
     except LabError:
         raise
     except (TypeError, ArithmeticError, AttributeError, ValueError, RuntimeError, KeyError) as e:
@@ -274,15 +283,18 @@ def meta_model(cfg: GPTConfig) -> MiniGPT:
         ) from e
 
 # %% ../nbs/24_package.ipynb #c51b7e90
-_READS = dict(attn='(x, i, **ctx)', mlp='(x, **ctx)', norm='(x)', pos='(x, i)', lm_head='(x)')
+# {name: how the model calls the part}, for the message
+_CALLED_AS = dict(attn='(x, i, **ctx)', mlp='(x, **ctx)', norm='(x)', pos='(x, i)', lm_head='(x)')
 
 
-def _asked(cfg, name, layer, fake):
-    """Let what stands in a slot read a few tokens; returns the shape of the answer, and the one it
-    should have"""
-    C, V, T = cfg.d_model, cfg.vocab_size, min(cfg.max_len, 6)
+def _probe_part(cfg, name, layer, fake):
+    """Let one part read a few tokens; returns the shape of its answer, and the shape it should
+    have"""
+    C = cfg.d_model
+    V = cfg.vocab_size
+    T = min(cfg.max_len, 6)
     made_from = dict(norm=(C,), pos=(cfg,), lm_head=(C, V)).get(name, (cfg, layer))
-    made = _built(cfg, name, *made_from)
+    made = _build_part(cfg, name, *made_from)
     reads_aux = any('aux' in getattr(m, 'needs', ()) for m in made.modules())
     args = [torch.randn(2, T, C, generator=None if fake else rng(0, 'x'))]
     if name in ('attn', 'pos'):
@@ -297,27 +309,27 @@ def _asked(cfg, name, layer, fake):
     return got, (2, T, V if name == 'lm_head' else C)
 
 
-def _asked_cheaply(cfg, name, layer):
-    "As `_asked`: with shapes alone, and with numbers only where a part cannot do without"
+def _probe_shapes(cfg, name, layer):
+    "As `_probe_part`: with shapes alone, and with values only where a part cannot do without"
     try:
         with FakeTensorMode():
-            return _asked(cfg, name, layer, fake=True)
-    except Exception:  # perhaps only because there are no numbers
+            return _probe_part(cfg, name, layer, fake=True)
+    except Exception:  # perhaps only because there are no values
         with preserve_rng(), torch.no_grad():
-            return _asked(cfg, name, layer, fake=False)
+            return _probe_part(cfg, name, layer, fake=False)
 
 
-def _try_part(cfg, name, layer):
-    "Raises `LabError` unless a part reads (B, T, C) and answers as it should"
+def _check_output_shape(cfg, name, layer):
+    "Raises `LabError` unless a part reads (B, T, C) and its answer has the right shape"
     try:
-        got, want = _asked_cheaply(cfg, name, layer)
+        got, want = _probe_shapes(cfg, name, layer)
     except LabError:
         raise
     except Exception as e:
         raise LabError(
             f'{name}={short(getattr(cfg, name), 200)} cannot read: {type(e).__name__}: '
             f'{short(str(e), 200)}; '
-            f'it is called with {_READS[name]}'
+            f'it is called with {_CALLED_AS[name]}'
         ) from e
     if got != want:
         raise LabError(
@@ -331,20 +343,75 @@ def check_parts(cfg: GPTConfig) -> GPTConfig:  # `cfg`
 
     Raises `LabError` that names the recipe which cannot; no memory is taken for the model"""
     if cfg.pos:
-        _try_part(cfg, 'pos', 0)
+        _check_output_shape(cfg, 'pos', 0)
     for name in ('norm', 'attn', 'mlp', 'lm_head'):
         recipe = getattr(cfg, name)
         # these may make something else in each layer
         varies = name in ('attn', 'mlp') and ('of' in recipe.keywords or is_own(recipe))
         for layer in range(min(cfg.n_layers, 64)) if varies else (0,):
-            _try_part(cfg, name, layer)
+            _check_output_shape(cfg, name, layer)
     meta_model(cfg)
     return cfg
 
 # %% ../nbs/24_package.ipynb #f4c8d215
-# plain values that change while a model is used, or that matter in training only: in
-# `llama_block`, `sparse` and `moe`
-_PASSING = {
+def _replaced_on_module(m) -> str:
+    "The name of a method that was replaced on a module itself; '' if none was"
+    for name, value in vars(m).items():
+        # this library does so too: `onednn_linears`, and `efficient` with PyTorch's checkpoint
+        ours = isinstance(value, partial) and value.func in (_onednn_forward, checkpoint)
+        if callable(value) and not ours and callable(getattr(type(m), name, None)):
+            return name
+    return ''
+
+
+def _replaced_on_class(kind) -> str:
+    "The name of a method of a class that was written outside this library and PyTorch; '' if none"
+    # Other libraries add methods to PyTorch's classes; there only another `forward` matters.
+    ours = kind.__module__.startswith('llm_lab.')
+    for name, f in vars(kind).items():
+        f = getattr(f, '__func__', f)  # what a static or class method holds
+        if hasattr(f, '__code__') and (ours or name == 'forward') and is_own(f):
+            return name
+    return ''
+
+
+def _replaced_method(m) -> str:
+    """The name of a method that was replaced on a module itself, or on one of its classes; '' if
+    none was"""
+    name = _replaced_on_module(m)
+    if name or is_own(m):  # the methods of the reader's own classes are what they should be
+        return name
+    for kind in type(m).__mro__:
+        name = _replaced_on_class(kind)
+        if name:
+            return name
+    return ''
+
+# %% ../nbs/24_package.ipynb #3d90a102
+def _overridden(mine, theirs) -> set:
+    "The methods of class `theirs` that its subclass `mine`, or a class between, defines anew"
+    names = set()
+    for kind in mine.__mro__[:-1]:  # all but `object`
+        if kind in theirs.__mro__:
+            continue
+        for name, f in vars(kind).items():
+            if callable(f) and hasattr(theirs, name):
+                names.add(name)
+    return names
+
+
+def _same_class(a, b) -> bool:
+    "Is a module of the class of another, or of a subclass that calculates nothing else?"
+    mine, theirs = type_before_parametrizations(a), type_before_parametrizations(b)
+    if mine is theirs:
+        return True
+    harmless = {'__init__', '__repr__', 'extra_repr'}
+    return issubclass(mine, theirs) and _overridden(mine, theirs) <= harmless
+
+
+# Attributes that may differ: they change while a model is used, or matter in training only. They
+# belong to parts of `llama_block`, `sparse` and `moe`.
+_NOT_COMPARED = {
     'training',
     'seen',
     'noted',
@@ -360,78 +427,31 @@ _PASSING = {
 }
 
 
-def _put_on_module(m) -> str:
-    "The method that somebody has put on a module itself, over that of its class; '' if none"
-    for k, v in vars(m).items():
-        # this library does so too: `onednn_linears`, and `efficient` with PyTorch's checkpoint
-        ours = isinstance(v, partial) and v.func in (_quick_forward, checkpoint)
-        if callable(v) and not ours and callable(getattr(type(m), k, None)):
-            return k
-    return ''
-
-
-def _put_on_class(kind) -> str:
-    "The method of a class that was written outside this library and PyTorch; '' if none"
-    # of PyTorch's, other libraries may add to a class
-    ours = kind.__module__.startswith('llm_lab.')
-    for k, f in vars(kind).items():
-        f = getattr(f, '__func__', f)  # what a static or class method holds
-        if hasattr(f, '__code__') and (ours or k == 'forward') and is_own(f):
-            return k
-    return ''
-
-
-def _put_on(m) -> str:
-    """The method that somebody has put on a module itself, or on a class of this library; '' if
-    there is none"""
-    k = _put_on_module(m)
-    if k or is_own(m):
-        return k
-    return next(filter(None, map(_put_on_class, type(m).__mro__)), '')
-
-
-def _values(m):  # the plain values of a module that decide what it calculates
+def _plain_values(m) -> dict:
+    "{name: value} of the numbers, strings and recipes on a module: they decide what it calculates"
     plain = (bool, int, float, str, tuple, part, torch.Size)
     return {
         k: v
         for k, v in vars(m).items()
-        if k[0] != '_' and k not in _PASSING and isinstance(v, plain)
+        if k[0] != '_' and k not in _NOT_COMPARED and isinstance(v, plain)
     }
 
 
-def _tables(m):
-    # tensors of a module that are neither parameters nor buffers, such as the speeds of hands
+def _loose_tensors(m) -> dict:
+    "{name: tensor} of tensors that are neither parameters nor buffers, as RoPE's frequencies"
     return {k: v for k, v in vars(m).items() if isinstance(v, Tensor)}
 
 
-def _overridden(mine, theirs) -> set:
-    "What the classes between `mine` and `theirs` define anew of what `theirs` can do"
-    more = set()
-    for kind in mine.__mro__[:-1]:  # all but `object`
-        if kind not in theirs.__mro__:
-            more |= {k for k, f in vars(kind).items() if callable(f) and hasattr(theirs, k)}
-    return more
-
-
-def _same_kind(a, b) -> bool:
-    "Is a module of the class of another, or of a subclass that calculates nothing else?"
-    mine, theirs = type_before_parametrizations(a), type_before_parametrizations(b)
-    if mine is theirs:
-        return True
-    harmless = {'__init__', '__repr__', 'extra_repr'}
-    return issubclass(mine, theirs) and _overridden(mine, theirs) <= harmless
-
-
-def _other_value(name, a, b) -> str:
-    "The plain value in which a module differs from another; '' if there is none"
-    for k, v in _values(b).items():
+def _value_difference(name, a, b) -> str:
+    "The plain value in which module `a` differs from `b`; '' if there is none"
+    for k, v in _plain_values(b).items():
         if k in vars(a) and vars(a)[k] != v:
             return f'{name}.{k} is {short(vars(a)[k])}, it should be {short(v)}'
     return ''
 
 
-def _same_table(t, want) -> bool:
-    "Has a tensor the shape and the numbers of another? On the device *meta* there are none"
+def _same_tensor(t, want) -> bool:
+    "Has a tensor the shape and the values of another? On the device *meta* there are no values"
     if not isinstance(t, Tensor) or t.shape != want.shape:
         return False
     if 'meta' in (t.device.type, want.device.type):
@@ -439,30 +459,31 @@ def _same_table(t, want) -> bool:
     return not (t.cpu() != want).any()
 
 
-def _other_table(name, a, b) -> str:
-    "The tensor, beside parameters and buffers, in which a module differs; '' if there is none"
-    for k, want in _tables(b).items():
-        if not _same_table(vars(a).get(k), want):
+def _tensor_difference(name, a, b) -> str:
+    "The tensor, beside parameters and buffers, in which `a` differs from `b`; '' if there is none"
+    for k, want in _loose_tensors(b).items():
+        if not _same_tensor(vars(a).get(k), want):
             return f'{name}.{k} was changed'
     return ''
 
 
-def _other_module(name, a, b) -> str:
-    "What sets one module apart from the one that the configuration makes; '' if nothing does"
-    if not _same_kind(a, b):
+def _module_difference(name, a, b) -> str:
+    "How module `a` differs from `b`, which the configuration makes; '' if it does not"
+    if not _same_class(a, b):
         mine, theirs = type_before_parametrizations(a), type_before_parametrizations(b)
         return f'{name} is a {mine.__name__}, it should be a {theirs.__name__}'
-    replaced = _put_on(a)
+    replaced = _replaced_method(a)
     if replaced:
         return f'{name}.{replaced} was replaced'
     if is_own(a):
-        return ''  # its values mean what its author likes; `_other_logits` asks what it does
-    return _other_value(name, a, b) or _other_table(name, a, b)
+        return ''  # its values mean what its author likes; `_check_rebuilt` tries what it does
+    return _value_difference(name, a, b) or _tensor_difference(name, a, b)
 
-
-def _other_shape(a, b) -> str:
+# %% ../nbs/24_package.ipynb #3d90a105
+def _shape_difference(a, b) -> str:
     "The tensor that one model has and the other has not, or not in this shape; '' if there is none"
-    have, want = ({n: tuple(t.shape) for n, t in m.state_dict().items()} for m in (a, b))
+    have = {n: tuple(t.shape) for n, t in a.state_dict().items()}
+    want = {n: tuple(t.shape) for n, t in b.state_dict().items()}
     for n in (*want, *have):
         if n not in have:
             return f'{n} was taken out'
@@ -473,54 +494,63 @@ def _other_shape(a, b) -> str:
     return ''
 
 
-def _sharing(named):  # {name: the first name of the same thing}
+def _first_names(named) -> dict:
+    """{name: the first name of the same object}, of pairs (name, object).
+
+    [('tok', t), ('lm_head', t)] → {'tok': 'tok', 'lm_head': 'tok'}"""
     first = {}
-    return {n: first.setdefault(id(x), n) for n, x in named}
+    return {name: first.setdefault(id(x), name) for name, x in named}
 
 
-def _other_sharing(named_a, named_b) -> str:
-    "What is one thing under two names in one model only; '' if nothing is"
-    mine, theirs = _sharing(named_a), _sharing(named_b)
+def _sharing_difference(named_a, named_b) -> str:
+    "What is one object under two names in one model only; '' if nothing is"
+    mine = _first_names(named_a)
+    theirs = _first_names(named_b)
     for n, first in mine.items():
         if first != theirs[n]:
             return f'{n} is {"not " if first == n else ""}shared with another place'
     return ''
 
 
-def _other(a, b) -> str:
-    "What sets a model apart from the one that its configuration makes; '' if nothing does"
-    mine, theirs = (dict(m.named_modules(remove_duplicate=False)) for m in (a, b))
+def _structure_difference(a, b) -> str:
+    "How model `a` differs from `b`, which its configuration makes; '' if it does not"
+    mine = dict(a.named_modules(remove_duplicate=False))
+    theirs = dict(b.named_modules(remove_duplicate=False))
     for name, m in mine.items():
         if name not in theirs:
             return f'{name} ({type(m).__name__}) was added'
-        why = _other_module(name or 'the model', m, theirs[name])
+        why = _module_difference(name or 'the model', m, theirs[name])
         if why:
             return why
     for name in theirs:
         if name not in mine:
             return f'{name} was taken out'
-    # only now: modules and tensors of both have the same names
-    return (
-        _other_shape(a, b)
-        or _other_sharing(mine.items(), theirs.items())
-        or _other_sharing(*(m.named_parameters(remove_duplicate=False) for m in (a, b)))
-    )
+    # From here on the modules of both have the same names, and after the shapes the tensors, too:
+    # `_sharing_difference` needs that.
+    why = _shape_difference(a, b) or _sharing_difference(mine.items(), theirs.items())
+    if why:
+        return why
+    parameters_a = a.named_parameters(remove_duplicate=False)
+    parameters_b = b.named_parameters(remove_duplicate=False)
+    return _sharing_difference(parameters_a, parameters_b)
 
-
+# %% ../nbs/24_package.ipynb #3d90a107
 _HOOKS = ('_forward_hooks', '_forward_pre_hooks')
 
 
-def _hooks_of(m) -> int:
+def _count_hooks(m) -> int:
+    "How many hooks run when a module is called"
     return sum(len(getattr(m, k)) for k in _HOOKS)
 
 
-def _hooked(a, b) -> dict:  # {name: module} of `a` with hooks that those of `b` do not have
+def _extra_hooks(a, b) -> dict:
+    "{name: module} of those modules of `a` with more hooks than the same module of `b`"
     theirs = dict(b.named_modules())
-    return {n: m for n, m in a.named_modules() if _hooks_of(m) > _hooks_of(theirs[n])}
+    return {n: m for n, m in a.named_modules() if _count_hooks(m) > _count_hooks(theirs[n])}
 
 
 @contextmanager
-def _unhooked(modules):
+def _without_hooks(modules):
     "Within, the modules run without their hooks"
     kept = [(m, k, getattr(m, k)) for m in modules for k in _HOOKS]
     for m, k, _ in kept:
@@ -532,40 +562,32 @@ def _unhooked(modules):
             setattr(m, k, hooks)
 
 
-def _logits(model, ids):
-    with _resting(model), preserve_rng(ids.device):
+def _eval_logits(model, ids):
+    "The logits of a model in evaluation mode; no generator moves on"
+    with _eval_mode(model), preserve_rng(ids.device):
         return model(ids)
 
 
-def _other_logits(model, again=None, without=()) -> bool:
-    """Does the model say something else than `again`, or than itself without the hooks of some
-    modules?"""
-    ids = _some_ids(model, 16)
-    want = _logits(model, ids)
-    if not _close(_logits(model, ids), want):
-        return False  # it never says the same: nothing can be compared
-    with _unhooked(without):
-        return not _close(_logits(again or model, ids).to(want), want)
+def _logits_differ(model, again=None, without=()) -> bool:
+    """Are the logits of a model others than those of `again`, or than its own without the hooks of
+    the modules `without`?"""
+    ids = _probe_ids(model, 16)
+    want = _eval_logits(model, ids)
+    if not _allclose(_eval_logits(model, ids), want):
+        return False  # it is random even in evaluation mode: nothing can be compared
+    with _without_hooks(without):
+        return not _allclose(_eval_logits(again or model, ids).to(want), want)
 
 
-def cast_like(model, state: dict):  # `model`
-    """Give each tensor of a model the dtype that it has in a state; the router of a mixture may
-    have more digits than the rest"""
-    for name, t in model.state_dict(keep_vars=True).items():
-        if name in state and t.dtype != state[name].dtype:
-            t.data = t.data.to(state[name].dtype)
-    return model
+def _hooks_matter(model, modules) -> bool:
+    "Does a model give other logits without the hooks of some modules, or fail?"
+    try:
+        return _logits_differ(model, without=modules)
+    except Exception:
+        return True
 
-
-def _opened_again(model) -> MiniGPT:
-    "What would be opened: the configuration's model, with this one's weights"
-    again = MiniGPT(model.cfg).to(next(model.parameters()).device)
-    state = model.state_dict()
-    cast_like(again, state).load_state_dict(state)
-    return again
-
-
-def _refuse(what):
+# %% ../nbs/24_package.ipynb #3d90a109
+def _raise_unfaithful(what):
     raise LabError(
         'this model is not what its configuration says, and would come back as another: '
         f'{what}; say it in the '
@@ -574,34 +596,43 @@ def _refuse(what):
     )
 
 
-def _said_model(cfg) -> MiniGPT:
-    "The model that a configuration describes, of shapes alone where that is possible"
+def cast_like(model, state: dict):  # `model`
+    """Give each tensor of a model the dtype that it has in a state, in place; the router of a
+    mixture may be float32 where the rest is bfloat16"""
+    for name, t in model.state_dict(keep_vars=True).items():
+        if name in state and t.dtype != state[name].dtype:
+            t.data = t.data.to(state[name].dtype)
+    return model
+
+
+def _rebuilt(model) -> MiniGPT:
+    "The model that `load` would return: made of the configuration, with this one's weights"
+    again = MiniGPT(model.cfg).to(next(model.parameters()).device)
+    state = model.state_dict()
+    cast_like(again, state).load_state_dict(state)
+    return again
+
+
+def _check_rebuilt(model):
+    "Raises `LabError` unless a model gives the same logits when it is made anew with its weights"
     try:
-        return _sketched(cfg, seed=0)  # also what its init puts on it: `init`
+        differ = _logits_differ(model, _rebuilt(model))
+    except (RuntimeError, TypeError, AttributeError, LookupError) as e:
+        _raise_unfaithful(short(str(e).splitlines()[0], 200))
+    if differ:
+        _raise_unfaithful(
+            'a part keeps numbers that are no parameters and no buffers, or were changed by hand'
+        )
+
+# %% ../nbs/24_package.ipynb #3d90a10b
+def _model_of_config(cfg) -> MiniGPT:
+    "The model that a configuration makes, of shapes alone where that is possible"
+    try:
+        return _shapes_of(cfg, seed=0)  # with its init, which may add parametrizations
     except LabError:
         raise
     except Exception:
-        return MiniGPT(cfg)  # an init that needs numbers
-
-
-def _hooks_matter(model, modules) -> bool:
-    "Does a model say something else without the hooks of some modules, or fail?"
-    try:
-        return _other_logits(model, without=modules)
-    except Exception:
-        return True
-
-
-def _require_same_again(model):
-    "Raises `LabError` unless a model says the same when it is made anew with its weights"
-    try:
-        other = _other_logits(model, _opened_again(model))
-    except (RuntimeError, TypeError, AttributeError, LookupError) as e:
-        _refuse(short(str(e).splitlines()[0], 200))
-    if other:
-        _refuse(
-            'a part keeps numbers that are no parameters and no buffers, or were changed by hand'
-        )
+        return MiniGPT(cfg)  # an init that needs values
 
 
 def require_faithful(model: MiniGPT) -> MiniGPT:  # `model`
@@ -612,17 +643,18 @@ def require_faithful(model: MiniGPT) -> MiniGPT:  # `model`
             f'a {type(model).__name__} is no MiniGPT: give the MiniGPT that it was made from'
         )
     # first what can be seen: modules, values, tensors
-    said = _said_model(model.cfg)
-    why = _other(model, said)
+    expected = _model_of_config(model.cfg)
+    why = _structure_difference(model, expected)
     if why:
-        _refuse(why)
+        _raise_unfaithful(why)
     # then what can only be tried: hooks, and parts of the reader's own
-    can_be_asked = model.needs <= {'cache', 'aux'}  # other words we could not make up
-    hooked = _hooked(model, said)
-    if hooked and (not can_be_asked or _hooks_matter(model, hooked.values())):
-        _refuse(f'{next(iter(hooked)) or "the model"} has a hook that changes it')
-    if can_be_asked and own_in(model.cfg) and model.n_params <= 30_000_000:
-        _require_same_again(model)
+    can_run = model.needs <= {'cache', 'aux'}  # other keywords we could not make up
+    hooked = _extra_hooks(model, expected)
+    if hooked and (not can_run or _hooks_matter(model, hooked.values())):
+        _raise_unfaithful(f'{next(iter(hooked)) or "the model"} has a hook that changes it')
+    # a second model in memory: not for large ones, where it might not fit
+    if can_run and own_in(model.cfg) and model.n_params <= 30_000_000:
+        _check_rebuilt(model)
     return model
 
 # %% ../nbs/24_package.ipynb #d98b212f
@@ -636,51 +668,54 @@ def _card_or_name(name, model, about):
 
 def write_package(new: Path, model: MiniGPT, tokenizer, about: dict, name: str):
     """Make the folder `new` and write the files of a package into it; raises `LabError` if the
-    model is another one"""
-    said = to_data(require_faithful(model).cfg)  # before a byte is written
+    model is not what its configuration says"""
+    config = to_data(require_faithful(model).cfg)  # before a byte is written
     new.mkdir()
     tokenizer.save(new)
-    (new / 'llm_lab.json').write_text(json.dumps(said, indent=1), encoding='utf-8')
-    state = {
-        k: v.contiguous()
-        for k, v in model.state_dict().items()
-        if not (model.cfg.tie and k == 'lm_head.weight')
-    }
+    (new / 'llm_lab.json').write_text(json.dumps(config, indent=1), encoding='utf-8')
+    state = {k: v.contiguous() for k, v in model.state_dict().items()}
+    if model.cfg.tie:
+        state.pop('lm_head.weight', None)  # it is the table of tokens, which is saved once
     (new / 'model.safetensors').write_bytes(tensor_bytes(state))
     text = _card_or_name(name, model, about)
     (new / 'README.md').write_text(text, encoding='utf-8', errors='replace')
     beside = sorted(f.name for f in new.iterdir() if f.name not in _FILES)
     write_manifest(new, 'package.json', [*_FILES, *beside], about=about, torch=torch.__version__)
 
-
+# %% ../nbs/24_package.ipynb #3d90a10d
 def _bytes_if_there(path):
     "The bytes of a file, none if there is no file"
     return path.read_bytes() if path.is_file() else b''
 
 
-def _of_first_edition(folder, known):
-    "What an older package does not list: its card, if nobody has changed it, and `meta.json`"
+def _is_unchanged_card(text: bytes, name, about) -> bool:
+    "Is a card of the first edition, made again from what it says itself, the same to the byte?"
+    form = rb'model of ([\d,]+) parameters.*^Architecture: `(Config\(.*\))`\n\Z'
+    found = re.search(form, text, re.S | re.M)
+    if not found:
+        return False
+    model = SimpleNamespace(n_params=int(found[1].replace(b',', b'')), cfg=found[2].decode())
+    card = model_card(name, model, about)
+    card = card.replace('import load\n', 'import open_model\n')
+    card = card.replace('= load(', '= open_model(')
+    return card.encode() == text
+
+
+def _files_of_first_edition(folder, known):
+    """{name: None} of files that a package of the first edition holds and does not list: its card,
+    if nobody has changed it, and `meta.json`"""
     if 'README.md' in known or 'package.json' not in known:
         return {}
     about = json.loads((folder / 'package.json').read_bytes())['about']
     mine = {}
-    text = _bytes_if_there(folder / 'README.md')
-    # it is unchanged if the card, made again from what it says, has the same bytes
-    form = rb'model of ([\d,]+) parameters.*^Architecture: `(Config\(.*\))`\n\Z'
-    if says := re.search(form, text, re.S | re.M):
-        model = SimpleNamespace(n_params=int(says[1].replace(b',', b'')), cfg=says[2].decode())
-        card = model_card(folder.name, model, about)
-        then = card.replace('import load\n', 'import open_model\n').replace(
-            '= load(', '= open_model('
-        )
-        if then.encode() == text:
-            mine['README.md'] = None
+    if _is_unchanged_card(_bytes_if_there(folder / 'README.md'), folder.name, about):
+        mine['README.md'] = None
     meta = _bytes_if_there(folder / 'meta.json')
     if laid_out(meta, 'kind', ensure_ascii=False):
         mine['meta.json'] = None
     return mine
 
-
+# %% ../nbs/24_package.ipynb #3d90a10f
 def save(
     folder,  # made, or replaced as a whole if all in it is by this library
     model: MiniGPT,
@@ -699,47 +734,49 @@ def save(
     to_data(require_faithful(model).cfg)  # before anything is made
     folder = Path(folder)
     name = (name or folder.name).encode(errors='replace').decode()  # a path need not be UTF-8
-    with atomic_write(folder, more=_of_first_edition) as new:
+    with atomic_write(folder, more=_files_of_first_edition) as new:
         write_package(new, model, tokenizer, about or {}, name)
     return folder
 
 # %% ../nbs/24_package.ipynb #f420d902
-def _told(folder, name, kind, remedy):
-    "What the list `name` of a sealed folder says; its own hash is right"
+def _read_manifest(folder, name, kind, remedy):
+    """The manifest `name` of a folder, as a dict without its own hash, which is right.
+
+    Raises `LabError` where there is none, or it was changed, or has another format"""
     path = folder / name
     try:
-        said = json_of(bytes_in(folder, name, remedy=remedy), path, remedy)
+        manifest = json_of(bytes_in(folder, name, remedy=remedy), path, remedy)
     except OSError:
         raise LabError(
             f'{folder} is not a {kind}: it has no {name}; give the folder of a saved model'
         ) from None
-    if not isinstance(said, dict):
+    if not isinstance(manifest, dict):
         raise LabError(f'{path} is damaged: {remedy}')
-    if said.get('format', FORMAT) != FORMAT:
-        older = said['format'] == 1
+    if manifest.get('format', FORMAT) != FORMAT:
+        older = manifest['format'] == 1
         remedy = 'python tools/migrate.py FOLDER' if older else 'install a newer llm_lab'
         raise LabError(
-            f'{path} has {kind} format {short(said["format"])}, this library reads {FORMAT}: '
+            f'{path} has {kind} format {short(manifest["format"])}, this library reads {FORMAT}: '
             f'{remedy}'
         )
     try:
-        own = _sha({k: v for k, v in said.items() if k != 'sha256'})
+        own = _sha({k: v for k, v in manifest.items() if k != 'sha256'})
     except RecursionError:
         own = None  # deep enough to be read, and too deep to be written
-    if said.pop('sha256', None) != own:
+    if manifest.pop('sha256', None) != own:
         raise LabError(f'{path} was changed (wrong hash): {remedy}')
-    if not isinstance(said.get('files'), dict):
+    if not isinstance(manifest.get('files'), dict):
         raise LabError(f'{path} lists no files: {remedy}')
-    return said
+    return manifest
 
 
-def _sealed(folder, said, name, remedy, max_bytes=1 << 26):
-    "The bytes of a file as it was when it was sealed. Raises `LabError` when it is not"
+def _read_hashed(folder, manifest, name, remedy, max_bytes=1 << 26):
+    "The bytes of a file, whose hash is that of the manifest. Raises `LabError` when it is not"
     try:
         data = bytes_in(folder, name, max_bytes, remedy)
     except OSError:
         raise LabError(f'{folder} lacks {name}: {remedy}') from None
-    if _sha(data) != said['files'].get(name):
+    if _sha(data) != manifest['files'].get(name):
         raise LabError(f'{folder / name} is not the file that was saved (wrong hash): {remedy}')
     return data
 
@@ -747,19 +784,19 @@ def _sealed(folder, said, name, remedy, max_bytes=1 << 26):
 def read_verified(
     folder,
     name='package.json',
-    files=_FILES,  # what `write_manifest` wrote, and which of its files; all if none
+    files=_FILES,  # which files of the manifest `name` to read; all if none
     kind='package',
     remedy='copy or make the package again',
-) -> tuple:  # ({file: bytes}, what `name` says)
-    """The files as bytes, each as it was when it was sealed; raises `LabError` that names the one
-    that is not"""
+) -> tuple:  # ({file: bytes}, the manifest)
+    """The files as bytes, each with the hash that the manifest lists; raises `LabError` that names
+    the first one with another"""
     folder = Path(folder)
-    said = _told(folder, name, kind, remedy)
+    manifest = _read_manifest(folder, name, kind, remedy)
     read = {}
-    for name in files or said['files']:
+    for name in files or manifest['files']:
         most = memory_left()  # a file that fits no memory is not read
-        read[name] = _sealed(folder, said, name, remedy, most)
-    return read, said
+        read[name] = _read_hashed(folder, manifest, name, remedy, most)
+    return read, manifest
 
 # %% ../nbs/24_package.ipynb #b26468da
 def resolve(path) -> Path:
@@ -767,11 +804,9 @@ def resolve(path) -> Path:
     `latest`, names"""
     folder = recover(path)
     if folder.is_file():
-        why = (
-            'may be a pickle, which can run any code when it is read; it was not opened'
-            if folder.suffix in ('.pt', '.pth', '.bin', '.pkl', '.ckpt')
-            else 'is a file'
-        )
+        why = 'is a file'
+        if folder.suffix in ('.pt', '.pth', '.bin', '.pkl', '.ckpt'):
+            why = 'may be a pickle, which can run any code when it is read; it was not opened'
         raise LabError(f'{folder} {why}: give the folder of a saved model, as artifacts/tour')
     if not folder.is_dir():
         raise LabError(f'no model at {folder}: give the folder of a saved model, as artifacts/tour')
@@ -792,7 +827,7 @@ def parse_json(data: bytes, name, read=json.loads):
     such as a pickle"""
     if read is not tensors_from:
         return json_of(data, name, read=read)
-    _header(data, name)
+    _safetensors_header(data, name)
     try:
         return read(data)
     except (ValueError, SafetensorError) as e:
@@ -801,12 +836,13 @@ def parse_json(data: bytes, name, read=json.loads):
         ) from None
 
 
-def _header(data, name) -> dict:
-    """The head of a safetensors file, looked at before any tensor is made:
+def _safetensors_header(data, name) -> dict:
+    """The header of a safetensors file, read before any tensor is made:
     {name: {'dtype': 'F32', 'shape': [2, 3], …}}.
 
-    Raises `LabError` where it is none"""
-    n = int.from_bytes(data[:8], 'little')  # bytes of the head, which follows
+    Raises `LabError` where the file has none"""
+    # the format: 8 bytes with the length n, then n bytes of JSON, then the tensors
+    n = int.from_bytes(data[:8], 'little')
     if len(data) < 8 or n > len(data) - 8:
         raise LabError(
             f'{name} is not what its name says (it ends in its head): copy or make it again'
@@ -830,34 +866,36 @@ def load_weights(model: MiniGPT, weights: bytes, name='this file'):
     try:
         cast_like(model, state).load_state_dict(state)
     except (RuntimeError, TypeError) as e:
+        # PyTorch lists the tensors from the second line on; the first of them is enough
         why = ''.join(str(e).splitlines()[1:2]).strip() or short(str(e))
         raise LabError(f'{name}: the weights do not fit the configuration: {why}') from None
 
 # %% ../nbs/24_package.ipynb #08de7e01
-# What a weight is made of by a parametrization, see `init`: 'x.parametrizations.weight.original'
-# stands for 'x.weight' and has its shape; '….0.…' are the other numbers
-_BOUND = re.compile(r'\.parametrizations\.weight\.(original|0\.\w+)$')
+# The tensors of a parametrized weight (see `init`): 'x.parametrizations.weight.original' stands for
+# 'x.weight' and has its shape; 'x.parametrizations.weight.0.…' are the others
+_PARAMETRIZED = re.compile(r'\.parametrizations\.weight\.(original|0\.\w+)$')
 
 
 def _shapes_in(head, name) -> dict:
-    "{name of a weight: its shape, as the head of a file tells it}"
+    "{name of a weight: its shape} by the header of a file; raises `LabError` on other dtypes"
     have = {}
-    for n, told in head.items():
-        if not isinstance(told, dict) or told.get('dtype') not in ('F64', 'F32', 'F16', 'BF16'):
+    for n, tensor in head.items():
+        floating = ('F64', 'F32', 'F16', 'BF16')
+        if not isinstance(tensor, dict) or tensor.get('dtype') not in floating:
             raise LabError(
                 f'{name}: {short(n)} holds no floating-point numbers: copy or make it again'
             )
-        made = _BOUND.search(n)
-        if not made:
-            have[n] = told.get('shape')
-        elif made[1] == 'original':
-            have[f'{n[: made.start()]}.weight'] = told.get('shape')
+        found = _PARAMETRIZED.search(n)
+        if not found:
+            have[n] = tensor.get('shape')
+        elif found[1] == 'original':
+            have[f'{n[: found.start()]}.weight'] = tensor.get('shape')
     return have
 
 
-def _fitting(shapes: MiniGPT, head: dict, name):
-    """Raises `LabError` unless a file holds just the tensors of a model, in numbers that can be
-    calculated with"""
+def _check_tensors(shapes: MiniGPT, head: dict, name):
+    """Raises `LabError` unless a file holds just the tensors of a model, with their shapes and in
+    floating point"""
     want = {n: list(t.shape) for n, t in shapes.state_dict().items()}
     if shapes.cfg.tie:
         want.pop('lm_head.weight', None)  # it is the table of tokens
@@ -867,30 +905,31 @@ def _fitting(shapes: MiniGPT, head: dict, name):
         return
     first = odd[0]
     if first in have:
-        said = f'is {short(have[first])} in the file, not {want.get(first)}'
+        why = f'is {short(have[first])} in the file, not {want.get(first)}'
     else:
-        said = 'is not in the file'
+        why = 'is not in the file'
     raise LabError(
-        f'{name}: the weights do not fit the configuration: {first} {said} ({len(odd)} such)'
+        f'{name}: the weights do not fit the configuration: {first} {why} ({len(odd)} such)'
     )
 
 
-def _own(x) -> bool:
+def _has_registered(x) -> bool:
     "Is there a part in a recipe that the reader has registered?"
     if isinstance(x, tuple):
-        return any(map(_own, x))
+        return any(map(_has_registered, x))
     return isinstance(x, part) and (
-        any(x.func is f for f in REGISTERED.values()) or any(map(_own, x.keywords.values()))
+        any(x.func is f for f in REGISTERED.values())
+        or any(map(_has_registered, x.keywords.values()))
     )
 
 
 def _in_memory(shapes: MiniGPT, head: dict) -> MiniGPT:
-    "The model in memory, to be filled; first weights are not drawn where nothing hangs on them"
+    "The model in memory, to be filled; first weights are not drawn where nothing depends on them"
     cfg = shapes.cfg
-    bound = any(_BOUND.search(n) for n in head)
+    parametrized = any(_PARAMETRIZED.search(n) for n in head)
     slots = ('attn', 'mlp', 'norm', 'pos', 'lm_head', 'init')
-    if bound or any(_own(getattr(cfg, slot)) for slot in slots):
-        return MiniGPT(cfg)  # they may need what they make themselves
+    if parametrized or any(_has_registered(getattr(cfg, slot)) for slot in slots):
+        return MiniGPT(cfg)  # such parts may need values that only their constructor makes
     model = shapes.to_empty(device='cpu')
     if cfg.tie:
         model.lm_head.weight = model.tok.weight
@@ -901,16 +940,16 @@ Opened = namedtuple('Opened', 'model tokenizer about')
 _REMEDY = 'copy or make the package again'
 
 
-def _weights(folder, said, shapes) -> bytes:
+def _read_weights(folder, manifest, shapes) -> bytes:
     "The bytes of a package's weights; a file that cannot be this model's, by its size, is not read"
     path = folder / 'model.safetensors'
     n = sum(p.numel() for p in {*shapes.parameters(), *shapes.buffers()})
     size = path.stat().st_size if path.is_file() else 0
-    if size >= 2 * n:
-        # a smaller file is refused anyway
+    if size >= 2 * n:  # a smaller file cannot hold them, even in 16 bits, and is refused later
+        # the bytes, and the model made of them
         must_fit(2 * size, f'{folder}: a model of {n:,} numbers')
-    most = 8 * n + (1 << 24)  # no number has more than 8 bytes
-    return _sealed(folder, said, path.name, _REMEDY, most)
+    most = 8 * n + (1 << 24)  # a float64 has 8 bytes; 16 MB for the header
+    return _read_hashed(folder, manifest, path.name, _REMEDY, most)
 
 
 def load(
@@ -920,21 +959,23 @@ def load(
     """Open a saved model. Raises `LabError` when a file is missing, one bit differs, or it asks for
     what no file may"""
     folder = resolve(path)
-    said = _told(folder, 'package.json', 'package', _REMEDY)
-    about = said.get('about')
+    manifest = _read_manifest(folder, 'package.json', 'package', _REMEDY)
+    about = manifest.get('about')
     if not isinstance(about, dict):
         raise LabError(f'{folder}/package.json says nothing about it: {_REMEDY}')
-    cfg = _sealed(folder, said, 'llm_lab.json', _REMEDY, max_bytes=1 << 22)
-    tok = _sealed(folder, said, 'tokenizer.json', _REMEDY, max_bytes=1 << 26)
+    # the small files first, each with a bound on its size
+    cfg = _read_hashed(folder, manifest, 'llm_lab.json', _REMEDY, max_bytes=1 << 22)
+    tok = _read_hashed(folder, manifest, 'tokenizer.json', _REMEDY, max_bytes=1 << 26)
     tokenizer = tokenizer_from_json(json_of(tok, folder / 'tokenizer.json'), folder)
     try:
         shapes = meta_model(config_from(json_of(cfg, folder / 'llm_lab.json')))
     except LabError as e:
         raise LabError(f'{folder}/llm_lab.json: {e}') from None
-    weights = _weights(folder, said, shapes)
+    # then the weights: their shapes are compared before memory is taken for a model
+    weights = _read_weights(folder, manifest, shapes)
     name = folder / 'model.safetensors'
-    head = _header(weights, name)
-    _fitting(shapes, head, name)
+    head = _safetensors_header(weights, name)
+    _check_tensors(shapes, head, name)
     model = _in_memory(shapes, head)
     load_weights(model, weights, name)
     return Opened(model.to(device).eval(), tokenizer, about)
@@ -947,7 +988,7 @@ RECIPES = dict(
 )
 
 
-def _keep(recipe, folder):
+def _train_and_save(recipe, folder):
     "Train by the recipe, and keep the model in the folder"
     s = prepare(recipe)
     run = fit(s.model, s.batch, recipe.steps, recipe.lr, recipe.weight_decay, seed=recipe.seed)
@@ -964,11 +1005,12 @@ def _keep(recipe, folder):
 
 
 def load_or_train(name: str):  # a key of `RECIPES` → (model, tokenizer, about), as `load` gives it
-    """A small trained model, made once and kept under a hash of its recipe; who asks while it is
-    made waits"""
+    """A small trained model, made once and kept in `artifacts/` under a hash of its recipe; a
+    second process that asks meanwhile waits"""
     if name not in RECIPES:
         raise LabError(f'no recipe is called {name!r}: choose from {", ".join(RECIPES)}')
     recipe = RECIPES[name]
+    # all that decides the weights: with another of these, another folder
     decides = [__version__, asdict(recipe), to_data(GPTConfig()), load_corpus(recipe.corpus).sha256]
     key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:10]
     folder = home() / 'artifacts' / f'{name}-{key}'
@@ -980,7 +1022,7 @@ def load_or_train(name: str):  # a key of `RECIPES` → (model, tokenizer, about
             with suppress(NotImplementedError):
                 lock.acquire()
             if not (folder / 'package.json').exists():  # or another process has made it meanwhile
-                _keep(recipe, folder)
+                _train_and_save(recipe, folder)
         finally:
             lock.release()
     return load(folder)

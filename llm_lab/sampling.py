@@ -19,29 +19,25 @@ from .core import LabError, rng
 # %% ../nbs/26_sampling.ipynb #c22cbbac
 def check_sampling(temperature=1.0, top_k: int = None, top_p: float = None, repetition_penalty=1.0):
     "Raises `LabError` on settings that leave nothing to choose from"
-
-    def require(good, said, remedy):
-        if not good:
-            raise LabError(f'{said}: give {remedy}')
-
-    require(temperature >= 0, f'{temperature=}', '0 (greedy) or more; 1 is as the model says')
-    require(
-        top_k is None or (isinstance(top_k, int) and top_k >= 1),
-        f'{top_k=}',
-        'a whole number of at least 1, or none to keep all',
-    )
-    require(
-        top_p is None or 0 < top_p <= 1,
-        f'{top_p=}',
-        'a share above 0 and up to 1; 1 keeps all',
-    )
-    require(
-        0.01 <= repetition_penalty <= 100,
-        f'{repetition_penalty=}',
-        'a number from 0.01 to 100; 1 is no penalty',
-    )
+    if not temperature >= 0:  # so, because NaN is not below 0 either
+        raise LabError(f'{temperature=}: give 0 (greedy) or more; 1 is as the model says')
+    if top_k is not None and not (isinstance(top_k, int) and top_k >= 1):
+        raise LabError(f'{top_k=}: give a whole number of at least 1, or none to keep all')
+    if top_p is not None and not 0 < top_p <= 1:
+        raise LabError(f'{top_p=}: give a share above 0 and up to 1; 1 keeps all')
+    if not 0.01 <= repetition_penalty <= 100:
+        raise LabError(f'{repetition_penalty=}: give a number from 0.01 to 100; 1 is no penalty')
 
 # %% ../nbs/26_sampling.ipynb #6203f9d3
+def _penalized(logits, ids, penalty):  # (…, V), (…, T) → (…, V)
+    "Logits, those of tokens in a text lowered by a factor (Keskar et al. 2019, §4.1)"
+    seen = logits.gather(-1, ids)  # (…, T): of each token of the text
+    # both cases become smaller: 3 → 1.5 and −1 → −2 with a penalty of 2
+    less = torch.where(seen > 0, seen / penalty, seen * penalty)
+    # a token that comes several times gets the same value each time, so it is lowered once
+    return logits.scatter(-1, ids, less)
+
+
 def sampling_probs(
     logits: Tensor,  # (…, V)
     temperature=1.0,
@@ -54,30 +50,29 @@ def sampling_probs(
     scaled to sum to 1"""
     check_sampling(temperature, top_k, top_p, repetition_penalty)
     if repetition_penalty != 1 and ids is not None:
-        seen = logits.gather(-1, ids)  # (…, T): of each token of the text
-        less = torch.where(seen > 0, seen / repetition_penalty, seen * repetition_penalty)
-        logits = logits.scatter(-1, ids, less)
-    if temperature < 1e-6:
+        logits = _penalized(logits, ids, repetition_penalty)
+    if temperature < 1e-6:  # greedy; a division by so little would overflow
         best = logits.argmax(-1, keepdim=True)
         return torch.zeros_like(logits).scatter(-1, best, 1.0).float()
     if not top_k and (top_p or 1) == 1:
         return (logits.float() / temperature).softmax(-1)  # nothing to cut, no order needed
-    # of equals, the earlier stands first
+    # `stable`: of equals, the earlier stands first, so that top_k=1 is greedy
     order = logits.argsort(dim=-1, descending=True, stable=True)
     ranked = logits.gather(-1, order).float()
+    # less the largest before the division: a small temperature then overflows to −∞ only
     p = ((ranked - ranked[..., :1]) / temperature).softmax(-1)
     if top_k:
         p[..., top_k:] = 0
     if top_p and top_p < 1:
-        before = p.cumsum(-1) - p  # what stands before a token; if that is enough, it goes
-        p[before >= top_p * p.sum(-1, keepdim=True)] = 0
+        before = p.cumsum(-1) - p  # the probability that stands before a token
+        p[before >= top_p * p.sum(-1, keepdim=True)] = 0  # it is enough without this one
+    # back to the order of the vocabulary
     return torch.zeros_like(p).scatter(-1, order, p / p.sum(-1, keepdim=True))
 
 # %% ../nbs/26_sampling.ipynb #306e43bf
 def max_context(model):  # an int, or ∞
-    """How many tokens of a text the model can see:
-
-    `max_len`, or no limit if its caches keep only what is near"""
+    """How many tokens of a text the model can see: `max_len`, or ∞ if all its caches keep only what
+    is near"""
     if model.cfg.pos is not None:  # learned positions end somewhere
         return model.cfg.max_len
     caches = model.cache(1, 1)
@@ -87,14 +82,14 @@ def max_context(model):  # an int, or ∞
 
 # %% ../nbs/26_sampling.ipynb #7093ba92
 class DecodingState:
-    """Reads texts on and on: given their next tokens, (B, T), it tells the logits of what may
-    follow, (B, V)"""
+    """Decoding, step by step: called with the next tokens of each sequence, (B, T), it returns the
+    logits of what may follow, (B, V)"""
 
     def __init__(
         self,
         model,
-        length: int,  # of the longest text, when all is read
-        pad: Tensor = None,  # empty places at the left of each text, (B,)
+        length: int,  # of the longest sequence, when all is read
+        pad: Tensor = None,  # how much padding each sequence has at the left, (B,)
         chunk=512,  # how many tokens a model with a cache reads at once
     ):
         self.model = model
@@ -104,7 +99,7 @@ class DecodingState:
         self.chunk = chunk
         self.ids = None  # all that was read, (B, T)
         self.cache = None
-        # one of your own, with its own `forward`, is called as a whole: not features and head
+        # A subclass with a `forward` of its own is called as a whole, not as features and lm_head
         self.whole = isinstance(model, MiniGPT) and type(model).forward is not MiniGPT.forward
 
     @torch.no_grad()
@@ -124,16 +119,16 @@ class DecodingState:
             self.model.eval()
         try:
             return self._logits(start, end)
-        except BaseException:  # half a step: the text is as before, and is read anew
+        except BaseException:  # also Ctrl-C: the caches may hold half a step, so read all anew
             self.cache = None
-            self.ids = self.ids[:, : -ids.shape[1]]
+            self.ids = self.ids[:, : -ids.shape[1]]  # the text is as it was before the call
             raise
         finally:
             if training:
                 self.model.train()
 
     def _logits(self, start, end):  # (B, V), on the CPU
-        "After all tokens, of which those from `start` to `end` are new"
+        "The logits after all tokens, of which those from `start` to `end` are new"
         if self.cache:  # only what is new, in chunks: that bounds the memory
             for at in range(start, end, self.chunk):
                 x = self.features(at, min(at + self.chunk, end))
@@ -145,24 +140,24 @@ class DecodingState:
 # %% ../nbs/26_sampling.ipynb #11997009
 @patch
 def features(self: DecodingState, start, end):  # columns → (B, T, C)
-    """The tokens of some columns through the model, with their positions: within the text with a
-    cache, within the window without one"""
+    """The features of the tokens in columns `start` to `end`. Their positions count from the
+    beginning of the text with a cache, of the window without one"""
     first = 0 if self.cache else start  # the column that has position 0
-    words = dict(cache=self.cache) if self.cache else {}
+    context = dict(cache=self.cache) if self.cache else {}
     i = torch.arange(start - first, end - first, device=self.ids.device)  # (T,)
     if self.pad is not None:
-        # a text begins behind its empty places, of which a window may have left some behind;
-        # what is empty has position −1
-        empty = (self.pad - first).clamp_min(0)[:, None]  # (B, 1)
-        i = (i - empty).clamp_min(-1)  # (B, T)
+        # A sequence begins after its padding, of which a window may have left some behind. With
+        # two positions of padding, 0 1 2 3 4 becomes −1 −1 0 1 2.
+        padding = (self.pad - first).clamp_min(0)[:, None]  # (B, 1)
+        i = (i - padding).clamp_min(-1)  # (B, T)
     if start > first or self.pad is not None:
-        words['i'] = i  # 0, 1, 2, … need not be said
+        context['i'] = i  # 0, 1, 2, … need not be given, and are faster if they are not
     read = self.model if self.whole else self.model.features
-    return read(self.ids[:, start:end], **words)
+    return read(self.ids[:, start:end], **context)
 
 # %% ../nbs/26_sampling.ipynb #1aed097f
 def sample_next(logits, ids, *draws, **sampling):  # (B, V), (B, T) → (B, 1)
-    "The next token of each text; one generator for all, or one for each"
+    "The next token of each sequence; `draws` is one generator for all, or one for each"
     if sampling.get('temperature', 1) < 1e-6 and 'repetition_penalty' not in sampling:
         return logits.argmax(-1, keepdim=True)  # greedy needs no probabilities
     past = ids.cpu() if 'repetition_penalty' in sampling else None
@@ -171,8 +166,8 @@ def sample_next(logits, ids, *draws, **sampling):  # (B, V), (B, T) → (B, 1)
     return torch.cat([torch.multinomial(rows, 1, generator=g) for rows, g in zip(groups, draws)])
 
 
-def _drawn(model, ids, max_new_tokens, seed, **sampling):
-    "Yield n times the logits (B, V) of the next token and the one drawn from them, (B,)"
+def _decode(model, ids, max_new_tokens, seed, **sampling):
+    "Yield again and again the logits of the next token, (B, V), and the one drawn from them, (B,)"
     check_sampling(**sampling)
     draws = rng(seed, 'sample')
     read = DecodingState(model, ids.shape[1] + max_new_tokens)
@@ -190,14 +185,14 @@ def generate(
     seed=0,
     **sampling,  # temperature, top_k, top_p, repetition_penalty
 ):
-    "Yield n times the next token of each text, (B,)"
-    for _, new in _drawn(model, ids, max_new_tokens, seed, **sampling):
+    "Yield `max_new_tokens` times the next token of each sequence, (B,)"
+    for _, new in _decode(model, ids, max_new_tokens, seed, **sampling):
         yield new
 
 # %% ../nbs/26_sampling.ipynb #73968950
 class DecodeStream:
-    """Called with one id after the other, gives the text each one adds; '' while a character is not
-    whole"""
+    """Called with one id after the other, returns the text that each one adds; '' while a character
+    is not whole"""
 
     def __init__(self, tokenizer, before=()):
         self.decode = tokenizer.decode
@@ -213,6 +208,8 @@ class DecodeStream:
     def __call__(self, id):
         if self.known is not None:
             return self.of_runs(id)
+        # How much of the window is known is asked before each id: the window moves, and its text
+        # with it. For bytes of 'ù' the first gives '', the second 'ù'.
         known = len(self.whole())
         self.window.append(id)
         new = self.whole()[known:]
@@ -234,13 +231,16 @@ class DecodeStream:
 
 # %% ../nbs/26_sampling.ipynb #6bc827f5
 def prompt_ids(model, tokenizer, prompt):
-    "Ids of the prompt, (1, T), after what begins a text where there is room for it"
+    """Ids of the prompt, (1, T), after what begins a text where there is room for it.
+
+    Raises `LabError` where there is no tokenizer"""
     if tokenizer is None:
         raise LabError(
             'this model has no tokenizer, so it cannot read or write a text: give one, '
             'or ids to `generate`; `from_hf(folder).about` says what is wrong with its own'
         )
-    first, ids = begins(tokenizer), tokenizer.encode(prompt)
+    first = begins(tokenizer)
+    ids = tokenizer.encode(prompt)
     if not first + ids and tokenizer.bos_id is not None:
         first = [tokenizer.bos_id]
     if len(first + ids) <= max_context(model):
@@ -258,22 +258,28 @@ def _written(model, tokenizer, ids, max_new_tokens, seed, **sampling):
     """Yield (text, id, the logits it was drawn from) for each new token, up to the tokenizer's end
     mark"""
     decoder = DecodeStream(tokenizer, ids[0].tolist())
-    for logits, new in _drawn(model, ids, max_new_tokens, seed, **sampling):
+    for logits, new in _decode(model, ids, max_new_tokens, seed, **sampling):
         id = new.item()
         if id == tokenizer.eos_id:
             return
         yield decoder(id), id, logits[0]
 
 
-def _begun(text, stops):
+def _partial_stop(text, stops):
     "How many letters at the end of a text may be the beginning of a stop: 2 of 'aEN' for 'END'"
-    lengths = [k for stop in stops for k in range(len(stop)) if text.endswith(stop[:k])]
-    return max(lengths, default=0)
+    longest = 0
+    for stop in stops:
+        for k in range(len(stop)):
+            if text.endswith(stop[:k]):
+                longest = max(longest, k)
+    return longest
 
 
 def stop_at(stops, pieces):
-    """Yield `pieces` up to the first of the texts `stops`; what may be the beginning of one is held
-    back"""
+    """Yield the text of `pieces` up to the first of the texts `stops`; what may be the beginning of
+    one is held back.
+
+    ['aE', 'N', 'Db'] with stop 'END' gives 'a'; ['aE', 'Nb'] gives 'a', 'ENb'"""
     held = ''
     for piece in pieces:
         held += piece
@@ -281,7 +287,7 @@ def stop_at(stops, pieces):
         if found:
             yield held[: min(found)]
             return
-        safe = len(held) - _begun(held, stops)
+        safe = len(held) - _partial_stop(held, stops)
         yield held[:safe]
         held = held[safe:]
     yield held
@@ -324,7 +330,7 @@ def stream(
 def sample(
     model, tokenizer, prompt: str = '', max_new_tokens=300, seed=0, stop=(), **sampling
 ) -> str:
-    "`prompt` and its continuation by at most `n` tokens"
+    "`prompt` and its continuation by at most `max_new_tokens` tokens"
     return prompt + ''.join(
         stream(model, tokenizer, prompt, max_new_tokens, seed, stop, **sampling)
     )

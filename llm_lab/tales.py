@@ -17,14 +17,13 @@ from functools import cache
 from random import Random
 from typing import NamedTuple
 import numpy as np
-from fastcore.basics import patch
 from .core import LabError
 from .corpora import Corpus
 
 # %% ../nbs/13_tales.ipynb #d1b5fb41
 POOLS = {
-    k: v.split('|')
-    for k, v in dict(
+    pool: words.split('|')
+    for pool, words in dict(
         name='Mia|Tom|Lily|Ben|Zoe|Max|Anna|Sam|Ruby|Leo|Nora|Finn|Ella|Jack|Ivy|Hugo',
         colour='red|blue|green|yellow|white|black|brown|golden|pink|grey|purple|silver',
         thing='kite|boat|drum|ball|hat|coin|key|lamp|bell|ring|doll|bag',
@@ -57,12 +56,22 @@ POOLS = {
 }
 
 # %% ../nbs/13_tales.ipynb #ff21c33e
-_she = set('Mia Lily Zoe Anna Ruby Nora Ella Ivy'.split())
-_pair = lambda f, m: {n: f if n in _she else m for n in POOLS['name']}
-_with = lambda pool, words: dict(zip(POOLS[pool], words.split('|'), strict=True))
+_GIRLS = {'Mia', 'Lily', 'Zoe', 'Anna', 'Ruby', 'Nora', 'Ella', 'Ivy'}
+
+
+def _pronoun(girl, boy):
+    "{name: what stands for it}"
+    return {name: girl if name in _GIRLS else boy for name in POOLS['name']}
+
+
+def _with(pool, words):
+    "{word of a pool: the word that goes with it}, in the order of the pool"
+    return dict(zip(POOLS[pool], words.split('|'), strict=True))
+
+
 ATTRIBUTES = dict(
-    he=_pair('she', 'he'),
-    his=_pair('her', 'his'),
+    he=_pronoun('she', 'he'),
+    his=_pronoun('her', 'his'),
     sound=_with('animal', '|'.join(POOLS['sound'])),
     beast=_with('sound', '|'.join(POOLS['animal'])),
     rhyme=_with('animal', 'hat|fog|plough|wig|truck|pen|log|jeep|coat|house|key|pear'),
@@ -85,20 +94,30 @@ ATTRIBUTES = dict(
 )
 
 # %% ../nbs/13_tales.ipynb #7efad38c
+_SLOT = re.compile(
+    r'(?P<text>[^{]+)'
+    r'|\{\*(?P<unnamed>\w+)\}'  # {*verb}
+    r'|\{(?P<variable>\w+)=(?P<pool>\w+)\}'  # {hero=name}
+    r'|\{(?P<known>\w+)(\.(?P<attribute>\w+))?\}'  # {hero} or {hero.his}
+)
+
+
 @cache
 def parse(template):
-    """A template as (head, [('say', text, None) | ('draw', variable, pool) | ('recall', variable,
-    attribute), …])"""
+    """A template as (head, slots), each slot one of ('say', text, None), ('draw', variable, pool)
+    and ('recall', variable, attribute); no variable and no attribute are ''"""
     head, brace, rest = template.partition('{')
-    slots = re.findall(r'([^{]+)|\{(?:(\*)?(?:(\w+)(=))?(\w+)|(\w+)\.(\w+))\}', brace + rest)
-    part = lambda text, star, var, eq, pool, who, attr: (
-        ('say', text, None)
-        if text
-        else ('draw', var, pool)
-        if star or eq
-        else ('recall', who or pool, attr)
-    )
-    return head, [part(*s) for s in slots]
+    slots = []
+    for slot in _SLOT.finditer(brace + rest):
+        if slot['text']:
+            slots.append(('say', slot['text'], None))
+        elif slot['unnamed']:
+            slots.append(('draw', '', slot['unnamed']))
+        elif slot['variable']:
+            slots.append(('draw', slot['variable'], slot['pool']))
+        else:
+            slots.append(('recall', slot['known'], slot['attribute'] or ''))
+    return head, slots
 
 # %% ../nbs/13_tales.ipynb #0bde70a8
 @dataclass(frozen=True)
@@ -111,14 +130,11 @@ class TalesConfig:
     questions: int = 0  # questions after the end, each with one right answer, up to 4
 
     def __post_init__(self):
-        for name, least, most in (
-            ('richness', 2, 99),
-            ('distance', 0, 999),
-            ('recall', 0, 3),
-            ('questions', 0, 4),
-        ):
-            if not isinstance(n := getattr(self, name), int) or not least <= n <= most:
-                raise LabError(f'{name}={n!r}: give a whole number from {least} to {most}')
+        limits = dict(richness=(2, 99), distance=(0, 999), recall=(0, 3), questions=(0, 4))
+        for name, (least, most) in limits.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or not least <= value <= most:
+                raise LabError(f'{name}={value!r}: give a whole number from {least} to {most}')
 
 # %% ../nbs/13_tales.ipynb #f1572fb2
 class Piece(NamedTuple):
@@ -135,25 +151,32 @@ class Piece(NamedTuple):
     @property
     def bits(self):
         "−log₂ of its probability for a reader who knows all that came before"
-        return (
-            math.log2(sum(self.weights) / self.weights[self.options.index(self.text)])
-            if self.options
-            else 0.0
-        )
+        if not self.options:
+            return 0.0
+        weight = self.weights[self.options.index(self.text)]
+        return math.log2(sum(self.weights) / weight)
 
-# %% ../nbs/13_tales.ipynb #68b79f9b
+
 @cache
 def entropy_of(words: tuple) -> float:  # bits
     "The entropy of a list of equally likely words, some of them the same"
-    return sum(n / len(words) * math.log2(len(words) / n) for n in Counter(words).values())
+    # ('she', 'he', 'she', 'she'): 3/4 · log₂ 4/3 + 1/4 · log₂ 4 = 0.81
+    counts = Counter(words).values()
+    return sum(n / len(words) * math.log2(len(words) / n) for n in counts)
 
 # %% ../nbs/13_tales.ipynb #65e5c681
 class Teller:
-    "Walks through a story; whoever inherits says how to `pick(options, weights)`, an index"
+    """Walks through a story and keeps its `pieces`.
+
+    A subclass says in `pick(options, weights)` which option comes next, as an index."""
 
     def __init__(self, cfg):
-        self.cfg, self.cast, self.state = cfg, {}, {}  # cast: {variable: (word, pool)}
-        self.pieces, self.at, self.mentioned = [], 0, {}
+        self.cfg = cfg
+        self.cast = {}  # {variable: (word, pool)}
+        self.state = {}  # what the story program has to remember beside the cast
+        self.pieces = []
+        self.at = 0  # characters so far
+        self.mentioned = {}  # {word: where it was last spoken of}
 
     def say(self, piece):
         self.pieces.append(piece)
@@ -164,61 +187,50 @@ class Teller:
         options = tuple(options)
         weights = tuple(weights or (1,) * len(options))
         n = self.pick(options, weights)
-        self.say(
-            Piece('choice' if len(options) > 1 else 'literal', label, options[n], options, weights)
-        )
+        kind = 'choice' if len(options) > 1 else 'literal'  # one option is no choice
+        self.say(Piece(kind, label, options[n], options, weights))
         return n
 
-    def words(self, pool, attr=None):  # in use, or an attribute of each
+    def words(self, pool, attr=None):
+        "The words of a pool that are in use, or an attribute of each"
         words = POOLS[pool][: self.cfg.richness]
-        return [ATTRIBUTES[attr][w] for w in words] if attr else words
+        return [ATTRIBUTES[attr][word] for word in words] if attr else words
 
     def known(self, pool):
-        return {w for w, p in self.cast.values() if p == pool}
+        "The words of a pool that a variable holds"
+        return {word for word, of_pool in self.cast.values() if of_pool == pool}
 
-# %% ../nbs/13_tales.ipynb #796525eb
-@patch
-def draw(self: Teller, var, pool):
-    "Draw a word; with a variable, one that no variable of this pool holds, and remember it"
-    taken = self.known(pool) if var else ()
-    options = [w for w in self.words(pool) if w not in taken]
-    word = options[self.choose(pool, options)]
-    if var:
-        self.cast[var], self.mentioned[word] = (word, pool), self.at
+    def draw(self, var, pool):
+        "Draw a word; with a variable, one that no variable of this pool holds, and remember it"
+        taken = self.known(pool) if var else ()
+        options = [word for word in self.words(pool) if word not in taken]
+        word = options[self.choose(pool, options)]
+        if var:
+            self.cast[var] = word, pool
+            self.mentioned[word] = self.at
 
+    def recall(self, var, attr=None):
+        "Say a remembered word, or an attribute of it"
+        word, pool = self.cast[var]
+        text = ATTRIBUTES[attr][word] if attr else word
+        worth = entropy_of(tuple(self.words(pool, attr)))
+        distance = self.at - self.mentioned[word]
+        self.say(Piece('recall', var, text, worth=worth, distance=distance))
+        self.mentioned[word] = self.at
 
-@patch
-def recall(self: Teller, var, attr=None):
-    "Say a remembered word, or an attribute of it"
-    word, pool = self.cast[var]
-    worth = entropy_of(tuple(self.words(pool, attr)))
-    distance = self.at - self.mentioned[word]
-    self.say(
-        Piece('recall', var, ATTRIBUTES[attr][word] if attr else word, (), (), worth, distance)
-    )
-    self.mentioned[word] = self.at
-
-# %% ../nbs/13_tales.ipynb #7aa43154
-@patch
-def tell(self: Teller, *templates, weights=None):
-    "Choose a template by its head and tell it; returns which"
-    heads, rests = zip(*map(parse, templates))
-    n = self.choose('way', heads, weights)
-    for what, a, b in rests[n]:
-        if what == 'say':
-            self.say(Piece('literal', '', a))
-        else:
-            getattr(self, what)(a, b)
-    return n
-
-# %% ../nbs/13_tales.ipynb #e1b17989
-class _Writer(Teller):  # draws
-    def __init__(self, cfg, seed):
-        super().__init__(cfg)
-        self.random = Random(repr(seed))
-
-    def pick(self, options, weights):
-        return self.random.choices(range(len(weights)), weights)[0]
+    def tell(self, *templates, weights=None):
+        "Choose a template by its head and tell it; returns which"
+        parsed = [parse(template) for template in templates]
+        n = self.choose('way', [head for head, slots in parsed], weights)
+        _, slots = parsed[n]
+        for what, a, b in slots:
+            if what == 'say':
+                self.say(Piece('literal', '', a))
+            elif what == 'draw':
+                self.draw(a, b)
+            else:
+                self.recall(a, b)
+        return n
 
 # %% ../nbs/13_tales.ipynb #0154b19c
 def _opening(t):
@@ -232,7 +244,13 @@ def _opening(t):
             '{*place}.'
         ),
     )
-    t.state.update(holder='hero', other='friend', left=t.cfg.distance + 1, pet=False, last='')
+    t.state.update(
+        holder='hero',  # who has the thing now
+        other='friend',  # and who has it not
+        left=t.cfg.distance + 1,  # scenes that may still come before the trouble
+        pet=False,  # has an animal come?
+        last='',  # the scene before this one
+    )
     return _meeting
 
 
@@ -262,45 +280,65 @@ _SCENES = dict(
 _TROUBLE = ' Suddenly {it.trouble}.', ' But then {it.trouble}.', ' Oh dear, {it.trouble}!'
 
 
+def _possible_scenes(state):
+    "Scenes that may come now: never one twice in a row, and one animal at most"
+    if not state['left']:
+        return []
+    kinds = [kind for kind in _SCENES if kind != state['last']]
+    if state['pet'] and 'pet' in kinds:
+        kinds.remove('pet')
+    return kinds
+
+
 def _middle(t):
-    s = t.state
-    kinds = [k for k in _SCENES if s['left'] and k != s['last'] and not (k == 'pet' and s['pet'])]
-    ends = () if s['left'] > 1 else _TROUBLE  # together as likely as all the scenes
-    t.cast['other'] = t.cast[s['other']]
-    n = t.tell(
-        *(_SCENES[k] for k in kinds),
-        *ends,
-        weights=[3] * len(kinds) + [len(kinds) or 1] * len(ends),
-    )
-    for v in ('other', 'need', 'r', 's', 'sky'):
-        t.cast.pop(v, None)  # of no use to the rest
+    kinds = _possible_scenes(t.state)
+    scenes = [_SCENES[kind] for kind in kinds]
+    # with one scene left, trouble may come instead, and with none it must
+    ends = () if t.state['left'] > 1 else _TROUBLE
+    # there are 3 ends: together they are as likely as all the scenes together
+    weights = [3] * len(scenes) + [len(scenes) or 1] * len(ends)
+    t.cast['other'] = t.cast[t.state['other']]
+    n = t.tell(*scenes, *ends, weights=weights)
+    # nobody speaks of these again. Forgotten, they keep no two ways apart when we shall follow
+    # all ways at once
+    for variable in ('other', 'need', 'r', 's', 'sky'):
+        t.cast.pop(variable, None)
     if n >= len(kinds):
         return _rescue
-    s.update(left=s['left'] - 1, last=kinds[n], pet=s['pet'] or kinds[n] == 'pet')
-    if kinds[n] == 'ask':
+    kind = kinds[n]
+    t.state['left'] -= 1
+    t.state['last'] = kind
+    if kind == 'pet':
+        t.state['pet'] = True
+    if kind == 'ask':
         _answer(t)
-    if kinds[n] == 'count':
+    if kind == 'count':
         _sum(t)
     return _middle
 
 # %% ../nbs/13_tales.ipynb #f145236f
-_COUNTS = POOLS['number']
-_SUMS = tuple(a + b for a in range(2, 6) for b in range(2, 6))
+_COUNTS = POOLS['number']  # 'two' is the first
+_SUMS = tuple(a + b for a in range(2, 6) for b in range(2, 6))  # two to five, twice
 
 
 def _answer(t):
     yes = t.words('yes')
-    if t.choose('answer', yes + t.words('no')) < len(yes):
+    no = t.words('no')
+    if t.choose('answer', yes + no) < len(yes):
+        # the thing changes hands
         t.state.update(holder=t.state['other'], other=t.state['holder'])
     t.tell('!"')
 
 
 def _sum(t):
-    at, a = t.at, t.choose('number', _COUNTS[:4])
+    start = t.at
+    a = t.choose('number', _COUNTS[:4])
     t.tell(' {*fruit} and ')
     b = t.choose('number', _COUNTS[:4])
     t.tell(' {*fruit}, ')
-    t.say(Piece('recall', 'sum', _COUNTS[a + b + 2], (), (), entropy_of(_SUMS), t.at - at))
+    # a and b are indices: 0 and 0 stand for two and two, and 'four' has the index 2
+    total = _COUNTS[a + b + 2]
+    t.say(Piece('recall', 'sum', total, worth=entropy_of(_SUMS), distance=t.at - start))
     t.tell(' in all.')
 
 # %% ../nbs/13_tales.ipynb #42206b78
@@ -323,37 +361,53 @@ _QUESTIONS = (
 
 
 def _rescue(t):
-    t.tell(
+    ways = [
         ' They found it {*where}.',
         ' A {*size} {*animal} brought it back.',
         ' It came back on {*day}.',
         ' After {*number} days it lay {*where}.',
-        *[' The {pet} brought it back.'] * t.state['pet'],
-    )
+    ]
+    if t.state['pet']:
+        ways.append(' The {pet} brought it back.')
+    t.tell(*ways)
     return _end
 
 
 def _end(t):
     t.cast['holder'] = t.cast[t.state['holder']]
-    for ways in _LATE[: t.cfg.recall] or [(' That was all.',)]:
+    if not t.cfg.recall:
+        t.tell(' That was all.')
+    for ways in _LATE[: t.cfg.recall]:
         t.tell(*ways)
-    left = list(_QUESTIONS)
+    left = list(_QUESTIONS)  # none is asked twice
     for _ in range(t.cfg.questions):
         left.pop(t.tell(*left))
 
 
 def _story(teller):
+    "The pieces of a whole story: each scene returns the next one, and the last one None"
     scene = _opening
     while scene:
         scene = scene(teller)
     return teller.pieces
 
 # %% ../nbs/13_tales.ipynb #21e83bcc
-def write_tale(seed, cfg=TalesConfig()) -> str:
-    """A tale, without the end mark;
+class _Writer(Teller):
+    "A teller that draws"
 
-    `seed` is anything with a repr, and the same seed tells the same story"""
-    return ''.join(p.text for p in _story(_Writer(cfg, seed)))
+    def __init__(self, cfg, seed):
+        super().__init__(cfg)
+        self.random = Random(repr(seed))
+
+    def pick(self, options, weights):
+        return self.random.choices(range(len(weights)), weights)[0]
+
+
+def write_tale(seed, cfg=TalesConfig()) -> str:
+    """A tale, without the end mark.
+
+    `seed` is anything with a repr; the same seed gives the same tale"""
+    return ''.join(piece.text for piece in _story(_Writer(cfg, seed)))
 
 # %% ../nbs/13_tales.ipynb #d8cd1f5c
 class _Reader(Teller):
@@ -370,20 +424,25 @@ class _Reader(Teller):
         )
 
     def pick(self, options, weights):
-        fits = [n for n, o in enumerate(options) if self.text.startswith(o, self.at)]
-        return fits[0] if len(fits) == 1 else self.fail()
+        fits = [n for n, option in enumerate(options) if self.text.startswith(option, self.at)]
+        if len(fits) != 1:  # at most one, because the options are prefix-free
+            self.fail()
+        return fits[0]
 
     def say(self, piece):
-        self.pick([piece.text], [1])
+        self.pick([piece.text], [1])  # it must stand there
         super().say(piece)
 
 
 def parse_tale(text: str, cfg=TalesConfig()) -> list:
     "The `Piece`s of a tale without its end mark. Raises `LabError` where no tale can go on so"
-    pieces = _story(reader := _Reader(cfg, text))
-    return pieces if reader.at == len(text) else reader.fail()  # it must end where the text ends
+    reader = _Reader(cfg, text)
+    pieces = _story(reader)
+    if reader.at < len(text):  # it must end where the text ends
+        reader.fail()
+    return pieces
 
-# %% ../nbs/13_tales.ipynb #0b292913
+
 def valid_prefix(text: str, cfg=TalesConfig()) -> int:  # a number of characters
     """How many characters of `text` a tale can begin with, up to the piece where the first mistake
     stands"""
@@ -397,52 +456,61 @@ def valid_prefix(text: str, cfg=TalesConfig()) -> int:  # a number of characters
 # %% ../nbs/13_tales.ipynb #34b6d38f
 def tale_bits(text: str, cfg=TalesConfig()) -> float:
     "−log₂ of the probability of a tale: its exact code length"
-    return sum(p.bits for p in parse_tale(text, cfg))
+    return sum(piece.bits for piece in parse_tale(text, cfg))
 
 # %% ../nbs/13_tales.ipynb #b7b171ef
 Anatomy = namedtuple('Anatomy', 'bits kind distance')
 
 
 def _shares(piece):
-    "The surprisal of each character of a piece, in bits"
+    "Yield the surprisal of each character of a piece, in bits"
+    # of Mia, Tom, Max and Ben: 'M' leaves 2 of 4 (1 bit), 'i' 1 of 2 (1 bit), 'a' 1 of 1 (0 bits)
     left = list(zip(piece.options, piece.weights))
-    for n, c in enumerate(piece.text):
-        fits = [(o, w) for o, w in left if o[n : n + 1] == c]
-        yield math.log2(sum(w for _, w in left) / sum(w for _, w in fits)) if fits else 0.0
+    for n, character in enumerate(piece.text):
+        fits = [(option, weight) for option, weight in left if option[n : n + 1] == character]
+        if fits:
+            before = sum(weight for _, weight in left)
+            yield math.log2(before / sum(weight for _, weight in fits))
+        else:
+            yield 0.0  # no choice, so no surprise
         left = fits
 
 
 def char_surprisal(text: str, cfg=TalesConfig()) -> Anatomy:
     """Arrays: each character's true surprisal in bits; its kind; for recalls, characters since the
-    last mention"""
-    return Anatomy(
-        *map(
-            np.array,
-            zip(*((b, p.kind, p.distance) for p in parse_tale(text, cfg) for b in _shares(p))),
-        )
-    )
+    last mention.
+
+    Raises `LabError` where the text is no tale"""
+    bits = []
+    kinds = []
+    distances = []
+    for piece in parse_tale(text, cfg):
+        bits += _shares(piece)
+        kinds += [piece.kind] * len(piece.text)
+        distances += [piece.distance] * len(piece.text)
+    return Anatomy(np.array(bits), np.array(kinds), np.array(distances))
 
 # %% ../nbs/13_tales.ipynb #ee758ab9
 class _Expecter(Teller):
-    """A teller that follows `path` where the story forks, the first option beyond it, and keeps the
-    sums"""
+    """A teller that follows `path` where the story forks, the first option beyond it, and sums up
+    what it expects"""
 
     def __init__(self, cfg, cast, state, path):
         super().__init__(cfg)
         self.cast = dict(cast)
         self.state = dict(state)
-        self.path = path
-        # bits, characters, bits that remembering saves
-        self.forks = []
-        self.p = 1.0
-        self.sums = np.zeros(3)
+        self.path = path  # the index to take at each fork
+        self.forks = []  # how many options each fork had
+        self.p = 1.0  # the probability of this way
+        self.sums = np.zeros(3)  # bits, characters, bits that remembering saves
 
     def pick(self, options, weights):
         ordered = sorted(options)
         assert not any(b.startswith(a) for a, b in zip(ordered, ordered[1:])), (
             f'not prefix-free: {ordered}'
         )
-        n = self.path[len(self.forks)] if len(self.forks) < len(self.path) else 0
+        fork = len(self.forks)
+        n = self.path[fork] if fork < len(self.path) else 0
         self.forks.append(len(options))
         self.p *= weights[n] / sum(weights)
         return n
@@ -451,30 +519,41 @@ class _Expecter(Teller):
         self.sums += piece.bits, len(piece.text), piece.worth
 
     def draw(self, var, pool):
+        # nothing forks: a word's bits and its mean length are known without drawing it
         words = self.words(pool)
         taken = self.known(pool) if var else ()
-        self.sums += math.log2(len(words) - len(taken)), np.mean([*map(len, words)]), 0
+        length = np.mean([len(word) for word in words])
+        self.sums += math.log2(len(words) - len(taken)), length, 0
         if var:
             self.cast[var] = var, pool  # the variable itself stands for its word
 
     def recall(self, var, attr=None):
-        words = self.words(self.cast[var][1], attr)
-        self.sums += 0, np.mean([*map(len, words)]), entropy_of(tuple(words))
+        _, pool = self.cast[var]
+        words = self.words(pool, attr)
+        length = np.mean([len(word) for word in words])
+        self.sums += 0, length, entropy_of(tuple(words))
 
 # %% ../nbs/13_tales.ipynb #a81130b3
 @cache
 def _ways(cfg, scene, cast, state):
-    "All ways through a scene: the expected sums, and {(next scene, memory): probability}"
-    sums, after, paths = np.zeros(3), defaultdict(float), [()]
+    "All ways through a scene: the expected sums, and {(next scene, cast, state): probability}"
+    sums = np.zeros(3)
+    after = defaultdict(float)
+    paths = [()]
     while paths:
         path = paths.pop()
         t = _Expecter(cfg, cast, state, path)
         then = scene(t)
         sums += t.p * t.sums
         if then:
-            after[then, *(tuple(sorted(m.items())) for m in (t.cast, t.state))] += t.p
-        for n in range(len(path), len(t.forks)):  # turn off at each fork beyond the path
-            paths += [path + (0,) * (n - len(path)) + (k,) for k in range(1, t.forks[n])]
+            # sorted, so that what is the same memory is the same key
+            memory = then, tuple(sorted(t.cast.items())), tuple(sorted(t.state.items()))
+            after[memory] += t.p
+        # beyond its path this way took the first option of each fork: turn off at every one of
+        # them. From (), forks of 2 and 3 options give (1,), (0, 1) and (0, 2)
+        for n in range(len(path), len(t.forks)):
+            straight = path + (0,) * (n - len(path))
+            paths += [(*straight, k) for k in range(1, t.forks[n])]
     return sums, dict(after)
 
 
@@ -485,25 +564,26 @@ Expected = namedtuple('Expected', 'bits chars recall')
 def expectations(cfg=TalesConfig()) -> Expected:
     """Exact means over all tales: bits; characters without the end mark; bits that a reader saves
     by remembering"""
-    table, sums = {(_opening, (), ()): 1.0}, np.zeros(3)
+    sums = np.zeros(3)
+    table = {(_opening, (), ()): 1.0}  # {(scene, cast, state): probability}
     while table:
         after = defaultdict(float)
         for memory, p in table.items():
-            one, then = _ways(cfg, *memory)
-            sums += p * one
-            for m, q in then.items():
-                after[m] += p * q
+            of_scene, then = _ways(cfg, *memory)
+            sums += p * of_scene
+            for next_memory, q in then.items():
+                after[next_memory] += p * q
         table = after
     return Expected(*sums.tolist())
 
-# %% ../nbs/13_tales.ipynb #20d74ee5
+
 END = '\n\n'
 
 
 def entropy_rate(cfg=TalesConfig()) -> float:  # bits per character
     "The entropy of Tiny Tales per character, end marks included: no model's expected loss is lower"
-    e = expectations(cfg)
-    return e.bits / (e.chars + len(END))
+    expected = expectations(cfg)
+    return expected.bits / (expected.chars + len(END))
 
 # %% ../nbs/13_tales.ipynb #72b42f1d
 def recall_question(seed, cfg=TalesConfig(recall=0, questions=1)) -> tuple:
@@ -512,16 +592,21 @@ def recall_question(seed, cfg=TalesConfig(recall=0, questions=1)) -> tuple:
     if not cfg.questions:
         raise LabError('questions=0: give a knob for at least 1')
     pieces = _story(_Writer(cfg, seed))
-    n = max(n for n, p in enumerate(pieces) if p.kind == 'recall')
-    return ''.join(p.text for p in pieces[:n]), pieces[n].text, pieces[n].distance
+    last = max(n for n, piece in enumerate(pieces) if piece.kind == 'recall')
+    before = ''.join(piece.text for piece in pieces[:last])
+    return before, pieces[last].text, pieces[last].distance
 
 # %% ../nbs/13_tales.ipynb #a3bca28f
 @cache
 def tiny_tales(n=20_000, cfg=TalesConfig()) -> Corpus:
     """`n` tales for training, a fiftieth of that to validate, as many to test: the same on every
     machine"""
-    count = dict(train=n, val=n // 50, test=n // 50)
-    splits = {s: END.join(write_tale(f'{s}/{k}', cfg) for k in range(m)) for s, m in count.items()}
+    sizes = dict(train=n, val=n // 50, test=n // 50)
+    splits = {}
+    for split, size in sizes.items():
+        # the split is part of the seed, so no two splits share one
+        tales = [write_tale(f'{split}/{k}', cfg) for k in range(size)]
+        splits[split] = END.join(tales)
     digest = hashlib.sha256(END.join(splits.values()).encode()).hexdigest()
     return Corpus(
         'tiny_tales', splits, END, 'Apache-2.0', 'llm_lab.tales', digest, entropy_rate(cfg), True
@@ -529,6 +614,14 @@ def tiny_tales(n=20_000, cfg=TalesConfig()) -> Corpus:
 
 # %% ../nbs/13_tales.ipynb #d1ebcb98
 SPANS = 32, 64, 128
+_RECALLS = [f'recall ≤{span}' for span in SPANS] + [f'recall >{SPANS[-1]}']
+
+
+def _kind_of_excess(kind, distance):
+    "The part of the excess that a character belongs to"
+    if kind != 'recall':
+        return kind
+    return _RECALLS[np.searchsorted(SPANS, distance)]  # the first span that is not shorter
 
 
 def split_excess(
@@ -538,21 +631,20 @@ def split_excess(
 ) -> dict:  # {'choice': …, 'literal': …, 'recall ≤32': …, …}, bits per character of the whole text
     """What a model pays above the floor, by what it did not know; the sum is its whole distance
     from perfect"""
-    spans = [f'recall ≤{s}' for s in SPANS] + [f'recall >{SPANS[-1]}']
-    sums, n = dict.fromkeys(['choice', 'literal', *spans], 0.0), 0
+    sums = dict.fromkeys(['choice', 'literal', *_RECALLS], 0.0)
+    total = 0
     for tale, loss in zip(tales, losses, strict=True):
-        if len(loss) != (size := len(tale) + len(END)):
+        size = len(tale) + len(END)
+        if len(loss) != size:
             raise LabError(
                 f'{len(loss)} losses for a tale of {size} characters, end mark included: '
                 'give one each'
             )
-        true, kind, distance = char_surprisal(tale, cfg)
-        extra = np.array(loss, float)
-        extra[: len(tale)] -= true
-        names = [
-            spans[np.searchsorted(SPANS, d)] if k == 'recall' else k for k, d in zip(kind, distance)
-        ]
-        for name, x in zip(names + ['literal'] * len(END), extra):
-            sums[name] += x
-        n += size
-    return {k: float(v / n) for k, v in sums.items()}
+        truth = char_surprisal(tale, cfg)
+        excess = np.array(loss, float)
+        excess[: len(tale)] -= truth.bits  # the end mark costs a perfect reader nothing
+        kinds = [_kind_of_excess(*each) for each in zip(truth.kind, truth.distance)]
+        for kind, bits in zip(kinds + ['literal'] * len(END), excess):
+            sums[kind] += bits
+        total += size
+    return {kind: float(bits / total) for kind, bits in sums.items()}

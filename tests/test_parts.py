@@ -3,6 +3,7 @@ comes back from its folder."""
 
 import random
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -13,10 +14,10 @@ from llm_lab.chars import CharTokenizer
 from llm_lab.gpt import MLP, GPTConfig, LearnedPositions, MiniGPT
 from llm_lab.package import config_from, to_data
 from llm_lab.onednn import onednn_linears
-from llm_lab.self_attention import Attention, causal
+from llm_lab.self_attention import Attention, causal, dense_mask
 from llm_lab.parts import part
 from llm_lab.gqa import GQA
-from llm_lab.core import rng
+from llm_lab.core import LabError, rng
 from llm_lab.llama_block import SoftcapHead, QKNorm, ReLU2, RMSNorm, SwiGLU, llama
 from llm_lab.positions import RoPE, SinusoidalPositions, linear_scaling, llama3_scaling
 from llm_lab.init import projections, scaled_init, spectral_init
@@ -205,3 +206,102 @@ def test_the_modern_block_learns_in_low_precision_and_is_judged_in_full(init):
     assert losses[-1] < 0.8 * losses[0]
     assert next_token_loss(model.eval(), ids) < 0.8 * losses[0]  # outside of autocast
     assert {t.dtype for t in model.state_dict().values()} == {torch.float32}
+
+
+def near(i, j, size):
+    return (j <= i) & (i - j < size)
+
+
+def fade(i, j, h):
+    return (j <= i) & (i - j <= 2**h)
+
+
+def first_of(i, j, of, **words):
+    return of[0](i, j, **words)  # a mask that holds masks
+
+
+def test_lists_and_tuples_are_one_thing_in_a_recipe():
+    assert part(near, size=[[1], 2]) == part(near, size=((1,), 2))
+
+
+@pytest.mark.parametrize(
+    'make, words',
+    [
+        (
+            lambda: part('near'),
+            "part('near'): 'near' cannot be called; give a class or a function",
+        ),
+        (
+            lambda: part(nn.GELU()),
+            'part(GELU): GELU(…) is made already; give a class or a function',
+        ),
+    ],
+)
+def test_a_recipe_is_of_what_can_be_made(make, words):
+    with pytest.raises(LabError, match=re.escape(words)):
+        make()
+
+
+def test_a_mask_that_holds_masks_is_given_what_they_need():
+    i = torch.arange(5)
+    assert torch.equal(dense_mask(causal, i, i), torch.ones(5, 5).tril().bool())
+    holding = partial(first_of, of=(partial(fade), causal))
+    assert torch.equal(dense_mask(holding, i, i, n_heads=3), dense_mask(fade, i, i, n_heads=3))
+
+
+CALLED = []
+
+
+class EveryHook(MLP):
+    "An MLP that has every hook, and notes which was called"
+
+    needs = ('aux', 'cache')
+
+    def __init__(self, cfg, layer=0):
+        super().__init__(cfg)
+        self.layer = layer
+        CALLED.append('made')
+
+    @staticmethod
+    def check(cfg, **keywords):
+        CALLED.append('check')
+
+    def forward(self, x, aux=None, cache=None, **ctx):
+        CALLED.append('forward')
+        y = super().forward(x)
+        if aux is not None:
+            aux.add(self.layer, loss=y.square().mean())
+        return y
+
+    def cache(self, batch, length):
+        CALLED.append('cache')
+
+    def metrics(self):
+        CALLED.append('metrics')
+        return {'seen': 1.0}
+
+    def after_step(self):
+        CALLED.append('after_step')
+
+
+def called_by(f):
+    "Which hooks `f` calls, in order, and what it returns"
+    CALLED.clear()
+    result = f()
+    return CALLED[:], result
+
+
+def test_each_hook_is_called_when_the_page_of_hooks_says():
+    sizes = dict(vocab_size=20, d_model=16, n_layers=1, n_heads=2, max_len=8)
+    called, cfg = called_by(lambda: GPTConfig(**sizes, mlp=part(EveryHook)))
+    assert called == ['check']
+    called, model = called_by(lambda: MiniGPT(cfg))
+    assert called == ['made']
+    assert model.needs == {'aux', 'cache'}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    rows = torch.randint(20, (2, 9), generator=rng(0, 'rows'))
+    called, _ = called_by(lambda: train_step(model, optimizer, rows))
+    assert called == ['forward', 'after_step']
+    assert called_by(model.metrics) == (['metrics'], {'seen': 1.0})
+    called, kept = called_by(lambda: model.cache(1, 8))
+    assert (called, kept) == (['cache'], None)  # its attention keeps nothing

@@ -1,0 +1,129 @@
+"""`tales`: the odd cases: settings, texts that are no tales, chance, and edges of the spans."""
+
+from collections import Counter
+from itertools import product
+
+import numpy as np
+import pytest
+
+from llm_lab.core import LabError
+from llm_lab.tales import (
+    END,
+    Piece,
+    Teller,
+    TalesConfig,
+    _story,
+    _Writer,
+    char_surprisal,
+    entropy_rate,
+    parse,
+    parse_tale,
+    recall_question,
+    split_excess,
+    tiny_tales,
+    valid_prefix,
+    write_tale,
+)
+
+
+def test_settings_stand_in_this_order():
+    assert TalesConfig() == TalesConfig(16, 1, 1, 0)
+
+
+@pytest.mark.parametrize(
+    'wrong', [dict(richness=1), dict(distance=-1), dict(recall=4), dict(questions=0.5)]
+)
+def test_settings_that_no_tale_can_have(wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(LabError, match=f'{name}={value}: give a whole number'):
+        TalesConfig(**wrong)
+
+
+def test_a_template_of_nothing_but_a_head():
+    assert parse(' The end.') == (' The end.', [])
+    assert parse('{it}') == ('', [('recall', 'it', '')])
+
+
+class First(Teller):
+    "Always takes the first option"
+
+    def pick(self, options, weights):
+        return 0
+
+
+def test_a_distance_is_counted_from_the_last_mention():
+    t = First(TalesConfig())
+    assert t.tell('Once {hero=name} met {friend=name}.', 'The end.') == 0
+    t.tell(' Soon {hero.he} went home.')
+    t.tell(' What did {hero.he} see?')
+    assert t.pieces[-2].distance == len(' went home. What did ')
+
+
+@pytest.mark.parametrize('weights,limit', [((1, 1, 1, 1), 16), ((3, 1, 4), 14)])
+def test_the_writer_draws_as_often_as_it_should(weights, limit, n=20_000):
+    writer = _Writer(TalesConfig(), 'fair')
+    seen = Counter(writer.pick(weights, weights) for _ in range(n))
+    expected = [n * weight / sum(weights) for weight in weights]
+    chi_squared = sum((seen[k] - e) ** 2 / e for k, e in enumerate(expected))
+    assert chi_squared < limit  # at one in a thousand
+
+
+SETTINGS = [TalesConfig(*k) for k in product((2, 8), (0, 5), (0, 3), (0, 4))]
+
+
+@pytest.mark.parametrize('cfg', SETTINGS)
+def test_tales_of_all_settings_are_read_back(cfg):
+    for seed in range(20):
+        assert parse_tale(write_tale(seed, cfg), cfg) == _story(_Writer(cfg, seed)), seed
+
+
+def test_what_is_no_tale():
+    with pytest.raises(LabError, match="nothing fits 'Long ago' at 0"):
+        parse_tale('Long ago')
+    with pytest.raises(LabError, match="nothing fits '!'"):
+        parse_tale(write_tale(1) + '!')
+    with pytest.raises(LabError, match="nothing fits ''"):
+        parse_tale(write_tale(1)[:-1])
+    assert valid_prefix('Hello') == 0
+
+
+def test_a_mistake_is_found_at_its_piece():
+    tale = next(t for t in map(write_tale, range(99)) if ' Soon she saw ' in t)
+    wrong = tale.replace('Soon she', 'Soon he')
+    assert valid_prefix(wrong) == tale.index(' Soon she') + len(' Soon ')
+
+
+def test_surprisal_is_there_for_each_character():
+    tale = write_tale(27)
+    a = char_surprisal(tale)
+    assert [len(x) for x in a] == [len(tale)] * 3
+    assert (a.distance[a.kind != 'recall'] == 0).all()
+
+
+def test_the_floor_counts_end_marks(n=20_000):
+    tales = [_story(_Writer(TalesConfig(), f'check/{seed}')) for seed in range(n)]
+    bits = [sum(piece.bits for piece in pieces) for pieces in tales]
+    chars = [sum(len(piece.text) for piece in pieces) for pieces in tales]
+    text = ''.join(piece.text for pieces in tales for piece in [*pieces, Piece('', '', END)])
+    error = np.std(bits) / n**0.5
+    assert abs(sum(bits) / len(text) - entropy_rate()) < 3 * error / np.mean(chars)
+
+
+def test_a_question_must_be_asked_for():
+    with pytest.raises(LabError, match='questions=0: give a knob'):
+        recall_question(1, TalesConfig())
+
+
+def test_a_recall_at_the_edge_of_a_span_belongs_to_it():
+    tales = tiny_tales(2_000).documents('train')
+    for distance, kind in ((64, 'recall ≤64'), (65, 'recall ≤128'), (129, 'recall >128')):
+        losses = []
+        for tale in tales:
+            truth = char_surprisal(tale)
+            losses.append(np.append(truth.bits + (truth.distance == distance), [0, 0]))
+        assert {k for k, bits in split_excess(tales, losses).items() if bits} == {kind}
+
+
+def test_each_character_needs_a_loss():
+    with pytest.raises(LabError, match='1 losses for a tale of 3 characters'):
+        split_excess(['x'], [[1.0]])
