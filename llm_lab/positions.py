@@ -18,18 +18,21 @@ from .core import LabError
 
 # %% ../nbs/31_positions.ipynb #cdb9707c
 def rope_frequencies(
-    D: int,  # channels, two for each hand
-    base=10_000.0,  # the slowest hands turn about this much slower than the first
-) -> Tensor:  # radians per token, (D/2,)
-    "Speeds of hands: base^(−2m/D) for m = 0, 1, … (Vaswani et al. 2017, §3.5)"
-    # in this order, it has the bits of transformers' speeds
-    return 1 / base ** (torch.arange(0, D, 2, device='cpu') / D)
+    D: int,  # channels, two for each frequency
+    base=10_000.0,  # the lowest frequency is about 1/base of the highest
+) -> Tensor:  # radians per token, (D/2,), the highest first
+    "Frequencies of rotation: base^(−2m/D) for m = 0, 1, … (Vaswani et al. 2017, §3.5)"
+    # On the CPU even where a model is built on `meta`: these are no weights that a file fills later
+    exponents = torch.arange(0, D, 2, device='cpu') / D
+    # Hugging Face's transformers compute it in this order, and so the bits are the same
+    return 1 / base**exponents
 
 # %% ../nbs/31_positions.ipynb #96f1973b
 class SinusoidalPositions(nn.Module):
-    """Sines and cosines of the position, added to the token's vector (Vaswani et al.
+    """Sines and cosines of the position, added to the token's vector; nothing is learned (Vaswani
+    et al. 2017, §3.5).
 
-    2017, §3.5); nothing is learned"""
+    A configuration with an odd d_model raises `LabError`."""
 
     def __init__(
         self,
@@ -38,134 +41,187 @@ class SinusoidalPositions(nn.Module):
         size=None,  # root mean square of the vectors; that of the first token vectors if none
     ):
         super().__init__()
-        self.freq = rope_frequencies(cfg.d_model, base)
+        self.freq = rope_frequencies(cfg.d_model, base)  # (C/2,)
         self.size = size or 0.02 * (768 / cfg.d_model) ** 0.5
+
+    @staticmethod
+    def check(cfg, **kw):  # `part` calls it where a configuration is made
+        if cfg.d_model % 2:
+            raise LabError(
+                f'd_model={cfg.d_model}: sines and cosines need an even number of channels'
+            )
 
     def forward(self, x, i):  # (B, T, C), positions (T,) or (B, T) → (B, T, C)
         if self.freq.device != x.device:
+            # not a buffer, so that it stays float32 in a model of half precision
             self.freq = self.freq.to(x.device)
-        angle = i[..., None] * self.freq
-        return x + (self.size * 2**0.5 * torch.cat([angle.sin(), angle.cos()], -1)).to(x.dtype)
-
-
-def _even(cfg, **kw):
-    if cfg.d_model % 2:
-        raise LabError(f'd_model={cfg.d_model}: sines and cosines need an even number of channels')
-
-
-SinusoidalPositions.check = staticmethod(_even)
+        angle = i[..., None] * self.freq  # (…, T, C/2)
+        vectors = torch.cat([angle.sin(), angle.cos()], -1)  # (…, T, C)
+        # sin² + cos² = 1 in each pair, so their root mean square is 1/√2, whatever the position
+        scale = self.size * 2**0.5
+        return x + (scale * vectors).to(x.dtype)
 
 # %% ../nbs/31_positions.ipynb #52fd9bf9
 class RoPE(nn.Module):
-    "A transform: turns pairs of channels of q and k by position × speed (Su et al. 2021, eq. 34)"
+    """A transform: rotates pairs of channels of q and k by position × frequency (Su et al. 2021,
+    eq. 34).
+
+    A configuration whose heads have no pairs to rotate raises `LabError`."""
 
     def __init__(
         self,
         cfg,
         layer=0,
         base=10_000.0,
-        partial=1.0,  # share of the channels that turn (Black et al. 2022)
+        partial=1.0,  # share of the channels that are rotated (Black et al. 2022)
         interleaved=False,  # are neighbours a pair (the paper), or the two halves (Hugging Face)?
-        scale=None,  # a recipe: speeds → speeds
+        scale=None,  # a recipe: frequencies → frequencies, (D/2,) both
     ):
         super().__init__()
         self.n_rotated = int(cfg.head_dim * partial)
         self.interleaved = interleaved
-        f = rope_frequencies(self.n_rotated, base)
+        freq = rope_frequencies(self.n_rotated, base)
         if scale:
-            f = scale(f)
-        self.freq = torch.stack([-f, f], -1).flatten() if interleaved else torch.cat([-f, f])
+            freq = scale(freq)
+        # The pair (a, b), rotated by the angle θ:
+        #     a' = a·cos θ − b·sin θ = a·cos(−θ) + b·sin(−θ)
+        #     b' = b·cos θ + a·sin θ
+        # Both lines are x·cos + partner·sin, once the sign is in the frequency of the first channel
+        if interleaved:
+            self.freq = torch.stack([-freq, freq], -1).flatten()  # −f₀ f₀ −f₁ f₁ …
+        else:
+            self.freq = torch.cat([-freq, freq])  # −f₀ −f₁ … f₀ f₁ …
 
-    def cos_sin(self, p, like):
+    @staticmethod
+    def check(cfg, partial=1.0, base=10_000.0, scale=None, **kw):
+        _check_positive('partial', partial, most=1)
+        _check_positive('base', base)
+        n_rotated = int(cfg.head_dim * partial)
+        if n_rotated % 2 or not n_rotated:
+            raise LabError(
+                f'{n_rotated} of {cfg.head_dim} channels of a head would be rotated: pairs are '
+                'needed; change n_heads, d_model or partial'
+            )
+        if scale is not None and not _scales(scale, rope_frequencies(n_rotated, base)):
+            raise LabError(
+                f'scale={scale!r} gives no frequencies: fill in its numbers, all above 0'
+            )
+
+    def cos_sin(self, positions, like):
         # positions (T,) or (B, T) → cosines and signed sines, (T, D) or (B, 1, T, D)
-        if self.freq.device != p.device:
-            self.freq = self.freq.to(p.device)  # not a buffer: it stays float32
-        angle = p[..., None] * self.freq
-        angle = angle[:, None] if p.dim() == 2 else angle
+        if self.freq.device != positions.device:
+            self.freq = self.freq.to(positions.device)  # not a buffer: it stays float32
+        angle = positions[..., None] * self.freq
+        if positions.dim() == 2:
+            angle = angle[:, None]  # room for the heads of q and k, (B, H, T, D)
         return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
 
-    def rotate(self, x, c, s):
-        x, rest = x[..., : self.n_rotated], x[..., self.n_rotated :]
-        other = (
-            x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-            if self.interleaved
-            else x.roll(self.n_rotated // 2, -1)
-        )
-        x = torch.addcmul(x * c, other, s)
+    def rotate(self, x, cos, sin):  # (B, H, T, D) → (B, H, T, D)
+        rest = x[..., self.n_rotated :]  # blind to position
+        x = x[..., : self.n_rotated]
+        # to each channel its partner in the pair: (a, b) becomes (b, a)
+        if self.interleaved:
+            partner = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+        else:
+            partner = x.roll(self.n_rotated // 2, -1)
+        x = torch.addcmul(x * cos, partner, sin)  # x·cos + partner·sin
         return torch.cat([x, rest], -1) if rest.shape[-1] else x
 
     def forward(self, q, k, v, i, j, **ctx):
-        at = self.cos_sin(i, q)
-        return self.rotate(q, *at), self.rotate(k, *(at if j is i else self.cos_sin(j, k))), v, i, j
+        angles_q = self.cos_sin(i, q)
+        # a whole sequence is read with `j is i`: then the angles are calculated once
+        angles_k = angles_q if j is i else self.cos_sin(j, k)
+        return self.rotate(q, *angles_q), self.rotate(k, *angles_k), v, i, j
 
-# %% ../nbs/31_positions.ipynb #944a0632
-def _pairs(cfg, partial=1.0, base=10_000.0, scale=None, **kw):
-    for k, v, most in (('partial', partial, 1), ('base', base, math.inf)):
-        if isinstance(v, bool) or not isinstance(v, (int, float)) or not 0 < v <= most:
-            raise LabError(f'{k}={v!r}: give a number above 0' + ' and up to 1' * (most == 1))
-    turned = int(cfg.head_dim * partial)
-    if turned % 2 or not turned:
-        raise LabError(
-            f'{turned} of {cfg.head_dim} channels of a head would turn: pairs are needed; '
-            'change n_heads, d_model or partial'
-        )
+
+def _check_positive(name, value, most=math.inf):
+    "Raises `LabError` unless the value is a number above 0 and up to `most`"
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 0 < value <= most:
+        limit = ' and up to 1' if most == 1 else ''
+        raise LabError(f'{name}={value!r}: give a number above 0{limit}')
+
+
+def _scales(scale, freq) -> bool:
+    "Does this recipe make finite frequencies? Not where its numbers are missing or zero"
     try:
-        good = scale is None or scale(rope_frequencies(turned, base)).isfinite().all()
+        return bool(scale(freq).isfinite().all())
     except (TypeError, ZeroDivisionError):
-        good = False
-    if not good:
-        raise LabError(f'scale={scale!r} gives no speeds: fill in its numbers, all above 0')
-
-
-RoPE.check = staticmethod(_pairs)
+        return False
 
 # %% ../nbs/31_positions.ipynb #38e8237f
 def to_half_split(
-    w: Tensor,  # weight (H·D, C) or bias (H·D,) of an interleaved q or k map
+    w: Tensor,  # weight (H·D, C) or bias (H·D,) of an interleaved projection, of q or of k
     n_heads: int,
-    partial=1.0,  # share of the channels that turn
+    partial=1.0,  # share of the channels that are rotated
 ) -> Tensor:  # of the same shape, for half-split pairs
-    "Reorder each head's turned channels: 0, 2, 4, …, then 1, 3, 5, …"
+    """Reorder each head's rotated channels: 0, 2, 4, …, then 1, 3, 5, …
+
+    Raises `LabError` where the rows do not divide among the heads."""
     if len(w) % n_heads:
         raise LabError(
             f'{len(w)} rows are not those of {n_heads} heads: give the weight of q or of k'
         )
-    heads = w.unflatten(0, (n_heads, -1))
-    n = int(heads.shape[1] * partial)
-    return torch.cat([heads[:, 0:n:2], heads[:, 1:n:2], heads[:, n:]], 1).flatten(0, 1)
+    heads = w.unflatten(0, (n_heads, -1))  # (H, D, …)
+    n_rotated = int(heads.shape[1] * partial)
+    first = heads[:, 0:n_rotated:2]  # of each pair
+    second = heads[:, 1:n_rotated:2]
+    rest = heads[:, n_rotated:]
+    return torch.cat([first, second, rest], 1).flatten(0, 1)
 
 # %% ../nbs/31_positions.ipynb #3d5849d3
+# weight and bias of the stacked projection, and the weight below a spectral norm
+_QKV = re.compile(r'attn\.qkv\.(weight|bias|parametrizations\.weight\.original)$')
+# QK-norm has a weight for each channel of a head, so its order follows that of the channels
+_QK_NORM = re.compile(r'attn\.transforms\.\d+\.[qk]\.weight$')
+
+
+def _interleaved_rope(attn: part) -> part:
+    "The one interleaved RoPE among an attention's transforms; `LabError` if there is none, or more"
+    found = []
+    for transform in attn.keywords.get('transforms', ()):
+        if transform.func is RoPE and transform.keywords.get('interleaved'):
+            found.append(transform)
+    if len(found) != 1:
+        raise LabError(f'{len(found)} interleaved RoPEs in {attn}: one is needed')
+    return found[0]
+
+
+def _qkv_to_half_split(w, sizes, head_dim, partial):
+    "The stacked rows of q, k and v, with those of q and k reordered"
+    q, k, v = w.split(sizes)
+    q = to_half_split(q, len(q) // head_dim, partial)
+    k = to_half_split(k, len(k) // head_dim, partial)  # fewer heads, if they are grouped
+    return torch.cat([q, k, v])
+
+
 def half_split(model: MiniGPT) -> MiniGPT:
-    # the same function; raises `LabError` if its RoPE is not interleaved
-    """The model with channels of q and k reordered, so that its RoPE turns halves, as in Hugging
-    Face's files"""
+    """A copy that computes the same function, its channels of q and k reordered for half-split
+    pairs, as in Hugging Face checkpoints.
+
+    Raises `LabError` if the model has not exactly one interleaved RoPE."""
     require_faithful(model)
-    transforms = model.cfg.attn.keywords.get('transforms', ())
+    attn = model.cfg.attn
+    rope = _interleaved_rope(attn)
+    partial = rope.keywords.get('partial', 1.0)
     sizes = model.blocks[0].attn.sizes
-    D = model.cfg.head_dim
-    ropes = [s for s in transforms if s.func is RoPE and s.keywords.get('interleaved')]
-    if len(ropes) != 1:
-        raise LabError(f'{len(ropes)} interleaved RoPEs in {model.cfg.attn}: one is needed')
-    share = ropes[0].keywords.get('partial', 1.0)
     state = model.state_dict()
     for name, w in state.items():
-        if re.search(r'attn\.qkv\.(weight|bias|parametrizations\.weight\.original)$', name):
-            q, k, v = w.split(sizes)
-            state[name] = torch.cat(
-                [to_half_split(q, sizes[0] // D, share), to_half_split(k, sizes[1] // D, share), v]
-            )
-        elif re.search(r'attn\.transforms\.\d+\.[qk]\.weight$', name):
-            state[name] = to_half_split(w, 1, share)
-    halves = tuple(part(s, interleaved=False) if s is ropes[0] else s for s in transforms)
-    new = MiniGPT(replace(model.cfg, attn=part(model.cfg.attn, transforms=halves))).to(
-        model.tok.weight
-    )
+        if _QKV.search(name):
+            state[name] = _qkv_to_half_split(w, sizes, model.cfg.head_dim, partial)
+        elif _QK_NORM.search(name):
+            state[name] = to_half_split(w, 1, partial)
+    transforms = []
+    for transform in attn.keywords['transforms']:
+        transforms.append(part(rope, interleaved=False) if transform is rope else transform)
+    cfg = replace(model.cfg, attn=part(attn, transforms=tuple(transforms)))
+    new = MiniGPT(cfg).to(model.tok.weight)  # its device and precision
     new.load_state_dict(state)
     return new.train(model.training)
 
 # %% ../nbs/31_positions.ipynb #92ead527
 def linear_scaling(freq: Tensor, factor: float) -> Tensor:  # (D/2,) → (D/2,)
-    "All hands slower by `factor`: position interpolation (Chen et al. 2023, eq. 4)"
+    "All frequencies divided by `factor`: position interpolation (Chen et al. 2023, eq. 4)"
     return freq / factor
 
 
@@ -175,11 +231,13 @@ def llama3_scaling(
     low=1.0,
     high=4.0,
     original=8192,  # length of text of the training, in tokens
-) -> Tensor:
-    """Slower by `factor` where a hand makes fewer than `low` rounds in the original text, as it is
-    above `high` (Llama 3.1)"""
+) -> Tensor:  # radians per token, (D/2,)
+    """Frequencies divided by `factor` where they make fewer than `low` rounds in the original text,
+    unchanged above `high` rounds, and in between a mixture (Dubey et al. 2024, Llama 3.1).
+
+    Raises `LabError` unless low < high."""
     if not low < high:
         raise LabError(f'low={low!r}, high={high!r}: low must be below high')
     rounds = original * freq / (2 * math.pi)
-    share = ((rounds - low) / (high - low)).clamp(0, 1)
-    return freq * (share + (1 - share) / factor)
+    unchanged = ((rounds - low) / (high - low)).clamp(0, 1)  # 1 at `high` and above, 0 below `low`
+    return freq * (unchanged + (1 - unchanged) / factor)

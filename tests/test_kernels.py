@@ -1,5 +1,5 @@
-"""`sparse` and `kernels`: what skips work says the same as what does all of it, for every pattern,
-shape, way back and model.
+"""`sparse` and `kernels`: what skips work gives the same as what does all of it, for every pattern,
+shape, backward pass and model.
 
 The oracle is a softmax over all pairs in float64, masked by the pattern asked pair by pair. No
 kernel of PyTorch and no plan is in it."""
@@ -21,6 +21,7 @@ from llm_lab.gqa import GQA, kv_heads
 from llm_lab.kernels import (
     Plan,
     SparseAttention,
+    attention_stats,
     sparse_attention,
     block_mask,
     cover,
@@ -357,6 +358,40 @@ def test_a_run_reads_its_gauges_in_validation_only(tmp_path):
     Here.texts['corpus'] = Corpus('some', dict(val=['a']))
     said = [TrainingRun.validate(Here, run) for _ in range(2)]
     assert said[0] == said[1] and 'attn0_far' in said[0]
+
+
+def test_the_statistics_are_those_of_the_weights():
+    (q, k, _, _), _ = drawn(2, 4, 2, 300, 16)
+    i, rows = torch.arange(300), torch.arange(49, 300, 50)
+    seen = dense_mask(near(64), rows, i)
+    far_keys = rows[:, None] - i >= 32
+    with torch.no_grad():
+        # values that are the unit vectors: what is read are the weights themselves
+        w = scaled_dot_product(q[:, :, rows], k, torch.eye(300).expand(2, 2, -1, -1), seen)
+    read = attention_stats(q[:, :, rows], k, seen, far_keys)
+    share = -(w * w.clamp_min(1e-30).log()).sum(-1) / seen.sum(-1).log()
+    close = dict(atol=1e-5, rtol=0)
+    torch.testing.assert_close(read['far'], (w * far_keys).sum(-1).mean((0, 2)), **close)
+    torch.testing.assert_close(read['entropy'], share.mean((0, 2)), **close)
+    # all alike: the most
+    even = attention_stats(torch.zeros(1, 2, 6, 8), k[:1, :, :, :8], seen, seen)
+    torch.testing.assert_close(even['entropy'], torch.ones(2), **close)
+
+
+def test_a_sink_takes_nothing_some_or_all():
+    attn = SparseAttention(GPTConfig(d_model=64, n_heads=4), mask=near(64), sink=True).eval()
+    i = torch.arange(300)
+    seen = dense_mask(near(64), i, i)
+    with torch.no_grad():
+        attn.sink.copy_(torch.tensor([-99.0, 0.0, 2.0, 99.0]))
+        q, k, v = attn.project(torch.randn(1, 300, 64, generator=rng(1, 'x')))
+        got = attn.attend_heads(q, k, v, i, i, contiguous=True)
+        plain = scaled_dot_product(q, k, v, seen)
+        one_more_key = masked_attention(q, k, v, seen, attn.sink)
+    close = dict(atol=1e-5, rtol=0)
+    torch.testing.assert_close(got[:, 0], plain[:, 0], **close)  # no sink
+    torch.testing.assert_close(got[:, 3], torch.zeros_like(plain[:, 3]), **close)  # nothing else
+    torch.testing.assert_close(got, one_more_key, **close)
 
 
 def test_large_scores_do_not_overflow():
