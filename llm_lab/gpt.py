@@ -32,14 +32,11 @@ class MLP(nn.Module):
     def forward(self, x, **ctx):  # an MLP ignores the context; other parts in its slot may not
         return self.out(self.act(self.up(x)))  # (B, T, C) → (B, T, C)
 
-
-def _check_d_ff(cfg, d_ff=None, **kw):
-    "Raises `LabError` unless a width that is given is a whole number above 0"
-    if d_ff is not None and (type(d_ff) is not int or d_ff < 1):
-        raise LabError(f'd_ff={d_ff!r}: give a whole number of at least 1, or leave it out')
-
-
-MLP.check = staticmethod(_check_d_ff)
+    @staticmethod
+    def check(cfg, d_ff=None, **kw):
+        "Raises `LabError` unless a width that is given is a whole number above 0"
+        if d_ff is not None and (type(d_ff) is not int or d_ff < 1):
+            raise LabError(f'd_ff={d_ff!r}: give a whole number of at least 1, or leave it out')
 
 # %% ../nbs/22_gpt.ipynb #c8d29bc6
 class LearnedPositions(nn.Module):

@@ -38,23 +38,20 @@ class GQA(Attention):
         self.sizes = (q_rows, kv_rows, kv_rows)
         self.qkv = nn.Linear(cfg.d_model, sum(self.sizes), bias)
 
+    @staticmethod
+    def check(cfg, n_kv_heads=None, **kw):
+        "Raises `LabError` unless every key and value head serves the same number of query heads"
+        Attention.check(cfg)
+        if type(n_kv_heads) is not int or n_kv_heads < 1 or cfg.n_heads % n_kv_heads:
+            raise LabError(
+                f'n_kv_heads={n_kv_heads!r} does not divide n_heads={cfg.n_heads}: '
+                f'choose from {", ".join(map(str, _divisors(cfg.n_heads)))}'
+            )
+
 # %% ../nbs/34_gqa.ipynb #f99085e9
 def _divisors(n):
     # no more than 9,999 are tried: a configuration from a file may hold any number
     return [d for d in range(1, min(n, 9999) + 1) if n % d == 0]
-
-
-def _groups_fit(cfg, n_kv_heads=None, **kw):
-    "Raises `LabError` unless every key and value head serves the same number of query heads"
-    Attention.check(cfg)
-    if type(n_kv_heads) is not int or n_kv_heads < 1 or cfg.n_heads % n_kv_heads:
-        raise LabError(
-            f'n_kv_heads={n_kv_heads!r} does not divide n_heads={cfg.n_heads}: '
-            f'choose from {", ".join(map(str, _divisors(cfg.n_heads)))}'
-        )
-
-
-GQA.check = staticmethod(_groups_fit)
 
 # %% ../nbs/34_gqa.ipynb #5fff4b89
 def kv_heads(cfg: GPTConfig) -> int:

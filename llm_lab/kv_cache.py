@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .core import LabError, progress, rng
 from .self_attention import Attention, causal
 from .gpt import MiniGPT, caches_of
-from .parts import part
+from .parts import mask_hooks, part
 from llm_lab.sampling import (
     DecodeStream,
     DecodingState,
@@ -119,6 +119,22 @@ class CacheTransform(nn.Module):
             )
         k, v, j = kept.add(k, v, j)
         return q, k, v, i, j
+
+    @staticmethod
+    def check(cfg, size=None):
+        "Raises `LabError` where a cache of `size` would forget what its mask still reads"
+        if size is None:
+            return
+        for attn in _attentions(cfg.attn):
+            mask = attn.keywords.get('mask', part(causal))
+            need = lookback(mask)
+            if not _has_cache_of(attn, size):
+                continue  # the check is of another attention's cache
+            if need is None or _window_size(size) < need:
+                raise LabError(
+                    f'size={size} is too small a cache for {mask}, which reads '
+                    f'{need or "all"} keys: use with_kv_cache(model)'
+                )
 
 # %% ../nbs/35_kv_cache.ipynb #45133943
 def lookback(mask: part):  # an int, or None for all
@@ -359,15 +375,6 @@ def held_cache_bytes(cache: dict) -> int:
     return total
 
 # %% ../nbs/35_kv_cache.ipynb #5cba9f6d
-def sliding_window(
-    i,  # query positions, (T, 1)
-    j,  # key positions, (S,)
-    size: int,  # keys each query may attend to, itself included
-) -> Tensor:  # bool (T, S): may query i attend to key j?
-    "The last `size` keys, and never the future (Beltagy et al. 2020, §3.1)"
-    return (j <= i) & (i - j < size)
-
-
 def _window_size(size):
     "`size`, where it can be that of a window"
     if type(size) is not int or size < 1:  # `type`, because True is an int, too
@@ -375,8 +382,18 @@ def _window_size(size):
     return size
 
 
-sliding_window.lookback = _window_size
-sliding_window.check = lambda cfg, size=None, **kw: _window_size(size)
+def _check_window(cfg, size=None, **kw):
+    _window_size(size)
+
+
+@mask_hooks(lookback=_window_size, check=_check_window)
+def sliding_window(
+    i,  # query positions, (T, 1)
+    j,  # key positions, (S,)
+    size: int,  # keys each query may attend to, itself included
+) -> Tensor:  # bool (T, S): may query i attend to key j?
+    "The last `size` keys, and never the future (Beltagy et al. 2020, §3.1)"
+    return (j <= i) & (i - j < size)
 
 # %% ../nbs/35_kv_cache.ipynb #c2492704
 class RollingCache(KVCache):
@@ -437,22 +454,3 @@ def _has_cache_of(attn, size):
         if isinstance(t, part) and t.func is CacheTransform and t.keywords.get('size') == size:
             return True
     return False
-
-
-def _keeps_enough(cfg, size=None):
-    "Raises `LabError` where a cache of `size` would forget what its mask still reads"
-    if size is None:
-        return
-    for attn in _attentions(cfg.attn):
-        mask = attn.keywords.get('mask', part(causal))
-        need = lookback(mask)
-        if not _has_cache_of(attn, size):
-            continue  # the check is of another attention's cache
-        if need is None or _window_size(size) < need:
-            raise LabError(
-                f'size={size} is too small a cache for {mask}, which reads '
-                f'{need or "all"} keys: use with_kv_cache(model)'
-            )
-
-
-CacheTransform.check = staticmethod(_keeps_enough)

@@ -168,17 +168,14 @@ class Attention(nn.Module):
         heads = self.attend_heads(q, k, v, i, j, contiguous, **ctx)  # (B, H, T, D)
         return self.out(heads.transpose(1, 2).flatten(2))
 
-# %% ../nbs/21_self_attention.ipynb #b20a4289
-def _check_heads(cfg, **kw):
-    "Raises `LabError` unless the heads share the channels evenly, or have a size of their own"
-    if not cfg.d_head and cfg.d_model % cfg.n_heads:
-        # the bound keeps the search short, also for a slip such as d_model=10**9
-        divisors = [n for n in range(1, min(cfg.d_model, 9999) + 1) if cfg.d_model % n == 0]
-        nearest_two = sorted(divisors, key=lambda n: abs(n - cfg.n_heads))[:2]
-        raise LabError(
-            f'n_heads={cfg.n_heads} does not divide d_model={cfg.d_model}: '
-            f'use {" or ".join(map(str, sorted(nearest_two)))} heads, or give d_head'
-        )
-
-
-Attention.check = staticmethod(_check_heads)
+    @staticmethod
+    def check(cfg, **kw):
+        "Raises `LabError` unless the heads share the channels evenly, or have a size of their own"
+        if not cfg.d_head and cfg.d_model % cfg.n_heads:
+            # the bound keeps the search short, also for a slip such as d_model=10**9
+            divisors = [n for n in range(1, min(cfg.d_model, 9999) + 1) if cfg.d_model % n == 0]
+            nearest_two = sorted(divisors, key=lambda n: abs(n - cfg.n_heads))[:2]
+            raise LabError(
+                f'n_heads={cfg.n_heads} does not divide d_model={cfg.d_model}: '
+                f'use {" or ".join(map(str, sorted(nearest_two)))} heads, or give d_head'
+            )
