@@ -340,20 +340,17 @@ class Router(nn.Module):
             self.note(counts, p)
         return w.to(x.dtype), chosen, counts
 
+    @staticmethod
+    def check(cfg, choose=part(top_k_softmax), balance=0.01, z=0.001, bias_rate=0.0, **kw):
+        if not isinstance(choose, part):
+            raise LabError(f'choose={choose!r}: give a recipe, such as part(softmax_top_k)')
+        for k, v in dict(balance=balance, z=z, bias_rate=bias_rate).items():
+            if not _is_number(v) or not 0 <= v < math.inf:
+                raise LabError(f'{k}={v!r}: give 0 or a little more, such as 0.001')
+
 
 def _is_number(v):
     return isinstance(v, (int, float)) and not isinstance(v, bool)
-
-
-def _known_router(cfg, choose=part(top_k_softmax), balance=0.01, z=0.001, bias_rate=0.0, **kw):
-    if not isinstance(choose, part):
-        raise LabError(f'choose={choose!r}: give a recipe, such as part(softmax_top_k)')
-    for k, v in dict(balance=balance, z=z, bias_rate=bias_rate).items():
-        if not _is_number(v) or not 0 <= v < math.inf:
-            raise LabError(f'{k}={v!r}: give 0 or a little more, such as 0.001')
-
-
-Router.check = staticmethod(_known_router)
 
 # %% ../nbs/51_moe.ipynb #1939b017
 @patch
@@ -496,30 +493,31 @@ class MoE(nn.Module):
                 m.rows = rows
         return self.experts(table)
 
-# %% ../nbs/51_moe.ipynb #83d1cc80
-def _experts_fit(
-    cfg,
-    n_experts=8,
-    top_k=2,
-    expert=part(SwiGLU),
-    shared=0,
-    capacity=None,
-    router=part(Router),
-    **kw,
-):
-    for k, v, least in (('n_experts', n_experts, 1), ('top_k', top_k, 1), ('shared', shared, 0)):
-        if type(v) is not int or v < least:
-            raise LabError(f'{k}={v!r}: give a whole number of at least {least}')
-    if top_k > n_experts:
-        raise LabError(f'top_k={top_k}: there are {n_experts} experts; give at most that')
-    if capacity is not None and not (_is_number(capacity) and 0 < capacity < math.inf):
-        raise LabError(f'capacity={capacity!r}: give a factor such as 1.25, or leave it out')
-    for k, v, example in (('expert', expert, 'SwiGLU'), ('router', router, 'Router')):
-        if not isinstance(v, part):
-            raise LabError(f'{k}={v!r}: give a recipe, such as part({example})')
-
-
-MoE.check = staticmethod(_experts_fit)
+    @staticmethod
+    def check(
+        cfg,
+        n_experts=8,
+        top_k=2,
+        expert=part(SwiGLU),
+        shared=0,
+        capacity=None,
+        router=part(Router),
+        **kw,
+    ):
+        for k, v, least in (
+            ('n_experts', n_experts, 1),
+            ('top_k', top_k, 1),
+            ('shared', shared, 0),
+        ):
+            if type(v) is not int or v < least:
+                raise LabError(f'{k}={v!r}: give a whole number of at least {least}')
+        if top_k > n_experts:
+            raise LabError(f'top_k={top_k}: there are {n_experts} experts; give at most that')
+        if capacity is not None and not (_is_number(capacity) and 0 < capacity < math.inf):
+            raise LabError(f'capacity={capacity!r}: give a factor such as 1.25, or leave it out')
+        for k, v, example in (('expert', expert, 'SwiGLU'), ('router', router, 'Router')):
+            if not isinstance(v, part):
+                raise LabError(f'{k}={v!r}: give a recipe, such as part({example})')
 
 # %% ../nbs/51_moe.ipynb #59067b3c
 def moe_reference(moe: MoE, x: Tensor) -> Tensor:
