@@ -108,8 +108,9 @@ def ratio(over, under):
 
 
 def ratio_interval(over, under):
-    """The 95 % interval of `ratio`, [low, high], from the order of the ratios alone; None for fewer
-    than six rounds, where no such interval exists.
+    """The 95 % interval of `ratio`, [low, high], from nothing but the order of the ratios.
+
+    None for fewer than six rounds, where no such interval exists.
 
     Each ratio lies below the true median with probability 1/2, so the number of those that do is
     binomial: the k smallest and the k largest are left out, where k is the largest number that
@@ -123,7 +124,7 @@ def ratio_interval(over, under):
     while below + math.comb(n, k + 1) / 2**n <= 0.025:
         k += 1
         below += math.comb(n, k) / 2**n
-    return [ratios[k], ratios[n - 1 - k]]
+    return [round(ratios[k], 4), round(ratios[n - 1 - k], 4)]
 
 
 # ---- processes that take turns

@@ -27,28 +27,28 @@ batch and trains nothing. `--full` is for a GPU: 12 layers of width 512, longer 
 pairs, RoPE on half of the channels where layers are not global, and books of PG-19 as a third
 lesson. About 25 minutes on two cores."""
 
-import argparse
 import hashlib
-import json
 import math
-from concurrent.futures import ProcessPoolExecutor
+import sys
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from random import Random
-from statistics import mean, stdev
+from statistics import mean
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import bench
 
 from llm_lab.kv_cache import sliding_window
 from llm_lab.gpt import MiniGPT
 from llm_lab.self_attention import causal, dense_mask
 from llm_lab.parts import part
 from llm_lab.kernels import SparseAttention
-from llm_lab.hardware import device, machine
-from llm_lab.core import progress
+from llm_lab.hardware import device
 from llm_lab.files import atomic_write
 from llm_lab.positions import RoPE
 from llm_lab.llama_block import llama
@@ -69,7 +69,8 @@ from texts import (
     recall_row,
 )
 
-HERE, SEEDS = Path(__file__).parent, (1, 2, 3)
+HERE = Path(__file__).parent
+SEEDS = (1, 2, 3)
 NEAR = part(sliding_window, size=64)
 LINKED = part(or_masks, of=(NEAR, part(expander_links, degree=6, beyond=64)))
 PATTERNS = dict(
@@ -82,10 +83,12 @@ PATTERNS = dict(
 
 
 def layers(name, size):
+    "The pattern of each layer"
     return [PATTERNS[name][n % len(PATTERNS[name])] for n in range(size.n_layers)]
 
 
 def model(name, size, seed):
+    "The model whose layers take turns with the patterns of this name"
     steps = lambda p: (part(RoPE, partial=0.5),) if size.full and p != part(causal) else ()
     attn = part(
         alternate, of=[part(SparseAttention, mask=p, transforms=steps(p)) for p in PATTERNS[name]]
@@ -178,18 +181,23 @@ def cell(kind, name, seed, size):
     """One lesson and its tests on all lengths; kept in a file, with the weights that the next
     lesson goes on from"""
 
-    def at(kind, end):
-        key = hashlib.sha256(repr((size, PATTERNS[name], LESSONS[kind][3:])).encode()).hexdigest()[
-            :8
-        ]
-        return HERE / 'runs' / f'{kind}-{name}-{key}-{seed}.{end}'
+    file = path_of(kind, name, seed, size, 'json')
+    return bench.kept(file, lambda: learn(kind, name, seed, size))
 
-    if at(kind, 'json').exists():
-        return json.loads(at(kind, 'json').read_text())
+
+def path_of(kind, name, seed, size, end):
+    "Where a cell is kept: what it depends on is in the name"
+    made_of = repr((size, PATTERNS[name], LESSONS[kind][3:]))
+    key = hashlib.sha256(made_of.encode()).hexdigest()[:8]
+    return HERE / 'runs' / f'{kind}-{name}-{key}-{seed}.{end}'
+
+
+def learn(kind, name, seed, size):
+    "The run of a cell, on one thread; the weights are written before its figures"
     torch.set_num_threads(1)
     net = model(name, size, seed)
     if kind == 'facts':
-        net.load_state_dict(load_file(at('recall', 'safetensors')))
+        net.load_state_dict(load_file(path_of('recall', name, seed, size, 'safetensors')))
     batch, loss, test, steps, lr = LESSONS[kind]
     run = fit(
         net.to(device()),
@@ -201,24 +209,19 @@ def cell(kind, name, seed, size):
     )
     with torch.no_grad():
         tests = {T: test(net.eval(), name, size, T) for T in size.lengths}
-    with atomic_write(at(kind, 'safetensors')) as f:
+    with atomic_write(path_of(kind, name, seed, size, 'safetensors')) as f:
         save_file(net.state_dict(), f)
-    with atomic_write(at(kind, 'json')) as f:
-        f.write_text(
-            json.dumps(
-                dict(
-                    tests=tests,
-                    losses=run.losses[::10],
-                    params=net.n_params,
-                    train_s=round(run.seconds, 1),
-                )
-            )
-        )
-    return json.loads(at(kind, 'json').read_text())
+    return dict(
+        tests=tests,
+        losses=run.losses[::10],
+        params=net.n_params,
+        train_s=round(run.seconds, 1),
+    )
 
 
 def reach_table(name, size, T):
-    "Share of the past that the last token has heard of after each layer, in all and by distance"
+    """Share of the past that is in the last token's receptive field after each layer, in all and by
+    distance"""
     found = receptive_field(layers(name, size), T, n_heads=size.n_heads).flip(1)  # by distance
     return dict(
         all=[round(x, 4) for x in found.float().mean(1).tolist()],
@@ -232,8 +235,8 @@ def reach_table(name, size, T):
 def rows_of(cells, name, size):
     """What one pattern did: means over seeds with half of the 95 % interval (Student's t), and what
     can be reached"""
-    one, t = cells['recall'][0], {2: 12.706, 3: 4.303}
-    interval = lambda xs: [round(mean(xs), 4), round(t[len(xs)] * stdev(xs) / len(xs) ** 0.5, 4)]
+    one = cells['recall'][0]
+    interval = lambda values: [round(x, 4) for x in bench.interval(values)]
     said = dict(
         params=one['params'],
         train_s={k: round(mean(c['train_s'] for c in cs), 1) for k, cs in cells.items()},
@@ -245,7 +248,8 @@ def rows_of(cells, name, size):
         **{k: {} for k in cells if k != 'recall'},
     )
     for T in map(str, size.lengths):
-        by, links = ([c['tests'][T][k] for c in cells['recall']] for k in ('by', 'links'))
+        by = [c['tests'][T]['by'] for c in cells['recall']]
+        links = [c['tests'][T]['links'] for c in cells['recall']]
         said['recall'][T] = {d: interval([b[d][0] / b[d][1] for b in by]) for d in by[0]}
         said['asked'][T] = {d: b[1] for d, b in by[0].items()}
         said['linked'][T] = {d: round(b[2] / b[1], 4) for d, b in by[0].items()}
@@ -304,17 +308,15 @@ def dry(size):
 
 
 def main(jobs, size):
-    cells, kinds = {}, [*LESSONS][: 2 + size.full]
-    with ProcessPoolExecutor(jobs) as pool:
-        for kind in kinds:
-            grid = [(kind, n, s, size) for s in SEEDS for n in PATTERNS]
-            cells |= zip(
-                [g[:3] for g in grid],
-                progress((map if size.full else pool.map)(cell, *zip(*grid)), kind, len(grid)),
-            )
-    rows = {
-        n: rows_of({k: [cells[k, n, s] for s in SEEDS] for k in kinds}, n, size) for n in PATTERNS
-    }
+    cells = {}
+    kinds = list(LESSONS) if size.full else ['recall', 'facts']
+    for kind in kinds:  # one after the other: a lesson goes on from the weights of the one before
+        grid = [(kind, n, s, size) for s in SEEDS for n in PATTERNS]
+        cells |= bench.run_cells(cell, grid, jobs, kind)
+    rows = {}
+    for n in PATTERNS:
+        mine = {k: [cells[k, n, s, size] for s in SEEDS] for k in kinds}
+        rows[n] = rows_of(mine, n, size)
     show(rows)
     return dict(
         chance=1 / size.values,
@@ -322,25 +324,19 @@ def main(jobs, size):
         seeds=SEEDS,
         rows=rows,
         jobs=jobs,
-        **{**machine(), 'threads': 1},
+        **bench.one_thread(),
     )
 
 
 if __name__ == '__main__':
-    ap = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    ap.add_argument('--jobs', type=int, default=2, help='runs at a time, one thread each')
+    ap = bench.parser(__doc__, jobs=2)
     ap.add_argument('--full', action='store_true', help='sizes for a GPU, and PG-19')
     ap.add_argument(
         '--dry', action='store_true', help='build every model and a batch, train nothing'
     )
-    ap.add_argument('--save', action='store_true', help='keep the last line in result.json')
     a = ap.parse_args()
     size = FULL if a.full else Size()
     if a.dry:
-        raise SystemExit(dry(size))
-    line = json.dumps(main(1 if a.full else a.jobs, size))
-    if a.save:
-        (HERE / 'result.json').write_text(line + '\n', encoding='utf-8')
-    print(line)
+        dry(size)
+    else:
+        bench.report(__file__, main(1 if a.full else a.jobs, size), a.save)
