@@ -11,6 +11,7 @@ import time
 
 import pytest
 from cases import HANG, cases
+from helpers import ended, in_a_process as llm_lab
 
 from llm_lab.chars import CharTokenizer
 from llm_lab.gpt import GPTConfig, MiniGPT
@@ -26,18 +27,6 @@ def env(home, **more):
         'LLM_LAB_HOME': str(home),
         **more,
     }
-
-
-def llm_lab(home, *argv, **kw):
-    return subprocess.run(
-        [*RUN, *argv],
-        env=env(home, **kw.pop('env', {})),
-        cwd=home,
-        capture_output=True,
-        text=True,
-        timeout=HANG,
-        **kw,
-    )
 
 
 @pytest.fixture
@@ -181,10 +170,6 @@ def life(run):
         os._exit(0)
     except BaseException:
         os._exit(1)
-
-
-def ended(pid):
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='Windows has no SIGKILL')

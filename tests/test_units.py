@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import HANG, cases, some
+from helpers import json_lines, one_line, typed
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
@@ -40,16 +41,6 @@ from llm_lab.train import fit, mean_loss, read_split, token_losses, windows_at_o
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.usefixtures('one_thread')
 TEXT_KEYS = [p for p, f in _PATHS.items() if f.type is str and not f.metadata.get('of')]
-
-
-def typed(*argv):
-    "(exit code, what was printed, what was printed as an error) of `llm-lab`"
-    with redirect_stderr(io.StringIO()) as err, redirect_stdout(io.StringIO()) as out:
-        try:
-            code = cli.main([str(a) for a in argv])
-        except SystemExit as e:
-            code = e.code
-    return code, out.getvalue(), err.getvalue()
 
 
 # ---- texts are texts
@@ -159,9 +150,7 @@ def test_numbers_and_recipes_are_still_read():
 )
 def test_a_text_that_a_file_would_lose_is_told(tmp_path, text, words):
     (tmp_path / 'c.yaml').write_text(text)
-    with pytest.raises(LabError) as e:
-        read_config(tmp_path / 'c.yaml')
-    assert all(w in str(e.value) for w in words) and '\n' not in str(e.value), e.value
+    one_line(lambda: read_config(tmp_path / 'c.yaml'), *words)
 
 
 def test_another_tokenizer_forgets_the_size_and_only_a_size_that_was_not_typed():
@@ -933,7 +922,7 @@ def at_home(trained_home, monkeypatch):
 
 
 def rows_of(job):
-    return [json.loads(line) for line in (job.folder / 'metrics.jsonl').read_text().splitlines()]
+    return json_lines(job.folder / 'metrics.jsonl')
 
 
 def test_a_run_notes_bits_per_byte_by_the_definition(at_home):
