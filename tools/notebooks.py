@@ -1,6 +1,6 @@
 """What the tools that edit the whole book share: cells read and written, files found, `main`.
 
-Used by rename.py and move.py."""
+Used by rename.py, members.py and move.py."""
 
 import ast
 import json
@@ -9,7 +9,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = 'llm_lab'
-TOOLS = ('rename.py', 'move.py')  # names stand in them as examples: they do not edit themselves
+TOOLS = (
+    'rename.py',
+    'members.py',
+    'move.py',
+)  # names stand in them as examples: they do not edit themselves
 
 
 def source(cell):

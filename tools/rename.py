@@ -1,4 +1,4 @@
-"""Give names other names, in notebooks, modules, tests, tools and experiments: identifiers only.
+"""Give names other names, in notebooks, tests, tools and experiments: identifiers only.
 
     python tools/rename.py NAMES.json [ROOT]
 
@@ -8,6 +8,8 @@ where a module's attribute is asked for; not a variable, a parameter, a keyword 
 happens to be called so. In prose, comments and docstrings it is changed where it stands in
 backticks. Code in strings is read as code if it imports the package.
 
+Where NAMES.json is a list, it holds rules for members, keywords and parameters: see members.py.
+
 What a program cannot decide is printed: a chapter or test that already has the new name, or one
 that binds the old name a second time at its top level.
 """
@@ -16,6 +18,7 @@ import ast
 import re
 import sys
 
+from members import rename_members
 from notebooks import PACKAGE, main, put, read, scripts, source, tree, write, write_notebook
 
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
@@ -232,6 +235,8 @@ def backticks(text, module, old, new):
 
 def rename(root, names):
     "Do it; returns what has to be looked at by hand"
+    if isinstance(names, list):
+        return rename_members(root, names)
     names = {tuple(k.split('.')): v for k, v in names.items()}
     notes = []
     for p in sorted((root / 'nbs').glob('*.ipynb')):
