@@ -109,16 +109,14 @@ def model(name, size, seed):
 def direct(name, size, asked):
     "For each question: which layers let it read its pair itself, by any head, as '010'"
     i = torch.tensor([i for i, _ in asked])
-    seen = [
-        dense_mask(p, i, i - torch.tensor([d for _, d in asked]), size.n_heads, n).expand(
-            1, size.n_heads, len(i), len(i)
-        )
-        for n, p in enumerate(layers(name, size))
-    ]
-    return [
-        ''.join(map(str, one))
-        for one in zip(*[s[0].any(0).diagonal().int().tolist() for s in seen])
-    ]
+    distances = torch.tensor([d for _, d in asked])
+    by_layer = []
+    for n, pattern in enumerate(layers(name, size)):
+        seen = dense_mask(pattern, i, i - distances, size.n_heads, n)
+        # may question a see pair b, by each head: the diagonal is each question with its own pair
+        seen = seen.expand(1, size.n_heads, len(i), len(i))[0]
+        by_layer.append(seen.any(0).diagonal().int().tolist())
+    return [''.join(map(str, one)) for one in zip(*by_layer)]
 
 
 def recall_test(net, name, size, T):
@@ -128,20 +126,21 @@ def recall_test(net, name, size, T):
     links = {}
     for n in range(size.texts):
         r = Random(f'test/{T}/{n}')
-        ids, asked = recall_row(
-            T,
-            [r.randint(d * 3 // 4, d - 4) for d in (bins(T) * size.keys)[n : n + size.keys]],
-            size,
-            n,
-        )
+        # each text begins with another bin, so that all bins are asked about equally often
+        some_bins = (bins(T) * size.keys)[n : n + size.keys]
+        distances = [r.randint(d * 3 // 4, d - 4) for d in some_bins]
+        ids, asked = recall_row(T, distances, size, n)
         ids = torch.tensor(ids, device=device())
         right = (net(ids[None, :-1])[0].argmax(-1) == ids[1:]).tolist()
         for (i, d), seen in zip(asked, direct(name, size, asked)):
-            far = links.setdefault(seen, [0, 0]) if d >= 64 else [0, 0]
-            for k, x in enumerate((right[i], 1, '1' in seen)):
-                by[bin_of(d)][k] += x
-                if k < 2:
-                    far[k] += x
+            counts = by[bin_of(d)]
+            counts[0] += right[i]
+            counts[1] += 1
+            counts[2] += '1' in seen
+            if d >= 64:  # beyond the window
+                far = links.setdefault(seen, [0, 0])
+                far[0] += right[i]
+                far[1] += 1
     return dict(by=by, links=links)
 
 
@@ -150,27 +149,30 @@ def bits_test(net, texts):
     by = {}
     for ids, exact, kinds in texts:
         ids = torch.tensor(ids, device=device()).long()
-        losses = F.cross_entropy(
-            net(ids[None, :-1])[0], ids[1:], reduction='none'
-        ).double() / math.log(2)
-        for x in zip(losses.tolist(), exact[1:], kinds[1:]):
-            got = by.setdefault(str(x[2] if isinstance(x[2], str) else bin_of(x[2])), [0.0, 0.0, 0])
-            for k, v in enumerate((*x[:2], 1)):
-                got[k] += v
+        nats = F.cross_entropy(net(ids[None, :-1])[0], ids[1:], reduction='none')
+        bits = (nats.double() / math.log(2)).tolist()
+        for got, wanted, kind in zip(bits, exact[1:], kinds[1:]):
+            key = kind if isinstance(kind, str) else str(bin_of(kind))
+            sums = by.setdefault(key, [0.0, 0.0, 0])
+            sums[0] += got
+            sums[1] += wanted
+            sums[2] += 1
     return by
 
 
 def facts_test(net, name, size, T):
+    "What `bits_test` gives on texts of the language"
     return bits_test(net, [facts_row(T, size, f'test/{T}/{n}') for n in range(size.texts)])
 
 
-def books_test(net, name, size, T):  # by place in the text: does more past help?
+def books_test(net, name, size, T):
+    "By the position in a book: does more past help?"
     cut = books('val', 50)[: size.texts * (T + 1)].view(-1, T + 1).tolist()
     return bits_test(net, [(ids, [0.0] * (T + 1), range(T + 1)) for ids in cut])
 
 
 LESSONS = dict(
-    # one after the other; shares of steps and rate
+    # one after the other: batches, loss, test, and the shares of the steps and of the rate
     recall=(recall_batch, recall_loss, recall_test, 1, 1),
     facts=(facts_batch, next_token_loss, facts_test, 1, 0.4),
     books=(books_batch, next_token_loss, books_test, 1, 0.5),
