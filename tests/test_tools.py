@@ -576,15 +576,10 @@ def test_what_a_program_cannot_decide_is_told(tmp_path):
 
 def renamed(root, names, module, test='', prose='', second='pass'):
     "What a book of one chapter `files` and one test is after the renaming"
-    sources = ['#| default_exp files', '#| export\n' + module, second]
-    cells = [dict(cell_type='markdown', id='t', metadata={}, source='# T\n\n> why\n\n' + prose)]
-    for n, text in enumerate(sources):
-        cell = dict(cell_type='code', id=str(n), metadata={}, outputs=[], source=text)
-        cells.append(cell | dict(execution_count=None))
     (root / 'nbs').mkdir()
     (root / 'tests').mkdir()
-    path = root / 'nbs' / '02_files.ipynb'
-    path.write_text(json.dumps(dict(metadata={}, cells=cells, nbformat=4, nbformat_minor=5)))
+    sources = ['# T\n\n> why\n\n' + prose, '#| default_exp files', '#| export\n' + module, second]
+    path = notebook(root / 'nbs' / '02_files.ipynb', *sources)
     (root / 'tests' / 'test_a.py').write_text(test)
     (root / 'names.json').write_text(json.dumps(names))
     out = tool('rename.py', root / 'names.json', root)

@@ -15,11 +15,13 @@ import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from cases import HANG, cases, some
+import helpers
 from helpers import json_lines, one_line, typed
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
@@ -488,10 +490,7 @@ def test_the_rates_of_a_run_are_those_of_torch(warmup, min_lr):
     assert mine == pytest.approx(by_torch(100, warmup, 0.004, min_lr), rel=1e-6, abs=1e-9)
 
 
-def tiny_model(**more):
-    return MiniGPT(
-        GPTConfig(**{**dict(vocab_size=9, d_model=8, n_layers=1, n_heads=1, max_len=8), **more})
-    )
+tiny_model = partial(helpers.tiny_model, vocab_size=9)
 
 
 def test_fit_obeys_warmup_and_min_lr():
