@@ -24,6 +24,15 @@ def pytest_configure(config):
             signal.signal(number, lambda *said: None)
 
 
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    "An empty home, in which we stand; no text of this machine is known to it"
+    monkeypatch.setenv('LLM_LAB_HOME', str(tmp_path))
+    monkeypatch.delenv('LLM_LAB_DATA', raising=False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 @pytest.fixture(scope='module')
 def one_thread():
     """PyTorch on one thread: tiny models are faster so, and their sums always go in one order.

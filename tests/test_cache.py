@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import cases, crossed, some
+from helpers import near, shaken
 
 from llm_lab.bpe import BPETokenizer
 from llm_lab.kv_cache import (
@@ -84,20 +85,8 @@ plain = torch.no_grad()(lambda model, *args, **ctx: model(*args, **ctx))
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 
-def shaken(cfg, seed=0):
-    model, draw = MiniGPT(cfg, seed).eval(), rng(seed, 'shaken')
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.15 * torch.randn(p.shape, generator=draw))
-    return model
-
-
 def ids_of(seed, B, n=T):
     return torch.randint(30, (B, n), generator=rng(seed, 'ids'))
-
-
-def near(a, b, eps=1e-5):
-    assert (worst := (a - b).abs().max().item()) <= eps * max(1.0, b.abs().max().item()), worst
 
 
 def in_pieces(model, ids, cut, pad=None):

@@ -7,7 +7,6 @@ another config of the same name, and one that only tried. Five hundred times som
 changed: a file of the run is damaged, a checkpoint moved, the config edited, the text replaced,
 the environment another. Then a fork of this process runs `llm-lab train … --resume`."""
 
-import hashlib
 import json
 import os
 import re
@@ -32,6 +31,7 @@ from safetensors.torch import load as tensors_from
 from safetensors.torch import save as tensor_bytes
 
 from cases import some
+from helpers import file_hash, json_lines
 from llm_lab import cli, runs
 from llm_lab.checkpoint import CLOCKS
 from llm_lab.config import SECTIONS, as_data, read_config, write_config
@@ -59,14 +59,10 @@ def text(seed, lines=60):
     return '\n'.join(' '.join(luck.choices(WORDS, k=6)) for _ in range(lines)) + '\n'
 
 
-def sha(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def rows(path):
     "The lines of a .jsonl file, without what the clock says"
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return [{k: v for k, v in json.loads(r).items() if k not in CLOCKS} for r in lines]
+    lines = json_lines(path) if path.is_file() else []
+    return [{k: v for k, v in row.items() if k not in CLOCKS} for row in lines]
 
 
 class World:
@@ -158,7 +154,7 @@ class World:
         "(hashes of weights, memory and losses at the last step, rows of the log, samples)"
         folder = folder or self.run
         last = max((folder / 'checkpoints').glob('step-*'), key=lambda p: p.name)
-        bits = [sha(last / f'{name}.safetensors') for name in ('model', 'optimizer')]
+        bits = [file_hash(last / f'{name}.safetensors') for name in ('model', 'optimizer')]
         return last.name, bits, *(rows(folder / f'{name}.jsonl') for name in ('metrics', 'samples'))
 
 
@@ -210,7 +206,7 @@ def verdict(w, change):
     w.again()
     change.do(w)
     before = {
-        p: sha(p) for p in w.run.rglob('*') if p.is_file() and p.name not in ('.lock', '.pid')
+        p: file_hash(p) for p in w.run.rglob('*') if p.is_file() and p.name not in ('.lock', '.pid')
     }
     code, out, err = w.life(
         'train', *change.argv, *([] if '--resume' in change.argv else ['--resume']), **change.how
@@ -220,7 +216,9 @@ def verdict(w, change):
     if code == 1:
         assert err.count('\n') == 1 and err.startswith('llm-lab: ') and len(err) < 1000, told
         assert any(str(n) in err for n in change.names), (change.names, told)
-        assert {p: sha(p) for p in before if p.is_file()} == before, told  # nothing was cleared
+        assert {p: file_hash(p) for p in before if p.is_file()} == before, (
+            told
+        )  # nothing was cleared
         return 'refused'
     if change.says == 'new':  # there is nothing to go on with, and it says so
         assert 'there is no run of' in out and 'a new one begins' in out, told

@@ -3,7 +3,6 @@ made to fail, each file damaged."""
 
 import ast
 import errno
-import hashlib
 import json
 import math
 import os
@@ -21,6 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import ALL, HANG, cases, crossed, some
+from helpers import file_hash, one_line
 from safetensors import SafetensorError
 from safetensors.torch import load as tensors_from
 from test_layers import cells, plain
@@ -99,7 +99,7 @@ def same(a, b):
 
 
 def digests(place):
-    return [hashlib.sha256((place / f).read_bytes()).hexdigest() for f in (WEIGHTS, MEMORY)]
+    return [file_hash(place / f) for f in (WEIGHTS, MEMORY)]
 
 
 def resumed(folder, at, *saves, begin=begin, then=lambda run: None, **kw):
@@ -109,15 +109,6 @@ def resumed(folder, at, *saves, begin=begin, then=lambda run: None, **kw):
     assert run.step == at
     then(run)
     return go(run, batch, *saves, **kw)
-
-
-def fails(f, *words):
-    "The one line of a `LabError` that holds these words"
-    with pytest.raises(LabError) as e:
-        f()
-    said = str(e.value)
-    assert '\n' not in said and all(w in said for w in words), said
-    return said
 
 
 # ---- exact resume
@@ -535,7 +526,7 @@ def test_a_thousand_flipped_bits_and_a_thousand_cut_files_are_refused_by_name(go
             for damaged in many:
                 (place / f).write_bytes(damaged)
                 unread.clear()
-                said = fails(load, str(place / f))
+                said = one_line(load, str(place / f))
                 refused[kind] += 1
                 assert unread == [] and said.count('.safetensors') == f.count('.safetensors')
                 if f.endswith('.safetensors'):
@@ -557,7 +548,7 @@ def test_every_single_bit_of_the_manifest_matters(good, unread):
     old = (place / 'manifest.json').read_bytes()
     for bit in some(range(8 * len(old))):
         (place / 'manifest.json').write_bytes(flipped(old, bit))
-        fails(load, str(place / 'manifest.json'))
+        one_line(load, str(place / 'manifest.json'))
     assert unread == []
 
 
@@ -566,7 +557,7 @@ def test_a_checkpoint_without_one_of_its_files_is_refused_by_name(good, unread):
     for f in sorted(p.name for p in place.iterdir()):
         old = (place / f).read_bytes()
         (place / f).unlink()
-        fails(load, str(place), f)
+        one_line(load, str(place), f)
         (place / f).write_bytes(old)
     assert unread == []
 
@@ -611,7 +602,7 @@ def test_a_pickle_in_the_place_of_a_folder_is_refused_unread(suffix, evil, tmp_p
     run = begin()[0]
     for read in (resolve, load, lambda path: CheckpointManager(tmp_path, TOK).load(run, path)):
         # noqa: B023
-        said = fails(lambda: read(path), str(path), 'give the folder of a saved model')
+        said = one_line(lambda: read(path), str(path), 'give the folder of a saved model')
         assert suffix in ('.safetensors', '') or 'may be a pickle' in said
     assert not marker.exists()
 
@@ -637,9 +628,9 @@ def test_a_pickle_in_the_place_of_any_file_of_a_sealed_checkpoint_is_refused(evi
             if not f.endswith(('manifest.json', 'package.json')):
                 resealed(place)
             if f in (WEIGHTS, MEMORY, 'state.json', 'manifest.json'):
-                fails(resume, str(place / f))
+                one_line(resume, str(place / f))
             if f in opens | {'package.json'}:
-                fails(lambda: load(place), f)
+                one_line(lambda: load(place), f)
             for p, content in old.items():
                 p.write_bytes(content)
     resume()
@@ -891,7 +882,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
     first(run)
     for step in (5, 10, 20):
         # noqa: B023
-        fails(
+        one_line(
             lambda: CheckpointManager(tmp_path, TOK)(at_step(begin()[0], step)),
             'step-000010',
             f'on the way to step {step}',
@@ -902,7 +893,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
     heirs[0][0](at_step(heirs[0][1], 20))
     taken = digests(first.folder_of(20))
     for step in (15, 20, 30):
-        fails(lambda: heirs[1][0](at_step(heirs[1][1], step)), 'step-000020')  # noqa: B023
+        one_line(lambda: heirs[1][0](at_step(heirs[1][1], step)), 'step-000020')  # noqa: B023
     assert (
         first.steps() == [10, 20]
         and digests(first.folder_of(10)) == before
@@ -925,10 +916,10 @@ def test_a_relative_path_names_the_same_run(tmp_path, monkeypatch):
 SURVIVOR = f"""
 import random, sys, torch
 sys.path.insert(0, {str(ROOT / 'tests')!r})
-from test_checkpoint import TOK, Checkpoints, begin, go
+from test_checkpoint import TOK, CheckpointManager, begin, go
 torch.set_num_threads(1)
 run, batch = begin(steps=120)
-saves = Checkpoints(sys.argv[1], TOK, keep=2, data=batch)
+saves = CheckpointManager(sys.argv[1], TOK, keep=2, data=batch)
 if saves.steps(): saves.load(run)
 def tell(run): print(run.step, flush=True)
 go(run, batch, callbacks={{1: tell, 5: saves}})

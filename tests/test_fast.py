@@ -9,7 +9,8 @@ import pytest
 import torch
 from cases import crossed
 from torch import nn
-from test_cache import KINDS, SIZE, T, TOK, ids_of, near, plain, shaken
+from helpers import near, shaken
+from test_cache import KINDS, SIZE, T, TOK, ids_of, plain
 
 from llm_lab.kv_cache import CacheTransform, with_kv_cache, complete, sliding_window
 from llm_lab.inference import (

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import ended, one_line, tiny_model
 
 from llm_lab import files as guard
 from llm_lab.bpe import BPETokenizer
@@ -47,7 +48,7 @@ BPE = BPETokenizer.train('the cat sat on the mat. ' * 30, 270)
 
 
 def model(width=8):
-    return MiniGPT(GPTConfig(vocab_size=3, d_model=width, n_layers=1, n_heads=1, max_len=8))
+    return tiny_model(d_model=width)
 
 
 def for_others():
@@ -80,10 +81,7 @@ def files(root):
 def refused(call, root, *words):
     "The call ends with one line that holds these words, and nothing below `root` is touched"
     before = files(root)
-    with pytest.raises(LabError) as e:
-        call()
-    said = str(e.value)
-    assert '\n' not in said and len(said) < 600 and all(w in said for w in words), said
+    said = one_line(call, *words, longest=600)
     assert files(root) == before
     return said
 
@@ -111,7 +109,8 @@ def killed_at(n):
 
 
 def begin_in_a_child(call, at=0):
-    "Call this in a fork, which is killed at its at-th request to the file system"
+    """Call this in a fork, which is killed at its at-th request to the file system; it ends with 0,
+    with 3 after an error of one line, with 1 after any other"""
     if pid := os.fork():
         return pid
     code = 1
@@ -126,11 +125,6 @@ def begin_in_a_child(call, at=0):
         code = 3
     finally:
         os._exit(code)
-
-
-def ended(pid):
-    "How a child has ended: 0, 3 after an error of one line, 1 after any other, or its signal"
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 # ---- what others wrote
@@ -204,9 +198,7 @@ def test_what_a_user_adds_or_changes_stays(change, write, tmp_path):
     assert (tmp_path / 'm' / name).is_file()
     do(tmp_path / 'm')
     before = files(tmp_path / 'm')
-    with pytest.raises(LabError) as e:
-        write(tmp_path / 'm')
-    assert words in str(e.value) and '\n' not in str(e.value)
+    one_line(lambda: write(tmp_path / 'm'), words)
     assert before == files(tmp_path / 'm') and not list(tmp_path.glob('.*'))
 
 
@@ -677,15 +669,13 @@ def home(tmp_path, monkeypatch):
     return tmp_path / 'home'
 
 
+def settings(poem, *more):
+    "Of a run of a smallest model on this text"
+    return [f'data.corpus={poem}', 'data.length=16', 'model.d_model=8', 'model.n_heads=1', *more]
+
+
 def tiny(home, *more, **kw):
-    words = [
-        f'data.corpus={home.parent / "poem.txt"}',
-        'data.length=16',
-        'model.d_model=8',
-        'model.n_heads=1',
-        'eval.tokens=100',
-        *more,
-    ]
+    words = settings(home.parent / 'poem.txt', 'eval.tokens=100', *more)
     return train_run('smoke', *words, **kw)
 
 
@@ -1241,13 +1231,7 @@ def small_run(name, **kw):
     from llm_lab import runs
 
     runs.peak_flops = lambda *a: 1e9
-    words = [
-        f'data.corpus={os.environ["LLM_LAB_HOME"]}/../poem.txt',
-        'data.length=16',
-        'model.d_model=8',
-        'model.n_heads=1',
-        'steps=3',
-    ]
+    words = settings(f'{os.environ["LLM_LAB_HOME"]}/../poem.txt', 'steps=3')
     train_run('smoke', *words, **kw, **({} if name is None else dict(run=name)))
 
 

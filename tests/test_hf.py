@@ -13,6 +13,7 @@ from functools import cache
 import pytest
 import torch
 from cases import ALL, crossed, some
+from helpers import one_line
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -1310,9 +1311,7 @@ REFUSED = [
 def test_what_cannot_be_said_exactly_is_refused_in_a_line(family, change, words):
     good = theirs_of(family, **drawn(family, 0)).config.to_dict() | dict(model_type=family)
     config_from_hf(good)
-    with pytest.raises(LabError) as e:
-        config_from_hf(good | change)
-    assert words in str(e.value) and '\n' not in str(e.value)
+    one_line(lambda: config_from_hf(good | change), words)
 
 
 ODD = ['x', [], {}, -1, 0, None, True, float('nan'), float('inf'), 10**12, [[1]], {'a': 1}, 1.5]

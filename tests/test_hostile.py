@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers import tiny_model
 import torch
 from torch import nn
 
@@ -1351,7 +1352,7 @@ def test_the_case_that_began_it(tmp_path):
 
     gift = save(
         tmp_path / 'gift',
-        MiniGPT(GPTConfig(vocab_size=4, max_len=8, d_model=8, n_layers=1, n_heads=1)),
+        tiny_model(vocab_size=4),
         CharTokenizer('abc\n'),
         {},
     )
@@ -1455,7 +1456,7 @@ def test_no_memory_is_taken_for_a_model_that_is_not_in_the_file(tmp_path, monkey
 
     place = package.save(
         tmp_path / 'p',
-        MiniGPT(GPTConfig(vocab_size=4, max_len=8, d_model=8, n_layers=1, n_heads=1)),
+        tiny_model(vocab_size=4),
         CharTokenizer('abc\n'),
         {},
     )

@@ -10,6 +10,7 @@ import random
 import pytest
 import torch
 from cases import cases, some
+from helpers import shake
 
 from llm_lab.kv_cache import with_kv_cache, lookback, sliding_window
 from llm_lab.corpora import Corpus
@@ -306,7 +307,7 @@ def test_threads_may_share_a_new_plan():
 
 
 def test_compiled_models_know_other_lengths():
-    model = shaken(models(far(16)))
+    model = shake(models(far(16)))
     torch._dynamo.reset()
     quick = torch.compile(model, backend='eager')  # what the compiler sees; nothing is generated
     for T in (200, 150, 40, 200):
@@ -322,7 +323,7 @@ def test_compiled_models_know_other_lengths():
 
 
 def test_gauges_are_of_the_texts_that_are_asked_about():
-    model = shaken(models(far(16))).eval()
+    model = shake(models(far(16))).eval()
     ids = torch.randint(30, (1, 200), generator=rng(1, 'ids'))
     with torch.no_grad():
         model(ids)
@@ -336,7 +337,7 @@ def test_gauges_are_of_the_texts_that_are_asked_about():
     assert len(model.blocks[0].attn.noted) == 16 and model.metrics() == pytest.approx(
         want, abs=1e-6
     )
-    odd = shaken(models(PATTERNS['some read nothing'])).eval()
+    odd = shake(models(PATTERNS['some read nothing'])).eval()
     with torch.no_grad():
         odd(ids)
     assert all(math.isfinite(x) for x in odd.metrics().values())
@@ -353,7 +354,7 @@ def test_a_run_reads_its_gauges_in_validation_only(tmp_path):
         texts = dict(tokenizer=TOK, val=None)
         metrics = type('', (), dict(keep=staticmethod(lambda row: None)))
 
-    run = type('', (), dict(step=1, steps=2, notes=[], model=shaken(models(far(16))).eval()))
+    run = type('', (), dict(step=1, steps=2, notes=[], model=shake(models(far(16))).eval()))
     Here.texts['val'] = type('', (), dict(meta=dict(tokenizer=dict(end=[0])), tokenizer=TOK))
     Here.texts['corpus'] = Corpus('some', dict(val=['a']))
     said = [TrainingRun.validate(Here, run) for _ in range(2)]
@@ -473,20 +474,12 @@ def models(mask, sparse=True, n_kv=2, steps=(part(QKNorm), part(RoPE)), T=200, s
     return MiniGPT(llama(30, d_model=32, n_heads=4, n_layers=3, max_len=T, attn=attn, **kw))
 
 
-def shaken(model):
-    r = rng(0, 'shaken')
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.15 * torch.randn(p.shape, generator=r))
-    return model
-
-
 MODELS = {k: PATTERNS[k] for k in ('window 7', 'links', 'sinks', 'thinned', 'three', 'polynomial')}
 
 
 @pytest.mark.parametrize('kind', MODELS)
 def test_a_model_is_the_same_with_and_without(kind):
-    plain = shaken(models(MODELS[kind], False))
+    plain = shake(models(MODELS[kind], False))
     ids = torch.randint(30, (2, 200), generator=rng(1, 'ids'))
     sparse = models(MODELS[kind])
     sparse.load_state_dict(plain.state_dict())
@@ -504,7 +497,7 @@ def test_a_model_is_the_same_with_and_without(kind):
 @pytest.mark.parametrize('sink', [False, True])
 @pytest.mark.parametrize('kind', ['window 7', 'links', 'sinks'])
 def test_writing_with_a_cache_is_writing_without(kind, sink):
-    model = shaken(models(PATTERNS[kind], sink=sink)).eval()
+    model = shake(models(PATTERNS[kind], sink=sink)).eval()
     ids = torch.randint(30, (1, 150), generator=rng(2, 'ids'))
     assert lookback(PATTERNS[kind]) == (7 if kind == 'window 7' else None)
     with torch.no_grad():
@@ -518,7 +511,7 @@ def test_writing_with_a_cache_is_writing_without(kind, sink):
 
 @pytest.mark.parametrize('kind', ['window 7', 'links', 'sinks'])
 def test_a_map_leaves_out_what_the_sink_takes(kind):
-    model = shaken(models(PATTERNS[kind], sink=True))
+    model = shake(models(PATTERNS[kind], sink=True))
     ids = torch.randint(30, (60,), generator=rng(4, 'ids'))
     notes, i = [], torch.arange(60)
     for b in model.blocks:
@@ -552,7 +545,7 @@ def test_plans_are_kept_by_layer_and_length():
 
 
 def test_gradient_checkpointing_counting_and_files(tmp_path):
-    model = shaken(models(far(16)))
+    model = shake(models(far(16)))
     ids = torch.randint(30, (2, 200), generator=rng(3, 'ids'))
     next_token_loss(model, ids).backward()
     want = [p.grad.clone() for p in model.parameters()]
@@ -596,7 +589,7 @@ def test_layers_take_turns():
         len(b.attn.transforms) == 1 and b.attn.qkv.bias is None for b in model.blocks
     ) and str(config_from(to_data(cfg))) == str(cfg)
     ids = torch.randint(30, (1, 12), generator=rng(0, 'ids'))
-    plain = torch.cat(list(generate(shaken(model).eval(), ids, 40, temperature=0)))
+    plain = torch.cat(list(generate(shake(model).eval(), ids, 40, temperature=0)))
     kept = with_kv_cache(model)
     assert [c.length for c in kept.cache(1, 64).values()] == [8, 64, 8, 64, 8]
     assert torch.cat(list(generate(kept, ids, 40, temperature=0))).equal(plain)
@@ -641,7 +634,7 @@ def test_a_window_is_no_shorter_road_than_it_was():
 
     ids = torch.randint(30, (1, 20), generator=rng(0, 'ids'))
     for sink, simple in ((False, True), (True, False)):
-        model = shaken(models(near(7), sink=sink)).eval()
+        model = shake(models(near(7), sink=sink)).eval()
         quick = for_inference(model)
         assert quick.simple == simple
         assert torch.cat(list(generate(quick, ids, 60, temperature=0))).equal(

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import file_hash, tree
 import yaml
 from safetensors.torch import load as tensors_from, save as tensor_bytes
 
@@ -103,9 +104,7 @@ def dressed(folder):
         path = folder / name
         if path.exists():
             said = json.loads(path.read_text())
-            hashes = {
-                f: hashlib.sha256((folder / f).read_bytes()).hexdigest() for f in said['files']
-            }
+            hashes = {f: file_hash(folder / f) for f in said['files']}
             path.write_text(json.dumps(sealed(said | dict(format=1, files=hashes)), indent=1))
 
 
@@ -115,12 +114,6 @@ def dressed_run(run):
     (run / 'config.yaml').write_text(backwards((run / 'config.yaml').read_text()))
     told = json.loads(backwards((run / 'run.json').read_text()))
     (run / 'run.json').write_text(json.dumps(sealed(told), indent=1) + '\n')
-
-
-def tree(folder):
-    return {
-        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file()
-    }
 
 
 @pytest.fixture(scope='module')

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import ALL, HANG, cases, crossed
+from helpers import json_lines, one_line
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
@@ -185,10 +186,8 @@ def gradients(model):
 
 
 def fails(f, *words):
-    with pytest.raises(LabError) as e:
-        f()
-    said = str(e.value)
-    assert '\n' not in said and ': ' in said and all(w in said for w in words), said
+    "One line, which says where and, after a colon, what"
+    one_line(f, ': ', *words)
 
 
 # ---- in groups, and one by one
@@ -870,7 +869,7 @@ def test_a_run_writes_load_entropy_and_drops_beside_each_validation(tmp_path, mo
         'train.steps=20',
         'eval.every=10',
     )
-    rows = [json.loads(line) for line in (job.folder / 'metrics.jsonl').read_text().splitlines()]
+    rows = json_lines(job.folder / 'metrics.jsonl')
     told = [{k[5:]: v for k, v in r.items() if k.startswith('moe0_')} for r in rows if 'val' in r]
     assert len(told) == 2 and all(
         [*t] == ['load_max', 'load_min', 'entropy', 'drops'] for t in told

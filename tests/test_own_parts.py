@@ -4,11 +4,14 @@ come back, slips told in one line."""
 import json
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from types import MethodType
 
 import pytest
 import torch
 from cases import some
+import helpers
+from helpers import json_lines, one_line
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize, parametrizations, prune
@@ -72,27 +75,8 @@ def ids_of(B=1, n=T, seed=0):
     return torch.randint(17, (B, n), generator=rng(seed, 'ids'))
 
 
-def shaken(cfg, seed=0):
-    "A model with large weights, so that what is wrong is far off"
-    model, draw = MiniGPT(cfg, seed).eval(), rng(seed, 'shaken')
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.2 * torch.randn(p.shape, generator=draw))
-    return model
-
-
-def near(a, b, eps=2e-5):
-    assert (worst := (a - b).abs().max().item()) <= eps * max(1.0, b.abs().max().item()), worst
-
-
-def one_line(call, *words):
-    with pytest.raises(LabError) as e:
-        call()
-    said = str(e.value)
-    assert '\n' not in said and len(said) < 700, said
-    for w in words:
-        assert w in said, said
-    return said
+shaken = partial(helpers.shaken, by=0.2)
+near = partial(helpers.near, eps=2e-5)
 
 
 # ---- caches
@@ -810,13 +794,12 @@ NUMBERS = {
 
 
 @pytest.fixture
-def home(tmp_path, monkeypatch):
-    "A small corpus in a folder of its own"
-    monkeypatch.setenv('LLM_LAB_HOME', str(tmp_path))
-    (tmp_path / 'small.txt').write_text(
+def home(home):
+    "A home with a small corpus"
+    (home / 'small.txt').write_text(
         'A bee can dig a hole in a big oak, and a fig can hide.\n' * 400
     )
-    return tmp_path
+    return home
 
 
 SMALL = (
@@ -837,7 +820,7 @@ def test_a_part_whose_shapes_hang_on_numbers_trains_and_comes_back(name, home, m
     ((key, recipe),) = [(k, to_data(v)) for k, v in NUMBERS[name].items()]
     job = train_run('smoke', *SMALL, f'model.{key}={json.dumps(recipe)}')
     assert job.run.step == 4 and job.work > 0
-    rows = [json.loads(line) for line in (job.folder / 'metrics.jsonl').read_text().splitlines()]
+    rows = json_lines(job.folder / 'metrics.jsonl')
     if 'Router' in name:
         assert any(r.get('moe0_load_max', 0) >= 1 for r in rows)
     again = load(job.folder).model

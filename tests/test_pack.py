@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from cases import ALL, EXAMPLES, HANG, some
+from helpers import tree
 
 from llm_lab import packing as P
 from llm_lab.bpe import BPETokenizer
@@ -279,12 +280,12 @@ def test_damage(whole, tmp_path, tales, kind, words):
         reseal(folder, files=files)
     if kind == 'swapped':
         (folder / 'val.bin').replace(train)
-    before = {f: f.read_bytes() for f in folder.rglob('*') if f.is_file()}
+    before = tree(folder)
     with pytest.raises(LabError, match=words):
         PackedTokens(folder)
     with pytest.raises(LabError):
         pack(tales, 400, folder, verify=True)  # nothing is rebuilt unasked
-    assert before == {f: f.read_bytes() for f in folder.rglob('*') if f.is_file()}
+    assert before == tree(folder)
     if kind == 'no tokenizer':
         return
     again = pack(tales, 400, folder, force=True)
@@ -342,11 +343,11 @@ def test_what_packing_did_not_write_is_never_touched(tmp_path, tales, files):
         for f in files:
             (place / f).parent.mkdir(parents=True, exist_ok=True)
             (place / f).write_text('{"years": "of work"}')
-    before = {f: f.read_bytes() for f in tmp_path.rglob('*') if f.is_file()}
+    before = tree(tmp_path)
     for force in (False, True):
         with pytest.raises(LabError):
             pack(tales, 400, place, force=force)
-    assert before.items() <= {f: f.read_bytes() for f in tmp_path.rglob('*') if f.is_file()}.items()
+    assert before.items() <= tree(tmp_path).items()
     assert {f.name for f in tmp_path.iterdir()} <= {'mine', '.mine.lock'}
 
 

@@ -6,13 +6,10 @@ here."""
 
 import json
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from cases import HANG
+from helpers import in_a_process, printed
 
 from llm_lab.bpe import BPETokenizer
 from llm_lab.corpora import load_corpus
@@ -25,25 +22,11 @@ from llm_lab.train import Recipe, fit, prepare as made_ready
 END = '<|endoftext|>'
 
 
-@pytest.fixture
-def home(tmp_path, monkeypatch):
-    monkeypatch.setenv('LLM_LAB_HOME', str(tmp_path))
-    monkeypatch.delenv('LLM_LAB_DATA', raising=False)
-    return tmp_path
-
-
 def prepare(home, *argv, code=0, **env):
     "What `llm-lab prepare` prints; an error is one line"
     patience = dict.fromkeys(('HF_HUB_DOWNLOAD_TIMEOUT', 'HF_HUB_ETAG_TIMEOUT'), '600')
-    env = {**os.environ, 'HF_HOME': str(home / 'hf'), 'OMP_NUM_THREADS': '1', **patience, **env}
-    r = subprocess.run(
-        [sys.executable, '-m', 'llm_lab.cli', 'prepare', *map(str, argv)],
-        env=env,
-        cwd=home,
-        capture_output=True,
-        text=True,
-        timeout=HANG,
-    )
+    env = {'HF_HOME': str(home / 'hf'), 'OMP_NUM_THREADS': '1', **patience, **env}
+    r = in_a_process(home, 'prepare', *argv, env=env)
     assert r.returncode == code, r.stdout + r.stderr
     assert not code or (
         r.stderr.startswith('llm-lab') and r.stderr.count('\n') == 1 and not r.stdout
@@ -52,23 +35,12 @@ def prepare(home, *argv, code=0, **env):
 
 
 @pytest.fixture
-def typed(home, monkeypatch, capsys):
+def typed(home):
     "The same as `prepare`, in this process: PyTorch is there already"
-    from llm_lab.cli import main
-
-    monkeypatch.chdir(home)
 
     def call(*argv, code=0):
-        capsys.readouterr()
-        try:
-            ended = main(['prepare', *map(str, argv)])
-        except SystemExit as e:
-            ended = e.code
-        out, err = capsys.readouterr()
-        assert (ended or 0) == code, out + err
-        assert not code or (err.startswith('llm-lab') and err.count('\n') == 1 and not out), (
-            out + err
-        )
+        out, err = printed('prepare', *argv, code=code)
+        assert not code or not out, out + err
         return err if code else out
 
     return call

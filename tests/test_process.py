@@ -11,6 +11,7 @@ import time
 
 import pytest
 from cases import HANG, cases
+from helpers import ended, in_a_process as llm_lab, tiny_model
 
 from llm_lab.chars import CharTokenizer
 from llm_lab.gpt import GPTConfig, MiniGPT
@@ -26,18 +27,6 @@ def env(home, **more):
         'LLM_LAB_HOME': str(home),
         **more,
     }
-
-
-def llm_lab(home, *argv, **kw):
-    return subprocess.run(
-        [*RUN, *argv],
-        env=env(home, **kw.pop('env', {})),
-        cwd=home,
-        capture_output=True,
-        text=True,
-        timeout=HANG,
-        **kw,
-    )
 
 
 @pytest.fixture
@@ -151,12 +140,9 @@ def tiny_disk(tmp_path):
 
 def test_a_full_disk_keeps_the_old_package(tiny_disk):
     tok = CharTokenizer('abc')
-    model = lambda width: MiniGPT(
-        GPTConfig(vocab_size=3, d_model=width, n_layers=1, n_heads=1, max_len=8)
-    )
-    save(tiny_disk / 'model', model(16), tok)
+    save(tiny_disk / 'model', tiny_model(d_model=16), tok)
     with pytest.raises(OSError, match='No space left'):
-        save(tiny_disk / 'model', model(128), tok)
+        save(tiny_disk / 'model', tiny_model(d_model=128), tok)
     assert load(tiny_disk / 'model').model.cfg.d_model == 16
     assert [p.name for p in tiny_disk.iterdir()] == ['model']
 
@@ -183,17 +169,11 @@ def life(run):
         os._exit(1)
 
 
-def ended(pid):
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
 @pytest.mark.skipif(os.name == 'nt', reason='Windows has no SIGKILL')
 def test_sigkill_before_every_rename_of_an_overwrite(tmp_path):
     """Killed before the first, second, … rename: what opens afterwards is the old package or the
     new one, every hash right"""
-    old, new = (
-        MiniGPT(GPTConfig(vocab_size=3, d_model=width, n_layers=1, n_heads=1)) for width in (16, 32)
-    )
+    old, new = (tiny_model(d_model=width) for width in (16, 32))
 
     def killed(renames):
         real, left = os.replace, [renames]
@@ -251,9 +231,7 @@ def test_sigkill_at_random_moments_of_an_overwrite(tmp_path):
 
 
 def test_an_error_between_the_renames_keeps_the_old_package(tmp_path, monkeypatch):
-    old, new = (
-        MiniGPT(GPTConfig(vocab_size=3, d_model=w, n_layers=1, n_heads=1)) for w in (16, 32)
-    )
+    old, new = (tiny_model(d_model=width) for width in (16, 32))
     save(tmp_path / 'model', old, CharTokenizer('abc'))
     real = os.replace
 
@@ -290,7 +268,7 @@ def test_a_wrong_hash_is_one_line(tmp_path):
 def test_a_closed_pipe_is_no_traceback(tmp_path):
     save(
         tmp_path / 'm',
-        MiniGPT(GPTConfig(vocab_size=3, d_model=16, n_layers=1, n_heads=1, max_len=8)),
+        tiny_model(d_model=16),
         CharTokenizer('ab\n'),
     )
     p = subprocess.Popen(

@@ -1,7 +1,6 @@
 """What `checkpoint`, `config` and `runs` promise and no notebook shows: runs killed everywhere, in
 one process and in two; slips of the finger."""
 
-import hashlib
 import json
 import math
 import os
@@ -20,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from cases import ALL, HANG
+from helpers import file_hash, json_lines
 
 from llm_lab.config import _PATHS, CONFIGS, SECTIONS, config_from_dict, read_config, write_config
 from llm_lab.core import LabError
@@ -155,7 +155,7 @@ def folder_of(home, name='x'):
 
 
 def rows_of(folder):
-    return [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+    return json_lines(folder / 'metrics.jsonl')
 
 
 def timeless(x):
@@ -164,10 +164,6 @@ def timeless(x):
 
 def steps_of(folder):
     return sorted(int(p.name[5:]) for p in (folder / 'checkpoints').glob('step-*'))
-
-
-def sha(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def bits(folder):
@@ -182,7 +178,7 @@ def bits(folder):
     state = json.loads((place / 'state.json').read_text())
     state['facts'].pop('config')  # how many checkpoints stay is no bit of a run
     found = dict(
-        files={p.name: sha(p) for p in place.glob('*.safetensors')},
+        files={p.name: file_hash(p) for p in place.glob('*.safetensors')},
         state=timeless(state),
         rows=[*map(timeless, rows)],
         samples=(folder / 'samples.jsonl').read_text(),

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from cases import ALL, EXAMPLES, cases, some
+from helpers import printed
 
 from llm_lab.cli import main
 from llm_lab.corpora import END_OF_TEXT, corpus_of, from_path, kept_path, load_corpus
@@ -44,35 +45,14 @@ TINY = (
 
 
 @pytest.fixture
-def home(tmp_path, monkeypatch):
-    "An empty home, in which we stand"
-    monkeypatch.setenv('LLM_LAB_HOME', str(tmp_path))
-    monkeypatch.delenv('LLM_LAB_DATA', raising=False)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def typed(home, capsys, monkeypatch):
+def typed(home, monkeypatch):
     "What a command prints, (stdout, stderr); an error is one line"
     from llm_lab import runs
 
     peak = runs.peak_flops
     # only `mfu` needs it
     monkeypatch.setattr(runs, 'peak_flops', lambda *a: peak(*a, size=64, seconds=0))
-
-    def call(*argv, code=0):
-        capsys.readouterr()
-        try:
-            ended = main([*map(str, argv)])
-        except SystemExit as e:
-            ended = e.code
-        out, err = capsys.readouterr()
-        assert (ended or 0) == code, out + err
-        assert not code or (err.startswith('llm-lab') and err.count('\n') == 1), out + err
-        return out, err
-
-    return call
+    return printed
 
 
 def write(path, text, **how):

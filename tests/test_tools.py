@@ -576,15 +576,10 @@ def test_what_a_program_cannot_decide_is_told(tmp_path):
 
 def renamed(root, names, module, test='', prose='', second='pass'):
     "What a book of one chapter `files` and one test is after the renaming"
-    sources = ['#| default_exp files', '#| export\n' + module, second]
-    cells = [dict(cell_type='markdown', id='t', metadata={}, source='# T\n\n> why\n\n' + prose)]
-    for n, text in enumerate(sources):
-        cell = dict(cell_type='code', id=str(n), metadata={}, outputs=[], source=text)
-        cells.append(cell | dict(execution_count=None))
     (root / 'nbs').mkdir()
     (root / 'tests').mkdir()
-    path = root / 'nbs' / '02_files.ipynb'
-    path.write_text(json.dumps(dict(metadata={}, cells=cells, nbformat=4, nbformat_minor=5)))
+    sources = ['# T\n\n> why\n\n' + prose, '#| default_exp files', '#| export\n' + module, second]
+    path = notebook(root / 'nbs' / '02_files.ipynb', *sources)
     (root / 'tests' / 'test_a.py').write_text(test)
     (root / 'names.json').write_text(json.dumps(names))
     out = tool('rename.py', root / 'names.json', root)
@@ -686,3 +681,76 @@ def test_a_new_name_that_is_taken_is_told(tmp_path):
     assert said == (
         'by hand: tests/test_a.py: split_text is there already, cut would be called so\n'
     )
+
+
+# ---- members, keywords and parameters
+
+RULES = [
+    {
+        'old': 'steps',
+        'new': 'transforms',
+        'attr': r'self|(.*\.)?attn',
+        'attr_not': r'self@(?!files\.Attention\.).*',
+        'kw': 'part|Attention',
+        'param': r'files\.Attention\.__init__',
+        'defs': r'files\.Attention\.steps',
+        'field': r'files\.Attention',
+        'text': [['takes no steps', 'takes no transforms']],
+    }
+]
+
+
+def test_a_member_is_renamed_where_a_rule_says_whose_it_is(tmp_path):
+    module = '''class Attention:
+    steps: tuple = ()
+
+    def __init__(self, steps=()):
+        "ä"
+        self.steps = [s for s in steps]  # an optimizer's steps stay
+        inner = lambda steps: steps
+
+    def steps(self):
+        return f'{self.steps} and {len(self.steps)} steps'
+
+
+class Run:
+    steps = 9
+
+    def left(self):
+        return self.steps
+
+
+def train(steps, model):
+    return steps + len(model.attn.steps)'''
+    second = "%time part(1)\npart(steps=2); train(steps=3); raise ValueError('takes no steps')"
+    said, cells, test = renamed(
+        tmp_path,
+        RULES,
+        module,
+        'part(steps=train(steps=1, model=model))\n',
+        'It takes no steps.',
+        second,
+    )
+    assert said == ''
+    want = module.replace('    steps: tuple', '    transforms: tuple')
+    want = want.replace('__init__(self, steps=', '__init__(self, transforms=')
+    want = want.replace(
+        'self.steps = [s for s in steps]', 'self.transforms = [s for s in transforms]'
+    )
+    want = want.replace('def steps', 'def transforms').replace('attn.steps', 'attn.transforms')
+    want = want.replace(
+        "f'{self.steps} and {len(self.steps)} steps'",
+        "f'{self.transforms} and {len(self.transforms)} steps'",
+    )
+    assert cells[2] == '#| export\n' + want
+    assert cells[3] == second.replace('part(steps', 'part(transforms').replace(
+        'no steps', 'no transforms'
+    )
+    assert cells[0].endswith('It takes no transforms.')
+    assert test == 'part(transforms=train(steps=1, model=model))\n'
+
+
+def test_a_rule_that_finds_no_parameter_is_told(tmp_path):
+    rules = [dict(old='a', new='b', param=r'files\.f')]
+    said, _, _ = renamed(tmp_path, rules, 'def f(x): pass')
+    assert said == 'by hand: 02_files.ipynb: files.f has no parameter or variable a\n'

@@ -15,11 +15,14 @@ import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from cases import HANG, cases, some
+import helpers
+from helpers import json_lines, one_line, typed
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
@@ -40,16 +43,6 @@ from llm_lab.train import fit, mean_loss, read_split, token_losses, windows_at_o
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.usefixtures('one_thread')
 TEXT_KEYS = [p for p, f in _PATHS.items() if f.type is str and not f.metadata.get('of')]
-
-
-def typed(*argv):
-    "(exit code, what was printed, what was printed as an error) of `llm-lab`"
-    with redirect_stderr(io.StringIO()) as err, redirect_stdout(io.StringIO()) as out:
-        try:
-            code = cli.main([str(a) for a in argv])
-        except SystemExit as e:
-            code = e.code
-    return code, out.getvalue(), err.getvalue()
 
 
 # ---- texts are texts
@@ -159,9 +152,7 @@ def test_numbers_and_recipes_are_still_read():
 )
 def test_a_text_that_a_file_would_lose_is_told(tmp_path, text, words):
     (tmp_path / 'c.yaml').write_text(text)
-    with pytest.raises(LabError) as e:
-        read_config(tmp_path / 'c.yaml')
-    assert all(w in str(e.value) for w in words) and '\n' not in str(e.value), e.value
+    one_line(lambda: read_config(tmp_path / 'c.yaml'), *words)
 
 
 def test_another_tokenizer_forgets_the_size_and_only_a_size_that_was_not_typed():
@@ -499,10 +490,7 @@ def test_the_rates_of_a_run_are_those_of_torch(warmup, min_lr):
     assert mine == pytest.approx(by_torch(100, warmup, 0.004, min_lr), rel=1e-6, abs=1e-9)
 
 
-def tiny_model(**more):
-    return MiniGPT(
-        GPTConfig(**{**dict(vocab_size=9, d_model=8, n_layers=1, n_heads=1, max_len=8), **more})
-    )
+tiny_model = partial(helpers.tiny_model, vocab_size=9)
 
 
 def test_fit_obeys_warmup_and_min_lr():
@@ -933,7 +921,7 @@ def at_home(trained_home, monkeypatch):
 
 
 def rows_of(job):
-    return [json.loads(line) for line in (job.folder / 'metrics.jsonl').read_text().splitlines()]
+    return json_lines(job.folder / 'metrics.jsonl')
 
 
 def test_a_run_notes_bits_per_byte_by_the_definition(at_home):

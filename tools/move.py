@@ -27,34 +27,23 @@ import json
 import re
 import symtable
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-PACKAGE = 'llm_lab'
+from notebooks import PACKAGE, main, put, read, scripts, source, tree, write, write_notebook
+
 EXPORT = re.compile(r'^#\|\s*export\b', re.M)
 FROM = re.compile(rf'from {PACKAGE}\.(\w+) import (\([^)]*\)|[^\n\\;\'"#]+)')
 WIDTH = 100
 
 
-def source(cell):
-    return ''.join(cell['source'])
-
-
-def put(cell, text):
-    cell['source'] = text.splitlines(keepends=True)
-
-
-def tree(text):
-    "The syntax tree of a cell; an empty one if it holds IPython's own lines"
-    try:
-        return ast.parse(text)
-    except SyntaxError:
-        return ast.parse('')
+def top_level(text):
+    "The statements of a cell; none if it holds IPython's own lines"
+    parsed = tree(text)
+    return parsed.body if parsed else []
 
 
 def defined(text):
     "Names that the top level of a cell gives"
-    for node in tree(text).body:
+    for node in top_level(text):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             if not any(ast.unparse(d).startswith('patch') for d in node.decorator_list):
                 yield node.name
@@ -66,7 +55,7 @@ def defined(text):
 
 def imported(text):
     "Names that the top level of a cell imports"
-    for node in tree(text).body:
+    for node in top_level(text):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             yield from ((a.asname or a.name).split('.')[0] for a in node.names)
 
@@ -97,7 +86,7 @@ class Book:
         self.root, self.plan = root, plan
         self.notes = []
         names = {p if isinstance(p, str) else p['from'] for p in plan.values()}
-        self.old = {n: json.loads((root / 'nbs' / f'{n}.ipynb').read_text()) for n in names}
+        self.old = {n: read(root / 'nbs' / f'{n}.ipynb') for n in names}
         self.parts = {n: [new for new, p in plan.items() if self.origin(p) == n] for n in names}
         self.check()
         self.new = {new: self.cells_of(p) for new, p in plan.items()}
@@ -138,7 +127,7 @@ class Book:
             for cell in nb['cells']:
                 if cell['cell_type'] != 'code':
                     continue
-                for node in tree(source(cell)).body:
+                for node in top_level(source(cell)):
                     if isinstance(node, (ast.Import, ast.ImportFrom)):
                         for a in node.names:
                             module = getattr(node, 'module', None)
@@ -305,7 +294,7 @@ def fresh_id(*of):
 def without_imports(text):
     "A cell without the imports of its top level"
     lines = text.split('\n')
-    for node in reversed(tree(text).body):
+    for node in reversed(top_level(text)):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             del lines[node.lineno - 1 : node.end_lineno]
     return '\n'.join(lines)
@@ -342,38 +331,20 @@ def move(root, plan):
     for old in book.old:
         (root / 'nbs' / f'{old}.ipynb').unlink()
     for new, nb in made.items():
-        write(root / 'nbs' / f'{new}.ipynb', json.dumps(nb, indent=1, ensure_ascii=False) + '\n')
+        write_notebook(root / 'nbs' / f'{new}.ipynb', nb)
     for p in sorted((root / 'nbs').glob('*.ipynb')):
         if p.stem in made:
             continue
-        nb = json.loads(p.read_text(encoding='utf-8'))
+        nb = read(p)
         for cell in nb['cells']:
             put(cell, book.text(source(cell), '', f'{p.name}:{cell["id"]}'))
-        write(p, json.dumps(nb, indent=1, ensure_ascii=False) + '\n')
-    files = [p for d in ('tests', 'tools', 'experiments') for p in sorted((root / d).rglob('*.py'))]
-    files += [
-        root / f for f in ('setup.py', 'settings.ini', 'Makefile', 'SECURITY.md', 'nbs/_quarto.yml')
-    ]
-    for p in files:
-        if p.exists() and 'runs' not in p.parts and p.name != 'move.py':
+        write_notebook(p, nb)
+    others = ('setup.py', 'settings.ini', 'Makefile', 'SECURITY.md', 'nbs/_quarto.yml')
+    for p in [*scripts(root), *(root / f for f in others)]:
+        if p.exists():
             write(p, book.text(p.read_text(encoding='utf-8'), '', str(p.relative_to(root))))
     return book.notes
 
 
-def write(path, text):
-    path.write_text(text, encoding='utf-8', newline='\n')
-
-
-def main():
-    if not 2 <= len(sys.argv) <= 3:
-        print(__doc__, file=sys.stderr)
-        return 2
-    plan = json.loads(Path(sys.argv[1]).read_text(encoding='utf-8'))
-    root = Path(sys.argv[2]) if len(sys.argv) > 2 else ROOT
-    for note in dict.fromkeys(move(root, plan)):
-        print(f'by hand: {note}')
-    return 0
-
-
 if __name__ == '__main__':
-    sys.exit(main())
+    sys.exit(main(__doc__, move))

@@ -1,4 +1,4 @@
-"""Give names other names, in notebooks, modules, tests, tools and experiments: identifiers only.
+"""Give names other names, in notebooks, tests, tools and experiments: identifiers only.
 
     python tools/rename.py NAMES.json [ROOT]
 
@@ -8,31 +8,20 @@ where a module's attribute is asked for; not a variable, a parameter, a keyword 
 happens to be called so. In prose, comments and docstrings it is changed where it stands in
 backticks. Code in strings is read as code if it imports the package.
 
+Where NAMES.json is a list, it holds rules for members, keywords and parameters: see members.py.
+
 What a program cannot decide is printed: a chapter or test that already has the new name, or one
 that binds the old name a second time at its top level.
 """
 
 import ast
-import json
 import re
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-PACKAGE = 'llm_lab'
+from members import rename_members
+from notebooks import PACKAGE, main, put, read, scripts, source, tree, write, write_notebook
+
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
-
-
-def source(cell):
-    return ''.join(cell['source'])
-
-
-def tree(text):
-    "The syntax tree of a text; None if it holds IPython's own lines"
-    try:
-        return ast.parse(text)
-    except SyntaxError:
-        return None
 
 
 # ---- who binds a name
@@ -244,21 +233,19 @@ def backticks(text, module, old, new):
 # ---- all files
 
 
-def write(path, text):
-    path.write_text(text, encoding='utf-8', newline='\n')
-
-
 def rename(root, names):
     "Do it; returns what has to be looked at by hand"
+    if isinstance(names, list):
+        return rename_members(root, names)
     names = {tuple(k.split('.')): v for k, v in names.items()}
     notes = []
     for p in sorted((root / 'nbs').glob('*.ipynb')):
-        nb = json.loads(p.read_text(encoding='utf-8'))
+        nb = read(p)
         code = [c for c in nb['cells'] if c['cell_type'] == 'code']
         stem = p.stem[3:] if re.match(r'\d\d_', p.stem) else ''
         f = File([source(c) for c in code], names, stem, p.name)
         for c, text in zip(code, f.renamed()):
-            c['source'] = text.splitlines(keepends=True)
+            put(c, text)
         for c in nb['cells']:
             if c['cell_type'] == 'markdown':
                 text = source(c)
@@ -266,13 +253,10 @@ def rename(root, names):
                     text = backticks(text, module, old, new)
                 for block in re.findall(r'```python\n(.*?)```', text, re.S):
                     text = text.replace(block, File([block], names, '', p.name).renamed()[0])
-                c['source'] = text.splitlines(keepends=True)
+                put(c, text)
         notes += f.notes
-        write(p, json.dumps(nb, indent=1, ensure_ascii=False) + '\n')
-    files = [p for d in ('tests', 'tools', 'experiments') for p in sorted((root / d).rglob('*.py'))]
-    for p in files:
-        if 'runs' in p.parts or p.name in ('rename.py', 'move.py'):
-            continue
+        write_notebook(p, nb)
+    for p in scripts(root):
         f = File([p.read_text(encoding='utf-8')], names, '', str(p.relative_to(root)))
         write(p, f.renamed()[0])
         notes += f.notes
@@ -285,16 +269,5 @@ def rename(root, names):
     return notes
 
 
-def main():
-    if not 2 <= len(sys.argv) <= 3:
-        print(__doc__, file=sys.stderr)
-        return 2
-    names = json.loads(Path(sys.argv[1]).read_text(encoding='utf-8'))
-    root = Path(sys.argv[2]) if len(sys.argv) > 2 else ROOT
-    for note in dict.fromkeys(rename(root, names)):
-        print(f'by hand: {note}')
-    return 0
-
-
 if __name__ == '__main__':
-    sys.exit(main())
+    sys.exit(main(__doc__, rename))

@@ -21,12 +21,9 @@ measured in turns and in a new random order every round; medians.
 
 The last line is JSON; `--save` keeps it in result.json with date and machine."""
 
-import argparse
-import json
+import importlib.util
 import platform
-import random
 import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -35,6 +32,9 @@ from statistics import median
 
 import torch
 from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import bench
 
 from llm_lab.gpt import MiniGPT
 from llm_lab.hub import to_hf
@@ -60,31 +60,23 @@ WAYS = {
     '15M': ('transformers', 'fast', 'compiled', 'int8', 'int8_compiled'),
     '110M': ('transformers', 'fast', 'compiled', 'int8'),
 }
-luck = random.Random(0)
 
 
 def processor():
     "Its name, and what it says it can do that matters to products"
     info = Path('/proc/cpuinfo')
-    flags = re.search(r'^flags\s*:(.*)$', info.read_text(), re.M) if info.exists() else None
-    known = sorted(f for f in (flags[1].split() if flags else ()) if re.match(r'avx|amx|fma', f))
+    found = re.search(r'^flags\s*:(.*)$', info.read_text(), re.M) if info.exists() else None
+    flags = found[1].split() if found else []
+    known = sorted(f for f in flags if re.match(r'avx|amx|fma', f))
     return dict(
         capability=torch.backends.cpu.get_cpu_capability(), machine=platform.machine(), flags=known
     )
 
 
-def in_turns(ways, rounds, calls=1):
+def in_turns(ways, rounds, label):
     "{name: median seconds of a call}; every way is called once before"
-    taken = {name: [] for name in ways}
-    for work in ways.values():
-        work()
-    for _ in range(rounds):
-        for name in luck.sample([*ways], len(ways)):
-            start = time.perf_counter()
-            for _ in range(calls):
-                ways[name]()
-            taken[name].append((time.perf_counter() - start) / calls)
-    return {name: median(t) for name, t in taken.items()}
+    turns = bench.timed(ways)
+    return bench.medians(bench.take_turns(turns, rounds, label, warm_up=1, shuffled=True))
 
 
 def table(title, rows, unit):
@@ -102,14 +94,16 @@ def products(rounds):
     "{shape: {way: billions of operations a second}}"
     out = {}
     for m, k, n in ((768, 128, 384), (768, 512, 128), (2048, 256, 1024), (1024, 1024, 1024)):
-        a, b = torch.randn(m, k), torch.randn(k, n)
-        short, turned = a.bfloat16(), b.bfloat16()
+        a = torch.randn(m, k)
+        b = torch.randn(k, n)
+        short = a.bfloat16()
+        turned = b.bfloat16()
         ways = {
             'PyTorch': lambda a=a, b=b: a @ b,
             'oneDNN': lambda a=a, b=b: with_onednn(torch.mm)(a, b),
             'bf16': lambda a=short, b=turned: a @ b,
         }
-        took = in_turns(ways, 6 * rounds)
+        took = in_turns(ways, 6 * rounds, 'products')
         out[f'{m} × {k} × {n}'] = {
             way: round(2 * m * k * n / s / 1e9, 1) for way, s in took.items()
         }
@@ -122,7 +116,8 @@ def rows(rounds):
     nearby memory"""
     out = {}
     for k, n in ((288, 864), (768, 2304), (2048, 768), (288, 32_000)):
-        x, many = torch.randn(1, k), max(2, 30_000_000 // (k * n))
+        x = torch.randn(1, k)
+        many = max(2, 30_000_000 // (k * n))
         by_out = [torch.randn(n, k) for _ in range(many)]
         by_in = [w.T.contiguous() for w in by_out]
         eight = [(30 * w).round().clamp(-127, 127).to(torch.int8) for w in by_out]
@@ -136,9 +131,8 @@ def rows(rounds):
             'bf16': (lambda w, x=short: F.linear(x, w), half),
             'int8': (lambda w, x=short, s=scale: torch._weight_int8pack_mm(x, w, s), eight),
         }
-        took = in_turns(
-            {name: lambda f=f, ws=ws: [f(w) for w in ws] for name, (f, ws) in kinds.items()}, rounds
-        )
+        ways = {name: lambda f=f, ws=ws: [f(w) for w in ws] for name, (f, ws) in kinds.items()}
+        took = in_turns(ways, rounds, 'rows')
         out[f'{k} → {n}'] = {name: round(many * k * n / s / 1e9, 2) for name, s in took.items()}
     table('one row', out, 'billions of weights a second')
     return out
@@ -148,56 +142,24 @@ def muon(rounds):
     "{way: milliseconds} for the matrices of four blocks of width 128"
     shapes = ((384, 128), (128, 128), (512, 128), (128, 512))
     stacks = [torch.randn(4, *s, generator=rng(0, f'{s}')) for s in shapes]
-    took = in_turns(
-        {
-            'float32': lambda: [newton_schulz(g) for g in stacks],
-            'bf16': lambda: [newton_schulz(g, dtype=torch.bfloat16) for g in stacks],
-            'as Muon has it': lambda: [
-                newton_schulz(g, dtype=PRECISIONS[short_precision()]) for g in stacks
-            ],
-        },
-        4 * rounds,
-    )
+    of = lambda **how: [newton_schulz(g, **how) for g in stacks]
+    ways = {
+        'float32': lambda: of(),
+        'bf16': lambda: of(dtype=torch.bfloat16),
+        'as Muon has it': lambda: of(dtype=PRECISIONS[short_precision()]),
+    }
+    took = in_turns(ways, 4 * rounds, 'muon')
     out = {way: round(1000 * s, 2) for way, s in took.items()}
     table('orthogonalized', {'four blocks': out}, 'ms')
     return out
 
 
-class Child:
-    "A process that works when a line comes, and answers with a line of JSON"
-
-    def __init__(self, script, *words):
-        self.proc = subprocess.Popen(
-            [sys.executable, str(script), *words],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-
-    def read(self):
-        if not (line := self.proc.stdout.readline()):
-            raise RuntimeError(f'{self.proc.args} ended')
-        return json.loads(line)
-
-    def turn(self):
-        self.proc.stdin.write('go\n')
-        self.proc.stdin.flush()
-        return self.read()
-
-    def end(self):
-        self.proc.stdin.close()
-        self.proc.wait()
-
-
-def in_child_turns(kids, rounds, label):
+def in_child_turns(kids, rounds, label, warm_up=0):
     "[what each child answered], by name; they open together, then one works while the others wait"
     for kid in progress(kids.values(), f'{label}: opening, compiling'):
         kid.read()
-    told = {name: [] for name in kids}
-    for _ in progress(range(rounds), label):
-        for name in luck.sample([*kids], len(kids)):
-            told[name].append(kids[name].turn())
+    turns = {name: kid.turn for name, kid in kids.items()}
+    told = bench.take_turns(turns, rounds, label, warm_up=warm_up, shuffled=True)
     for kid in kids.values():
         kid.end()
     return told
@@ -205,43 +167,32 @@ def in_child_turns(kids, rounds, label):
 
 def step(rounds):
     "{loop: milliseconds of a step}"
-    kids = {name: Child(STEP, '--loop', loop) for name, loop in LOOPS.items()}
-    told = in_child_turns(kids, rounds + 3, 'step')
-    # three warm up
-    ms = {
-        name: round(1000 * median(t for ten in lists[3:] for t in ten), 2)
-        for name, lists in told.items()
-    }
-    table(
-        'a step of training',
-        {'12 × 64 tokens': {name: 1000 / t for name, t in ms.items()}},
-        'a second',
-    )
+    kids = {name: bench.Child(STEP, '--loop', loop) for name, loop in LOOPS.items()}
+    told = in_child_turns(kids, rounds, 'step', warm_up=3)
+    ms = {}
+    for name, tens in told.items():
+        ms[name] = round(1000 * median(t for ten in tens for t in ten), 2)
+    a_second = {name: 1000 / t for name, t in ms.items()}
+    table('a step of training', {'12 × 64 tokens': a_second}, 'a second')
     return ms
 
 
 def decode(rounds):
     "{shape: {way: tokens a second}}"
     out = {}
-    import importlib.util
-
     spec = importlib.util.spec_from_file_location('speed_decode', DECODE)
     shapes = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(shapes)
     for shape, ways in WAYS.items():
         with tempfile.TemporaryDirectory() as folder:
-            to_hf(
-                f'{folder}/m',
-                MiniGPT(llama(shapes.V, max_len=512, tie=True, **shapes.SHAPES[shape])).eval(),
-            )
-            kids = {way: Child(DECODE, '--child', way, f'{folder}/m') for way in ways}
-            told = in_child_turns(
-                kids, max(2, rounds // 2 if shape == '15M' else rounds // 4), shape
-            )
-        out[shape] = {
-            way: round(shapes.N / median(t['seconds'] for t in turns), 1)
-            for way, turns in told.items()
-        }
+            model = MiniGPT(llama(shapes.V, max_len=512, tie=True, **shapes.SHAPES[shape]))
+            to_hf(f'{folder}/m', model.eval())
+            kids = {way: bench.Child(DECODE, '--child', way, f'{folder}/m') for way in ways}
+            fewer = rounds // 2 if shape == '15M' else rounds // 4
+            told = in_child_turns(kids, max(2, fewer), shape)
+        out[shape] = {}
+        for way, turns in told.items():
+            out[shape][way] = round(shapes.N / median(t['seconds'] for t in turns), 1)
     table('writing', out, 'tokens a second')
     return out
 
@@ -250,16 +201,12 @@ PARTS = dict(products=products, rows=rows, muon=muon, step=step, decode=decode)
 
 
 def main():
-    ap = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    ap.add_argument('--rounds', type=int, default=6)
+    ap = bench.parser(__doc__, rounds=6)
     ap.add_argument(
         '--only',
         default=','.join(PARTS),
         help='parts to measure, with commas between (default all)',
     )
-    ap.add_argument('--save', action='store_true', help='keep the last line in result.json')
     a = ap.parse_args()
     keep_freed_memory()
     start = time.time()
@@ -269,12 +216,9 @@ def main():
         f'products by oneDNN: {about["quick_products"]}; Muon counts in {about["short_precision"]}'
     )
     found = {name: PARTS[name](a.rounds) for name in a.only.split(',')}
-    line = json.dumps(
-        dict(found, **about, rounds=a.rounds, seconds=round(time.time() - start), **machine())
-    )
-    if a.save:
-        (HERE / 'result.json').write_text(line + '\n', encoding='utf-8')
-    print(line)
+    took = round(time.time() - start)
+    result = dict(found, **about, rounds=a.rounds, seconds=took, **machine())
+    bench.report(__file__, result, a.save)
 
 
 if __name__ == '__main__':

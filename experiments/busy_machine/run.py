@@ -16,7 +16,6 @@ GOMP_SPINCOUNT says how often a thread of GNU's OpenMP asks before it sleeps;
 OMP_WAIT_POLICY=passive is 0."""
 
 import argparse
-import json
 import os
 import random
 import subprocess
@@ -24,6 +23,9 @@ import sys
 import time
 from pathlib import Path
 from statistics import median
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import bench
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 SPINS = (100, 500, 1_000, 2_000, 4_000, 10_000, 100_000)
@@ -40,6 +42,7 @@ WAITS = ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT', 'OMP_NUM_THREADS', 'KMP_BLOCKTIME'
 
 def worker(lab_first):
     "Makes as many steps as each line of stdin asks for; answers with their seconds"
+    answer = bench.answers()
     if lab_first:
         import llm_lab  # noqa: F401 its choice must be there before PyTorch is
     import torch
@@ -54,32 +57,22 @@ def worker(lab_first):
     opt = adamw(model)
     batch = random_crops(torch.randint(65, (100_000,)), 8, 128)
     with onednn_linears(model):
-        for line in sys.stdin:
+        while True:
             times = []
-            for step in range(int(line)):
+            for step in range(int(bench.wait_for_turn())):
                 start = time.perf_counter()
                 train_step(model, opt, batch(step))[0].item()
                 times.append(time.perf_counter() - start)
-            print(json.dumps(times), flush=True)
+            answer(times)
 
 
-class Worker:
-    def __init__(self, setting):
-        env = {k: v for k, v in os.environ.items() if k not in WAITS} | (setting or {})
-        kind = 'plain' if setting is not None else 'lab'
-        self.proc = subprocess.Popen(
-            [sys.executable, str(Path(__file__).resolve()), '--worker', kind],
-            env=env,
-            text=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        self.steps(3)
-
-    def steps(self, n):
-        self.proc.stdin.write(f'{n}\n')
-        self.proc.stdin.flush()
-        return json.loads(self.proc.stdout.readline())
+def start_worker(setting):
+    "A process with its own environment, that has made its first steps"
+    env = {k: v for k, v in os.environ.items() if k not in WAITS} | (setting or {})
+    kind = 'plain' if setting is not None else 'lab'
+    made = bench.Child(__file__, '--worker', kind, env=env)
+    made.turn(3)
+    return made
 
 
 def busy(n):
@@ -89,7 +82,7 @@ def busy(n):
 
 def measure(rounds, steps):
     "{setting: {state: median seconds of a step}}"
-    workers = {name: Worker(setting) for name, setting in SETTINGS.items()}
+    workers = {name: start_worker(setting) for name, setting in SETTINGS.items()}
     times = {name: {state: [] for state in BUSY} for name in SETTINGS}
     luck = random.Random(0)
     for turn in range(rounds):
@@ -97,7 +90,8 @@ def measure(rounds, steps):
             others = busy(n)
             time.sleep(0.3)  # until they run
             for name in luck.sample(sorted(workers), len(workers)):
-                times[name][state] += workers[name].steps(steps)[1:]
+                # the first step meets what the one before left in the caches
+                times[name][state] += workers[name].turn(steps)[1:]
                 last = 1000 * median(times[name][state])
                 print(
                     f'round {turn + 1} of {rounds}, {state}: {name} {last:.0f} ms', file=sys.stderr
@@ -105,25 +99,19 @@ def measure(rounds, steps):
             for other in others:
                 other.kill()
                 other.wait()
-    for w in workers.values():
-        w.proc.kill()
-    return {
-        name: {state: median(t) for state, t in by_state.items()}
-        for name, by_state in times.items()
-    }
+    for kid in workers.values():
+        kid.kill()
+    return {name: bench.medians(by_state) for name, by_state in times.items()}
 
 
 def main():
-    ap = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    ap.add_argument('--rounds', type=int, default=8)
-    ap.add_argument('--steps', type=int, default=12)
-    ap.add_argument('--save', action='store_true')
+    ap = bench.parser(__doc__, rounds=8)
+    ap.add_argument('--steps', type=int, default=12, help='steps of a turn')
     ap.add_argument('--worker', help=argparse.SUPPRESS)
     a = ap.parse_args()
     if a.worker:
-        return worker(a.worker == 'lab')
+        worker(a.worker == 'lab')
+        return
     found = measure(a.rounds, a.steps)
     base = found['as it comes']['idle']
     print(f'{"":20}' + ''.join(f'{state:>22}' for state in BUSY))
@@ -135,9 +123,7 @@ def main():
     from llm_lab.hardware import machine
 
     result = dict(machine=machine(), rounds=a.rounds, steps=a.steps, seconds=found)
-    if a.save:
-        Path(__file__).with_name('result.json').write_text(json.dumps(result, indent=1) + '\n')
-    print(json.dumps(result))
+    bench.report(__file__, result, a.save)
 
 
 if __name__ == '__main__':

@@ -11,19 +11,17 @@ with `llm_lab.llama_block.muon_lr`. Each cell of the grid is kept in runs/ and i
 Every run has one thread; `--jobs` run at a time. The last line is JSON; `--save` keeps it in
 result.json with date and machine. About ten minutes on two cores."""
 
-import argparse
-import json
 import math
-from concurrent.futures import ProcessPoolExecutor
+import sys
 from pathlib import Path
 from statistics import mean
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import bench
+
 from llm_lab.gpt import MiniGPT
-from llm_lab.hardware import machine
-from llm_lab.core import progress
-from llm_lab.files import atomic_write
 from llm_lab.llama_block import llama, muon_lr
 from llm_lab.optim import muon
 from llm_lab.train import Recipe, fit, prepare
@@ -37,18 +35,19 @@ SEEDS = (1, 2)
 def cell(depth, lr, seed, steps):
     "The loss of one run in bits per character; kept in a file"
     file = HERE / 'runs' / f'{depth}-{lr:g}-{seed}-{steps}.json'
-    if file.exists():
-        return json.loads(file.read_text())
+    return bench.kept(file, lambda: train(depth, lr, seed, steps))
+
+
+def train(depth, lr, seed, steps):
+    "One run, on one thread, and its validation loss in bits per character"
     torch.set_num_threads(1)
+    # the text and the batches are the recipe's; its small model is replaced
     setup = prepare(
         Recipe('tiny_tales', steps, 4, 288, seed=seed, model=(('d_model', 8), ('n_layers', 1)))
     )
     setup.model = MiniGPT(llama(setup.tokenizer.vocab_size, depth=depth, max_len=288), seed)
     fit(setup.model, setup.batch, steps, optimizer=muon(setup.model, lr=lr), seed=seed)
-    loss = setup.loss(max_tokens=40_000) / math.log(2)
-    with atomic_write(file) as f:
-        f.write_text(json.dumps(loss))
-    return loss
+    return setup.loss(max_tokens=40_000) / math.log(2)
 
 
 def lowest(losses):
@@ -59,14 +58,16 @@ def lowest(losses):
     if n in (0, len(RATES) - 1):
         return best
     a, b, c = (losses[r] for r in RATES[n - 1 : n + 2])
+    # of the parabola through (-1, a), (0, b), (1, c); one step to the right doubles the rate
     return best * 2 ** (0.5 * (a - c) / (a - 2 * b + c))
 
 
 def main(steps, jobs):
     grid = [(d, lr, s, steps) for d in DEPTHS for lr in RATES for s in SEEDS]
-    with ProcessPoolExecutor(jobs) as pool:
-        runs = dict(zip(grid, progress(pool.map(cell, *zip(*grid)), 'runs', len(grid))))
-    losses = {d: {lr: mean(runs[d, lr, s, steps] for s in SEEDS) for lr in RATES} for d in DEPTHS}
+    runs = bench.run_cells(cell, grid, jobs)
+    losses = {}
+    for d in DEPTHS:
+        losses[d] = {lr: mean(runs[d, lr, s, steps] for s in SEEDS) for lr in RATES}
     print('depth ', *(f'{lr:>9g}' for lr in RATES), '   suits  the rule says')
     said = {}
     for d, row in losses.items():
@@ -80,18 +81,9 @@ def main(steps, jobs):
             *(f'{v:9.4f}' for v in row.values()),
             f'{said[d]["suits"]:8.4f} {said[d]["rule"]:8.4f}',
         )
-    return dict(steps=steps, depths=said, jobs=jobs, **{**machine(), 'threads': 1})
+    return dict(steps=steps, depths=said, jobs=jobs, **bench.one_thread())
 
 
 if __name__ == '__main__':
-    ap = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    ap.add_argument('--steps', type=int, default=300)
-    ap.add_argument('--jobs', type=int, default=2, help='runs at a time, one thread each')
-    ap.add_argument('--save', action='store_true', help='keep the last line in result.json')
-    a = ap.parse_args()
-    line = json.dumps(main(a.steps, a.jobs))
-    if a.save:
-        (HERE / 'result.json').write_text(line + '\n', encoding='utf-8')
-    print(line)
+    a = bench.parser(__doc__, steps=300, jobs=2).parse_args()
+    bench.report(__file__, main(a.steps, a.jobs), a.save)

@@ -27,28 +27,28 @@ batch and trains nothing. `--full` is for a GPU: 12 layers of width 512, longer 
 pairs, RoPE on half of the channels where layers are not global, and books of PG-19 as a third
 lesson. About 25 minutes on two cores."""
 
-import argparse
 import hashlib
-import json
 import math
-from concurrent.futures import ProcessPoolExecutor
+import sys
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from random import Random
-from statistics import mean, stdev
+from statistics import mean
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import bench
 
 from llm_lab.kv_cache import sliding_window
 from llm_lab.gpt import MiniGPT
 from llm_lab.self_attention import causal, dense_mask
 from llm_lab.parts import part
 from llm_lab.kernels import SparseAttention
-from llm_lab.hardware import device, machine
-from llm_lab.core import progress
+from llm_lab.hardware import device
 from llm_lab.files import atomic_write
 from llm_lab.positions import RoPE
 from llm_lab.llama_block import llama
@@ -69,7 +69,8 @@ from texts import (
     recall_row,
 )
 
-HERE, SEEDS = Path(__file__).parent, (1, 2, 3)
+HERE = Path(__file__).parent
+SEEDS = (1, 2, 3)
 NEAR = part(sliding_window, size=64)
 LINKED = part(or_masks, of=(NEAR, part(expander_links, degree=6, beyond=64)))
 PATTERNS = dict(
@@ -82,10 +83,12 @@ PATTERNS = dict(
 
 
 def layers(name, size):
+    "The pattern of each layer"
     return [PATTERNS[name][n % len(PATTERNS[name])] for n in range(size.n_layers)]
 
 
 def model(name, size, seed):
+    "The model whose layers take turns with the patterns of this name"
     steps = lambda p: (part(RoPE, partial=0.5),) if size.full and p != part(causal) else ()
     attn = part(
         alternate, of=[part(SparseAttention, mask=p, transforms=steps(p)) for p in PATTERNS[name]]
@@ -106,16 +109,14 @@ def model(name, size, seed):
 def direct(name, size, asked):
     "For each question: which layers let it read its pair itself, by any head, as '010'"
     i = torch.tensor([i for i, _ in asked])
-    seen = [
-        dense_mask(p, i, i - torch.tensor([d for _, d in asked]), size.n_heads, n).expand(
-            1, size.n_heads, len(i), len(i)
-        )
-        for n, p in enumerate(layers(name, size))
-    ]
-    return [
-        ''.join(map(str, one))
-        for one in zip(*[s[0].any(0).diagonal().int().tolist() for s in seen])
-    ]
+    distances = torch.tensor([d for _, d in asked])
+    by_layer = []
+    for n, pattern in enumerate(layers(name, size)):
+        seen = dense_mask(pattern, i, i - distances, size.n_heads, n)
+        # may question a see pair b, by each head: the diagonal is each question with its own pair
+        seen = seen.expand(1, size.n_heads, len(i), len(i))[0]
+        by_layer.append(seen.any(0).diagonal().int().tolist())
+    return [''.join(map(str, one)) for one in zip(*by_layer)]
 
 
 def recall_test(net, name, size, T):
@@ -125,20 +126,21 @@ def recall_test(net, name, size, T):
     links = {}
     for n in range(size.texts):
         r = Random(f'test/{T}/{n}')
-        ids, asked = recall_row(
-            T,
-            [r.randint(d * 3 // 4, d - 4) for d in (bins(T) * size.keys)[n : n + size.keys]],
-            size,
-            n,
-        )
+        # each text begins with another bin, so that all bins are asked about equally often
+        some_bins = (bins(T) * size.keys)[n : n + size.keys]
+        distances = [r.randint(d * 3 // 4, d - 4) for d in some_bins]
+        ids, asked = recall_row(T, distances, size, n)
         ids = torch.tensor(ids, device=device())
         right = (net(ids[None, :-1])[0].argmax(-1) == ids[1:]).tolist()
         for (i, d), seen in zip(asked, direct(name, size, asked)):
-            far = links.setdefault(seen, [0, 0]) if d >= 64 else [0, 0]
-            for k, x in enumerate((right[i], 1, '1' in seen)):
-                by[bin_of(d)][k] += x
-                if k < 2:
-                    far[k] += x
+            counts = by[bin_of(d)]
+            counts[0] += right[i]
+            counts[1] += 1
+            counts[2] += '1' in seen
+            if d >= 64:  # beyond the window
+                far = links.setdefault(seen, [0, 0])
+                far[0] += right[i]
+                far[1] += 1
     return dict(by=by, links=links)
 
 
@@ -147,27 +149,30 @@ def bits_test(net, texts):
     by = {}
     for ids, exact, kinds in texts:
         ids = torch.tensor(ids, device=device()).long()
-        losses = F.cross_entropy(
-            net(ids[None, :-1])[0], ids[1:], reduction='none'
-        ).double() / math.log(2)
-        for x in zip(losses.tolist(), exact[1:], kinds[1:]):
-            got = by.setdefault(str(x[2] if isinstance(x[2], str) else bin_of(x[2])), [0.0, 0.0, 0])
-            for k, v in enumerate((*x[:2], 1)):
-                got[k] += v
+        nats = F.cross_entropy(net(ids[None, :-1])[0], ids[1:], reduction='none')
+        bits = (nats.double() / math.log(2)).tolist()
+        for got, wanted, kind in zip(bits, exact[1:], kinds[1:]):
+            key = kind if isinstance(kind, str) else str(bin_of(kind))
+            sums = by.setdefault(key, [0.0, 0.0, 0])
+            sums[0] += got
+            sums[1] += wanted
+            sums[2] += 1
     return by
 
 
 def facts_test(net, name, size, T):
+    "What `bits_test` gives on texts of the language"
     return bits_test(net, [facts_row(T, size, f'test/{T}/{n}') for n in range(size.texts)])
 
 
-def books_test(net, name, size, T):  # by place in the text: does more past help?
+def books_test(net, name, size, T):
+    "By the position in a book: does more past help?"
     cut = books('val', 50)[: size.texts * (T + 1)].view(-1, T + 1).tolist()
     return bits_test(net, [(ids, [0.0] * (T + 1), range(T + 1)) for ids in cut])
 
 
 LESSONS = dict(
-    # one after the other; shares of steps and rate
+    # one after the other: batches, loss, test, and the shares of the steps and of the rate
     recall=(recall_batch, recall_loss, recall_test, 1, 1),
     facts=(facts_batch, next_token_loss, facts_test, 1, 0.4),
     books=(books_batch, next_token_loss, books_test, 1, 0.5),
@@ -178,18 +183,23 @@ def cell(kind, name, seed, size):
     """One lesson and its tests on all lengths; kept in a file, with the weights that the next
     lesson goes on from"""
 
-    def at(kind, end):
-        key = hashlib.sha256(repr((size, PATTERNS[name], LESSONS[kind][3:])).encode()).hexdigest()[
-            :8
-        ]
-        return HERE / 'runs' / f'{kind}-{name}-{key}-{seed}.{end}'
+    file = path_of(kind, name, seed, size, 'json')
+    return bench.kept(file, lambda: learn(kind, name, seed, size))
 
-    if at(kind, 'json').exists():
-        return json.loads(at(kind, 'json').read_text())
+
+def path_of(kind, name, seed, size, end):
+    "Where a cell is kept: what it depends on is in the name"
+    made_of = repr((size, PATTERNS[name], LESSONS[kind][3:]))
+    key = hashlib.sha256(made_of.encode()).hexdigest()[:8]
+    return HERE / 'runs' / f'{kind}-{name}-{key}-{seed}.{end}'
+
+
+def learn(kind, name, seed, size):
+    "The run of a cell, on one thread; the weights are written before its figures"
     torch.set_num_threads(1)
     net = model(name, size, seed)
     if kind == 'facts':
-        net.load_state_dict(load_file(at('recall', 'safetensors')))
+        net.load_state_dict(load_file(path_of('recall', name, seed, size, 'safetensors')))
     batch, loss, test, steps, lr = LESSONS[kind]
     run = fit(
         net.to(device()),
@@ -201,24 +211,19 @@ def cell(kind, name, seed, size):
     )
     with torch.no_grad():
         tests = {T: test(net.eval(), name, size, T) for T in size.lengths}
-    with atomic_write(at(kind, 'safetensors')) as f:
+    with atomic_write(path_of(kind, name, seed, size, 'safetensors')) as f:
         save_file(net.state_dict(), f)
-    with atomic_write(at(kind, 'json')) as f:
-        f.write_text(
-            json.dumps(
-                dict(
-                    tests=tests,
-                    losses=run.losses[::10],
-                    params=net.n_params,
-                    train_s=round(run.seconds, 1),
-                )
-            )
-        )
-    return json.loads(at(kind, 'json').read_text())
+    return dict(
+        tests=tests,
+        losses=run.losses[::10],
+        params=net.n_params,
+        train_s=round(run.seconds, 1),
+    )
 
 
 def reach_table(name, size, T):
-    "Share of the past that the last token has heard of after each layer, in all and by distance"
+    """Share of the past that is in the last token's receptive field after each layer, in all and by
+    distance"""
     found = receptive_field(layers(name, size), T, n_heads=size.n_heads).flip(1)  # by distance
     return dict(
         all=[round(x, 4) for x in found.float().mean(1).tolist()],
@@ -232,8 +237,8 @@ def reach_table(name, size, T):
 def rows_of(cells, name, size):
     """What one pattern did: means over seeds with half of the 95 % interval (Student's t), and what
     can be reached"""
-    one, t = cells['recall'][0], {2: 12.706, 3: 4.303}
-    interval = lambda xs: [round(mean(xs), 4), round(t[len(xs)] * stdev(xs) / len(xs) ** 0.5, 4)]
+    one = cells['recall'][0]
+    interval = lambda values: [round(x, 4) for x in bench.interval(values)]
     said = dict(
         params=one['params'],
         train_s={k: round(mean(c['train_s'] for c in cs), 1) for k, cs in cells.items()},
@@ -245,7 +250,8 @@ def rows_of(cells, name, size):
         **{k: {} for k in cells if k != 'recall'},
     )
     for T in map(str, size.lengths):
-        by, links = ([c['tests'][T][k] for c in cells['recall']] for k in ('by', 'links'))
+        by = [c['tests'][T]['by'] for c in cells['recall']]
+        links = [c['tests'][T]['links'] for c in cells['recall']]
         said['recall'][T] = {d: interval([b[d][0] / b[d][1] for b in by]) for d in by[0]}
         said['asked'][T] = {d: b[1] for d, b in by[0].items()}
         said['linked'][T] = {d: round(b[2] / b[1], 4) for d, b in by[0].items()}
@@ -304,17 +310,15 @@ def dry(size):
 
 
 def main(jobs, size):
-    cells, kinds = {}, [*LESSONS][: 2 + size.full]
-    with ProcessPoolExecutor(jobs) as pool:
-        for kind in kinds:
-            grid = [(kind, n, s, size) for s in SEEDS for n in PATTERNS]
-            cells |= zip(
-                [g[:3] for g in grid],
-                progress((map if size.full else pool.map)(cell, *zip(*grid)), kind, len(grid)),
-            )
-    rows = {
-        n: rows_of({k: [cells[k, n, s] for s in SEEDS] for k in kinds}, n, size) for n in PATTERNS
-    }
+    cells = {}
+    kinds = list(LESSONS) if size.full else ['recall', 'facts']
+    for kind in kinds:  # one after the other: a lesson goes on from the weights of the one before
+        grid = [(kind, n, s, size) for s in SEEDS for n in PATTERNS]
+        cells |= bench.run_cells(cell, grid, jobs, kind)
+    rows = {}
+    for n in PATTERNS:
+        mine = {k: [cells[k, n, s, size] for s in SEEDS] for k in kinds}
+        rows[n] = rows_of(mine, n, size)
     show(rows)
     return dict(
         chance=1 / size.values,
@@ -322,25 +326,19 @@ def main(jobs, size):
         seeds=SEEDS,
         rows=rows,
         jobs=jobs,
-        **{**machine(), 'threads': 1},
+        **bench.one_thread(),
     )
 
 
 if __name__ == '__main__':
-    ap = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    ap.add_argument('--jobs', type=int, default=2, help='runs at a time, one thread each')
+    ap = bench.parser(__doc__, jobs=2)
     ap.add_argument('--full', action='store_true', help='sizes for a GPU, and PG-19')
     ap.add_argument(
         '--dry', action='store_true', help='build every model and a batch, train nothing'
     )
-    ap.add_argument('--save', action='store_true', help='keep the last line in result.json')
     a = ap.parse_args()
     size = FULL if a.full else Size()
     if a.dry:
-        raise SystemExit(dry(size))
-    line = json.dumps(main(1 if a.full else a.jobs, size))
-    if a.save:
-        (HERE / 'result.json').write_text(line + '\n', encoding='utf-8')
-    print(line)
+        dry(size)
+    else:
+        bench.report(__file__, main(1 if a.full else a.jobs, size), a.save)

@@ -15,15 +15,17 @@ from llm_lab.hardware import device
 from llm_lab.llama_block import llama, muon_lr
 from llm_lab.train import random_crops
 
-# words, steps to the next one, share of keys, how unlike they are
 WORDS = 24
-NEXT = (1, 2, 3, 7)
-OFTEN = 0.4
-ODDS = 1.5
+NEXT = (1, 2, 3, 7)  # how far one of them is drawn from the next word, on the circle of words
+OFTEN = 0.4  # the share of keys among what is told
+ODDS = 1.5  # key k is as common as 1 / (k + 1)^ODDS
 
 
 @dataclass(frozen=True)
 class Size:
+    """How large all is. Ids stand in this order: words, values, pairs of a key and a value,
+    questions."""
+
     T: int = 512
     lengths: tuple = (512, 1024, 2048, 4096)
     d_model: int = 64
@@ -39,43 +41,49 @@ class Size:
 
     @property
     def pairs(self):
-        return WORDS + self.values  # the first pair; before it the values, before them the words
+        "The first pair's id"
+        return WORDS + self.values
 
     @property
     def asks(self):
-        return self.pairs + self.keys * self.values  # the first question
+        "The first question's id"
+        return self.pairs + self.keys * self.values
 
 
 FULL = Size(
-    2048,
-    (2048, 4096, 8192, 16384, 32768),
-    512,
-    12,
-    8,
-    6000,
-    32,
-    muon_lr(llama(depth=8)),
-    128,
-    32,
-    32,
-    True,
+    T=2048,
+    lengths=(2048, 4096, 8192, 16384, 32768),
+    d_model=512,
+    n_layers=12,
+    n_heads=8,
+    steps=6000,
+    batch=32,
+    lr=muon_lr(llama(depth=8)),
+    keys=128,
+    values=32,
+    full=True,
 )
 
 
 def bins(T):
+    "The distances by which results are told, up to T"
     return [2**n for n in range(4, 20) if 2**n <= T]
 
 
 def bin_of(d):
-    # a distance belongs to the first bin that is not smaller
+    "The first of the `bins` that is not smaller than this distance"
     return max(16, 2 ** math.ceil(math.log2(d)))
 
 
 def recall_row(T, distances, size, seed):
-    "ids (T + 1); [(place of a question, distance of its pair)]"
-    r, asked = Random(seed), []
+    """ids (T + 1); [(position of a question, distance of its pair)].
+
+    A pair is one token (a key with its value); its question is the key alone, and the answer, the
+    value alone, comes next. All other tokens are random words."""
+    r = Random(seed)
+    asked = []
     ids = [r.randrange(WORDS) for _ in range(T + 1)]
-    free = [True] * (T + 1)
+    free = [True] * (T + 1)  # nothing but a word stands there
     for k, d in zip(r.sample(range(size.keys), size.keys), distances):
         for _ in range(50):
             i = r.randrange(d, T)
@@ -84,7 +92,9 @@ def recall_row(T, distances, size, seed):
         else:
             continue  # no room: this key is left out
         v = r.randrange(size.values)
-        ids[i - d], ids[i], ids[i + 1] = size.pairs + k * size.values + v, size.asks + k, WORDS + v
+        ids[i - d] = size.pairs + k * size.values + v
+        ids[i] = size.asks + k
+        ids[i + 1] = WORDS + v
         free[i - d] = free[i] = free[i + 1] = False
         asked.append((i, d))
     return ids, asked
@@ -93,20 +103,26 @@ def recall_row(T, distances, size, seed):
 def facts_row(T, size, seed):
     """ids (T + 1), the exact surprisal of each in bits, and its kind: 'rest', or the distance to
     its last mention"""
-    r, V, told, word = Random(seed), size.values, {}, 0
+    r = Random(seed)
+    V = size.values
+    told = {}  # {key: (its value, the position of its last mention)}
+    word = 0
     odds = list(accumulate((n + 1) ** -ODDS for n in range(size.keys)))
-    ids, bits, kinds = [], [], []
+    ids = []
+    bits = []
+    kinds = []
     while len(ids) <= T:
         if r.random() < OFTEN:
             k = r.choices(range(size.keys), cum_weights=odds)[0]
-            first = k not in told
-            cost = -math.log2(OFTEN * (k + 1) ** -ODDS / odds[-1])
-            if first:
+            cost = -math.log2(OFTEN * (k + 1) ** -ODDS / odds[-1])  # that this key comes now
+            if k not in told:
+                # its value is drawn: log2(V) bits, which nobody can know
                 told[k] = r.randrange(V), len(ids)
                 ids.append(size.pairs + k * V + told[k][0])
                 bits.append(cost + math.log2(V))
                 kinds.append('rest')
             else:
+                # asked, and answered: whoever has the value still in reach pays 0 bits for it
                 kinds += ['rest', len(ids) - told[k][1]]
                 bits += [cost, 0.0]
                 told[k] = told[k][0], len(ids) + 1
@@ -120,26 +136,33 @@ def facts_row(T, size, seed):
 
 
 def recall_batch(size, seed):
+    "A function of the step: ids (batch, T + 1), the distances of pairs drawn log-uniformly"
+
     def batch(step):
         r = Random(f'recall/{seed}/{step}')
-        far = lambda: [int((size.T - 2) ** r.random()) for _ in range(size.keys)]
-        return torch.tensor(
-            [recall_row(size.T, far(), size, r.random())[0] for _ in range(size.batch)]
-        ).to(device())
+        rows = []
+        for _ in range(size.batch):
+            distances = [int((size.T - 2) ** r.random()) for _ in range(size.keys)]
+            rows.append(recall_row(size.T, distances, size, r.random())[0])
+        return torch.tensor(rows).to(device())
 
     return batch
 
 
 def recall_loss(size, net, rows):
-    "Only answers count"
+    "Cross-entropy of the answers: nothing else in these texts can be known"
     asks = rows[:, :-1] >= size.asks
     return F.cross_entropy(net.lm_head(net.features(rows[:, :-1])[asks]), rows[:, 1:][asks])
 
 
 def facts_batch(size, seed):
-    return lambda step: torch.tensor(
-        [facts_row(size.T, size, f'{seed}/{step}/{n}')[0] for n in range(size.batch)]
-    ).to(device())
+    "A function of the step: ids (batch, T + 1)"
+
+    def batch(step):
+        rows = [facts_row(size.T, size, f'{seed}/{step}/{n}')[0] for n in range(size.batch)]
+        return torch.tensor(rows).to(device())
+
+    return batch
 
 
 @cache
@@ -150,4 +173,5 @@ def books(split, n):
 
 
 def books_batch(size, seed):
+    "A function of the step: bytes (batch, T + 1) from random positions"
     return random_crops(books('train', 500), size.batch, size.T, seed, device())

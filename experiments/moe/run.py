@@ -16,23 +16,21 @@ an even share. Two cells run side by side, one thread each, and cells resume. `-
 GPU: 6 layers of width 256, 4,000 steps of 64 rows. One line of JSON at the end; `--save` keeps
 it in result.json."""
 
-import argparse
-import json
 import math
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+import sys
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import bench
 
 from llm_lab.chars import CharTokenizer
 from llm_lab.corpora import load_corpus
 from llm_lab.parts import Aux, part
 from llm_lab.gpt import MiniGPT
 from llm_lab.hardware import device, flops, keep_freed_memory, machine
-from llm_lab.core import progress
-from llm_lab.files import atomic_write
 from llm_lab.llama_block import SwiGLU, llama
 from llm_lab.moe import MoE, Router, sigmoid_top_k, softmax_top_k, top_k_softmax
 from llm_lab.train import fit, mean_loss, next_token_loss, random_crops
@@ -48,29 +46,16 @@ CELLS = {
     '8 experts, 2 each, no balance': dict(e=8, k=2, balance=0.0, z=0.0),
     '8 experts, 2 each, bias': dict(e=8, k=2, balance=0.0, z=0.0, bias_rate=0.001),
 }
-# n values: n − 1 degrees
-T975 = {
-    2: 12.706,
-    3: 4.303,
-    4: 3.182,
-    5: 2.776,
-    6: 2.571,
-    7: 2.447,
-    8: 2.365,
-    9: 2.306,
-    10: 2.262,
-}
 
 
 def mlp(width, e, k, **router):
     "A recipe of experts that together are as wide, for each token, as one MLP of `width`"
-    choose = (
-        part(sigmoid_top_k)
-        if 'bias_rate' in router
-        else part(top_k_softmax)
-        if k > 1
-        else part(softmax_top_k, renormalize=False)
-    )
+    if 'bias_rate' in router:
+        choose = part(sigmoid_top_k)
+    elif k > 1:
+        choose = part(top_k_softmax)
+    else:
+        choose = part(softmax_top_k, renormalize=False)
     return part(
         MoE,
         n_experts=e,
@@ -81,7 +66,9 @@ def mlp(width, e, k, **router):
 
 
 def build(name, size, vocab_size, seed=0):
-    s, how = SIZES[size], CELLS[name]
+    "The model of a cell"
+    s = SIZES[size]
+    how = CELLS[name]
     recipe = part(SwiGLU, d_ff=s['width']) if how is None else mlp(s['width'], **how)
     return MiniGPT(
         llama(
@@ -99,13 +86,20 @@ def build(name, size, vocab_size, seed=0):
 @torch.no_grad()
 def loads(model, ids):
     "Each layer's loads on a text, as multiples of an even share, (L, E)"
-    aux, rows = Aux(), ids[: 16 * 256].view(-1, 256)
+    aux = Aux()
+    rows = ids[: 16 * 256].view(-1, 256)
     model.eval()(rows.to(next(model.parameters()).device), aux=aux)
     return [(x['load'] * len(x['load'])).tolist() for x in aux.terms.values()]
 
 
-def cell(text, name, size, seed, steps):
-    "One run: loss, speed, loads at the end and on the way"
+def cell(*job):
+    "One run, kept under its name in runs/"
+    name = '-'.join(map(str, job)).replace(' ', '_').replace(',', '')
+    return bench.kept(HERE / 'runs' / f'{name}.json', lambda: train(*job))
+
+
+def train(text, name, size, seed, steps):
+    "The run of a cell: loss, speed, loads at the end and on the way"
     where = device() if size == 'full' else 'cpu'
     if where == 'cpu':
         torch.set_num_threads(1)
@@ -130,17 +124,6 @@ def cell(text, name, size, seed, steps):
     return out
 
 
-def one(job):
-    "A cell that is kept under its name"
-    path = HERE / 'runs' / ('-'.join(map(str, job)).replace(' ', '_').replace(',', '') + '.json')
-    if not path.exists():
-        out = cell(*job)
-        path.parent.mkdir(exist_ok=True)
-        with atomic_write(path) as new:
-            new.write_text(json.dumps(out), encoding='utf-8')
-    return json.loads(path.read_text(encoding='utf-8'))
-
-
 def work(name, size):
     "Operations that a token takes, forward and backward"
     model = build(name, size, 64)
@@ -148,42 +131,32 @@ def work(name, size):
     return flops(lambda: next_token_loss(model, rows).backward()) / 256
 
 
-def interval(x):
-    "Mean of some numbers, and the half width of its 95 % interval"
-    return mean(x), T975[len(x)] * stdev(x) / len(x) ** 0.5 if len(x) > 1 else math.nan
-
-
 def main(text, seeds, steps, size, names):
     jobs = [(text, name, size, seed, steps) for seed in range(seeds) for name in names]
-    if size == 'full':
-        found = [one(j) for j in progress(jobs, 'cells')]
-    else:
-        with ProcessPoolExecutor(2, mp_context=get_context('spawn')) as pool:
-            found = [*progress(pool.map(one, jobs), 'cells', total=len(jobs))]
-    rows = {name: [r for j, r in zip(jobs, found) if j[1] == name] for name in names}
-    base, out = rows['dense'], []
+    found = bench.run_cells(cell, jobs, 1 if size == 'full' else 2, 'cells')
+    rows = {name: [found[text, name, size, seed, steps] for seed in range(seeds)] for name in names}
+    base = [r['bits'] for r in rows['dense']]
+    out = []
     print(f'{text}, {seeds} seeds, {steps} steps')
     print(f'{"":32}{"parameters":>11}{"work":>7}{"bits":>8}{"less than dense":>22}{"loads":>16}')
     for name, r in rows.items():
-        gain, half = interval([b['bits'] - x['bits'] for b, x in zip(base, r)])
+        bits = [x['bits'] for x in r]
+        gain, half = bench.interval(bench.differences(base, bits))
         all_loads = [v for x in r for layer in x.get('loads', []) for v in layer] or [1.0]
-        out.append(
-            dict(
-                name=name,
-                params=r[0]['params'],
-                work=round(work(name, size) / work('dense', size), 4),
-                bits=[x['bits'] for x in r],
-                gain=gain,
-                half=half,
-                load_min=min(all_loads),
-                load_max=max(all_loads),
-                seconds=mean(x['seconds'] for x in r),
-            )
+        o = dict(
+            name=name,
+            params=r[0]['params'],
+            work=round(work(name, size) / work('dense', size), 4),
+            bits=bits,
+            gain=gain,
+            half=half,
+            load_min=min(all_loads),
+            load_max=max(all_loads),
+            seconds=mean(x['seconds'] for x in r),
         )
-        o = out[-1]
+        out.append(o)
         print(
-            f'{name:32}{o["params"]:11,}{o["work"]:7.3f}{mean(o["bits"]):8.4f}{gain:14.4f} ± '
-            f'{half:.4f}'
+            f'{name:32}{o["params"]:11,}{o["work"]:7.3f}{mean(bits):8.4f}{gain:14.4f} ± {half:.4f}'
             f'{o["load_min"]:9.2f}–{o["load_max"]:.2f}'
         )
     seen = {n: rows[n][0]['seen'] for n in names if n.startswith('8 experts, 2')}
@@ -192,21 +165,18 @@ def main(text, seeds, steps, size, names):
 
 
 if __name__ == '__main__':
-    ap = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    ap.add_argument('--seeds', type=int, default=5)
-    ap.add_argument('--steps', type=int)
+    ap = bench.parser(__doc__, seeds=5)
+    ap.add_argument('--steps', type=int, help='700, or 4,000 with --full')
     ap.add_argument('--text', default='tiny_tales')
     ap.add_argument('--only', nargs='*', help='names of cells, beside dense')
     ap.add_argument('--full', action='store_true', help='on a GPU')
-    ap.add_argument('--save', action='store_true', help='keep the last line in result.json')
     a = ap.parse_args()
     names = [n for n in CELLS if n == 'dense' or not a.only or n in a.only]
-    result = main(
-        a.text, a.seeds, a.steps or (4000 if a.full else 700), 'full' if a.full else 'small', names
-    )
-    name = 'result' + '_full' * a.full + ('' if a.text == 'tiny_tales' else f'_{a.text}') + '.json'
-    if a.save:
-        (HERE / name).write_text(json.dumps(result) + '\n', encoding='utf-8')
-    print(json.dumps(result))
+    size = 'full' if a.full else 'small'
+    result = main(a.text, a.seeds, a.steps or (4000 if a.full else 700), size, names)
+    name = 'result'
+    if a.full:
+        name += '_full'
+    if a.text != 'tiny_tales':
+        name += f'_{a.text}'
+    bench.report(__file__, result, a.save, f'{name}.json')

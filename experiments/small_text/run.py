@@ -12,14 +12,16 @@ the training loss of the last 50 steps, the validation loss at the end, and the 
 loss on the way, looked at every 250 steps. The last line is JSON; `--save` keeps it. Ways that
 are done are kept, and not done again."""
 
-import argparse
-import json
+import sys
 from functools import partial
 from pathlib import Path
 from statistics import mean
 
 import numpy as np
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import bench
 
 from llm_lab.chars import CharTokenizer
 from llm_lab.config import read_config
@@ -46,14 +48,13 @@ def learned(way, steps, threads=1):
     "The losses of a model that reads the text in one of the `WAYS`"
     torch.set_num_threads(threads)
     cfg = read_config('golden')
-    d, t = cfg.data, cfg.train
+    t = cfg.train
     text = split_text(load_corpus('tiny_shakespeare').text('train')[:60_000])
     tok = CharTokenizer.train(''.join(text.values()))
     train, val = (torch.tensor(tok.encode(text[s])) for s in ('train', 'val'))
     model = MiniGPT(model_config(cfg, tok.vocab_size), t.seed)
-    run = TrainState(
-        model, steps, optimizer=OPTIMIZERS[t.optimizer](model, lr=t.lr, weight_decay=t.weight_decay)
-    )
+    optimizer = OPTIMIZERS[t.optimizer](model, lr=t.lr, weight_decay=t.weight_decay)
+    run = TrainState(model, steps, optimizer=optimizer)
     vals = {}
 
     def look(run):
@@ -61,7 +62,7 @@ def learned(way, steps, threads=1):
 
     fit(
         model,
-        WAYS[way](train, t.batch_size, d.length),
+        WAYS[way](train, t.batch_size, cfg.data.length),
         steps,
         clip=t.clip,
         state=run,
@@ -78,16 +79,12 @@ def learned(way, steps, threads=1):
 
 
 def main(steps, only=None):
-    done, made = {}, HERE / 'runs' / f'ways-{steps}.json'
-    if made.exists():
-        done = json.loads(made.read_text())
-    for way in [only] if only else WAYS:
-        if way in done:
-            continue
-        done[way] = learned(way, steps)
-        made.parent.mkdir(exist_ok=True)
-        made.write_text(json.dumps(done))
-    done = {way: done[way] for way in WAYS if way in done}
+    done = {}
+    for way in WAYS:
+        file = HERE / 'runs' / f'{way.replace(", ", "-").replace(" ", "-")}-{steps}.json'
+        # a way that was measured before is in the table, also where only another is asked for
+        if way == only or only is None or file.exists():
+            done[way] = bench.kept(file, lambda: learned(way, steps))
     print(f'{"":28}{"training":>10}{"at the end":>12}{"lowest":>8}{"at step":>9}')
     for way, told in done.items():
         print(
@@ -98,14 +95,7 @@ def main(steps, only=None):
 
 
 if __name__ == '__main__':
-    ap = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    ap.add_argument('--steps', type=int, default=1000)
+    ap = bench.parser(__doc__, steps=1000)
     ap.add_argument('--only', choices=WAYS, help='one way only')
-    ap.add_argument('--save', action='store_true', help='keep the last line in result.json')
     a = ap.parse_args()
-    line = json.dumps(main(a.steps, a.only))
-    if a.save:
-        (HERE / 'result.json').write_text(line + '\n', encoding='utf-8')
-    print(line)
+    bench.report(__file__, main(a.steps, a.only), a.save)

@@ -16,7 +16,6 @@ device. The last line is JSON; `--save` keeps it in result.json."""
 import argparse
 import json
 import os
-import random
 import subprocess
 import sys
 import time
@@ -27,6 +26,9 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import bench
+
 from llm_lab.kv_cache import sliding_window
 from llm_lab.parts import part
 from llm_lab.self_attention import dense_mask
@@ -35,7 +37,8 @@ from llm_lab.hardware import keep_freed_memory, machine
 from llm_lab.core import require, progress, rng
 from llm_lab.sparse import or_masks, expander_links
 
-H, D = 8, 64
+H = 8  # heads
+D = 64  # channels of a head
 PATTERNS = {
     'window 256': part(sliding_window, size=256),
     'window 64': part(sliding_window, size=64),
@@ -43,18 +46,19 @@ PATTERNS = {
         or_masks, of=(part(sliding_window, size=64), part(expander_links, degree=6, beyond=64))
     ),
 }
-# the others are not asked for more
 LENGTHS = (128, 256, 384, 512, 1024, 2048, 4096, 8192, 16384)
-OTHERS = 8192
+OTHERS = 8192  # the longest text of `masked` and `local-attention`
 
 
 def qkvg(T, device='cpu', dtype=torch.float32):
+    "q, k, v and the gradient of the output, each (1, H, T, D)"
     draw = rng(0, 'qkv')
     q, k, v, g = (torch.randn(1, H, T, D, generator=draw).to(device, dtype) for _ in range(4))
     return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), g
 
 
 def local(size):
+    "A window by the package local-attention"
     return require('local_attention', 'local-attention').LocalAttention(
         window_size=size,
         causal=True,
@@ -69,20 +73,24 @@ def local(size):
 def contenders(T):
     "{name: a function of q, k, v}"
     ways = {'dense': lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)}
-    i = torch.arange(T)
     if T <= OTHERS:
+        i = torch.arange(T)
         seen = dense_mask(PATTERNS['window 256'], i, i)
         ways['masked, window 256'] = lambda q, k, v: F.scaled_dot_product_attention(
             q, k, v, attn_mask=seen
         )
         other = local(256)
         ways['local-attention, window 256'] = lambda q, k, v: other(q, k, v)
-    return ways | {
-        name: lambda q, k, v, p=p: sparse_attention(q, k, v, p) for name, p in PATTERNS.items()
-    }
+    return ways | sparse()
+
+
+def sparse():
+    "{name of a pattern: our attention with it}"
+    return {n: lambda q, k, v, p=p: sparse_attention(q, k, v, p) for n, p in PATTERNS.items()}
 
 
 def turn(f, q, k, v, g):
+    "Seconds of a forward and a backward pass"
     start = time.perf_counter()
     f(q, k, v).backward(g)
     took = time.perf_counter() - start
@@ -91,15 +99,10 @@ def turn(f, q, k, v, g):
 
 
 def speed(T, rounds):
-    ways, inputs = contenders(T), qkvg(T)
-    for f in ways.values():
-        turn(f, *inputs)  # plans are made
-    took = {name: [] for name in ways}
-    for n in range(rounds):
-        # nobody always follows the same one
-        for name in random.Random(n).sample([*ways], len(ways)):
-            took[name].append(turn(ways[name], *inputs))
-    return {name: median(t) for name, t in took.items()}
+    "{name: median seconds of a turn}; in the round that warms up, plans are made"
+    inputs = qkvg(T)
+    ways = {name: lambda f=f: turn(f, *inputs) for name, f in contenders(T).items()}
+    return bench.medians(bench.take_turns(ways, rounds, f'{T} tokens', warm_up=1, shuffled=True))
 
 
 def keys_are_true(T, pieces=512):
@@ -109,16 +112,14 @@ def keys_are_true(T, pieces=512):
     for name, pattern in PATTERNS.items():
         if choose_kernel(pattern, T)[0] == 'dense':
             continue
-        plan, i = Plan(pattern, T, H).make(), torch.arange(T)
-        want = torch.cat(
-            [
-                dense_mask(pattern, some, i, H).expand(1, H, -1, -1).sum(-1)
-                for some in i.split(pieces)
-            ],
-            -1,
-        )
+        plan = Plan(pattern, T, H).make()
+        i = torch.arange(T)
+        # piece by piece: the whole mask of a long text would not fit
+        counts = [
+            dense_mask(pattern, some, i, H).expand(1, H, -1, -1).sum(-1) for some in i.split(pieces)
+        ]
         got = plan.keys().expand(1, H, T)
-        if not got.equal(want):
+        if not got.equal(torch.cat(counts, -1)):
             raise SystemExit(f'{name} at {T}: the plan reads other keys than the pattern')
         out[name] = dict(
             mean=round(got.double().mean().item(), 2), most=int(got.max()), touched=plan.touched
@@ -127,25 +128,24 @@ def keys_are_true(T, pieces=512):
 
 
 def resident(what='VmRSS'):
-    return (
-        next(
-            int(line.split()[1])
-            for line in Path('/proc/self/status').read_text().splitlines()
-            if line.startswith(what)
-        )
-        * 1024
-    )
+    "Bytes of this process in memory, now or (VmHWM) at their height"
+    for line in Path('/proc/self/status').read_text().splitlines():
+        if line.startswith(what):
+            return int(line.split()[1]) * 1024
 
 
 def memory(name, T):
     """Bytes that one call, both ways, adds at its height, and those of the plan, which is made
     once; in a process of its own"""
-    f, few, inputs = contenders(T)[name], qkvg(512), qkvg(T)
-    # the libraries are loaded
-    turn(lambda q, k, v: sparse_attention(q, k, v, PATTERNS['window 64']), *few)
+    f = contenders(T)[name]
+    inputs = qkvg(T)
+    # a small call first: the libraries are loaded
+    turn(lambda q, k, v: sparse_attention(q, k, v, PATTERNS['window 64']), *qkvg(512))
     before = resident()
-    if name in PATTERNS and (plan := get_plan(PATTERNS[name], T, H)).linked:
-        plan.links(1, H)
+    if name in PATTERNS:
+        plan = get_plan(PATTERNS[name], T, H)
+        if plan.linked:
+            plan.links(1, H)
     made = resident()
     Path('/proc/self/clear_refs').write_text('5')  # the height is counted from here
     turn(f, *inputs)
@@ -155,7 +155,26 @@ def memory(name, T):
 def slope(lengths, out, name):
     "By which power of the length time grows, from 1,024 tokens on"
     points = [(T, out[T]['ms'][name]) for T in lengths if T >= 1024]
-    return round(float(np.polyfit(*np.log(points).T, 1)[0]), 3) if len(points) > 1 else None
+    if len(points) < 2:
+        return None
+    return round(float(np.polyfit(*np.log(points).T, 1)[0]), 3)
+
+
+def turns_at(T, rounds):
+    "Short texts are quick, and noisy: they have more turns"
+    if T <= 512:
+        return 12 * rounds
+    if T <= 1024:
+        return 4 * rounds
+    return rounds
+
+
+def memory_of(name, T):
+    "What `memory` prints, of a process of its own, in MB"
+    env = dict(os.environ, MALLOC_MMAP_THRESHOLD_='100000')  # what is freed goes back at once
+    me = [sys.executable, __file__, '--memory', name, str(T)]
+    said = subprocess.run(me, capture_output=True, text=True, check=True, env=env).stdout
+    return {what: round(b / 1e6) for what, b in json.loads(said).items()}
 
 
 def on_cpu(rounds, longest):
@@ -163,7 +182,7 @@ def on_cpu(rounds, longest):
     lengths = [T for T in LENGTHS if T <= longest]
     out = {}
     for T in progress(lengths, 'lengths'):
-        seconds = speed(T, rounds * (12 if T <= 512 else 4 if T <= 1024 else 1))
+        seconds = speed(T, turns_at(T, rounds))
         ratio = {n: round(seconds['dense'] / s, 2) for n, s in seconds.items()}
         out[T] = dict(
             ms={n: round(1000 * s, 2) for n, s in seconds.items()},
@@ -180,45 +199,37 @@ def on_cpu(rounds, longest):
             print(f'  {n:28}{1000 * s:9.1f} ms{ratio[n]:8.2f} ×   {said}')
     exponent = {n: slope(lengths, out, n) for n in ['dense', *PATTERNS]}
     print('\nexponent of time from 1,024 tokens on:', exponent)
-    env = dict(os.environ, MALLOC_MMAP_THRESHOLD_='100000')  # what is freed goes back at once
-    me = [sys.executable, __file__, '--memory']
-    ask = lambda n, T: (
-        subprocess.run([*me, n, str(T)], capture_output=True, text=True, check=True, env=env).stdout
-    )
-    mb = {
-        T: {
-            n: {k: round(b / 1e6) for k, b in json.loads(ask(n, T)).items()}
-            for n in ['dense', *PATTERNS]
-        }
-        for T in (4096, 8192)
-        if sys.platform == 'linux' and T <= longest
-    }
+    mb = {}
+    for T in (4096, 8192):
+        if sys.platform == 'linux' and T <= longest:
+            mb[T] = {n: memory_of(n, T) for n in ['dense', *PATTERNS]}
     print('the most memory that a call adds, MB:', mb)
     return dict(lengths=out, exponent=exponent, memory_mb=mb, rounds=rounds, **machine())
 
 
+def on_gpu_of(f, q, k, v, g, rounds):
+    "Milliseconds of a turn (the median), and the most memory that it adds in MB"
+    turn(f, q, k, v, g)  # compiled
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    took = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        turn(f, q, k, v, g)
+        torch.cuda.synchronize()
+        took.append(time.perf_counter() - start)
+    most = torch.cuda.max_memory_allocated() - before
+    return dict(ms=round(1000 * median(took), 2), mb=round(most / 1e6))
+
+
 def on_gpu(rounds):
+    "Of dense attention and each pattern, from 4,096 tokens on, what `on_gpu_of` measures"
+    ways = {'dense': contenders(OTHERS + 1)['dense'], **sparse()}
     out = {}
     for T in (4096, 8192, 16384, 32768):
-        *qkv, g = qkvg(T, 'cuda', torch.bfloat16)
-        row = {}
-        for name, f in {
-            'dense': lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
-            **{n: lambda q, k, v, p=p: sparse_attention(q, k, v, p) for n, p in PATTERNS.items()},
-        }.items():
-            turn(f, *qkv, g)  # compiled
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before, took = torch.cuda.memory_allocated(), []
-            for _ in range(rounds):
-                start = time.perf_counter()
-                turn(f, *qkv, g)
-                torch.cuda.synchronize()
-                took.append(time.perf_counter() - start)
-            row[name] = dict(
-                ms=round(1000 * median(took), 2),
-                mb=round((torch.cuda.max_memory_allocated() - before) / 1e6),
-            )
+        inputs = qkvg(T, 'cuda', torch.bfloat16)
+        row = {name: on_gpu_of(f, *inputs, rounds) for name, f in ways.items()}
         out[T] = row
         print(
             T,
@@ -231,9 +242,7 @@ def on_gpu(rounds):
 
 
 if __name__ == '__main__':
-    ap = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    ap = bench.parser(__doc__)
     ap.add_argument(
         '--rounds',
         type=int,
@@ -241,16 +250,12 @@ if __name__ == '__main__':
         help='turns of each contender; four times as many at 1,024 tokens, twelve times below',
     )
     ap.add_argument('--longest', type=int, default=16384, help='tokens of the longest text')
-    ap.add_argument('--save', action='store_true', help='keep the last line in result.json')
     ap.add_argument('--gpu', action='store_true', help='on a CUDA device, in bf16')
     ap.add_argument('--memory', nargs=2, help=argparse.SUPPRESS)
     a = ap.parse_args()
     if a.memory:
         memory(a.memory[0], int(a.memory[1]))
+    elif a.gpu:
+        bench.report(__file__, on_gpu(a.rounds), a.save, 'result_gpu.json')
     else:
-        line = json.dumps(on_gpu(a.rounds) if a.gpu else on_cpu(a.rounds, a.longest))
-        if a.save:
-            (Path(__file__).parent / ('result_gpu.json' if a.gpu else 'result.json')).write_text(
-                line + '\n', encoding='utf-8'
-            )
-        print(line)
+        bench.report(__file__, on_cpu(a.rounds, a.longest), a.save)

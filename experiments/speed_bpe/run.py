@@ -23,11 +23,12 @@ import time
 from collections import Counter
 from functools import cache
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / 'tests'))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import bench
 import texts
 
 import tiktoken
@@ -50,13 +51,7 @@ RESULTS = {}
 
 def turns(ways, rounds):
     "{name: median seconds} of functions that take turns"
-    times = {name: [] for name in ways}
-    for _ in range(rounds):
-        for name, way in ways.items():
-            start = time.perf_counter()
-            way()
-            times[name].append(time.perf_counter() - start)
-    return {name: median(t) for name, t in times.items()}
+    return bench.medians(bench.take_turns(bench.timed(ways), rounds, 'rounds'))
 
 
 def table(title, seconds, megabytes, base='llm_lab'):
@@ -398,22 +393,16 @@ def main(rounds, full, megabytes, parts):
 
 
 if __name__ == '__main__':
-    ap = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    ap.add_argument('--rounds', type=int, default=3, help='turns of each')
+    ap = bench.parser(__doc__, rounds=3)
     ap.add_argument(
         '--full', action='store_true', help='512 obvious merges, and 1 GB in little memory'
     )
     ap.add_argument('--megabytes', type=float, default=1000, help='of text for --full')
     ap.add_argument('--parts', default='train,encode,pack,memory', help='what to measure')
-    ap.add_argument('--save', action='store_true', help='keep the last line in result.json')
     ap.add_argument('--child', nargs=2, help=argparse.SUPPRESS)
     a = ap.parse_args()
     if a.child:
         memory_child(*a.child)
-        sys.exit()
-    line = json.dumps(main(a.rounds, a.full, a.megabytes, a.parts.split(',')))
-    if a.save:
-        (Path(__file__).parent / 'result.json').write_text(line + '\n', encoding='utf-8')
-    print(line)
+    else:
+        result = main(a.rounds, a.full, a.megabytes, a.parts.split(','))
+        bench.report(__file__, result, a.save)

@@ -8,15 +8,16 @@ row. They take turns with a training step of the model of that shape (4 layers, 
 float32), in one process; the medians go into the table. The last line is JSON; `--save` keeps it
 in result.json with date and machine."""
 
-import argparse
-import json
+import sys
 import tempfile
-import time
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import bench
 
 from llm_lab.chars import CharTokenizer
 from llm_lab.corpora import Corpus
@@ -35,9 +36,8 @@ def packed(folder, documents=4000, letters=1000):
     tok = CharTokenizer(map(chr, range(60, 60 + V)))
     ids = torch.randint(1, V, (documents, letters), generator=rng(0, 'text'))
     text = chr(60).join(tok.decode(row.tolist()) for row in ids)
-    return PackedTokens(
-        pack(Corpus('noise', dict(train=text), separator=chr(60)), tok, folder).folder
-    )
+    corpus = Corpus('noise', dict(train=text), separator=chr(60))
+    return PackedTokens(pack(corpus, tok, folder).folder)
 
 
 def stacked(tokens, stream):
@@ -61,29 +61,23 @@ def main(rounds):
     with tempfile.TemporaryDirectory() as folder:
         tokens = packed(Path(folder) / 'noise')
         stream = BatchStream(tokens, B, T)
-        model = MiniGPT(
-            GPTConfig(vocab_size=V, max_len=T, d_model=C, n_layers=L, n_heads=H)
-        ).train()
-        opt, fixed = adamw(model, 1e-3), stream(0)
+        cfg = GPTConfig(vocab_size=V, max_len=T, d_model=C, n_layers=L, n_heads=H)
+        model = MiniGPT(cfg).train()
+        opt = adamw(model, 1e-3)
+        fixed = stream(0)
         slices = stacked(tokens, stream)
         assert (slices(5) == stream(5)).all()
         ways = {'BatchStream': stream, 'slices stacked': slices}
-        times = {'training step': []}
+        times = {'training step': [], **{name: [] for name in ways}}
         for n in progress(range(rounds * 10), 'steps'):
             for name, way in ways.items():  # each right after a step, as in a training run
-                for what, do in (
-                    ('training step', lambda n: train_step(model, opt, fixed)),
-                    (name, way),
-                ):
-                    start = time.perf_counter()
-                    do(n)
-                    if n >= 20:
-                        times.setdefault(what, []).append(time.perf_counter() - start)
-        alone = []  # with nothing between, the caches stay warm
-        for n in range(2000):
-            start = time.perf_counter()
-            stream(n)
-            alone.append(time.perf_counter() - start)
+                of_step = bench.seconds_of(lambda: train_step(model, opt, fixed))
+                of_batch = bench.seconds_of(lambda: way(n))
+                if n >= 20:  # the first steps warm up
+                    times['training step'].append(of_step)
+                    times[name].append(of_batch)
+        # with nothing between, the caches stay warm
+        alone = [bench.seconds_of(lambda: stream(n)) for n in range(2000)]
     us = {name: 1e6 * median(t) for name, t in times.items()}
     us['BatchStream, nothing between'] = 1e6 * median(alone)
     mean = 1e6 * sum(alone) / len(alone)
@@ -101,13 +95,7 @@ def main(rounds):
 
 
 if __name__ == '__main__':
-    ap = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    ap = bench.parser(__doc__)
     ap.add_argument('--rounds', type=int, default=40, help='ten steps in a round')
-    ap.add_argument('--save', action='store_true', help='keep the last line in result.json')
     a = ap.parse_args()
-    line = json.dumps(main(a.rounds))
-    if a.save:
-        (Path(__file__).parent / 'result.json').write_text(line + '\n', encoding='utf-8')
-    print(line)
+    bench.report(__file__, main(a.rounds), a.save)

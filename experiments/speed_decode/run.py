@@ -16,8 +16,6 @@ model.) The last line is JSON; `--save` keeps it in result.json."""
 
 import argparse
 import gc
-import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,6 +23,9 @@ from pathlib import Path
 from statistics import median
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import bench
 
 from llm_lab.kv_cache import with_kv_cache
 from llm_lab.inference import bandwidth, for_inference, bytes_per_token
@@ -36,7 +37,10 @@ from llm_lab.core import progress, rng
 from llm_lab.llama_block import SwiGLU, llama
 from llm_lab.sampling import generate
 
-V, PROMPT, LONG, N = 32_000, 16, 256, 64
+V = 32_000
+PROMPT = 16  # tokens
+LONG = 256  # tokens of the prompt whose first answer is timed
+N = 64  # tokens to write
 SHAPES = {
     '15M': dict(d_model=288, n_layers=6, n_heads=6, mlp=part(SwiGLU, d_ff=768)),
     '110M': dict(d_model=768, n_layers=12, n_heads=12, mlp=part(SwiGLU, d_ff=2048)),
@@ -51,6 +55,7 @@ OURS = {
 
 
 def prompt(n):
+    "Random ids, (1, n), the same for all contenders"
     return torch.randint(V, (1, n), generator=rng(0, 'prompt'))
 
 
@@ -62,6 +67,8 @@ def resident():
 
 
 def theirs(folder):
+    """What was in memory before the model, and a function that writes n ids after a prompt of a
+    length, by transformers"""
     from transformers import AutoModelForCausalLM
 
     before = resident()
@@ -84,6 +91,7 @@ def theirs(folder):
 
 
 def ours(folder, make):
+    "As `theirs`, by a form of our model"
     before = resident()
     model = make(from_hf(folder).model)
 
@@ -94,8 +102,8 @@ def ours(folder, make):
 
 
 def child(name, folder):
-    "Write when it is our turn, and tell how it went"
-    out, sys.stdout = sys.stdout, sys.stderr
+    "Write when it is our turn, and answer how it went"
+    answer = bench.answers()
     before, write = theirs(folder) if name == 'transformers' else ours(folder, OURS[name])
 
     def turn(n, length):
@@ -106,48 +114,44 @@ def child(name, folder):
     for _ in range(3):
         turn(N, PROMPT)  # warm, and compiled
     turn(1, LONG)
-    print(json.dumps(dict(memory=resident() - before)), file=out, flush=True)
-    for _line in sys.stdin:
+    answer(dict(memory=resident() - before))
+    while True:
+        bench.wait_for_turn()
         seconds, ids = turn(N, PROMPT)
         first, _ = turn(1, LONG)
-        print(json.dumps(dict(seconds=seconds, first=first, ids=ids)), file=out, flush=True)
+        answer(dict(seconds=seconds, first=first, ids=ids))
+
+
+def turns_of(model, shape, rounds):
+    "{name: its answers}, one a round, and {name: bytes that its model holds in memory}"
+    memory = {}
+    kids = {}
+    with tempfile.TemporaryDirectory() as folder:
+        to_hf(f'{folder}/m', model)
+        for name in progress(['transformers', *OURS], f'{shape}: opening, compiling'):
+            kids[name] = bench.Child(__file__, '--child', name, f'{folder}/m')
+            # one after the other: each compiles on an idle machine
+            memory[name] = kids[name].read()['memory']
+        ways = {name: kid.turn for name, kid in kids.items()}
+        turns = bench.take_turns(ways, rounds, f'{shape}: rounds')
+        for kid in kids.values():
+            kid.end()
+    return turns, memory
 
 
 def measure(shape, rounds):
-    names = ['transformers', *OURS]
-    with tempfile.TemporaryDirectory() as folder:
-        model = MiniGPT(llama(V, max_len=512, tie=True, **SHAPES[shape])).eval()
-        to_hf(f'{folder}/m', model)
-        kids = {}
-        for name in progress(names, f'{shape}: opening, compiling'):
-            kids[name] = subprocess.Popen(
-                [sys.executable, __file__, '--child', name, f'{folder}/m'],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                text=True,
-            )
-            # one after the other
-            kids[name].memory = json.loads(kids[name].stdout.readline())['memory']
-        turns = {name: [] for name in names}
-        for _ in progress(range(rounds), f'{shape}: rounds'):
-            for name, kid in kids.items():
-                kid.stdin.write('go\n')
-                kid.stdin.flush()
-                turns[name].append(json.loads(kid.stdout.readline()))
-        for kid in kids.values():
-            kid.stdin.close()
-            kid.wait()
+    "The row of a shape in the table, printed and returned"
+    model = MiniGPT(llama(V, max_len=512, tie=True, **SHAPES[shape])).eval()
+    turns, memory = turns_of(model, shape, rounds)
     want = turns['transformers'][0]['ids']
     rate = {n: N / median(t['seconds'] for t in ts) for n, ts in turns.items()}
+    first = {n: 1000 * median(t['first'] for t in ts) for n, ts in turns.items()}
     out = dict(
         params=model.n_params,
         tokens_per_s={n: round(r, 1) for n, r in rate.items()},
         ratio={n: round(r / rate['transformers'], 2) for n, r in rate.items()},
-        first_token_ms={
-            n: round(1000 * median(t['first'] for t in ts), 1) for n, ts in turns.items()
-        },
-        memory_mb={n: round(kid.memory / 1e6) for n, kid in kids.items()},
+        first_token_ms={n: round(ms, 1) for n, ms in first.items()},
+        memory_mb={n: round(b / 1e6) for n, b in memory.items()},
         same_ids={
             n: all(t['ids'] == want for t in ts) for n, ts in turns.items() if 'int8' not in n
         },
@@ -159,11 +163,10 @@ def measure(shape, rounds):
         f'tokens/s, in 8 bits {out["limit_int8"]:.0f}'
     )
     print(f'{"":16}tokens/s      ×   first token   memory   same ids')
-    for n in names:
-        first, mb = (out[k][n] for k in ('first_token_ms', 'memory_mb'))
+    for n in turns:
         print(
-            f'{n:16}{rate[n]:8.1f}{out["ratio"][n]:7.2f}{first:11.1f} ms{mb:6} MB   '
-            f'{out["same_ids"].get(n, "not asked")}'
+            f'{n:16}{rate[n]:8.1f}{out["ratio"][n]:7.2f}{out["first_token_ms"][n]:11.1f} ms'
+            f'{out["memory_mb"][n]:6} MB   {out["same_ids"].get(n, "not asked")}'
         )
     for n in ('cached', 'fast', 'compiled'):
         if not out['same_ids'][n]:
@@ -185,17 +188,10 @@ def main(rounds):
 
 
 if __name__ == '__main__':
-    ap = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    ap.add_argument('--rounds', type=int, default=12, help='turns of each contender')
-    ap.add_argument('--save', action='store_true', help='keep the last line in result.json')
+    ap = bench.parser(__doc__, rounds=12)
     ap.add_argument('--child', nargs=2, help=argparse.SUPPRESS)
     a = ap.parse_args()
     if a.child:
         child(*a.child)
     else:
-        line = json.dumps(main(a.rounds))
-        if a.save:
-            (Path(__file__).parent / 'result.json').write_text(line + '\n', encoding='utf-8')
-        print(line)
+        bench.report(__file__, main(a.rounds), a.save)

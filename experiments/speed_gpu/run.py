@@ -9,11 +9,13 @@ peak is the best product of 8,192 × 8,192 matrices in bf16 on this machine. The
 JSON; `--save` keeps it. `--small` runs a tiny model of the same kind anywhere, to try the
 script."""
 
-import argparse
-import json
+import sys
 from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import bench
 
 from llm_lab.gpt import GPTConfig, MiniGPT
 from llm_lab.hardware import device, flops, machine
@@ -76,15 +78,8 @@ def main(batch_size, steps, small):
 
 
 if __name__ == '__main__':
-    ap = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    ap.add_argument('--batch', type=int, default=32, help='rows in a batch')
-    ap.add_argument('--steps', type=int, default=100)
+    ap = bench.parser(__doc__, steps=100)
+    ap.add_argument('--batch', type=int, default=32, help='sequences in a batch')
     ap.add_argument('--small', action='store_true', help='a tiny model, to try the script anywhere')
-    ap.add_argument('--save', action='store_true', help='keep the last line in result.json')
     a = ap.parse_args()
-    line = json.dumps(main(a.batch, a.steps, a.small))
-    if a.save:
-        (Path(__file__).parent / 'result.json').write_text(line + '\n', encoding='utf-8')
-    print(line)
+    bench.report(__file__, main(a.batch, a.steps, a.small), a.save)

@@ -14,14 +14,15 @@ from turn to turn, as they do in training. Medians. `even` shares the tokens out
 lets a quarter of the experts have most of them. `--gpu` compares in bf16 on a CUDA device. The
 last line is JSON; `--save` keeps it."""
 
-import argparse
-import json
-import random
+import sys
 import time
 from pathlib import Path
-from statistics import median
 
 import torch
+from torch.nn.functional import normalize
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import bench
 
 from llm_lab.gpt import GPTConfig
 from llm_lab.onednn import onednn_linears
@@ -31,7 +32,7 @@ from llm_lab.core import require, rng
 from llm_lab.llama_block import SwiGLU
 from llm_lab.moe import MoE, Router
 
-E, K, C, F, N = 8, 2, 256, 512, 2048
+E, K, C, F, N = 8, 2, 256, 512, 2048  # experts, each token's, d_model, d_ff, tokens
 
 
 def mixtral(moe, kind, device):
@@ -53,6 +54,7 @@ def mixtral(moe, kind, device):
 
 
 def contenders(device='cpu', dtype=torch.float32):
+    "{name: module}, the first three with the same weights"
     torch.manual_seed(0)
     cfg = GPTConfig(d_model=C)
     ours = MoE(
@@ -76,6 +78,7 @@ def contenders(device='cpu', dtype=torch.float32):
 
 
 def turn(module, x, g, wait=lambda: None):
+    "Seconds of a forward and a backward pass; `wait` is until the device has done its work"
     x = x.clone().requires_grad_()
     wait()
     start = time.perf_counter()
@@ -89,27 +92,39 @@ def turn(module, x, g, wait=lambda: None):
 def tokens(n, router, device, dtype, skewed):
     "New tokens; skewed ones lean toward what the first two experts like"
     x = torch.randn(1, N, C, generator=rng(n, 'tokens')).to(device, dtype)
-    return x + skewed * 3 * torch.nn.functional.normalize(router[:2].detach().sum(0), dim=0).to(
-        dtype
-    )
+    if not skewed:
+        return x
+    liked = normalize(router[:2].detach().sum(0), dim=0).to(dtype)
+    return x + 3 * liked
 
 
 def race(ways, rounds, device, dtype, skewed=False):
+    "{name: median seconds of a turn}"
     wait = torch.cuda.synchronize if device == 'cuda' else lambda: None
-    names = [*ways] + ['dense, quick'] * (device == 'cpu')
-    took = {}
     g = torch.randn(1, N, C, generator=rng(0, 'g')).to(device, dtype)
-    for n in range(-3, rounds):  # three turns to warm up
-        x = tokens(n + 3, ways['ours'].router.weight, device, dtype, skewed)
-        for name in random.Random(n).sample(names, len(names)):
-            if name == 'dense, quick':
-                with onednn_linears(ways['dense']):
-                    t = turn(ways['dense'], x, g, wait)
-            else:
-                t = turn(ways[name], x, g, wait)
-            if n >= 0:
-                took.setdefault(name, []).append(t)
-    return {name: median(t) for name, t in took.items()}
+
+    def one(module):
+        "A turn: each round has tokens of its own, the same for all, that no clock waits for"
+        n = 0
+
+        def go():
+            nonlocal n
+            x = tokens(n, ways['ours'].router.weight, device, dtype, skewed)
+            n += 1
+            return turn(module, x, g, wait)
+
+        return go
+
+    turns = {name: one(module) for name, module in ways.items()}
+    if device == 'cpu':
+        quick = one(ways['dense'])
+
+        def by_onednn():
+            with onednn_linears(ways['dense']):
+                return quick()
+
+        turns['dense, quick'] = by_onednn
+    return bench.medians(bench.take_turns(turns, rounds, 'rounds', warm_up=3, shuffled=True))
 
 
 def same(ways, device, dtype, most):
@@ -123,7 +138,8 @@ def same(ways, device, dtype, most):
         found[name] = (y, *torch.autograd.grad(y.float().sin().sum(), (x, *weights)))
     for name in ('ours', 'grouped'):
         for got, want in zip(found[name], found['eager']):
-            if (far := ((got - want).abs().max() / want.abs().max()).item()) > most:
+            far = ((got - want).abs().max() / want.abs().max()).item()
+            if far > most:
                 raise SystemExit(f'{name} is {far:.1e} from Mixtral: not the same function')
 
 
@@ -131,18 +147,14 @@ def main(rounds, device):
     if device == 'cpu':
         keep_freed_memory()
     dtype = torch.float32 if device == 'cpu' else torch.bfloat16
-    ways, out = contenders(device, dtype), {}
+    ways = contenders(device, dtype)
+    out = {}
     same(ways, device, dtype, 1e-5 if device == 'cpu' else 5e-2)
     for kind in ('even', 'skewed'):
         seconds = race(ways, rounds, device, dtype, kind == 'skewed')
-        load = (
-            ways['ours'].router(
-                tokens(3, ways['ours'].router.weight, device, dtype, kind == 'skewed')[0]
-            )[2]
-            / N
-            / K
-            * E
-        )
+        x = tokens(3, ways['ours'].router.weight, device, dtype, kind == 'skewed')
+        # tokens of each expert, as multiples of an even share
+        load = ways['ours'].router(x[0])[2] / N / K * E
         out[kind] = dict(
             ms={n: round(1000 * s, 2) for n, s in seconds.items()},
             busiest=round(load.max().item(), 2),
@@ -155,16 +167,8 @@ def main(rounds, device):
 
 
 if __name__ == '__main__':
-    ap = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    ap.add_argument('--rounds', type=int, default=81)
-    ap.add_argument('--save', action='store_true', help='keep the last line in result.json')
+    ap = bench.parser(__doc__, rounds=81)
     ap.add_argument('--gpu', action='store_true', help='on a CUDA device, in bf16')
     a = ap.parse_args()
-    line = json.dumps(main(a.rounds, 'cuda' if a.gpu else 'cpu'))
-    if a.save:
-        (Path(__file__).parent / ('result_gpu.json' if a.gpu else 'result.json')).write_text(
-            line + '\n', encoding='utf-8'
-        )
-    print(line)
+    result = main(a.rounds, 'cuda' if a.gpu else 'cpu')
+    bench.report(__file__, result, a.save, 'result_gpu.json' if a.gpu else 'result.json')

@@ -12,7 +12,6 @@ heads, ours and `transformers`'. While one runs, the others wait. The median of 
 the table. The last line is JSON; `--save` keeps it in result.json with date and machine."""
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,9 @@ from statistics import median
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import bench
 
 from llm_lab import onednn
 from llm_lab.chars import CharTokenizer
@@ -47,26 +49,25 @@ class PlainBlock(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.n1, self.n2 = nn.LayerNorm(C), nn.LayerNorm(C)
+        self.n1 = nn.LayerNorm(C)
+        self.n2 = nn.LayerNorm(C)
         self.qkv = nn.Linear(C, 3 * C)
         self.proj = nn.Linear(C, C)
         self.up = nn.Linear(C, 4 * C)
         self.down = nn.Linear(4 * C, C)
 
-    def forward(self, x):
+    def forward(self, x):  # (B, T, C)
         q, k, v = self.qkv(self.n1(x)).split(C, dim=2)
+        # (B, T, C) to (B, H, T, D)
         q, k, v = (t.view(*x.shape[:2], H, C // H).transpose(1, 2) for t in (q, k, v))
-        y = (
-            F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            .transpose(1, 2)
-            .contiguous()
-            .view(*x.shape)
-        )
-        x = x + self.proj(y)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.proj(y.transpose(1, 2).contiguous().view(*x.shape))
         return x + self.down(F.gelu(self.up(self.n2(x)), approximate='tanh'))
 
 
 class PlainGPT(nn.Module):
+    "The model of these blocks"
+
     def __init__(self):
         super().__init__()
         self.tok = nn.Embedding(V, C)
@@ -83,6 +84,7 @@ class PlainGPT(nn.Module):
 
 
 def text():
+    "A million random ids: what is read does not change how long a step takes"
     return torch.randint(V, (1_000_000,), generator=rng(0, 'text'))
 
 
@@ -112,15 +114,19 @@ def small_llama():
 
 
 def our_loop(turn, step=train_step, optimizer=None, use_onednn=True, make=small):
+    "`fit`, which asks for a batch before each step: there a turn begins and ends"
     if not use_onednn:
+        # for this whole process, which runs nothing else
         onednn.onednn_is_faster = lambda: False
-    rows, model = random_crops(text(), B, T), make()
+    rows = random_crops(text(), B, T)
+    model = make()
 
     def batch(n):
         turn(n)
         return rows(n)
 
-    fit(model, batch, 1_000_000, lr=1e-3, step_fn=step, optimizer=optimizer and optimizer(model))
+    made = optimizer(model) if optimizer else None
+    fit(model, batch, 1_000_000, lr=1e-3, step_fn=step, optimizer=made)
 
 
 def transformers_loop(turn):
@@ -176,20 +182,21 @@ LOOPS = {
 
 
 def child(name):
-    """Run a loop; before each CHUNK steps tell how long the last ones took, and wait until it is
+    """Run a loop; before each CHUNK steps answer how long the last ones took, and wait until it is
     our turn"""
-    out, sys.stdout = sys.stdout, sys.stderr
+    answer = bench.answers()
     times = []
+    start = 0.0
 
     def turn(n):
+        nonlocal start
         now = time.perf_counter()
         if n:
-            times.append(now - turn.start)
+            times.append(now - start)
         if n % CHUNK == 0:
-            print(json.dumps(times[-CHUNK:]), file=out, flush=True)
-            if not sys.stdin.readline():
-                raise SystemExit
-        turn.start = time.perf_counter()
+            answer(times[-CHUNK:])
+            bench.wait_for_turn()
+        start = time.perf_counter()  # the wait is not counted
 
     LOOPS[name](turn)
 
@@ -213,52 +220,41 @@ def first_token(rounds=5):
         )
 
 
-def main(rounds):
-    kids = {
-        name: subprocess.Popen(
-            [sys.executable, __file__, '--loop', name],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        for name in LOOPS
-    }
-
-    def ten(name):
-        kids[name].stdin.write('go\n')
-        kids[name].stdin.flush()
-        return json.loads(kids[name].stdout.readline())
-
-    times = {name: [] for name in LOOPS}
+def measure(rounds):
+    "{loop: seconds of each step}, and of this machine the peak in FLOP/s, measured in each round"
+    kids = {name: bench.Child(__file__, '--loop', name) for name in LOOPS}
     for name in progress(LOOPS, 'set-up, compiling'):
-        if json.loads(kids[name].stdout.readline()) != []:
+        if kids[name].read() != []:
             raise RuntimeError(f'{name}: its first word should be an empty list')
         for _ in range(3):
-            ten(name)  # the first steps warm up
-    peaks = []
-    for _ in progress(range(rounds), 'rounds'):
-        for name in LOOPS:
-            times[name] += ten(name)
-        peaks.append(peak_flops(seconds=0.05))
+            kids[name].turn()  # the first steps warm up
+    peak_name = 'peak'
+    ways = {name: kid.turn for name, kid in kids.items()}
+    ways[peak_name] = lambda: peak_flops(seconds=0.05)
+    found = bench.take_turns(ways, rounds, 'rounds')
     for kid in kids.values():
-        kid.stdin.close()
-        kid.wait()
+        kid.end()
+    peak = median(found.pop(peak_name))
+    times = {name: [t for ten in tens for t in ten] for name, tens in found.items()}
+    return times, peak
 
-    def work_of(model):
-        return flops(
-            lambda: next_token_loss(model, torch.zeros(B, T + 1, dtype=torch.int64)).backward()
-        )
 
+def work_of(model):
+    "Operations of a step"
+    rows = torch.zeros(B, T + 1, dtype=torch.int64)
+    return flops(lambda: next_token_loss(model, rows).backward())
+
+
+def main(rounds):
+    times, peak = measure(rounds)
     gpt2_work = work_of(small())
     llama_work = work_of(small_llama())
-    peak = median(peaks)
     ms = {name: 1000 * median(t) for name, t in times.items()}
     base = ms['plain eager GPT-2']
-    mfu = {
-        name: (llama_work if 'Llama' in name else gpt2_work) / (t / 1000) / peak
-        for name, t in ms.items()
-    }
+    mfu = {}
+    for name, t in ms.items():
+        work = llama_work if 'Llama' in name else gpt2_work
+        mfu[name] = work / (t / 1000) / peak
     for name, t in ms.items():
         print(
             f'{name:20}{t:7.2f} ms a step{B * T / t * 1000:9,.0f} tokens/s{base / t:7.3f}× '
@@ -287,17 +283,10 @@ def main(rounds):
 
 
 if __name__ == '__main__':
-    ap = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    ap.add_argument('--rounds', type=int, default=40, help='ten steps of each loop in a round')
-    ap.add_argument('--save', action='store_true', help='keep the last line in result.json')
+    ap = bench.parser(__doc__, rounds=40)
     ap.add_argument('--loop', choices=LOOPS, help=argparse.SUPPRESS)
     a = ap.parse_args()
     if a.loop:
         child(a.loop)
     else:
-        line = json.dumps(main(a.rounds))
-        if a.save:
-            (Path(__file__).parent / 'result.json').write_text(line + '\n', encoding='utf-8')
-        print(line)
+        bench.report(__file__, main(a.rounds), a.save)

@@ -9,18 +9,20 @@ Tales, 8 rows a step, AdamW, gradients clipped to 1. The learning rate of `train
 8 and 32 times that. Each of the 2³ models sees the same batches. At the end: the validation loss
 in bits per character (the floor is known), the largest attention score, the lowest entropy of a
 layer as a share of the most that is possible, and how many heads look at one key only (chapter
-21's gauges, read on validation text). A model is broken if its loss is no number, or above that
+21's gauges, read on validation text). A model is broken if its loss is not finite, or above that
 of the counts of single characters, or if half of its heads look at one key only. One line of
 JSON at the end; `--save` keeps it. Cells resume."""
 
-import argparse
-import json
 import math
+import sys
 from itertools import product
 from pathlib import Path
 from statistics import mean
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import bench
 
 from llm_lab.chars import CharTokenizer
 from llm_lab.corpora import load_corpus
@@ -40,12 +42,15 @@ HERE = Path(__file__).parent
 T = 256
 RATES = (0.004, 0.032, 0.128)
 NAMES = ('QK-norm', 'orthogonal', 'spectral')
+MODELS = list(product((0, 1), repeat=3))  # which of these it has
+GAUGES = ('loss', 'max_logit', 'entropy', 'collapsed', 'far')
 PATTERN = part(
     or_masks, of=(part(sliding_window, size=64), part(expander_links, degree=6, beyond=64))
 )
 
 
 def text():
+    "The corpus, its tokenizer, and {split: ids}"
     corpus = load_corpus('tiny_tales')
     tok = CharTokenizer.train(corpus.text('train')[:100_000])
     ids = {
@@ -56,6 +61,7 @@ def text():
 
 
 def cell(tok, ids, qk, orthogonal, spectral, lr, seed, steps):
+    "One run: its loss, its worst moment, and the gauges; loss None where it was not finite"
     init = part(scaled_init, orthogonal=bool(orthogonal))
     attn = part(SparseAttention, mask=PATTERN, transforms=(part(QKNorm),) * qk + (part(RoPE),))
     model = MiniGPT(
@@ -76,7 +82,11 @@ def cell(tok, ids, qk, orthogonal, spectral, lr, seed, steps):
         return dict(loss=None, why=str(e)[:80])
     loss = mean_loss(model.eval(), ids['val']) / math.log(2)
     said = model.metrics()
-    each = lambda name: [v for k, v in said.items() if k.endswith(name)]
+
+    def each(name):
+        "A gauge of each layer"
+        return [v for k, v in said.items() if k.endswith(name)]
+
     return dict(
         loss=loss if math.isfinite(loss) else None,
         worst=max(run.losses[min(20, steps - 1) :]) / math.log(2),
@@ -87,23 +97,47 @@ def cell(tok, ids, qk, orthogonal, spectral, lr, seed, steps):
     )
 
 
+def single_characters(ids):
+    "Bits per character of a model that knows how frequent each character is, and nothing else"
+    share = torch.bincount(ids).double() / len(ids)
+    return -(share * share.clamp_min(1e-30).log2()).sum().item()
+
+
+def row_of(on, lr, runs, single):
+    "One row of the result: how many of the seeds broke, and the gauges' means over the others"
+    good = [r for r in runs if r['loss'] is not None]
+    broken = sum(r['loss'] is None or r['loss'] > single or r['collapsed'] >= 0.5 for r in runs)
+    gauges = {k: round(mean(r[k] for r in good), 4) for k in GAUGES} if good else {}
+    return dict(
+        rate=lr,
+        **dict(zip(NAMES, on)),
+        broken=broken,
+        seeds=len(runs),
+        losses=[r['loss'] for r in runs],
+        **gauges,
+    )
+
+
+def show(row):
+    "One line for people"
+    name = ', '.join(n for n in NAMES if row[n]) or 'plain'
+    gauges = ''
+    if 'loss' in row:
+        gauges = f'{row["max_logit"]:12.1f}{row["entropy"]:9.3f}{row["collapsed"]:9.0%}'
+    print(
+        f'{row["rate"]:6}  {name:32}{row.get("loss", math.nan):7.3f}{row["broken"]:5} of '
+        f'{row["seeds"]}{gauges}'
+    )
+
+
 def main(seeds, steps):
     corpus, tok, ids = text()
-    share = torch.bincount(ids['train']).double() / len(ids['train'])
-    single = -(share * share.clamp_min(1e-30).log2()).sum().item()
-    done, made = {}, HERE / 'runs' / f'cells-{steps}.json'
-    if made.exists():
-        done = json.loads(made.read_text())
-    cells = [
-        (*on, lr, seed) for lr in RATES for seed in range(seeds) for on in product((0, 1), repeat=3)
-    ]
+    single = single_characters(ids['train'])
+    cells = [(*on, lr, seed) for lr in RATES for seed in range(seeds) for on in MODELS]
+    done = {}
     for c in progress(cells, 'cells'):
-        key = '/'.join(map(str, c))
-        if key in done:
-            continue
-        done[key] = cell(tok, ids, *c, steps)
-        made.parent.mkdir(exist_ok=True)
-        made.write_text(json.dumps(done))
+        file = HERE / 'runs' / f'{"-".join(map(str, c))}-{steps}.json'
+        done[c] = bench.kept(file, lambda: cell(tok, ids, *c, steps))
     out = []
     print(
         f'floor {corpus.floor:.3f}, single characters {single:.3f} bits per character; '
@@ -114,52 +148,13 @@ def main(seeds, steps):
         f'{"":32}{"loss":>7}{"broken":>8}{"largest score":>15}{"entropy":>9}{"one key":>9}'
     )
     for lr in RATES:
-        for on in product((0, 1), repeat=3):
-            rows = [done['/'.join(map(str, (*on, lr, s)))] for s in range(seeds)]
-            good = [r for r in rows if r['loss'] is not None]
-            said = (
-                {
-                    k: round(mean(r[k] for r in good), 4)
-                    for k in ('loss', 'max_logit', 'entropy', 'collapsed', 'far')
-                }
-                if good
-                else {}
-            )
-            broken = sum(
-                r['loss'] is None or r['loss'] > single or r['collapsed'] >= 0.5 for r in rows
-            )
-            out.append(
-                dict(
-                    rate=lr,
-                    **dict(zip(NAMES, on)),
-                    broken=broken,
-                    seeds=seeds,
-                    losses=[r['loss'] for r in rows],
-                    **said,
-                )
-            )
-            name = ', '.join(n for n, x in zip(NAMES, on) if x) or 'plain'
-            gauges = (
-                f'{said["max_logit"]:12.1f}{said["entropy"]:9.3f}{said["collapsed"]:9.0%}'
-                if good
-                else ''
-            )
-            print(
-                f'{lr:6}  {name:32}{said["loss"] if good else math.nan:7.3f}{broken:5} of '
-                f'{seeds}{gauges}'
-            )
+        for on in MODELS:
+            runs = [done[*on, lr, seed] for seed in range(seeds)]
+            out.append(row_of(on, lr, runs, single))
+            show(out[-1])
     return dict(cells=out, floor=corpus.floor, single=round(single, 4), steps=steps, **machine())
 
 
 if __name__ == '__main__':
-    ap = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    ap.add_argument('--seeds', type=int, default=2)
-    ap.add_argument('--steps', type=int, default=150)
-    ap.add_argument('--save', action='store_true', help='keep the last line in result.json')
-    a = ap.parse_args()
-    line = json.dumps(main(a.seeds, a.steps))
-    if a.save:
-        (HERE / 'result.json').write_text(line + '\n', encoding='utf-8')
-    print(line)
+    a = bench.parser(__doc__, seeds=2, steps=150).parse_args()
+    bench.report(__file__, main(a.seeds, a.steps), a.save)

@@ -8,17 +8,18 @@ long: a context of 288 holds 99 of 100 of them whole. Each cell is kept under ru
 repeated; delete that folder to measure anew. The last line is JSON; `--save` keeps it in
 result.json."""
 
-import argparse
-import json
 import os
+import sys
 import tempfile
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import bench
+
 from llm_lab.first_tour import tour
 from llm_lab.hardware import machine
-from llm_lab.files import atomic_write
 
 HERE = Path(__file__).parent
 CONTEXTS = 72, 144, 288, 576
@@ -26,29 +27,27 @@ CONTEXTS = 72, 144, 288, 576
 
 def cell(context, minutes):
     "The tour's figures, measured once and kept with what it printed"
-    path = HERE / 'runs' / f'{context}-{minutes:g}.json'
-    if not path.exists():
-        with tempfile.TemporaryDirectory() as home, redirect_stdout(StringIO()) as said:
-            os.environ['LLM_LAB_HOME'] = home
-            result = tour(
-                'tiny_tales',
-                minutes,
-                [('length', context), ('batch_size', round(1024 / context))],
-            )
-        path.parent.mkdir(exist_ok=True)
-        with atomic_write(path) as new:
-            new.write_text(
-                json.dumps(dict(result, said=said.getvalue(), **machine())), encoding='utf-8'
-            )
-    return json.loads(path.read_text(encoding='utf-8'))
+    file = HERE / 'runs' / f'{context}-{minutes:g}.json'
+    return bench.kept(file, lambda: toured(context, minutes))
+
+
+def toured(context, minutes):
+    "A tour in a home of its own, which nothing that was made before can shorten"
+    settings = [('length', context), ('batch_size', round(1024 / context))]
+    with tempfile.TemporaryDirectory() as home, redirect_stdout(StringIO()) as said:
+        os.environ['LLM_LAB_HOME'] = home
+        result = tour('tiny_tales', minutes, settings)
+    return dict(result, said=said.getvalue(), **machine())
 
 
 def row(context, minutes):
     "Above the floor, as shares of the floor: in all, and by what was not understood"
     r = cell(context, minutes)
-    part = lambda *names: (
-        sum(v for k, v in r['excess_bits'].items() if k.startswith(names)) / r['floor']
-    )
+
+    def part(*names):
+        bits = sum(v for k, v in r['excess_bits'].items() if k.startswith(names))
+        return bits / r['floor']
+
     shares = dict(
         total=r['above_floor'],
         choices_literals=part('choice', 'literal'),
@@ -78,14 +77,8 @@ def main(minutes, long):
 
 
 if __name__ == '__main__':
-    ap = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    ap = bench.parser(__doc__)
     ap.add_argument('--minutes', type=float, default=3)
     ap.add_argument('--long', type=float, default=10)
-    ap.add_argument('--save', action='store_true', help='keep the last line in result.json')
     a = ap.parse_args()
-    line = json.dumps(main(a.minutes, a.long))
-    if a.save:
-        (HERE / 'result.json').write_text(line + '\n', encoding='utf-8')
-    print(line)
+    bench.report(__file__, main(a.minutes, a.long), a.save)

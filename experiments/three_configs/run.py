@@ -11,11 +11,14 @@ byte; loads and drops are of the last training batch. Each is an ordinary run of
 under its config's name as `three-…`; a finished one is not repeated. One line of JSON at the
 end; `--save` keeps it."""
 
-import argparse
 import json
+import sys
 from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import bench
 
 from llm_lab.config import model_data, read_config
 from llm_lab.experts import active_params
@@ -25,7 +28,6 @@ from llm_lab.hardware import flops, machine
 from llm_lab.core import home
 from llm_lab.runs import train_run
 
-HERE = Path(__file__).parent
 NAMES = ('condor', 'tinystories_baseline', 'falcon')
 SHORT = (
     'data.length=128',
@@ -43,17 +45,13 @@ SHORT = (
 def one(name, run, changes):
     "The run's last row and its result, trained if need be"
     folder = home() / 'experiments' / name / 'runs' / run
-    if not (folder / 'result.json').exists():
-        train_run(
-            name,
-            *changes,
-            run=None if folder.exists() else run,
-            resume=str(folder) if folder.exists() else None,
-        )
+    if not folder.exists():
+        train_run(name, *changes, run=run)
+    elif not (folder / 'result.json').exists():
+        train_run(name, *changes, resume=str(folder))
     rows = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
-    return next(r for r in reversed(rows) if 'val' in r), json.loads(
-        (folder / 'result.json').read_text()
-    )
+    last = next(r for r in reversed(rows) if 'val' in r)
+    return last, json.loads((folder / 'result.json').read_text())
 
 
 def main(steps, text, full):
@@ -65,37 +63,27 @@ def main(steps, text, full):
     )
     for name in NAMES:
         cfg = read_config(name, changes)
-        model = MiniGPT(
-            config_from(
-                model_data(cfg.model)
-                | dict(vocab_size=cfg.data.vocab_size, max_len=cfg.data.length)
-            )
-        )
-        work = (
-            flops(lambda: model(torch.zeros(1, cfg.data.length, dtype=torch.int64)))
-            / cfg.data.length
-            / 1e6
-        )
+        length = cfg.data.length
+        size = dict(vocab_size=cfg.data.vocab_size, max_len=length)
+        model = MiniGPT(config_from(model_data(cfg.model) | size))
+        ids = torch.zeros(1, length, dtype=torch.int64)
+        work = flops(lambda: model(ids)) / length / 1e6
         row, result = one(name, f'three-{text}-{steps}' if changes else 'three-full', changes)
         each = lambda kind: [v for k, v in row.items() if k.startswith('moe') and k.endswith(kind)]
-        out.append(
-            dict(
-                name=name,
-                params=model.n_params,
-                active=active_params(model),
-                mflop=round(work, 2),
-                bits_per_byte=result['scores']['val']['bits_per_byte'],
-                load_min=min(each('load_min'), default=None),
-                load_max=max(each('load_max'), default=None),
-                drops=max(each('drops'), default=None),
-            )
+        o = dict(
+            name=name,
+            params=model.n_params,
+            active=active_params(model),
+            mflop=round(work, 2),
+            bits_per_byte=result['scores']['val']['bits_per_byte'],
+            load_min=min(each('load_min'), default=None),
+            load_max=max(each('load_max'), default=None),
+            drops=max(each('drops'), default=None),
         )
-        o = out[-1]
-        loads = (
-            f'{o["load_min"]:9.2f}–{o["load_max"]:.2f}{o["drops"]:8.1%}'
-            if o['load_min'] is not None
-            else ''
-        )
+        out.append(o)
+        loads = ''
+        if o['load_min'] is not None:
+            loads = f'{o["load_min"]:9.2f}–{o["load_max"]:.2f}{o["drops"]:8.1%}'
         print(
             f'{name:22}{o["params"]:12,}{o["active"]:12,}{work:15.1f}{o["bits_per_byte"]:15.3f}'
             + loads,
@@ -105,17 +93,9 @@ def main(steps, text, full):
 
 
 if __name__ == '__main__':
-    ap = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    ap.add_argument('--steps', type=int, default=300)
+    ap = bench.parser(__doc__, steps=300)
     ap.add_argument('--text', default='tiny_shakespeare')
     ap.add_argument('--full', action='store_true', help='the configurations as they are, on a GPU')
-    ap.add_argument('--save', action='store_true', help='keep the last line in result.json')
     a = ap.parse_args()
-    line = json.dumps(main(a.steps, a.text, a.full))
-    if a.save:
-        (HERE / ('result_full.json' if a.full else 'result.json')).write_text(
-            line + '\n', encoding='utf-8'
-        )
-    print(line)
+    name = 'result_full.json' if a.full else 'result.json'
+    bench.report(__file__, main(a.steps, a.text, a.full), a.save, name)

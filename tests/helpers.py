@@ -1,0 +1,132 @@
+"""What several files of tests do: models that hide no mistake, numbers compared, errors of one
+line, files and folders compared, the command line.
+
+How many cases a test tries is in `cases`; fixtures that several files share are in `conftest`."""
+
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+
+import pytest
+
+from cases import HANG
+from llm_lab.core import LabError
+
+# ---- models and numbers
+
+
+def tiny_model(vocab_size=3, d_model=8, max_len=8, **more):
+    "A GPT of one layer and one head, for tests that only keep and open it"
+    from llm_lab.gpt import GPTConfig, MiniGPT
+
+    size = dict(vocab_size=vocab_size, d_model=d_model, n_layers=1, n_heads=1, max_len=max_len)
+    return MiniGPT(GPTConfig(**size | more))
+
+
+def shake(model, seed=0, by=0.15):
+    """The same model, its weights moved by large random numbers, biases and gains of norms too.
+
+    Fresh models have biases of 0 and gains of 1, and all their outputs are near each other: what
+    is wrong would be within the tolerance."""
+    import torch
+
+    from llm_lab.core import rng
+
+    draw = rng(seed, 'shaken')
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(by * torch.randn(p.shape, generator=draw))
+    return model
+
+
+def shaken(cfg, seed=0, by=0.15):
+    "A model of this config, evaluated and shaken"
+    from llm_lab.gpt import MiniGPT
+
+    return shake(MiniGPT(cfg, seed).eval(), seed, by)
+
+
+def near(a, b, eps=1e-5):
+    "The largest difference is small beside the largest value of `b`, or beside 1"
+    worst = (a - b).abs().max().item()
+    assert worst <= eps * max(1.0, b.abs().max().item()), worst
+
+
+# ---- errors
+
+
+def one_line(call, *words, longest=700):
+    "What the `LabError` of a call says: one line, not too long, with all these words"
+    with pytest.raises(LabError) as e:
+        call()
+    said = str(e.value)
+    assert '\n' not in said and len(said) < longest, said
+    for word in words:
+        assert word in said, said
+    return said
+
+
+# ---- files and folders
+
+
+def file_hash(path):
+    "SHA-256 of a file"
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def tree(folder):
+    "{path inside: bytes} of each file of a folder"
+    files = (p for p in sorted(folder.rglob('*')) if p.is_file())
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
+
+
+def json_lines(path):
+    "The lines of a .jsonl file"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# ---- the command line
+
+
+def typed(*argv):
+    """(exit code, stdout, stderr) of `llm-lab` with these words, in this process: PyTorch is there
+    already"""
+    from llm_lab.cli import main
+
+    with redirect_stderr(io.StringIO()) as err, redirect_stdout(io.StringIO()) as out:
+        try:
+            code = main([str(a) for a in argv])
+        except SystemExit as e:
+            code = e.code
+    return code, out.getvalue(), err.getvalue()
+
+
+def printed(*argv, code=0):
+    "(stdout, stderr) of `llm-lab`, which ends with this code; an error is one line"
+    ended, out, err = typed(*argv)
+    assert (ended or 0) == code, out + err
+    assert not code or (err.startswith('llm-lab') and err.count('\n') == 1), out + err
+    return out, err
+
+
+def in_a_process(home, *argv, env=(), **how):
+    "`llm-lab` with these words as a process of its own, which stands in `home`"
+    clean = {k: v for k, v in os.environ.items() if k != 'LLM_LAB_DATA'}
+    return subprocess.run(
+        [sys.executable, '-m', 'llm_lab.cli', *map(str, argv)],
+        env={**clean, 'LLM_LAB_HOME': str(home), **dict(env)},
+        cwd=home,
+        capture_output=True,
+        text=True,
+        timeout=HANG,
+        **how,
+    )
+
+
+def ended(pid):
+    "How a child process has ended: its exit code, or minus the signal that ended it"
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
