@@ -71,7 +71,8 @@ def optimizer_state(model, optimizer) -> tuple:
 
 # %% ../nbs/81_checkpoint.ipynb #c595e636
 def restore_optimizer(model, optimizer, tensors: dict, groups: list):
-    "Let `opt` remember what another one did; raises `LabError` when it moves other parameters"
+    """Let `optimizer` remember what another one did; raises `LabError` when it moves other
+    parameters"""
     names = {id(p): name for name, p in model.named_parameters()}
     mine = [[names[id(p)] for p in g['params']] for g in optimizer.param_groups]
     if mine != [g['params'] for g in groups]:
@@ -367,9 +368,10 @@ def load(
     run,
     path=None,  # a checkpoint; the newest of this run if none
 ) -> dict:  # what its state.json says
-    """Bring model, optimizer, history, streams and parts to where they were.
+    """Bring model, optimizer, history, RNG states and parts to where they were.
 
-    Raises `LabError` when one bit is not as it was"""
+    `read_verified` (of the package) checks every hash before a byte is parsed. Raises `LabError`
+    when one bit is not as it was"""
     newest = path is None
     if newest and not self.steps():
         some = ' whose weights are numbers' if self.left_out else ''

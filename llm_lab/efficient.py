@@ -133,7 +133,7 @@ def largest_batch(
     memory: int = None,  # bytes; nine tenths of what is free if none
     device='cpu',
     max_size=4096,
-    **kw,  # `opt`, `step`, `prepare`, as for `step_memory`
+    **kw,  # `optimizer`, `step`, `prepare`, as for `step_memory`
 ) -> int:  # rows
     """The largest batch whose training step fits into the memory, optimizer state included; raises
     if none does"""

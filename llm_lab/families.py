@@ -375,7 +375,7 @@ def _context(family, most, max_len):
 
 
 def _mask_of(v, family, max_len):
-    "Which keys a query reads, in texts of up to `most` tokens"
+    "Which keys a query reads, in texts of up to `max_len` tokens"
     v = {k: v.get(k) for k in DEFAULTS[family]}  # a word of another family says nothing here
     if v.get('sliding_window') is None or not v.get('use_sliding_window', True):
         return part(causal)

@@ -13,7 +13,7 @@ from torch import nn
 from .core import LabError
 from .self_attention import Attention, causal
 from .gpt import GPTConfig, MiniGPT
-from .package import require_faithful
+from .package import cast_like, require_faithful
 from .parts import part
 
 # %% ../nbs/34_gqa.ipynb #7ca49e48
@@ -101,7 +101,8 @@ def _reheaded(model, attn, change):
     """A copy of `model` with the recipe `attn`.
 
     `change` makes its key and value heads, (heads, D, …), from those there are"""
-    new = MiniGPT(replace(model.cfg, attn=attn)).to(next(model.parameters()))
+    new = MiniGPT(replace(model.cfg, attn=attn))
+    new = new.to(model.tok.weight)  # its device and precision
     _require_plain_projections(model, new)
 
     def changed(rows):  # weights (heads · D, C) or biases (heads · D,)
@@ -114,7 +115,7 @@ def _reheaded(model, attn, change):
             continue
         q, k, v = state[name].split(model.blocks[0].attn.sizes)
         state[name] = torch.cat([q, changed(k), changed(v)])
-    new.load_state_dict(state)
+    cast_like(new, state).load_state_dict(state)  # a router may be more precise than the rest
     return new.train(model.training)
 
 # %% ../nbs/34_gqa.ipynb #762efee7

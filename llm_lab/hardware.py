@@ -205,18 +205,22 @@ def time_by_kind(
     return {k: v / calls for k, v in sorted(spent.items(), key=lambda kv: -kv[1])}
 
 # %% ../nbs/03_hardware.ipynb #ece56c23
-def keep_freed_memory() -> bool:  # could it be asked?
+def keep_freed_memory() -> bool:  # did it agree?
     """For the whole process, and until it ends: ask the C library (glibc) to keep freed memory for
     the next tensor, because fresh pages cost more than a sum over them"""
     import ctypes
 
     try:
-        option = ctypes.CDLL(None).mallopt
+        mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return False  # macOS, Windows and musl do it their own way
-    # M_MMAP_THRESHOLD (-3): take blocks up to 1 GB from the heap, not as mappings of their own,
-    # which always go back. M_TRIM_THRESHOLD (-1): give the end of the heap back only from 1 GB on.
-    return all(option(which, 1 << 30) for which in (-3, -1))
+    # Take blocks up to 1 GB from the heap, not as mappings of their own, which always go back to
+    # the system; a glibc that allows less is asked for its most, 32 MB. And give the end of the
+    # heap back only from 1 GB on.
+    M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
+    from_heap = mallopt(M_MMAP_THRESHOLD, 1 << 30) or mallopt(M_MMAP_THRESHOLD, 32 << 20)
+    kept = mallopt(M_TRIM_THRESHOLD, 1 << 30)
+    return bool(from_heap and kept)
 
 # %% ../nbs/03_hardware.ipynb #f1187097
 @contextmanager

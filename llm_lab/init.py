@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import register_parametrization
 from .gpt import MiniGPT
-from .package import require_faithful
+from .package import cast_like, require_faithful
 from .parts import part
 from .core import LabError
 
@@ -99,7 +99,7 @@ def _check_scaled_init(cfg, out='depth', std=None, **kw):
         raise LabError(f'std={std!r}: give a size above 0')
 
 
-scaled_init.check = _check_scaled_init  # `part` calls it where a configuration is made
+scaled_init.check = _check_scaled_init  # `GPTConfig` calls it when it is made
 
 # %% ../nbs/33_init.ipynb #7f422c0e
 class Spectral(nn.Module):
@@ -189,10 +189,10 @@ def merge_spectral(model: MiniGPT) -> MiniGPT:
     """A copy in eval mode that computes the same function with plain weights: what `Spectral` makes
     of them is written down.
 
-    Raises `LabError` if nothing is bound"""
+    Raises `LabError` if nothing is bound, or if the model is not what its configuration says"""
+    require_faithful(model)
     if model.cfg.init.func is not spectral_init:
         raise LabError(f'init={model.cfg.init}: no weights are bound; use the model')
-    require_faithful(model)
     model = deepcopy(model).eval()  # in eval mode no power iteration moves the weights
     state = {}
     for name, w in model.state_dict().items():
@@ -202,6 +202,7 @@ def merge_spectral(model: MiniGPT) -> MiniGPT:
         else:
             layer = bound[1]
             state[f'{layer}.weight'] = model.get_submodule(layer).weight.detach()
-    plain = MiniGPT(replace(model.cfg, init=part(scaled_init))).to(model.tok.weight)
-    plain.load_state_dict(state)
+    cfg = replace(model.cfg, init=part(scaled_init))  # an init that binds no weights
+    plain = MiniGPT(cfg, seed=None).to(model.tok.weight)  # its device and precision
+    cast_like(plain, state).load_state_dict(state)
     return plain.eval()

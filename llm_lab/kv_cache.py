@@ -10,7 +10,7 @@ __all__ = ['KVCache', 'CacheTransform', 'lookback', 'with_kv_cache', 'Completion
 import copy
 import warnings
 from dataclasses import dataclass, field, replace
-from inspect import signature
+from inspect import Parameter, signature
 import torch
 from torch import Tensor, nn
 from .core import LabError, progress, rng
@@ -126,7 +126,7 @@ class CacheTransform(nn.Module):
         if size is None:
             return
         for attn in _attentions(cfg.attn):
-            mask = attn.keywords.get('mask', part(causal))
+            mask = _keyword_of(attn.func, attn.keywords, 'mask', part(causal))
             need = lookback(mask)
             if not _has_cache_of(attn, size):
                 continue  # the check is of another attention's cache
@@ -150,19 +150,29 @@ def _is_attention(x):
     return isinstance(x, part) and isinstance(x.func, type) and issubclass(x.func, Attention)
 
 
+def _keyword_of(attention, keywords, name, default):
+    "As the recipe of an attention says; else as its class has it, which may be the reader's own"
+    accepted = signature(attention).parameters
+    own = accepted[name].default if name in accepted else Parameter.empty
+    return keywords.get(name, default if own is Parameter.empty else own)
+
+
 def _cached_transforms(attention, keywords):
     """The transforms in an attention's keywords, with `CacheTransform` as the last.
 
     Raises `LabError` where the attention takes none."""
-    size = lookback(keywords.get('mask', part(causal)))
-    last = part(CacheTransform) if size is None else part(CacheTransform, size=size)
-    others = [t for t in keywords.get('transforms', ()) if t.func is not CacheTransform]
     accepted = signature(attention).parameters
-    if 'transforms' not in accepted and 'kw' not in accepted:
+    takes_any = any(p.kind is Parameter.VAR_KEYWORD for p in accepted.values())
+    if 'transforms' not in accepted and not takes_any:
         raise LabError(
             f'{attention.__name__} takes no transforms: give it a `cache(batch, length)` of its '
             'own, or use the model as it is'
         )
+    # None: all keys are kept
+    size = lookback(_keyword_of(attention, keywords, 'mask', part(causal)))
+    last = part(CacheTransform) if size is None else part(CacheTransform, size=size)
+    transforms = _keyword_of(attention, keywords, 'transforms', ())
+    others = [t for t in transforms if t.func is not CacheTransform]
     return (*others, last)
 
 

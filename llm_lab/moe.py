@@ -310,7 +310,8 @@ class Router(nn.Module):
         self.bias_rate = bias_rate
         self.weight = nn.Parameter(torch.randn(n_experts, cfg.d_model) * cfg.d_model**-0.5)
         self.register_buffer('bias', torch.zeros(n_experts) if bias_rate else None)
-        # by `note`: choices since the last step, for `settle`; the last batch, for `MoE.metrics`
+        # filled by `note`: choices since the last step, for `after_step`; the last batch, for
+        # `MoE.metrics`
         self.since = None
         self.noted = None
 
@@ -369,13 +370,16 @@ def loss(self: Router, logits, w, chosen, p, counts) -> Tensor:
 
 @patch
 def note(self: Router, counts, p):
-    """Keep, without waiting for the device, what `settle` and `metrics` ask for; metrics are those
-    of the last batch, also after a kill"""
+    """Keep, without waiting for the device, what `after_step` and `metrics` ask for; metrics are
+    those of the last batch.
+
+    counts (E,): choices of each expert; p (N, E): the share of each expert for each token"""
     p = p.detach()
-    entropy = -torch.xlogy(p, p).sum(1).mean() / math.log(max(2, p.shape[1]))
+    entropy = -torch.xlogy(p, p).sum(1).mean() / math.log(max(2, p.shape[1]))  # of one expert: 0
     self.noted = dict(load=counts, entropy=entropy)
     if self.bias is not None:
-        self.since = counts if self.since is None else self.since + counts
+        # a copy: `after_step` sums it over the processes in place, and `load` stays this one's
+        self.since = counts.clone() if self.since is None else self.since + counts
 
 
 @patch

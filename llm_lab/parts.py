@@ -289,8 +289,8 @@ def mask_hooks(links=None, lookback=None, check=None):
     - lookback(**keywords) → int, or None for all of the past: how many of the last keys it reads,
       the query's own included. `lookback` in [KV cache](35_kv_cache.ipynb) calls it, for the size
       of a cache.
-    - check(cfg, **keywords): raises `LabError` on wrong keywords. `part` calls it where a
-      configuration is made."""
+    - check(cfg, **keywords): raises `LabError` on wrong keywords. `GPTConfig` calls it when
+      it is made."""
 
     def decorate(mask):
         # only those that are given: whoever asks uses getattr(mask, 'links', None) or hasattr

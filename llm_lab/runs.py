@@ -684,8 +684,9 @@ def _no_better(notes, patience) -> str:
 def end_early(self: TrainingRun, run):
     """Ends the run where `eval.patience` says so; the first process has the losses, the others ask
     it"""
-    if not self.cfg.eval.patience:
-        return
+    if not self.cfg.eval.patience or run.stopped or run.step == run.steps:
+        return  # it ends for another reason: all processes have agreed on it
+    # each sends what it sees, and all take what the first one says: only it has validated
     why = all_gather_json(self.engine, _no_better(run.notes, self.cfg.eval.patience))[0]
     if why:
         run.stopped = why

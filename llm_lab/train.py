@@ -117,7 +117,7 @@ def _left_on(device) -> tuple:
 def windows_at_once(model, T: int, max_windows=64) -> int:
     """How many windows of T tokens a model reads together when it is only asked:
 
-    1 to `most`, a power of 2.
+    1 to `max_windows`, a power of 2.
 
     Raises `LabError` where the numbers of one window alone, T × vocabulary, are more than the
     memory left"""
@@ -508,9 +508,12 @@ def fit(
     step_fn=train_step,
     state=None,  # a `TrainState` of this model that goes on where it stands
 ) -> TrainState:
-    """Train `model` with clipped gradients.
+    """Train `model` with clipped gradients; Ctrl-C stops and keeps what was learned.
 
-    Ctrl-C stops and keeps what was learned; raises where a loss is no number"""
+    One step is: `step_fn`, by default `train_step`, whose `update` moves the weights, empties the
+    gradient and calls `after_step()` of each part that has one (a `step_fn` of your own calls
+    `update`, too); loss and gradient norm are noted; then come the callbacks that are due, in
+    order. Raises `LabError` where a loss is not finite, within half a second or at a callback."""
     if state and state.steps != steps:
         raise LabError(f'steps={steps:,}: this run is planned for {state.steps:,}; give that')
     factor = schedule or _cosine(steps, lr, warmup, min_lr)
@@ -582,8 +585,8 @@ class Setup:
     batch: object
 
     def loss(self, split='val', max_tokens=None, live=None) -> float:  # nats per token
-        """The loss on a split, or on its first `most` tokens; story by story where documents stand
-        alone"""
+        """The loss on a split, or on its first `max_tokens` tokens; story by story where documents
+        stand alone"""
         ids, starts = self.ids[split][:max_tokens], self.starts[split]
         if starts is not None:
             starts = starts[starts < len(ids) - 1]

@@ -10,6 +10,7 @@ from llm_lab.gpt import GPTConfig, MiniGPT
 from llm_lab.gqa import GQA, kv_heads, planned_cache_bytes, to_gqa
 from llm_lab.init import spectral_init
 from llm_lab.llama_block import llama
+from llm_lab.moe import MoE
 from llm_lab.package import config_from, to_data
 from llm_lab.parts import part
 from llm_lab.positions import RoPE
@@ -118,3 +119,16 @@ def test_a_model_that_is_not_its_configuration_is_refused():
     spectral = MiniGPT(GPTConfig(**SIZED, init=part(spectral_init)))
     with pytest.raises(LabError, match='blocks.0.attn.qkv is not the plain map'):
         to_gqa(spectral, 2)
+
+
+def test_a_more_precise_router_stays_so():
+    "A router in float32 within a model in bfloat16: its digits are not cut by the conversion"
+    mixture = part(MoE, n_experts=2, top_k=1)
+    model = MiniGPT(
+        GPTConfig(vocab_size=9, max_len=8, d_model=16, n_heads=4, n_layers=1, mlp=mixture)
+    )
+    model = model.bfloat16()
+    model.blocks[0].mlp.router.float()
+    router = to_gqa(model, 2).blocks[0].mlp.router.weight
+    assert router.dtype == torch.float32
+    assert torch.equal(router, model.blocks[0].mlp.router.weight)

@@ -1,6 +1,8 @@
 """`kv_cache`: the odd cases and the wording of its refusals. That decoding with a cache is decoding
 without stands in test_cache.py."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_cache import KINDS, SIZE, TOK, ids_of, modern, plain, shaken
@@ -8,6 +10,7 @@ from test_cache import KINDS, SIZE, TOK, ids_of, modern, plain, shaken
 from llm_lab.core import LabError
 from llm_lab.gpt import GPTConfig, MiniGPT
 from llm_lab.kv_cache import (
+    CacheTransform,
     Completion,
     KVCache,
     RollingCache,
@@ -169,3 +172,37 @@ def test_settings_of_complete():
     ):
         with pytest.raises(LabError, match=why):
             complete(model, TOK, 'tom', **bad)
+
+
+class Near(Attention):
+    "An attention of the reader's own: its class has the mask and the transforms"
+
+    def __init__(
+        self,
+        cfg,
+        layer=0,
+        transforms=(part(RoPE),),
+        mask=part(sliding_window, size=3),
+        **kwargs,
+    ):
+        super().__init__(cfg, layer, transforms, mask, **kwargs)
+
+
+def test_what_stands_in_the_class_counts_as_if_it_stood_in_the_recipe():
+    cfg = GPTConfig(vocab_size=9, max_len=16, d_model=16, n_heads=2, n_layers=1, pos=None)
+    model = MiniGPT(replace(cfg, attn=part(Near))).eval()
+    quick = with_kv_cache(model)
+    transforms = quick.cfg.attn.keywords['transforms']
+    assert transforms == (part(RoPE), part(CacheTransform, size=3))
+    # the model is what its configuration says
+    kinds = [type(t) for t in quick.blocks[0].attn.transforms]
+    assert kinds == [t.func for t in transforms]
+
+
+def test_an_attention_that_takes_any_keyword_takes_transforms():
+    class Any(Attention):
+        def __init__(self, cfg, layer=0, **kwargs):
+            super().__init__(cfg, layer, **kwargs)
+
+    cfg = GPTConfig(vocab_size=9, max_len=16, d_model=16, n_heads=2, n_layers=1, attn=part(Any))
+    assert with_kv_cache(MiniGPT(cfg).eval()).cache(1, 4) is not None

@@ -1303,3 +1303,11 @@ def test_an_expert_is_made_of_linear_maps_alone():
     fails(lambda: to_data(small(expert=part(Normed))), 'Normed', 'register')
     register(Normed)
     assert to_data(small(expert=part(Normed)))['mlp']['expert'] == {'part': 'Normed'}
+
+
+def test_what_a_step_sums_up_is_not_what_metrics_tell():
+    "The sum over processes is made in place: the load of this process must be another tensor"
+    router = Router(small(), 0, n_experts=4, top_k=1, bias_rate=0.1)
+    router.note(torch.tensor([3.0, 1, 0, 0]), torch.full((4, 4), 0.25))
+    router.since += 9  # as all_reduce does
+    assert router.noted['load'].tolist() == [3, 1, 0, 0]
