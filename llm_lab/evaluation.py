@@ -404,7 +404,9 @@ def _apart(values, share):
 
 
 def _finding(lines, unit):
-    "Who is lowest, and by how much; the lines come with the lowest first"
+    """One sentence: which run is lowest, and by how much.
+
+    `lines` are the runs of a table as dicts, the lowest first (`compare` sorts them)"""
     known = [l for l in lines if l[unit] is not None]
     if not known:
         return 'no run has a validation loss yet'

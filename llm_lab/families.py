@@ -623,13 +623,15 @@ def _mixture(v, family, gated):
 
 
 def _plain_or_mixture(v, plain, moe):
-    "Of Qwen3-MoE: experts in each `decoder_sparse_step`-th layer, but in none of `mlp_only_layers`"
+    """The MLPs of Qwen3-MoE as one recipe: experts in each `decoder_sparse_step`-th layer, but not
+    in those of `mlp_only_layers`. `plain` and `moe` are the two recipes"""
     step = _number(v, 'decoder_sparse_step', int)
     only = v['mlp_only_layers']
     if not isinstance(only, (list, type(None))):
         _refuse('mlp_only_layers', only, 'a list of layers belongs there')
     each = []
     for layer in range(v['num_hidden_layers']):
+        # the list counts layers from 0, the step from 1
         is_plain = layer in (only or ()) or (layer + 1) % step != 0
         each.append(plain if is_plain else moe)
     return _in_turn(each)
@@ -647,8 +649,11 @@ def _act_name(act):
     return next(same, 'silu')
 
 
-def _all_words(cfg, family):
-    "{their key: value}, for the keys of all families"
+def _drafted_keys(cfg, family):
+    """{their key: value}, more keys than one family has.
+
+    Values may be wrong where a family cannot say what the model is: `_attempt` reads the draft
+    back and compares"""
     experts, plain = _experts_said(cfg)
     attn = _filled(cfg.attn)
     mlp = _filled(plain)
@@ -656,6 +661,7 @@ def _all_words(cfg, family):
     words = _words(family)
     said = {theirs: getattr(cfg, ours, None) for ours, theirs in words.items()}
     said[words['act']] = _act_name(mlp.get('act'))
+    # readable stand-ins where there is none: a file must hold a number
     said[words['d_ff']] = _d_ff(cfg, plain) or 1
     said[words['eps']] = _filled(cfg.norm).get('eps', 1.0)
     dropout = cfg.dropout if family == 'gpt2' else 0.0
@@ -676,7 +682,7 @@ def _all_words(cfg, family):
 def _draft(cfg, family):
     """What a file of this family can say of `cfg`, right or not: `hf_config` reads it back and
     compares"""
-    said = _all_words(cfg, family)
+    said = _drafted_keys(cfg, family)
     architecture = f'{family.title().replace("_", "")}ForCausalLM'
     if family == 'gpt2':
         architecture = 'GPT2LMHeadModel'

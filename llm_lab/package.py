@@ -192,19 +192,22 @@ def _check_activation(act, path):
         raise LabError(f'{path}={act}: {short(str(e), 100)}; leave its keywords out') from None
 
 
-def _check_part_count(data, n_layers, head_dim):
+def _check_recipes(data, n_layers, head_dim):
     """Raises `LabError` where plain data name a part that may not stand there, or recipes that
-    would make more parts than anybody waits for"""
+    may make more parts than anybody waits for: more than 10,000, or more than 2²⁶ channels.
+
+    A bound, not a count: `check_recipe` returns how many parts a recipe makes at most"""
     parts = {}  # {key: how many parts its recipe makes}
     for key, slot in HOLDS['config'].items():
         if key not in data:
             continue
         without = key == 'pos' and data[key] is None  # a model without positions
         parts[key] = 0 if without else check_recipe(data[key], slot, key)
+    # a part that is not named is one of our own, and one in each layer
     n = n_layers * (parts.get('attn', 1) + parts.get('mlp', 1)) + sum(parts.values())
     if n > 10_000 or n * head_dim > 1 << 26:
         raise LabError(
-            f'n_layers={n_layers:,}: these recipes make {n:,} parts of width {head_dim:,}; '
+            f'n_layers={n_layers:,}: these recipes make up to {n:,} parts of width {head_dim:,}; '
             'give fewer layers or transforms'
         )
 
@@ -225,7 +228,7 @@ def config_from(data: dict) -> GPTConfig:
             plain_values[k] = v
     # the sizes first: no recipe is looked up before it is known how many parts they would make
     sizes = GPTConfig(**plain_values, attn=part(_no_mixer))
-    _check_part_count(data, sizes.n_layers, sizes.head_dim)
+    _check_recipes(data, sizes.n_layers, sizes.head_dim)
     try:
         return GPTConfig(**{k: _recipe_from(v, k) for k, v in data.items()})
     except (TypeError, ArithmeticError, AttributeError, KeyError) as e:
@@ -480,10 +483,12 @@ def _module_difference(name, a, b) -> str:
     return _value_difference(name, a, b) or _tensor_difference(name, a, b)
 
 # %% ../nbs/24_package.ipynb #3d90a105
-def _shape_difference(a, b) -> str:
-    "The tensor that one model has and the other has not, or not in this shape; '' if there is none"
-    have = {n: tuple(t.shape) for n, t in a.state_dict().items()}
-    want = {n: tuple(t.shape) for n, t in b.state_dict().items()}
+def _shape_difference(model, expected) -> str:
+    """How the first tensor that is not as expected departs, by name or shape; '' if none does.
+
+    Values are compared elsewhere, by the logits"""
+    have = {n: tuple(t.shape) for n, t in model.state_dict().items()}
+    want = {n: tuple(t.shape) for n, t in expected.state_dict().items()}
     for n in (*want, *have):
         if n not in have:
             return f'{n} was taken out'

@@ -1008,9 +1008,13 @@ def _foreign(folder):
             return place
 
 
-def _begin_anew(folder):
-    "Remove the model and the result of an older smoke run"
-    if strange := _foreign(folder / 'checkpoints'):
+def _clear_smoke_run(folder):
+    """Remove the checkpoints, the files that name one, and the result of an older smoke run.
+
+    Raises `LabError` where anything else lies among the checkpoints: asked once more, now that
+    the folder is locked"""
+    strange = _foreign(folder / 'checkpoints')  # the path of the first; None
+    if strange:
         raise LabError(f'{strange} is of no run: move it away')
     if (folder / 'checkpoints').is_dir():
         shutil.rmtree(folder / 'checkpoints')
@@ -1471,7 +1475,7 @@ def train_run(
         if lock:
             _require_own(folder)
             if smoke:
-                _begin_anew(folder)
+                _clear_smoke_run(folder)
         job = TrainingRun(cfg, folder, engine, tune and not on, on)
         job.origin = on.record if on else _record(config or 'smoke')
         job.foresee()
