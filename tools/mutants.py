@@ -42,7 +42,7 @@ MUTANTS = {  # name: (module, what stands there, what it becomes, the test that 
     ),
     'manifest unchecked': (
         'package',
-        "if _sha(data) != said['files'].get(name):",
+        "if _sha(data) != manifest['files'].get(name):",
         'if False:',
         DAMAGE,
     ),
