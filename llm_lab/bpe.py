@@ -663,7 +663,7 @@ _PATTERN = regex.compile(f'(?:{_PLAIN}(?:{_TIMES})?)*')
 
 
 def _alike(pattern) -> bool:
-    "Does a pattern mean the same in `regex` and in the library that reads the world's files?"
+    "Does a pattern mean the same in `regex` and in the library that reads published files?"
     without_contractions = pattern.replace(_SHORT[:-1], '')  # their (?i:…) is read alike
     if not _PATTERN.fullmatch(without_contractions):
         return False

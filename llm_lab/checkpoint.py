@@ -198,7 +198,7 @@ def _made(run, processes):
 
 # %% ../nbs/81_checkpoint.ipynb #5623dd60
 def _diverged(model, tensors) -> str:  # '' if none has
-    "The first weight that is not finite, or what the optimizer remembers that is no number"
+    "The first weight that is not finite, or what the optimizer remembers that is not finite"
     for name, p in model.named_parameters():
         if not p.isfinite().all():
             return name

@@ -17,7 +17,7 @@ from .core import LabError, home, require
 from .files import bytes_in, json_of, pointed, save_picture
 from .hardware import usable_device
 from .config import CONFIGS, read_config, stated
-from .first_tour import command, surviving_output, tour, verdict
+from .first_tour import command, surviving_output, tour, describe_score
 from contextlib import nullcontext, suppress
 
 # %% ../nbs/89_cli.ipynb #ebb71d77
@@ -385,7 +385,7 @@ def _eval(a):
         if best != last and _scores_last(place):
             more = f'; result.json judges the last one, {last}'
         print(f'the best model of this run, {best}{more}')
-    print(verdict(score, of=Path(a.text).name if a.text else a.split))
+    print(describe_score(score, of=Path(a.text).name if a.text else a.split))
     ends = f' of the documents, {score.end_bits:.3f} bits for each end mark' if score.n_ends else ''
     print(
         f'perplexity {score.perplexity:.3f} per token, {score.bits_per_byte:.3f} bits per '

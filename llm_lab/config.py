@@ -77,7 +77,7 @@ class TrainConfig:
     clip: float = _key(1.0, 1e-6)
     precision: str = _key('float32', of=('auto', 'float32', 'bf16', 'fp16'))  # of products
     compile: bool = False
-    recompute: bool = False  # keep less for the way back (`efficient`)
+    recompute: bool = False  # keep less for the backward pass (`efficient`)
     seed: int = _key(0, 0, 2**31)
     # of the CPU; if none, as many as the process has
     threads: int | None = _key(None, 1, 1024, also='auto')

@@ -87,8 +87,8 @@ def step_memory(
 
 # %% ../nbs/29_efficient.ipynb #af9682cd
 def apply_activation_checkpointing(model, on=True):
-    """Keep only what enters each block, and calculate the rest again on the way back; returns the
-    model"""
+    """Keep only what enters each block, and calculate the rest again in the backward pass;
+    returns the model"""
     # what the model calls each block through: `MiniGPT.run_block`
     vars(model).pop('run_block', None)
     if on:

@@ -30,7 +30,7 @@ def strided_spans(
     stride: int,  # new tokens in each window, 1 to T
     starts=None,  # where documents begin, ascending; the text as one if none
 ) -> Tensor:  # (begin, first, end) of each window, (W, 3)
-    """Windows that move by `stride`: each token after the first start is asked once, with as much
+    """Windows that move by `stride`: each token after the first start is scored once, with as much
     past as T holds"""
     if not 1 <= stride <= T:
         raise LabError(f'stride={stride}: give a whole number from 1 to the context, {T}')
@@ -233,7 +233,7 @@ def evaluate(
     batch_size: int = None,  # windows read together; as many as fit if none
     live=None,
 ) -> Score:
-    """Loss of a model on a split: every token asked once, document by document where they stand
+    """Loss of a model on a split: every token scored once, document by document where they stand
     alone"""
     ids, starts = read_split(corpus, tokenizer, split)
     ends = None if starts is None else torch.cat([starts, torch.tensor([len(ids) - 1])])

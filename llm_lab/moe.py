@@ -26,7 +26,7 @@ def _mine(chosen, n_experts):
 
 
 def _taken(scores, chosen):  # (N, E), (N, k) → (N, k)
-    """The scores of the chosen: `gather`, without its way back.
+    """The scores of the chosen: `gather`, without its backward pass.
 
     That one adds up by a scatter, and a compiler may lose what a scatter writes there"""
     return torch.where(_mine(chosen, scores.shape[-1]), scores[..., None, :], 0.0).sum(-1)
@@ -227,7 +227,7 @@ if not hasattr(torch.ops.llm_lab, 'grouped'):  # a module that is loaded again f
 
 
 class _Grouped(torch.autograd.Function):
-    "The operation with its way back"
+    "The operation with its backward pass"
 
     @staticmethod
     def forward(ctx, x, w, rows):
@@ -241,7 +241,7 @@ class _Grouped(torch.autograd.Function):
 
 # %% ../nbs/51_moe.ipynb #d881433d
 def _by_kernel(x, w, rows):
-    "On a GPU; what lies behind the pieces is no number there, so zeros take its place"
+    "On a GPU; what lies behind the pieces may be NaN there, so zeros take its place"
     used = (torch.arange(len(x), device=x.device) < rows.sum())[:, None]
     y = F.grouped_mm(torch.where(used, x, 0), w.transpose(1, 2), offs=rows.cumsum(0).int())
     return torch.where(used, y, 0)

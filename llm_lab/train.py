@@ -89,7 +89,7 @@ def spans(
     starts=None,  # where documents begin, ascending; the text as one if none
 ) -> Tensor:  # (begin, first, end) of each window, (W, 3)
     """Windows side by side, none longer than the context: every token after the first start is
-    asked once"""
+    scored once"""
     starts = torch.as_tensor([0] if starts is None else starts)
     # a document's last question is the next one's start
     ends = torch.cat([starts[1:], torch.tensor([n - 1])])
@@ -355,7 +355,7 @@ def _broken_weight(model) -> list:
 
 
 def _trouble(state, batches, loss_fn):
-    "One line on the first step whose loss is no number"
+    "One line on the first step whose loss is not finite"
     losses = state.history[0, : state.step]
     step = int((~losses.isfinite()).nonzero()[0])
     rows = batches(step)  # the same as then: a function of the step
@@ -385,7 +385,7 @@ class _Watch:
     def __init__(self, state, callbacks, trouble):
         self.state = state
         self.callbacks = callbacks or {}
-        self.trouble = trouble  # () → what is said where a loss is no number
+        self.trouble = trouble  # () → what is said where a loss is not finite
         self.live = StatusLine()
         # when the run would have begun, had it never been left and never paused for a callback
         self.start = time.monotonic() - state.seconds

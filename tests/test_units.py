@@ -37,7 +37,7 @@ from llm_lab.core import LabError
 from llm_lab.optim import SCHEDULES
 from llm_lab.packing import PackedTokens, document_end_ids, pack
 from llm_lab.runs import _check_launch, _require_device, schedule_of, train_run
-from llm_lab.first_tour import verdict
+from llm_lab.first_tour import describe_score
 from llm_lab.train import fit, mean_loss, read_split, token_losses, windows_at_once
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -681,7 +681,7 @@ def test_a_verdict_names_the_unit_of_its_number(many):
     for corpus, make in many:
         tok = make(corpus)
         score = evaluate(model_for(tok), tok, corpus)
-        said = verdict(score)
+        said = describe_score(score)
         loss, unit, bits = re.match(
             r'validation loss ([\d.]+) nats per (token|character) = ([\d.]+) bits', said
         ).groups()
@@ -711,15 +711,17 @@ def test_one_document_has_no_interval_and_says_so(tmp_path, text):
         None,
     )
     assert (
-        'no 95 % interval' in verdict(score)
-        and 'inf' not in verdict(score)
-        and 'nan' not in verdict(score)
+        'no 95 % interval' in describe_score(score)
+        and 'inf' not in describe_score(score)
+        and 'nan' not in describe_score(score)
     )
     two = evaluate(
         model_for(tok), tok, replace(corpus, splits=dict(val=[text, text]), independent=True)
     )
     assert (
-        two.interval is not None and '95 % interval' in verdict(two) and 'no 95' not in verdict(two)
+        two.interval is not None
+        and '95 % interval' in describe_score(two)
+        and 'no 95' not in describe_score(two)
     )
 
 
