@@ -38,7 +38,7 @@ smoke:    ## a tour of twelve seconds in a folder that is thrown away
 	@home=$$(mktemp -d) && trap 'rm -rf "$$home"' EXIT && LLM_LAB_HOME="$$home" $(START) tour --minutes 0.2 $(ARGS)
 
 book:     ## run the chapters, save their pictures, write llm_lab/ and README.md
-	@$(START) run nbdev_export
+	@$(START) run python tools/export.py
 	@$(START) run python tools/book.py $(ARGS)
 	@$(START) run python tools/readme.py
 

@@ -33,7 +33,8 @@ setup(
     license='Apache-2.0',
     keywords=cfg['keywords'],
     packages=[cfg['lib_path']],
-    package_data={cfg['lib_path']: ['static/*']},  # programs and style sheets of the widgets
+    # programs and style sheets of the widgets; the mark of a typed package (PEP 561)
+    package_data={cfg['lib_path']: ['static/*', 'py.typed']},
     python_requires=f">={cfg['min_python']}",
     install_requires=needs(),
     extras_require=extras,

@@ -6,6 +6,7 @@
 __all__ = ['permuted_index', 'BatchStream']
 
 # %% ../nbs/14_batching.ipynb #4ef4a4d1
+TYPE_CHECKING = False  # a type checker takes it for True
 import hashlib
 import math
 import numpy as np
@@ -33,7 +34,15 @@ def permuted_index(
 ) -> np.ndarray:  # numbers of blocks, int64, as many
     """Which block stands at place i: places e·n to e·n + n − 1, epoch e, hold each of n blocks
     once, shuffled. A Feistel cipher on the numbers below n (Black and Rogaway 2002): any place
-    at once, nothing is stored"""
+    at once, nothing is stored
+
+    Args:
+        i: places in the endless order: ints ≥ 0, any shape
+        n: how many blocks there are
+
+    Returns:
+        numbers of blocks, int64, as many
+    """
     i = np.asarray(i, np.uint64)
     epoch, x = (v.ravel() for v in np.divmod(i, np.uint64(n)))
     a = math.isqrt(n - 1) + 1
@@ -93,7 +102,14 @@ class BatchStream:
     """Rows (B, T+1), int64, without end: in each epoch the text, a ring, is cut at other places.
 
     Each block is read once an epoch: no token is asked twice, fewer than T are left out. With
-    `starts`, rows begin there, each is met once an epoch, and every token is asked."""
+    `starts`, rows begin there, each is met once an epoch, and every token is asked.
+
+    Args:
+        tokens: `PackedTokens`, or a tensor of ids (n,)
+        batch_size: rows of a step, those of all ranks together
+        length: T: a row asks T questions
+        starts: where documents begin, ascending, (M,)
+    """
 
     def __init__(
         self,
@@ -141,10 +157,39 @@ class BatchStream:
         self.step += 1
         return self.batch(self.step - 1)
 
+    if TYPE_CHECKING:
+        def blocks_of(self, step: 'int'):
+            """Where the blocks begin that this rank reads at a step
+
+            Returns:
+                places in the text, int64, (B / world_size,)"""
+            ...
+
+        def batch(self, step: 'int'):
+            """The rows of a step: a pure function of (seed, step)
+
+            Returns:
+                rows (B / world_size, T+1), int64"""
+            ...
+
+        def state_dict(self) -> 'dict':
+            """The position, and what it is a position in, as plain data"""
+            ...
+
+        def load_state_dict(self, state: 'dict'):
+            """Go on where `state` was taken.
+
+            `LabError` when it is of another text, seed, batch, block or row"""
+            ...
+
 # %% ../nbs/14_batching.ipynb #92d06d0d
 @patch
 def blocks_of(self: BatchStream, step: int):  # places in the text, int64, (B / world_size,)
-    "Where the blocks begin that this rank reads at a step"
+    """Where the blocks begin that this rank reads at a step
+
+    Returns:
+        places in the text, int64, (B / world_size,)
+    """
     # some thousand rows, a part, cost no more than one batch: they are worked out together
     steps = max(1, 4096 // self.batch_size)
     part, k = divmod(step, steps)
@@ -176,7 +221,11 @@ def _begins(self: BatchStream, step, steps):  # int64, (steps, B / world_size)
 
 @patch
 def batch(self: BatchStream, step: int):  # rows (B / world_size, T+1), int64
-    "The rows of a step: a pure function of (seed, step)"
+    """The rows of a step: a pure function of (seed, step)
+
+    Returns:
+        rows (B / world_size, T+1), int64
+    """
     at = self.blocks_of(step)[:, None] + self.ahead  # places on the ring
     rows = self.ids.take(at % len(self.ids)).long()
     return rows if self.device == 'cpu' else rows.to(self.device, non_blocking=True)

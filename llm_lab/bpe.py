@@ -6,6 +6,7 @@
 __all__ = ['GPT2', 'bytes_to_printable', 'printable_to_bytes', 'BPETokenizer', 'ForeignTokenizer']
 
 # %% ../nbs/12_bpe.ipynb #226edce9
+TYPE_CHECKING = False  # a type checker takes it for True
 import base64
 import hashlib
 import heapq
@@ -187,7 +188,14 @@ def _marks(special):
 
 class BPETokenizer:
     """Byte-level BPE (Sennrich et al. 2016, Radford et al. 2019): any text, no unknown characters,
-    exact both ways"""
+    exact both ways
+
+    Args:
+        patterns: regular expressions that cut text into chunks, one after the other
+        whole: is a chunk that is a token taken as it is (`ignore_merges`)?
+        form: Unicode normal form that text is brought into
+        meta: what it was trained on
+    """
 
     kind = 'bpe'
 
@@ -228,6 +236,69 @@ class BPETokenizer:
         self._find = [_finder(p) for p in self.patterns]
         self._chunks = _Chunks(self)
         self._rust = None  # `encode_batch` makes it when it is needed
+
+    if TYPE_CHECKING:
+        def __repr__(self): ...
+
+        def __reduce__(self): ...
+
+        def encode(self, text, allowed_special=()) -> 'list[int]':
+            """Ids of a text (str or bytes); special tokens only if allowed, by name or 'all'.
+
+            `LabError` on half a character"""
+            ...
+
+        def decode_bytes(self, ids) -> 'bytes':
+            """The exact bytes of some ids. Raises `LabError` on an id outside the vocabulary"""
+            ...
+
+        def decode(self, ids, errors='replace') -> 'str':
+            """The text of some ids; bytes that are no text become `�`, or what `errors` says ('strict',
+            'surrogateescape')"""
+            ...
+
+        def encode_batch(self, texts, allowed_special=()) -> 'list[list[int]]':
+            """The ids of each text, by the fastest way that gives the same ids"""
+            ...
+
+        def encode_iterable(self, parts, allowed_special=()):
+            """Ids of the whole text that comes in parts (lines, blocks), one by one; only a piece of it is
+            in memory
+
+            Returns:
+                yields ids"""
+            ...
+
+        @classmethod
+        def train(
+            cls, sources, vocab_size: 'int', special_tokens=(), min_frequency=2, ties='tokenizers'
+        ) -> 'BPETokenizer':
+            """Learn merges from texts. What was read stands in `meta`:
+
+            SHA-256 over the documents, each followed by byte 255
+
+            Args:
+                sources: texts (`str`) and files (`Path`), or one of them
+                vocab_size: 256 bytes, merges and special tokens
+                special_tokens: they come last; texts are cut where they stand
+                min_frequency: rarer pairs stay
+                ties: between equals: 'tokenizers', 'greater' or 'first'"""
+            ...
+
+        def save(self, folder):
+            """Write `tokenizer.json` for Hugging Face `tokenizers`, and `meta.json`: what the tokenizer was
+            trained on"""
+            ...
+
+        @classmethod
+        def from_json(cls, data: 'dict'):
+            """The `BPETokenizer` that a parsed tokenizer.json describes; None if another class must read it"""
+            ...
+
+        @classmethod
+        def load(cls, path):
+            """The BPE tokenizer in a folder or a `tokenizer.json`; a `ForeignTokenizer` if it must be"""
+            ...
 
 # %% ../nbs/12_bpe.ipynb #20e61351
 @patch
@@ -579,7 +650,11 @@ def _pieces(parts, safe, special=None, longest=0, size=1 << 18):
 @patch
 def encode_iterable(self: BPETokenizer, parts, allowed_special=()):  # yields ids
     """Ids of the whole text that comes in parts (lines, blocks), one by one; only a piece of it is
-    in memory"""
+    in memory
+
+    Returns:
+        yields ids
+    """
     special = self._allowed(allowed_special)
     longest = max(map(len, self.special_tokens), default=0)
     for piece in _pieces(parts, _SAFE[self.patterns == (GPT2,)], special, longest):
@@ -625,7 +700,15 @@ def train(
 ) -> BPETokenizer:
     """Learn merges from texts. What was read stands in `meta`:
 
-    SHA-256 over the documents, each followed by byte 255"""
+    SHA-256 over the documents, each followed by byte 255
+
+    Args:
+        sources: texts (`str`) and files (`Path`), or one of them
+        vocab_size: 256 bytes, merges and special tokens
+        special_tokens: they come last; texts are cut where they stand
+        min_frequency: rarer pairs stay
+        ties: between equals: 'tokenizers', 'greater' or 'first'
+    """
     n = vocab_size - 256 - len(special_tokens)  # merges
     if n < 0:
         raise LabError(
@@ -961,6 +1044,36 @@ class ForeignTokenizer:
         "The `ForeignTokenizer` that a parsed tokenizer.json describes; None if it describes none"
         return cls(data) if isinstance(data.get('model'), dict) else None
 
+    if TYPE_CHECKING:
+        def reader(self, allowed=frozenset()):
+            """The library's tokenizer that finds, of the special tokens, only those `allowed`"""
+            ...
+
+        def encode(self, text, allowed_special=()) -> 'list[int]':
+            """Ids of a text (str or bytes); special tokens only if allowed, by name or 'all'.
+
+            Raises `LabError` where one is typed that the vocabulary has as a word."""
+            ...
+
+        def encode_batch(self, texts, allowed_special=()) -> 'list[list[int]]':
+            """The ids of each text"""
+            ...
+
+        def encode_iterable(self, parts, allowed_special=()):
+            """Ids of the whole text that comes in parts; it is put together first: not every kind can be cut
+
+            Returns:
+                yields ids"""
+            ...
+
+        def decode(self, ids) -> 'str':
+            """The text of some ids. Raises `LabError` on an id outside the vocabulary"""
+            ...
+
+        def save(self, folder):
+            """Write its `tokenizer.json`; what stands before a prompt is added where it says nothing of it"""
+            ...
+
 # %% ../nbs/12_bpe.ipynb #e7a9c1d3
 @patch
 def reader(self: ForeignTokenizer, allowed=frozenset()):
@@ -1017,7 +1130,11 @@ def encode_batch(self: ForeignTokenizer, texts, allowed_special=()) -> list[list
 
 @patch
 def encode_iterable(self: ForeignTokenizer, parts, allowed_special=()):  # yields ids
-    "Ids of the whole text that comes in parts; it is put together first: not every kind can be cut"
+    """Ids of the whole text that comes in parts; it is put together first: not every kind can be cut
+
+    Returns:
+        yields ids
+    """
     yield from self.encode(''.join(parts), allowed_special)
 
 

@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['TOKENIZERS', 'CharTokenizer', 'write_data', 'write_tokenizer', 'template', 'begin_of', 'begins',
-           'tokenizer_from_json', 'load_tokenizer', 'iter_text', 'tokens_html']
+           'tokenizer_from_json', 'load_tokenizer', 'iter_text', 'tokens_html', 'Tokenizer']
 
 # %% ../nbs/11_chars.ipynb #666f7895
+TYPE_CHECKING = False  # a type checker takes it for True
 import html
 import json
 import numpy as np
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 from fastcore.basics import patch
 from .core import SLOTS, LabError, lookup, short
 from .files import bytes_in, json_of, laid_out, require_ours, atomic_write
@@ -34,8 +37,10 @@ class CharTokenizer:
         self.table[points] = np.arange(len(points))
 
     @classmethod
-    def train(cls, text: str):
-        return cls(''.join(sorted(set(text))))
+    def train(cls, sources: str | Iterable[str]) -> 'CharTokenizer':
+        "A token for each character of a text; of documents, for the line end between them, too"
+        letters = set(sources) if isinstance(sources, str) else set('\n').union(*sources)
+        return cls(''.join(sorted(letters)))
 
     @property
     def vocab_size(self):
@@ -43,6 +48,29 @@ class CharTokenizer:
 
     def __repr__(self):
         return f'CharTokenizer({self.vocab_size} characters: {self.chars!r})'
+
+    if TYPE_CHECKING:
+        def encode(self, text: 'str') -> 'list[int]':
+            """Ids of a text. Raises `LabError` on a character outside the vocabulary"""
+            ...
+
+        def decode(self, ids) -> 'str':
+            """The text of some ids. Raises `LabError` on an id outside the vocabulary"""
+            ...
+
+        def save(self, folder):
+            """Write `tokenizer.json` in the format of Hugging Face `tokenizers`
+
+            Args:
+                folder: where `tokenizer.json` goes"""
+            ...
+
+        @classmethod
+        def from_json(cls, data: 'dict'):
+            """The `CharTokenizer` that `data`, a parsed tokenizer.json, describes;
+
+            None if it describes another kind"""
+            ...
 
 # %% ../nbs/11_chars.ipynb #75aa5569
 def _points(text):
@@ -116,7 +144,11 @@ def write_tokenizer(
     meta=None,
     begin=None,  # ids that stand before a prompt, where the tokenizer says which
 ):
-    "Write a `tokenizer.json` of these parts, and perhaps a `meta.json`, as `write_data` does"
+    """Write a `tokenizer.json` of these parts, and perhaps a `meta.json`, as `write_data` does
+
+    Args:
+        begin: ids that stand before a prompt, where the tokenizer says which
+    """
     flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
     added = [dict(id=n, content=s, **flags) for s, n in (special_tokens or {}).items()]
     names = {n: s for s, n in (model['vocab'] | (special_tokens or {})).items()}
@@ -146,7 +178,11 @@ def template(begin, names) -> dict:
 
 
 def begin_of(data: dict):  # [id, …], or None where the file does not say
-    "The ids that a parsed tokenizer.json puts before a text; raises `LabError` where it does more"
+    """The ids that a parsed tokenizer.json puts before a text; raises `LabError` where it does more
+
+    Returns:
+        [id, …], or None where the file does not say
+    """
     post = data.get('post_processor')
     if post is None:
         return None
@@ -201,7 +237,11 @@ def save(
     self: CharTokenizer,
     folder,  # where `tokenizer.json` goes
 ):
-    "Write `tokenizer.json` in the format of Hugging Face `tokenizers`"
+    """Write `tokenizer.json` in the format of Hugging Face `tokenizers`
+
+    Args:
+        folder: where `tokenizer.json` goes
+    """
     vocab = {c: n for n, c in enumerate(self.chars)}
     model = dict(type='WordLevel', vocab=vocab, unk_token='<unknown>')
     write_tokenizer(folder, model, **_EACH, begin=self.begin)
@@ -236,7 +276,11 @@ def tokenizer_from_json(
     data,  # a parsed tokenizer.json
     name='this file',
 ):
-    "The tokenizer that `data` describes, of whatever kind it is"
+    """The tokenizer that `data` describes, of whatever kind it is
+
+    Args:
+        data: a parsed tokenizer.json
+    """
     for address in TOKENIZERS if isinstance(data, dict) else ():
         try:
             tok = lookup(address, 'tokenizer').from_json(data)
@@ -279,7 +323,11 @@ def _json(path):
 def load_tokenizer(
     path,  # a folder that holds a `tokenizer.json`, or that file
 ):
-    "The tokenizer saved there, of whatever kind, with its `meta` if it has one"
+    """The tokenizer saved there, of whatever kind, with its `meta` if it has one
+
+    Args:
+        path: a folder that holds a `tokenizer.json`, or that file
+    """
     path = Path(path) if Path(path).suffix == '.json' else Path(path) / 'tokenizer.json'
     tok = tokenizer_from_json(_json(path), path)
     meta = path.with_name('meta.json')
@@ -290,7 +338,11 @@ def load_tokenizer(
 # %% ../nbs/11_chars.ipynb #841acc7b
 def iter_text(source, size=1 << 20):  # yields str
     """The text of a `str`, or of the UTF-8 file at a `Path` with plain line ends, in parts of
-    `size` characters"""
+    `size` characters
+
+    Returns:
+        yields str
+    """
     if isinstance(source, str):
         yield source
         return
@@ -322,7 +374,12 @@ def tokens_html(
     max_tokens=400,  # tokens shown
 ) -> str:
     """The text as coloured chips, one for each token, with id and bytes as `title`; inline styles
-    only"""
+    only
+
+    Args:
+        tokenizer: any that speaks the protocol
+        max_tokens: tokens shown
+    """
     ids = tokenizer.encode(text)
 
     def chip(n, id):
@@ -345,3 +402,21 @@ def tokens_html(
         + more
         + '</div>'
     )
+
+# %% ../nbs/11_chars.ipynb #c3a9d0e1
+@runtime_checkable
+class Tokenizer(Protocol):
+    "What every tokenizer of this book can do"
+
+    kind: str  # 'chars', 'bpe', …
+    bos_id: int | None  # the mark that begins a text, or none
+    eos_id: int | None  # the mark that ends a document, or none
+
+    @property
+    def vocab_size(self) -> int: ...  # how many ids there are
+
+    def encode(self, text: str) -> list[int]: ...  # raises `LabError` on what it cannot write
+
+    def decode(self, ids: Iterable[int]) -> str: ...
+
+    def save(self, folder: str | Path): ...  # writes tokenizer.json

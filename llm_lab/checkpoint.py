@@ -7,6 +7,7 @@ __all__ = ['SWAYS', 'COLUMNS', 'CLOCKS', 'optimizer_state', 'restore_optimizer',
            'sweep_checkpoints', 'val_losses', 'read_state', 'MetricsLog']
 
 # %% ../nbs/81_checkpoint.ipynb #603fd352
+TYPE_CHECKING = False  # a type checker takes it for True
 import base64
 import hashlib
 import json
@@ -107,7 +108,15 @@ def _states(texts):
 
 
 class CheckpointManager:
-    "The checkpoints of a run in `folder/checkpoints`: the newest `keep` and the best stay"
+    """The checkpoints of a run in `folder/checkpoints`: the newest `keep` and the best stay
+
+    Args:
+        about: where the model comes from, for its card
+        rank: number of this process; the first one writes
+        gather: what all processes have, in their order
+        facts: a function without arguments: plain data that state.json keeps
+        parts: name=object with `state_dict` and `load_state_dict`, such as data=batches
+    """
 
     def __init__(
         self,
@@ -139,6 +148,50 @@ class CheckpointManager:
         if self.rank == 0:
             self.save(run, random)
             self.tidy(run)
+
+    if TYPE_CHECKING:
+        def folder_of(self, step: 'int') -> 'Path': ...
+
+        def steps(self) -> 'list':
+            """The steps of which there is a checkpoint, in order, but for those that `load` has left out"""
+            ...
+
+        def save(self, run, random: 'list'):
+            """Write the checkpoint of this step, all of it or nothing;
+
+            `random` holds the streams of each process"""
+            ...
+
+        def drop(self, step):
+            """Take the checkpoint of a step off the list; it stays if anything in it is not ours"""
+            ...
+
+        def tidy(self, run):
+            """Name the latest and the best checkpoint; remove the others, and what killed writers have left"""
+            ...
+
+        def load(self, run, path=None) -> 'dict':
+            """Bring model, optimizer, history, RNG states and parts to where they were.
+
+            `read_verified` (of the package) checks every hash before a byte is parsed. Raises `LabError`
+            when one bit is not as it was
+
+            Args:
+                path: a checkpoint; the newest of this run if none
+
+            Returns:
+                what its state.json says"""
+            ...
+
+        def restore(self, run, state: 'dict', tensors: 'dict', processes: 'int'):
+            """Optimizer, history, parts and streams as they were;
+
+            `tensors` are those of optimizer.safetensors"""
+            ...
+
+        def restore_streams(self, run, state, processes: 'int'):
+            """Let dropout go on with the stream of this process; warns where the bits cannot be the same"""
+            ...
 
 # %% ../nbs/81_checkpoint.ipynb #c30797f1
 @patch
@@ -285,7 +338,11 @@ def sweep_checkpoints(folder):
 
 def val_losses(notes) -> dict:  # {step: loss}; what is not finite is infinite
     """The validation losses noted that can be compared: those on as many tokens (`of`) as the
-    newest one"""
+    newest one
+
+    Returns:
+        {step: loss}; what is not finite is infinite
+    """
     noted = [n for n in notes if 'val' in n]
     if not noted:
         return {}
@@ -371,7 +428,14 @@ def load(
     """Bring model, optimizer, history, RNG states and parts to where they were.
 
     `read_verified` (of the package) checks every hash before a byte is parsed. Raises `LabError`
-    when one bit is not as it was"""
+    when one bit is not as it was
+
+    Args:
+        path: a checkpoint; the newest of this run if none
+
+    Returns:
+        what its state.json says
+    """
     newest = path is None
     if newest and not self.steps():
         some = ' whose weights are numbers' if self.left_out else ''
@@ -456,7 +520,11 @@ def restore(self: CheckpointManager, run, state: dict, tensors: dict, processes:
 
 # %% ../nbs/81_checkpoint.ipynb #b2c80e01
 def read_state(path) -> dict:  # what it says, and `about`: what its package says of itself
-    "The state.json of a checkpoint, without its tensors. Raises `LabError` where it is damaged"
+    """The state.json of a checkpoint, without its tensors. Raises `LabError` where it is damaged
+
+    Returns:
+        what it says, and `about`: what its package says of itself
+    """
     path = Path(path)
     names = ['state.json', 'package.json']
     remedy = f'go on from another one in {path.parent}'
@@ -614,8 +682,23 @@ class MetricsLog:
         self.seen[name] = n + 1, digest
 
     def told(self) -> dict:  # {file: [rows, SHA-256 of all but what the clock says]}
-        "What was written so far; by this a later reader finds rows that are missing or changed"
+        """What was written so far; by this a later reader finds rows that are missing or changed
+
+        Returns:
+            {file: [rows, SHA-256 of all but what the clock says]}
+        """
         return {name: [n, digest.hexdigest()] for name, (n, digest) in self.seen.items()}
+
+    if TYPE_CHECKING:
+        def truncate(self, step: 'int', source=None):
+            """Forget what came after `step`, and a line that a kill has torn;
+
+            `source` is another run to begin with"""
+            ...
+
+        def sync(self):
+            """Wait until all of it is on the disk"""
+            ...
 
 # %% ../nbs/81_checkpoint.ipynb #52924c38
 def _drop_bare_table(folder):

@@ -121,7 +121,13 @@ def write_from(
     **sampling,  # temperature, top_k, top_p, repetition_penalty
 ):
     """Print `prompt` and what the model makes of it, as it comes; each token is read once if the
-    model can keep a cache (`kv_cache`)"""
+    model can keep a cache (`kv_cache`)
+
+    Args:
+        path: a saved model or a run; looked for here, then in `home()`
+        stop: a text to end at, or several
+        sampling: temperature, top_k, top_p, repetition_penalty
+    """
     from llm_lab.kv_cache import with_kv_cache
     from llm_lab.package import load
     from llm_lab.sampling import stream

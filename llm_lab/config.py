@@ -29,6 +29,15 @@ def _key(default, least=None, most=None, of=None, also=None):
 
 @dataclass(frozen=True)
 class DataConfig:
+    """
+    Args:
+        corpus: a name, or a file or folder of texts or records
+        field: of records: which one holds the text
+        limit: so many training documents; all if none
+        vocab_size: of bpe; 8192 if none
+        length: context, in tokens
+        rows: where they begin: side by side, or at documents
+    """
     corpus: str = 'tiny_tales'  # a name, or a file or folder of texts or records
     field: str = 'text'  # of records: which one holds the text
     limit: int | None = _key(None, 1)  # so many training documents; all if none
@@ -45,6 +54,13 @@ def _recipe():
 
 @dataclass(frozen=True)
 class ModelConfig:  # as `GPTConfig`; what the data decide is missing
+    """
+    Args:
+        block: recipes for what is not given below
+        n_kv_heads: heads of keys and values; n_heads if none
+        attn: a recipe: {part: "Attention", …}
+        pos: null: none
+    """
     block: str = _key('gpt2', of=('gpt2', 'llama'))  # recipes for what is not given below
     d_model: int = _key(128, 1, 1 << 17)
     n_layers: int = _key(4, 1, 1 << 10)
@@ -63,6 +79,16 @@ class ModelConfig:  # as `GPTConfig`; what the data decide is missing
 # %% ../nbs/06_config.ipynb #fc636875
 @dataclass(frozen=True)
 class TrainConfig:
+    """
+    Args:
+        batch_size: rows of a step, of all processes together
+        accumulate: parts of a batch that go through the model one after the other
+        warmup: steps of climbing; 100, a tenth of short runs, if none
+        min_lr: where a rate that comes down ends
+        precision: of products
+        recompute: keep less for the backward pass (`efficient`)
+        threads: of the CPU; if none, as many as the process has
+    """
     steps: int = _key(1000, 1, 10**8)
     batch_size: int = _key(16, 1, 1 << 20)  # rows of a step, of all processes together
     # parts of a batch that go through the model one after the other
@@ -85,6 +111,13 @@ class TrainConfig:
 # %% ../nbs/06_config.ipynb #51855475
 @dataclass(frozen=True)
 class EvalConfig:
+    """
+    Args:
+        every: steps; a checkpoint is written then, too
+        tokens: of the validation split, from its beginning
+        patience: looks without a better one, then the run ends early
+        at_once: windows that are read together; as many as fit if none
+    """
     every: int = _key(250, 1)  # steps; a checkpoint is written then, too
     tokens: int = _key(20_000, 2)  # of the validation split, from its beginning
     # looks without a better one, then the run ends early
@@ -98,6 +131,10 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
+    """
+    Args:
+        keep: so many newest checkpoints, and the best
+    """
     every: int = _key(10, 1)
     checkpoint_every: int = _key(100, 1)
     keep: int = _key(3, 1)  # so many newest checkpoints, and the best
@@ -255,7 +292,11 @@ def _with_block(x, block):
 
 
 def model_data(m: ModelConfig) -> dict:  # for `config_from` of `gpt`
-    "Sizes and recipes as plain data"
+    """Sizes and recipes as plain data
+
+    Returns:
+        for `config_from` of `gpt`
+    """
     given = {}
     for key, value in asdict(m).items():
         # as the block has it; but `pos: null` says that there are no positions
@@ -603,7 +644,11 @@ def _as_chosen(old: RunConfig, new: RunConfig) -> RunConfig:
 
 # %% ../nbs/06_config.ipynb #d3b6425a
 def as_data(cfg: RunConfig) -> dict:  # {section: {key: value}}, as `config_from_dict` takes it
-    "All that a config says, as plain data"
+    """All that a config says, as plain data
+
+    Returns:
+        {section: {key: value}}, as `config_from_dict` takes it
+    """
     return {s: asdict(getattr(cfg, s)) for s in SECTIONS}
 
 
@@ -638,7 +683,11 @@ def _get(cfg, path):
 
 
 def differences(old: RunConfig, new: RunConfig) -> dict:  # {'train.steps': (30, 60)}
-    "The keys in which two configs differ, each with both values"
+    """The keys in which two configs differ, each with both values
+
+    Returns:
+        {'train.steps': (30, 60)}
+    """
     found = {}
     for path in _PATHS:
         before, now = _get(old, path), _get(new, path)
@@ -679,7 +728,11 @@ def smoke_config(cfg: RunConfig) -> RunConfig:
 
 # %% ../nbs/06_config.ipynb #a1e90d02
 def stated(config) -> dict:  # {'train.lr': 0.02}
-    "The keys that a config gives itself, as they stand there; what it leaves out is missing"
+    """The keys that a config gives itself, as they stand there; what it leaves out is missing
+
+    Returns:
+        {'train.lr': 0.02}
+    """
     if not isinstance(config, dict):
         config = _source(str(config))[0]
     omega = require('omegaconf').OmegaConf
@@ -695,7 +748,11 @@ def stated(config) -> dict:  # {'train.lr': 0.02}
 
 
 def origin(config) -> tuple:  # ('my', 'experiments/my.yaml')
-    "Name and place of a config: its file, from `home()` if it lies there; the name if it has none"
+    """Name and place of a config: its file, from `home()` if it lies there; the name if it has none
+
+    Returns:
+        ('my', 'experiments/my.yaml')
+    """
     if isinstance(config, dict):
         return 'run', ''
     _, name = _source(str(config))

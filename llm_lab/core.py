@@ -35,7 +35,15 @@ def require(
     package: str = None,  # what to install, when it is not the module's first name
 ):  # the imported module
     """Import a library that only part of the lab needs; raise `LabError` with the remedy when it is
-    missing"""
+    missing
+
+    Args:
+        module: the module to import, `matplotlib.pyplot`
+        package: what to install, when it is not the module's first name
+
+    Returns:
+        the imported module
+    """
     name = package or module.partition('.')[0]
     try:
         return importlib.import_module(module)
@@ -47,7 +55,11 @@ def require(
 # %% ../nbs/01_core.ipynb #02c03de2
 def home() -> Path:  # data/, experiments/ and artifacts/ hang here
     """`$LLM_LAB_HOME`; else the nearest folder upwards that holds settings.ini; else the working
-    folder"""
+    folder
+
+    Returns:
+        data/, experiments/ and artifacts/ hang here
+    """
     if place := os.environ.get('LLM_LAB_HOME'):
         return Path(place).expanduser().absolute()
     here = Path.cwd()
@@ -79,7 +91,15 @@ def require_name(
     name: str,  # is to become one file or folder
     what='name',  # how it is called where it was given
 ) -> str:  # `name`
-    "Raises `LabError` unless `name` can be a file or folder on every system and leads nowhere else"
+    """Raises `LabError` unless `name` can be a file or folder on every system and leads nowhere else
+
+    Args:
+        name: is to become one file or folder
+        what: how it is called where it was given
+
+    Returns:
+        `name`
+    """
     if why := _why_no_name(name):
         raise LabError(
             f'{what} {name!r} {why}, so nothing can be called so: use letters, digits, - and _'
@@ -88,7 +108,11 @@ def require_name(
 
 
 def require_inside(path: str, what='path') -> str:  # `path`
-    "Raises `LabError` unless the relative `path`, with / between its names, stays inside a folder"
+    """Raises `LabError` unless the relative `path`, with / between its names, stays inside a folder
+
+    Returns:
+        `path`
+    """
     for name in path.split('/'):
         require_name(name, f'{what} {path!r}:')
     return path
@@ -238,7 +262,15 @@ def address(
 ) -> str:  # as 'llm_lab.moe:MoE'; a registered name as it is
     """What a file's word stands for, found without importing anything.
 
-    Raises `LabError` where it may not be said here"""
+    Raises `LabError` where it may not be said here
+
+    Args:
+        slot: a key of `SLOTS`; any part of a model if none
+        path: where the name stands, for the message
+
+    Returns:
+        as 'llm_lab.moe:MoE'; a registered name as it is
+    """
     if isinstance(name, str) and name in REGISTERED:
         return name
     slots = [slot] if slot else [s for s in SLOTS if s not in ('corpus', 'tokenizer')]
@@ -264,7 +296,11 @@ def address(
 
 def lookup(name, slot=None, path=''):  # a class, a function
     """What a name in a file stands for: only what `SLOTS` declares for that slot, or what was
-    registered"""
+    registered
+
+    Returns:
+        a class, a function
+    """
     found = address(name, slot, path)
     if found in REGISTERED:
         return REGISTERED[found]
@@ -323,7 +359,16 @@ def check_recipe(
 ) -> int:  # how many parts it makes, at most
     """Raises `LabError` unless a recipe, and all recipes in it, name only what may be named there.
 
-    Nothing is imported"""
+    Nothing is imported
+
+    Args:
+        x: plain data, as a file says them
+        slot: where it stands, a key of `SLOTS`; any if none
+        path: for the message
+
+    Returns:
+        how many parts it makes, at most
+    """
     if not isinstance(x, dict) or not isinstance(x.get('part'), str):
         raise LabError(f'{path}={short(x)}: {_as_recipe(x, slot)}')
     if deep > 15:
@@ -415,7 +460,15 @@ def rng(
     device='cpu',
 ):  # a `torch.Generator`
     """A random stream that depends on `seed` and `purpose` only: drawing more in one changes
-    nothing in another"""
+    nothing in another
+
+    Args:
+        seed: the seed of the run
+        purpose: 'init', 'batch/17', 'sample', …
+
+    Returns:
+        a `torch.Generator`
+    """
     import torch
 
     digest = hashlib.sha256(f'{seed}/{purpose}'.encode()).digest()
@@ -423,7 +476,11 @@ def rng(
 
 # %% ../nbs/01_core.ipynb #56f2423a
 def rng_state(device='cpu') -> dict:  # {'cpu': state, 'cuda': state}
-    "Where PyTorch's common streams stand: what dropout draws next"
+    """Where PyTorch's common streams stand: what dropout draws next
+
+    Returns:
+        {'cpu': state, 'cuda': state}
+    """
     import torch
 
     kinds = dict.fromkeys(['cpu', torch.device(device).type])
@@ -483,7 +540,16 @@ def check(
     spec,  # slow, obvious, right
     *cases,  # tuples of arguments
 ) -> str:  # 'f: not yet', a counter-example, or 'f: right on 9 cases'
-    "Compare `f` with `spec` on every case and say what came of it; never raises"
+    """Compare `f` with `spec` on every case and say what came of it; never raises
+
+    Args:
+        f: the answer
+        spec: slow, obvious, right
+        cases: tuples of arguments
+
+    Returns:
+        'f: not yet', a counter-example, or 'f: right on 9 cases'
+    """
     name = getattr(f, '__name__', repr(f))
 
     def say(x):
@@ -541,7 +607,15 @@ def show(
     alt: str = None,  # what a reader who cannot see it should know; the titles if none
 ):  # a PNG with its alt text; outside IPython, the figure
     """Turn a figure into a picture that a saved notebook keeps, with words for those who cannot see
-    it"""
+    it
+
+    Args:
+        fig: a matplotlib figure; the current one if none
+        alt: what a reader who cannot see it should know; the titles if none
+
+    Returns:
+        a PNG with its alt text; outside IPython, the figure
+    """
     import io
 
     fig = fig or pyplot().gcf()
@@ -573,7 +647,15 @@ def explore(
     picture,  # a pure function of its knobs that returns a figure, or HTML
     **knobs,  # name=(still, choice, choice, …), or name='a text that may be changed'
 ):  # the still picture, or its sliders where widgets live
-    "Show `picture` at the first value of each knob; in a live notebook, with a control for each"
+    """Show `picture` at the first value of each knob; in a live notebook, with a control for each
+
+    Args:
+        picture: a pure function of its knobs that returns a figure, or HTML
+        knobs: name=(still, choice, choice, …), or name='a text that may be changed'
+
+    Returns:
+        the still picture, or its sliders where widgets live
+    """
     still = {k: v if isinstance(v, str) else v[0] for k, v in knobs.items()}
     if not widgets_live():
         return _draw(picture, still)
@@ -636,7 +718,13 @@ def progress(
     label: str,  # what is being done
     total: int = None,  # how many there are, if `items` cannot say
 ):
-    "Yield the items and show how far we are: a bar in a terminal, a live line in a notebook"
+    """Yield the items and show how far we are: a bar in a terminal, a live line in a notebook
+
+    Args:
+        items: anything to go through
+        label: what is being done
+        total: how many there are, if `items` cannot say
+    """
     if not in_notebook():
         from tqdm import tqdm
 
@@ -660,7 +748,12 @@ def graceful_interrupt(
     stop,  # called with 'by hand' (Ctrl-C), 'by SIGTERM' or 'by SIGHUP'; the second one breaks
 ):
     """Within, an interrupt asks for an end instead of making one (in the main thread, the only one
-    that hears it)"""
+    that hears it)
+
+    Args:
+        stop: called with 'by hand' (Ctrl-C), 'by SIGTERM' or 'by SIGHUP'; the second one
+            breaks
+    """
     names = {signal.SIGINT: 'by hand', signal.SIGTERM: 'by SIGTERM'}
     hangup = getattr(signal, 'SIGHUP', None)  # Windows has none
     if hangup:

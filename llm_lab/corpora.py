@@ -61,7 +61,16 @@ def _size(held):
 class Corpus:
     """Texts with a known origin.
 
-    `splits` maps 'train', 'val' and perhaps 'test' to a string or an `Reiterable`"""
+    `splits` maps 'train', 'val' and perhaps 'test' to a string or an `Reiterable`
+
+    Args:
+        splits: a split is its text, or an iterable of documents, the same ones each time
+        separator: stands between two documents
+        sha256: of its bytes, where it was fetched; else of its text
+        floor: true entropy in bits per character, where it is known
+        citation: whom to name when you use it
+        field: of the records that it was read from: which one holds the text
+    """
 
     name: str
     splits: dict  # a split is its text, or an iterable of documents, the same ones each time
@@ -148,7 +157,11 @@ def parse_documents(text: str) -> list[str]:
 
 
 def split_text(text: str, share=0.9) -> dict:  # {'train': …, 'val': …}
-    "The first `share` of the characters for training, the rest for validation"
+    """The first `share` of the characters for training, the rest for validation
+
+    Returns:
+        {'train': …, 'val': …}
+    """
     n = int(share * len(text))
     return dict(train=text[:n], val=text[n:])
 
@@ -514,7 +527,11 @@ def from_path(path, field='text') -> Corpus:
 
 # %% ../nbs/04_corpora.ipynb #e3835448
 def records_in(path, field='text'):  # a list of documents, or None
-    "The documents of a file of records; None where it is running text"
+    """The documents of a file of records; None where it is running text
+
+    Returns:
+        a list of documents, or None
+    """
     kind = KINDS.get(Path(path).suffix.lower())
     if kind not in _ROWS or not Path(path).is_file():
         return None
@@ -597,7 +614,11 @@ def hash_fraction(text: str, seed=0, purpose='side') -> float:
 
 def assign_split(text: str, cuts: dict) -> str:  # a key of `cuts`, or 'train'
     """The split a text belongs to when each split of `cuts` gets its share of all texts, and
-    training the rest"""
+    training the rest
+
+    Returns:
+        a key of `cuts`, or 'train'
+    """
     x = hash_fraction(text)
     for split, share in cuts.items():
         if x < share:
@@ -690,7 +711,16 @@ def load_corpus(
     stream=False,  # read over the network, keep nothing: for corpora of the hub
     field='text',  # of records: the one that holds the text
 ) -> Corpus:
-    "The corpus of that name or path, never another one; raises `LabError` when there is none"
+    """The corpus of that name or path, never another one; raises `LabError` when there is none
+
+    Args:
+        name_or_path: a name in `CORPORA`, or a path to texts or records, from here or from
+            `home()`
+        limit: this many training documents, drawn by `seed`; all if none
+        seed: of that draw; the cut between the splits does not depend on it
+        stream: read over the network, keep nothing: for corpora of the hub
+        field: of records: the one that holds the text
+    """
     name = str(name_or_path)
     make = from_path
     if isinstance(name_or_path, str) and name in CORPORA:  # a Path is always a path

@@ -62,7 +62,14 @@ def step_memory(
     is calculated.
 
     Where the shapes of a part of your own hang on numbers, steps of 1 and 2 rows are made, and a
-    line is drawn through both."""
+    line is drawn through both.
+
+    Args:
+        prepare: what is done to the model first, such as `apply_activation_checkpointing`
+
+    Returns:
+        bytes
+    """
 
     def most(n, mode):
         with mode(), _Alive() as alive:
@@ -136,7 +143,15 @@ def largest_batch(
     **kw,  # `optimizer`, `step`, `prepare`, as for `step_memory`
 ) -> int:  # rows
     """The largest batch whose training step fits into the memory, optimizer state included; raises
-    if none does"""
+    if none does
+
+    Args:
+        memory: bytes; nine tenths of what is free if none
+        kw: `optimizer`, `step`, `prepare`, as for `step_memory`
+
+    Returns:
+        rows
+    """
     memory = int(0.9 * free_memory(device)) if memory is None else memory
     live = StatusLine()
 
@@ -171,7 +186,12 @@ def try_compile(
     f,  # a function of tensors and modules
     **kw,  # for `torch.compile`
 ):
-    "`f`, compiled at its first call; where that fails, `f` itself and one line that says why"
+    """`f`, compiled at its first call; where that fails, `f` itself and one line that says why
+
+    Args:
+        f: a function of tensors and modules
+        kw: for `torch.compile`
+    """
     fast = torch.compile(f, **kw)
     chosen = None  # `fast` or `f`, from the first call on
 
@@ -198,7 +218,12 @@ PRECISIONS = dict(float32=None, bf16=torch.bfloat16, fp16=torch.float16)
 class StepRunner:
     """A training step with accumulated, low-precision or compiled gradients:
 
-    `fit(…, step_fn=StepRunner(…))`"""
+    `fit(…, step_fn=StepRunner(…))`
+
+    Args:
+        accumulate: parts of a batch that go through the model one after the other
+        precision: of the products; weights stay in float32
+    """
 
     def __init__(
         self,

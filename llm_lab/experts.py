@@ -30,7 +30,11 @@ def routes_html(
     layers=None,  # which; all that have experts if none
 ) -> str:
     """The text once for each layer, each token in the colour of its first expert, whose number
-    stands below; the weights as `title`"""
+    stands below; the weights as `title`
+
+    Args:
+        layers: which; all that have experts if none
+    """
     ids = torch.tensor(tokenizer.encode(text), device=next(model.parameters()).device)
     tokens = [tokenizer.decode([i]) for i in ids.tolist()]
     page = []
@@ -89,7 +93,11 @@ def without_experts(
     layer: int,
     *experts: int,  # who may not be chosen
 ):
-    "Within, these experts of a layer are left out, and their tokens go to the next best"
+    """Within, these experts of a layer are left out, and their tokens go to the next best
+
+    Args:
+        experts: who may not be chosen
+    """
     router = _router_of(model, layer)
     E = len(router.weight)
     off = tuple({*router.off, *experts})  # who is out already stays out
@@ -117,7 +125,15 @@ def upcycle(
     mlp: part,
 ) -> MiniGPT:  # raises `LabError` where the experts are not like them
     """The model with experts that all begin as its MLPs (Komatsuzaki et al. 2022):
-    the same function, if weights sum to one"""
+    the same function, if weights sum to one
+
+    Args:
+        mlp: experts like the model's MLPs: part(MoE, expert=model.cfg.mlp, …), or in an
+            `alternate`
+
+    Returns:
+        raises `LabError` where the experts are not like them
+    """
     require_faithful(model)
     if any(isinstance(m, ExpertLinear) for m in model.modules()):
         raise LabError('this model has experts already: give a dense one')

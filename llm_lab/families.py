@@ -118,7 +118,15 @@ def hf_views(
     state: dict = None,  # other tensors under the model's names, its gradients perhaps
 ) -> dict:  # {their name: tensor}
     """The model's tensors under the names and in the shapes of a family's file; a shared table
-    once. No copies"""
+    once. No copies
+
+    Args:
+        family: a key of `TENSOR_NAMES`
+        state: other tensors under the model's names, its gradients perhaps
+
+    Returns:
+        {their name: tensor}
+    """
     out = {}
     for name, w in (state or model.state_dict()).items():
         if model.cfg.tie and name == 'lm_head.weight':
@@ -462,7 +470,11 @@ def _narrow(cfg, mlp):
 # %% ../nbs/71_families.ipynb #65a90091
 def canonical(x):  # a Config or a recipe → the same kind
     """The same without what goes without saying: keywords at their defaults, windows of all tokens,
-    first weights"""
+    first weights
+
+    Returns:
+        a Config or a recipe → the same kind
+    """
     if isinstance(x, tuple):
         return tuple(map(canonical, x))
     if isinstance(x, part):
@@ -521,7 +533,15 @@ def config_from_hf(
 ) -> GPTConfig:  # in normal form
     """The configuration of a model of one of the families in `TENSOR_NAMES`.
 
-    Raises `LabError` on what it cannot say exactly"""
+    Raises `LabError` on what it cannot say exactly
+
+    Args:
+        data: what config.json says
+        max_len: a shorter context than the file's
+
+    Returns:
+        in normal form
+    """
     family = data.get('model_type') if isinstance(data, dict) else None
     if family not in [*TENSOR_NAMES]:  # a list: a file may hold here what cannot be hashed
         _refuse('model_type', family, f'this library reads {", ".join(TENSOR_NAMES)}')
@@ -793,7 +813,11 @@ def hf_config(
 ) -> dict:
     """What config.json says about a model.
 
-    Raises `LabError` that names what no file of the family can say"""
+    Raises `LabError` that names what no file of the family can say
+
+    Args:
+        family: a key of `TENSOR_NAMES`; the first that fits if none
+    """
     if family not in (None, *TENSOR_NAMES):
         raise LabError(f'family={family!r}: choose from {", ".join(TENSOR_NAMES)}')
     plain = canonical(cfg)

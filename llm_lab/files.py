@@ -259,7 +259,11 @@ def _is_old(rest, marks):
 
 
 def recover(path) -> Path:  # `path`
-    "Bring back a folder whose writer was killed between its two renames"
+    """Bring back a folder whose writer was killed between its two renames
+
+    Returns:
+        `path`
+    """
     path = Path(path)
     if '\0' in str(path) or path.exists():
         return path
@@ -356,7 +360,11 @@ def _noted(entry):
 
 
 def snapshot(folder) -> dict:  # {name: …}, equal to a later one if nothing was touched
-    "Size, time and number of each file that a folder and its sub folders hold"
+    """Size, time and number of each file that a folder and its sub folders hold
+
+    Returns:
+        {name: …}, equal to a later one if nothing was touched
+    """
     return {name: _noted(entry) for name, entry in _inside(folder)}
 
 
@@ -467,7 +475,15 @@ def replaceable(
     path,
     more=None,  # (folder, {name: SHA-256}) → what is ours, too, {name: SHA-256, or None: as it is}
 ) -> Path:  # where it is, links followed
-    "Raises `LabError` where a folder lies at `path` in which not everything is by this library"
+    """Raises `LabError` where a folder lies at `path` in which not everything is by this library
+
+    Args:
+        more: (folder, {name: SHA-256}) → what is ours, too, {name: SHA-256, or None: as it
+            is}
+
+    Returns:
+        where it is, links followed
+    """
     place = resolved(path)
     _look(place, more)
     return place
@@ -500,7 +516,11 @@ def unused(path) -> Path:
 
 
 def made_folder(path) -> Path:  # `path`
-    "Make a folder and those above it; raises `LabError` if a file is in the way, or one may not"
+    """Make a folder and those above it; raises `LabError` if a file is in the way, or one may not
+
+    Returns:
+        `path`
+    """
     path = Path(path)
     if str(path)[:1] == '~':
         resolved(path)  # it says why not
@@ -575,7 +595,13 @@ def atomic_write(
     """Yield a temporary neighbour of `path`; it takes that place if the block ends without error.
 
     Raises `LabError` and touches nothing where a file would become a folder or the other way
-    round, and where a folder holds anything that this library has not written."""
+    round, and where a folder holds anything that this library has not written.
+
+    Args:
+        path: a file or a folder to be made or replaced; a link to one stays a link
+        replace: may something be there?
+        more: what else in an old folder is ours, see `replaceable`
+    """
     path = resolved(path)
     recover(path)
     seen = _look(path, more)
@@ -693,7 +719,11 @@ def file_in(
 ) -> Path:
     """A plain file in a folder. Raises `LabError` where the name, or a link, leads elsewhere;
 
-    `OSError` where there is none"""
+    `OSError` where there is none
+
+    Args:
+        name: of a file in it; a name that a file told is not to be trusted
+    """
     folder = Path(folder)
     if not is_name(name):
         raise LabError(f'{folder}: {short(name)} is no name of a file in it: {remedy}')
@@ -718,7 +748,11 @@ def bytes_in(
 ) -> bytes:
     """The bytes of a plain file in a folder.
 
-    Raises `LabError` as `file_in`, and where it is too large"""
+    Raises `LabError` as `file_in`, and where it is too large
+
+    Args:
+        max_bytes: bytes that it may have
+    """
     path = file_in(folder, name, remedy)
     if (size := path.stat().st_size) > max_bytes:
         raise LabError(
@@ -743,7 +777,11 @@ _DRAWN = 'drawn by llm_lab'
 
 
 def save_picture(fig, path) -> Path:  # where it is now
-    "Write a figure as .png, .svg or .pdf; raises `LabError` over a file that was not written so"
+    """Write a figure as .png, .svg or .pdf; raises `LabError` over a file that was not written so
+
+    Returns:
+        where it is now
+    """
     path = Path(path)
     if not path.suffix:
         path = path.with_suffix('.png')

@@ -672,7 +672,17 @@ def tour(
     name=None,  # of its folder in artifacts/; the first free of tour, tour-2, … if none
     field='text',  # of records: the one that holds the text
 ) -> dict:  # what is in result.json
-    "Train a small GPT for some minutes, show how it learns, keep it; raises if not in artifacts/"
+    """Train a small GPT for some minutes, show how it learns, keep it; raises if not in artifacts/
+
+    Args:
+        corpus: a corpus's name, or a file or folder of texts or records
+        settings: ((key, value), …) of the recipe or the model
+        name: of its folder in artifacts/; the first free of tour, tour-2, … if none
+        field: of records: the one that holds the text
+
+    Returns:
+        what is in result.json
+    """
     if name is not None:
         _check_name(name)
     with surviving_output():

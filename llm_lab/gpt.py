@@ -6,6 +6,7 @@
 __all__ = ['MLP', 'LearnedPositions', 'Block', 'gpt2_init', 'GPTConfig', 'MiniGPT', 'is_own', 'caches_of']
 
 # %% ../nbs/22_gpt.ipynb #35b382b6
+TYPE_CHECKING = False  # a type checker takes it for True
 import torch
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ class MLP(nn.Module):
         self.out = nn.Linear(d_ff, cfg.d_model, bias)
 
     def forward(self, x, **ctx):  # an MLP ignores the context; other parts in its slot may not
+        """an MLP ignores the context; other parts in its slot may not"""
         return self.out(self.act(self.up(x)))  # (B, T, C) → (B, T, C)
 
     @staticmethod
@@ -47,6 +49,7 @@ class LearnedPositions(nn.Module):
         self.table = nn.Embedding(cfg.max_len, cfg.d_model)
 
     def forward(self, x, i):  # (B, T, C), positions (T,) or (B, T) → (B, T, C)
+        """(B, T, C), positions (T,) or (B, T) → (B, T, C)"""
         most = self.table.num_embeddings
         if i.shape[-1] > most:
             raise LabError(
@@ -77,6 +80,7 @@ class Block(nn.Module):
         self.drop = nn.Dropout(cfg.dropout)
 
     def forward(self, x, i, **ctx):  # (B, T, C), positions → (B, T, C)
+        """(B, T, C), positions → (B, T, C)"""
         x = x + self.drop(self.attn(self.norm1(x), i, **ctx))
         return x + self.drop(self.mlp(self.norm2(x), **ctx))
 
@@ -87,7 +91,11 @@ def gpt2_init(
     std: float = None,  # 0.02 at width 768, as GPT-2, and in proportion to 1/√d_model elsewhere
 ):
     """Draw the weights of a model in place. Matrices: N(0, std²); those that write into the
-    residual stream: N(0, std²/2L); biases: 0 (Radford et al. 2019, §2.3)"""
+    residual stream: N(0, std²/2L); biases: 0 (Radford et al. 2019, §2.3)
+
+    Args:
+        std: 0.02 at width 768, as GPT-2, and in proportion to 1/√d_model elsewhere
+    """
     std = std or 0.02 * (768 / model.cfg.d_model) ** 0.5
     # each of L layers adds to the stream twice: so the sum stays as large as one of them
     out_std = std / (2 * model.cfg.n_layers) ** 0.5
@@ -115,7 +123,13 @@ _LARGEST = dict(
 class GPTConfig:
     """What a model is made of: sizes and recipes. Compares by value.
 
-    Raises `LabError` when sizes or recipes are out of range or do not go together"""
+    Raises `LabError` when sizes or recipes are out of range or do not go together
+
+    Args:
+        max_len: longest text, in tokens
+        d_head: channels of a head; d_model/n_heads if none
+        tie: does `lm_head` share the token table? (Press and Wolf 2017)
+    """
 
     vocab_size: int = 65
     max_len: int = 256  # longest text, in tokens
@@ -163,7 +177,11 @@ class GPTConfig:
 # %% ../nbs/22_gpt.ipynb #5434f462
 class MiniGPT(nn.Module):
     """Token ids (B, T) int64 → logits (B, T, V): GPT-2's architecture, every part a recipe
-    (Radford et al. 2019, §2.3)"""
+    (Radford et al. 2019, §2.3)
+
+    Args:
+        seed: of the first weights; None: not drawn, because others come in their place
+    """
 
     def __init__(
         self,
@@ -233,7 +251,26 @@ class MiniGPT(nn.Module):
         return block(x, i, **ctx)  # may be replaced, as `efficient` does to recompute activations
 
     def forward(self, ids, i=None, **ctx):  # (B, T) → (B, T, V)
+        """(B, T) → (B, T, V)"""
         return self.lm_head(self.features(ids, i, **ctx))
+
+    if TYPE_CHECKING:
+        @property
+        def n_params(self) -> 'int':
+            """How many parameters training may change; a shared table counts once"""
+            ...
+
+        def metrics(self) -> 'dict':
+            """What the parts have noted since they were last asked, `{name: number}`; see the page of hooks"""
+            ...
+
+        def cache(self, batch: 'int', length: 'int'):
+            """What the parts want to remember while decoding, `{key: cache}`; the key is a part's `key`, or
+            else its `layer`.
+
+            None if a layer keeps nothing, or if the model would calculate something else with it: then
+            the model is used without"""
+            ...
 
 # %% ../nbs/22_gpt.ipynb #3a18ffb9
 @patch(as_prop=True)

@@ -19,7 +19,11 @@ from .parts import part
 # %% ../nbs/34_gqa.ipynb #7ca49e48
 class GQA(Attention):
     """Grouped-query attention: H/G query heads share a key and value head (Ainslie et al. 2023,
-    §2.2)"""
+    §2.2)
+
+    Args:
+        n_kv_heads: n_heads: multi-head attention; 1: multi-query attention (Shazeer 2019)
+    """
 
     def __init__(
         self,
@@ -78,7 +82,12 @@ def planned_cache_bytes(
     """Bytes of the keys and values of all layers, none forgotten.
 
     A token has 2 · layers · kv heads · head_dim numbers. Raises `LabError` for an attention that
-    `kv_heads` does not know"""
+    `kv_heads` does not know
+
+    Args:
+        length: tokens of each text
+        batch: texts
+    """
     per_token = 2 * cfg.n_layers * kv_heads(cfg) * cfg.head_dim  # 2: a key and a value
     return per_token * dtype.itemsize * length * batch
 
@@ -129,7 +138,13 @@ def to_gqa(
     al. 2023, §2.1).
 
     Raises `LabError` where the groups would be of different sizes, or where the model is not what
-    its configuration says"""
+    its configuration says
+
+    Args:
+        model: with `Attention` or `GQA`; it is not changed
+        n_kv_heads: must divide the number of key and value heads there are
+        pool: the heads of each group, (n_kv_heads, heads, D, …) → one, (n_kv_heads, D, …)
+    """
     require_faithful(model)
     old = kv_heads(model.cfg)
     fits = _divisors(old)

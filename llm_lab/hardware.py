@@ -18,7 +18,11 @@ from .core import LabError
 
 # %% ../nbs/03_hardware.ipynb #eb48677f
 def memory_left() -> float:  # bytes; ∞ where the system does not say
-    "How many bytes of memory could still be had here, in a container, too"
+    """How many bytes of memory could still be had here, in a container, too
+
+    Returns:
+        bytes; ∞ where the system does not say
+    """
     left = _left_in_container()
     try:
         lines = Path('/proc/meminfo').read_text().splitlines()
@@ -56,7 +60,11 @@ def must_fit(n: float, what: str):
 
 # %% ../nbs/03_hardware.ipynb #bb80cf0e
 def device() -> str:  # 'cuda', 'mps' or 'cpu'
-    "The fastest device at hand; `$LLM_LAB_DEVICE` overrides"
+    """The fastest device at hand; `$LLM_LAB_DEVICE` overrides
+
+    Returns:
+        'cuda', 'mps' or 'cpu'
+    """
     import torch
 
     name = os.environ.get('LLM_LAB_DEVICE')
@@ -107,7 +115,11 @@ def flops(
     f,  # a function without arguments
 ) -> int:
     """Floating-point operations in the matmuls of one call, backward pass included: 2 for each
-    multiply and add"""
+    multiply and add
+
+    Args:
+        f: a function without arguments
+    """
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -139,7 +151,14 @@ def least_seconds(
     rounds=30,
 ) -> dict:  # {name: seconds}
     """The fewest seconds that a call of each took. They are called in turns, and the best of many
-    counts, because other programs hardly disturb that"""
+    counts, because other programs hardly disturb that
+
+    Args:
+        ways: {name: a function without arguments}
+
+    Returns:
+        {name: seconds}
+    """
     least = dict.fromkeys(ways, math.inf)
     for _ in range(rounds):
         for name, work in ways.items():
@@ -186,7 +205,14 @@ def time_by_kind(
     calls=10,
 ) -> dict:  # {kind of operation: seconds a call}, longest first
     """Where the time of a call goes: every operation timed by itself; the rest of the call, timed
-    without the clock, is 'between operations'"""
+    without the clock, is 'between operations'
+
+    Args:
+        f: a function without arguments
+
+    Returns:
+        {kind of operation: seconds a call}, longest first
+    """
     import torch
 
     wait = torch.accelerator.synchronize if torch.accelerator.is_available() else lambda: None
@@ -207,7 +233,11 @@ def time_by_kind(
 # %% ../nbs/03_hardware.ipynb #ece56c23
 def keep_freed_memory() -> bool:  # did it agree?
     """For the whole process, and until it ends: ask the C library (glibc) to keep freed memory for
-    the next tensor, because fresh pages cost more than a sum over them"""
+    the next tensor, because fresh pages cost more than a sum over them
+
+    Returns:
+        did it agree?
+    """
     import ctypes
 
     try:
@@ -254,7 +284,16 @@ def race(
     within=nullcontext,  # what each name stands in while it is tried, such as `use_threads`
 ) -> dict:  # {name: seconds of a call}, the median of its rounds
     """How fast is each way here and now? They run in turns, three rounds; after a round, whatever
-    takes 1.5 times as long as the fastest drops out"""
+    takes 1.5 times as long as the fastest drops out
+
+    Args:
+        ways: {name: a function without arguments that ends when its result is there}
+        seconds: to try each for, in each of three rounds
+        within: what each name stands in while it is tried, such as `use_threads`
+
+    Returns:
+        {name: seconds of a call}, the median of its rounds
+    """
     taken = {name: [] for name in ways}
     left = [*ways]
     for _ in range(3):
@@ -273,7 +312,16 @@ def fastest_threads(
 ) -> int:  # at most torch.get_num_threads(), which is as before
     """With how many threads is `work()` fastest here and now? All, half of them, or one.
 
-    Where $OMP_NUM_THREADS is set, the caller has decided"""
+    Where $OMP_NUM_THREADS is set, the caller has decided
+
+    Args:
+        work: a function without arguments that waits for its result: a step on a copy of
+            the model
+        seconds: to try each number of threads for, in each of three rounds
+
+    Returns:
+        at most torch.get_num_threads(), which is as before
+    """
     import torch
 
     most = torch.get_num_threads()

@@ -103,7 +103,16 @@ def to_hf(
     """Write a folder that transformers can open, with a list of its files beside them.
 
     Raises `LabError` where it would not be exactly this model, or the folder holds anything
-    else."""
+    else.
+
+    Args:
+        folder: made, or replaced as a whole if all in it was written by `to_hf`
+        tokenizer: of the model; it goes along, with its marks and what a prompt begins with
+        family: a key of `TENSOR_NAMES`; the first that fits if none
+
+    Returns:
+        `folder`
+    """
     folder = Path(folder)
     require_faithful(model)  # else its file would be another model's
     replaceable(folder)  # before the tensors are made ready
@@ -347,7 +356,16 @@ def from_hf(
     device='cpu',
 ) -> Opened:  # (model, tokenizer, about); a tokenizer it cannot follow is None, with a warning
     """Open a model of one of the families of `families`: in eval mode, the numbers of the file, in
-    its dtype"""
+    its dtype
+
+    Args:
+        folder: config.json and model.safetensors, or files with an index; perhaps
+            tokenizer.json
+        max_len: a shorter context than the file's
+
+    Returns:
+        (model, tokenizer, about); a tokenizer it cannot follow is None, with a warning
+    """
     folder = Path(folder)
     said = _json(folder / 'config.json', 1 << 22)
     cfg = _asked(said, max_len)

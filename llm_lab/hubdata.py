@@ -267,7 +267,13 @@ def _rows(data, paths, at_once=100):
 # %% ../nbs/05_hubdata.ipynb #ab507a6e
 @dataclass(frozen=True)
 class HubData:
-    "A data set on the Hugging Face hub. Called, it becomes a `Corpus`"
+    """A data set on the Hugging Face hub. Called, it becomes a `Corpus`
+
+    Args:
+        files: split: pattern of the files the publisher gives it
+        cuts: split: its share of the publisher's training records; it is cut from them
+        kind: what `datasets` calls the files' format
+    """
 
     name: str
     repo: str

@@ -7,6 +7,7 @@ __all__ = ['bandwidth', 'tokens_per_second', 'TransposedLinear', 'Fast', 'for_in
            'Int8Linear']
 
 # %% ../nbs/36_inference.ipynb #725c29d8
+TYPE_CHECKING = False  # a type checker takes it for True
 import copy
 import statistics
 import time
@@ -31,7 +32,11 @@ from .kv_cache import CacheTransform, with_kv_cache, sliding_window
 @cache
 def bandwidth(size=2**26) -> float:  # how many numbers to read, float32
     """Bytes per second that this machine's processor reads from memory, with all threads of
-    PyTorch: the best of seven"""
+    PyTorch: the best of seven
+
+    Returns:
+        how many numbers to read, float32
+    """
     x = torch.ones(size)  # 256 MiB: more than any cache of a processor holds
     took = []
     for _ in range(7):
@@ -49,7 +54,13 @@ def tokens_per_second(
 ) -> float:
     """How fast a model writes, one text, the likeliest token each time.
 
-    Raises `LabError` where the model does not see that many tokens"""
+    Raises `LabError` where the model does not see that many tokens
+
+    Args:
+        prompt: tokens before
+        n: tokens to write
+        rounds: the median of these, after one to warm up
+    """
     if min(prompt, n, rounds) < 1 or prompt + n > max_context(model):
         raise LabError(
             f'{prompt=}, {n=}, {rounds=}: give at least 1 of each, and no more tokens than '
@@ -88,6 +99,7 @@ class TransposedLinear(nn.Module):
         self.register_buffer('bias', None if layer.bias is None else layer.bias.detach())
 
     def forward(self, x):  # (…, inputs) → (…, outputs)
+        """(…, inputs) → (…, outputs)"""
         mm = torch.ops.llm_lab.mm if self.onednn else torch.mm
         rows = x.flatten(0, -2)  # (rows, inputs)
         y = mm(rows, self.weight)[:, : self.out_features]  # without the columns of zeros
@@ -218,11 +230,24 @@ class Fast(nn.Module):
         return self.model.lm_head(x)
 
     def forward(self, ids, i=None, **ctx):  # (B, T) → (B, T, V)
+        """(B, T) → (B, T, V)"""
         return self.lm_head(self.features(ids, i, **ctx))
+
+    if TYPE_CHECKING:
+        def features(self, ids, i=None, **ctx):
+            """as `MiniGPT.features`"""
+            ...
+
+        def next_features(self, ids, i, places, ends, keys, values): ...
+
+        def attend_one(self, attn, x, i, angles, at, end, keys, values):
+            """Attention of one new token; its key and value go to the place `at`"""
+            ...
 
 # %% ../nbs/36_inference.ipynb #87353421
 @patch
 def features(self: Fast, ids, i=None, **ctx):  # as `MiniGPT.features`
+    """as `MiniGPT.features`"""
     if not self._is_short(ids, i, ctx):
         return self.model.features(ids, i, **ctx)
     caches = [ctx['cache'][layer] for layer in range(self.cfg.n_layers)]
@@ -309,7 +334,13 @@ def for_inference(
     sooner.
 
     Raises `LabError` where it is fast already, has a `forward` of its own, or cannot have such
-    weights. Tells the system, for the whole process, to leave freed memory with it"""
+    weights. Tells the system, for the whole process, to leave freed memory with it
+
+    Args:
+        model: a MiniGPT; it is not changed
+        weights: 'int8': eight bits for each weight of the blocks, and a scale for each row
+        compile: compile the step of a token; the first tokens then take half a minute
+    """
     if isinstance(model, Fast):
         raise LabError('the model is fast already: give the MiniGPT that it was made from')
     if not isinstance(model, MiniGPT):
@@ -349,7 +380,11 @@ def bytes_per_token(model) -> int:
 
 def benchmark_decode(model, **kw) -> dict:  # kw as `tokens_per_second`
     """Prints tokens a second beside what this machine's memory allows; returns both, and the bytes,
-    as `tokens_per_s`, `limit` and `bytes`"""
+    as `tokens_per_s`, `limit` and `bytes`
+
+    Returns:
+        kw as `tokens_per_second`
+    """
     rate = tokens_per_second(model, **kw)
     size = bytes_per_token(model)
     limit = bandwidth() / size
@@ -376,6 +411,7 @@ class Int8Linear(nn.Module):
         self.register_buffer('bias', None if layer.bias is None else layer.bias.detach())
 
     def forward(self, x):  # (…, inputs) → (…, outputs)
+        """(…, inputs) → (…, outputs)"""
         rows = x.flatten(0, -2).bfloat16()
         if self.more:
             rows = F.pad(rows, (0, self.more))

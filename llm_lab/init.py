@@ -42,7 +42,11 @@ def projections(model) -> dict:  # {'blocks.0.attn.qkv.0': weight (rows, columns
     """Each projection inside the blocks by itself: stacked ones are cut into q, k, v or gate,
     value, and (E, rows, columns) into E.
 
-    The weights are views: what is written into them is written into the model"""
+    The weights are views: what is written into them is written into the model
+
+    Returns:
+        {'blocks.0.attn.qkv.0': weight (rows, columns), …}
+    """
     found = {}
     for name, m in model.blocks.named_modules(prefix='blocks'):
         if not _is_projection(m):
@@ -73,7 +77,13 @@ def scaled_init(
     orthogonal=False,  # in the blocks: then all singular values are std·√max(rows, columns)
 ):
     """First weights: matrices of size `std`, biases 0 (Radford et al. 2019, §2.3; Zhang et al.
-    2019; Saxe et al. 2014)"""
+    2019; Saxe et al. 2014)
+
+    Args:
+        std: size of an entry; .02·√(768/d_model) if none, as in `gpt2_init`
+        out: a name in `OUTS`: what writes into the residual stream is scaled by it
+        orthogonal: in the blocks: then all singular values are std·√max(rows, columns)
+    """
     std = std or 0.02 * (768 / model.cfg.d_model) ** 0.5
     for name, p in model.named_parameters():
         if p.dim() >= 2:
@@ -104,7 +114,13 @@ scaled_init.check = _check_scaled_init  # `GPTConfig` calls it when it is made
 # %% ../nbs/33_init.ipynb #7f422c0e
 class Spectral(nn.Module):
     """A parametrization: the largest singular value of a weight, or of each projection stacked in
-    it, is its gain (Miyato et al. 2018, §2; Zhai et al. 2023)"""
+    it, is its gain (Miyato et al. 2018, §2; Zhai et al. 2023)
+
+    Args:
+        weight: (rows, columns)
+        sizes: rows of each projection in it
+        gain: learned, and at the start what the weight has, if none
+    """
 
     def __init__(
         self,
@@ -133,11 +149,16 @@ class Spectral(nn.Module):
         self.u = torch.stack(turned)
 
     def sigma(self, weight):  # → (n,)
-        "The estimate ‖Wu‖ of each largest singular value, never above it"
+        """The estimate ‖Wu‖ of each largest singular value, never above it
+
+        Returns:
+            → (n,)
+        """
         return torch.stack([(w @ u).norm() for w, u in zip(weight.split(self.sizes), self.u)])
 
     def forward(self, weight):  # (rows, columns) → (rows, columns)
         # autocast knows no device `meta`, where a model has shapes only
+        """(rows, columns) → (rows, columns)"""
         device = 'cpu' if weight.is_meta else weight.device.type
         with torch.autocast(device, enabled=False):  # σ and u keep all their digits
             if self.training:
@@ -162,7 +183,12 @@ def spectral_init(
     """Draw first weights, then bind the largest singular values of all projections in the blocks by
     `Spectral`.
 
-    Raises `LabError` on a projection that is zero, and on several side by side"""
+    Raises `LabError` on a projection that is zero, and on several side by side
+
+    Args:
+        gain: largest singular value of each projection; learned if none
+        first: draws the weights
+    """
     first(model, generator=generator)
     # a list, because binding adds modules while we go
     for name, m in list(model.blocks.named_modules(prefix='blocks')):

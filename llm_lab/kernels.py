@@ -7,6 +7,7 @@ __all__ = ['Plan', 'Links', 'tiled_attention', 'block_mask', 'flex_kernel', 'mas
            'sparse_attention', 'attention_stats', 'SparseAttention']
 
 # %% ../nbs/42_kernels.ipynb #bc6cbc52
+TYPE_CHECKING = False  # a type checker takes it for True
 import math
 import torch
 from fastcore.basics import patch
@@ -28,7 +29,11 @@ class Plan:
 
     Made, it holds numbers only. `make` asks the mask and fills in the tensors of the folds and
     links, when the first kernel needs them. Raises `LabError` where the mask may read all of the
-    past"""
+    past
+
+    Args:
+        ctx: the context's keywords that the mask needs, such as doc (T,) or (B, T)
+    """
 
     def __init__(
         self,
@@ -72,7 +77,11 @@ class Plan:
         self.block_masks = {}  # {device: block mask of flex attention}
 
     def dense_mask(self):  # bool, broadcasts to (sequences, H, T, T)
-        "All pairs, for `masked_attention`"
+        """All pairs, for `masked_attention`
+
+        Returns:
+            bool, broadcasts to (sequences, H, T, T)
+        """
         i = torch.arange(self.T)
         return dense_mask(self.mask, i, i, self.n_heads, self.layer, **self.ctx)
 
@@ -102,6 +111,42 @@ class Plan:
         for b in range(n_sequences):
             own = {name: self.ctx[name][b] for name in batched}
             yield self.ctx | own | dict(h=self.heads, layer=self.layer)
+
+    if TYPE_CHECKING:
+        def make(self, like=None) -> 'Plan':
+            """Ask the mask: who is seen in each fold, and which links are allowed, far and not there
+            twice.
+
+            Returns the plan itself, filled in
+
+            Args:
+                like: the bias of another plan, kept in place of an equal one to share its memory"""
+            ...
+
+        def keys(self) -> 'Tensor':
+            """How many keys each query reads: counted from what the kernel is given
+
+            Returns:
+                (sequences, heads, T)"""
+            ...
+
+        def picture(self, head=0):
+            """Black: pairs that are read. Grey: pairs that are multiplied, then hidden
+
+            Returns:
+                a matplotlib figure, for some hundred tokens"""
+            ...
+
+        def links(self, B, G):
+            """The links of B sequences with G key heads, made once and kept
+
+            Returns:
+                None if there are none"""
+            ...
+
+        def block_mask_on(self, device):
+            """The plan's `block_mask` on a device, made once and kept"""
+            ...
 
 
 def _round_up(n, step):
@@ -158,7 +203,11 @@ def make(
     """Ask the mask: who is seen in each fold, and which links are allowed, far and not there
     twice.
 
-    Returns the plan itself, filled in"""
+    Returns the plan itself, filled in
+
+    Args:
+        like: the bias of another plan, kept in place of an equal one to share its memory
+    """
     i = torch.arange(self.n_folds * self.block)[:, None]
     # 1024 queries at a time keep what is in work small
     seen = torch.cat([_seen_in_fold(self, some) for some in i.split(1024)], 2)
@@ -175,7 +224,11 @@ def make(
 
 @patch
 def keys(self: Plan) -> Tensor:  # (sequences, heads, T)
-    "How many keys each query reads: counted from what the kernel is given"
+    """How many keys each query reads: counted from what the kernel is given
+
+    Returns:
+        (sequences, heads, T)
+    """
     if self.bias is None:
         self.make()
     near = (self.bias == 0).sum(-1).flatten(2)[..., : self.T]
@@ -186,7 +239,11 @@ def keys(self: Plan) -> Tensor:  # (sequences, heads, T)
 # %% ../nbs/42_kernels.ipynb #fd9cc7f8
 @patch
 def picture(self: Plan, head=0):  # a matplotlib figure, for some hundred tokens
-    "Black: pairs that are read. Grey: pairs that are multiplied, then hidden"
+    """Black: pairs that are read. Grey: pairs that are multiplied, then hidden
+
+    Returns:
+        a matplotlib figure, for some hundred tokens
+    """
     plt = pyplot()
     j = torch.arange(self.T)
     seen = self.dense_mask().expand(1, self.n_heads, -1, -1)[0, head].float()
@@ -383,7 +440,11 @@ class Links:
         self.begin = (counts.cumsum(0) - counts).int()
 
     def dots(self, x, y):  # a row for each query (N, D), for each key (M, D) → (N, R)
-        "Scalar products of each query's row with the rows of the keys that it links to"
+        """Scalar products of each query's row with the rows of the keys that it links to
+
+        Returns:
+            a row for each query (N, D), for each key (M, D) → (N, R)
+        """
         # an embedding bag calculates them in its backward pass, as the gradient of its weights
         products = torch.ops.aten._embedding_bag_per_sample_weights_backward(
             x, y, self.idx, self.first, self.of, 0
@@ -391,18 +452,30 @@ class Links:
         return products.view(self.shape)
 
     def sums(self, w, y):  # (N, R), (M, D) → (N, D)
-        "What each query reads: the weighted sum over its keys"
+        """What each query reads: the weighted sum over its keys
+
+        Returns:
+            (N, R), (M, D) → (N, D)
+        """
         return F.embedding_bag(self.idx, y, self.first, mode='sum', per_sample_weights=w.flatten())
 
     def back(self, w, x):  # (N, R), (N, D) → (M, D)
-        "What each key gets from its readers: the weighted sum over the queries that link to it"
+        """What each key gets from its readers: the weighted sum over the queries that link to it
+
+        Returns:
+            (N, R), (N, D) → (M, D)
+        """
         by_key = w.flatten()[self.order]
         return F.embedding_bag(self.readers, x, self.begin, mode='sum', per_sample_weights=by_key)
 
 
 @patch
 def links(self: Plan, B, G):  # None if there are none
-    "The links of B sequences with G key heads, made once and kept"
+    """The links of B sequences with G key heads, made once and kept
+
+    Returns:
+        None if there are none
+    """
     if self.idx is None:
         return None
     if (B, G) not in self.known_links:
@@ -518,7 +591,15 @@ def tiled_attention(
 ) -> Tensor:  # (B, H, T, D)
     """Attention along a plan, on the CPU: time and memory grow with the keys that are read.
 
-    It has a first derivative, and no second"""
+    It has a first derivative, and no second
+
+    Args:
+        v: (B, H, T, D), (B, G, T, D) twice
+        sink: (H,): a logit that every softmax of the head takes in, for nothing
+
+    Returns:
+        (B, H, T, D)
+    """
     if isinstance(q, FakeTensor):
         return _shapes_only(q, k, v, plan)
     if plan.bias is None:
@@ -570,7 +651,11 @@ def block_mask_on(self: Plan, device):
 
 def flex_kernel(q, k, v, plan, sink=None):  # as `tiled_attention`
     """Attention along a plan by PyTorch's flex attention (Dong et al. 2024), compiled on a GPU;
-    without gradients on a CPU"""
+    without gradients on a CPU
+
+    Returns:
+        as `tiled_attention`
+    """
     blocks = plan.block_mask_on(q.device)
     # inside a model that is compiled as a whole, it is compiled along with it
     as_it_is = q.device.type == 'cpu' or torch.compiler.is_compiling()
@@ -648,7 +733,11 @@ def get_plan(
     layer=0,
     made=True,  # with the tensors of the folds; flex attention needs none
 ) -> Plan:
-    "The plan of a mask, made once and kept; layers whose folds are alike share them"
+    """The plan of a mask, made once and kept; layers whose folds are alike share them
+
+    Args:
+        made: with the tensors of the folds; flex attention needs none
+    """
     plan = Plan(mask, T, n_heads, layer)
     if not made:
         return plan
@@ -684,7 +773,15 @@ def sparse_attention(
     **ctx,  # the context's keywords that the mask needs
 ) -> Tensor:  # (B, H, T, D)
     """Attention by a mask, by the kernel that `choose_kernel` chooses; plans and masks are kept
-    where they depend on nothing but lengths"""
+    where they depend on nothing but lengths
+
+    Args:
+        v: of a whole text: (B, H, T, D), (B, G, T, D) twice
+        ctx: the context's keywords that the mask needs
+
+    Returns:
+        (B, H, T, D)
+    """
     if torch.compiler.is_compiling():
         return torch.compiler.disable(sparse_attention)(q, k, v, mask, layer, sink, dropout, **ctx)
     _, H, T, _ = q.shape
@@ -713,7 +810,15 @@ def attention_stats(
     far,  # bool, broadcast to (B, H, n, S): who is read, and who of them counts as far
 ) -> dict:  # {'entropy', 'far', 'max_logit'}: (H,) each
     """Entropy of the weights as a share of the most that is possible (Zhai et al. 2023, §3), weight
-    on far keys, largest score"""
+    on far keys, largest score
+
+    Args:
+        k: some queries, (B, H, n, D); keys, (B, G, S, D)
+        far: bool, broadcast to (B, H, n, S): who is read, and who of them counts as far
+
+    Returns:
+        {'entropy', 'far', 'max_logit'}: (H,) each
+    """
     grouped = q.float().unflatten(1, (k.shape[1], -1))  # (B, G, H/G, n, D)
     scores = (grouped @ k.float()[:, :, None].mT).flatten(1, 2)  # (B, H, n, S)
     scores = scores.masked_fill(~mask, -math.inf) * q.shape[-1] ** -0.5
@@ -730,7 +835,12 @@ def attention_stats(
 # %% ../nbs/42_kernels.ipynb #bee995f9
 class SparseAttention(GQA):
     """Attention by a mask that skips what it does not read, and grouped heads; with learned
-    sinks as in gpt-oss (OpenAI 2025)"""
+    sinks as in gpt-oss (OpenAI 2025)
+
+    Args:
+        n_kv_heads: as `n_heads` if none
+        sink: learn a logit per head that takes weight, gives nothing (Miller 2023: fixed)
+    """
 
     def __init__(
         self,
@@ -767,6 +877,7 @@ class SparseAttention(GQA):
             GQA.check(cfg, n_kv_heads)
 
     def attend_heads(self, q, k, v, i, j, contiguous=False, **ctx):  # as `Attention.attend_heads`
+        """as `Attention.attend_heads`"""
         needed = {name: ctx[name] for name in self.needs if name in ctx}
         dropout = self.dropout if self.training else 0.0
         # a whole text, and all that the mask needs is there
@@ -776,6 +887,22 @@ class SparseAttention(GQA):
             return sparse_attention(q, k, v, self.mask, self.layer, self.sink, dropout, **needed)
         # a few tokens behind a cache, or queries at odd positions
         return masked_attention(q, k, v, self.dense_mask(i, j, **ctx), self.sink, dropout)
+
+    if TYPE_CHECKING:
+        def note(self, q, k, i, needed, n=8, max_texts=16):
+            """Read the gauges at the last queries of `n` parts of a text, for the first `max_texts` calls
+            since `metrics`; the tensors stay on their device, so that nothing waits"""
+            ...
+
+        def metrics(self) -> 'dict':
+            """Means over what was noted in evaluation; the largest score; the share of heads that look at
+            one key.
+
+            What was noted is forgotten
+
+            Returns:
+                {'attn0_entropy': …}; empty if nothing was noted"""
+            ...
 
 # %% ../nbs/42_kernels.ipynb #9121eea3
 @patch
@@ -801,7 +928,11 @@ def metrics(self: SparseAttention) -> dict:  # {'attn0_entropy': …}; empty if 
     """Means over what was noted in evaluation; the largest score; the share of heads that look at
     one key.
 
-    What was noted is forgotten"""
+    What was noted is forgotten
+
+    Returns:
+        {'attn0_entropy': …}; empty if nothing was noted
+    """
     if not self.noted:
         return {}
     entropy = torch.stack([x['entropy'] for x in self.noted])  # (calls, H)

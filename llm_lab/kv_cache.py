@@ -138,7 +138,11 @@ class CacheTransform(nn.Module):
 
 # %% ../nbs/35_kv_cache.ipynb #45133943
 def lookback(mask: part):  # an int, or None for all
-    "How many of the last keys a mask reads, itself included"
+    """How many of the last keys a mask reads, itself included
+
+    Returns:
+        an int, or None for all
+    """
     of_keywords = getattr(mask.func, 'lookback', None)
     if of_keywords is None:
         return None  # a mask that does not state it may read everything
@@ -195,7 +199,14 @@ def with_kv_cache(
 ) -> MiniGPT:  # shares its weights; the model itself if it keeps already
     """The model with a cache: `stream`, `complete` and the playground then read each token once.
 
-    Raises `LabError` where a mixer of the reader's own keeps nothing, for then no layer may."""
+    Raises `LabError` where a mixer of the reader's own keeps nothing, for then no layer may.
+
+    Args:
+        strict: False: the model itself where a layer would keep nothing
+
+    Returns:
+        shares its weights; the model itself if it keeps already
+    """
     if not isinstance(model, MiniGPT):
         raise LabError(f'a {type(model).__name__} is given: a MiniGPT is needed')
     try:
@@ -245,7 +256,11 @@ def _copy_with_transforms(model, cfg):
 @dataclass
 class Completion:
     """What a model wrote. It ended by 'stop' (ids and logprobs hold that text, `text` does not),
-    'eos' (none does) or 'length'"""
+    'eos' (none does) or 'length'
+
+    Args:
+        logprobs: of each id, in nats, as the model predicted it
+    """
 
     text: str = ''
     ids: list = field(default_factory=list)
@@ -347,7 +362,19 @@ def complete(
     prompt once.
 
     Raises `LabError` on counts and sampling settings that cannot be; warns where a prompt is longer
-    than the model sees"""
+    than the model sees
+
+    Args:
+        prompts: a text, or several
+        max_new_tokens: how many tokens to write for each, at most
+        samples: texts for each prompt
+        seed: of the first; the next ones have seed + 1, seed + 2, …
+        stop: a text to end at, or several; it is not given
+        sampling: temperature, top_k, top_p, repetition_penalty
+
+    Returns:
+        for each prompt, a list of `Completion`s
+    """
     check_sampling(**sampling)
     _check_counts(max_new_tokens, samples)
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -402,7 +429,16 @@ def sliding_window(
     j,  # key positions, (S,)
     size: int,  # keys each query may attend to, itself included
 ) -> Tensor:  # bool (T, S): may query i attend to key j?
-    "The last `size` keys, and never the future (Beltagy et al. 2020, §3.1)"
+    """The last `size` keys, and never the future (Beltagy et al. 2020, §3.1)
+
+    Args:
+        i: query positions, (T, 1)
+        j: key positions, (S,)
+        size: keys each query may attend to, itself included
+
+    Returns:
+        bool (T, S): may query i attend to key j?
+    """
     return (j <= i) & (i - j < size)
 
 # %% ../nbs/35_kv_cache.ipynb #c2492704

@@ -28,13 +28,19 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):  # (…, d) → (…, d)
         # under autocast x may be bfloat16, and the kernel wants the weight in the same precision
+        """(…, d) → (…, d)"""
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 # %% ../nbs/32_llama_block.ipynb #a3f944c5
 class SwiGLU(nn.Module):
     """A gated MLP: out(act(gate(x)) · value(x)) (Shazeer 2020, eq. 6).
 
-    gate and value are one matrix multiplication"""
+    gate and value are one matrix multiplication
+
+    Args:
+        d_ff: 8/3·d_model if none, rounded up to a multiple of 8 (Llama 2 7B: of 256)
+        act: part(nn.GELU) makes it GeGLU
+    """
 
     def __init__(
         self,
@@ -55,6 +61,7 @@ class SwiGLU(nn.Module):
     check = staticmethod(MLP.check)
 
     def forward(self, x, **ctx):  # (B, T, C) → (B, T, C)
+        """(B, T, C) → (B, T, C)"""
         gate, value = self.up(x).split(self.sizes, dim=-1)  # (B, T, F) each
         return self.out(self.act(gate) * value)
 
@@ -63,6 +70,7 @@ class ReLU2(nn.Module):
     "Squared ReLU, max(x, 0)² (So et al. 2021)"
 
     def forward(self, x):  # any shape
+        """any shape"""
         return F.relu(x).square()
 
 # %% ../nbs/32_llama_block.ipynb #4642fb0a
@@ -77,6 +85,7 @@ class QKNorm(nn.Module):
         self.k = RMSNorm(cfg.head_dim, eps)
 
     def forward(self, q, k, v, i, j, **ctx):  # q (B, H, T, D), k and v (B, G, S, D)
+        """q (B, H, T, D), k and v (B, G, S, D)"""
         return self.q(q), self.k(k), v, i, j
 
 # %% ../nbs/32_llama_block.ipynb #a06b61d6
@@ -95,6 +104,7 @@ class SoftcapHead(nn.Linear):
             raise LabError(f'cap={cap!r}: give a number above 0')
 
     def forward(self, x):  # (…, d) → (…, V)
+        """(…, d) → (…, V)"""
         return self.cap * (super().forward(x) / self.cap).tanh()
 
 # %% ../nbs/32_llama_block.ipynb #8f32d40a
@@ -140,7 +150,15 @@ def llama(
     """The configuration of Llama's block: RoPE, RMSNorm, SwiGLU, no biases (Touvron et al. 2023,
     §2.2).
 
-    Raises `LabError` on a wrong depth, and on a rope that no attention would take"""
+    Raises `LabError` on a wrong depth, and on a rope that no attention would take
+
+    Args:
+        depth: one dial: layers; width 64·depth and `depth` heads of 64 channels follow
+        attn: an attention of this book gets transforms and bias if it lacks them; your own,
+            nothing
+        rope: a recipe; `part(RoPE)` if none
+        settings: as of `GPTConfig`
+    """
     if depth is not None and (type(depth) is not int or depth < 1):
         raise LabError(f'depth={depth!r}: give a whole number of at least 1')
     if rope is not None and isinstance(attn, part) and 'transforms' in attn.keywords:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['intervene', 'attention_maps', 'attention_of', 'visible_token', 'describe_row', 'plot_attention', 'mean_distance',
            'plot_heads', 'attention_html', 'heads_html', 'static', 'attention_map', 'repeated_ids', 'uniform_attention',
-           'head_scores', 'plot_scores', 'logit_lens', 'lens_html', 'ablate_head']
+           'head_scores', 'plot_scores', 'hidden_states', 'logit_lens', 'lens_html', 'ablate_head']
 
 # %% ../nbs/27_looking.ipynb #d6fba88b
 import sys
@@ -37,7 +37,11 @@ def intervene(model, f):  # f: (attn, q, k, v, i, j, **ctx) → (q, k, v, i, j)
     """Within, every attention runs `f` as its last transform; afterwards the model is as it was,
     also after an error. It changes the model in place, so one thread at a time.
 
-    Raises `LabError` where the model has no attention"""
+    Raises `LabError` where the model has no attention
+
+    Returns:
+        f: (attn, q, k, v, i, j, **ctx) → (q, k, v, i, j)
+    """
     found = [m for m in model.modules() if isinstance(m, Attention)]
     if not found:
         raise LabError('this model has no attention to look at: make one with attn=part(Attention)')
@@ -80,7 +84,14 @@ def attention_maps(
     # (L, H, T, S), or (B, L, H, T, S) for several: [layer, head, query, key position], float32 on
     # the CPU
     """Attention weights of every layer and head, by `scaled_dot_product` itself, asked with unit
-    vectors as values. Each row sums to 1"""
+    vectors as values. Each row sums to 1
+
+    Args:
+        ids: one text, (T,), or several of one length, (B, T)
+        i: its positions, (T,) or (B, T); 0, 1, 2, … if none
+        ctx: keyword arguments that parts of the model need; a cache is filled, as by any
+            reading
+    """
     notes = []  # of each layer: weights (B, H, T, S), key positions (S,) or (B, S)
 
     def watch(attn, q, k, v, i, j, **ctx):
@@ -110,7 +121,11 @@ def visible_token(token: str) -> str:
 
 
 def describe_row(weights: Tensor, tokens, query=-1, n=3) -> str:  # weights: one map, (T, T)
-    "In words: the `n` positions that get most of a query's weight"
+    """In words: the `n` positions that get most of a query's weight
+
+    Returns:
+        weights: one map, (T, T)
+    """
     row = weights[query].tolist()
     by_weight = sorted(range(len(row)), key=lambda position: -row[position])
     best = [position for position in by_weight[:n] if row[position] > 0]
@@ -166,7 +181,11 @@ def plot_attention(weights: Tensor, tokens, layer=0, head=0, query=-1):
 # %% ../nbs/27_looking.ipynb #578c1c6f
 def mean_distance(weights: Tensor) -> Tensor:  # (…, T, S) → (…)
     """How many positions back a head looks: the mean over queries, the last T of S positions, of
-    Σ weight·(i − j)"""
+    Σ weight·(i − j)
+
+    Returns:
+        (…, T, S) → (…)
+    """
     T, S = weights.shape[-2:]
     j = torch.arange(S)
     i = j[-T:, None]
@@ -174,7 +193,11 @@ def mean_distance(weights: Tensor) -> Tensor:  # (…, T, S) → (…)
 
 
 def plot_heads(weights: Tensor):  # maps of one text, (L, H, T, T) → a matplotlib figure
-    "All maps of a text: a row for each layer, a column for each head"
+    """All maps of a text: a row for each layer, a column for each head
+
+    Returns:
+        maps of one text, (L, H, T, T) → a matplotlib figure
+    """
     L, H = weights.shape[:2]
     far = mean_distance(weights).flatten().tolist()
     names = [f'{layer}.{head}' for layer in range(L) for head in range(H)]
@@ -343,7 +366,11 @@ def attention_map(weights: Tensor, tokens, layer=0, head=0, query=-1):
 
 # %% ../nbs/27_looking.ipynb #9a5eb7dc
 def repeated_ids(vocab_size: int, length=24, batch=32, seed=0) -> Tensor:  # (batch, 2·length)
-    "Random ids, all different, and then the same once more (Olsson et al. 2022)"
+    """Random ids, all different, and then the same once more (Olsson et al. 2022)
+
+    Returns:
+        (batch, 2·length)
+    """
     if not 1 < length <= vocab_size:
         raise LabError(f'length={length}: choose from 2 to {vocab_size} different ids')
     return (
@@ -354,7 +381,11 @@ def repeated_ids(vocab_size: int, length=24, batch=32, seed=0) -> Tensor:  # (ba
 
 
 def uniform_attention(T: int) -> Tensor:  # (T, T)
-    "The map of a head that looks at everything so far alike"
+    """The map of a head that looks at everything so far alike
+
+    Returns:
+        (T, T)
+    """
     return torch.ones(T, T).tril() / torch.arange(1, T + 1)[:, None]
 
 # %% ../nbs/27_looking.ipynb #0e1baa82
@@ -413,14 +444,26 @@ def plot_scores(scores: dict, chance: dict):
     return fig
 
 # %% ../nbs/27_looking.ipynb #dbf5d231
-def logit_lens(model, ids, i=None, **ctx) -> Tensor:
-    # arguments as of `attention_maps`; (L+1, T, V), or (B, L+1, T, V)
-    """The logits that the model would give if it stopped after the embedding, and after each block
-    (nostalgebraist 2020)"""
+def hidden_states(
+    model,
+    ids,  # one text, (T,), or several of one length, (B, T)
+    i=None,  # its positions, (T,) or (B, T); 0, 1, 2, … if none
+    **ctx,  # keyword arguments that parts of the model need
+) -> Tensor:  # (L+1, T, C), or (B, L+1, T, C) for several
+    """The residual stream after the embedding and after each block, float32 on the CPU
+
+    Args:
+        ids: one text, (T,), or several of one length, (B, T)
+        i: its positions, (T,) or (B, T); 0, 1, 2, … if none
+        ctx: keyword arguments that parts of the model need
+
+    Returns:
+        (L+1, T, C), or (B, L+1, T, C) for several
+    """
     read = []
 
     def note(x):
-        read.append(model.lm_head(model.norm(x)).float().cpu())
+        read.append(x.float().cpu())
 
     hooks = [model.blocks[0].register_forward_pre_hook(lambda block, args: note(args[0]))]
     hooks += [b.register_forward_hook(lambda block, args, x: note(x)) for b in model.blocks]
@@ -429,8 +472,18 @@ def logit_lens(model, ids, i=None, **ctx) -> Tensor:
     finally:
         for hook in hooks:
             hook.remove()
-    lens = torch.stack(read, 1)
-    return lens if torch.as_tensor(ids).dim() == 2 else lens[0]
+    states = torch.stack(read, 1)
+    return states if torch.as_tensor(ids).dim() == 2 else states[0]
+
+
+@torch.no_grad()
+def logit_lens(model, ids, i=None, **ctx) -> Tensor:
+    # arguments as of `attention_maps`; (L+1, T, V), or (B, L+1, T, V)
+    """The logits that the model would give if it stopped after the embedding, and after each block
+    (nostalgebraist 2020)"""
+    p = next(model.parameters())
+    states = hidden_states(model, ids, i, **ctx).to(p.device, p.dtype)
+    return model.lm_head(model.norm(states)).float().cpu()
 
 # %% ../nbs/27_looking.ipynb #7aca681f
 def _lens_cell(inside, title='', style=''):

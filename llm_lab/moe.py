@@ -7,6 +7,7 @@ __all__ = ['PAD', 'softmax_top_k', 'top_k_softmax', 'sigmoid_top_k', 'sort_by_ex
            'Router', 'ExpertLinear', 'MoE', 'moe_reference', 'run_expert', 'routing']
 
 # %% ../nbs/51_moe.ipynb #0fd1de98
+TYPE_CHECKING = False  # a type checker takes it for True
 import math
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,16 @@ def softmax_top_k(
     renormalize=True,  # do the weights of a token sum to one?
 ) -> tuple:  # weights (N, k), chosen experts (N, k), shares of all experts (N, E)
     """Softmax over all experts, then the best `top_k`
-    (Lepikhin et al. 2020; Fedus et al. 2021, eq. 1; Qwen3)"""
+    (Lepikhin et al. 2020; Fedus et al. 2021, eq. 1; Qwen3)
+
+    Args:
+        logits: (N, E)
+        bias: on the choice, not on the weights: (E,)
+        renormalize: do the weights of a token sum to one?
+
+    Returns:
+        weights (N, k), chosen experts (N, k), shares of all experts (N, E)
+    """
     p = logits.softmax(-1)
     chosen = (p + bias).topk(top_k).indices
     return _weighed(p, chosen, renormalize), chosen, p
@@ -52,7 +62,11 @@ def softmax_top_k(
 
 def top_k_softmax(logits, top_k, bias=0.0):  # as `softmax_top_k`
     """The best `top_k`, then a softmax over their logits alone
-    (Shazeer et al. 2017, eq. 3; Mixtral). For `top_k=1` all weights are 1"""
+    (Shazeer et al. 2017, eq. 3; Mixtral). For `top_k=1` all weights are 1
+
+    Returns:
+        as `softmax_top_k`
+    """
     chosen = (logits + bias).topk(top_k).indices
     return _taken(logits, chosen).softmax(-1), chosen, logits.softmax(-1)
 
@@ -96,7 +110,12 @@ def sort_by_expert(
     # are filled (E,); rows of the table
     """One sort: rows of the same expert side by side.
 
-    Who comes too late stands in the last row, which nobody reads"""
+    Who comes too late stands in the last row, which nobody reads
+
+    Args:
+        chosen: (N, k)
+        capacity: places that an expert has; no end if none
+    """
     pairs = chosen.t().flatten()  # all first choices come before all second ones
     e, order = pairs.sort(stable=True)
     # `bincount` would wait for the device
@@ -259,7 +278,16 @@ def grouped_mm(
     w: Tensor,  # (E, F, C)
     rows: Tensor,  # how many each expert has, (E,); what lies behind them becomes zero
 ) -> Tensor:  # (M, F)
-    "Each expert's rows times its matrix in one call (Gale et al. 2023)"
+    """Each expert's rows times its matrix in one call (Gale et al. 2023)
+
+    Args:
+        x: (M, C), the rows of an expert side by side
+        w: (E, F, C)
+        rows: how many each expert has, (E,); what lies behind them becomes zero
+
+    Returns:
+        (M, F)
+    """
     device = x.device.type
     kind = x.dtype
     if torch.is_autocast_enabled(device):  # autocast does not know our operation
@@ -273,18 +301,34 @@ def balance_loss(
     load: Tensor,  # the share of all choices that fell on each expert, (…, E)
     share: Tensor,  # the share that the router gave to each, mean over the tokens, (…, E)
 ) -> Tensor:
-    "E·Σ f·P: 1 where all experts are alike, E where one takes all (Fedus et al. 2021, eq. 4)"
+    """E·Σ f·P: 1 where all experts are alike, E where one takes all (Fedus et al. 2021, eq. 4)
+
+    Args:
+        load: the share of all choices that fell on each expert, (…, E)
+        share: the share that the router gave to each, mean over the tokens, (…, E)
+    """
     return load.shape[-1] * (load * share).sum(-1)
 
 
 def z_loss(logits: Tensor) -> Tensor:  # (N, E) → a number
-    "Mean of logsumexp²: logits that stay small (Zoph et al. 2022, eq. 5)"
+    """Mean of logsumexp²: logits that stay small (Zoph et al. 2022, eq. 5)
+
+    Returns:
+        (N, E) → a number
+    """
     return logits.logsumexp(-1).square().mean()
 
 # %% ../nbs/51_moe.ipynb #14b1def0
 class Router(nn.Module):
     """Which experts read a token, and how much each counts; what keeps them in balance is said to
-    `aux`"""
+    `aux`
+
+    Args:
+        balance: weight of `balance_loss`
+        z: weight of `z_loss`
+        importance: share = sum of the chosen weights (Shazeer et al. 2017, §4), not of all
+        bias_rate: balance without a loss: step of the choice's bias (Wang et al. 2024)
+    """
 
     def __init__(
         self,
@@ -316,6 +360,7 @@ class Router(nn.Module):
         self.noted = None
 
     def forward(self, x, aux=None):  # rows (N, C) → weights (N, k), chosen (N, k), load (E,)
+        """rows (N, C) → weights (N, k), chosen (N, k), load (E,)"""
         kind = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):  # a choice needs all digits
             logits = F.linear(x.to(kind), self.weight.to(kind))
@@ -348,6 +393,23 @@ class Router(nn.Module):
         for k, v in dict(balance=balance, z=z, bias_rate=bias_rate).items():
             if not _is_number(v) or not 0 <= v < math.inf:
                 raise LabError(f'{k}={v!r}: give 0 or a little more, such as 0.001')
+
+    if TYPE_CHECKING:
+        def loss(self, logits, w, chosen, p, counts) -> 'Tensor':
+            """What training adds for the sake of balance, a number"""
+            ...
+
+        def note(self, counts, p):
+            """Keep, without waiting for the device, what `after_step` and `metrics` ask for; metrics are
+            those of the last batch.
+
+            counts (E,): choices of each expert; p (N, E): the share of each expert for each token"""
+            ...
+
+        def after_step(self):
+            """After a step: who had more than his share becomes less likely, by `bias_rate`
+            (Wang et al. 2024, algorithm 1)"""
+            ...
 
 
 def _is_number(v):
@@ -412,6 +474,7 @@ class ExpertLinear(nn.Module):
         self.rows = None
 
     def forward(self, x):  # a sorted table (M, columns) → (M, rows)
+        """a sorted table (M, columns) → (M, rows)"""
         y = grouped_mm(x, self.weight, self.rows)
         if self.bias is None:
             return y
@@ -440,7 +503,13 @@ def _experts(mlp, n_experts, top_k):
 # %% ../nbs/51_moe.ipynb #45dfc9b9
 class MoE(nn.Module):
     """An MLP of which each token uses `top_k` of `n_experts`
-    (Shazeer et al. 2017; Jiang et al. 2024); `cfg.init` parts the experts"""
+    (Shazeer et al. 2017; Jiang et al. 2024); `cfg.init` parts the experts
+
+    Args:
+        expert: a recipe of an MLP made of linear maps
+        shared: experts that every token uses (Dai et al. 2024, §3.2)
+        capacity: training: at most ⌈capacity·N·k/E⌉ tokens an expert (Lepikhin et al. 2020)
+    """
 
     needs = ('aux',)
 
@@ -467,6 +536,7 @@ class MoE(nn.Module):
         self.shared = nn.ModuleList(expert(cfg, layer) for _ in range(shared))
 
     def forward(self, x, aux=None, **ctx):  # (B, T, C) → (B, T, C)
+        """(B, T, C) → (B, T, C)"""
         flat = x.flatten(0, -2)  # (N, C)
         w, chosen, load = self.router(flat, aux)
         if not isinstance(self.router, Router):
@@ -523,6 +593,20 @@ class MoE(nn.Module):
             if not isinstance(v, part):
                 raise LabError(f'{k}={v!r}: give a recipe, such as part({example})')
 
+    if TYPE_CHECKING:
+        def drop(self, load, kept):
+            """Note the share of the choices that found no place"""
+            ...
+
+        def speak(self, aux, w, chosen, load):
+            """Note what a router of the reader's own has chosen, where it says nothing itself"""
+            ...
+
+        def metrics(self) -> 'dict':
+            """Of the last batch in training: the busiest and the idlest expert (1 = a fair share), how
+            undecided the router was (0 to 1), drops"""
+            ...
+
 # %% ../nbs/51_moe.ipynb #59067b3c
 def moe_reference(moe: MoE, x: Tensor) -> Tensor:
     # (B, T, C) → (B, T, C), token by token; slow and obvious, without capacity
@@ -542,7 +626,11 @@ def moe_reference(moe: MoE, x: Tensor) -> Tensor:
 
 
 def run_expert(moe: MoE, e: int, x: Tensor) -> Tensor:  # (…, C) → (…, C)
-    "What one expert says to all"
+    """What one expert says to all
+
+    Returns:
+        (…, C) → (…, C)
+    """
     flat = x.reshape(-1, x.shape[-1])
     rows = torch.zeros(moe.n_experts, dtype=torch.int64, device=x.device)
     rows[e] = len(flat)
@@ -594,7 +682,11 @@ def metrics(self: MoE) -> dict:
 @torch.no_grad()
 def routing(model: MiniGPT, ids: Tensor) -> dict:  # ids (T,) or (B, T) → {layer: {name: tensor}}
     """Who reads what: chosen experts and their weights (N, k), the router's shares (N, E), the load
-    (E,), for each layer"""
+    (E,), for each layer
+
+    Returns:
+        ids (T,) or (B, T) → {layer: {name: tensor}}
+    """
     aux = Aux()
     training = model.training
     if 'aux' not in model.needs:

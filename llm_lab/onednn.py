@@ -73,7 +73,13 @@ def peak_flops(
     size=None,  # of the matrices; 1024 on the CPU, 8192 elsewhere
     seconds=0.3,  # how long to try
 ) -> float:
-    "The most floating-point operations a second that matmuls of square matrices reach here"
+    """The most floating-point operations a second that matmuls of square matrices reach here
+
+    Args:
+        dtype: float32 if none
+        size: of the matrices; 1024 on the CPU, 8192 elsewhere
+        seconds: how long to try
+    """
     on_cpu = device == 'cpu'
     size = size or (1024 if on_cpu else 8192)
     a = torch.randn(size, size, device=device).to(dtype or torch.float32)

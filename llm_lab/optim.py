@@ -24,7 +24,15 @@ def newton_schulz(
     dtype=None,  # to calculate in; that of `g` if none
 ) -> Tensor:  # the same shape and directions, singular values between about 0.7 and 1.2
     """The singular directions of `g`, all about equally long, by Newton–Schulz rounds (Jordan et
-    al. 2024)"""
+    al. 2024)
+
+    Args:
+        g: a matrix or a stack of them, (…, rows, columns)
+        dtype: to calculate in; that of `g` if none
+
+    Returns:
+        the same shape and directions, singular values between about 0.7 and 1.2
+    """
     tall = g.shape[-2] > g.shape[-1]
     x = g.mT if tall else g  # the smaller side first: smaller products
     x = x.to(dtype or g.dtype, memory_format=torch.contiguous_format)
@@ -42,7 +50,11 @@ def newton_schulz(
 # %% ../nbs/28_optim.ipynb #7d20b9db
 @once
 def short_precision(device='cpu') -> str:  # a name of `PRECISIONS`
-    "The short numbers that a device has hardware for, else float32"
+    """The short numbers that a device has hardware for, else float32
+
+    Returns:
+        a name of `PRECISIONS`
+    """
     device = torch.device(device)
     if device.type == 'cuda':
         if torch.cuda.is_bf16_supported(including_emulation=False):
@@ -142,7 +154,11 @@ def muon(
     weight_decay=0.1,
     rest_lr=None,  # for embeddings, head, norms and biases; the same if none
 ) -> CombinedOptimizer:
-    "`Muon` for the matrices inside the blocks, `adamw` for the rest"
+    """`Muon` for the matrices inside the blocks, `adamw` for the rest
+
+    Args:
+        rest_lr: for embeddings, head, norms and biases; the same if none
+    """
     hidden = [p for p in model.blocks.parameters() if p.dim() >= 2]
     rest = adamw(model, rest_lr or lr, weight_decay)
     for g in rest.param_groups:  # `is`: == would compare numbers
@@ -167,7 +183,11 @@ def constant(
     steps: int,
     warmup: int = None,  # steps of climbing, obeyed as they are; if none, 100 or a tenth of all
 ) -> float:
-    "Climb in a line, then stay"
+    """Climb in a line, then stay
+
+    Args:
+        warmup: steps of climbing, obeyed as they are; if none, 100 or a tenth of all
+    """
     climb = warmup_steps(steps, warmup)
     return min(1.0, (step + 1) / climb) if climb else 1.0
 
@@ -179,7 +199,12 @@ def warmup_stable_decay(
     end=0.0,  # the factor to come down to
     decay=0.2,  # the last part of the run, in which the rate comes down in a line
 ) -> float:
-    "Climb, stay, come down in a line (Hu et al. 2024, §4)"
+    """Climb, stay, come down in a line (Hu et al. 2024, §4)
+
+    Args:
+        end: the factor to come down to
+        decay: the last part of the run, in which the rate comes down in a line
+    """
     down = (steps - step) / max(1, decay * steps)
     return min(constant(step, steps, warmup), end + (1 - end) * down)
 
@@ -192,7 +217,11 @@ def step_decay(
     at=(0.5, 0.75),
     by=0.1,
 ) -> float:
-    "Climb, stay, and fall to a part `by` at each of these parts of the run"
+    """Climb, stay, and fall to a part `by` at each of these parts of the run
+
+    Args:
+        end: the factor that it never falls below
+    """
     falls = sum(step >= a * steps for a in at)  # how many are behind us
     return constant(step, steps, warmup) * max(end, by**falls)
 
@@ -206,7 +235,12 @@ def steps_for(
     tokens: int,  # the budget
     batch,  # a function of the step: rows of ids (B, T+1)
 ) -> int:
-    "How many steps a budget of tokens allows"
+    """How many steps a budget of tokens allows
+
+    Args:
+        tokens: the budget
+        batch: a function of the step: rows of ids (B, T+1)
+    """
     one = batch(0)[:, 1:].numel()
     n = tokens // one
     if n < 1:
@@ -218,7 +252,13 @@ def steps_for(
 # %% ../nbs/28_optim.ipynb #2fa8fac4
 class EarlyStop:
     """For `fit(callbacks={100: EarlyStop(…)})`: ends a run that gets no better, and gives the model
-    its best weights back"""
+    its best weights back
+
+    Args:
+        loss: a function of the run, such as a validation loss
+        patience: looks without progress before the end
+        min_delta: what counts as progress
+    """
 
     def __init__(
         self,
@@ -252,7 +292,16 @@ def find_spikes(
     width=50,  # steps that are looked back on
     by=6.0,  # usual spreads (median absolute deviations × 1.48) above the median
 ) -> list:  # steps
-    "Where a loss stands far above the ones before it"
+    """Where a loss stands far above the ones before it
+
+    Args:
+        losses: one a step
+        width: steps that are looked back on
+        by: usual spreads (median absolute deviations × 1.48) above the median
+
+    Returns:
+        steps
+    """
     x = torch.as_tensor(losses, dtype=torch.float64)
     if len(x) <= width:
         return []
@@ -264,7 +313,11 @@ def find_spikes(
 
 
 def diverged(means) -> bool:  # means of the loss, one for each look
-    "Has half of what was gained been lost again?"
+    """Has half of what was gained been lost again?
+
+    Returns:
+        means of the loss, one for each look
+    """
     best, first, last = min(means), means[0], means[-1]
     return last - best > max(0.05, (first - best) / 2)
 

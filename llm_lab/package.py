@@ -344,7 +344,11 @@ def _check_output_shape(cfg, name, layer):
 def check_parts(cfg: GPTConfig) -> GPTConfig:  # `cfg`
     """Let every part read a few tokens.
 
-    Raises `LabError` that names the recipe which cannot; no memory is taken for the model"""
+    Raises `LabError` that names the recipe which cannot; no memory is taken for the model
+
+    Returns:
+        `cfg`
+    """
     if cfg.pos:
         _check_output_shape(cfg, 'pos', 0)
     for name in ('norm', 'attn', 'mlp', 'lm_head'):
@@ -603,7 +607,11 @@ def _raise_unfaithful(what):
 
 def cast_like(model, state: dict):  # `model`
     """Give each tensor of a model the dtype that it has in a state, in place; the router of a
-    mixture may be float32 where the rest is bfloat16"""
+    mixture may be float32 where the rest is bfloat16
+
+    Returns:
+        `model`
+    """
     for name, t in model.state_dict(keep_vars=True).items():
         if name in state and t.dtype != state[name].dtype:
             t.data = t.data.to(state[name].dtype)
@@ -642,7 +650,11 @@ def _model_of_config(cfg) -> MiniGPT:
 
 def require_faithful(model: MiniGPT) -> MiniGPT:  # `model`
     """Raises `LabError` unless a model is what its configuration says, so that it comes back as the
-    same function"""
+    same function
+
+    Returns:
+        `model`
+    """
     if not isinstance(model, MiniGPT):
         raise LabError(
             f'a {type(model).__name__} is no MiniGPT: give the MiniGPT that it was made from'
@@ -731,7 +743,16 @@ def save(
     """Write a package, all of it or nothing.
 
     Raises `LabError` over a folder with anything else in it, and over a model that would not
-    come back as it is."""
+    come back as it is.
+
+    Args:
+        folder: made, or replaced as a whole if all in it is by this library
+        about: where it comes from: corpus, licence, loss, …
+        name: on the card; the folder's name if none
+
+    Returns:
+        `folder`
+    """
     if not isinstance(model, MiniGPT):
         raise LabError(
             f'a {type(model).__name__} is not saved: give the MiniGPT that it was made from'
@@ -794,7 +815,14 @@ def read_verified(
     remedy='copy or make the package again',
 ) -> tuple:  # ({file: bytes}, the manifest)
     """The files as bytes, each with the hash that the manifest lists; raises `LabError` that names
-    the first one with another"""
+    the first one with another
+
+    Args:
+        files: which files of the manifest `name` to read; all if none
+
+    Returns:
+        ({file: bytes}, the manifest)
+    """
     folder = Path(folder)
     manifest = _read_manifest(folder, name, kind, remedy)
     read = {}
@@ -962,7 +990,14 @@ def load(
     device='cpu',
 ) -> Opened:  # (model, tokenizer, about); the model is in eval mode
     """Open a saved model. Raises `LabError` when a file is missing, one bit differs, or it asks for
-    what no file may"""
+    what no file may
+
+    Args:
+        path: a package, a checkpoint, or a run: its best checkpoint, or else the latest
+
+    Returns:
+        (model, tokenizer, about); the model is in eval mode
+    """
     folder = resolve(path)
     manifest = _read_manifest(folder, 'package.json', 'package', _REMEDY)
     about = manifest.get('about')
@@ -1011,7 +1046,11 @@ def _train_and_save(recipe, folder):
 
 def load_or_train(name: str):  # a key of `RECIPES` → (model, tokenizer, about), as `load` gives it
     """A small trained model, made once and kept in `artifacts/` under a hash of its recipe; a
-    second process that asks meanwhile waits"""
+    second process that asks meanwhile waits
+
+    Returns:
+        a key of `RECIPES` → (model, tokenizer, about), as `load` gives it
+    """
     if name not in RECIPES:
         raise LabError(f'no recipe is called {name!r}: choose from {", ".join(RECIPES)}')
     recipe = RECIPES[name]

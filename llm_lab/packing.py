@@ -147,7 +147,13 @@ def _check_content(f, path, name, meta):
 
 # %% ../nbs/15_packing.ipynb #11f91c61
 class PackedTokens:
-    "One split of a packed folder. `ids` (n,), int32, is the file itself, mapped; nothing is copied"
+    """One split of a packed folder. `ids` (n,), int32, is the file itself, mapped; nothing is copied
+
+    Args:
+        path: a packed folder, or one of its .bin files
+        split: 'train', 'val', 'test'; a file knows its own
+        verify: read the whole file and compare its hash, before it is used
+    """
 
     def __init__(
         self,
@@ -523,7 +529,17 @@ def pack(
 ) -> Packed:
     """The packed folder of a corpus, built if it is not there.
 
-    Raises `LabError` if another or a damaged one is"""
+    Raises `LabError` if another or a damaged one is
+
+    Args:
+        tokenizer: a tokenizer, or a vocabulary size: BPE is then trained on the training
+            split
+        folder: `home()/data/packed/CORPUS-bpe8192` if none; a hash more if that is
+            another's
+        force: build it even if it is there
+        verify: read every byte of a folder that is there
+        processes: one for each core if none, eight at most
+    """
     start = time.perf_counter()
     built = False
     processes = processes or min(8, os.cpu_count() or 1)

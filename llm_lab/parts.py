@@ -10,6 +10,7 @@ import re
 import torch
 from functools import partial
 from inspect import Parameter, signature
+from typing import Callable, TypeVar
 from torch import nn
 from .core import HOLDS, LabError, PLACES, REGISTERED, SLOTS, lookup, nearest, short
 from .files import warn_once
@@ -261,6 +262,7 @@ class Aux:
         self.terms[layer] = what  # a second run of the same layer replaces the first
 
     def loss(self):  # a scalar tensor, 0 if there is none
+        """a scalar tensor, 0 if there is none"""
         losses = [what['loss'] for what in self.terms.values() if 'loss' in what]
         return sum(losses, torch.zeros(()))
 
@@ -275,7 +277,10 @@ def _warn_aux_unused(gradient):
     )
 
 # %% ../nbs/20_parts.ipynb #20b7a41e
-def mask_hooks(links=None, lookback=None, check=None):
+_Mask = TypeVar('_Mask', bound=Callable)
+
+
+def mask_hooks(links=None, lookback=None, check=None) -> Callable[[_Mask], _Mask]:
     """A decorator: gives a mask up to three more functions, as attributes of the same names.
 
     A mask by itself answers for one pair: may query i read key j? A hook answers for all pairs at
@@ -292,7 +297,7 @@ def mask_hooks(links=None, lookback=None, check=None):
     - check(cfg, **keywords): raises `LabError` on wrong keywords. `GPTConfig` calls it when
       it is made."""
 
-    def decorate(mask):
+    def decorate(mask: _Mask) -> _Mask:
         # only those that are given: whoever asks uses getattr(mask, 'links', None) or hasattr
         for name, hook in dict(links=links, lookback=lookback, check=check).items():
             if hook is not None:

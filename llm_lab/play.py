@@ -6,6 +6,7 @@
 __all__ = ['KNOBS', 'next_tokens', 'written_html', 'bars_html', 'Playground', 'playground']
 
 # %% ../nbs/85_play.ipynb #9c4731aa
+TYPE_CHECKING = False  # a type checker takes it for True
 import html
 import threading
 import time
@@ -30,7 +31,16 @@ def next_tokens(
     k=10,  # how many
     **sampling,  # temperature, top_k, top_p, repetition_penalty
 ) -> list:  # of (id, probability as the model says, probability after the filters)
-    "The `k` likeliest next tokens, the likeliest first"
+    """The `k` likeliest next tokens, the likeliest first
+
+    Args:
+        ids: a text, (T,)
+        k: how many
+        sampling: temperature, top_k, top_p, repetition_penalty
+
+    Returns:
+        of (id, probability as the model says, probability after the filters)
+    """
     read = DecodingState(model, len(ids))
     logits = read(ids[None])[0]  # (V,)
     return _likeliest(logits, k, ids=ids.cpu(), **sampling)
@@ -76,7 +86,12 @@ def written_html(
     prompt='',  # stands before them, without shade
 ) -> str:
     """A written text as HTML: each token on a shade, the darker, the less it was expected; its
-    story under the mouse"""
+    story under the mouse
+
+    Args:
+        pieces: [(text, probability, words under the mouse), …]
+        prompt: stands before them, without shade
+    """
 
     def span(text, p, tip):
         shown = html.escape(text).replace('\n', '<span style="opacity:.5">↵</span>\n')
@@ -97,7 +112,12 @@ def bars_html(
     after='',  # the text before
 ) -> str:
     """A table with two bars for each token: thin before the filters, thick after them; the longest
-    fills its place"""
+    fills its place
+
+    Args:
+        rows: [(name, probability as the model says, after the filters), …]
+        after: the text before
+    """
     full = max([1e-9, *(max(p, q) for _, p, q in rows)])
 
     def bar(p, height, colour):
@@ -153,6 +173,41 @@ class Playground:
         self.buttons[0].on_click(self.generate)
         self.buttons[1].on_click(self.stop)
         self.ask()
+
+    if TYPE_CHECKING:
+        def build(self, w, prompt):
+            """Make the widgets; `w` is ipywidgets"""
+            ...
+
+        def sampling_arguments(self):
+            """The filters as the knobs stand now"""
+            ...
+
+        def redraw_bars(self, _=None):
+            """A knob was turned: redraw the bars"""
+            ...
+
+        def show(self, status):
+            """Redraw the text, the status line and the bars"""
+            ...
+
+        def ask(self, _=None):
+            """The prompt was changed: what could come next?"""
+            ...
+
+        def write(self, halt, prompt, max_new_tokens, seed, **sampling):
+            """Write a text until it is done or `halt` is set"""
+            ...
+
+        def run(self, *args, **sampling):
+            """`write`, and tell what goes wrong"""
+            ...
+
+        def stop(self, _=None): ...
+
+        def generate(self, _=None):
+            """Generate was pressed: write a new text in the background"""
+            ...
 
 # %% ../nbs/85_play.ipynb #16e96fff
 @patch
@@ -306,7 +361,14 @@ def playground(
     prompt='',  # what stands there at first
 ):  # the widget; where nothing is alive, a still
     """Write with a model and watch it choose: a prompt, its knobs, the text, and the likeliest next
-    tokens as bars"""
+    tokens as bars
+
+    Args:
+        prompt: what stands there at first
+
+    Returns:
+        the widget; where nothing is alive, a still
+    """
     if widgets_live():
         return Playground(model, tokenizer, prompt).view
     return require('IPython.display').HTML(_still(model, tokenizer, prompt))

@@ -21,7 +21,15 @@ def rope_frequencies(
     D: int,  # channels, two for each frequency
     base=10_000.0,  # the lowest frequency is about 1/base of the highest
 ) -> Tensor:  # radians per token, (D/2,), the highest first
-    "Frequencies of rotation: base^(−2m/D) for m = 0, 1, … (Vaswani et al. 2017, §3.5)"
+    """Frequencies of rotation: base^(−2m/D) for m = 0, 1, … (Vaswani et al. 2017, §3.5)
+
+    Args:
+        D: channels, two for each frequency
+        base: the lowest frequency is about 1/base of the highest
+
+    Returns:
+        radians per token, (D/2,), the highest first
+    """
     # On the CPU even where a model is built on `meta`: these are no weights that a file fills later
     exponents = torch.arange(0, D, 2, device='cpu') / D
     # Hugging Face's transformers compute it in this order, and so the bits are the same
@@ -32,7 +40,11 @@ class SinusoidalPositions(nn.Module):
     """Sines and cosines of the position, added to the token's vector; nothing is learned (Vaswani
     et al. 2017, §3.5).
 
-    A configuration with an odd d_model raises `LabError`."""
+    A configuration with an odd d_model raises `LabError`.
+
+    Args:
+        size: root mean square of the vectors; that of the first token vectors if none
+    """
 
     def __init__(
         self,
@@ -46,12 +58,14 @@ class SinusoidalPositions(nn.Module):
 
     @staticmethod
     def check(cfg, **kw):  # `GPTConfig` calls it when it is made
+        """`GPTConfig` calls it when it is made"""
         if cfg.d_model % 2:
             raise LabError(
                 f'd_model={cfg.d_model}: sines and cosines need an even number of channels'
             )
 
     def forward(self, x, i):  # (B, T, C), positions (T,) or (B, T) → (B, T, C)
+        """(B, T, C), positions (T,) or (B, T) → (B, T, C)"""
         if self.freq.device != x.device:
             # not a buffer, so that it stays float32 in a model of half precision
             self.freq = self.freq.to(x.device)
@@ -66,7 +80,13 @@ class RoPE(nn.Module):
     """A transform: rotates pairs of channels of q and k by position × frequency (Su et al. 2021,
     eq. 34).
 
-    A configuration whose heads have no pairs to rotate raises `LabError`."""
+    A configuration whose heads have no pairs to rotate raises `LabError`.
+
+    Args:
+        partial: share of the channels that are rotated (Black et al. 2022)
+        interleaved: are neighbours a pair (the paper), or the two halves (Hugging Face)?
+        scale: a recipe: frequencies → frequencies, (D/2,) both
+    """
 
     def __init__(
         self,
@@ -117,6 +137,7 @@ class RoPE(nn.Module):
         return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
 
     def rotate(self, x, cos, sin):  # (B, H, T, D) → (B, H, T, D)
+        """(B, H, T, D) → (B, H, T, D)"""
         rest = x[..., self.n_rotated :]  # blind to position
         x = x[..., : self.n_rotated]
         # to each channel its partner in the pair: (a, b) becomes (b, a)
@@ -157,7 +178,15 @@ def to_half_split(
 ) -> Tensor:  # of the same shape, for half-split pairs
     """Reorder each head's rotated channels: 0, 2, 4, …, then 1, 3, 5, …
 
-    Raises `LabError` where the rows do not divide among the heads."""
+    Raises `LabError` where the rows do not divide among the heads.
+
+    Args:
+        w: weight (H·D, C) or bias (H·D,) of an interleaved projection, of q or of k
+        partial: share of the channels that are rotated
+
+    Returns:
+        of the same shape, for half-split pairs
+    """
     if len(w) % n_heads:
         raise LabError(
             f'{len(w)} rows are not those of {n_heads} heads: give the weight of q or of k'
@@ -221,7 +250,11 @@ def half_split(model: MiniGPT) -> MiniGPT:
 
 # %% ../nbs/31_positions.ipynb #92ead527
 def linear_scaling(freq: Tensor, factor: float) -> Tensor:  # (D/2,) → (D/2,)
-    "All frequencies divided by `factor`: position interpolation (Chen et al. 2023, eq. 4)"
+    """All frequencies divided by `factor`: position interpolation (Chen et al. 2023, eq. 4)
+
+    Returns:
+        (D/2,) → (D/2,)
+    """
     return freq / factor
 
 
@@ -235,7 +268,12 @@ def llama3_scaling(
     """Frequencies divided by `factor` where they make fewer than `low` rounds in the original text,
     unchanged above `high` rounds, and in between a mixture (Dubey et al. 2024, Llama 3.1).
 
-    Raises `LabError` unless low < high."""
+    Raises `LabError` unless low < high.
+
+    Args:
+        freq: radians per token, (D/2,)
+        original: length of text of the training, in tokens
+    """
     if not low < high:
         raise LabError(f'low={low!r}, high={high!r}: low must be below high')
     rounds = original * freq / (2 * math.pi)

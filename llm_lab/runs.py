@@ -8,6 +8,7 @@ __all__ = ['GoingOn', 'load_data', 'kept_corpus', 'require_corpus', 'make_batche
            'schedule_of', 'run_lock', 'told_of', 'runs_of', 'run_to_go_on', 'find_model', 'resolve_resume', 'train_run']
 
 # %% ../nbs/82_runs.ipynb #aedce895
+TYPE_CHECKING = False  # a type checker takes it for True
 import hashlib
 import itertools
 import json
@@ -97,7 +98,14 @@ def load_data(
     cfg: RunConfig,
     sha256: str = None,  # of the text that it has to be; any if none
 ) -> dict:  # corpus, tokenizer, train and val (`PackedTokens`)
-    "The packed corpus of a config, packed now if it was not. Raises `LabError` on another text"
+    """The packed corpus of a config, packed now if it was not. Raises `LabError` on another text
+
+    Args:
+        sha256: of the text that it has to be; any if none
+
+    Returns:
+        corpus, tokenizer, train and val (`PackedTokens`)
+    """
     d = cfg.data
     corpus = load_corpus(at_home(d.corpus), limit=d.limit, field=d.field)
     if sha256 and corpus.sha256 != sha256:
@@ -467,7 +475,12 @@ def _starts_within(ids, corpus, val):
 
 class TrainingRun:
     """A config made real: texts, model, optimizer, batches, checkpoints, on the processes of an
-    engine"""
+    engine
+
+    Args:
+        tune: measure how many threads are fastest?
+        on: what `resolve_resume` has found, if it is no new run
+    """
 
     def __init__(
         self,
@@ -518,10 +531,55 @@ class TrainingRun:
         )
 
     def facts(self):  # what a checkpoint keeps beside its state
+        """what a checkpoint keeps beside its state"""
         return dict(config=as_data(self.cfg), rows=self.metrics.told())
 
     def tokens(self, step):
         return step * self.cfg.train.batch_size * self.cfg.data.length
+
+    if TYPE_CHECKING:
+        def __repr__(self): ...
+
+        def measure(self):
+            """Set what speeds are compared with: the operations that a token takes, and the most that all
+            processes can do"""
+            ...
+
+        def record(self, run) -> 'dict':
+            """The loss since the last look, the speed and the rest"""
+            ...
+
+        def validate(self, run) -> 'dict':
+            """The validation loss, which is noted for `best`; now and then a text that the model writes"""
+            ...
+
+        def agree(self, run):
+            """Several processes end together: one that was asked to asks the others"""
+            ...
+
+        def end_early(self, run):
+            """Ends the run where `eval.patience` says so; the first process has the losses, the others ask
+            it"""
+            ...
+
+        def save(self, run): ...
+
+        def tick(self, run):
+            """What is due after this step; the last one is due for everything"""
+            ...
+
+        def go(self, start=None):
+            """Train to the end, from the newest checkpoint if there is one, or from `start`; returns the
+            `TrainState`"""
+            ...
+
+        def finish(self, max_tokens=None):
+            """Judge the model on the whole validation split; write and return what result.json says"""
+            ...
+
+        def foresee(self):
+            """Raises `LabError` on what validation and samples would stumble over, many steps later"""
+            ...
 
 
 def _shown(folder):
@@ -550,7 +608,11 @@ def __repr__(self: TrainingRun):
 
 # %% ../nbs/82_runs.ipynb #00953076
 def peak_memory(device='cpu') -> int:  # bytes
-    "The most memory that this process has held on a device so far"
+    """The most memory that this process has held on a device so far
+
+    Returns:
+        bytes
+    """
     if torch.device(device).type == 'cuda':
         return torch.cuda.max_memory_allocated(device)
     if os.name == 'nt':
@@ -1066,7 +1128,11 @@ def _hash(told):
 
 
 def told_of(folder) -> dict:  # {} where there is none
-    "What the run.json of a run says. Raises `LabError` where it is damaged, by its own hash"
+    """What the run.json of a run says. Raises `LabError` where it is damaged, by its own hash
+
+    Returns:
+        {} where there is none
+    """
     if not (folder / 'run.json').exists():
         return {}
     try:
@@ -1160,7 +1226,11 @@ def _is_run(folder):
 
 
 def runs_of(name, smoke=False) -> list:  # folders, the one that was started last first
-    "The runs of the configs of that name; with `smoke`, those that only tried"
+    """The runs of the configs of that name; with `smoke`, those that only tried
+
+    Returns:
+        folders, the one that was started last first
+    """
     runs = _runs(name)
     if not runs.is_dir():
         return []
@@ -1176,7 +1246,11 @@ def runs_of(name, smoke=False) -> list:  # folders, the one that was started las
 
 
 def run_to_go_on(config, run=None) -> tuple:  # (folder, or None; what to say when there is none)
-    "The newest run of a config, or the one called `run`. Raises `LabError` where that is another's"
+    """The newest run of a config, or the one called `run`. Raises `LabError` where that is another's
+
+    Returns:
+        (folder, or None; what to say when there is none)
+    """
     name, source = origin(config)
     for folder in runs_of(name):
         if run is not None and folder.name != run:
@@ -1358,7 +1432,15 @@ def resolve_resume(
     overrides=(),
     config=None,  # its config, which may have been edited since
 ) -> GoingOn:  # config, folder, checkpoint that a branch begins from or None, …
-    "What it takes to go on. Raises `LabError` that names what was changed and reaches back"
+    """What it takes to go on. Raises `LabError` that names what was changed and reaches back
+
+    Args:
+        path: a run, or a checkpoint of one
+        config: its config, which may have been edited since
+
+    Returns:
+        config, folder, checkpoint that a branch begins from or None, …
+    """
     # Three configs meet here, and each may differ from the one before:
     #   trained   with which the steps up to the checkpoint were made: it says what cannot change
     #   written   config.yaml of the run, in which you may have edited something
@@ -1459,7 +1541,15 @@ def train_run(
 ) -> TrainingRun:
     """From a config to a trained model; missing data are prepared.
 
-    Ctrl-C, SIGTERM and SIGHUP save and end it: `job.run.stopped` says which."""
+    Ctrl-C, SIGTERM and SIGHUP save and end it: `job.run.stopped` says which.
+
+    Args:
+        config: a .yaml file, a folder that holds one, or a name; `smoke` if none
+        resume: '': the newest run of this config, or `run`; a path: that run or checkpoint
+        run: name of the new run's folder; date, time and hash if none
+        smoke: only see whether it would work: 20 steps, in a folder of such runs, `smoke`
+        tune: measure how many threads are fastest, where the config names no number
+    """
     if smoke and resume is not None:
         raise LabError('--smoke begins anew: leave --resume out')
     if run is not None:

@@ -7,6 +7,7 @@ __all__ = ['check_sampling', 'sampling_probs', 'max_context', 'DecodingState', '
            'prompt_ids', 'truncation_note', 'stop_at', 'stop_strings', 'stream', 'sample']
 
 # %% ../nbs/26_sampling.ipynb #46363759
+TYPE_CHECKING = False  # a type checker takes it for True
 import math
 import torch
 import warnings
@@ -47,7 +48,19 @@ def sampling_probs(
     ids: Tensor = None,  # (…, T)
 ) -> Tensor:  # probabilities, (…, V)
     """What we draw from: softmax(logits/temperature), cut to the top k, cut to the top p, and
-    scaled to sum to 1"""
+    scaled to sum to 1
+
+    Args:
+        logits: (…, V)
+        top_k: keep the k likeliest
+        top_p: then the smallest set with at least this probability
+        repetition_penalty: logits of tokens that stand in the text `ids` lose by this
+            factor
+        ids: (…, T)
+
+    Returns:
+        probabilities, (…, V)
+    """
     check_sampling(temperature, top_k, top_p, repetition_penalty)
     if repetition_penalty != 1 and ids is not None:
         logits = _penalized(logits, ids, repetition_penalty)
@@ -72,7 +85,11 @@ def sampling_probs(
 # %% ../nbs/26_sampling.ipynb #306e43bf
 def max_context(model):  # an int, or ∞
     """How many tokens of a text the model can see: `max_len`, or ∞ if all its caches keep only what
-    is near"""
+    is near
+
+    Returns:
+        an int, or ∞
+    """
     if model.cfg.pos is not None:  # learned positions end somewhere
         return model.cfg.max_len
     caches = model.cache(1, 1)
@@ -83,7 +100,13 @@ def max_context(model):  # an int, or ∞
 # %% ../nbs/26_sampling.ipynb #7093ba92
 class DecodingState:
     """Decoding, step by step: called with the next tokens of each sequence, (B, T), it returns the
-    logits of what may follow, (B, V)"""
+    logits of what may follow, (B, V)
+
+    Args:
+        length: of the longest sequence, when all is read
+        pad: how much padding each sequence has at the left, (B,)
+        chunk: how many tokens a model with a cache reads at once
+    """
 
     def __init__(
         self,
@@ -137,11 +160,24 @@ class DecodingState:
         last = x[:, -1]  # (B, C), or (B, V) of a model that is called as a whole
         return (last if self.whole else self.model.lm_head(last)).cpu()
 
+    if TYPE_CHECKING:
+        def features(self, start, end):
+            """The features of the tokens in columns `start` to `end`. Their positions count from the
+            beginning of the text with a cache, of the window without one
+
+            Returns:
+                columns → (B, T, C)"""
+            ...
+
 # %% ../nbs/26_sampling.ipynb #11997009
 @patch
 def features(self: DecodingState, start, end):  # columns → (B, T, C)
     """The features of the tokens in columns `start` to `end`. Their positions count from the
-    beginning of the text with a cache, of the window without one"""
+    beginning of the text with a cache, of the window without one
+
+    Returns:
+        columns → (B, T, C)
+    """
     first = 0 if self.cache else start  # the column that has position 0
     context = dict(cache=self.cache) if self.cache else {}
     i = torch.arange(start - first, end - first, device=self.ids.device)  # (T,)
@@ -157,7 +193,11 @@ def features(self: DecodingState, start, end):  # columns → (B, T, C)
 
 # %% ../nbs/26_sampling.ipynb #1aed097f
 def sample_next(logits, ids, *draws, **sampling):  # (B, V), (B, T) → (B, 1)
-    "The next token of each sequence; `draws` is one generator for all, or one for each"
+    """The next token of each sequence; `draws` is one generator for all, or one for each
+
+    Returns:
+        (B, V), (B, T) → (B, 1)
+    """
     if sampling.get('temperature', 1) < 1e-6 and 'repetition_penalty' not in sampling:
         return logits.argmax(-1, keepdim=True)  # greedy needs no probabilities
     past = ids.cpu() if 'repetition_penalty' in sampling else None
@@ -185,7 +225,13 @@ def generate(
     seed=0,
     **sampling,  # temperature, top_k, top_p, repetition_penalty
 ):
-    "Yield `max_new_tokens` times the next token of each sequence, (B,)"
+    """Yield `max_new_tokens` times the next token of each sequence, (B,)
+
+    Args:
+        ids: prompts, (B, T)
+        max_new_tokens: how many tokens to write
+        sampling: temperature, top_k, top_p, repetition_penalty
+    """
     for _, new in _decode(model, ids, max_new_tokens, seed, **sampling):
         yield new
 
@@ -315,7 +361,13 @@ def stream(
 ):
     """Iterate over the continuation of `prompt` in pieces of text.
 
-    Warns when the prompt is longer than the context"""
+    Warns when the prompt is longer than the context
+
+    Args:
+        max_new_tokens: how many tokens to write, at most
+        stop: a text to end at, or several; it is not given
+        sampling: temperature, top_k, top_p, repetition_penalty
+    """
     check_sampling(**sampling)
     stops = stop_strings(stop)
     ids = prompt_ids(model, tokenizer, prompt)

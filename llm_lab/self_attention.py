@@ -33,7 +33,14 @@ def scaled_dot_product(
     mask: Tensor = None,  # bool, broadcasts to (B, H, T, S): may q read k? None: the past, S = T
     dropout: float = 0.0,
 ) -> Tensor:  # (B, H, T, D)
-    "Sum up values by the softmax of q·k/√D (Vaswani et al. 2017, eq. 1)"
+    """Sum up values by the softmax of q·k/√D (Vaswani et al. 2017, eq. 1)
+
+    Args:
+        q: (B, H, T, D)
+        k: (B, G, S, D); with fewer heads than q, each serves H/G of its heads, in order
+        v: (B, G, S, D)
+        mask: bool, broadcasts to (B, H, T, S): may q read k? None: the past, S = T
+    """
     if mask is not None and mask.dim() == 3:
         mask = mask[None]  # the fast kernels take masks of two or four dimensions
     if _faster_in_float32(k):
@@ -56,7 +63,15 @@ def causal(
     i,  # query positions, (T, 1)
     j,  # key positions, (S,)
 ):  # bool (T, S)
-    "Every query reads all keys so far, its own included, and never the future"
+    """Every query reads all keys so far, its own included, and never the future
+
+    Args:
+        i: query positions, (T, 1)
+        j: key positions, (S,)
+
+    Returns:
+        bool (T, S)
+    """
     return j <= i
 
 # %% ../nbs/21_self_attention.ipynb #34f6f280
@@ -97,7 +112,17 @@ def dense_mask(
     layer: int = 0,
     **ctx,  # keyword arguments that the mask may ask for
 ) -> Tensor:  # bool, broadcasts to (B, H, T, S)
-    "A mask as a tensor: which query may read which key?"
+    """A mask as a tensor: which query may read which key?
+
+    Args:
+        mask: a mask or a recipe of one
+        i: query positions, (T,) or (B, T)
+        j: key positions, (S,) or (B, S); −1 is never visible
+        ctx: keyword arguments that the mask may ask for
+
+    Returns:
+        bool, broadcasts to (B, H, T, S)
+    """
     if i.dim() == 2:
         i = i[:, None]  # (B, 1, T): room for the heads
     if j.dim() == 2:
@@ -113,7 +138,12 @@ def dense_mask(
 # %% ../nbs/21_self_attention.ipynb #3aca470d
 class Attention(nn.Module):
     """Causal multi-head self-attention, (B, T, C) → (B, T, C), with q, k and v in one matmul as in
-    GPT-2 (Vaswani et al. 2017, §3.2.2)"""
+    GPT-2 (Vaswani et al. 2017, §3.2.2)
+
+    Args:
+        transforms: recipes of what happens to q, k, v before they meet, in order
+        mask: which query may read which key
+    """
 
     def __init__(
         self,
@@ -139,7 +169,11 @@ class Attention(nn.Module):
         self.needs = [name for name in needs_of(mask) if name not in ('h', 'layer')]
 
     def dense_mask(self, i, j, **ctx):  # bool, broadcasts to (B, H, T, S)
-        "The mask as a tensor, given the keywords that it asks for"
+        """The mask as a tensor, given the keywords that it asks for
+
+        Returns:
+            bool, broadcasts to (B, H, T, S)
+        """
         for name in self.needs:
             if name not in ctx:
                 raise LabError(f'{self.mask} needs the keyword {name!r}: call model(ids, {name}=…)')
@@ -147,13 +181,18 @@ class Attention(nn.Module):
         return dense_mask(self.mask, i, j, self.n_heads, self.layer, **asked)
 
     def project(self, x):  # (B, T, C) → q, k and v, each (B, H, T, D)
+        """(B, T, C) → q, k and v, each (B, H, T, D)"""
         return (
             t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for t in self.qkv(x).split(self.sizes, dim=-1)
         )
 
     def attend_heads(self, q, k, v, i, j, contiguous=False, **ctx):  # → (B, H, T, D)
-        "What each head answers; `contiguous`: positions are 0, 1, 2, … on both sides"
+        """What each head answers; `contiguous`: positions are 0, 1, 2, … on both sides
+
+        Returns:
+            → (B, H, T, D)
+        """
         mask = None if self.plain and contiguous else self.dense_mask(i, j, **ctx)
         return scaled_dot_product(q, k, v, mask, self.dropout if self.training else 0.0)
 

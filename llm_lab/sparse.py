@@ -41,7 +41,12 @@ def attention_sinks(
     j,  # query and key positions
     n: int = 4,  # how many keys at the beginning
 ) -> Tensor:
-    "The first `n` keys, for every query (Xiao et al. 2023, §3.2)"
+    """The first `n` keys, for every query (Xiao et al. 2023, §3.2)
+
+    Args:
+        j: query and key positions
+        n: how many keys at the beginning
+    """
     return (j <= i) & (j < n)
 
 
@@ -65,7 +70,11 @@ def same_document(
     j,
     doc: Tensor,  # the number of the document that each position belongs to, (T,) or (B, T)
 ) -> Tensor:
-    "The past of the same document: documents packed into one sequence do not read each other"
+    """The past of the same document: documents packed into one sequence do not read each other
+
+    Args:
+        doc: the number of the document that each position belongs to, (T,) or (B, T)
+    """
 
     def document_of(position):
         if doc.dim() == 1:
@@ -122,7 +131,14 @@ def receptive_field(
     **ctx,
 ) -> Tensor:  # bool (L + 1, T), row l: through the last l layers; row 0: the query itself
     """The tokens whose first vectors can have changed what stands at `query` after the last layer,
-    by any head"""
+    by any head
+
+    Args:
+        masks: one for each layer, from the first to the last
+
+    Returns:
+        bool (L + 1, T), row l: through the last l layers; row 0: the query itself
+    """
     # Three layers with a window of 2, T = 4, query 3; from the last layer down, one key more each:
     #   0 0 0 1 → 0 0 1 1 → 0 1 1 1 → 1 1 1 1
     i = torch.arange(T)
@@ -187,7 +203,12 @@ def expander_links(
     beyond: int = 1,  # the nearest key, in tokens back; the size of a window beside it wastes none
 ) -> Tensor:
     """One key from each of `degree` equal shares of the past, drawn for each query, head and layer
-    (expander graphs as masks: Shirzad et al. 2023)"""
+    (expander graphs as masks: Shirzad et al. 2023)
+
+    Args:
+        degree: links of a query
+        beyond: the nearest key, in tokens back; the size of a window beside it wastes none
+    """
     is_link = (j == _random_link(i, r, h, layer, degree, seed, beyond) for r in range(degree))
     return reduce(or_, is_link) & (j >= 0)  # a link of −1 is none, and no key of padding
 
@@ -276,7 +297,12 @@ def alternate(
     of: tuple,  # recipes, for layer 0, 1, 2, … and again from the first
     **kw,  # for each of them
 ):
-    "A recipe for layers that take turns: local and global attention, or experts in every other MLP"
+    """A recipe for layers that take turns: local and global attention, or experts in every other MLP
+
+    Args:
+        of: recipes, for layer 0, 1, 2, … and again from the first
+        kw: for each of them
+    """
     return of[layer % len(of)](cfg, layer, **kw)
 
 
@@ -299,7 +325,11 @@ def _masks(masks, T, n_heads):  # bool (L, T, T)
 
 
 def describe_receptive_field(found, query) -> str:  # as `receptive_field` gives it
-    "In words: how many tokens are in the receptive field of a query after each layer"
+    """In words: how many tokens are in the receptive field of a query after each layer
+
+    Returns:
+        as `receptive_field` gives it
+    """
     counts = found.sum(1).tolist()
     # the same words as in static/reach.js
     return (
@@ -340,7 +370,14 @@ def plot_receptive_field(
     n_heads=1,
 ):  # a matplotlib figure
     """The paths from the tokens (below) to the query after the last layer, and the mask of each
-    layer"""
+    layer
+
+    Args:
+        masks: one for each layer
+
+    Returns:
+        a matplotlib figure
+    """
     plt = pyplot()
     query = query % T
     found = receptive_field(masks, T, query, n_heads)

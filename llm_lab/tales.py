@@ -122,7 +122,14 @@ def parse(template):
 # %% ../nbs/13_tales.ipynb #0bde70a8
 @dataclass(frozen=True)
 class TalesConfig:
-    "What kind of tales. Raises `LabError` on settings that no tale can have"
+    """What kind of tales. Raises `LabError` on settings that no tale can have
+
+    Args:
+        richness: how many words of each pool are in use, at most
+        distance: scenes between the meeting and the trouble; there may be one more
+        recall: sentences at the end that return to the beginning, up to 3
+        questions: questions after the end, each with one right answer, up to 4
+    """
 
     richness: int = 16  # how many words of each pool are in use, at most
     distance: int = 1  # scenes between the meeting and the trouble; there may be one more
@@ -159,7 +166,11 @@ class Piece(NamedTuple):
 
 @cache
 def entropy_of(words: tuple) -> float:  # bits
-    "The entropy of a list of equally likely words, some of them the same"
+    """The entropy of a list of equally likely words, some of them the same
+
+    Returns:
+        bits
+    """
     # ('she', 'he', 'she', 'she'): 3/4 · log₂ 4/3 + 1/4 · log₂ 4 = 0.81
     counts = Counter(words).values()
     return sum(n / len(words) * math.log2(len(words) / n) for n in counts)
@@ -445,7 +456,11 @@ def parse_tale(text: str, cfg=TalesConfig()) -> list:
 
 def valid_prefix(text: str, cfg=TalesConfig()) -> int:  # a number of characters
     """How many characters of `text` a tale can begin with, up to the piece where the first mistake
-    stands"""
+    stands
+
+    Returns:
+        a number of characters
+    """
     reader = _Reader(cfg, text)
     try:
         _story(reader)
@@ -581,7 +596,11 @@ END = '\n\n'
 
 
 def entropy_rate(cfg=TalesConfig()) -> float:  # bits per character
-    "The entropy of Tiny Tales per character, end marks included: no model's expected loss is lower"
+    """The entropy of Tiny Tales per character, end marks included: no model's expected loss is lower
+
+    Returns:
+        bits per character
+    """
     expected = expectations(cfg)
     return expected.bits / (expected.chars + len(END))
 
@@ -630,7 +649,16 @@ def split_excess(
     cfg=TalesConfig(),
 ) -> dict:  # {'choice': …, 'literal': …, 'recall ≤32': …, …}, bits per character of the whole text
     """What a model pays above the floor, by what it did not know; the sum is its whole distance
-    from perfect"""
+    from perfect
+
+    Args:
+        tales: texts without the end mark
+        losses: for each: −log₂ P of each of its characters and of the end mark's, in bits
+
+    Returns:
+        {'choice': …, 'literal': …, 'recall ≤32': …, …}, bits per character of the whole
+            text
+    """
     sums = dict.fromkeys(['choice', 'literal', *_RECALLS], 0.0)
     total = 0
     for tale, loss in zip(tales, losses, strict=True):

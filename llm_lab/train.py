@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['next_token_loss', 'balanced', 'spans', 'windows_at_once', 'token_losses', 'span_losses', 'mean_loss', 'random_crops',
            'document_starts', 'adamw', 'warmup_steps', 'warmup_cosine', 'TrainState', 'update', 'train_step', 'fit',
-           'Recipe', 'Setup', 'read_split', 'prepare', 'moving_average', 'plot_loss']
+           'Recipe', 'Setup', 'read_split', 'batches', 'prepare', 'moving_average', 'plot_loss']
 
 # %% ../nbs/23_train.ipynb #c11758e9
 import math
@@ -27,13 +27,15 @@ from llm_lab.core import (
     rng_state,
 )
 from .hardware import keep_freed_memory, memory_left, must_fit
-from .corpora import letters_of, load_corpus
+from .corpora import Corpus, letters_of, load_corpus
 from .chars import CharTokenizer
+from .batching import BatchStream
 from .packing import document_end_ids
 from .parts import Aux
 from .gpt import GPTConfig, MiniGPT
 from .onednn import onednn_linears
 from itertools import chain
+from pathlib import Path
 
 # %% ../nbs/23_train.ipynb #0390be9d
 def _bare(model):
@@ -54,7 +56,11 @@ def _for_gradient_alone(loss, aux):
 
 def next_token_loss(model, rows: Tensor) -> Tensor:  # ids, (B, T+1) → a number, in nats
     """Mean −ln P(next token) over the T places of each row; what parts say to `aux` counts for the
-    gradient alone"""
+    gradient alone
+
+    Returns:
+        ids, (B, T+1) → a number, in nats
+    """
     ctx = {'aux': Aux()} if _has_aux(model) else {}
     logits = model(rows[:, :-1], **ctx)  # (B, T, V)
     loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
@@ -89,7 +95,16 @@ def spans(
     starts=None,  # where documents begin, ascending; the text as one if none
 ) -> Tensor:  # (begin, first, end) of each window, (W, 3)
     """Windows side by side, none longer than the context: every token after the first start is
-    scored once"""
+    scored once
+
+    Args:
+        n: length of the text, in tokens
+        T: context, in tokens
+        starts: where documents begin, ascending; the text as one if none
+
+    Returns:
+        (begin, first, end) of each window, (W, 3)
+    """
     starts = torch.as_tensor([0] if starts is None else starts)
     # a document's last question is the next one's start
     ends = torch.cat([starts[1:], torch.tensor([n - 1])])
@@ -159,7 +174,17 @@ def token_losses(
     batch_size: int = None,  # windows read together; `windows_at_once` if none
     live=None,  # shows how far we are
 ) -> Tensor:  # float32 (n,), on the CPU; NaN where nothing was asked
-    "−ln P of each token that a window asks for"
+    """−ln P of each token that a window asks for
+
+    Args:
+        ids: a text, (n,)
+        windows: (begin, first, end), (W, 3)
+        batch_size: windows read together; `windows_at_once` if none
+        live: shows how far we are
+
+    Returns:
+        float32 (n,), on the CPU; NaN where nothing was asked
+    """
     training = model.training
     device = next(model.parameters()).device
     n = len(ids)
@@ -194,7 +219,17 @@ def span_losses(
     starts=None,  # where documents begin; the text as one if none
 ) -> Tensor:  # nats, float64, (n,); NaN where nothing was asked
     """−ln P of each token of a whole text, in `spans`: every one after the first start is asked
-    once"""
+    once
+
+    Args:
+        ids: a text, (n,)
+        length: context; the model's max_len if none
+        live: as for `token_losses`
+        starts: where documents begin; the text as one if none
+
+    Returns:
+        nats, float64, (n,); NaN where nothing was asked
+    """
     if len(ids) < 2:
         raise LabError(f'a text of {len(ids)} tokens has no next token: give at least 2')
     windows = spans(len(ids), length or model.cfg.max_len, starts)
@@ -217,7 +252,15 @@ def random_crops(
     device='cpu',
     starts=None,  # where a row may begin; anywhere if none
 ):  # a function of the step: rows (batch_size, length + 1)
-    "Batches as a pure function of (seed, step): windows of the text that start at random places"
+    """Batches as a pure function of (seed, step): windows of the text that start at random places
+
+    Args:
+        ids: the training text, (n,)
+        starts: where a row may begin; anywhere if none
+
+    Returns:
+        a function of the step: rows (batch_size, length + 1)
+    """
     if len(ids) <= length:
         raise LabError(
             f'the text has {len(ids)} tokens, a window needs {length + 1}: give a longer '
@@ -270,7 +313,15 @@ def warmup_cosine(
     warmup: int = None,  # steps of climbing, obeyed as they are; if none, 100 or a tenth of all
     end=0.0,  # the factor to come down to
 ) -> float:  # the factor on the learning rate, 0 to 1
-    "Climb in a line, come down along half a cosine (Loshchilov and Hutter 2017)"
+    """Climb in a line, come down along half a cosine (Loshchilov and Hutter 2017)
+
+    Args:
+        warmup: steps of climbing, obeyed as they are; if none, 100 or a tenth of all
+        end: the factor to come down to
+
+    Returns:
+        the factor on the learning rate, 0 to 1
+    """
     climb = warmup_steps(steps, warmup)
     if step < climb:
         return (step + 1) / climb
@@ -280,7 +331,19 @@ def warmup_cosine(
 # %% ../nbs/23_train.ipynb #5708c670
 @dataclass
 class TrainState:
-    "What a training run has done so far"
+    """What a training run has done so far
+
+    Args:
+        steps: planned
+        step: done
+        tokens: seen
+        seconds: spent
+        notes: the dicts that callbacks returned, with the step
+        stopped: why it ended before its time
+        optimizer: its optimizer
+        unit: of its loss, where that is known
+        random: where dropout's streams stood when it was left
+    """
 
     model: nn.Module
     steps: int  # planned
@@ -448,7 +511,14 @@ def update(
     clip=1.0,  # largest norm of the whole gradient (Pascanu et al. 2013)
 ) -> Tensor:  # its norm before; it stays on the device
     """Move the weights along the clipped gradient and empty it; a gradient that is not finite
-    counts as none"""
+    counts as none
+
+    Args:
+        clip: largest norm of the whole gradient (Pascanu et al. 2013)
+
+    Returns:
+        its norm before; it stays on the device
+    """
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     grad_norm = nn.utils.get_total_norm(grads)
     scale = (grad_norm / clip).clamp_min(1.0)  # 1 where the gradient is short enough
@@ -468,7 +538,14 @@ def train_step(
     clip=1.0,
     loss_fn=next_token_loss,  # `rows` are ids, (B, T+1)
 ) -> tuple:  # (loss before the step, in nats; gradient norm); they stay on the device
-    "One step of training: loss, gradient, clipping, update; the gradient is empty afterwards"
+    """One step of training: loss, gradient, clipping, update; the gradient is empty afterwards
+
+    Args:
+        loss_fn: `rows` are ids, (B, T+1)
+
+    Returns:
+        (loss before the step, in nats; gradient norm); they stay on the device
+    """
     value = balanced(loss_fn)(model, rows)
     value.backward()
     return value.detach(), update(model, optimizer, clip)
@@ -513,7 +590,21 @@ def fit(
     One step is: `step_fn`, by default `train_step`, whose `update` moves the weights, empties the
     gradient and calls `after_step()` of each part that has one (a `step_fn` of your own calls
     `update`, too); loss and gradient norm are noted; then come the callbacks that are due, in
-    order. Raises `LabError` where a loss is not finite, within half a second or at a callback."""
+    order. Raises `LabError` where a loss is not finite, within half a second or at a callback.
+
+    Args:
+        batches: step → ids (B, T+1)
+        warmup: steps of climbing; 100, or a tenth of all, if none
+        min_lr: where the rate comes down to
+        clip: largest norm of the whole gradient
+        callbacks: {n: f}: f(state) every n steps; {(10, 50): f}: at these; the dict it
+            returns is noted
+        seed: of dropout
+        optimizer: an optimizer with rates of its own; `adamw(model, lr, weight_decay)` if
+            none
+        schedule: f(step, steps): the factor on the rates; by `warmup` and `min_lr` if none
+        state: a `TrainState` of this model that goes on where it stands
+    """
     if state and state.steps != steps:
         raise LabError(f'steps={steps:,}: this run is planned for {state.steps:,}; give that')
     factor = schedule or _cosine(steps, lr, warmup, min_lr)
@@ -530,7 +621,7 @@ def fit(
         state.random = None  # who goes on has them
         while state.step < steps and not state.stopped:
             _set_rates(optimizer, factor, state.step, steps)
-            rows = batches(state.step)
+            rows = batches(state.step).to(device)
             value, grad_norm = step_fn(model, optimizer, rows, clip, loss_fn)
             state.history[0, state.step] = value
             state.history[1, state.step] = grad_norm
@@ -546,7 +637,12 @@ def fit(
 # %% ../nbs/23_train.ipynb #a693bc6d
 @dataclass(frozen=True)
 class Recipe:
-    "All that decides a small training run, beside the defaults of `fit`"
+    """All that decides a small training run, beside the defaults of `fit`
+
+    Args:
+        length: context, in tokens
+        model: (('d_model', 128), …): what differs from `GPTConfig()`
+    """
 
     corpus: str = 'tiny_tales'
     steps: int = 1000
@@ -574,7 +670,12 @@ class Recipe:
 # %% ../nbs/23_train.ipynb #693e2cf9
 @dataclass
 class Setup:
-    "A recipe made ready: texts as ids, tokenizer, a fresh model, batches"
+    """A recipe made ready: texts as ids, tokenizer, a fresh model, batches
+
+    Args:
+        ids: split: tokens, (n,)
+        starts: split: where its documents begin, if they stand alone; else None
+    """
 
     recipe: Recipe
     corpus: object
@@ -586,7 +687,11 @@ class Setup:
 
     def loss(self, split='val', max_tokens=None, live=None) -> float:  # nats per token
         """The loss on a split, or on its first `max_tokens` tokens; story by story where documents
-        stand alone"""
+        stand alone
+
+        Returns:
+            nats per token
+        """
         ids, starts = self.ids[split][:max_tokens], self.starts[split]
         if starts is not None:
             starts = starts[starts < len(ids) - 1]
@@ -615,6 +720,35 @@ def read_split(corpus, tokenizer, split) -> tuple:
     parts = [torch.tensor(p) for p in (mark, *marked)]
     ends = torch.tensor([*map(len, parts)]).cumsum(0)
     return torch.cat(parts), ends[:-1] - 1
+
+# %% ../nbs/23_train.ipynb #b47c1e02
+def batches(
+    corpus: Corpus | str | Path,  # a corpus, or what `load_corpus` takes: a name or a path
+    tokenizer,
+    batch_size: int = 16,  # rows of a step
+    length: int = 128,  # T, the context in tokens: a row has one more, its last answer
+    split: str = 'train',
+    seed: int = 0,  # of the order
+) -> BatchStream:  # a function of the step: ids, int64, (batch_size, length + 1)
+    """Batches of a split, in memory: each epoch reads all of it once, in a new order.
+
+    Where documents are independent, each row begins in one of them. A corpus that does not fit
+    into memory is packed once (`pack`), and `BatchStream` reads its files.
+    Raises `LabError` where the text is shorter than a row
+
+    Args:
+        corpus: a corpus, or what `load_corpus` takes: a name or a path
+        batch_size: rows of a step
+        length: T, the context in tokens: a row has one more, its last answer
+        seed: of the order
+
+    Returns:
+        a function of the step: ids, int64, (batch_size, length + 1)
+    """
+    if not isinstance(corpus, Corpus):
+        corpus = load_corpus(corpus)
+    ids, starts = read_split(corpus, tokenizer, split)
+    return BatchStream(ids, batch_size, length, seed, starts=starts)
 
 # %% ../nbs/23_train.ipynb #f30c6176
 def _require_length(ids: dict, recipe, corpus, tokenizer):
@@ -665,7 +799,15 @@ def plot_loss(
     title: str = None,  # the floor in bits per character, where it is known
     token='character',  # what a token of the run is: 'token' where it is more than a character
 ):  # a matplotlib figure
-    "Training loss, the noted validation losses, and the floor"
+    """Training loss, the noted validation losses, and the floor
+
+    Args:
+        title: the floor in bits per character, where it is known
+        token: what a token of the run is: 'token' where it is more than a character
+
+    Returns:
+        a matplotlib figure
+    """
     if not run.losses:
         raise LabError('no step was made, so there is no curve: train first')
     if floor and token != 'character':

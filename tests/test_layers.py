@@ -50,7 +50,7 @@ def modules(root):
     return {
         p.stem: p
         for p in sorted((root / 'llm_lab').glob('*.py'))
-        if p.stem not in ('__init__', '_modidx')
+        if p.stem not in ('__init__', '__main__', '_modidx')  # by hand, and nbdev's index
     }
 
 
@@ -89,9 +89,17 @@ def one_to_one(root):
     body = tree_of(init).body if init.exists() else []
     if not any(ast.unparse(o).startswith('__version__ =') for o in body):
         bad.append('llm_lab/__init__.py: has no __version__')
+    # what stands in a function is imported when it is called, and what stands under
+    # TYPE_CHECKING by nobody but a type checker
+    runs = [
+        n
+        for n in body
+        if not isinstance(n, ast.FunctionDef)
+        and not (isinstance(n, ast.If) and ast.unparse(n.test) == 'TYPE_CHECKING')
+    ]
     imports = [
         ast.unparse(o)
-        for n in body
+        for n in runs
         for o in ast.walk(n)
         if isinstance(o, (ast.Import, ast.ImportFrom))
     ]

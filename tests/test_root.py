@@ -1,0 +1,100 @@
+"""The root of the package: `import llm_lab as lab`, and every name that stands there."""
+
+import ast
+import inspect
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import llm_lab as lab
+
+ROOT = Path(__file__).resolve().parent.parent
+INIT = ROOT / 'llm_lab' / '__init__.py'
+
+
+def python(code, *flags, **env):
+    "What a fresh Python prints"
+    done = subprocess.run(
+        [sys.executable, *flags, '-c', textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **env},
+    )
+    assert not done.returncode, done.stderr
+    return done.stdout
+
+
+def declared_names():
+    "{name: module} that a type checker sees: the imports under TYPE_CHECKING"
+    found = {}
+    for node in ast.walk(ast.parse(INIT.read_text(encoding='utf-8'))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            for alias in node.names:
+                assert alias.asname == alias.name, alias.name  # else it is no export (PEP 484)
+                found[alias.name] = node.module
+    return found
+
+
+def test_what_a_type_checker_sees_is_what_the_program_finds():
+    assert declared_names() == lab._HOME
+    for name, module in lab._HOME.items():
+        value = getattr(lab, name)
+        home = sys.modules[f'llm_lab.{module}']
+        assert name in home.__all__, f'{name} is not public in {module}'
+        assert value is getattr(home, name)
+
+
+def test_a_name_is_the_same_before_and_after_all_modules_are_imported():
+    said = python("""
+        import pkgutil
+        from importlib import import_module
+        import llm_lab as lab
+        before = {name: getattr(lab, name) for name in lab.__all__}
+        for module in pkgutil.iter_modules(lab.__path__):
+            if module.name != '__main__':
+                import_module(f'llm_lab.{module.name}')
+        print([name for name in lab.__all__ if getattr(lab, name) is not before[name]])
+    """)
+    assert said.strip() == '[]'
+
+
+def test_the_root_imports_nothing_before_it_is_asked():
+    said = python("""
+        import sys
+        before = set(sys.modules)
+        import llm_lab as lab
+        print(sorted(set(sys.modules) - before))
+        lab.home()
+        print('torch' in sys.modules)
+    """)
+    # Python's own, and no torch with the names that need none
+    assert said.splitlines() == ["['llm_lab']", 'False']
+
+
+def test_a_name_that_is_not_there_is_one_line():
+    with pytest.raises(AttributeError, match="llm_lab has no 'evalute': did you mean 'evaluate'?"):
+        getattr(lab, 'evalute')  # noqa: B009
+    assert not hasattr(lab, '__wrapped__')
+    assert {'fit', 'MiniGPT', '__version__'} <= {*dir(lab)}
+    with pytest.raises(ImportError, match="cannot import name 'fot'"):
+        from llm_lab import fot  # noqa: F401
+
+
+def test_help_says_what_each_argument_is():
+    said = python("import llm_lab as lab; help(lab.fit)")
+    for line in ('clip: largest norm of the whole gradient', 'seed: of dropout'):
+        assert line in said, line
+    # a method that a later cell adds is documented, too
+    assert 'vocab_size: 256 bytes, merges' in inspect.getdoc(lab.BPETokenizer.train)
+
+
+def test_python_m_llm_lab_is_the_command():
+    done = subprocess.run(
+        [sys.executable, '-m', 'llm_lab', '--help'], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0 and 'tour' in done.stdout and not done.stderr
