@@ -54,7 +54,7 @@ _ROOT = dict(
     package='load load_or_train save',
     evaluation='compare evaluate Score score',
     sampling='sample stream',
-    looking='attention_map attention_maps hidden_states logit_lens',
+    looking='attention_map attention_maps attention_of hidden_states logit_lens',
     optim='muon',
     positions='RoPE',
     llama_block='llama QKNorm RMSNorm SwiGLU',
@@ -105,6 +105,7 @@ if TYPE_CHECKING:
     from .looking import (
         attention_map as attention_map,
         attention_maps as attention_maps,
+        attention_of as attention_of,
         hidden_states as hidden_states,
         logit_lens as logit_lens,
     )

@@ -3,6 +3,7 @@
 import ast
 import inspect
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -98,3 +99,54 @@ def test_python_m_llm_lab_is_the_command():
         [sys.executable, '-m', 'llm_lab', '--help'], capture_output=True, text=True, cwd=ROOT
     )
     assert done.returncode == 0 and 'tour' in done.stdout and not done.stderr
+
+
+# ---- the README's script
+
+
+def readme_blocks():
+    "The Python blocks of the README, in order; the first is the common path"
+    text = (ROOT / 'README.md').read_text(encoding='utf-8')
+    blocks = re.findall(r'^```python\n(.*?)^```', text, re.M | re.S)
+    assert 'lab.to_hf(' in blocks[0] and len(blocks) >= 3
+    return blocks
+
+
+def smaller(block):
+    "The same calls with a model and a run that take a second"
+    sizes = {
+        'steps=500': 'steps=4',
+        'd_model=128, n_layers=4': 'd_model=32, n_layers=1',
+        'vocab_size=1024': 'vocab_size=300',
+        'max_new_tokens=200': 'max_new_tokens=5',
+        "lab.load('artifacts/tour')": "lab.load('artifacts/mine')",
+        'model, tok, corpus)': 'model, tok, corpus, max_tokens=2000)',
+    }
+    for old, new in sizes.items():
+        block = block.replace(old, new)
+    return block
+
+
+def test_the_readmes_script_runs(tmp_path):
+    code = '\n'.join(map(smaller, readme_blocks()))
+    assert 'steps=4' in code and 'd_model=32' in code and 'max_tokens=2000' in code
+    done = subprocess.run(
+        [sys.executable, '-c', code + '\nprint(len(texts), likely.tolist(), type(model).__name__)'],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, 'LLM_LAB_HOME': str(tmp_path)},
+    )
+    assert not done.returncode, done.stderr
+    lines = done.stdout.strip().splitlines()
+    score = next(line for line in lines if line.startswith('loss '))
+    last = lines[-1]
+    assert re.match(r'loss [\d.]+ nats per token, perplexity [\d.]+, [\d.]+ bits per byte', score)
+    assert re.fullmatch(r'6 \[-[\d.]+, -[\d.]+\] MiniGPT', last)
+    assert (tmp_path / 'artifacts' / 'mine_hf' / 'model.safetensors').is_file()
+    assert {p.name for p in (tmp_path / 'artifacts').iterdir()} == {'mine', 'mine_hf'}
+
+
+def test_the_docstring_shows_the_readmes_script():
+    shown = lab.__doc__[lab.__doc__.index('    import llm_lab') : lab.__doc__.index('\nText ')]
+    assert textwrap.dedent(shown).rstrip() == readme_blocks()[0].rstrip()
