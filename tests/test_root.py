@@ -142,7 +142,7 @@ def test_the_readmes_script_runs(tmp_path):
     score = next(line for line in lines if line.startswith('loss '))
     last = lines[-1]
     assert re.match(r'loss [\d.]+ nats per token, perplexity [\d.]+, [\d.]+ bits per byte', score)
-    assert re.fullmatch(r'6 \[-[\d.]+, -[\d.]+\] MiniGPT', last)
+    assert re.fullmatch(r'2 \[-[\d.]+, -[\d.]+\] MiniGPT', last)
     assert (tmp_path / 'artifacts' / 'mine_hf' / 'model.safetensors').is_file()
     assert {p.name for p in (tmp_path / 'artifacts').iterdir()} == {'mine', 'mine_hf'}
 
