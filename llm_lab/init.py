@@ -152,7 +152,7 @@ class Spectral(nn.Module):
         """The estimate ‖Wu‖ of each largest singular value, never above it
 
         Returns:
-            → (n,)
+            (n,)
         """
         return torch.stack([(w @ u).norm() for w, u in zip(weight.split(self.sizes), self.u)])
 

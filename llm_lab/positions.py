@@ -273,6 +273,9 @@ def llama3_scaling(
     Args:
         freq: radians per token, (D/2,)
         original: length of text of the training, in tokens
+
+    Returns:
+        radians per token, (D/2,)
     """
     if not low < high:
         raise LabError(f'low={low!r}, high={high!r}: low must be below high')

@@ -40,6 +40,9 @@ def scaled_dot_product(
         k: (B, G, S, D); with fewer heads than q, each serves H/G of its heads, in order
         v: (B, G, S, D)
         mask: bool, broadcasts to (B, H, T, S): may q read k? None: the past, S = T
+
+    Returns:
+        (B, H, T, D)
     """
     if mask is not None and mask.dim() == 3:
         mask = mask[None]  # the fast kernels take masks of two or four dimensions
@@ -191,7 +194,7 @@ class Attention(nn.Module):
         """What each head answers; `contiguous`: positions are 0, 1, 2, … on both sides
 
         Returns:
-            → (B, H, T, D)
+            (B, H, T, D)
         """
         mask = None if self.plain and contiguous else self.dense_mask(i, j, **ctx)
         return scaled_dot_product(q, k, v, mask, self.dropout if self.training else 0.0)

@@ -20,12 +20,12 @@ def shape(
     m=3,
     *rest,
     key=None,  # of the `lock`
-) -> tuple:  # (n, m)
+) -> tuple:  # rows
     "The shape"
     return n, m
 
 
-def one_line(a, b):  # their sum
+def one_line(a, b):  # → their sum
     return a + b
 
 
@@ -94,7 +94,7 @@ def test_a_note_beside_an_argument_is_a_line_of_the_docstring():
     said = inspect.getdoc(names['shape'])
     assert said == (
         'The shape\n\nArgs:\n    n: rows\n    m: columns; above its line, and of two lines\n'
-        '    key: of the `lock`\n\nReturns:\n    (n, m)'
+        '    key: of the `lock`\n\nReturns:\n    rows'
     )
     assert inspect.getdoc(names['one_line']) == 'their sum'
     assert inspect.getdoc(names['no_text']) == 'Args:\n    a: first'

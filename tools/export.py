@@ -81,12 +81,13 @@ def signature_notes(f, said):
         # body it speaks of what is returned
         if lines.count(arg.end_lineno) == 1 and arg.end_lineno > f.lineno:
             notes[arg.name] = note_of(arg, f.lineno + 1, said)
-    last = max([f.lineno, *lines, f.returns.end_lineno if f.returns else 0])
+    # what it returns stands behind the colon: on the line of `def`, or on that of the bracket
+    begin = f.returns.end_lineno if f.returns else max([f.lineno, *lines])
     returned = ''
-    for line in range(last, f.body[0].lineno):
+    for line in range(begin, f.body[0].lineno):
         text, alone = said.get(line, ('', True))
-        if text and not alone and text not in notes.values():
-            returned = text
+        if text and not alone and (line == f.lineno or line not in lines):
+            returned = text.removeprefix('→').lstrip()
             break
     return {name: note for name, note in notes.items() if note}, returned
 
