@@ -128,19 +128,21 @@ if TYPE_CHECKING:
     from .first_tour import tour as tour
 
 
-def __getattr__(name):
-    "Called for a name that is not here yet: imports it from its chapter, and keeps it"
-    from importlib import import_module
+if not TYPE_CHECKING:  # or it would take any name for one of these
 
-    if name not in _HOME:
-        from difflib import get_close_matches
+    def __getattr__(name):
+        "Called for a name that is not here yet: imports it from its chapter, and keeps it"
+        from importlib import import_module
 
-        near = get_close_matches(name, _HOME, 1)
-        remedy = f': did you mean {near[0]!r}?' if near else ''
-        raise AttributeError(f'llm_lab has no {name!r}{remedy}', name=name, obj=None)
-    value = getattr(import_module(f'.{_HOME[name]}', __name__), name)
-    globals()[name] = value
-    return value
+        if name not in _HOME:
+            from difflib import get_close_matches
+
+            near = get_close_matches(name, _HOME, 1)
+            remedy = f': did you mean {near[0]!r}?' if near else ''
+            raise AttributeError(f'llm_lab has no {name!r}{remedy}', name=name, obj=None)
+        value = getattr(import_module(f'.{_HOME[name]}', __name__), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__():

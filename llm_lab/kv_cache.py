@@ -11,6 +11,7 @@ import copy
 import warnings
 from dataclasses import dataclass, field, replace
 from inspect import Parameter, signature
+from typing import Unpack
 import torch
 from torch import Tensor, nn
 from .core import LabError, progress, rng
@@ -20,6 +21,7 @@ from .parts import mask_hooks, part
 from llm_lab.sampling import (
     DecodeStream,
     DecodingState,
+    SamplingSettings,
     check_sampling,
     sample_next,
     stop_strings,
@@ -356,7 +358,7 @@ def complete(
     samples=1,  # texts for each prompt
     seed=0,  # of the first; the next ones have seed + 1, seed + 2, …
     stop=(),  # a text to end at, or several; it is not given
-    **sampling,  # temperature, top_k, top_p, repetition_penalty
+    **sampling: Unpack[SamplingSettings],  # temperature, top_k, top_p, repetition_penalty
 ) -> list:  # for each prompt, a list of `Completion`s
     """Continue several texts at once, each as `sample` does; a model with a cache reads every
     prompt once.
