@@ -4,9 +4,11 @@ import ast
 import inspect
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -127,22 +129,49 @@ def smaller(block):
     return block
 
 
-def test_the_readmes_script_runs(tmp_path):
+@pytest.fixture(scope='module')
+def installed(tmp_path_factory):
+    "A folder with what the wheel installs, and nothing of the book beside it"
+    place = tmp_path_factory.mktemp('wheel')
+    for name in ('setup.py', 'settings.ini', 'pyproject.toml', 'MANIFEST.in', 'README.md'):
+        shutil.copy(ROOT / name, place)
+    shutil.copytree(ROOT / 'llm_lab', place / 'llm_lab')
+    words = ['pip', 'wheel', '-q', '--no-deps', '--no-build-isolation', '-w', 'dist', '.']
+    done = subprocess.run([sys.executable, '-m', *words], capture_output=True, text=True, cwd=place)
+    assert not done.returncode, done.stderr
+    (wheel,) = (place / 'dist').glob('*.whl')
+    with zipfile.ZipFile(wheel) as files:
+        files.extractall(place / 'installed')
+    return place / 'installed'
+
+
+def test_the_wheel_holds_all_that_is_no_module(installed):
+    def held(root):
+        paths = [p.relative_to(root) for p in (root / 'llm_lab').rglob('*') if p.is_file()]
+        return {p for p in paths if '__pycache__' not in p.parts}
+
+    assert held(installed) == held(ROOT)
+    assert {'py.typed', '__main__.py'} <= {p.name for p in held(installed)}
+
+
+def test_the_readmes_script_runs_where_only_the_wheel_is_installed(installed, tmp_path):
     code = '\n'.join(map(smaller, readme_blocks()))
     assert 'steps=4' in code and 'd_model=32' in code and 'max_tokens=2000' in code
+    code += '\nprint(lab.__file__, len(texts), likely.tolist(), type(model).__name__)'
     done = subprocess.run(
-        [sys.executable, '-c', code + '\nprint(len(texts), likely.tolist(), type(model).__name__)'],
+        [sys.executable, '-c', code],
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        env={**os.environ, 'LLM_LAB_HOME': str(tmp_path)},
+        env={**os.environ, 'LLM_LAB_HOME': str(tmp_path), 'PYTHONPATH': str(installed)},
     )
     assert not done.returncode, done.stderr
     lines = done.stdout.strip().splitlines()
     score = next(line for line in lines if line.startswith('loss '))
     last = lines[-1]
     assert re.match(r'loss [\d.]+ nats per token, perplexity [\d.]+, [\d.]+ bits per byte', score)
-    assert re.fullmatch(r'2 \[-[\d.]+, -[\d.]+\] MiniGPT', last)
+    assert last.startswith(str(installed))
+    assert re.search(r' 2 \[-[\d.]+, -[\d.]+\] MiniGPT$', last)
     assert (tmp_path / 'artifacts' / 'mine_hf' / 'model.safetensors').is_file()
     assert {p.name for p in (tmp_path / 'artifacts').iterdir()} == {'mine', 'mine_hf'}
 
