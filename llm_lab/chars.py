@@ -321,7 +321,7 @@ def _json(path):
 
 
 def load_tokenizer(
-    path,  # a folder that holds a `tokenizer.json`, or that file
+    path: str | Path,  # a folder that holds a `tokenizer.json`, or that file
 ):
     """The tokenizer saved there, of whatever kind, with its `meta` if it has one
 

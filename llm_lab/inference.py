@@ -326,9 +326,10 @@ def _layer(weights):
 
 
 def for_inference(
-    model,  # a MiniGPT; it is not changed
-    weights='float32',  # 'int8': eight bits for each weight of the blocks, and a scale for each row
-    compile=False,  # compile the step of a token; the first tokens then take half a minute
+    model: nn.Module,  # a MiniGPT; it is not changed
+    # 'int8': eight bits for each weight of the blocks, and a scale for each row
+    weights: str = 'float32',
+    compile: bool = False,  # compile the step of a token; the first tokens then take half a minute
 ) -> Fast:
     """The model in its fastest form, with a cache where every layer can keep one: the same letters,
     sooner.

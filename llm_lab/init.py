@@ -72,7 +72,7 @@ OUTS = dict(depth=lambda L: (2 * L) ** -0.5, plain=lambda L: 1.0, zero=lambda L:
 def scaled_init(
     model: nn.Module,
     generator: torch.Generator,
-    std: float = None,  # size of an entry; .02·√(768/d_model) if none, as in `gpt2_init`
+    std: float | None = None,  # size of an entry; .02·√(768/d_model) if none, as in `gpt2_init`
     out='depth',  # a name in `OUTS`: what writes into the residual stream is scaled by it
     orthogonal=False,  # in the blocks: then all singular values are std·√max(rows, columns)
 ):
@@ -126,7 +126,7 @@ class Spectral(nn.Module):
         self,
         weight: Tensor,  # (rows, columns)
         sizes,  # rows of each projection in it
-        gain: float = None,  # learned, and at the start what the weight has, if none
+        gain: float | None = None,  # learned, and at the start what the weight has, if none
     ):
         super().__init__()
         self.sizes = list(sizes)
@@ -177,7 +177,7 @@ class Spectral(nn.Module):
 def spectral_init(
     model: nn.Module,
     generator: torch.Generator,
-    gain: float = None,  # largest singular value of each projection; learned if none
+    gain: float | None = None,  # largest singular value of each projection; learned if none
     first=part(scaled_init),  # draws the weights
 ):
     """Draw first weights, then bind the largest singular values of all projections in the blocks by

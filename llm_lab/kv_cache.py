@@ -9,11 +9,13 @@ __all__ = ['KVCache', 'CacheTransform', 'lookback', 'with_kv_cache', 'Completion
 # %% ../nbs/35_kv_cache.ipynb #d4294605
 import copy
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from inspect import Parameter, signature
 from typing import Unpack
 import torch
 from torch import Tensor, nn
+from .chars import Tokenizer
 from .core import LabError, progress, rng
 from .self_attention import Attention, causal
 from .gpt import MiniGPT, caches_of
@@ -93,11 +95,20 @@ class KVCache:
 # %% ../nbs/35_kv_cache.ipynb #3339ff5b
 class CacheTransform(nn.Module):
     """A transform, best the last: keys and values join those in the keyword `cache`, and all of
-    them come back"""
+    them come back
+
+    Args:
+        size: keep the last `size` tokens, or all if none
+    """
 
     needs = ('cache',)
 
-    def __init__(self, cfg, layer=0, size: int = None):  # keep the last `size`, or all if none
+    def __init__(
+        self,
+        cfg,
+        layer=0,
+        size: int | None = None,  # keep the last `size` tokens, or all if none
+    ):
         super().__init__()
         self.layer = layer
         self.size = size
@@ -197,7 +208,7 @@ def _with_cache_transforms(x):
 # %% ../nbs/35_kv_cache.ipynb #2f01cba7
 def with_kv_cache(
     model: MiniGPT,
-    strict=True,  # False: the model itself where a layer would keep nothing
+    strict: bool = True,  # False: the model itself where a layer would keep nothing
 ) -> MiniGPT:  # shares its weights; the model itself if it keeps already
     """The model with a cache: `stream`, `complete` and the playground then read each token once.
 
@@ -351,13 +362,13 @@ def _write(reader, logits, going, max_new_tokens, stops, eos_id, sampling):
 
 
 def complete(
-    model,
-    tokenizer,
-    prompts,  # a text, or several
-    max_new_tokens=100,  # how many tokens to write for each, at most
-    samples=1,  # texts for each prompt
-    seed=0,  # of the first; the next ones have seed + 1, seed + 2, …
-    stop=(),  # a text to end at, or several; it is not given
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    prompts: list[str],  # a text, or several
+    max_new_tokens: int = 100,  # how many tokens to write for each, at most
+    samples: int = 1,  # texts for each prompt
+    seed: int = 0,  # of the first; the next ones have seed + 1, seed + 2, …
+    stop: str | Sequence[str] = (),  # a text to end at, or several; it is not given
     **sampling: Unpack[SamplingSettings],  # temperature, top_k, top_p, repetition_penalty
 ) -> list:  # for each prompt, a list of `Completion`s
     """Continue several texts at once, each as `sample` does; a model with a cache reads every

@@ -21,7 +21,7 @@ from .positions import RoPE
 class RMSNorm(nn.Module):
     "x/√(mean(x²) + eps), times a weight for each channel (Zhang and Sennrich 2019, eq. 4)"
 
-    def __init__(self, d: int, eps=1e-6):
+    def __init__(self, d: int, eps: float = 1e-6):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(d))
         self.eps = eps
@@ -45,10 +45,11 @@ class SwiGLU(nn.Module):
     def __init__(
         self,
         cfg,
-        layer=0,
-        d_ff: int = None,  # 8/3·d_model if none, rounded up to a multiple of 8 (Llama 2 7B: of 256)
+        layer: int = 0,
+        # 8/3·d_model if none, rounded up to a multiple of 8 (Llama 2 7B: of 256)
+        d_ff: int | None = None,
         act=part(nn.SiLU),  # part(nn.GELU) makes it GeGLU
-        bias=False,
+        bias: bool = False,
     ):
         super().__init__()
         d_ff = d_ff or -(-cfg.d_model // 3) * 8
@@ -78,7 +79,7 @@ class QKNorm(nn.Module):
     """A transform: RMSNorm on each head's q and k, so that |q·k|/√D ≤ √D · max|w_q| · max|w_k|
     (Henry et al. 2020; Qwen3)"""
 
-    def __init__(self, cfg, layer=0, eps=1e-6):
+    def __init__(self, cfg, layer: int = 0, eps: float = 1e-6):
         super().__init__()
         # one weight for each channel of a head, shared by all heads
         self.q = RMSNorm(cfg.head_dim, eps)
@@ -141,7 +142,8 @@ def _with_defaults(attn, defaults, rope_given):
 
 def llama(
     vocab_size: int = 65,
-    depth: int = None,  # one dial: layers; width 64·depth and `depth` heads of 64 channels follow
+    # one dial: layers; width 64·depth and `depth` heads of 64 channels follow
+    depth: int | None = None,
     # an attention of this book gets transforms and bias if it lacks them; your own, nothing
     attn=part(Attention),
     rope=None,  # a recipe; `part(RoPE)` if none

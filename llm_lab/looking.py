@@ -9,6 +9,7 @@ __all__ = ['intervene', 'attention_maps', 'attention_of', 'visible_token', 'desc
 
 # %% ../nbs/27_looking.ipynb #d6fba88b
 import sys
+from collections.abc import Sequence
 from base64 import b64encode
 from contextlib import contextmanager
 from functools import cache, partial
@@ -17,6 +18,7 @@ from importlib.resources import files
 from io import BytesIO
 import torch
 from torch import Tensor, nn
+from .chars import Tokenizer
 from .core import SEQUENTIAL, LabError, require, pyplot, rng, widgets_live
 from .self_attention import Attention
 
@@ -76,8 +78,8 @@ def _by_position(weights, j, size):  # (B, H, T, S), key positions (S,) or (B, S
 
 # %% ../nbs/27_looking.ipynb #54ebc4eb
 def attention_maps(
-    model,
-    ids,  # one text, (T,), or several of one length, (B, T)
+    model: nn.Module,
+    ids: Tensor | Sequence[int],  # one text, (T,), or several of one length, (B, T)
     i=None,  # its positions, (T,) or (B, T); 0, 1, 2, … if none
     **ctx,  # keyword arguments that parts of the model need; a cache is filled, as by any reading
 ) -> Tensor:
@@ -109,7 +111,7 @@ def attention_maps(
     return maps if torch.as_tensor(ids).dim() == 2 else maps[0]
 
 # %% ../nbs/27_looking.ipynb #b56ac978
-def attention_of(model, tokenizer, text: str, **ctx):
+def attention_of(model: nn.Module, tokenizer: Tokenizer, text: str, **ctx):
     "Attention maps of a text, (L, H, T, T), and its tokens as strings"
     ids = tokenizer.encode(text)
     return attention_maps(model, ids, **ctx), [tokenizer.decode([i]) for i in ids]
@@ -351,7 +353,9 @@ def _shared(weights, tokens, layer=0, head=0, query=-1):
     )
 
 
-def attention_map(weights: Tensor, tokens, layer=0, head=0, query=-1):
+def attention_map(
+    weights: Tensor, tokens: list[str], layer: int = 0, head: int = 0, query: int = -1
+):
     # a widget; the still page where none can live
     """A text to touch: choose layer and head by name or by their small map, point at a token, see
     where it looks"""
@@ -445,8 +449,8 @@ def plot_scores(scores: dict, chance: dict):
 
 # %% ../nbs/27_looking.ipynb #dbf5d231
 def hidden_states(
-    model,
-    ids,  # one text, (T,), or several of one length, (B, T)
+    model: nn.Module,
+    ids: Tensor | Sequence[int],  # one text, (T,), or several of one length, (B, T)
     i=None,  # its positions, (T,) or (B, T); 0, 1, 2, … if none
     **ctx,  # keyword arguments that parts of the model need
 ) -> Tensor:  # (L+1, T, C), or (B, L+1, T, C) for several
@@ -477,7 +481,7 @@ def hidden_states(
 
 
 @torch.no_grad()
-def logit_lens(model, ids, i=None, **ctx) -> Tensor:
+def logit_lens(model: nn.Module, ids: Tensor | Sequence[int], i=None, **ctx) -> Tensor:
     # arguments as of `attention_maps`; (L+1, T, V), or (B, L+1, T, V)
     """The logits that the model would give if it stopped after the embedding, and after each block
     (nostalgebraist 2020)"""

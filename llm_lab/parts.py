@@ -307,7 +307,7 @@ def mask_hooks(links=None, lookback=None, check=None) -> Callable[[_Mask], _Mask
     return decorate
 
 # %% ../nbs/20_parts.ipynb #715d917d
-def register(f, name: str = None):
+def register(f, name: str | None = None):
     "Let saved configurations name `f`, in any place; returns `f`"
     REGISTERED[name or f.__name__] = f
     return f

@@ -11,10 +11,11 @@ TYPE_CHECKING = False  # a type checker takes it for True
 import math
 import torch
 import warnings
+from collections.abc import Sequence
 from fastcore.basics import patch
-from torch import Tensor
+from torch import Tensor, nn
 from typing import TypedDict, Unpack
-from .chars import begins
+from .chars import begins, Tokenizer
 from .gpt import MiniGPT
 from .core import LabError, rng
 
@@ -28,7 +29,9 @@ class SamplingSettings(TypedDict, total=False):
     repetition_penalty: float  # logits of tokens that stand in the text lose by this factor
 
 
-def check_sampling(temperature=1.0, top_k: int = None, top_p: float = None, repetition_penalty=1.0):
+def check_sampling(
+    temperature=1.0, top_k: int | None = None, top_p: float | None = None, repetition_penalty=1.0
+):
     "Raises `LabError` on settings that leave nothing to choose from"
     if not temperature >= 0:  # so, because NaN is not below 0 either
         raise LabError(f'{temperature=}: give 0 (greedy) or more; 1 is as the model says')
@@ -52,10 +55,10 @@ def _penalized(logits, ids, penalty):  # (…, V), (…, T) → (…, V)
 def sampling_probs(
     logits: Tensor,  # (…, V)
     temperature=1.0,
-    top_k: int = None,  # keep the k likeliest
-    top_p: float = None,  # then the smallest set with at least this probability
+    top_k: int | None = None,  # keep the k likeliest
+    top_p: float | None = None,  # then the smallest set with at least this probability
     repetition_penalty=1.0,  # logits of tokens that stand in the text `ids` lose by this factor
-    ids: Tensor = None,  # (…, T)
+    ids: Tensor | None = None,  # (…, T)
 ) -> Tensor:  # probabilities, (…, V)
     """What we draw from: softmax(logits/temperature), cut to the top k, cut to the top p, and
     scaled to sum to 1
@@ -122,7 +125,7 @@ class DecodingState:
         self,
         model,
         length: int,  # of the longest sequence, when all is read
-        pad: Tensor = None,  # how much padding each sequence has at the left, (B,)
+        pad: Tensor | None = None,  # how much padding each sequence has at the left, (B,)
         chunk=512,  # how many tokens a model with a cache reads at once
     ):
         self.model = model
@@ -361,12 +364,12 @@ def stop_strings(stop) -> list:
 
 
 def stream(
-    model,
-    tokenizer,
+    model: nn.Module,
+    tokenizer: Tokenizer,
     prompt: str = '',
-    max_new_tokens=300,  # how many tokens to write, at most
-    seed=0,
-    stop=(),  # a text to end at, or several; it is not given
+    max_new_tokens: int = 300,  # how many tokens to write, at most
+    seed: int = 0,
+    stop: str | Sequence[str] = (),  # a text to end at, or several; it is not given
     **sampling: Unpack[SamplingSettings],  # temperature, top_k, top_p, repetition_penalty
 ):
     """Iterate over the continuation of `prompt` in pieces of text.
@@ -390,12 +393,12 @@ def stream(
 
 
 def sample(
-    model,
-    tokenizer,
+    model: nn.Module,
+    tokenizer: Tokenizer,
     prompt: str = '',
-    max_new_tokens=300,  # how many tokens to write, at most
-    seed=0,
-    stop=(),  # a text to end at, or several; it is not given
+    max_new_tokens: int = 300,  # how many tokens to write, at most
+    seed: int = 0,
+    stop: str | Sequence[str] = (),  # a text to end at, or several; it is not given
     **sampling: Unpack[SamplingSettings],  # temperature, top_k, top_p, repetition_penalty
 ) -> str:
     """`prompt` and its continuation by at most `max_new_tokens` tokens

@@ -30,7 +30,8 @@ def scaled_dot_product(
     q: Tensor,  # (B, H, T, D)
     k: Tensor,  # (B, G, S, D); with fewer heads than q, each serves H/G of its heads, in order
     v: Tensor,  # (B, G, S, D)
-    mask: Tensor = None,  # bool, broadcasts to (B, H, T, S): may q read k? None: the past, S = T
+    # bool, broadcasts to (B, H, T, S): may q read k? None: the past, S = T
+    mask: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:  # (B, H, T, D)
     """Sum up values by the softmax of q·k/√D (Vaswani et al. 2017, eq. 1)
@@ -151,10 +152,10 @@ class Attention(nn.Module):
     def __init__(
         self,
         cfg,
-        layer=0,
+        layer: int = 0,
         transforms=(),  # recipes of what happens to q, k, v before they meet, in order
         mask=part(causal),  # which query may read which key
-        bias=True,
+        bias: bool = True,
     ):
         super().__init__()
         self.n_heads = cfg.n_heads

@@ -61,6 +61,19 @@ def tree_of(path):
 # ---- law 1: one chapter, one notebook, one module of the same stem
 
 
+def at_import(body):
+    """The statements that run when a module is imported: not those of a function, nor those under
+    TYPE_CHECKING, which only a type checker reads"""
+    for node in body:
+        if isinstance(node, ast.FunctionDef):
+            continue
+        yield node
+        if isinstance(node, ast.If):
+            only_checked = ast.unparse(node.test) == 'TYPE_CHECKING'
+            yield from at_import([] if only_checked else node.body)
+            yield from at_import(node.orelse)
+
+
 def one_to_one(root):
     bad, nbs, mods = [], chapters(root), modules(root)
     if not nbs:
@@ -89,19 +102,8 @@ def one_to_one(root):
     body = tree_of(init).body if init.exists() else []
     if not any(ast.unparse(o).startswith('__version__ =') for o in body):
         bad.append('llm_lab/__init__.py: has no __version__')
-    # what stands in a function is imported when it is called, and what stands under
-    # TYPE_CHECKING by nobody but a type checker
-    runs = [
-        n
-        for n in body
-        if not isinstance(n, ast.FunctionDef)
-        and not (isinstance(n, ast.If) and ast.unparse(n.test) == 'TYPE_CHECKING')
-    ]
     imports = [
-        ast.unparse(o)
-        for n in runs
-        for o in ast.walk(n)
-        if isinstance(o, (ast.Import, ast.ImportFrom))
+        ast.unparse(o) for o in at_import(body) if isinstance(o, (ast.Import, ast.ImportFrom))
     ]
     bad += [
         f'llm_lab/__init__.py: {o}, and it should cost nothing' for o in imports if o != 'import os'
