@@ -85,11 +85,11 @@ def _merge(pair, new, words, freq, pairs, where, least=1):
 
     `pairs` (how often each occurs) and `where` (the words that may hold it) are kept true"""
     del pairs[pair]
-    touched = set()
+    touched = set()  # pairs whose count changes
     for i in set(where.pop(pair)):  # an array may name a word twice, and takes less room
         parts = words[i].split(pair)
         words[i] = new.join(parts)
-        f = freq[i]
+        f = freq[i]  # a pair in this word stands in the text so many times
         for old, born in _changed_neighbours(parts, pair, new):
             pairs[born] += f
             where[born].append(i)
@@ -124,7 +124,7 @@ def _tie_key(ties, words, where, tokens):
         raise LabError(f'ties={ties!r}: choose from {", ".join(keys)}')
     return keys[ties]
 
-# %% ../nbs/12_bpe.ipynb #f7a1ccb6
+
 def _pairs_in(words, freq):
     "How often each pair of letters occurs, and the numbers of the words that hold it"
     pairs = defaultdict(int)
@@ -134,6 +134,26 @@ def _pairs_in(words, freq):
             pairs[p] += freq[i]
             where[p].append(i)
     return pairs, where
+
+
+def _pop_commonest(heap, pairs, least, aging=None):
+    """Take the commonest pair off the heap; None if no pair is left that occurs `least` times.
+
+    Entries are (−count, key, pair). Counts only fall, so an old entry comes up too early, never
+    too late: it goes back with what is true now. `aging` is the function of the key if keys grow
+    old, too"""
+    while heap:
+        entry = heapq.heappop(heap)
+        _, key, pair = entry
+        if pairs.get(pair, 0) < least:
+            continue  # too rare since it was put there
+        if aging:
+            key = aging(pair)
+        now = (-pairs[pair], key, pair)
+        if now == entry:
+            return pair
+        heapq.heappush(heap, now)
+    return None
 
 
 def _learn(counts, n: int, least: int, ties='tokenizers') -> list:  # [(bytes, bytes), …]
@@ -153,19 +173,15 @@ def _learn(counts, n: int, least: int, ties='tokenizers') -> list:  # [(bytes, b
         "In the heap the commonest lies on top; of equals, the one with the least key"
         return -pairs[pair], key(pair), pair
 
+    # a key grows old with 'first' alone, where the first occurrence may go
+    aging = key if ties == 'first' else None
     heap = [entry(p) for p in pairs]
     heapq.heapify(heap)
     merges = []
-    while heap and len(merges) < n:
-        count, k, pair = heapq.heappop(heap)
-        if pairs.get(pair, 0) < least:
-            continue
-        # Counts only fall, so an old entry comes up too early, never too late: it goes back with
-        # what is true now. A key grows old with 'first' alone, when the first occurrence is gone.
-        now = (-pairs[pair], key(pair) if ties == 'first' else k, pair)
-        if now != (count, k, pair):
-            heapq.heappush(heap, now)
-            continue
+    while len(merges) < n:
+        pair = _pop_commonest(heap, pairs, least, aging)
+        if pair is None:
+            break
         new = chr(_MERGED + len(merges))
         merges.append((tokens[pair[0]], tokens[pair[1]]))
         tokens[new] = b''.join(merges[-1])
@@ -213,7 +229,8 @@ class BPETokenizer:
         self.ranks = {}  # pair → rank
         for rank, (a, b) in enumerate(self.merges):
             self._add(rank, a, b)
-        if missing := [t for t in self.letters if t not in self.ids]:
+        missing = [t for t in self.letters if t not in self.ids]
+        if missing:
             raise LabError(
                 f'the vocabulary lacks {len(missing)} tokens, among them {missing[0]!r}: '
                 'give all 256 bytes and what each merge makes'
@@ -229,7 +246,7 @@ class BPETokenizer:
         self._chunks = _Chunks(self)
         self._rust = None  # `encode_batch` makes it when it is needed
 
-# %% ../nbs/12_bpe.ipynb #20e61351
+
 @patch
 def _add(self: BPETokenizer, rank, a, b):
     "Take in one merge"
@@ -238,6 +255,7 @@ def _add(self: BPETokenizer, rank, a, b):
             f'merge {rank} joins {a!r} and {b!r}, but nothing before makes both: keep the order'
         )
     pair = self.letters[a] + self.letters[b]
+    # a file may make one token by two merges: it keeps its first letter, a pair its first rank
     new = self.letters.setdefault(a + b, chr(_MERGED + rank))
     self.pairs.append((pair, new))
     self.ranks.setdefault(pair, rank)
@@ -257,7 +275,7 @@ def _special(self: BPETokenizer, token):
     self.vocab[id] = data
     return id
 
-# %% ../nbs/12_bpe.ipynb #46f20e78
+
 @patch
 def __repr__(self: BPETokenizer):
     return f'BPETokenizer({self.vocab_size:,} ids, special {[*self.special_tokens]})'
@@ -265,19 +283,17 @@ def __repr__(self: BPETokenizer):
 
 @patch
 def __reduce__(self: BPETokenizer):
-    return (
-        type(self),
-        (
-            self.vocab,
-            self.merges,
-            [*self.special_tokens],
-            self.patterns,
-            self.whole,
-            self.form,
-            self.meta,
-        ),
-        dict(begin=self.begin),
+    "For pickle and deepcopy: it is made anew from what it was made of; compiled parts are not sent"
+    arguments = (
+        self.vocab,
+        self.merges,
+        [*self.special_tokens],
+        self.patterns,
+        self.whole,
+        self.form,
+        self.meta,
     )
+    return type(self), arguments, dict(begin=self.begin)
 
 # %% ../nbs/12_bpe.ipynb #ffb7eeb9
 @patch
@@ -313,7 +329,7 @@ def _merged_long(self: BPETokenizer, word):
             heapq.heappush(todo, self.ranks[p])
     return word
 
-# %% ../nbs/12_bpe.ipynb #993ac5c7
+
 class _Chunks(dict):
     "chunk → its ids; worked out when first asked for, kept while there is room"
 
@@ -399,6 +415,7 @@ def _finder(pattern):
         return compiled.findall  # whole finds, since no pattern in `_KNOWN` has a group
 
     def find(text):
+        "The chunks; nobody knows how long a stranger's pattern takes, so it gets a time limit"
         try:
             return [m[0] for m in compiled.finditer(text, timeout=10 + len(text) / 10_000)]
         except TimeoutError:
@@ -438,7 +455,8 @@ def _allowed(self: BPETokenizer, names):
     elif isinstance(names, str):
         names = [names]
     names = list(names)
-    if unknown := [s for s in names if s not in self.special_tokens]:
+    unknown = [s for s in names if s not in self.special_tokens]
+    if unknown:
         raise LabError(
             f'{unknown[0]!r} is no special token here: choose from {[*self.special_tokens]}'
         )
@@ -458,14 +476,17 @@ def encode(self: BPETokenizer, text, allowed_special=()) -> list[int]:
             return self._ordinary(text)
         ids = []
         for n, part in enumerate(special.split(text)):  # ordinary, special, ordinary, …
-            ids.extend([self.special_tokens[part]] if n % 2 else self._ordinary(part))
+            if n % 2 == 1:
+                ids.append(self.special_tokens[part])
+            else:
+                ids.extend(self._ordinary(part))
         return ids
     except UnicodeEncodeError as e:
         raise LabError(
             f'the text holds half a character, {e.object[e.start]!r}: mend it at its source'
         ) from None
 
-# %% ../nbs/12_bpe.ipynb #5e63ccc0
+
 @patch
 def decode_bytes(self: BPETokenizer, ids) -> bytes:
     "The exact bytes of some ids. Raises `LabError` on an id outside the vocabulary"
@@ -488,7 +509,7 @@ def decode(self: BPETokenizer, ids, errors='replace') -> str:
     'surrogateescape')"""
     return self.decode_bytes(ids).decode('utf-8', errors)
 
-# %% ../nbs/12_bpe.ipynb #a7af73be
+
 @patch
 def _tiktoken(self: BPETokenizer):
     """tiktoken's tokenizer, and our id for each of its ids;
@@ -532,6 +553,7 @@ def encode_batch(self: BPETokenizer, texts, allowed_special=()) -> list[list[int
     rust, ids = self._rust
 
     def encode_one(text):
+        "The same ids, from Rust where both libraries read these characters alike"
         if isinstance(text, str) and _settled(text):
             return list(map(ids.__getitem__, rust.encode_ordinary(text)))
         return self.encode(text)
@@ -575,7 +597,7 @@ def _pieces(parts, safe, special=None, longest=0, size=1 << 18):
     if held:
         yield held
 
-# %% ../nbs/12_bpe.ipynb #7fbd6981
+
 @patch
 def encode_iterable(self: BPETokenizer, parts, allowed_special=()):  # yields ids
     """Ids of the whole text that comes in parts (lines, blocks), one by one; only a piece of it is
@@ -613,7 +635,7 @@ def _count(sources, special, longest, meta, find=_finder(GPT2)):
     meta.update(sha256=seen.hexdigest(), documents=n, bytes=size)
     return counts
 
-# %% ../nbs/12_bpe.ipynb #5d61daca
+
 @patch(cls_method=True)
 def train(
     cls: BPETokenizer,
@@ -675,7 +697,7 @@ def _alike(pattern) -> bool:
     except regex.error:
         return False
 
-# %% ../nbs/12_bpe.ipynb #f373e91e
+
 @patch
 def save(self: BPETokenizer, folder):
     """Write `tokenizer.json` for Hugging Face `tokenizers`, and `meta.json`: what the tokenizer was
@@ -734,7 +756,7 @@ def _steps(x, name):  # of a normalizer, a pre-tokenizer, a decoder
         return []
     return x[name] if x.get('type') == 'Sequence' else [x]
 
-# %% ../nbs/12_bpe.ipynb #08d3958b
+
 _FORMS = 'NFC', 'NFD', 'NFKC', 'NFKD'
 
 
@@ -812,6 +834,15 @@ def from_json(cls: BPETokenizer, data: dict):
         return None
     tok.begin = begin_of(data)
     return tok
+
+
+@patch(cls_method=True)
+def load(cls: BPETokenizer, path):
+    "The BPE tokenizer in a folder or a `tokenizer.json`; a `ForeignTokenizer` if it must be"
+    tok = load_tokenizer(path)
+    if tok.kind == cls.kind or getattr(tok, 'model', None) == 'BPE':
+        return tok
+    raise LabError(f'{path} holds {getattr(tok, "model", tok.kind)}, not BPE: use load_tokenizer')
 
 # %% ../nbs/12_bpe.ipynb #b4d6f8a2
 _SMALL = (
@@ -891,7 +922,7 @@ def _check_bounds(data):
             _bearable(cut['Regex'])
     _grown([d for d in _inside(data.get('normalizer')) if 'type' in d])
 
-# %% ../nbs/12_bpe.ipynb #d9e1b3c5
+
 def _answer(what, f, *args, **kw):
     "What the library answers; what it dies of, a panic in Rust too, is a `LabError` of one line"
     try:
@@ -944,7 +975,9 @@ class ForeignTokenizer:
         self.vocab_size = max(self.names, default=-1) + 1
         self.bos_id, self.eos_id = _marks(self.special_tokens)
         self.runs = 'ByteFallback' in str(data.get('decoder'))  # are bytes in a row read as one?
-        unk, unk_id = model.get('unk_token'), model.get('unk_id')  # may stand for what was typed
+        # the unknown token is no mark: it may stand for what was typed
+        unk = model.get('unk_token')
+        unk_id = model.get('unk_id')
         self.marks = {n: s for s, n in self.special_tokens.items() if s != unk and n != unk_id}
 
     def __repr__(self):
@@ -961,7 +994,7 @@ class ForeignTokenizer:
         "The `ForeignTokenizer` that a parsed tokenizer.json describes; None if it describes none"
         return cls(data) if isinstance(data.get('model'), dict) else None
 
-# %% ../nbs/12_bpe.ipynb #e7a9c1d3
+
 @patch
 def reader(self: ForeignTokenizer, allowed=frozenset()):
     "The library's tokenizer that finds, of the special tokens, only those `allowed`"
@@ -986,7 +1019,8 @@ def encode(self: ForeignTokenizer, text, allowed_special=()) -> list[int]:
         text = text.decode('utf-8', 'surrogateescape')
     names = [allowed_special] if isinstance(allowed_special, str) else allowed_special
     allowed = frozenset(self.special_tokens if allowed_special == 'all' else names)
-    if unknown := [s for s in allowed if s not in self.special_tokens]:
+    unknown = [s for s in allowed if s not in self.special_tokens]
+    if unknown:
         raise LabError(
             f'{unknown[0]!r} is no special token here: choose from {[*self.special_tokens]}'
         )
@@ -1025,7 +1059,8 @@ def encode_iterable(self: ForeignTokenizer, parts, allowed_special=()):  # yield
 def decode(self: ForeignTokenizer, ids) -> str:
     "The text of some ids. Raises `LabError` on an id outside the vocabulary"
     ids = ids.tolist() if hasattr(ids, 'tolist') else list(ids)
-    if wrong := [n for n in ids if n not in self.names]:
+    wrong = [n for n in ids if n not in self.names]
+    if wrong:
         raise LabError(
             f'the id {wrong[0]!r} is not in this vocabulary of {len(self.names):,}: '
             'use the tokenizer it comes from'
@@ -1037,16 +1072,9 @@ def decode(self: ForeignTokenizer, ids) -> str:
 @patch
 def save(self: ForeignTokenizer, folder):
     "Write its `tokenizer.json`; what stands before a prompt is added where it says nothing of it"
+    # Its own rules stay. Where it has none, what stands before a prompt (see `begin_of`) would be
+    # lost, so a rule is added that puts it there.
     post = self.data.get('post_processor')
     if post is None and self.begin is not None:
         post = template(self.begin, self.names)
     write_data(folder, self.data | dict(post_processor=post))
-
-# %% ../nbs/12_bpe.ipynb #9a5c9803
-@patch(cls_method=True)
-def load(cls: BPETokenizer, path):
-    "The BPE tokenizer in a folder or a `tokenizer.json`; a `ForeignTokenizer` if it must be"
-    tok = load_tokenizer(path)
-    if tok.kind == cls.kind or getattr(tok, 'model', None) == 'BPE':
-        return tok
-    raise LabError(f'{path} holds {getattr(tok, "model", tok.kind)}, not BPE: use load_tokenizer')

@@ -93,7 +93,7 @@ def require_inside(path: str, what='path') -> str:  # `path`
         require_name(name, f'{what} {path!r}:')
     return path
 
-# %% ../nbs/01_core.ipynb #5b0e7a14
+
 _brief = reprlib.Repr()  # looks neither deep nor far into what it shows
 _brief.maxstring = _brief.maxother = _brief.maxlong = 500
 
@@ -477,7 +477,7 @@ def _same(a, b):
         return len(a) == len(b) and all(map(_same, a, b))
     return a == b
 
-# %% ../nbs/01_core.ipynb #484e60ee
+
 def check(
     f,  # the answer
     spec,  # slow, obvious, right
