@@ -203,7 +203,10 @@ def _marks(special):
 
 class BPETokenizer:
     """Byte-level BPE (Sennrich et al. 2016, Radford et al. 2019): any text, no unknown characters,
-    exact both ways"""
+    exact both ways.
+
+    Raises `LabError` where a byte or a merge has no token, where a merge joins tokens that do not
+    exist yet, and where a special token could be typed"""
 
     kind = 'bpe'
 
@@ -512,9 +515,8 @@ def decode(self: BPETokenizer, ids, errors='replace') -> str:
 
 @patch
 def _tiktoken(self: BPETokenizer):
-    """tiktoken's tokenizer, and our id for each of its ids;
-
-    () where it is not installed or would not do the same"""
+    """(tiktoken's tokenizer, our id for each of its ids); () where it is not installed or would not
+    do the same"""
     try:
         import tiktoken
     except ModuleNotFoundError:
@@ -532,9 +534,9 @@ def _tiktoken(self: BPETokenizer):
 
 
 def _settled(text):
-    """Are its characters of 2002 (Unicode 3.2), or signs?
+    """Are its characters of 2002 (Unicode 3.2), or punctuation and symbols? And is the text short?
 
-    And is it short? tiktoken dies of a million spaces"""
+    tiktoken dies of a million spaces"""
     if text.isascii() and len(text) < 999:
         return True  # the common case, quickly
     if len(text) >= 99_999:
@@ -564,12 +566,14 @@ def encode_batch(self: BPETokenizer, texts, allowed_special=()) -> list[list[int
 # Where a text may be cut, whatever comes after: before white space; (?r) searches from the end
 _SAFE = {
     True: regex.compile(r'(?r)(?<=\S)(?=\s)'),  # for GPT-2's pattern
-    False: regex.compile(r'(?r)(?<=[\p{L}\p{N}])(?=\s)'),  # others take a line's end with a sign
+    False: regex.compile(
+        r'(?r)(?<=[\p{L}\p{N}])(?=\s)'
+    ),  # others take a line's end with punctuation
 }
 
 
 def _last_safe_place(held, safe, special, longest):
-    "Where `held` may be cut, but for the last `longest` letters; 0 where it may not"
+    "Where `held` may be cut, but for the last `longest` characters; 0 where it may not"
     found = safe.search(held, 0, max(0, len(held) - longest))
     if not found:
         return 0
@@ -593,7 +597,9 @@ def _pieces(parts, safe, special=None, longest=0, size=1 << 18):
         if at:
             yield held[:at]
             held = held[at:]
-        wait = max(size, 2 * len(held))  # no safe place: look again when there is more
+        # No safe place: look again when there is twice as much. To look at each part would read a
+        # long run without spaces over and over, and take the square of its length.
+        wait = max(size, 2 * len(held))
     if held:
         yield held
 
@@ -645,9 +651,11 @@ def train(
     min_frequency=2,  # rarer pairs stay
     ties='tokenizers',  # between equals: 'tokenizers', 'greater' or 'first'
 ) -> BPETokenizer:
-    """Learn merges from texts. What was read stands in `meta`:
+    """Learn merges from texts (Sennrich et al. 2016). `meta` holds what was read, with a SHA-256
+    over the documents, each followed by byte 255.
 
-    SHA-256 over the documents, each followed by byte 255"""
+    Raises `LabError` where `vocab_size` has no room for the bytes and the special tokens; warns
+    where the text has too few pairs"""
     n = vocab_size - 256 - len(special_tokens)  # merges
     if n < 0:
         raise LabError(
@@ -669,7 +677,7 @@ def train(
 # %% ../nbs/12_bpe.ipynb #c2f4a7b1
 # What a pattern may be made of, so that both libraries read it alike: plain parts, each perhaps
 # repeated. Left out are groups that count or are named, anchors, `.`, `[a&&b]` and `*+`.
-_ONE = r'\\[pP]\{[A-Z][a-z]?\}|\\[sSrnt]|\\[^\w\s]'  # a class, white space, a sign
+_ONE = r'\\[pP]\{[A-Z][a-z]?\}|\\[sSrnt]|\\[^\w\s]'  # a class, white space, punctuation
 _CLASS = rf'\[\^?(?:{_ONE}|[^\\\[\]&]|&(?!&))+\]'  # [^\r\n\p{L}]
 _PARTS_ALIKE = [
     _ONE,
@@ -677,7 +685,7 @@ _PARTS_ALIKE = [
     r'\(\?[:=!]',  # (?:…) and a look at what follows: (?=…) (?!…)
     r'\((?!\?)',  # (…)
     r'[)|]',
-    r'[^\\\[\](){}|?*+.^$]',  # a letter or a sign that stands for itself
+    r'[^\\\[\](){}|?*+.^$]',  # a character that stands for itself
 ]
 _PLAIN = f'(?:{"|".join(_PARTS_ALIKE)})'
 _TIMES = r'(?:[?*+]\??|\{\d+(?:,\d*)?\})(?![?*+{])'  # + *? {1,3}, but not two in a row
@@ -804,7 +812,7 @@ def _followed(data) -> bool:
 
 
 def _check_ids(ids):
-    "Raises `LabError` on ids that no model has: a place for each will be made"
+    "Raises `LabError` on ids that no model has, because a table up to the largest will be made"
     for n in ids:
         if type(n) is not int or not 0 <= n < 1 << 22:
             raise LabError(f'the id {short(n)} is no whole number below {1 << 22:,}: save it again')

@@ -500,7 +500,7 @@ def _halves(held, joined, marked):
         separator = f'\n{END_OF_TEXT}\n'
         train, val = split_documents(held)
         return dict(train=separator.join(train), val=separator.join(val))
-    return split_text(joined)  # one document is cut by place
+    return split_text(joined)  # one document is cut by position
 
 
 def from_path(path, field='text') -> Corpus:

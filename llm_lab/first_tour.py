@@ -77,7 +77,6 @@ def _time_step(setup):
     """(seconds that a training step takes here, the number of threads with which it does), tried on
     a copy, because the steps that are timed change the weights"""
     from copy import deepcopy
-    from itertools import count
     from statistics import median
     from llm_lab.onednn import onednn_linears
     from llm_lab.hardware import fastest_threads, keep_freed_memory, use_threads
@@ -137,7 +136,7 @@ LETTERS = 20_000  # more different characters than the largest dictionaries have
 
 
 def _shown(text):
-    "A name as a text that can be written anywhere; bytes that are no UTF-8 become the sign �"
+    "A name as a text that can be written anywhere; bytes that are no UTF-8 become the character �"
     return str(text).encode('utf-8', 'surrogateescape').decode('utf-8', 'replace')
 
 
@@ -159,7 +158,7 @@ def _check_texts(setup):
     if predicted < 1:
         raise LabError(
             f'corpus {name!r} has a validation text of {len(ids)} characters, '
-            'in which nothing can be asked: give a longer text'
+            'in which nothing can be predicted: give a longer text'
         )
 
 
@@ -336,7 +335,7 @@ _PACKAGE = 'package.json', 'llm_lab.json', 'tokenizer.json', 'model.safetensors'
 
 
 def _about(setup, run, data):
-    "What a package says of its origin"
+    "What a package holds of its origin"
     corpus = setup.corpus
     field = dict(field=corpus.field) if corpus.field else {}  # of records
     return dict(
@@ -415,7 +414,7 @@ class _Keeper:
         self._wait(time.monotonic() - start)
 
     def keep(self, run):
-        "Keep it where it should be, else where it can be; `lost` says why. Raises if nothing helps"
+        "Keep it where it should be, else where it can be; `lost` is why. Raises if nothing helps"
         try:
             return self.save(run)
         except Exception as e:
@@ -489,13 +488,12 @@ def describe_score(score, parts=None, of='validation'):
     sure = 'no 95 % interval: one piece of text tells none'
     if score.interval:
         sure = '95 % interval {:.3f} to {:.3f}'.format(*score.interval)
-    # where a token is more than a character, the loss is per token, and only the bits are per
-    # character
+    # with a token of several characters the loss is per token, only the bits are per character
     letters = score.tokens == score.chars
     token, bits = ('character', 'bits') if letters else ('token', 'bits per character')
     line = (
         f'{of} loss {score.loss:.3f} nats per {token} = {score.bits:.3f} {bits} ({sure}), '
-        f'every {token} asked once'
+        f'every {token} predicted once'
     )
     if score.floor:
         line += (

@@ -98,8 +98,7 @@ def _split_is_sound(name, said, files):
 
 
 def _sound(meta) -> bool:
-    """Does it tell splits, their files in this folder and a tokenizer, in the kinds that are
-    counted with?"""
+    "Has it splits, their files in this folder and a tokenizer, in types that can be counted with?"
     files = meta.get('files')
     splits = meta.get('splits')
     tokenizer = meta.get('tokenizer')
@@ -153,7 +152,9 @@ def _check_content(f, path, name, meta):
 
 # %% ../nbs/15_packing.ipynb #11f91c61
 class PackedTokens:
-    "One split of a packed folder. `ids` (n,), int32, is the file itself, mapped; nothing is copied"
+    """One split of a packed folder. `ids` (n,), int32, is the file itself, mapped, not copied.
+
+    Raises `LabError` where the folder is damaged or has no such split"""
 
     def __init__(
         self,
@@ -474,6 +475,8 @@ _OURS = re.compile(r'\w+\.bin|meta\.json|tokenizer/(tokenizer|meta)\.json')
 def _as_packed(folder, known):
     """What is ours in a packed folder, however damaged: its list shows that it was one, or its
     tokenizer"""
+    # Without a list that can be read, its tokenizer.json must be laid out as ours are: then nobody
+    # else has made this folder
     path = folder / 'tokenizer' / 'tokenizer.json'
     text = path.read_bytes() if path.is_file() else b''
     ours = 'meta.json' in known or laid_out(text, 'added_tokens', 'model', ensure_ascii=False)
