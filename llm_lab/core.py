@@ -598,7 +598,7 @@ def explore(
 
 # %% ../nbs/01_core.ipynb #33dab54a
 class StatusLine:
-    "A status line that rewrites itself: `live(text)` shows, `live.close(text)` leaves the last word"
+    "A line that rewrites itself: `live(text)` shows, `live.close(text)` leaves the last word"
 
     def __init__(self, every=10.0):  # seconds between lines where nothing can be rewritten
         self.every = every
