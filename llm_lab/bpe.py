@@ -167,6 +167,7 @@ def _learn(counts, n: int, least: int, ties='tokenizers') -> list:  # [(bytes, b
     del counts  # they may be large, and are not needed any more
     tokens = {c: bytes([b]) for c, b in _BYTE.items()}  # letter → bytes
     pairs, where = _pairs_in(words, freq)
+    # the key looks at `words` and `where` as they are when it is called, not as they are now
     key = _tie_key(ties, words, where, tokens)
 
     def entry(pair):
@@ -326,9 +327,11 @@ def _merged_long(self: BPETokenizer, word):
         if len(parts) == 1:  # earlier merges have left none
             continue
         word = new.join(parts)
-        # its neighbours at the left, at the right, and itself: one pair too many does no harm
-        born = {p[-1:] + new for p in parts[:-1]} | {new + p[:1] for p in parts[1:]} | {new + new}
-        for p in born & self.ranks.keys():
+        # `new` with what may stand before it, after it, and with itself: one pair too many does no
+        # harm, because a pair that the word does not hold is passed over when it comes up
+        before = {p[-1:] + new for p in parts[:-1]}
+        after = {new + p[:1] for p in parts[1:]}
+        for p in (before | after | {new + new}) & self.ranks.keys():
             heapq.heappush(todo, self.ranks[p])
     return word
 

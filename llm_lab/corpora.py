@@ -145,7 +145,7 @@ END_OF_TEXT = '<|endoftext|>'
 
 
 def parse_documents(text: str) -> list[str]:
-    "The texts between the marks, without space around them; empty ones are dropped"
+    "The texts between the lines `<|endoftext|>`, without space around them; empty ones are dropped"
     parts = text.replace('\r\n', '\n').split(END_OF_TEXT)
     stripped = [part.strip() for part in parts]
     return [document for document in stripped if document]
@@ -223,11 +223,13 @@ def _divided(folder, files) -> dict:
             parts = sets.setdefault(before, {})
             parts.setdefault(_SPLITS[word.lower()], []).append(f)
     whole = [parts for parts in sets.values() if 'train' in parts and len(parts) > 1]
-    if len(whole) == 1:
+    if len(whole) == 1:  # one text with a train part and another: somebody has cut it
         return whole[0]
     named = [f for parts in sets.values() for held in parts.values() for f in held]
     splits = {split for parts in sets.values() for split in parts}
-    torn = 'train' in splits and len(splits) > 1  # of several texts
+    # Else the names may mean nothing: train.txt alone may be a story of a train. But a-train.txt
+    # and b-test.txt, or a val.txt and a test.txt alone, were splits of something.
+    torn = 'train' in splits and len(splits) > 1
     headless = splits and 'train' not in splits and len(named) == len(files)
     if torn or headless:
         few = ', '.join(f.relative_to(folder).as_posix() for f in named[:3])
@@ -505,7 +507,9 @@ def _halves(held, joined, marked):
 
 def from_path(path, field='text') -> Corpus:
     """A corpus from a file or folder of texts; or of records, each a document with its text in
-    `field`"""
+    `field`.
+
+    Raises `LabError` where there is no text, or where it is not clear which files are the text"""
     path = Path(path)
     texts, records = _read(path, field)  # {split: texts}, or {'': texts} where there are none
     docs = {}
@@ -516,10 +520,11 @@ def from_path(path, field='text') -> Corpus:
     several = sum(map(len, docs.values())) > 1
     marked = several and (records or _is_marked(texts))  # do we know where each document ends?
     separator = f'\n{END_OF_TEXT}\n' if marked else Corpus.separator
+    # a text in which we know no documents is kept to the letter, with all its space
     held = docs if marked or records else texts
     joined = {s: separator.join(held[s]) for s in ('', 'train', 'val', 'test') if s in held}
     splits = {s: t for s, t in joined.items() if s}
-    if not splits.get('val'):
+    if not splits.get('val'):  # we cut: the whole text, or its train part; a test part stays
         source = '' if '' in held else 'train'
         cut = _halves(held[source], joined[source], marked)
         splits = cut | {s: t for s, t in splits.items() if s == 'test'}
@@ -567,7 +572,7 @@ class _Capped:
         return self.file.write(chunk)
 
     def flush(self):
-        "As a file's; pooch calls it at the end"
+        "As a file's"
         self.file.flush()
 
 
@@ -599,7 +604,6 @@ def fetch(name: str, url: str, sha256: str, size: int) -> bytes:
             return _hash_ok(path, sha256)
     made_folder(home() / 'data')
     pooch = require('pooch')
-    pooch.get_logger().setLevel('ERROR')
     store = pooch.create(
         home() / 'data',
         '',
@@ -607,6 +611,10 @@ def fetch(name: str, url: str, sha256: str, size: int) -> bytes:
         urls={name: url},
         retry_if_failed=3,
     )
+    # a switch of the whole process, undone below: pooch would print a line for each try
+    logger = pooch.get_logger()
+    level = logger.level
+    logger.setLevel('ERROR')
     try:
         path = store.fetch(name, downloader=lambda url, path, pup: _download(url, path, size))
     except Exception as e:
@@ -617,6 +625,8 @@ def fetch(name: str, url: str, sha256: str, size: int) -> bytes:
             f'cannot download {name}: {why}; '
             f'try again, or put a copy into {home() / "data"} or $LLM_LAB_DATA'
         ) from None
+    finally:
+        logger.setLevel(level)
     return _hash_ok(Path(path), sha256)
 
 # %% ../nbs/04_corpora.ipynb #5232ebd2
