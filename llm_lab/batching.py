@@ -47,7 +47,9 @@ def permuted_index(
 ) -> np.ndarray:  # numbers of blocks, int64, as many
     """Which block stands at position i: positions e·n to e·n + n − 1, epoch e, hold each of n
     blocks once, shuffled. A Feistel cipher on the numbers below n (Black and Rogaway 2002): any
-    position at once, nothing is stored"""
+    position at once, nothing is stored.
+
+    Three blocks, three epochs, seed 0: 0 1 2, 0 2 1, 1 2 0"""
     i = np.asarray(i, np.uint64)
     epoch, x = np.divmod(i, np.uint64(n))
     x = x.ravel()  # the position within its epoch: what the cipher scrambles
