@@ -27,55 +27,74 @@ def _drawn(epochs, seed, purpose):
     return _mix(_mix(np.asarray(epochs, np.uint64)) ^ np.uint64(int.from_bytes(start, 'little')))
 
 # %% ../nbs/14_batching.ipynb #0a2df0d1
+def _feistel(x, key, sizes):
+    """Numbers below a·b, scrambled one-to-one by eight rounds of a Feistel cipher.
+
+    `sizes` is (a, b), as uint64; `key` has 64 bits for each number"""
+    half = list(np.divmod(x, sizes[1]))  # left, below a; right, below b
+    for r in range(8):  # left and right in turn: each adds a scramble of the other
+        this = r % 2
+        other = 1 - this
+        round_key = _mix(key + np.uint64(r))
+        scramble = _mix(half[other] ^ round_key) % sizes[this]
+        half[this] = (half[this] + scramble) % sizes[this]
+    return half[0] * sizes[1] + half[1]
+
+
 def permuted_index(
-    i,  # places in the endless order: ints ≥ 0, any shape
+    i,  # positions in the endless order: ints ≥ 0, any shape
     n: int,  # how many blocks there are
     seed=0,
 ) -> np.ndarray:  # numbers of blocks, int64, as many
-    """Which block stands at place i: places e·n to e·n + n − 1, epoch e, hold each of n blocks
-    once, shuffled. A Feistel cipher on the numbers below n (Black and Rogaway 2002): any place
-    at once, nothing is stored
+    """Which block stands at position i: positions e·n to e·n + n − 1, epoch e, hold each of n
+    blocks once, shuffled. A Feistel cipher on the numbers below n (Black and Rogaway 2002): any
+    position at once, nothing is stored.
+
+    Three blocks, three epochs, seed 0: 0 1 2, 0 2 1, 1 2 0
 
     Args:
-        i: places in the endless order: ints ≥ 0, any shape
+        i: positions in the endless order: ints ≥ 0, any shape
         n: how many blocks there are
 
     Returns:
         numbers of blocks, int64, as many
     """
     i = np.asarray(i, np.uint64)
-    epoch, x = (v.ravel() for v in np.divmod(i, np.uint64(n)))
+    epoch, x = np.divmod(i, np.uint64(n))
+    x = x.ravel()  # the position within its epoch: what the cipher scrambles
+    key = _drawn(epoch.ravel(), seed, 'blocks')
+    # the rectangle: n = 10 fits into 4 × 3
     a = math.isqrt(n - 1) + 1
     b = -(-n // a)  # a*b ≥ n, hardly more
-    key = _drawn(epoch, seed, 'blocks')
-    todo = np.arange(len(x))  # places whose block is not found yet
+    sizes = np.uint64(a), np.uint64(b)
+    todo = np.arange(len(x))  # which of `i` have no block yet
     out = np.empty(len(x), np.int64)
     while len(todo):
-        half = list(np.divmod(x, np.uint64(b)))  # left, below a; right, below b
-        for r in range(8):
-            size, k = np.uint64((a, b)[r % 2]), _mix(key + np.uint64(r))
-            half[r % 2] = (half[r % 2] + _mix(half[1 - r % 2] ^ k) % size) % size
-        x = half[0] * np.uint64(b) + half[1]
+        x = _feistel(x, key, sizes)
         inside = x < n
         out[todo[inside]] = x[inside]
-        outside = ~inside  # who is outside walks on
-        todo, key, x = todo[outside], key[outside], x[outside]
+        # a number outside, at least n, is sent through again
+        outside = ~inside
+        todo = todo[outside]
+        key = key[outside]
+        x = x[outside]
     return out.reshape(i.shape)
 
 # %% ../nbs/14_batching.ipynb #434f4196
 def _document_rows(n, T, starts):
-    """(where rows begin, how far back each may move), int64, (R,): the first of a document stays.
+    """(where sequences begin, how far back each may move), int64, (R,): the first of a document
+    stays.
 
-    n = 15, T = 4, documents at 0 and 10, of 10 and 5 tokens: they need 3 and 2 rows. The rows
+    n = 15, T = 4, documents at 0 and 10, of 10 and 5 tokens: they need 3 and 2 sequences, which
     begin at 0 4 8, 10 14; 3·4 − 10 = 2 and 2·4 − 5 = 3 tokens are too many, so they may move back
     by at most 0 2 2, 0 3"""
     starts = np.asarray(starts, np.int64)
     lengths = np.diff(starts, append=starts[0] + n)  # the last goes on to the first
-    count = -(-lengths // T)  # rows of each document, rounded up
-    spare = count * T - lengths  # how far its last row reaches beyond its end
-    document = np.repeat(np.arange(len(starts)), count)  # of each row: 0 0 0 1 1
+    count = -(-lengths // T)  # sequences of each document, rounded up
+    spare = count * T - lengths  # how far its last sequence reaches beyond its end
+    document = np.repeat(np.arange(len(starts)), count)  # of each sequence: 0 0 0 1 1
     first_row = np.cumsum(count) - count  # of each document: 0 3
-    # of each row, within its document: 0 1 2 0 1
+    # the number of each sequence within its document: 0 1 2 0 1
     k = np.arange(len(document)) - first_row[document]
     begins = starts[document] + k * T
     room = np.where(k > 0, spare[document], 0)
@@ -99,23 +118,24 @@ def _check_sizes(n, batch_size, length, rank, world_size):
 
 
 class BatchStream:
-    """Rows (B, T+1), int64, without end: in each epoch the text, a ring, is cut at other places.
+    """Sequences of ids (B, T+1), int64, without end: in each epoch the text, a ring, is cut anew.
 
-    Each block is read once an epoch: no token is asked twice, fewer than T are left out. With
-    `starts`, rows begin there, each is met once an epoch, and every token is asked.
+    Of T+1 tokens T are predicted. Each block is read once an epoch: no token is predicted twice,
+    fewer than T are left out. With `starts`, sequences begin there, each is met once an epoch, and
+    every token is predicted. Raises `LabError` where no batch could be made.
 
     Args:
         tokens: `PackedTokens`, or a tensor of ids (n,)
-        batch_size: rows of a step, those of all ranks together
-        length: T: a row asks T questions
+        batch_size: B: sequences of a step, those of all ranks together
+        length: T: tokens that a sequence predicts
         starts: where documents begin, ascending, (M,)
     """
 
     def __init__(
         self,
         tokens,  # `PackedTokens`, or a tensor of ids (n,)
-        batch_size: int,  # rows of a step, those of all ranks together
-        length: int,  # T: a row asks T questions
+        batch_size: int,  # B: sequences of a step, those of all ranks together
+        length: int,  # T: tokens that a sequence predicts
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -145,7 +165,8 @@ class BatchStream:
         self.ids = ids
         self.ahead = torch.arange(length + 1)
         self.step = 0
-        self._known = (None, None)  # (number of a part, the beginnings of its steps): `blocks_of`
+        # (number of a part, the beginnings of its steps): `blocks_of` works them out together
+        self._known = (None, None)
 
     def __iter__(self):
         return self
@@ -162,14 +183,14 @@ class BatchStream:
             """Where the blocks begin that this rank reads at a step
 
             Returns:
-                places in the text, int64, (B / world_size,)"""
+                positions in the text, int64, (B / world_size,)"""
             ...
 
         def batch(self, step: 'int'):
-            """The rows of a step: a pure function of (seed, step)
+            """The sequences of a step: a pure function of (seed, step)
 
             Returns:
-                rows (B / world_size, T+1), int64"""
+                ids (B / world_size, T+1), int64"""
             ...
 
         def state_dict(self) -> 'dict':
@@ -179,18 +200,18 @@ class BatchStream:
         def load_state_dict(self, state: 'dict'):
             """Go on where `state` was taken.
 
-            `LabError` when it is of another text, seed, batch, block or row"""
+            Raises `LabError` when it is of another text, seed, batch size, length or other `starts`"""
             ...
 
 # %% ../nbs/14_batching.ipynb #92d06d0d
 @patch
-def blocks_of(self: BatchStream, step: int):  # places in the text, int64, (B / world_size,)
+def blocks_of(self: BatchStream, step: int):  # positions in the text, int64, (B / world_size,)
     """Where the blocks begin that this rank reads at a step
 
     Returns:
-        places in the text, int64, (B / world_size,)
+        positions in the text, int64, (B / world_size,)
     """
-    # some thousand rows, a part, cost no more than one batch: they are worked out together
+    # some thousand sequences, a part, cost no more than one batch: they are worked out together
     steps = max(1, 4096 // self.batch_size)
     part, k = divmod(step, steps)
     if self._known[0] != part:
@@ -204,29 +225,34 @@ def blocks_of(self: BatchStream, step: int):  # places in the text, int64, (B / 
 @patch
 def _begins(self: BatchStream, step, steps):  # int64, (steps, B / world_size)
     "Where this rank's blocks begin, at a step and those that follow"
-    n, T, seed = (self.made_of[key] for key in ('n', 'length', 'seed'))
+    n = self.made_of['n']
+    T = self.made_of['length']
+    seed = self.made_of['seed']
     B = self.batch_size
-    places = np.arange(steps * B).reshape(steps, B) + step * B  # in the endless order
-    mine = places[:, self.rank :: self.world_size]
+    order = np.arange(steps * B).reshape(steps, B) + step * B  # positions in the endless order
+    mine = order[:, self.rank :: self.world_size]
     epochs = mine // self.per_epoch
     blocks = permuted_index(mine, self.per_epoch, seed)
     if self.rows is None:  # blocks side by side: the whole ring turns, by any number of tokens
         begins = blocks * T
         room = n - 1
-    else:  # rows of documents: each moves within its own room
-        begins, room = (values[blocks] for values in self.rows)
+    else:  # sequences of documents: each moves within its own room
+        all_begins, all_room = self.rows
+        begins = all_begins[blocks]
+        room = all_room[blocks]
+    # drawn from the epoch alone, so every rank and every resumed run turns alike
     turn = _drawn(epochs, seed, 'turn') % np.asarray(room + 1, np.uint64)
     return (begins - turn.astype(np.int64)) % n
 
 
 @patch
-def batch(self: BatchStream, step: int):  # rows (B / world_size, T+1), int64
-    """The rows of a step: a pure function of (seed, step)
+def batch(self: BatchStream, step: int):  # ids (B / world_size, T+1), int64
+    """The sequences of a step: a pure function of (seed, step)
 
     Returns:
-        rows (B / world_size, T+1), int64
+        ids (B / world_size, T+1), int64
     """
-    at = self.blocks_of(step)[:, None] + self.ahead  # places on the ring
+    at = self.blocks_of(step)[:, None] + self.ahead  # positions on the ring, (B / world_size, T+1)
     rows = self.ids.take(at % len(self.ids)).long()
     return rows if self.device == 'cpu' else rows.to(self.device, non_blocking=True)
 
@@ -237,7 +263,8 @@ def _agree(what, theirs, other, mine, remedy):
         return
 
     def say(value):
-        return f'{value:,}' if isinstance(value, int) else str(value)[:16]  # of a hash, enough
+        "A number with commas; of a hash the beginning is enough"
+        return f'{value:,}' if isinstance(value, int) else str(value)[:16]
 
     raise LabError(f'{what} is {say(theirs)}, {other} {say(mine)}: {remedy}')
 
@@ -252,7 +279,7 @@ def state_dict(self: BatchStream) -> dict:
 def load_state_dict(self: BatchStream, state: dict):
     """Go on where `state` was taken.
 
-    `LabError` when it is of another text, seed, batch, block or row"""
+    Raises `LabError` when it is of another text, seed, batch size, length or other `starts`"""
     if 'starts' not in state and 'tokens' in state:  # of an older edition
         raise LabError(
             'the saved position is of blocks that stand still, and they move now: start a new run'

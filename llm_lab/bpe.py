@@ -86,11 +86,11 @@ def _merge(pair, new, words, freq, pairs, where, least=1):
 
     `pairs` (how often each occurs) and `where` (the words that may hold it) are kept true"""
     del pairs[pair]
-    touched = set()
+    touched = set()  # pairs whose count changes
     for i in set(where.pop(pair)):  # an array may name a word twice, and takes less room
         parts = words[i].split(pair)
         words[i] = new.join(parts)
-        f = freq[i]
+        f = freq[i]  # a pair in this word stands in the text so many times
         for old, born in _changed_neighbours(parts, pair, new):
             pairs[born] += f
             where[born].append(i)
@@ -125,7 +125,7 @@ def _tie_key(ties, words, where, tokens):
         raise LabError(f'ties={ties!r}: choose from {", ".join(keys)}')
     return keys[ties]
 
-# %% ../nbs/12_bpe.ipynb #f7a1ccb6
+
 def _pairs_in(words, freq):
     "How often each pair of letters occurs, and the numbers of the words that hold it"
     pairs = defaultdict(int)
@@ -135,6 +135,26 @@ def _pairs_in(words, freq):
             pairs[p] += freq[i]
             where[p].append(i)
     return pairs, where
+
+
+def _pop_commonest(heap, pairs, least, aging=None):
+    """Take the commonest pair off the heap; None if no pair is left that occurs `least` times.
+
+    Entries are (−count, key, pair). Counts only fall, so an old entry comes up too early, never
+    too late: it goes back with what is true now. `aging` is the function of the key if keys grow
+    old, too"""
+    while heap:
+        entry = heapq.heappop(heap)
+        _, key, pair = entry
+        if pairs.get(pair, 0) < least:
+            continue  # too rare since it was put there
+        if aging:
+            key = aging(pair)
+        now = (-pairs[pair], key, pair)
+        if now == entry:
+            return pair
+        heapq.heappush(heap, now)
+    return None
 
 
 def _learn(counts, n: int, least: int, ties='tokenizers') -> list:  # [(bytes, bytes), …]
@@ -148,25 +168,22 @@ def _learn(counts, n: int, least: int, ties='tokenizers') -> list:  # [(bytes, b
     del counts  # they may be large, and are not needed any more
     tokens = {c: bytes([b]) for c, b in _BYTE.items()}  # letter → bytes
     pairs, where = _pairs_in(words, freq)
+    # the key looks at `words` and `where` as they are when it is called, not as they are now
     key = _tie_key(ties, words, where, tokens)
 
     def entry(pair):
         "In the heap the commonest lies on top; of equals, the one with the least key"
         return -pairs[pair], key(pair), pair
 
+    # a key grows old with 'first' alone, where the first occurrence may go
+    aging = key if ties == 'first' else None
     heap = [entry(p) for p in pairs]
     heapq.heapify(heap)
     merges = []
-    while heap and len(merges) < n:
-        count, k, pair = heapq.heappop(heap)
-        if pairs.get(pair, 0) < least:
-            continue
-        # Counts only fall, so an old entry comes up too early, never too late: it goes back with
-        # what is true now. A key grows old with 'first' alone, when the first occurrence is gone.
-        now = (-pairs[pair], key(pair) if ties == 'first' else k, pair)
-        if now != (count, k, pair):
-            heapq.heappush(heap, now)
-            continue
+    while len(merges) < n:
+        pair = _pop_commonest(heap, pairs, least, aging)
+        if pair is None:
+            break
         new = chr(_MERGED + len(merges))
         merges.append((tokens[pair[0]], tokens[pair[1]]))
         tokens[new] = b''.join(merges[-1])
@@ -188,7 +205,10 @@ def _marks(special):
 
 class BPETokenizer:
     """Byte-level BPE (Sennrich et al. 2016, Radford et al. 2019): any text, no unknown characters,
-    exact both ways
+    exact both ways.
+
+    Raises `LabError` where a byte or a merge has no token, where a merge joins tokens that do not
+    exist yet, and where a special token could be typed
 
     Args:
         patterns: regular expressions that cut text into chunks, one after the other
@@ -221,7 +241,8 @@ class BPETokenizer:
         self.ranks = {}  # pair → rank
         for rank, (a, b) in enumerate(self.merges):
             self._add(rank, a, b)
-        if missing := [t for t in self.letters if t not in self.ids]:
+        missing = [t for t in self.letters if t not in self.ids]
+        if missing:
             raise LabError(
                 f'the vocabulary lacks {len(missing)} tokens, among them {missing[0]!r}: '
                 'give all 256 bytes and what each merge makes'
@@ -240,7 +261,9 @@ class BPETokenizer:
     if TYPE_CHECKING:
         def __repr__(self): ...
 
-        def __reduce__(self): ...
+        def __reduce__(self):
+            """For pickle and deepcopy: it is made anew from what it was made of; compiled parts are not sent"""
+            ...
 
         def encode(self, text, allowed_special=()) -> 'list[int]':
             """Ids of a text (str or bytes); special tokens only if allowed, by name or 'all'.
@@ -273,9 +296,11 @@ class BPETokenizer:
         def train(
             cls, sources, vocab_size: 'int', special_tokens=(), min_frequency=2, ties='tokenizers'
         ) -> 'BPETokenizer':
-            """Learn merges from texts. What was read stands in `meta`:
+            """Learn merges from texts (Sennrich et al. 2016). `meta` holds what was read, with a SHA-256
+            over the documents, each followed by byte 255.
 
-            SHA-256 over the documents, each followed by byte 255
+            Raises `LabError` where `vocab_size` has no room for the bytes and the special tokens; warns
+            where the text has too few pairs
 
             Args:
                 sources: texts (`str`) and files (`Path`), or one of them
@@ -300,7 +325,7 @@ class BPETokenizer:
             """The BPE tokenizer in a folder or a `tokenizer.json`; a `ForeignTokenizer` if it must be"""
             ...
 
-# %% ../nbs/12_bpe.ipynb #20e61351
+
 @patch
 def _add(self: BPETokenizer, rank, a, b):
     "Take in one merge"
@@ -309,6 +334,7 @@ def _add(self: BPETokenizer, rank, a, b):
             f'merge {rank} joins {a!r} and {b!r}, but nothing before makes both: keep the order'
         )
     pair = self.letters[a] + self.letters[b]
+    # a file may make one token by two merges: it keeps its first letter, a pair its first rank
     new = self.letters.setdefault(a + b, chr(_MERGED + rank))
     self.pairs.append((pair, new))
     self.ranks.setdefault(pair, rank)
@@ -328,7 +354,7 @@ def _special(self: BPETokenizer, token):
     self.vocab[id] = data
     return id
 
-# %% ../nbs/12_bpe.ipynb #46f20e78
+
 @patch
 def __repr__(self: BPETokenizer):
     return f'BPETokenizer({self.vocab_size:,} ids, special {[*self.special_tokens]})'
@@ -336,19 +362,17 @@ def __repr__(self: BPETokenizer):
 
 @patch
 def __reduce__(self: BPETokenizer):
-    return (
-        type(self),
-        (
-            self.vocab,
-            self.merges,
-            [*self.special_tokens],
-            self.patterns,
-            self.whole,
-            self.form,
-            self.meta,
-        ),
-        dict(begin=self.begin),
+    "For pickle and deepcopy: it is made anew from what it was made of; compiled parts are not sent"
+    arguments = (
+        self.vocab,
+        self.merges,
+        [*self.special_tokens],
+        self.patterns,
+        self.whole,
+        self.form,
+        self.meta,
     )
+    return type(self), arguments, dict(begin=self.begin)
 
 # %% ../nbs/12_bpe.ipynb #ffb7eeb9
 @patch
@@ -378,13 +402,15 @@ def _merged_long(self: BPETokenizer, word):
         if len(parts) == 1:  # earlier merges have left none
             continue
         word = new.join(parts)
-        # its neighbours at the left, at the right, and itself: one pair too many does no harm
-        born = {p[-1:] + new for p in parts[:-1]} | {new + p[:1] for p in parts[1:]} | {new + new}
-        for p in born & self.ranks.keys():
+        # `new` with what may stand before it, after it, and with itself: one pair too many does no
+        # harm, because a pair that the word does not hold is passed over when it comes up
+        before = {p[-1:] + new for p in parts[:-1]}
+        after = {new + p[:1] for p in parts[1:]}
+        for p in (before | after | {new + new}) & self.ranks.keys():
             heapq.heappush(todo, self.ranks[p])
     return word
 
-# %% ../nbs/12_bpe.ipynb #993ac5c7
+
 class _Chunks(dict):
     "chunk → its ids; worked out when first asked for, kept while there is room"
 
@@ -470,6 +496,7 @@ def _finder(pattern):
         return compiled.findall  # whole finds, since no pattern in `_KNOWN` has a group
 
     def find(text):
+        "The chunks; nobody knows how long a stranger's pattern takes, so it gets a time limit"
         try:
             return [m[0] for m in compiled.finditer(text, timeout=10 + len(text) / 10_000)]
         except TimeoutError:
@@ -509,7 +536,8 @@ def _allowed(self: BPETokenizer, names):
     elif isinstance(names, str):
         names = [names]
     names = list(names)
-    if unknown := [s for s in names if s not in self.special_tokens]:
+    unknown = [s for s in names if s not in self.special_tokens]
+    if unknown:
         raise LabError(
             f'{unknown[0]!r} is no special token here: choose from {[*self.special_tokens]}'
         )
@@ -529,14 +557,17 @@ def encode(self: BPETokenizer, text, allowed_special=()) -> list[int]:
             return self._ordinary(text)
         ids = []
         for n, part in enumerate(special.split(text)):  # ordinary, special, ordinary, …
-            ids.extend([self.special_tokens[part]] if n % 2 else self._ordinary(part))
+            if n % 2 == 1:
+                ids.append(self.special_tokens[part])
+            else:
+                ids.extend(self._ordinary(part))
         return ids
     except UnicodeEncodeError as e:
         raise LabError(
             f'the text holds half a character, {e.object[e.start]!r}: mend it at its source'
         ) from None
 
-# %% ../nbs/12_bpe.ipynb #5e63ccc0
+
 @patch
 def decode_bytes(self: BPETokenizer, ids) -> bytes:
     "The exact bytes of some ids. Raises `LabError` on an id outside the vocabulary"
@@ -559,12 +590,11 @@ def decode(self: BPETokenizer, ids, errors='replace') -> str:
     'surrogateescape')"""
     return self.decode_bytes(ids).decode('utf-8', errors)
 
-# %% ../nbs/12_bpe.ipynb #a7af73be
+
 @patch
 def _tiktoken(self: BPETokenizer):
-    """tiktoken's tokenizer, and our id for each of its ids;
-
-    () where it is not installed or would not do the same"""
+    """(tiktoken's tokenizer, our id for each of its ids); () where it is not installed or would not
+    do the same"""
     try:
         import tiktoken
     except ModuleNotFoundError:
@@ -582,9 +612,9 @@ def _tiktoken(self: BPETokenizer):
 
 
 def _settled(text):
-    """Are its characters of 2002 (Unicode 3.2), or signs?
+    """Are its characters of 2002 (Unicode 3.2), or punctuation and symbols? And is the text short?
 
-    And is it short? tiktoken dies of a million spaces"""
+    tiktoken dies of a million spaces"""
     if text.isascii() and len(text) < 999:
         return True  # the common case, quickly
     if len(text) >= 99_999:
@@ -603,6 +633,7 @@ def encode_batch(self: BPETokenizer, texts, allowed_special=()) -> list[list[int
     rust, ids = self._rust
 
     def encode_one(text):
+        "The same ids, from Rust where both libraries read these characters alike"
         if isinstance(text, str) and _settled(text):
             return list(map(ids.__getitem__, rust.encode_ordinary(text)))
         return self.encode(text)
@@ -613,12 +644,14 @@ def encode_batch(self: BPETokenizer, texts, allowed_special=()) -> list[list[int
 # Where a text may be cut, whatever comes after: before white space; (?r) searches from the end
 _SAFE = {
     True: regex.compile(r'(?r)(?<=\S)(?=\s)'),  # for GPT-2's pattern
-    False: regex.compile(r'(?r)(?<=[\p{L}\p{N}])(?=\s)'),  # others take a line's end with a sign
+    False: regex.compile(
+        r'(?r)(?<=[\p{L}\p{N}])(?=\s)'
+    ),  # others take a line's end with punctuation
 }
 
 
 def _last_safe_place(held, safe, special, longest):
-    "Where `held` may be cut, but for the last `longest` letters; 0 where it may not"
+    "Where `held` may be cut, but for the last `longest` characters; 0 where it may not"
     found = safe.search(held, 0, max(0, len(held) - longest))
     if not found:
         return 0
@@ -642,11 +675,13 @@ def _pieces(parts, safe, special=None, longest=0, size=1 << 18):
         if at:
             yield held[:at]
             held = held[at:]
-        wait = max(size, 2 * len(held))  # no safe place: look again when there is more
+        # No safe place: look again when there is twice as much. To look at each part would read a
+        # long run without spaces over and over, and take the square of its length.
+        wait = max(size, 2 * len(held))
     if held:
         yield held
 
-# %% ../nbs/12_bpe.ipynb #7fbd6981
+
 @patch
 def encode_iterable(self: BPETokenizer, parts, allowed_special=()):  # yields ids
     """Ids of the whole text that comes in parts (lines, blocks), one by one; only a piece of it is
@@ -688,7 +723,7 @@ def _count(sources, special, longest, meta, find=_finder(GPT2)):
     meta.update(sha256=seen.hexdigest(), documents=n, bytes=size)
     return counts
 
-# %% ../nbs/12_bpe.ipynb #5d61daca
+
 @patch(cls_method=True)
 def train(
     cls: BPETokenizer,
@@ -698,9 +733,11 @@ def train(
     min_frequency=2,  # rarer pairs stay
     ties='tokenizers',  # between equals: 'tokenizers', 'greater' or 'first'
 ) -> BPETokenizer:
-    """Learn merges from texts. What was read stands in `meta`:
+    """Learn merges from texts (Sennrich et al. 2016). `meta` holds what was read, with a SHA-256
+    over the documents, each followed by byte 255.
 
-    SHA-256 over the documents, each followed by byte 255
+    Raises `LabError` where `vocab_size` has no room for the bytes and the special tokens; warns
+    where the text has too few pairs
 
     Args:
         sources: texts (`str`) and files (`Path`), or one of them
@@ -730,7 +767,7 @@ def train(
 # %% ../nbs/12_bpe.ipynb #c2f4a7b1
 # What a pattern may be made of, so that both libraries read it alike: plain parts, each perhaps
 # repeated. Left out are groups that count or are named, anchors, `.`, `[a&&b]` and `*+`.
-_ONE = r'\\[pP]\{[A-Z][a-z]?\}|\\[sSrnt]|\\[^\w\s]'  # a class, white space, a sign
+_ONE = r'\\[pP]\{[A-Z][a-z]?\}|\\[sSrnt]|\\[^\w\s]'  # a class, white space, punctuation
 _CLASS = rf'\[\^?(?:{_ONE}|[^\\\[\]&]|&(?!&))+\]'  # [^\r\n\p{L}]
 _PARTS_ALIKE = [
     _ONE,
@@ -738,7 +775,7 @@ _PARTS_ALIKE = [
     r'\(\?[:=!]',  # (?:…) and a look at what follows: (?=…) (?!…)
     r'\((?!\?)',  # (…)
     r'[)|]',
-    r'[^\\\[\](){}|?*+.^$]',  # a letter or a sign that stands for itself
+    r'[^\\\[\](){}|?*+.^$]',  # a character that stands for itself
 ]
 _PLAIN = f'(?:{"|".join(_PARTS_ALIKE)})'
 _TIMES = r'(?:[?*+]\??|\{\d+(?:,\d*)?\})(?![?*+{])'  # + *? {1,3}, but not two in a row
@@ -758,7 +795,7 @@ def _alike(pattern) -> bool:
     except regex.error:
         return False
 
-# %% ../nbs/12_bpe.ipynb #f373e91e
+
 @patch
 def save(self: BPETokenizer, folder):
     """Write `tokenizer.json` for Hugging Face `tokenizers`, and `meta.json`: what the tokenizer was
@@ -817,7 +854,7 @@ def _steps(x, name):  # of a normalizer, a pre-tokenizer, a decoder
         return []
     return x[name] if x.get('type') == 'Sequence' else [x]
 
-# %% ../nbs/12_bpe.ipynb #08d3958b
+
 _FORMS = 'NFC', 'NFD', 'NFKC', 'NFKD'
 
 
@@ -865,7 +902,7 @@ def _followed(data) -> bool:
 
 
 def _check_ids(ids):
-    "Raises `LabError` on ids that no model has: a place for each will be made"
+    "Raises `LabError` on ids that no model has, because a table up to the largest will be made"
     for n in ids:
         if type(n) is not int or not 0 <= n < 1 << 22:
             raise LabError(f'the id {short(n)} is no whole number below {1 << 22:,}: save it again')
@@ -895,6 +932,15 @@ def from_json(cls: BPETokenizer, data: dict):
         return None
     tok.begin = begin_of(data)
     return tok
+
+
+@patch(cls_method=True)
+def load(cls: BPETokenizer, path):
+    "The BPE tokenizer in a folder or a `tokenizer.json`; a `ForeignTokenizer` if it must be"
+    tok = load_tokenizer(path)
+    if tok.kind == cls.kind or getattr(tok, 'model', None) == 'BPE':
+        return tok
+    raise LabError(f'{path} holds {getattr(tok, "model", tok.kind)}, not BPE: use load_tokenizer')
 
 # %% ../nbs/12_bpe.ipynb #b4d6f8a2
 _SMALL = (
@@ -974,7 +1020,7 @@ def _check_bounds(data):
             _bearable(cut['Regex'])
     _grown([d for d in _inside(data.get('normalizer')) if 'type' in d])
 
-# %% ../nbs/12_bpe.ipynb #d9e1b3c5
+
 def _answer(what, f, *args, **kw):
     "What the library answers; what it dies of, a panic in Rust too, is a `LabError` of one line"
     try:
@@ -1027,7 +1073,9 @@ class ForeignTokenizer:
         self.vocab_size = max(self.names, default=-1) + 1
         self.bos_id, self.eos_id = _marks(self.special_tokens)
         self.runs = 'ByteFallback' in str(data.get('decoder'))  # are bytes in a row read as one?
-        unk, unk_id = model.get('unk_token'), model.get('unk_id')  # may stand for what was typed
+        # the unknown token is no mark: it may stand for what was typed
+        unk = model.get('unk_token')
+        unk_id = model.get('unk_id')
         self.marks = {n: s for s, n in self.special_tokens.items() if s != unk and n != unk_id}
 
     def __repr__(self):
@@ -1074,7 +1122,7 @@ class ForeignTokenizer:
             """Write its `tokenizer.json`; what stands before a prompt is added where it says nothing of it"""
             ...
 
-# %% ../nbs/12_bpe.ipynb #e7a9c1d3
+
 @patch
 def reader(self: ForeignTokenizer, allowed=frozenset()):
     "The library's tokenizer that finds, of the special tokens, only those `allowed`"
@@ -1099,7 +1147,8 @@ def encode(self: ForeignTokenizer, text, allowed_special=()) -> list[int]:
         text = text.decode('utf-8', 'surrogateescape')
     names = [allowed_special] if isinstance(allowed_special, str) else allowed_special
     allowed = frozenset(self.special_tokens if allowed_special == 'all' else names)
-    if unknown := [s for s in allowed if s not in self.special_tokens]:
+    unknown = [s for s in allowed if s not in self.special_tokens]
+    if unknown:
         raise LabError(
             f'{unknown[0]!r} is no special token here: choose from {[*self.special_tokens]}'
         )
@@ -1142,7 +1191,8 @@ def encode_iterable(self: ForeignTokenizer, parts, allowed_special=()):  # yield
 def decode(self: ForeignTokenizer, ids) -> str:
     "The text of some ids. Raises `LabError` on an id outside the vocabulary"
     ids = ids.tolist() if hasattr(ids, 'tolist') else list(ids)
-    if wrong := [n for n in ids if n not in self.names]:
+    wrong = [n for n in ids if n not in self.names]
+    if wrong:
         raise LabError(
             f'the id {wrong[0]!r} is not in this vocabulary of {len(self.names):,}: '
             'use the tokenizer it comes from'
@@ -1154,16 +1204,9 @@ def decode(self: ForeignTokenizer, ids) -> str:
 @patch
 def save(self: ForeignTokenizer, folder):
     "Write its `tokenizer.json`; what stands before a prompt is added where it says nothing of it"
+    # Its own rules stay. Where it has none, what stands before a prompt (see `begin_of`) would be
+    # lost, so a rule is added that puts it there.
     post = self.data.get('post_processor')
     if post is None and self.begin is not None:
         post = template(self.begin, self.names)
     write_data(folder, self.data | dict(post_processor=post))
-
-# %% ../nbs/12_bpe.ipynb #9a5c9803
-@patch(cls_method=True)
-def load(cls: BPETokenizer, path):
-    "The BPE tokenizer in a folder or a `tokenizer.json`; a `ForeignTokenizer` if it must be"
-    tok = load_tokenizer(path)
-    if tok.kind == cls.kind or getattr(tok, 'model', None) == 'BPE':
-        return tok
-    raise LabError(f'{path} holds {getattr(tok, "model", tok.kind)}, not BPE: use load_tokenizer')

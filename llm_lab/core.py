@@ -117,7 +117,7 @@ def require_inside(path: str, what='path') -> str:  # `path`
         require_name(name, f'{what} {path!r}:')
     return path
 
-# %% ../nbs/01_core.ipynb #5b0e7a14
+
 _brief = reprlib.Repr()  # looks neither deep nor far into what it shows
 _brief.maxstring = _brief.maxother = _brief.maxlong = 500
 
@@ -534,7 +534,7 @@ def _same(a, b):
         return len(a) == len(b) and all(map(_same, a, b))
     return a == b
 
-# %% ../nbs/01_core.ipynb #484e60ee
+
 def check(
     f,  # the answer
     spec,  # slow, obvious, right
@@ -680,9 +680,7 @@ def explore(
 
 # %% ../nbs/01_core.ipynb #33dab54a
 class StatusLine:
-    """One status line that rewrites itself:
-
-    `live(text)` shows, `live.close(text)` leaves the last word"""
+    "A line that rewrites itself: `live(text)` shows, `live.close(text)` leaves the last word"
 
     def __init__(self, every=10.0):  # seconds between lines where nothing can be rewritten
         self.every = every

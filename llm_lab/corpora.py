@@ -34,7 +34,8 @@ class Reiterable:
     "An iterable that is read again for each `for`: `read(*args)` gives a new iterator"
 
     def __init__(self, read: Callable, *args):
-        self.read, self.args = read, args
+        self.read = read
+        self.args = args
 
     def __iter__(self):
         return iter(self.read(*self.args))
@@ -56,18 +57,20 @@ def _size(held):
         return 'on demand'
     return f'{len(held):,} {"characters" if isinstance(held, str) else "documents"}'
 
-# %% ../nbs/04_corpora.ipynb #55bc4638
+
 @dataclass(frozen=True)
 class Corpus:
     """Texts with a known origin.
 
-    `splits` maps 'train', 'val' and perhaps 'test' to a string or an `Reiterable`
+    `splits` maps 'train', 'val' and perhaps 'test' to a string or a `Reiterable`
 
     Args:
         splits: a split is its text, or an iterable of documents, the same ones each time
         separator: stands between two documents
         sha256: of its bytes, where it was fetched; else of its text
         floor: true entropy in bits per character, where it is known
+        independent: does each document stand alone, so that the one before says nothing
+            about it?
         citation: whom to name when you use it
         field: of the records that it was read from: which one holds the text
     """
@@ -79,9 +82,8 @@ class Corpus:
     source: str = ''
     sha256: str = ''  # of its bytes, where it was fetched; else of its text
     floor: float | None = None  # true entropy in bits per character, where it is known
-    independent: bool = (
-        False  # does each document stand alone, so that the one before says nothing about it?
-    )
+    # does each document stand alone, so that the one before says nothing about it?
+    independent: bool = False
     citation: str = ''  # whom to name when you use it
     field: str = ''  # of the records that it was read from: which one holds the text
 
@@ -100,6 +102,7 @@ class Corpus:
         return held if isinstance(held, str) else self.separator.join(self.documents(split))
 
     def digest(self, split: str) -> str:
+        "One SHA-256 for all documents of a split, the same for both kinds of split"
         return digest(self.documents(split))
 
     def __repr__(self):
@@ -113,7 +116,8 @@ def apart(corpus) -> bool:
 
     Not in a text that is one document, such as a single line"""
 
-    def several(split):  # no more than two documents are read
+    def several(split):
+        "Has it two documents or more? No more than two are read"
         return len([*itertools.islice(corpus.documents(split), 2)]) > 1
 
     return corpus.independent or any(map(several, corpus.splits))
@@ -152,8 +156,10 @@ END_OF_TEXT = '<|endoftext|>'
 
 
 def parse_documents(text: str) -> list[str]:
-    "The texts between the marks, without space around them; empty ones are dropped"
-    return [s for t in text.replace('\r\n', '\n').split(END_OF_TEXT) if (s := t.strip())]
+    "The texts between the lines `<|endoftext|>`, without space around them; empty ones are dropped"
+    parts = text.replace('\r\n', '\n').split(END_OF_TEXT)
+    stripped = [part.strip() for part in parts]
+    return [document for document in stripped if document]
 
 
 def split_text(text: str, share=0.9) -> dict:  # {'train': …, 'val': …}
@@ -206,29 +212,39 @@ def _visible(folder) -> list:
     "The files below a folder in the order of their names, none that is hidden"
 
     def refuse(e):
+        "`os.walk` would pass over a folder that it may not read; a text must not lose a part so"
         raise LabError(
             f'cannot read {e.filename}: {e.strerror or e}; check its rights, or name another folder'
         )
 
     found = []
     for here, folders, names in os.walk(folder, onerror=refuse):
+        # in place: `os.walk` enters only those that are left
         folders[:] = [name for name in folders if not name.startswith('.')]
         found += [Path(here, name) for name in names if not name.startswith('.')]
     return sorted(found, key=lambda p: p.relative_to(folder).as_posix())
 
 
 def _divided(folder, files) -> dict:
-    "{split: files} where their names tell, {} where they do not; `LabError` where they do not fit"
-    sets = {}  # of one text: what stands before the word is the same
+    """{split: files} where their names tell, {} where they do not.
+
+    Of wiki.train.txt, wiki.valid.txt and notes.txt: {'train': [wiki.train.txt], 'val':
+    [wiki.valid.txt]}. Raises `LabError` where the names do not fit together"""
+    sets = {}  # {what stands before the word: {split: files}}; of one text it is the same
     for f in files:
-        if m := _NAMED.fullmatch(f.relative_to(folder).as_posix()):
-            sets.setdefault(m[1], {}).setdefault(_SPLITS[m[2].lower()], []).append(f)
+        named_as_split = _NAMED.fullmatch(f.relative_to(folder).as_posix())
+        if named_as_split:
+            before, word = named_as_split.groups()
+            parts = sets.setdefault(before, {})
+            parts.setdefault(_SPLITS[word.lower()], []).append(f)
     whole = [parts for parts in sets.values() if 'train' in parts and len(parts) > 1]
-    if len(whole) == 1:
+    if len(whole) == 1:  # one text with a train part and another: somebody has cut it
         return whole[0]
     named = [f for parts in sets.values() for held in parts.values() for f in held]
     splits = {split for parts in sets.values() for split in parts}
-    torn = 'train' in splits and len(splits) > 1  # of several texts
+    # Else the names may mean nothing: train.txt alone may be a story of a train. But a-train.txt
+    # and b-test.txt, or a val.txt and a test.txt alone, were splits of something.
+    torn = 'train' in splits and len(splits) > 1
     headless = splits and 'train' not in splits and len(named) == len(files)
     if torn or headless:
         few = ', '.join(f.relative_to(folder).as_posix() for f in named[:3])
@@ -307,9 +323,11 @@ def _no_field(where, field, there):
 
 
 def _json_rows(path, field):
+    "The records of JSON Lines, or of one JSON list"
     text = read_text(path)
 
     def parsed(piece, where):
+        "The value of some JSON; raises `LabError` that says where it stands"
         try:
             return json.loads(piece)
         except (ValueError, RecursionError) as e:
@@ -326,10 +344,16 @@ def _json_rows(path, field):
 
 
 def _csv_rows(path, field):
+    "The rows of a table whose first line names its columns, with , or ; or tabs between them"
     text = read_text(path).lstrip('\n')
     head = text.partition('\n')[0]
-    mark = next((m for m in ',;\t' if field in next(csv.reader([head], delimiter=m))), ',')
-    limit = csv.field_size_limit(len(text))  # a document may be long
+    mark = ','
+    for tried in ',;\t':  # the first one by which a column has the name of the field
+        if field in next(csv.reader([head], delimiter=tried)):
+            mark = tried
+            break
+    # a switch of the whole process: a document may be longer than csv allows. It is undone below
+    limit = csv.field_size_limit(len(text))
     try:
         rows = [*csv.DictReader(io.StringIO(text), delimiter=mark)]
     except csv.Error as e:
@@ -343,6 +367,7 @@ def _csv_rows(path, field):
 
 
 def _parquet_rows(path, field):
+    "The rows of a table, of which only the column of the field is read"
     parquet = require('pyarrow.parquet', 'pyarrow')
     wrong = require('pyarrow').ArrowException
     try:
@@ -364,6 +389,7 @@ def _saved(folder) -> bool:
     "Is this a folder that `save_to_disk` of the library `datasets` has made?"
 
     def has(name):
+        "Is there a file of this name?"
         return (folder / name).is_file()
 
     return has('dataset_dict.json') or (has('state.json') and has('dataset_info.json'))
@@ -404,15 +430,18 @@ def _texts_of(rows, field) -> list:
             raise LabError(f'{where}: {short(row)} is no record: write {{"{field}": "…"}}')
         if field not in row:
             raise _no_field(where, field, row)
-        if not isinstance(text := row[field], str | None):
+        text = row[field]
+        if text is None:
+            text = ''
+        if not isinstance(text, str):
             raise LabError(
                 f'{where}: {field} is {short(text)}, which is no text: name another field'
             )
         try:
-            (text or '').encode()
+            text.encode()
         except UnicodeEncodeError:
             raise LabError(f'{where}: {field} holds half a character: write it as UTF-8') from None
-        texts.append((text or '').replace('\r\n', '\n').replace('\r', '\n'))
+        texts.append(text.replace('\r\n', '\n').replace('\r', '\n'))
     return texts
 
 # %% ../nbs/04_corpora.ipynb #f6bf56cd
@@ -488,12 +517,14 @@ def _halves(held, joined, marked):
         separator = f'\n{END_OF_TEXT}\n'
         train, val = split_documents(held)
         return dict(train=separator.join(train), val=separator.join(val))
-    return split_text(joined)  # one document is cut by place
+    return split_text(joined)  # one document is cut by position
 
 
 def from_path(path, field='text') -> Corpus:
     """A corpus from a file or folder of texts; or of records, each a document with its text in
-    `field`"""
+    `field`.
+
+    Raises `LabError` where there is no text, or where it is not clear which files are the text"""
     path = Path(path)
     texts, records = _read(path, field)  # {split: texts}, or {'': texts} where there are none
     docs = {}
@@ -502,16 +533,18 @@ def from_path(path, field='text') -> Corpus:
     if records and not (docs.get('') or docs.get('train')):
         raise LabError(f'{path}: there is no text in its field {field!r}: name another')
     several = sum(map(len, docs.values())) > 1
-    marked = several and (records or _is_marked(texts))  # by ends of documents
+    marked = several and (records or _is_marked(texts))  # do we know where each document ends?
     separator = f'\n{END_OF_TEXT}\n' if marked else Corpus.separator
+    # a text in which we know no documents is kept to the letter, with all its space
     held = docs if marked or records else texts
     joined = {s: separator.join(held[s]) for s in ('', 'train', 'val', 'test') if s in held}
     splits = {s: t for s, t in joined.items() if s}
-    if not splits.get('val'):
+    if not splits.get('val'):  # we cut: the whole text, or its train part; a test part stays
         source = '' if '' in held else 'train'
         cut = _halves(held[source], joined[source], marked)
         splits = cut | {s: t for s, t in splits.items() if s == 'test'}
     _hint(path, splits, cut='val' not in held)
+    # what is hashed: the text, where it came as one; else the digest of each split
     known = joined.get('', json.dumps({s: digest(held[s]) for s in joined}))
     name = path.stem if path.is_file() else path.resolve().name
     return Corpus(
@@ -525,7 +558,7 @@ def from_path(path, field='text') -> Corpus:
         field=field if records else '',
     )
 
-# %% ../nbs/04_corpora.ipynb #e3835448
+
 def records_in(path, field='text'):  # a list of documents, or None
     """The documents of a file of records; None where it is running text
 
@@ -546,15 +579,19 @@ class _Capped:
     "A file that takes `limit` bytes and no more"
 
     def __init__(self, file, limit):
-        self.file, self.left, self.limit = file, limit, limit
+        self.file = file
+        self.limit = limit
+        self.left = limit
 
     def write(self, chunk):
+        "Raises `OSError` where it would be too much, so that pooch gives up"
         self.left -= len(chunk)
         if self.left < 0:
             raise OSError(f'the server sends more than the {self.limit:,} bytes expected')
         return self.file.write(chunk)
 
     def flush(self):
+        "As a file's"
         self.file.flush()
 
 
@@ -567,7 +604,8 @@ def _download(url, path, limit):
 def _hash_ok(path, sha256):
     "The bytes of `path` when their hash is right; raises `LabError` when it is not"
     data = path.read_bytes()
-    if (got := hashlib.sha256(data).hexdigest()) != sha256:
+    got = hashlib.sha256(data).hexdigest()
+    if got != sha256:
         raise LabError(
             f'{path} has SHA-256 {got[:12]}…, expected {sha256[:12]}…: '
             'delete it to have it fetched again'
@@ -580,11 +618,11 @@ def fetch(name: str, url: str, sha256: str, size: int) -> bytes:
     (then kept there)"""
     require_name(name, 'the file')
     for folder in filter(None, (os.environ.get('LLM_LAB_DATA'), home() / 'data')):
-        if (path := Path(folder) / name).is_file():
+        path = Path(folder) / name
+        if path.is_file():
             return _hash_ok(path, sha256)
     made_folder(home() / 'data')
     pooch = require('pooch')
-    pooch.get_logger().setLevel('ERROR')
     store = pooch.create(
         home() / 'data',
         '',
@@ -592,6 +630,10 @@ def fetch(name: str, url: str, sha256: str, size: int) -> bytes:
         urls={name: url},
         retry_if_failed=3,
     )
+    # a switch of the whole process, undone below: pooch would print a line for each try
+    logger = pooch.get_logger()
+    level = logger.level
+    logger.setLevel('ERROR')
     try:
         path = store.fetch(name, downloader=lambda url, path, pup: _download(url, path, size))
     except Exception as e:
@@ -602,6 +644,8 @@ def fetch(name: str, url: str, sha256: str, size: int) -> bytes:
             f'cannot download {name}: {why}; '
             f'try again, or put a copy into {home() / "data"} or $LLM_LAB_DATA'
         ) from None
+    finally:
+        logger.setLevel(level)
     return _hash_ok(Path(path), sha256)
 
 # %% ../nbs/04_corpora.ipynb #5232ebd2
@@ -629,7 +673,8 @@ def assign_split(text: str, cuts: dict) -> str:  # a key of `cuts`, or 'train'
 # %% ../nbs/04_corpora.ipynb #610b883b
 def _counted(documents, label):
     "The documents; whoever waits longer than two seconds is told how many were read"
-    begin, live = time.monotonic(), StatusLine()
+    begin = time.monotonic()
+    live = StatusLine()
     for n, d in enumerate(documents, 1):
         if n % 1000 == 0 and time.monotonic() - begin > 2:
             live(f'{label}: {n:,} documents read')
@@ -680,7 +725,7 @@ def tiny_shakespeare() -> Corpus:
 
 CORPORA = dict(SLOTS['corpus'])  # {name: address}, from the table of `core`
 
-# %% ../nbs/04_corpora.ipynb #af0d7b24
+
 def found_path(name):
     "Where a path leads, from here or from `home()`; None if nowhere"
     if name in ('', '.'):
@@ -690,7 +735,10 @@ def found_path(name):
 
 def kept_path(name: str) -> str:
     "A name as it is; a path as one that holds from anywhere: relative to `home()` or absolute"
-    if name in CORPORA or not (path := found_path(name)):
+    if name in CORPORA:
+        return name
+    path = found_path(name)
+    if not path:
         return name
     path = Path(os.path.abspath(path))
     top = Path(os.path.abspath(home()))
@@ -704,6 +752,18 @@ def at_home(name: str) -> str:
     return there if name not in CORPORA and os.path.exists(there) else name
 
 # %% ../nbs/04_corpora.ipynb #54ce7527
+def _need_path(name):
+    "Where a path leads; raises `LabError`, with what was meant perhaps, if nowhere"
+    path = found_path(name)
+    if path:
+        return path
+    close = difflib.get_close_matches(name, CORPORA, 1, 0.5)
+    remedy = f'choose from {", ".join(CORPORA)}, or give a path'
+    if close:
+        remedy = f'did you mean {close[0]!r}?'
+    raise LabError(f'no corpus and no file is called {name!r}: {remedy}')
+
+
 def load_corpus(
     name_or_path,  # a name in `CORPORA`, or a path to texts or records, from here or from `home()`
     limit: int = None,  # this many training documents, drawn by `seed`; all if none
@@ -725,12 +785,8 @@ def load_corpus(
     make = from_path
     if isinstance(name_or_path, str) and name in CORPORA:  # a Path is always a path
         make = lookup(CORPORA[name], 'corpus')
-    elif not (path := found_path(name)):
-        close = difflib.get_close_matches(name, CORPORA, 1, 0.5)
-        remedy = f'choose from {", ".join(CORPORA)}, or give a path'
-        if close:
-            remedy = f'did you mean {close[0]!r}?'
-        raise LabError(f'no corpus and no file is called {name!r}: {remedy}')
+    else:
+        path = _need_path(name)
     if stream and 'stream' not in inspect.signature(make).parameters:
         raise LabError(
             f'{name} does not come from the hub and cannot be streamed: leave stream out'

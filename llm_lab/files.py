@@ -586,6 +586,29 @@ def _swap(new, path, old, seen, replace, more):
     raise LabError(f'{path} is written by others all the time: give another path')
 
 
+def _put_in_place(new, path, old, seen, replace, more):
+    "Rename `new`, a whole file or folder, to `path`, when its bytes are on the disk"
+    if new.is_dir():
+        list_files(new)  # its list says what in it is ours, for whoever replaces it one day
+    # before the rename: a name that appears must never stand for bytes that are still on their way
+    sync_to_disk(new, inside=True)
+    if new.is_dir():
+        _swap(new, path, old, seen, replace, more)
+    elif path.is_dir():
+        raise LabError(f'{path} is a folder, and a file was to be written')
+    else:
+        os.replace(new, path)
+    sync_to_disk(path.parent)  # the new name, too
+
+
+def _clear_up(new, path, old):
+    "Remove what a writer has left beside `path`, whether it has ended well or not"
+    recover(path)  # stopped between two renames: the old folder comes back first
+    remove(new)
+    if os.path.lexists(path):
+        remove(old)  # else it is the only one
+
+
 @contextmanager
 def atomic_write(
     path,  # a file or a folder to be made or replaced; a link to one stays a link
@@ -604,33 +627,21 @@ def atomic_write(
     """
     path = resolved(path)
     recover(path)
-    seen = _look(path, more)
+    seen = _look(path, more)  # what is there now: a change between here and the renames is noticed
     if seen is not None and not replace:
         raise LabError(f'{path} is there already: give another path')
     made_folder(path.parent)
     _sweep(path)
     mark = _mark()
-    _at_work.add(mark)
+    _at_work.add(mark)  # so that no other writer of this process takes `new` for rubbish
     new = path.with_name(f'.{path.name}.{mark}.new')
     old = path.with_name(f'.{path.name}.{mark}.old')
     try:
         yield new
-        if new.is_dir():
-            list_files(new)
-        sync_to_disk(new, inside=True)
-        if new.is_dir():
-            _swap(new, path, old, seen, replace, more)
-        elif path.is_dir():
-            raise LabError(f'{path} is a folder, and a file was to be written')
-        else:
-            os.replace(new, path)
-        sync_to_disk(path.parent)
+        _put_in_place(new, path, old, seen, replace, more)
     finally:
         try:
-            recover(path)
-            remove(new)
-            if os.path.lexists(path):
-                remove(old)  # else it is the only one
+            _clear_up(new, path, old)
         finally:
             _at_work.discard(mark)
 

@@ -75,9 +75,8 @@ def _plan(settings, corpus):
 # %% ../nbs/86_first_tour.ipynb #6a891332
 def _time_step(setup):
     """(seconds that a training step takes here, the number of threads with which it does), tried on
-    a copy"""
+    a copy, because the steps that are timed change the weights"""
     from copy import deepcopy
-    from itertools import count
     from statistics import median
     from llm_lab.onednn import onednn_linears
     from llm_lab.hardware import fastest_threads, keep_freed_memory, use_threads
@@ -90,6 +89,7 @@ def _time_step(setup):
     times = []
 
     def work():
+        "One training step, to its end"
         loss, _ = train_step(model, opt, setup.batch(next(step)))
         loss.item()  # wait for the device
 
@@ -124,7 +124,8 @@ def _budget(minutes, per_step, recipe, n_val):
 def _room(folder, need):
     "Is there room for `need` bytes at `folder`, which is made? Raises `LabError` if not"
     folder.mkdir(parents=True, exist_ok=True)
-    if (free := shutil.disk_usage(folder).free) < need:
+    free = shutil.disk_usage(folder).free
+    if free < need:
         raise LabError(
             f'{folder} has {free / 1e6:.1f} MB left, this needs {need / 1e6:.1f}: '
             'free some space, or set LLM_LAB_HOME to another disk'
@@ -135,7 +136,7 @@ LETTERS = 20_000  # more different characters than the largest dictionaries have
 
 
 def _shown(text):
-    "A name as a text that can be written anywhere; bytes that are no UTF-8 become the sign �"
+    "A name as a text that can be written anywhere; bytes that are no UTF-8 become the character �"
     return str(text).encode('utf-8', 'surrogateescape').decode('utf-8', 'replace')
 
 
@@ -144,16 +145,20 @@ def _check_texts(setup):
     name = setup.corpus.name
     ids = setup.ids['val']
     starts = setup.starts['val']
-    if (letters := setup.tokenizer.vocab_size) > LETTERS:
+    letters = setup.tokenizer.vocab_size
+    if letters > LETTERS:
         raise LabError(
             f'corpus {name!r} has {letters:,} different characters, the tour learns '
             f'at most {LETTERS:,}: use `train` with data.tokenizer=bpe'
         )
-    asked = len(ids) - 1 if starts is None else int((starts < len(ids) - 1).sum())
-    if asked < 1:
+    if starts is None:
+        predicted = len(ids) - 1  # the first token of a running text has nothing before it
+    else:
+        predicted = int((starts < len(ids) - 1).sum())
+    if predicted < 1:
         raise LabError(
             f'corpus {name!r} has a validation text of {len(ids)} characters, '
-            'in which nothing can be asked: give a longer text'
+            'in which nothing can be predicted: give a longer text'
         )
 
 
@@ -199,13 +204,15 @@ def _watcher(setup, part, steps):
     "What `fit` calls: validate a part eighteen times, and let the model write five times"
     from llm_lab.sampling import sample
 
-    def at(looks):  # {1, 2, …, LOOKS}, as steps
+    def at(looks):
+        "The steps of these looks, of 1, 2, …, LOOKS"
         return {max(1, round(steps * k / LOOKS)) for k in looks}
 
     writes = at((1, 3, 6, 12, LOOKS))
     floor = setup.corpus.floor
 
     def looked(run):
+        "The validation loss of a part; a sample is printed where it is time for one"
         val = setup.loss(max_tokens=part)
         if run.step in writes:
             text = sample(
@@ -220,6 +227,7 @@ def _watcher(setup, part, steps):
         return dict(val=val)
 
     def look(run):
+        "As `looked`; what goes wrong is printed, because the model is worth more than the look"
         try:
             return looked(run)
         except Exception as e:
@@ -238,6 +246,7 @@ class _Stream:
         return getattr(self.stream, name)
 
     def write(self, text):
+        "As a file's `write`: how many characters were taken, also where nobody reads them"
         try:
             return self.stream.write(text)
         except UnicodeEncodeError:  # a console without this letter
@@ -248,6 +257,7 @@ class _Stream:
         return len(text)
 
     def flush(self):
+        "Send what waits; where nobody takes it, it is dropped"
         try:
             self.stream.flush()
         except (OSError, ValueError):
@@ -282,13 +292,15 @@ def surviving_output():
 def command(me=None):
     """How this program was called, in words one can type again: its place in this folder, or its
     name"""
-    me, here = Path(me or sys.argv[0]).absolute(), Path.cwd()
+    me = Path(me or sys.argv[0]).absolute()
+    here = Path.cwd()
     if me.stem != 'llm-lab':
         return 'python -m llm_lab.cli'
     return shlex.quote(str(me.relative_to(here))) if me.is_relative_to(here) else 'llm-lab'
 
 # %% ../nbs/86_first_tour.ipynb #5a6c91d3
 def _taken(folder):
+    "The error of a folder that somebody has already"
     return LabError(f'{folder} is there already: choose another --name, or move it away')
 
 
@@ -299,7 +311,8 @@ def _check_name(name):
         raise LabError(
             f'--name {_shown(name)!r} will not do: give letters, digits, . _ -, as in first-try'
         )
-    if (there := home() / 'artifacts' / name).exists():
+    there = home() / 'artifacts' / name
+    if there.exists():
         raise _taken(there)
 
 
@@ -322,7 +335,7 @@ _PACKAGE = 'package.json', 'llm_lab.json', 'tokenizer.json', 'model.safetensors'
 
 
 def _about(setup, run, data):
-    "What a package says of its origin"
+    "What a package holds of its origin"
     corpus = setup.corpus
     field = dict(field=corpus.field) if corpus.field else {}  # of records
     return dict(
@@ -351,11 +364,13 @@ class _Keeper:
     "Keeps a tour's model: before step 1, now and then, and at the end, here or elsewhere"
 
     def __init__(self, setup, data, minutes, name=None):
-        self.setup, self.data, self.minutes = setup, data, minutes
+        self.setup = setup
+        self.data = data  # where the corpus is found again, see `_data_of`
+        self.minutes = minutes
         self.folder = _claimed(home() / 'artifacts', name)
-        self.step = None
-        self.lost = ''
-        self.due = math.inf
+        self.step = None  # of the model that is kept; 0 if it is untrained
+        self.lost = ''  # why it is not in the folder that it was meant for
+        self.due = math.inf  # when it is kept next, by `time.monotonic`
 
     def save(self, run, folder=None):
         "Write the package, all of it or nothing"
@@ -364,7 +379,9 @@ class _Keeper:
         folder = folder or self.folder
         about = _about(self.setup, run, self.data)
         save(folder, self.setup.model, self.setup.tokenizer, about, self.folder.name)
-        self.folder, self.step = folder, run.step
+        # only now: an error in `save` leaves the package of before where it was
+        self.folder = folder
+        self.step = run.step
 
     def forget(self):
         "Take an untrained model away again, and nothing that somebody else has put beside it"
@@ -381,12 +398,14 @@ class _Keeper:
         self._wait(0)
 
     def _wait(self, cost):
+        "Set when it is due next, after a save that took `cost` seconds"
         # a save that took a second is repeated after 100 seconds at the earliest: 1 % of the time
         self.due = time.monotonic() + max(KEEP_EVERY, 6 * self.minutes, 100 * cost)
 
     def on_the_way(self, run):
         "Called every few seconds: keep it when it is time"
-        if (start := time.monotonic()) < self.due:
+        start = time.monotonic()
+        if start < self.due:
             return
         try:
             self.save(run)
@@ -395,7 +414,7 @@ class _Keeper:
         self._wait(time.monotonic() - start)
 
     def keep(self, run):
-        "Keep it where it should be, else where it can be; `lost` says why. Raises if nothing helps"
+        "Keep it where it should be, else where it can be; `lost` is why. Raises if nothing helps"
         try:
             return self.save(run)
         except Exception as e:
@@ -415,6 +434,7 @@ class _Keeper:
         )
 
     def _save_below(self, parent, run):
+        "Keep it in a new folder below `parent`; raises, and leaves nothing there, if it cannot"
         new = Path(tempfile.mkdtemp(prefix='llm-lab-', dir=parent))  # a name that nobody else has
         try:
             self.save(run, new / self.folder.name)
@@ -436,7 +456,8 @@ def _validate(setup):
     from llm_lab.core import StatusLine
 
     live = StatusLine()
-    score = parts = None
+    score = None
+    parts = None
     try:
         score = evaluate(setup.model, setup.tokenizer, setup.corpus, live=live)
         if _tells_tales(setup.corpus):
@@ -467,13 +488,12 @@ def describe_score(score, parts=None, of='validation'):
     sure = 'no 95 % interval: one piece of text tells none'
     if score.interval:
         sure = '95 % interval {:.3f} to {:.3f}'.format(*score.interval)
-    # where a token is more than a character, the loss is per token, and only the bits are per
-    # character
+    # with a token of several characters the loss is per token, only the bits are per character
     letters = score.tokens == score.chars
     token, bits = ('character', 'bits') if letters else ('token', 'bits per character')
     line = (
         f'{of} loss {score.loss:.3f} nats per {token} = {score.bits:.3f} {bits} ({sure}), '
-        f'every {token} asked once'
+        f'every {token} predicted once'
     )
     if score.floor:
         line += (
@@ -521,7 +541,8 @@ def _result(setup, run, score, parts):
 
 def _picture(setup, run, result):
     "The bytes of loss.png, or None: a picture is never worth a model"
-    val, floor = result['val_loss'], setup.corpus.floor
+    val = result['val_loss']
+    floor = setup.corpus.floor
     title = val  # none where it is not known
     if val:
         end = f'{val / math.log(2):.2f} bits' if floor else f'{val:.2f} nats'
@@ -597,9 +618,9 @@ def _what_next(folder, corpus):
 
 # %% ../nbs/86_first_tour.ipynb #d9387aa2
 def _planned(setup, minutes):
-    """Times a step, says the plan:
+    """Time a step and print the plan.
 
-    (steps, characters to validate at a look, seconds of a step, threads)"""
+    Returns (steps, characters to validate at a look, seconds of a step, threads)"""
     recipe = setup.recipe
     per_step, threads = _time_step(setup)
     steps, part = _budget(minutes, per_step, recipe, len(setup.ids['val']))
@@ -613,23 +634,41 @@ def _planned(setup, minutes):
 
 
 def _settle(run, keeper):
-    "Keep what was learned; a model that holds numbers which are none is not worth it"
+    "Keep what was learned; a model whose parameters are not all finite is not worth it"
     if run.step and all(p.isfinite().all() for p in run.model.parameters()):
         keeper.keep(run)
     else:
         keeper.forget()
 
 
-def _learned(setup, keeper, minutes):
-    "Train for these minutes and keep the model; returns the `TrainState`"
+def _fit(setup, run, callbacks, threads):
+    "Train to the last step of `run`, on so many threads"
     from llm_lab.hardware import use_threads
-    from llm_lab.train import TrainState, fit
+    from llm_lab.train import fit
 
     recipe = setup.recipe
+    with use_threads(threads):
+        fit(
+            run.model,
+            setup.batch,
+            run.steps,
+            recipe.lr,
+            recipe.weight_decay,
+            seed=recipe.seed,
+            callbacks=callbacks,
+            state=run,
+        )
+
+
+def _learned(setup, keeper, minutes):
+    "Train for these minutes and keep the model; returns the `TrainState`"
+    from llm_lab.train import TrainState
+
     run = TrainState(setup.model.train(), 0)
     training = False  # `stop` reads what it is now
 
     def stop(why):
+        # before training an interrupt ends the tour, from then on only the training
         if not training:
             raise KeyboardInterrupt(why)  # there is nothing to keep yet
         run.stop(why)
@@ -639,21 +678,11 @@ def _learned(setup, keeper, minutes):
             keeper.begin(run)
             steps, part, per_step, threads = _planned(setup, minutes)
             run = TrainState(setup.model.train(), steps)
-            # asks for the time every few seconds
+            # in steps: every few seconds, the keeper looks at the clock
             often = max(1, int(min(5, KEEP_EVERY / 2) / per_step))
             training = True
-            calls = {**_watcher(setup, part, steps), often: keeper.on_the_way}
-            with use_threads(threads):
-                fit(
-                    run.model,
-                    setup.batch,
-                    steps,
-                    recipe.lr,
-                    recipe.weight_decay,
-                    seed=recipe.seed,
-                    callbacks=calls,
-                    state=run,
-                )
+            callbacks = {**_watcher(setup, part, steps), often: keeper.on_the_way}
+            _fit(setup, run, callbacks, threads)
         except BaseException:  # also Ctrl-C of somebody impatient
             _settle(run, keeper)
             if keeper.step:

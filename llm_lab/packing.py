@@ -44,17 +44,18 @@ _AGAIN = 'pack it again, with force (--force)'
 
 
 def _sha(data):
+    "SHA-256 of some bytes, in hexadecimal"
     return hashlib.sha256(data).hexdigest()
 
 
 def _seal(meta):
-    "The hash of all that meta.json says, but for this hash"
+    "The hash of all that meta.json holds, but for this hash"
     others = {k: v for k, v in meta.items() if k != 'sha256'}
     return _sha(json.dumps(others, sort_keys=True).encode())
 
 
 def _read_meta(folder):
-    "What meta.json says, if it is whole and of the kind that we read"
+    "What meta.json holds, if it is whole and of the kind that we read; else raises `LabError`"
     path = folder / 'meta.json'
     try:
         meta = dict(json_of(bytes_in(folder, 'meta.json'), path))
@@ -71,10 +72,12 @@ def _read_meta(folder):
 
 
 def _is_count(x):
+    "Is it a whole number from 0 that is exact in JSON, and no true or false?"
     return type(x) is int and 0 <= x < 1 << 53
 
 
 def _file_is_sound(name, said):
+    "Is a file's name one of a packed folder, so that it leads nowhere else, with size and hash?"
     return (
         re.fullmatch(r'\w+\.bin|tokenizer/(tokenizer|meta)\.json', name)
         and isinstance(said, dict)
@@ -84,6 +87,7 @@ def _file_is_sound(name, said):
 
 
 def _split_is_sound(name, said, files):
+    "Has a split its file, of 4 bytes for each token?"
     return (
         f'{name}.bin' in files
         and isinstance(said, dict)
@@ -94,9 +98,10 @@ def _split_is_sound(name, said, files):
 
 
 def _sound(meta) -> bool:
-    """Does it tell splits, their files in this folder and a tokenizer, in the kinds that are
-    counted with?"""
-    files, splits, tokenizer = (meta.get(k) for k in ('files', 'splits', 'tokenizer'))
+    "Has it splits, their files in this folder and a tokenizer, in types that can be counted with?"
+    files = meta.get('files')
+    splits = meta.get('splits')
+    tokenizer = meta.get('tokenizer')
     if not all(isinstance(x, dict) for x in (files, splits, tokenizer)):
         return False
     if not all(_file_is_sound(name, said) for name, said in files.items()):
@@ -135,7 +140,7 @@ def _check_content(f, path, name, meta):
     "Read an open file; raises `LabError` when its hash or an id is not as meta.json says"
     sha = hashlib.sha256()
     top = 0
-    while data := f.read(1 << 22):
+    while data := f.read(1 << 22):  # 4 MiB at a time: the file may be larger than memory
         sha.update(data)
         if name.endswith('.bin'):
             top = max(top, int(np.frombuffer(data, '<u4').max()))  # unsigned: −1 is huge here
@@ -147,7 +152,9 @@ def _check_content(f, path, name, meta):
 
 # %% ../nbs/15_packing.ipynb #11f91c61
 class PackedTokens:
-    """One split of a packed folder. `ids` (n,), int32, is the file itself, mapped; nothing is copied
+    """One split of a packed folder. `ids` (n,), int32, is the file itself, mapped, not copied.
+
+    Raises `LabError` where the folder is damaged or has no such split
 
     Args:
         path: a packed folder, or one of its .bin files
@@ -165,19 +172,23 @@ class PackedTokens:
 
         path = Path(path)
         if path.suffix == '.bin':
-            path, split = path.parent, path.stem
+            split = path.stem
+            path = path.parent
         self.folder = path
         self.split = split
         self.meta = _read_meta(path)
         splits = self.meta['splits']
         if split not in splits:
             raise LabError(f'{path} has no split {split!r}: choose from {", ".join(splits)}')
-        for name in self.meta['files']:
+        for name in self.meta['files']:  # the tokenizer's files are small: always read and compared
             if not name.endswith('.bin'):
                 _opened(path, name, self.meta).close()
         file = f'{split}.bin'
-        with _opened(path, file, self.meta, verify) as f:  # an empty file cannot be mapped
-            array = np.memmap(f, '<i4', 'c') if splits[split]['tokens'] else np.zeros(0, '<i4')
+        with _opened(path, file, self.meta, verify) as f:
+            if splits[split]['tokens']:
+                array = np.memmap(f, '<i4', 'c')  # 'c': copy on write
+            else:
+                array = np.zeros(0, '<i4')  # an empty file cannot be mapped
         self.ids = torch.from_numpy(array)
         self.sha256 = self.meta['files'][file]['sha256']
         self.tokenizer = load_tokenizer(path / 'tokenizer')
@@ -200,9 +211,8 @@ def document_end_ids(corpus, tok) -> list[int]:
 
 
 def _between(tok, separator):
-    """The ids of a separator as they stand between two letters:
-
-    GPT-2 has 628 for two line ends alone, here 198 twice"""
+    """The ids of a separator as they stand between two letters: GPT-2 has 628 for two line ends
+    alone, here 198 twice"""
     for letter in 'xa':
         try:
             alone = tok.encode(letter)
@@ -226,22 +236,25 @@ def _ids(tokenizer, documents, end):
 
 # %% ../nbs/15_packing.ipynb #5fbfdd39
 def _send(pipe, data):
+    "One message: its length in 8 bytes, then its bytes"
     pipe.write(len(data).to_bytes(8, 'little') + data)
     pipe.flush()
 
 
 def _receive(pipe):
     "The next message; `EOFError` when the other side is gone, even in the middle of it"
-    size = int.from_bytes(pipe.read(8), 'little')
-    if not size or len(data := pipe.read(size)) < size:
+    size = int.from_bytes(pipe.read(8), 'little')  # 0 where nothing came: no message is empty
+    data = pipe.read(size)
+    if not data or len(data) < size:
         raise EOFError
     return data
 
 
 def _serve(folder, end):
     "A worker's life: read documents, write their ids, until nobody sends any more"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where sessions are unknown
-    out, sys.stdout = sys.stdout.buffer, sys.stderr  # a stray print must not get between the ids
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is not for us, where sessions are unknown
+    out = sys.stdout.buffer
+    sys.stdout = sys.stderr  # a stray print must not get between the ids
     with suppress(EOFError, OSError, LabError):  # the sender is gone
         tokenizer = load_tokenizer(folder)
         while documents := json.loads(_receive(sys.stdin.buffer)):
@@ -284,6 +297,7 @@ def _workers(folder, end, processes):
     threads = ThreadPoolExecutor(processes)
 
     def ask_a_free_one(documents):
+        # runs in a thread of its own, which waits for the answer
         worker = free.pop()  # as many threads as workers: one is free
         try:
             return _ask(worker, documents)
@@ -329,33 +343,38 @@ def _encode(pieces, folder, end, processes):
             yield answer.result()
 
 # %% ../nbs/15_packing.ipynb #90992eb3
-def _write(documents, path, end, processes, live):
-    """Encode the documents into the file `path`; returns what meta.json will say of the text, and
-    of the file"""
-    text = hashlib.sha256()
-    data = hashlib.sha256()
-    n = dict(documents=0, tokens=0, bytes=0)
-
-    def pieces():
-        "Lists of documents; each document is counted and hashed as it passes by"
-        piece, size = [], 0
-        for d in documents:
-            raw = d.encode()
-            text.update(raw)
-            text.update(b'\xff')
-            piece.append(d)
-            n['documents'] += 1
-            n['bytes'] += len(raw)
-            size += len(raw)
-            if size >= PIECE:
-                yield piece
-                piece, size = [], 0
-        if piece:
+def _counted_pieces(documents, n, text):
+    """Yield lists of documents, of about `PIECE` bytes each; every document is counted in `n` and
+    hashed in `text` as it passes by"""
+    piece = []
+    size = 0
+    for d in documents:
+        raw = d.encode()
+        text.update(raw)
+        text.update(b'\xff')  # a byte that no text has: 'ab', 'c' and 'a', 'bc' differ
+        n['documents'] += 1
+        n['bytes'] += len(raw)
+        piece.append(d)
+        size += len(raw)
+        if size >= PIECE:
             yield piece
+            piece = []
+            size = 0
+    if piece:
+        yield piece
 
+
+def _write(documents, path, end, processes, live):
+    """Encode the documents into the file `path`; returns what meta.json will hold of the text, and
+    of the file"""
+    n = dict(documents=0, tokens=0, bytes=0)
+    text = hashlib.sha256()  # of the documents, the same as `Corpus.digest`
+    data = hashlib.sha256()  # of the bytes that are written
+    pieces = _counted_pieces(documents, n, text)
     with (
         open(path, 'wb') as f,
-        closing(_encode(pieces(), path.parent / 'tokenizer', end, processes)) as parts,
+        # closed also where writing fails: the workers end
+        closing(_encode(pieces, path.parent / 'tokenizer', end, processes)) as parts,
     ):
         for ids in parts:
             f.write(ids)
@@ -420,9 +439,9 @@ def _wanted(corpus, tokenizer):
 
 
 def _usable(folder, corpus, digests, tokenizer, verify):
-    """What meta.json says if the folder can be used; None if there is none;
+    """What meta.json holds if the folder can be used; None if there is none.
 
-    `LabError` if it is another or damaged"""
+    Raises `LabError` if it is another or damaged"""
     is_empty = folder.is_dir() and not any(folder.iterdir())
     if is_empty or not folder.exists():
         return None
@@ -462,6 +481,8 @@ _OURS = re.compile(r'\w+\.bin|meta\.json|tokenizer/(tokenizer|meta)\.json')
 def _as_packed(folder, known):
     """What is ours in a packed folder, however damaged: its list shows that it was one, or its
     tokenizer"""
+    # Without a list that can be read, its tokenizer.json must be laid out as ours are: then nobody
+    # else has made this folder
     path = folder / 'tokenizer' / 'tokenizer.json'
     text = path.read_bytes() if path.is_file() else b''
     ours = 'meta.json' in known or laid_out(text, 'added_tokens', 'model', ensure_ascii=False)
@@ -476,6 +497,7 @@ def _alone(folder):
     said = []
 
     def busy():
+        "Called once, before the wait for a lock that somebody else holds"
         said.append(f'another program is packing {folder}: waiting for it')
         print(said[0], flush=True)
 
@@ -492,7 +514,9 @@ class Packed(namedtuple('Packed', 'folder meta built seconds')):
     took"""
 
     def __str__(self):
-        splits, tok, corpus = (self.meta[k] for k in ('splits', 'tokenizer', 'corpus'))
+        splits = self.meta['splits']
+        tok = self.meta['tokenizer']
+        corpus = self.meta['corpus']
         lines = [f'{corpus["name"]}, licence: {corpus["licence"]}']
         for s, v in splits.items():
             each = v['bytes'] / max(1, v['tokens'])
@@ -529,7 +553,7 @@ def pack(
 ) -> Packed:
     """The packed folder of a corpus, built if it is not there.
 
-    Raises `LabError` if another or a damaged one is
+    Raises `LabError` if another corpus or tokenizer, or a damaged folder, is in its place
 
     Args:
         tokenizer: a tokenizer, or a vocabulary size: BPE is then trained on the training
@@ -553,6 +577,7 @@ def pack(
         folder = resolved(folder)
 
     def usable():
+        "What meta.json holds of the folder as it is now; None if there is none"
         return _usable(folder, corpus, digests, asked, verify)
 
     meta = None if force else usable()

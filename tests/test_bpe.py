@@ -4,6 +4,7 @@ many examples of anything.
 `LLM_LAB_EXAMPLES=20000` asks hypothesis for so many examples; `make nightly` does (see
 cases.py)."""
 
+import copy
 import inspect
 import json
 import os
@@ -36,10 +37,17 @@ import texts
 from cases import ALL, EXAMPLES, cases
 
 from llm_lab import bpe
-from llm_lab.bpe import GPT2, BPETokenizer, printable_to_bytes, bytes_to_printable
-from llm_lab.chars import load_tokenizer
+from llm_lab.bpe import (
+    GPT2,
+    BPETokenizer,
+    ForeignTokenizer,
+    printable_to_bytes,
+    bytes_to_printable,
+)
+from llm_lab.chars import CharTokenizer, load_tokenizer
 from llm_lab.corpora import digest, load_corpus, read_text
 from llm_lab.core import LabError
+from llm_lab.tales import tiny_tales
 
 hypothesis = pytest.importorskip('hypothesis')
 from hypothesis import HealthCheck, example, given, settings, strategies as st
@@ -1183,3 +1191,141 @@ def test_a_large_file_is_never_in_memory(tmp_path, what):
     call = [sys.executable, '-c', MEMORY, str(tmp_path / 'large.txt'), what]
     used = float(subprocess.check_output(call, env=env, text=True).splitlines()[-1])
     assert used < 130, f'{used:.0f} MB for a text of {size:.0f} MB'
+
+
+# ---- odd cases of the chapter's own small tokenizers
+
+BYTES = {b: bytes([b]) for b in range(256)}
+
+
+@pytest.fixture
+def hand():
+    "Made by hand: 'th' and 'the', and a special token"
+    vocab = {**BYTES, 256: b'th', 257: b'the', 258: b'<end>'}
+    return BPETokenizer(vocab, [(b't', b'h'), (b'th', b'e')], ['<end>'])
+
+
+def test_an_unknown_rule_for_ties_is_refused():
+    with pytest.raises(LabError, match="ties='coin': choose from tokenizers, greater, first"):
+        bpe._learn({'abc': 1}, 1, 1, 'coin')
+
+
+@pytest.mark.parametrize(
+    ('said', 'vocab', 'merges', 'special'),
+    [
+        ("lacks 1 tokens, among them b'a'", {b: t for b, t in BYTES.items() if b != 97}, (), ()),
+        ("lacks 1 tokens, among them b'ab'", BYTES, [(b'a', b'b')], ()),
+        (
+            "merge 0 joins b'ab' and b'c', but nothing before makes both",
+            BYTES,
+            [(b'ab', b'c')],
+            (),
+        ),
+        ("the special token 'a' could be typed", BYTES, (), ['a']),
+        ("the special token '' could be typed", BYTES, (), ['']),
+        ("the special token 'Ġ' could be typed", BYTES, (), ['Ġ']),  # in a file, this is the space
+    ],
+)
+def test_what_cannot_spell_every_text_is_refused_when_it_is_made(said, vocab, merges, special):
+    with pytest.raises(LabError, match=re.escape(said)):
+        BPETokenizer(vocab, merges, special)
+
+
+def test_special_tokens_are_allowed_by_name_or_all(hand):
+    assert hand.encode('the<end>', allowed_special='all') == [257, 258]
+    with pytest.raises(LabError, match="'<stop>' is no special token here"):
+        hand.encode('a', allowed_special=['<stop>'])
+
+
+def test_bytes_that_are_no_text_come_back_and_half_a_character_is_refused(hand):
+    noise = bytes(range(256)) * 3
+    text = hand.decode(hand.encode(noise), 'surrogateescape')
+    assert text.encode('utf-8', 'surrogateescape') == noise
+    with pytest.raises(LabError, match=r"half a character, '\\ud83d'"):
+        hand.encode('broken \ud83d')
+    for ids in ([0, 259], [-1, 5]):
+        with pytest.raises(LabError, match='this vocabulary has 0 to 258'):
+            hand.decode(ids)
+
+
+def test_training_needs_texts_and_room_for_special_tokens(script):
+    t = BPETokenizer.train(script, 1024, special_tokens=[END])
+    assert t.eos_id == t.vocab_size - 1
+    with pytest.raises(LabError, match='take 257'):
+        BPETokenizer.train('abc', 256, [END])
+    with pytest.raises(LabError, match='not bytes'):
+        BPETokenizer.train([b'abc'], 300)
+
+
+def test_documents_in_any_order_teach_the_same_merges(script):
+    documents = script[:100_000].split('\n')
+    one = BPETokenizer.train(documents, 600)
+    other = BPETokenizer.train(documents[::-1], 600)
+    assert (one.merges, one.vocab) == (other.merges, other.vocab)
+
+
+def test_tiny_pieces_of_a_text_in_parts_give_the_ids_of_the_whole(tok):
+    stories = tiny_tales(400).documents('train')
+    whole = '\n\n'.join(stories)[:5000] + f' {END} \n\n \n x  y'
+    longest = max(map(len, tok.special_tokens))
+    special = bpe._any_of(tok.special_tokens)
+    for n in (999, 7, 1):
+        parts = [whole[k : k + n] for k in range(0, len(whole), n)]
+        assert [*tok.encode_iterable(parts, 'all')] == tok.encode(whole, 'all')
+        for size in (1, 50):
+            pieces = [*bpe._pieces(parts, bpe._SAFE[True], special, longest, size)]
+            assert sum([tok.encode(p, 'all') for p in pieces], []) == tok.encode(whole, 'all')
+    assert len(pieces) > 50 and ''.join(pieces) == whole
+    assert tok.encode_batch(stories[:300]) == [tok.encode(t) for t in stories[:300]]
+
+
+def test_a_saved_tokenizer_says_its_kind_and_is_read_alike_everywhere(tok, tmp_path):
+    tok.save(tmp_path)
+    back = BPETokenizer.load(tmp_path)
+    assert back.meta == dict(tok.meta, kind='bpe')
+    theirs = Tokenizer.from_file(str(tmp_path / 'tokenizer.json'))
+    assert theirs.encode(f'to be{END}').ids == tok.encode(f'to be{END}', 'all')
+    strange = texts.random_string(random.Random(2))
+    assert copy.deepcopy(back).encode(strange) == tok.encode(strange)  # as a process would make it
+
+
+def test_a_pattern_of_a_large_model_is_followed_and_another_behavior_is_left_to_its_library(
+    tok, llama, script, tmp_path
+):
+    llama.save(tmp_path)
+    theirs = Tokenizer.from_file(str(tmp_path / 'tokenizer.json'))
+    rnd = random.Random(2)
+    strange = ''.join(map(chr, rnd.choices([*range(32, 1000), *range(0x4E00, 0x4F00)], k=3000)))
+    for t in (script[-20_000:], strange, 'In 123456\n\n  "YOU\'RE" .\n'):
+        assert theirs.encode(t).ids == BPETokenizer.load(tmp_path).encode(t)
+        assert llama.decode(llama.encode(t)) == t
+    assert llama._find[0]("You're 12345") == ['You', "'re", ' ', '123', '45']
+    data = json.loads((tmp_path / 'tokenizer.json').read_text(encoding='utf-8'))
+    data['pre_tokenizer']['pretokenizers'][0]['behavior'] = 'Removed'
+    assert BPETokenizer.from_json(data) is None  # not for us: its library reads it
+    some = 'In 123456  "YOU\'RE"'
+    theirs = Tokenizer.from_str(json.dumps(data))
+    assert ForeignTokenizer.from_json(data).encode(some) == theirs.encode(some).ids
+
+
+def test_a_tokenizer_of_another_kind_is_not_loaded_as_bpe(tmp_path):
+    CharTokenizer('abc').save(tmp_path)
+    with pytest.raises(LabError, match='holds chars, not BPE'):
+        BPETokenizer.load(tmp_path)
+
+
+def test_a_foreign_mark_is_allowed_by_name_and_dropout_is_refused():
+    pieces = Tokenizer(models.WordPiece(unk_token='[UNK]'))
+    pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    pieces.train_from_iterator(
+        [tiny_tales(50).text('train')],
+        trainers.WordPieceTrainer(
+            vocab_size=300, special_tokens=['[UNK]', '[MASK]'], show_progress=False
+        ),
+    )
+    wordpiece = ForeignTokenizer(json.loads(pieces.to_str()))
+    assert wordpiece.encode('[MASK]', 'all') == [wordpiece.special_tokens['[MASK]']]
+    random_cuts = wordpiece.data | dict(model=wordpiece.data['model'] | dict(dropout=0.1))
+    said = 'dropout=0.1 cannot be followed exactly: set it to null in the file'
+    with pytest.raises(LabError, match=re.escape(said)):
+        ForeignTokenizer(random_cuts)

@@ -1,0 +1,66 @@
+"Odd cases of the lab bench: names, recipes, answers and pictures."
+
+import pytest
+import torch
+
+from llm_lab.core import LabError, address, check, check_recipe, lookup, pyplot, show
+
+
+def test_a_whole_address_stands_for_itself():
+    assert address('llm_lab.moe:MoE', 'mlp') == 'llm_lab.moe:MoE'
+
+
+def test_a_name_of_format_1_is_refused_with_the_way_to_convert_it():
+    first_edition = 'llm_lab.gpt:Attention'  # format 1 named the module, too
+    with pytest.raises(LabError, match='python tools/migrate.py'):
+        address(first_edition, 'mixer')
+
+
+@pytest.mark.parametrize(
+    ('name', 'slot'), [('llm_lab.core:require', 'act'), ('torch.nn:Embedding', 'act')]
+)
+def test_what_the_table_does_not_list_for_a_slot_cannot_be_named(name, slot):
+    with pytest.raises(LabError, match=f"'{name}' names no part that can be {slot}: "):
+        lookup(name, slot)
+
+
+@pytest.mark.parametrize(
+    ('said', 'more'),
+    [
+        ("mlp.act='MLP' names no part that can be act", dict(act=dict(part='MLP'))),
+        ('mlp.bias=', dict(bias=dict(part='ReLU2'))),  # a keyword that holds no recipe
+    ],
+)
+def test_a_recipe_stands_only_where_its_slot_allows_it(said, more):
+    with pytest.raises(LabError, match=said):
+        check_recipe(dict(part='MLP', **more), 'mlp', 'mlp')
+
+
+def double(x):
+    return x + x
+
+
+def test_an_answer_that_raises_is_told_with_its_case():
+    assert check(double, double, (None,)).startswith('double: TypeError on (None,)')
+
+
+def test_an_answer_that_sorts_its_case_deceives_nobody():
+    def spoil(x):
+        x.sort()
+        return x
+
+    assert 'expected' in check(spoil, lambda x: x, ([2, 1],))
+
+
+def test_a_wrong_shape_is_a_wrong_answer():
+    assert 'expected' in check(lambda x: x[:1], double, (torch.ones(2),))
+
+
+def test_a_figure_becomes_a_png_with_its_title_as_words():
+    pytest.importorskip('IPython.display')
+    plt = pyplot()
+    fig, ax = plt.subplots()
+    ax.set(title='what it shows')
+    image = show(fig)
+    assert image.alt == 'what it shows' and image.data[1:4] == b'PNG'
+    assert plt.get_fignums() == []
