@@ -397,7 +397,7 @@ def _events(text, where):
     """What YAML sees in a text, piece by piece.
 
     Raises `LabError` where it stands for more than it shows"""
-    yaml = require('yaml')
+    yaml = require('yaml', 'pyyaml')
     depth = 0
     try:
         for n, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
@@ -498,7 +498,7 @@ def _source(config):
     name = path.parent.absolute().name if path.stem == 'config' else path.stem
     omega = require('omegaconf').OmegaConf
     errors = require('omegaconf.errors')
-    yaml = require('yaml')
+    yaml = require('yaml', 'pyyaml')
     try:
         return omega.load(io.StringIO(_bearable(path))), name
     except LabError:
@@ -628,7 +628,7 @@ def read_config(config, overrides=()) -> RunConfig:
         raise
     except (
         errors.OmegaConfBaseException,
-        require('yaml').YAMLError,
+        require('yaml', 'pyyaml').YAMLError,
         ValueError,
         RecursionError,
     ) as e:
@@ -666,7 +666,7 @@ def _by_us(data):
     try:
         said = omega.to_container(omega.create(data.decode()))
         return _as_yaml(config_from_dict(said)).encode() == data
-    except (wrong, require('yaml').YAMLError, AttributeError, RecursionError, ValueError):
+    except (wrong, require('yaml', 'pyyaml').YAMLError, AttributeError, RecursionError, ValueError):
         return False
 
 

@@ -30,9 +30,28 @@ class LabError(ValueError):
     "A mistake that has a remedy, told in one line: the thing, its value, what to do"
 
 # %% ../nbs/01_core.ipynb #6f817fa1
+# {extra of this book's package: the modules that come with it}
+_EXTRAS = dict(
+    lab='matplotlib ipywidgets anywidget IPython traitlets',
+    train='pooch filelock accelerate omegaconf yaml tensorboard dotenv psutil',
+    data='datasets pyarrow tiktoken huggingface_hub',
+    verify='transformers hypothesis',
+)
+
+
+def _remedy(name, module):
+    "How to install a module that is missing, and the extra that has it"
+    top = module.partition('.')[0]
+    extras = [extra for extra, modules in _EXTRAS.items() if top in modules.split()]
+    remedy = f'pip install {name}'
+    return (
+        f"{remedy}, or this book's extra [{extras[0]}] with all of its kind" if extras else remedy
+    )
+
+
 def require(
     module: str,  # the module to import, `matplotlib.pyplot`
-    package: str = None,  # what to install, when it is not the module's first name
+    package: str | None = None,  # what to install, when it is not the module's first name
 ):  # the imported module
     """Import a library that only part of the lab needs; raise `LabError` with the remedy when it is
     missing

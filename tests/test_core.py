@@ -1,5 +1,9 @@
 "Odd cases of the lab bench: names, recipes, answers and pictures."
 
+import re
+import shlex
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -64,3 +68,28 @@ def test_a_figure_becomes_a_png_with_its_title_as_words():
     image = show(fig)
     assert image.alt == 'what it shows' and image.data[1:4] == b'PNG'
     assert plt.get_fignums() == []
+
+
+def test_what_is_missing_names_the_extra_that_has_it():
+    "The table of extras is that of settings.ini, but for what comes along with these"
+    from configparser import ConfigParser
+
+    from llm_lab import core
+
+    config = ConfigParser(delimiters=['='])
+    config.read(Path(core.__file__).resolve().parent.parent / 'settings.ini', encoding='utf-8')
+    along = {'jupyterlab': 'IPython traitlets', 'omegaconf': 'yaml', 'accelerate': 'psutil'}
+    along |= {'datasets': 'huggingface_hub'}
+    module_of = {'python-dotenv': 'dotenv'}
+    for extra, modules in core._EXTRAS.items():
+        packages = [
+            re.split('[<>=]', o)[0] for o in shlex.split(config['DEFAULT'][f'{extra}_requirements'])
+        ]
+        want = {module_of.get(o, o) for o in packages} - {'jupyterlab'}
+        for package in packages:
+            want |= {*along.get(package, '').split()}
+        assert {*modules.split()} == want, extra
+    with pytest.raises(LabError, match=r"pip install missing$"):
+        core.require('missing')
+    assert core._remedy('pyyaml', 'yaml.events').startswith('pip install pyyaml, or ')
+    assert '[train]' in core._remedy('omegaconf', 'omegaconf.errors')
