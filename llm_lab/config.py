@@ -466,11 +466,12 @@ def _unreadable(path, error) -> LabError:
 
 def _source(config):
     "(plain data, name) of a config: a .yaml file, a folder that holds config.yaml, or a name"
-    path = _file_of(config)
+    path = _file_of(config)  # a file of this name wins over a config of the book
     if path is None and config in CONFIGS:
         return CONFIGS[config], config
     if path is None:
         raise _no_config(config)
+    # experiments/my/config.yaml is called 'my', as is my.yaml
     name = path.parent.absolute().name if path.stem == 'config' else path.stem
     omega = require('omegaconf').OmegaConf
     errors = require('omegaconf.errors')
@@ -740,6 +741,7 @@ def same_config(record: dict, config) -> bool:
     source = origin(config)[1]
     if record.get('source') == source:
         return True
+    # another place, but the old one is gone, and the new one says the same: it was moved
     there = (home() / record.get('source', '')).is_file() or record.get('source') in CONFIGS
     return not there and record.get('stated') == stated(config)
 

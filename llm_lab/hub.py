@@ -279,7 +279,8 @@ def _matched(want, found, tie, where):
     """{name of the family: name in the file} of all tensors that the model needs.
 
     Raises `LabError` where one is missing, left over, or of another shape"""
-    # files of the bare model, without a head, leave out its name before each tensor's
+    # files of the bare model, without a head, leave out its name before each tensor's: they hold
+    # 'h.0.ln_1.weight' for 'transformer.h.0.ln_1.weight'
     bare = {n: re.sub(r'^(transformer|model)\.', '', n) for n in want}
     names = {n: n if n in found else bare[n] for n in want}
     missing = [n for n, name in names.items() if name not in found]
@@ -287,7 +288,8 @@ def _matched(want, found, tie, where):
         counts = f'{len(missing)} of {len(want)} tensors are missing'
         _unfit(where, f' lacks {missing[0]} ({counts})')
     left = sorted(n for n in found.keys() - set(names.values()) if not _BUFFERS.search(n))
-    if tie and 'lm_head.weight' in left:  # some files hold a shared table twice
+    # some files hold a shared table twice; then the second must be the first
+    if tie and 'lm_head.weight' in left:
         if not _is_table(found, names):
             remedy = 'set tie_word_embeddings to false'
             _unfit(where, ': lm_head.weight is not the table of tokens', remedy)
@@ -376,6 +378,7 @@ def from_hf(
             )
         model = meta_model(cfg)  # shapes only, until the dtype is known
         names = _matched(hf_views(model, family), found, cfg.tie, folder)
+        # usually one; some files keep the norms in float32 and all else in bfloat16
         kinds = {_KINDS[found[name].get_slice(name).get_dtype()] for name in names.values()}
         _make_room(model, kinds, folder)
         for theirs, view in hf_views(model, family).items():

@@ -147,7 +147,7 @@ def test_a_run_ends_with_the_same_bits_wherever_it_is_resumed(kept, looked):
         assert again.notes == run.notes, at
 
 
-def test_without_the_streams_of_chance_the_bits_differ(kept):
+def test_without_the_rng_states_the_bits_differ(kept):
     "So the test above can fail; without dropout nothing is drawn"
     folder, run = kept
 
