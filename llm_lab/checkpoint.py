@@ -51,13 +51,15 @@ def _is_plain(value):
 
 def optimizer_state(model, optimizer) -> tuple:
     # ({'blocks.0.attn.qkv.weight/momentum': tensor, …}, groups as plain data)
-    "What an optimizer remembers, and its settings; raises `LabError` on a memory that is no tensor"
+    """What an optimizer remembers, and its settings as plain data.
+
+    Raises `LabError` where it remembers something that is no tensor"""
     # PyTorch numbers the parameters by their place in the groups; their names outlive a new order
     names = {id(p): name for name, p in model.named_parameters()}
     tensors = {}
     for p, kept in optimizer.state.items():
         for k, v in kept.items():
-            if v is not None:
+            if v is not None:  # SGD without momentum keeps None
                 tensors[f'{names[id(p)]}/{k}'] = v
     for k, v in tensors.items():
         if not isinstance(v, torch.Tensor):
@@ -66,14 +68,16 @@ def optimizer_state(model, optimizer) -> tuple:
             )
     groups = []
     for g in optimizer.param_groups:
+        # lr, betas, …; functions and other objects are made anew by whoever makes the optimizer
         settings = {k: v for k, v in g.items() if k != 'params' and _is_plain(v)}
         groups.append(settings | {'params': [names[id(p)] for p in g['params']]})
     return tensors, groups
 
 # %% ../nbs/81_checkpoint.ipynb #c595e636
 def restore_optimizer(model, optimizer, tensors: dict, groups: list):
-    """Let `optimizer` remember what another one did; raises `LabError` when it moves other
-    parameters"""
+    """Let `optimizer` remember what another one did, the inverse of `optimizer_state`.
+
+    Raises `LabError` when it moves other parameters, or in other groups"""
     names = {id(p): name for name, p in model.named_parameters()}
     mine = [[names[id(p)] for p in g['params']] for g in optimizer.param_groups]
     if mine != [g['params'] for g in groups]:
@@ -81,30 +85,33 @@ def restore_optimizer(model, optimizer, tensors: dict, groups: list):
             'the optimizer that was saved moves its parameters in other groups: make the one '
             'that was used then'
         )
-    number = {name: n for n, name in enumerate(sum(mine, []))}  # as `state_dict` counts them
+    # `state_dict` counts the parameters through all groups: 0, 1, 2, …
+    names_in_order = [name for group in mine for name in group]
+    number = {name: n for n, name in enumerate(names_in_order)}
     state = {}
     for key, v in tensors.items():
-        name, _, k = key.rpartition('/')
+        name, _, k = key.rpartition('/')  # 'blocks.0.attn.qkv.weight', 'momentum'
         state.setdefault(number[name], {})[k] = v
     now = optimizer.state_dict()['param_groups']
-    for g, said in zip(now, groups):
-        for k, v in said.items():
+    for g, saved in zip(now, groups):
+        for k, v in saved.items():
             if k != 'params':
                 g[k] = tuple(v) if isinstance(v, list) else v  # JSON has no tuples, as of betas
     optimizer.load_state_dict(dict(state=state, param_groups=now))
 
 # %% ../nbs/81_checkpoint.ipynb #37a2b970
 def _text(states):
-    "States of random generators, {'cpu': bytes as a tensor}, as texts that JSON can hold"
+    "RNG states, {'cpu': bytes as a tensor}, as texts that JSON can hold"
     return {k: base64.b64encode(v.cpu().numpy().tobytes()).decode() for k, v in states.items()}
 
 
 def _states(texts):
-    "What `_text` was made of"
-    return {
-        k: torch.frombuffer(bytearray(base64.b64decode(v)), dtype=torch.uint8)
-        for k, v in texts.items()
-    }
+    "The RNG states of which `_text` made texts"
+    states = {}
+    for k, v in texts.items():
+        data = bytearray(base64.b64decode(v))  # PyTorch wants bytes that it may write to
+        states[k] = torch.frombuffer(data, dtype=torch.uint8)
+    return states
 
 
 class CheckpointManager:
@@ -147,19 +154,22 @@ class CheckpointManager:
         random = self.gather(_text(run.random or rng_state(run.history.device)))
         if self.rank == 0:
             self.save(run, random)
-            self.tidy(run)
+            self.tidy(run)  # only now: an older one may go when the new one is there
 
     if TYPE_CHECKING:
-        def folder_of(self, step: 'int') -> 'Path': ...
+        def folder_of(self, step: 'int') -> 'Path':
+            """The folder of the checkpoint of a step, whether it is there or not"""
+            ...
 
         def steps(self) -> 'list':
             """The steps of which there is a checkpoint, in order, but for those that `load` has left out"""
             ...
 
         def save(self, run, random: 'list'):
-            """Write the checkpoint of this step, all of it or nothing;
+            """Write the checkpoint of this step, all of it or nothing. `random` holds the RNG states of
+            each process.
 
-            `random` holds the streams of each process"""
+            Raises `LabError` over a folder of another run, and when the model has diverged"""
             ...
 
         def drop(self, step):
@@ -174,7 +184,8 @@ class CheckpointManager:
             """Bring model, optimizer, history, RNG states and parts to where they were.
 
             `read_verified` (of the package) checks every hash before a byte is parsed. Raises `LabError`
-            when one bit is not as it was
+            when one bit is not as it was. A newest checkpoint whose weights are not finite is left out,
+            with a warning, for the one before it
 
             Args:
                 path: a checkpoint; the newest of this run if none
@@ -184,18 +195,19 @@ class CheckpointManager:
             ...
 
         def restore(self, run, state: 'dict', tensors: 'dict', processes: 'int'):
-            """Optimizer, history, parts and streams as they were;
-
-            `tensors` are those of optimizer.safetensors"""
+            """Bring optimizer, history, parts and RNG states to where they were. `tensors` are those of
+            optimizer.safetensors; `state` and `processes` as in `load`"""
             ...
 
         def restore_streams(self, run, state, processes: 'int'):
-            """Let dropout go on with the stream of this process; warns where the bits cannot be the same"""
+            """Set the random generators of this process as they were saved, so that dropout goes on with
+            the same draws. Warns where the bits cannot be the same"""
             ...
 
 # %% ../nbs/81_checkpoint.ipynb #c30797f1
 @patch
 def folder_of(self: CheckpointManager, step: int) -> Path:
+    "The folder of the checkpoint of a step, whether it is there or not"
     return self.folder / 'checkpoints' / f'step-{step:06d}'
 
 
@@ -213,7 +225,8 @@ def steps(self: CheckpointManager) -> list:
     return [s for s in steps_in(self.folder) if s not in self.left_out]
 
 # %% ../nbs/81_checkpoint.ipynb #37e98265
-# what in the environment makes other bits of the same program: precision, and the instructions used
+# variables of the environment that change the bits of the same program: they lower the precision of
+# matrix multiplications, or choose other instructions of the processor
 SWAYS = (
     'ONEDNN_DEFAULT_FPMATH_MODE',
     'DNNL_DEFAULT_FPMATH_MODE',
@@ -234,7 +247,7 @@ def _hardware(kind):
 
 
 def _made(run, processes):
-    "With what the bits of a run are made"
+    "With what the bits of a run are made: versions, threads, hardware, precision, environment"
     kind = run.history.device.type
     return dict(
         llm_lab=__version__,
@@ -267,6 +280,7 @@ def _there_already(manager, run) -> bool:
     last = max(manager.steps(), default=None)
     if last is None:
         return False
+    # Steps only grow. So a newest one of ours, not beyond this step, proves that all of them are
     if last in manager.mine and last <= run.step:
         return last == run.step
     raise LabError(
@@ -280,9 +294,11 @@ def _write_checkpoint(manager, run, folder, state, tensors):
     about = {**manager.about, 'step': run.step, 'tokens': run.tokens}
     title = f'{manager.folder.name}, step {run.step:,}'
     write_package(folder, run.model, manager.tokenizer, about, title)
-    tensors['history'] = run.history[:, : run.step].contiguous()  # (2, steps): losses, lengths
+    # (2, steps): the loss and the gradient norm of each step so far
+    tensors['history'] = run.history[:, : run.step].contiguous()
     (folder / 'optimizer.safetensors').write_bytes(tensor_bytes(tensors))
     (folder / 'state.json').write_text(json.dumps(state), encoding='utf-8')
+    # last, and of the bytes as they can be read back: what it lists is on the disk
     files = sorted(f.name for f in folder.iterdir())
     sizes = {f: (folder / f).stat().st_size for f in files}
     write_manifest(folder, 'manifest.json', files, sizes=sizes)
@@ -290,17 +306,19 @@ def _write_checkpoint(manager, run, folder, state, tensors):
 
 @patch
 def save(self: CheckpointManager, run, random: list):
-    """Write the checkpoint of this step, all of it or nothing;
+    """Write the checkpoint of this step, all of it or nothing. `random` holds the RNG states of
+    each process.
 
-    `random` holds the streams of each process"""
+    Raises `LabError` over a folder of another run, and when the model has diverged"""
     if _there_already(self, run):
         return
-    for name in ('latest', 'best'):
+    for name in ('latest', 'best'):  # `tidy` will write them; found out before any work is done
         require_ours(self.folder / name, _names_a_step)
     tensors, groups = optimizer_state(run.model, run.optimizer)
-    if odd := _diverged(run.model, tensors):
+    odd = _diverged(run.model, tensors)
+    if odd:
         raise LabError(
-            f'{self.folder} has diverged: {odd} is no number after step {run.step:,}, '
+            f'{self.folder} has diverged: {odd} is not finite after step {run.step:,}, '
             'and that is not saved; begin a new run with a lower learning rate'
         )
     state = dict(
@@ -322,6 +340,7 @@ def save(self: CheckpointManager, run, random: list):
 
 # %% ../nbs/81_checkpoint.ipynb #be8e222e
 _names_a_step = re.compile(rb'step-\d+\n').fullmatch  # what `latest` and `best` hold
+# what follows a name while it is written (`.step-000020.77.new`, 77 being the process) or removed
 _mark = r'(\.gone|(\.\d+\.(new|old))+)'
 
 
@@ -347,7 +366,7 @@ def val_losses(notes) -> dict:  # {step: loss}; what is not finite is infinite
     if not noted:
         return {}
     newest = noted[-1].get('of')
-    losses = {}
+    losses = {}  # a step that is noted twice keeps its newest loss
     for n in noted:
         if n.get('of', newest) == newest:  # an old note does not say
             losses[n['step']] = n['val'] if math.isfinite(n['val']) else math.inf
@@ -366,10 +385,13 @@ def drop(self: CheckpointManager, step):
     "Take the checkpoint of a step off the list; it stays if anything in it is not ours"
     place = self.folder_of(step)
     try:
+        # as this object wrote it, nobody has touched it; else each of its files is looked into
         if self.wrote.get(step) != snapshot(place):
             replaceable(place)
     except LabError as e:
-        return warn_once(f'{e}. It stays')
+        warn_once(f'{e}. It stays')
+        return
+    # without its name it is no checkpoint any more, however far the removal comes
     os.replace(place, place.with_name(f'.step-{step:06d}.gone'))
 
 
@@ -407,12 +429,14 @@ def _read_whole(path) -> tuple:  # (files as bytes, state, tensors of the optimi
 
 def _require_fitting(manager, run, path, state, own):
     "Raises `LabError` unless a checkpoint stands under its name, and fits what is planned"
+    # a copy in another place may have any name; among this run's, the name says the step
     named = own and re.fullmatch(r'step-\d+', path.name)
     if named and path.resolve() != manager.folder_of(state['step']).resolve():
         raise LabError(f'{path} is the checkpoint of step {state["step"]:,}: give it its name back')
     if state['step'] > run.steps:
         raise LabError(f'{path} is beyond the {run.steps:,} steps that are planned: plan more')
-    if unknown := state['parts'].keys() ^ manager.parts.keys():
+    unknown = state['parts'].keys() ^ manager.parts.keys()
+    if unknown:
         raise LabError(
             f'{path} was saved with parts {[*state["parts"]]}: {sorted(unknown)[0]!r} is '
             'missing on one side'
@@ -428,7 +452,8 @@ def load(
     """Bring model, optimizer, history, RNG states and parts to where they were.
 
     `read_verified` (of the package) checks every hash before a byte is parsed. Raises `LabError`
-    when one bit is not as it was
+    when one bit is not as it was. A newest checkpoint whose weights are not finite is left out,
+    with a warning, for the one before it
 
     Args:
         path: a checkpoint; the newest of this run if none
@@ -438,15 +463,16 @@ def load(
     """
     newest = path is None
     if newest and not self.steps():
-        some = ' whose weights are numbers' if self.left_out else ''
+        some = ' whose weights are finite' if self.left_out else ''
         raise LabError(f'{self.folder} holds no checkpoint{some}: nothing to go on from')
     path = self.folder_of(max(self.steps())) if newest else resolve(path)
     data, state, tensors = _read_whole(path)
     own = path.parent.resolve() == self.folder_of(0).parent.resolve()  # else a branch begins here
     _require_fitting(self, run, path, state, own)
     load_weights(run.model, data.get('model.safetensors', b''), path / 'model.safetensors')
-    if odd := _diverged(run.model, tensors):
-        why = f'{path}: {odd} holds what is no number'
+    odd = _diverged(run.model, tensors)
+    if odd:
+        why = f'{path}: {odd} is not finite'
         if not newest:
             raise LabError(f'{why}: go on from another one in {path.parent}')
         warnings.warn(f'{why}: it is left out')
@@ -457,12 +483,13 @@ def load(
         self.restore(run, state, tensors, processes)
     except LabError:
         raise
-    # sealed, and yet not ours
+    # its hashes are right, and yet it is not what `save` writes: another program made it
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
         raise LabError(
             f'{path} is no checkpoint of this run ({type(e).__name__}: '
             f'{short(str(e), 100)}): go on from another one'
         ) from e
+    # what a branch saves is not on the way of the run that it left: then no step here is `mine`
     self.mine = {s for s in self.steps() if s <= run.step} if own else set()
     return state
 
@@ -473,6 +500,7 @@ def _odd_key(state, kinds) -> str:  # '' if there is none
         value = state.get(key)
         if not isinstance(value, kind) or isinstance(value, bool):  # True is an int, too
             return key
+    # beyond 2^53 a float no longer counts in ones
     if not 0 <= min(state['step'], state['tokens'], state['seconds']) < 1 << 53:
         return 'step'
     for key in ('notes', 'groups', 'random'):
@@ -482,8 +510,9 @@ def _odd_key(state, kinds) -> str:  # '' if there is none
 
 
 def _check_state(state, path):
-    """Raises `LabError` unless a state.json says what `save` writes, in the kinds that are counted
-    with"""
+    """Raises `LabError` unless a state.json holds what `save` writes, each value of its type.
+
+    The hashes may be right and the file made by somebody else"""
     kinds = dict(
         step=int,
         steps=int,
@@ -498,15 +527,15 @@ def _check_state(state, path):
     state = state if isinstance(state, dict) else {}
     if not isinstance(state.get('facts', {}), dict):
         kinds['facts'] = dict  # an old one has none
-    if odd := _odd_key(state, kinds):
+    odd = _odd_key(state, kinds)
+    if odd:
         raise LabError(f'{path}: {odd} is not what a checkpoint says there: go on from another one')
 
 
 @patch
 def restore(self: CheckpointManager, run, state: dict, tensors: dict, processes: int):
-    """Optimizer, history, parts and streams as they were;
-
-    `tensors` are those of optimizer.safetensors"""
+    """Bring optimizer, history, parts and RNG states to where they were. `tensors` are those of
+    optimizer.safetensors; `state` and `processes` as in `load`"""
     history = tensors.pop('history')
     if history.shape != (2, state['step']):
         raise ValueError(f'history of shape {tuple(history.shape)}')
@@ -537,16 +566,18 @@ def read_state(path) -> dict:  # what it says, and `about`: what its package say
 # %% ../nbs/81_checkpoint.ipynb #c741f4b5
 @patch
 def restore_streams(self: CheckpointManager, run, state, processes: int):
-    "Let dropout go on with the stream of this process; warns where the bits cannot be the same"
-    random = {}  # of another number of processes, none is ours
+    """Set the random generators of this process as they were saved, so that dropout goes on with
+    the same draws. Warns where the bits cannot be the same"""
+    random = {}  # where another number of processes saved, none of their states is ours
     if processes == len(state['random']):
         random = _states(state['random'][self.rank])
     known = rng_state(run.history.device)
     run.random = {k: v for k, v in random.items() if k in known}
-    for name, stream in run.random.items():
-        if stream.shape != known[name].shape:
-            raise ValueError(f'the stream of {name} is torn')
+    for name, saved in run.random.items():
+        if saved.shape != known[name].shape:
+            raise ValueError(f'the RNG state of {name} has another size')
     now = _made(run, processes)
+    # an older checkpoint may know less: what only `now` knows is not compared
     other = [f'{k} was {v}, is {now[k]}' for k, v in state['made'].items() if v != now.get(k, v)]
     if other:
         warnings.warn(
@@ -632,9 +663,10 @@ def _by_metrics(name):
 
 
 class MetricsLog:
-    """The numbers of a run as they come:
+    """The log of a run, a row at a time: all numbers in `metrics.jsonl`, the columns that every
+    run has in `metrics.csv` as well, texts in `samples.jsonl`.
 
-    `metrics.jsonl`, those that all runs have as `metrics.csv`, texts in `samples.jsonl`"""
+    Each method that writes raises `LabError` if such a file is somebody else's"""
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -650,7 +682,8 @@ class MetricsLog:
             return
         path = self.folder / name
         lock = self.folder / '.lock'
-        # a run that was killed may leave it empty; but not before it has locked its folder
+        # A run that was killed may leave the file empty, but not before it has locked its folder.
+        # So an empty file that is older than the lock is somebody else's
         begun = lock.exists() and path.exists() and lock.stat().st_mtime <= path.stat().st_mtime
         by_metrics = _by_metrics(name)
         require_ours(path, lambda data: (begun or data) and by_metrics(data))
@@ -663,6 +696,7 @@ class MetricsLog:
             f.write(line + '\n')
 
     def write(self, row: dict):
+        "Add a row of numbers; it needs a `step`"
         for name in ('metrics.jsonl', 'metrics.csv'):
             self._require(name)  # both, before one is touched
         if not (self.folder / 'metrics.csv').exists():
@@ -672,10 +706,12 @@ class MetricsLog:
         self._count('metrics.jsonl', row)
 
     def keep(self, text: dict):
+        "Add a text, such as a sample; it needs a `step`"
         self._add('samples.jsonl', json.dumps(text))
         self._count('samples.jsonl', text)
 
     def _count(self, name, row):
+        # two runs with the same bits log the same rows, but for what their clocks say
         n, digest = self.seen[name]
         timeless = {k: v for k, v in row.items() if k not in CLOCKS}
         digest.update(json.dumps(timeless).encode() + b'\n')
@@ -691,9 +727,8 @@ class MetricsLog:
 
     if TYPE_CHECKING:
         def truncate(self, step: 'int', source=None):
-            """Forget what came after `step`, and a line that a kill has torn;
-
-            `source` is another run to begin with"""
+            """Cut the log to what came up to `step`, without a line that a kill has torn. With `source`,
+            the folder of another run, the log begins as a copy of that one's"""
             ...
 
         def sync(self):
@@ -705,7 +740,7 @@ def _drop_bare_table(folder):
     "Remove a metrics.csv without rows, as a kill leaves it. Raises `LabError` where it has some"
     table = folder / 'metrics.csv'
     head = ','.join(COLUMNS) + '\n'
-    # a head at most, perhaps torn
+    # a kill leaves the head at most, perhaps torn
     if table.is_file() and not head.encode().startswith(table.read_bytes()):
         raise LabError(
             f'{table} has rows, and metrics.jsonl, from which it is made anew, is '
@@ -715,15 +750,15 @@ def _drop_bare_table(folder):
 
 
 def _write_lines(path, lines):
+    "Replace a file by these lines, whole or not at all"
     with atomic_write(path) as new:
         new.write_text(''.join(f'{line}\n' for line in lines), encoding='utf-8')
 
 
 @patch
 def truncate(self: MetricsLog, step: int, source=None):
-    """Forget what came after `step`, and a line that a kill has torn;
-
-    `source` is another run to begin with"""
+    """Cut the log to what came up to `step`, without a line that a kill has torn. With `source`,
+    the folder of another run, the log begins as a copy of that one's"""
     source = source or self.folder
     for name in _FILES:
         self._require(name)
@@ -733,6 +768,7 @@ def truncate(self: MetricsLog, step: int, source=None):
         if not (source / name).exists():
             continue
         rows = [row for row in read_metrics(source / name) if row['step'] <= step]
+        # count and hash anew: the same as if these rows had just been written
         self.seen[name] = 0, hashlib.sha256()
         for row in rows:
             self._count(name, row)

@@ -370,7 +370,7 @@ def _score_of_corpus(a, model, tokenizer, about):
         print(f'{corpus.name} is not the text it was trained on, or has changed', file=sys.stderr)
     live = StatusLine()
     score = evaluate(model, tokenizer, corpus, a.split, None, a.stride, a.batch_size, live)
-    live.close(f'{score.tokens:,} tokens of {corpus.name}, each asked once')
+    live.close(f'{score.tokens:,} tokens of {corpus.name}, each scored once')
     return score
 
 

@@ -15,21 +15,21 @@ import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import get_args
-from .core import HOLDS, SLOTS, LabError, address, check_recipe, home, require, short
+from .core import FORMAT_1, HOLDS, REGISTERED, SLOTS, LabError, _refuse_format_1
+from .core import address, check_recipe, home, require, short
 from .files import require_ours, atomic_write
-
-# %% ../nbs/06_config.ipynb #1f60c8d2
-from .core import FORMAT_1, REGISTERED, _refuse_format_1
 
 # %% ../nbs/06_config.ipynb #6a30dd62
 def _key(default, least=None, most=None, of=None, also=None):
-    "A key: its default, the least and the most, a word beside numbers; or the words to choose from"
+    """A key of a config: its default, and what it takes: a number from `least` to `most`, perhaps a
+    word `also` in its place, or one `of` these words"""
     return field(default=default, metadata=dict(least=least, most=most, of=of, also=also))
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """
+    """Which text, in which tokens, cut how
+
     Args:
         corpus: a name, or a file or folder of texts or records
         field: of records: which one holds the text
@@ -38,6 +38,7 @@ class DataConfig:
         length: context, in tokens
         rows: where they begin: side by side, or at documents
     """
+
     corpus: str = 'tiny_tales'  # a name, or a file or folder of texts or records
     field: str = 'text'  # of records: which one holds the text
     limit: int | None = _key(None, 1)  # so many training documents; all if none
@@ -53,14 +54,16 @@ def _recipe():
 
 
 @dataclass(frozen=True)
-class ModelConfig:  # as `GPTConfig`; what the data decide is missing
-    """
+class ModelConfig:
+    """As `GPTConfig`, but without what the data decide (`vocab_size`, `max_len`)
+
     Args:
         block: recipes for what is not given below
         n_kv_heads: heads of keys and values; n_heads if none
         attn: a recipe: {part: "Attention", …}
         pos: null: none
     """
+
     block: str = _key('gpt2', of=('gpt2', 'llama'))  # recipes for what is not given below
     d_model: int = _key(128, 1, 1 << 17)
     n_layers: int = _key(4, 1, 1 << 10)
@@ -79,50 +82,54 @@ class ModelConfig:  # as `GPTConfig`; what the data decide is missing
 # %% ../nbs/06_config.ipynb #fc636875
 @dataclass(frozen=True)
 class TrainConfig:
-    """
+    """How it is trained: steps, batches, optimizer, learning rate, precision, seed, threads
+
     Args:
-        batch_size: rows of a step, of all processes together
+        batch_size: sequences of a step, of all processes together
         accumulate: parts of a batch that go through the model one after the other
-        warmup: steps of climbing; 100, a tenth of short runs, if none
+        warmup: steps in which the rate climbs; 100, or a tenth of a short run, if none
         min_lr: where a rate that comes down ends
-        precision: of products
+        precision: of matmuls
         recompute: keep less for the backward pass (`efficient`)
-        threads: of the CPU; if none, as many as the process has
+        threads: on the CPU; if none, as many as the process has
     """
+
     steps: int = _key(1000, 1, 10**8)
-    batch_size: int = _key(16, 1, 1 << 20)  # rows of a step, of all processes together
+    batch_size: int = _key(16, 1, 1 << 20)  # sequences of a step, of all processes together
     # parts of a batch that go through the model one after the other
     accumulate: int = _key(1, 1, 1 << 20)
     optimizer: str = _key('muon', of=('adamw', 'muon', 'sgd'))
     lr: float = _key(0.01, 1e-9, 10)
     weight_decay: float = _key(0.1, 0, 10)
     schedule: str = _key('cosine', of=('cosine', 'constant', 'wsd', 'step_decay'))
-    # steps of climbing; 100, a tenth of short runs, if none
+    # steps in which the rate climbs; 100, or a tenth of a short run, if none
     warmup: int | None = _key(None, 0, 10**8)
     min_lr: float = _key(0.0, 0, 10)  # where a rate that comes down ends
     clip: float = _key(1.0, 1e-6)
-    precision: str = _key('float32', of=('auto', 'float32', 'bf16', 'fp16'))  # of products
+    precision: str = _key('float32', of=('auto', 'float32', 'bf16', 'fp16'))  # of matmuls
     compile: bool = False
     recompute: bool = False  # keep less for the backward pass (`efficient`)
     seed: int = _key(0, 0, 2**31)
-    # of the CPU; if none, as many as the process has
+    # on the CPU; if none, as many as the process has
     threads: int | None = _key(None, 1, 1024, also='auto')
 
 # %% ../nbs/06_config.ipynb #51855475
 @dataclass(frozen=True)
 class EvalConfig:
-    """
+    """How often the run is validated, on how much text, and what it writes meanwhile
+
     Args:
         every: steps; a checkpoint is written then, too
         tokens: of the validation split, from its beginning
-        patience: looks without a better one, then the run ends early
-        at_once: windows that are read together; as many as fit if none
+        patience: validations in a row without a better loss, after which the run ends early
+        at_once: windows in one forward pass; as many as fit if none
     """
+
     every: int = _key(250, 1)  # steps; a checkpoint is written then, too
     tokens: int = _key(20_000, 2)  # of the validation split, from its beginning
-    # looks without a better one, then the run ends early
+    # validations in a row without a better loss, after which the run ends early
     patience: int | None = _key(None, 1, 10**6)
-    # windows that are read together; as many as fit if none
+    # windows in one forward pass; as many as fit if none
     at_once: int | None = _key(None, 1, 1 << 20)
     sample_every: int = _key(1000, 1)
     sample_tokens: int = _key(200, 1)
@@ -131,13 +138,15 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
-    """
+    """How often numbers are logged and checkpoints written, and which of them stay
+
     Args:
-        keep: so many newest checkpoints, and the best
+        keep: so many of the newest checkpoints, and the best
     """
+
     every: int = _key(10, 1)
     checkpoint_every: int = _key(100, 1)
-    keep: int = _key(3, 1)  # so many newest checkpoints, and the best
+    keep: int = _key(3, 1)  # so many of the newest checkpoints, and the best
     tracker: str = _key('none', of=('none', 'tensorboard', 'wandb'))
 
 # %% ../nbs/06_config.ipynb #e90496e8
@@ -156,7 +165,8 @@ def _wanted(f):
     if m.get('of'):
         return f'choose from {", ".join(m["of"])}'
     kinds = get_args(f.type) or (f.type,)  # int | None is (int, NoneType)
-    least, most = m.get('least'), m.get('most')
+    least = m.get('least')
+    most = m.get('most')
     bounds = ''
     if most:
         bounds = f' from {least:,} to {most:,}'
@@ -174,6 +184,7 @@ def _checked(path, f, value):
     kinds = get_args(f.type) or (f.type,)  # int | None is (int, NoneType)
     if value is not None and value == m.get('also'):
         return value
+    # lr=1 means 1.0; an int beyond 1e300 would not fit into a float, and is refused below
     if float in kinds and type(value) is int and abs(value) < 1e300:
         value = float(value)
     good = type(value) in kinds  # not isinstance: True would pass for a whole number
@@ -185,7 +196,7 @@ def _checked(path, f, value):
         good = value in m['of']
     if not good:
         raise LabError(f'{path}={short(value, 200)}: {_wanted(f)}')
-    if isinstance(value, dict):
+    if isinstance(value, dict):  # a recipe; its keys are checked, and nothing is imported
         check_recipe(value, HOLDS['config'][f.name], path)
     return value
 
@@ -233,6 +244,7 @@ def _check_heads(m: ModelConfig):
             'give a divisor'
         )
     attn = m.attn or {}
+    # an attention without a name is the block's own, which GQA may replace
     part = address(attn.get('part', _GQA), 'mixer', 'model.attn')
     if part not in (address(_GQA, 'mixer'), _GQA):
         raise LabError(
@@ -281,8 +293,8 @@ BLOCKS = dict(
 
 
 def _with_block(x, block):
-    """The recipe of an attention of this book, with what the block adds; of recipes in turn, each;
-    another one as it is"""
+    """The recipe of an attention of this book, completed by the block's; where several take turns
+    (`{part: alternate, of: […]}`), each of them; a mixer of the reader's own as it is"""
     if not isinstance(x, dict) or not block:
         return x
     if isinstance(x.get('of'), list):
@@ -291,20 +303,17 @@ def _with_block(x, block):
     return x if word in REGISTERED else block | x
 
 
-def model_data(m: ModelConfig) -> dict:  # for `config_from` of `gpt`
-    """Sizes and recipes as plain data
-
-    Returns:
-        for `config_from` of `gpt`
-    """
+def model_data(m: ModelConfig) -> dict:
+    "Sizes and recipes as plain data, as `config_from` of `package` takes them"
     given = {}
     for key, value in asdict(m).items():
         # as the block has it; but `pos: null` says that there are no positions
         as_block = value == {} or (value is None and key != 'pos')
         if not as_block and key not in ('block', 'n_kv_heads'):
             given[key] = value
-    made = BLOCKS[m.block] | given
+    made = BLOCKS[m.block] | given  # a recipe that is given replaces the block's as a whole, …
     if 'attn' in made or m.n_kv_heads:
+        # … but for the attention, of which often a single keyword is given
         made['attn'] = _with_block(made.get('attn', {}), BLOCKS[m.block].get('attn', {}))
     if m.n_kv_heads:
         made['attn'] |= dict(part=_GQA, n_kv_heads=m.n_kv_heads)
@@ -312,20 +321,23 @@ def model_data(m: ModelConfig) -> dict:  # for `config_from` of `gpt`
 
 # %% ../nbs/06_config.ipynb #7564f8c4
 def _line(x):
+    "As one line, whatever stands in it"
     return ' '.join(str(x).split())
 
 
 def _nearest_path(path, known=(*_PATHS, *SECTIONS)):
-    """A remedy for a path that does not exist: the same word elsewhere, the nearest path, the
-    nearest word"""
+    """A remedy for a path that does not exist: the same word elsewhere (for `data.lr`, `train.lr`),
+    else the nearest path (for `train.stepz`, `train.steps`), else the nearest word"""
     by_word = {p.rpartition('.')[2]: p for p in known}  # {'lr': 'train.lr', …}
     word = path.rpartition('.')[2]
     if word in by_word:
         return f'did you mean {by_word[word]}?'
-    if near := difflib.get_close_matches(path, known, 1, 0.75):
-        return f'did you mean {near[0]}?'
-    if near := difflib.get_close_matches(word, by_word, 1, 0.6):
-        return f'did you mean {by_word[near[0]]}?'
+    near_paths = difflib.get_close_matches(path, known, 1, 0.75)
+    if near_paths:
+        return f'did you mean {near_paths[0]}?'
+    near_words = difflib.get_close_matches(word, by_word, 1, 0.6)
+    if near_words:
+        return f'did you mean {by_word[near_words[0]]}?'
     return f'choose from {", ".join(SECTIONS)} and their keys'
 
 
@@ -398,7 +410,7 @@ def _events(text, where):
 
     Raises `LabError` where it stands for more than it shows"""
     yaml = require('yaml', 'pyyaml')
-    depth = 0
+    depth = 0  # of lists and sections that stand in each other: YAML's own reader would recurse
     try:
         for n, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
             if isinstance(event, yaml.CollectionStartEvent):
@@ -418,7 +430,7 @@ def _events(text, where):
                 )
             yield event
     except yaml.YAMLError:
-        pass  # whoever loads it says what is wrong
+        pass  # `omega.load` meets the same error, and `_unreadable` reports it
 
 
 def _bearable(path) -> str:
@@ -432,6 +444,7 @@ def _bearable(path) -> str:
     text = path.read_text(encoding='utf-8')
     before = None
     for event in _events(text, path):
+        # `before` is the key, where `event` is its value
         _require_whole(path, text, before, event)
         before = event
     return text
@@ -490,11 +503,12 @@ def _unreadable(path, error) -> LabError:
 
 def _source(config):
     "(plain data, name) of a config: a .yaml file, a folder that holds config.yaml, or a name"
-    path = _file_of(config)
+    path = _file_of(config)  # a file of this name wins over a config of the book
     if path is None and config in CONFIGS:
         return CONFIGS[config], config
     if path is None:
         raise _no_config(config)
+    # experiments/my/config.yaml is called 'my', as is my.yaml
     name = path.parent.absolute().name if path.stem == 'config' else path.stem
     omega = require('omegaconf').OmegaConf
     errors = require('omegaconf.errors')
@@ -607,7 +621,11 @@ def _override(data, item, given):
 
 def read_config(config, overrides=()) -> RunConfig:
     "The config of that name, file or folder, with `key=value` changes"
-    data, name = (config, 'run') if isinstance(config, dict) else _source(str(config))
+    if isinstance(config, dict):
+        data = config
+        name = 'run'
+    else:
+        data, name = _source(str(config))
     omega = require('omegaconf').OmegaConf
     errors = require('omegaconf.errors')
     where = name  # what an error is about
@@ -620,6 +638,7 @@ def read_config(config, overrides=()) -> RunConfig:
             where = f'{item:.60}'
             _override(data, item, given)
         where = name
+        # the references as they stand, ${data.length}: checked before any is followed
         unresolved = omega.to_container(data)
         _check_functions(unresolved, name)
         _check_references(unresolved, name)
@@ -636,12 +655,6 @@ def read_config(config, overrides=()) -> RunConfig:
             f'{where}: {str(e).splitlines()[0]}: write keys and values, such as train.steps=500'
         ) from None
 
-# %% ../nbs/06_config.ipynb #2e0f4351
-def _as_chosen(old: RunConfig, new: RunConfig) -> RunConfig:
-    "`new`, where `auto` stands for what a run of `old` has chosen"
-    names = [f.name for f in fields(TrainConfig) if getattr(new.train, f.name) == 'auto']
-    return replace(new, train=replace(new.train, **{n: getattr(old.train, n) for n in names}))
-
 # %% ../nbs/06_config.ipynb #d3b6425a
 def as_data(cfg: RunConfig) -> dict:  # {section: {key: value}}, as `config_from_dict` takes it
     """All that a config says, as plain data
@@ -653,6 +666,7 @@ def as_data(cfg: RunConfig) -> dict:  # {section: {key: value}}, as `config_from
 
 
 def _as_yaml(cfg):
+    "The text of a config file"
     omega = require('omegaconf').OmegaConf
     return omega.to_yaml(omega.create(as_data(cfg)))
 
@@ -664,6 +678,7 @@ def _by_us(data):
     omega = require('omegaconf').OmegaConf
     wrong = require('omegaconf.errors').OmegaConfBaseException
     try:
+        # read and written again, a file of ours is the same to the byte
         said = omega.to_container(omega.create(data.decode()))
         return _as_yaml(config_from_dict(said)).encode() == data
     except (wrong, require('yaml', 'pyyaml').YAMLError, AttributeError, RecursionError, ValueError):
@@ -690,18 +705,26 @@ def differences(old: RunConfig, new: RunConfig) -> dict:  # {'train.steps': (30,
     """
     found = {}
     for path in _PATHS:
-        before, now = _get(old, path), _get(new, path)
+        before = _get(old, path)
+        now = _get(new, path)
         if before != now:
             found[path] = before, now
     return found
 
 
-# what reaches back to no step that was made
+# what may change while a run goes on, because no step that was made depends on it
 _FREE = 'log.', 'eval.', 'train.steps', 'train.threads'
 
 
+def _as_chosen(old: RunConfig, new: RunConfig) -> RunConfig:
+    "`new`, where `auto` stands for what a run of `old` has chosen"
+    names = [f.name for f in fields(TrainConfig) if getattr(new.train, f.name) == 'auto']
+    return replace(new, train=replace(new.train, **{n: getattr(old.train, n) for n in names}))
+
+
 def check_resumable(old: RunConfig, new: RunConfig) -> RunConfig:
-    """`new`, if a run of `old` can go on with it: only what does not reach back is another.
+    """`new`, if a run of `old` can go on with it: only keys differ on which no step that was made
+    depends. Where `new` says `auto`, it gets what the run has chosen.
 
     Raises `LabError` if not"""
     new = _as_chosen(old, new)
@@ -771,6 +794,7 @@ def same_config(record: dict, config) -> bool:
     source = origin(config)[1]
     if record.get('source') == source:
         return True
+    # another place, but the old one is gone, and the new one says the same: it was moved
     there = (home() / record.get('source', '')).is_file() or record.get('source') in CONFIGS
     return not there and record.get('stated') == stated(config)
 

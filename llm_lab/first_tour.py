@@ -493,7 +493,7 @@ def describe_score(score, parts=None, of='validation'):
     token, bits = ('character', 'bits') if letters else ('token', 'bits per character')
     line = (
         f'{of} loss {score.loss:.3f} nats per {token} = {score.bits:.3f} {bits} ({sure}), '
-        f'every {token} predicted once'
+        f'every {token} scored once'
     )
     if score.floor:
         line += (

@@ -56,12 +56,12 @@ class LearnedPositions(nn.Module):
                 f'the text has {i.shape[-1]} tokens, max_len is {most}: '
                 'cut the text, or make the model with a larger max_len'
             )
+        # −1 is padding: any vector will do, because no query reads it
+        i = i.clamp_min(0)
         try:
-            return x + self.table(
-                i.clamp_min(0)
-            )  # −1 is padding: any vector will do, no query reads it
+            return x + self.table(i)  # (T, C) or (B, T, C), added to (B, T, C)
         except IndexError:
-            # positions that the caller gave; few of them may still lie far out
+            # few tokens, but at positions of the caller's beyond the table
             raise LabError(
                 f'a position is beyond max_len={most}: make the model with a larger max_len'
             ) from None
@@ -97,7 +97,8 @@ def gpt2_init(
         std: 0.02 at width 768, as GPT-2, and in proportion to 1/√d_model elsewhere
     """
     std = std or 0.02 * (768 / model.cfg.d_model) ** 0.5
-    # each of L layers adds to the stream twice: so the sum stays as large as one of them
+    # Each of L layers adds to the residual stream twice, so 2L independent answers are summed, and
+    # their variances add. With std/√(2L) the sum has the variance of one answer.
     out_std = std / (2 * model.cfg.n_layers) ** 0.5
     for name, p in model.named_parameters():
         if p.dim() >= 2:  # a matrix or a table; the vectors of norms keep their ones and zeros
@@ -126,14 +127,16 @@ class GPTConfig:
     Raises `LabError` when sizes or recipes are out of range or do not go together
 
     Args:
-        max_len: longest text, in tokens
+        vocab_size: V: ids go from 0 to V − 1
+        max_len: longest sequence, in tokens
+        d_model: C: width of the residual stream
         d_head: channels of a head; d_model/n_heads if none
         tie: does `lm_head` share the token table? (Press and Wolf 2017)
     """
 
-    vocab_size: int = 65
-    max_len: int = 256  # longest text, in tokens
-    d_model: int = 128
+    vocab_size: int = 65  # V: ids go from 0 to V − 1
+    max_len: int = 256  # longest sequence, in tokens
+    d_model: int = 128  # C: width of the residual stream
     n_layers: int = 4
     n_heads: int = 4
     d_head: int | None = None  # channels of a head; d_model/n_heads if none
@@ -158,6 +161,7 @@ class GPTConfig:
         "Raises `LabError` on a setting that is of another kind, or out of range"
         for name, most in _LARGEST.items():
             n = getattr(self, name)
+            # in Python, True is an int as well
             if not isinstance(n, int) or isinstance(n, bool) or n < 1:
                 raise LabError(f'{name}={short(n)}: give a whole number of at least 1')
             if n > most:
@@ -204,28 +208,31 @@ class MiniGPT(nn.Module):
                 f'tie=True: lm_head={cfg.lm_head!r} has no weight to share; leave tie out'
             )
         if cfg.tie:
-            self.lm_head.weight = self.tok.weight
+            self.lm_head.weight = self.tok.weight  # one tensor, two names: its gradients add up
         if seed is not None:
             cfg.init(self, generator=rng(seed, 'init'))
-        # The context, `**ctx`: arguments that every part is handed and that a few ask for. A part
-        # declares in `needs` what it asks for; here is all that some part of this model asks for.
+        # The context, `**ctx`: keyword arguments that pass through the model to every part. A part
+        # declares in `needs` those that it reads; these are all that some part of this model reads.
         self.needs = {w for m in self.modules() for w in getattr(m, 'needs', ())}
-        # An `Aux` for calls that pass none: `balanced` of `train` puts one here while it calculates
-        # a loss that knows nothing of `aux`, and `features` hands it to the parts.
+        # An `Aux` for calls that pass none. A loss function need not know of auxiliary losses:
+        # `balanced` of `train` sets this while it calls one, and `features` hands it to the parts.
         self.default_aux = None
 
     def features(self, ids, i=None, **ctx):
-        # ids (B, T); positions (T,) or (B, T), 0, 1, 2, … if none → (B, T, C)
+        "All but the last projection: ids (B, T), positions (T,) or (B, T) → (B, T, C)"
         self._check_context(ctx)
         if i is None:
             i = torch.arange(ids.shape[1], device=ids.device)
-            # a promise: positions are 0, 1, 2, …, so that attention to the past needs no mask
+            # a promise: positions are 0, 1, 2, …, so attention can use PyTorch's causal kernel and
+            # needs no dense mask
             ctx['contiguous'] = True
         x = self.tok(ids)  # (B, T, C)
         if self.pos:
             x = self.pos(x, i)
         x = self.drop(x)
         aux_missing = 'aux' in self.needs and 'aux' not in ctx and self.training
+        # Three cases: no part adds to a loss, or the caller passes an `aux`: nothing is missing.
+        # `balanced` has set one: use it. Else the model learns without it: warn, see below.
         if aux_missing and self.default_aux is not None:
             ctx['aux'] = self.default_aux
             aux_missing = False
@@ -248,10 +255,11 @@ class MiniGPT(nn.Module):
 
     @staticmethod
     def run_block(block, x, i, **ctx):
-        return block(x, i, **ctx)  # may be replaced, as `efficient` does to recompute activations
+        "Call a block. May be replaced on one model, as `efficient` does to recompute activations"
+        return block(x, i, **ctx)
 
-    def forward(self, ids, i=None, **ctx):  # (B, T) → (B, T, V)
-        """(B, T) → (B, T, V)"""
+    def forward(self, ids, i=None, **ctx):
+        "Logits: ids (B, T), positions (T,) or (B, T), 0, 1, 2, … if none → (B, T, V)"
         return self.lm_head(self.features(ids, i, **ctx))
 
     if TYPE_CHECKING:
@@ -335,6 +343,7 @@ def _caches_by_part(model, batch, length) -> dict:
     "{part: its cache} of the parts of a model that keep something"
     found = {}
     for m in model.modules():
+        # the model has a method of this name as well, which calls this function
         if m is not model and callable(getattr(m, 'cache', None)):
             cache = m.cache(batch, length)
             if cache is not None:
@@ -348,6 +357,7 @@ def _caches_by_key(found) -> tuple:
     problems = []
     for m, cache in found.items():
         kind = type(m).__name__
+        # a part's own `key`; most have none, and there is one of their kind in each layer
         key = getattr(m, 'key', getattr(m, 'layer', None))
         if key is None:
             problems.append(f'{kind} has no `layer`, nor a `key`, under which it would keep')
@@ -355,7 +365,8 @@ def _caches_by_key(found) -> tuple:
             problems.append(f'{kind} keeps under {key!r}, as another part does: give it a `key`')
         else:
             by_key[key] = cache
-    return by_key, problems[0] if problems else ''
+    first_problem = problems[0] if problems else ''
+    return by_key, first_problem
 
 
 def _has_cache(m, found) -> bool:
@@ -365,7 +376,8 @@ def _has_cache(m, found) -> bool:
 
 def _part_without_cache(block, found):
     "An attention in the mixer of a block that keeps nothing, or the mixer itself; None if all do"
-    mixer = getattr(block, 'attn', block)
+    mixer = getattr(block, 'attn', block)  # a block of the reader's own may have no `attn`
+    # a mixer may hold several attentions: one that forgets is enough to change the answer
     for m in mixer.modules():
         if isinstance(m, Attention) and not _has_cache(m, found):
             return m
@@ -373,7 +385,8 @@ def _part_without_cache(block, found):
 
 
 def caches_of(model, batch, length) -> tuple:
-    "({key: cache} of all parts that keep something, '' or why the model as a whole keeps nothing)"
+    """({key: cache} of all parts that keep something, why the model as a whole has no cache): the
+    second is '' if something in every layer keeps its past"""
     found = _caches_by_part(model, batch, length)
     by_key, why = _caches_by_key(found)
     for layer, block in enumerate(model.blocks):
@@ -385,7 +398,7 @@ def caches_of(model, batch, length) -> tuple:
 # %% ../nbs/22_gpt.ipynb #5b1e7a06
 @torch.no_grad()
 def _decodes_like_forward(model) -> bool:
-    "Do a few tokens, read one by one with caches, give the features that they give at once?"
+    "Do a few tokens give the same features one by one, with caches, as all at once?"
     ids = _probe_ids(model, 6)
     T = ids.shape[1]
     # spans (0, 2), (2, 3), (3, 4), …: two at once as in a prompt, then one by one as in decoding

@@ -18,7 +18,7 @@ from .core import LabError
 
 # %% ../nbs/03_hardware.ipynb #eb48677f
 def memory_left() -> float:  # bytes; ∞ where the system does not say
-    """How many bytes of memory could still be had here, in a container, too
+    """How many bytes of memory are still available here; the limit of a container counts
 
     Returns:
         bytes; ∞ where the system does not say
@@ -91,13 +91,14 @@ def usable_device() -> str:
 
 # %% ../nbs/03_hardware.ipynb #bcd2eb7b
 def machine() -> dict:
-    "Date, processor, cores, threads and versions: what a measured number must be read with"
+    "Date, processor, cores, threads, device and versions, to be kept beside a measured number"
     import datetime
     import platform
     import torch
 
     info = Path('/proc/cpuinfo')
     lines = info.read_text().splitlines() if info.exists() else []
+    # 'model name : AMD EPYC …', once for each core; `platform` knows less, and serves elsewhere
     names = [l.partition(':')[2].strip() for l in lines if l.startswith('model name')]
     return dict(
         date=str(datetime.date.today()),
@@ -114,8 +115,8 @@ def machine() -> dict:
 def flops(
     f,  # a function without arguments
 ) -> int:
-    """Floating-point operations in the matmuls of one call, backward pass included: 2 for each
-    multiply and add
+    """Floating-point operations (FLOPs) in the matmuls of one call, backward pass included: 2 for
+    each multiply and add
 
     Args:
         f: a function without arguments
@@ -130,7 +131,7 @@ def flops(
 
 # %% ../nbs/03_hardware.ipynb #b6019d06
 def once(f):
-    "`f`, called once a process for each argument; its result is kept. For measurements"
+    "A decorator for measurements: `f` runs once a process for each argument; its result is kept"
 
     @cache
     @wraps(f)
@@ -151,7 +152,7 @@ def least_seconds(
     rounds=30,
 ) -> dict:  # {name: seconds}
     """The fewest seconds that a call of each took. They are called in turns, and the best of many
-    counts, because other programs hardly disturb that
+    counts: other programs can make a call slower, and never faster
 
     Args:
         ways: {name: a function without arguments}
@@ -190,7 +191,7 @@ def _clocked(spent, wait):
         def __torch_dispatch__(self, op, types, args=(), kwargs=None):
             start = time.perf_counter()
             out = op(*args, **(kwargs or {}))
-            wait()
+            wait()  # an accelerator works on its own: without this only the launch is timed
             seconds = time.perf_counter() - start
             name = op.overloadpacket.__name__  # as 'mm' or '_scaled_dot_product_flash_attention'
             kind = next(k for k, pattern in _KINDS.items() if re.search(pattern, name))
@@ -204,8 +205,8 @@ def time_by_kind(
     f,  # a function without arguments
     calls=10,
 ) -> dict:  # {kind of operation: seconds a call}, longest first
-    """Where the time of a call goes: every operation timed by itself; the rest of the call, timed
-    without the clock, is 'between operations'
+    """Where the time of a call goes: every operation is timed by itself. What is left of the whole
+    call, timed without the clock, is 'between operations'
 
     Args:
         f: a function without arguments
@@ -244,18 +245,20 @@ def keep_freed_memory() -> bool:  # did it agree?
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return False  # macOS, Windows and musl do it their own way
+    # the names and numbers of glibc's malloc.h; mallopt returns 1 if it accepts, else 0
+    M_MMAP_THRESHOLD = -3
+    M_TRIM_THRESHOLD = -1
     # Take blocks up to 1 GB from the heap, not as mappings of their own, which always go back to
-    # the system; a glibc that allows less is asked for its most, 32 MB. And give the end of the
-    # heap back only from 1 GB on.
-    M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
+    # the system. A glibc that allows less gets its maximum, 32 MB.
     from_heap = mallopt(M_MMAP_THRESHOLD, 1 << 30) or mallopt(M_MMAP_THRESHOLD, 32 << 20)
+    # And give the end of the heap back to the system only from 1 GB on.
     kept = mallopt(M_TRIM_THRESHOLD, 1 << 30)
     return bool(from_heap and kept)
 
 # %% ../nbs/03_hardware.ipynb #f1187097
 @contextmanager
 def use_threads(n: int):
-    "Within, PyTorch shares each operation on the CPU out to `n` threads"
+    "Within, PyTorch uses `n` CPU threads for each operation, in the whole process"
     import torch
 
     before = torch.get_num_threads()
@@ -283,8 +286,8 @@ def race(
     seconds=0.2,  # to try each for, in each of three rounds
     within=nullcontext,  # what each name stands in while it is tried, such as `use_threads`
 ) -> dict:  # {name: seconds of a call}, the median of its rounds
-    """How fast is each way here and now? They run in turns, three rounds; after a round, whatever
-    takes 1.5 times as long as the fastest drops out
+    """How fast is each way here and now? They run in turns, in three rounds. After a round,
+    whatever takes 1.5 times as long as the fastest drops out
 
     Args:
         ways: {name: a function without arguments that ends when its result is there}
@@ -310,9 +313,9 @@ def fastest_threads(
     work,  # a function without arguments that waits for its result: a step on a copy of the model
     seconds=0.2,  # to try each number of threads for, in each of three rounds
 ) -> int:  # at most torch.get_num_threads(), which is as before
-    """With how many threads is `work()` fastest here and now? All, half of them, or one.
+    """The number of threads with which `work()` is fastest here and now: all, half of them, or one.
 
-    Where $OMP_NUM_THREADS is set, the caller has decided
+    Where $OMP_NUM_THREADS is set, the user has decided, and all are used
 
     Args:
         work: a function without arguments that waits for its result: a step on a copy of

@@ -20,14 +20,14 @@ from .files import bytes_in, check_size, file_in, is_name, json_of, replaceable,
 from .hardware import must_fit
 from .chars import CharTokenizer, begins, load_tokenizer
 from .gpt import MiniGPT
-from .package import require_faithful, meta_model
-from .package import Opened
+from .package import Opened, require_faithful, meta_model
 from .families import config_from_hf, hf_config, least_tensors, hf_views
 from copy import copy
 from unicodedata import category
 from .bpe import BPETokenizer, bytes_to_printable
 
 # %% ../nbs/72_hub.ipynb #f0a2c4e6
+# names of padding tokens in published tokenizers, then marks that can stand in for one
 _PADS = (
     '<pad>',
     '<|pad|>',
@@ -43,18 +43,19 @@ _COMMON = 'Ll Zs Cc Lo Po Lu Pd Nd Lt Lm Mn Mc Pe Ps Pf Pi Pc Nl No Sc Sk Sm So 
 
 
 def _oddness(c):
-    "How seldom characters of this kind stand in texts"
+    "How seldom characters of this kind stand in texts: a small letter 0, an invisible one 23"
     kind = category(c)
     return _COMMON.index(kind) if kind in _COMMON else 99
 
 
 def _pad(tokenizer):  # (token, its id), or (token, None) where a typed text may hold it
-    "What fills a batch: a special token; the byte that no text holds; of characters, an odd one"
+    "The padding token: a special token; the byte that no text holds; of characters, an odd one"
     special = getattr(tokenizer, 'special_tokens', {})
     for token in _PADS:
         if token in special:
             return token, special[token]
     if isinstance(tokenizer, BPETokenizer):
+        # 0xFF occurs nowhere in UTF-8, so no text has this token
         return bytes_to_printable(b'\xff'), tokenizer.ids[b'\xff']
     if not isinstance(tokenizer, CharTokenizer):
         return None, None
@@ -70,15 +71,15 @@ def _add_tokenizer(new, tokenizer, cfg) -> dict:  # {key of config.json: id}
             f'the tokenizer has {tokenizer.vocab_size:,} ids, the model '
             f'{cfg.vocab_size:,}: give the one of this model'
         )
-    told = copy(tokenizer)
-    told.begin = begins(tokenizer)  # what our prompts begin with
-    told.save(new)
+    saved = copy(tokenizer)  # the caller's own stays as it is
+    saved.begin = begins(tokenizer)  # what our prompts begin with
+    saved.save(new)
     how = dict(
-        tokenizer_class='PreTrainedTokenizerFast',
+        tokenizer_class='PreTrainedTokenizerFast',  # takes tokenizer.json as it stands
         clean_up_tokenization_spaces=False,
-        split_special_tokens=True,
+        split_special_tokens=True,  # what a user types is text, never a mark
         model_max_length=cfg.max_len,
-        padding_side='left',
+        padding_side='left',  # so that each prompt ends where its text goes on
     )
     special = {n: token for token, n in getattr(tokenizer, 'special_tokens', {}).items()}
     ids = {}
@@ -102,8 +103,8 @@ def to_hf(
 ) -> Path:  # `folder`
     """Write a folder that transformers can open, with a list of its files beside them.
 
-    Raises `LabError` where it would not be exactly this model, or the folder holds anything
-    else.
+    Raises `LabError` where it would not be exactly this model, or where the folder holds anything
+    that is not ours
 
     Args:
         folder: made, or replaced as a whole if all in it was written by `to_hf`
@@ -116,25 +117,26 @@ def to_hf(
     folder = Path(folder)
     require_faithful(model)  # else its file would be another model's
     replaceable(folder)  # before the tensors are made ready
-    said = hf_config(model.cfg, family)
-    state = {n: w.contiguous() for n, w in hf_views(model, said['model_type']).items()}
-    said['dtype'] = str(model.tok.weight.dtype).removeprefix('torch.')
+    config = hf_config(model.cfg, family)
+    # views are slices and transposes of our weights; a file holds each in one piece
+    state = {n: w.contiguous() for n, w in hf_views(model, config['model_type']).items()}
+    config['dtype'] = str(model.tok.weight.dtype).removeprefix('torch.')
     with atomic_write(folder) as new:
         new.mkdir()
         if tokenizer is not None:
-            said |= _add_tokenizer(new, tokenizer, model.cfg)
-        (new / 'config.json').write_text(json.dumps(said, indent=1), encoding='utf-8')
+            config |= _add_tokenizer(new, tokenizer, model.cfg)
+        (new / 'config.json').write_text(json.dumps(config, indent=1), encoding='utf-8')
         save_file(state, new / 'model.safetensors', metadata={'format': 'pt'})
     return folder
 
 # %% ../nbs/72_hub.ipynb #c7264acc
-# what old files also hold, and nobody has learned
+# what old files also hold, and nobody has learned: GPT-2's causal masks, Llama's frequencies
 _BUFFERS = re.compile(r'(^|\.)(attn\.(masked_)?bias|rotary_emb\.inv_freq)$')
 _KINDS = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)
 
 
 def _json(path, max_bytes=1 << 26, read=json.loads):
-    "What a JSON file of at most so many bytes says; `LabError` if there is none"
+    "The content of a JSON file of at most so many bytes; raises `LabError` if there is none"
     try:
         return json_of(bytes_in(path.parent, path.name, max_bytes), path, read=read)
     except OSError:
@@ -142,7 +144,7 @@ def _json(path, max_bytes=1 << 26, read=json.loads):
 
 # %% ../nbs/72_hub.ipynb #754794d1
 def _first_repeated(pairs):
-    "The first key that stands a second time"
+    "The first key of a list of (key, value) that occurs a second time; None if none does"
     seen = set()
     for key, _ in pairs:
         if key in seen:
@@ -151,7 +153,9 @@ def _first_repeated(pairs):
 
 
 def _index(path) -> dict:
-    "What an index says; raises `LabError` where it says one thing twice"
+    """The content of an index file, plain data.
+
+    Raises `LabError` where a key occurs twice: one reader keeps the first, another the last"""
     repeated = []  # the pairs of each object in which a key stands twice
 
     def note_repeated(pairs):
@@ -160,14 +164,14 @@ def _index(path) -> dict:
             repeated.extend(pairs)
         return said
 
-    told = _json(path, read=lambda data: json.loads(data, object_pairs_hook=note_repeated))
+    content = _json(path, read=lambda data: json.loads(data, object_pairs_hook=note_repeated))
     if repeated:
         raise LabError(f'{path} says {short(_first_repeated(repeated))} twice: copy it again')
-    return told
+    return content
 
 
 def _why_no_weights(name):
-    "What is wrong with the name of a file of weights that a stranger's index tells; '' if nothing"
+    "What is wrong with the name that a stranger's index gives to a file of weights; '' if nothing"
     other = f'names {short(name)}, which is no .safetensors file: copy it again'
     if not isinstance(name, str):
         return other
@@ -178,18 +182,19 @@ def _why_no_weights(name):
     return other
 
 
-def _placed(told, index) -> dict:  # {name of a tensor: name of its file}
-    "What an index says; raises `LabError` where it names no files beside it"
-    place = told.get('weight_map') if isinstance(told, dict) else None
-    if not isinstance(place, dict) or not place:
+def _weight_map(content, index) -> dict:  # {name of a tensor: name of its file}
+    "The map of an index; raises `LabError` where it names no files beside it"
+    file_of = content.get('weight_map') if isinstance(content, dict) else None
+    if not isinstance(file_of, dict) or not file_of:
         raise LabError(f'{index} tells no weight_map: copy it again')
-    for name in place.values():
-        if why := _why_no_weights(name):
+    for name in file_of.values():
+        why = _why_no_weights(name)
+        if why:
             raise LabError(f'{index} {why}')
-    n = len({*place.values()})
+    n = len({*file_of.values()})
     if n > 1000:
         raise LabError(f'{index} names {n:,} files, more than any model has: copy it again')
-    return place
+    return file_of
 
 
 def _headed(folder, name) -> Path:
@@ -197,8 +202,8 @@ def _headed(folder, name) -> Path:
     path = file_in(folder, name)
     with open(path, 'rb') as f:
         size = int.from_bytes(f.read(8), 'little')  # of the head, as the file says
-        head = f.read(min(size, 1 << 25))
-    check_size(head, path)  # the library reads it
+        head = f.read(min(size, 1 << 25))  # 32 MB, whatever the file says
+    check_size(head, path)  # the library will parse it as JSON
     return path
 
 
@@ -212,21 +217,22 @@ def _no_weights(folder):
     return LabError(f'{folder}: {why}: give a folder that holds model.safetensors')
 
 
-def _check_index(folder, place, files):
+def _check_index(folder, file_of, files):
     "Raises `LabError` unless each file holds just the tensors that the index places in it"
     held = set()
     for name, file in files.items():
         for tensor in file.keys():
-            if place.get(tensor) == name:
+            if file_of.get(tensor) == name:
                 held.add(tensor)
                 continue
-            said = f'places in {place[tensor]}' if tensor in place else 'does not name'
+            said = f'places in {file_of[tensor]}' if tensor in file_of else 'does not name'
+            # a file that holds more than the index knows was not written with it
             raise LabError(
                 f'{folder / name} holds {short(tensor)}, which the index {said}: copy it again'
             )
-    for tensor in place.keys() - held:
+    for tensor in file_of.keys() - held:
         raise LabError(
-            f'{folder / place[tensor]} lacks {short(tensor)} of the index: copy it again'
+            f'{folder / file_of[tensor]} lacks {short(tensor)} of the index: copy it again'
         )
 
 
@@ -248,10 +254,10 @@ def _open(folder, stack):
     index = folder / 'model.safetensors.index.json'
     if not index.is_file():
         raise _no_weights(folder)
-    place = _placed(_index(index), index)
-    files = {name: opened(name) for name in sorted({*place.values()})}
-    _check_index(folder, place, files)
-    return {tensor: files[name] for tensor, name in place.items()}
+    file_of = _weight_map(_index(index), index)
+    files = {name: opened(name) for name in sorted({*file_of.values()})}
+    _check_index(folder, file_of, files)
+    return {tensor: files[name] for tensor, name in file_of.items()}
 
 # %% ../nbs/72_hub.ipynb #e0170bac
 def _unfit(where, what, remedy='copy it again, or use another model'):
@@ -260,7 +266,7 @@ def _unfit(where, what, remedy='copy it again, or use another model'):
 
 
 def _check_tensor(tensor, name, shape, where):
-    "Raises `LabError` unless a tensor of the file has this shape, and numbers that we can read"
+    "Raises `LabError` unless a tensor of the file has this shape, and a dtype that we can read"
     held = tuple(tensor.get_shape())
     if held != shape:
         _unfit(where, f': {name} is {held}, config.json asks for {shape}')
@@ -271,7 +277,7 @@ def _check_tensor(tensor, name, shape, where):
 
 
 def _is_table(found, names):
-    "Does `lm_head.weight` hold the same numbers as the table of tokens?"
+    "Does `lm_head.weight` hold the same values as the table of tokens?"
     ends = ('.embed_tokens.weight', '.wte.weight')
     table = next(name for theirs, name in names.items() if theirs.endswith(ends))
     head = found['lm_head.weight'].get_tensor('lm_head.weight')
@@ -279,8 +285,11 @@ def _is_table(found, names):
 
 
 def _matched(want, found, tie, where):
-    "{their name: name in the file}: all that the model needs, and nothing left over"
-    # files of the bare model, without a head, leave out its name before each tensor's
+    """{name of the family: name in the file} of all tensors that the model needs.
+
+    Raises `LabError` where one is missing, left over, or of another shape"""
+    # files of the bare model, without a head, leave out its name before each tensor's: they hold
+    # 'h.0.ln_1.weight' for 'transformer.h.0.ln_1.weight'
     bare = {n: re.sub(r'^(transformer|model)\.', '', n) for n in want}
     names = {n: n if n in found else bare[n] for n in want}
     missing = [n for n, name in names.items() if name not in found]
@@ -288,13 +297,14 @@ def _matched(want, found, tie, where):
         counts = f'{len(missing)} of {len(want)} tensors are missing'
         _unfit(where, f' lacks {missing[0]} ({counts})')
     left = sorted(n for n in found.keys() - set(names.values()) if not _BUFFERS.search(n))
-    if tie and 'lm_head.weight' in left:  # some files hold a shared table twice
+    # some files hold a shared table twice; then the second must be the first
+    if tie and 'lm_head.weight' in left:
         if not _is_table(found, names):
             remedy = 'set tie_word_embeddings to false'
             _unfit(where, ': lm_head.weight is not the table of tokens', remedy)
         left.remove('lm_head.weight')
     if left:
-        odd = short(left[0])[1:-1]  # without its quotes
+        odd = short(left[0])[1:-1]  # a name of a stranger's, cut to a line; without its quotes
         _unfit(where, f' holds {odd}, for which this model has no place ({len(left)} such)')
     for n, name in names.items():
         _check_tensor(found[name].get_slice(name), name, tuple(want[n].shape), where)
@@ -320,17 +330,19 @@ def _tokenizer_of(folder, cfg):
             f'{folder}: tokenizer.json has {tokenizer.vocab_size:,} ids, the model '
             f"{cfg.vocab_size:,}: it is another one's"
         )
-    ours = (folder / 'llm_lab_files.json').is_file()  # before `to_hf` wrote how to begin
+    ours = (folder / 'llm_lab_files.json').is_file()
+    # A published tokenizer.json that names no beginning means that there is none. One of ours may
+    # be older than `begin`; then the default of our tokenizers holds.
     if tokenizer.begin is None and not ours:
-        tokenizer.begin = []  # nothing is said, or done
+        tokenizer.begin = []
     return tokenizer
 
 # %% ../nbs/72_hub.ipynb #da5f4475
-def _asked(said, max_len):
-    """The configuration that a stranger's config.json asks for; whatever is wrong with it is one
-    line"""
+def _described_config(config, max_len):
+    """The configuration that a stranger's config.json describes; whatever is wrong with it becomes
+    a `LabError` of one line"""
     try:
-        return config_from_hf(said, max_len)
+        return config_from_hf(config, max_len)
     except LabError:
         raise
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
@@ -341,12 +353,14 @@ def _asked(said, max_len):
 
 
 def _make_room(model, kinds, where):
-    "Memory for a model of shapes only, in a dtype that holds the numbers of all these kinds"
+    """Memory for a model of shapes only, in a dtype that holds the values of all these dtypes.
+
+    Raises `LabError` where it would not fit into the memory that is left"""
     model.to(reduce(torch.promote_types, kinds))
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    must_fit(size, f'{where}: a model of {model.n_params:,} numbers')
+    must_fit(size, f'{where}: a model of {model.n_params:,} parameters')
     model.to_empty(device='cpu')
-    if model.cfg.tie:
+    if model.cfg.tie:  # `to_empty` gave each its own memory
         model.lm_head.weight = model.tok.weight
 
 
@@ -355,8 +369,10 @@ def from_hf(
     max_len: int = None,  # a shorter context than the file's
     device='cpu',
 ) -> Opened:  # (model, tokenizer, about); a tokenizer it cannot follow is None, with a warning
-    """Open a model of one of the families of `families`: in eval mode, the numbers of the file, in
-    its dtype
+    """Open a model of one of the families of `families`: in evaluation mode, with the weights of
+    the file, in its dtype.
+
+    Raises `LabError` unless every tensor has its place and every place its tensor
 
     Args:
         folder: config.json and model.safetensors, or files with an index; perhaps
@@ -367,9 +383,9 @@ def from_hf(
         (model, tokenizer, about); a tokenizer it cannot follow is None, with a warning
     """
     folder = Path(folder)
-    said = _json(folder / 'config.json', 1 << 22)
-    cfg = _asked(said, max_len)
-    family = said['model_type']
+    config = _json(folder / 'config.json', 1 << 22)
+    cfg = _described_config(config, max_len)
+    family = config['model_type']
     with ExitStack() as stack, torch.no_grad():
         found = _open(folder, stack)
         n = least_tensors(cfg)
@@ -380,15 +396,17 @@ def from_hf(
             )
         model = meta_model(cfg)  # shapes only, until the dtype is known
         names = _matched(hf_views(model, family), found, cfg.tie, folder)
+        # usually one; some files keep the norms in float32 and all else in bfloat16
         kinds = {_KINDS[found[name].get_slice(name).get_dtype()] for name in names.values()}
         _make_room(model, kinds, folder)
         for theirs, view in hf_views(model, family).items():
             name = names[theirs]
-            view.copy_(found[name].get_tensor(name))  # fills the model
+            view.copy_(found[name].get_tensor(name))  # a view of ours: this fills the model
     about = dict(family=family, dtype=str(model.tok.weight.dtype).removeprefix('torch.'))
     try:
         tokenizer = _tokenizer_of(folder, cfg)
     except LabError as e:
-        tokenizer, about['tokenizer'] = None, str(e)
+        tokenizer = None
+        about['tokenizer'] = str(e)
         warnings.warn(f'the model comes without its tokenizer: {e}', stacklevel=2)
     return Opened(model.to(device).eval(), tokenizer, about)

@@ -21,6 +21,7 @@ def _likeliest(logits, k, **sampling):
     "The `k` likeliest ids of `logits` (V,), as `next_tokens` gives them"
     p = sampling_probs(logits)
     q = sampling_probs(logits, **sampling)
+    # ranked as the model says: filters set many to 0, and could not rank these
     top = p.topk(min(k, len(p))).indices
     return list(zip(top.tolist(), p[top].tolist(), q[top].tolist()))
 
@@ -47,34 +48,38 @@ def next_tokens(
 
 # %% ../nbs/85_play.ipynb #be993bb4
 def _name(tokenizer, id):
-    "A token's name, every sign of it visible"
+    "A token's name, every character of it visible; `#id` where it is no whole character"
     text = tokenizer.decode([id])
-    for sign, seen in ('\n', '↵'), ('\t', '⇥'), (' ', '␣'):
-        text = text.replace(sign, seen)
+    for character, visible in ('\n', '↵'), ('\t', '⇥'), (' ', '␣'):
+        text = text.replace(character, visible)
+    # '\ufffd' is what bytes decode to that are no character by themselves
     return text if text.strip('\ufffd') and text.isprintable() else f'#{id}'
 
 
 def _tail(text):
+    "The end of a text, for the head of the bars"
     return text[-10:].replace('\n', '↵')
 
 
 def _percent(p):
+    "A probability in two digits: '0', '<0.1%', '1.2%', '50%'"
     if p == 0:
         return '0'
     if p < 0.001:
         return '<0.1%'
-    return f'{p:.1%}' if p < 0.0995 else f'{p:.0%}'
+    return f'{p:.1%}' if p < 0.0995 else f'{p:.0%}'  # 0.0995 would round to '10.0%'
 
 # %% ../nbs/85_play.ipynb #084ed770
 def _piece(tokenizer, text, id, logits, **sampling):
-    """What `written_html` shows of a new token: text, probability as the model says, words under
-    the mouse"""
+    """What `written_html` shows of a new token: (text, probability as the model says, tooltip with
+    its rivals)"""
     p = sampling_probs(logits)[id].item()
     q = sampling_probs(logits, **sampling)[id].item()
 
     def row(id, p, q):
         return f'{_name(tokenizer, id)}  {_percent(p)} → {_percent(q)}'
 
+    # six, because the token itself may be among them
     others = [r for r in _likeliest(logits, 6, **sampling) if r[0] != id][:5]
     rivals = [row(*r) for r in others]
     tip = [row(id, p, q), 'rivals:', *rivals, '(the model → after the filters)']
@@ -82,19 +87,20 @@ def _piece(tokenizer, text, id, logits, **sampling):
 
 
 def written_html(
-    pieces,  # [(text, probability, words under the mouse), …]
+    pieces,  # [(text, probability, tooltip), …]
     prompt='',  # stands before them, without shade
 ) -> str:
-    """A written text as HTML: each token on a shade, the darker, the less it was expected; its
-    story under the mouse
+    """A written text as HTML: each token on a shade, the darker, the less it was expected, with a
+    tooltip. All texts are escaped
 
     Args:
-        pieces: [(text, probability, words under the mouse), …]
+        pieces: [(text, probability, tooltip), …]
         prompt: stands before them, without shade
     """
 
     def span(text, p, tip):
         shown = html.escape(text).replace('\n', '<span style="opacity:.5">↵</span>\n')
+        # squared, so that only what was really unexpected stands out
         shade = f'background-color:rgba(230,120,20,{0.7 * (1 - p) ** 2:.2f})'
         return f'<span title="{html.escape(tip)}" style="{shade}">{shown}</span>'
 
@@ -111,14 +117,14 @@ def bars_html(
     rows,  # [(name, probability as the model says, after the filters), …]
     after='',  # the text before
 ) -> str:
-    """A table with two bars for each token: thin before the filters, thick after them; the longest
-    fills its place
+    """A table with two bars for each token: thin before the filters, thick after them. The longest
+    bar is 150 pixels
 
     Args:
         rows: [(name, probability as the model says, after the filters), …]
         after: the text before
     """
-    full = max([1e-9, *(max(p, q) for _, p, q in rows)])
+    full = max([1e-9, *(max(p, q) for _, p, q in rows)])  # above 0, so that it can be divided by
 
     def bar(p, height, colour):
         width = max(150 * p / full, 1 if p > 0 else 0)  # what is possible can be seen
@@ -164,8 +170,8 @@ class Playground:
         # the bars that are shown: what could come, and after which text
         self.logits = None
         self.after = prompt
-        self.thread = None  # who writes
-        self.halt = threading.Event()  # the sign to end
+        self.thread = None  # writes the text
+        self.halt = threading.Event()  # set when the text should end
         self.build(require('ipywidgets'), prompt)
         for knob in self.knobs.values():
             knob.observe(self.redraw_bars, 'value')
@@ -180,7 +186,7 @@ class Playground:
             ...
 
         def sampling_arguments(self):
-            """The filters as the knobs stand now"""
+            """The sampling arguments as the knobs stand now: {'temperature': 0.8, 'top_k': None, …}"""
             ...
 
         def redraw_bars(self, _=None):
@@ -200,10 +206,12 @@ class Playground:
             ...
 
         def run(self, *args, **sampling):
-            """`write`, and tell what goes wrong"""
+            """`write`, with any error in the status line: in a thread nobody would see it"""
             ...
 
-        def stop(self, _=None): ...
+        def stop(self, _=None):
+            """Stop was pressed: the thread ends before its next token"""
+            ...
 
         def generate(self, _=None):
             """Generate was pressed: write a new text in the background"""
@@ -218,6 +226,7 @@ def build(self: Playground, w, prompt):
     knob = lambda kind, name, value, **kw: kind(
         value=value, description=name, style=style, layout=layout, **kw
     )
+    # a top-k of the whole vocabulary or more is 'all'
     ks = [k for k in (1, 2, 3, 5, 10, 20, 50) if k < self.tokenizer.vocab_size]
     self.knobs = dict(
         temperature=knob(
@@ -249,7 +258,7 @@ def build(self: Playground, w, prompt):
 # %% ../nbs/85_play.ipynb #9e005703
 @patch
 def sampling_arguments(self: Playground):
-    "The filters as the knobs stand now"
+    "The sampling arguments as the knobs stand now: {'temperature': 0.8, 'top_k': None, …}"
     return {name: None if k.value == 'all' else k.value for name, k in self.knobs.items()}
 
 
@@ -281,9 +290,12 @@ def ask(self: Playground, _=None):
     try:
         ids = prompt_ids(self.model, self.tokenizer, self.prompt.value)
     except LabError as e:
-        return self.show(str(e))
-    self.given = self.after = self.prompt.value
-    self.pieces, self.logits = [], DecodingState(self.model, ids.shape[1])(ids)[0]
+        self.show(str(e))
+        return
+    self.given = self.prompt.value
+    self.after = self.prompt.value
+    self.pieces = []
+    self.logits = DecodingState(self.model, ids.shape[1])(ids)[0]  # (V,)
     self.show(truncation_note(self.model, ids))
 
 # %% ../nbs/85_play.ipynb #659aa2d6
@@ -296,13 +308,15 @@ def write(self: Playground, halt, prompt, max_new_tokens, seed, **sampling):
     note = truncation_note(self.model, ids)
     if note:
         note += '; '
-    self.given, self.pieces = prompt, []
+    self.given = prompt
+    self.pieces = []
     for text, id, logits in _written(
         self.model, self.tokenizer, ids, max_new_tokens, seed, **sampling
     ):
         if halt.wait(0.01):  # a pause, ended at once by Stop
             break
         self.pieces.append(_piece(self.tokenizer, text, id, logits, **sampling))
+        # the bars show the choice that was just made: its logits, after the text before it
         self.after = tail
         self.logits = logits
         tail = (tail + text)[-20:]
@@ -310,6 +324,7 @@ def write(self: Playground, halt, prompt, max_new_tokens, seed, **sampling):
         if time.monotonic() > due:
             self.show(f'{note}{len(self.pieces)} of {max_new_tokens} tokens')
             due = time.monotonic() + 0.1
+    # and at the end, what could come next
     self.after = tail
     self.logits = DecodingState(self.model, ids.shape[1])(ids)[0]
     done = 'stopped after' if halt.is_set() else 'done:'
@@ -318,7 +333,7 @@ def write(self: Playground, halt, prompt, max_new_tokens, seed, **sampling):
 # %% ../nbs/85_play.ipynb #a2887952
 @patch
 def run(self: Playground, *args, **sampling):
-    "`write`, and tell what goes wrong"
+    "`write`, with any error in the status line: in a thread nobody would see it"
     try:
         self.write(*args, **sampling)
     except Exception as e:
@@ -327,7 +342,8 @@ def run(self: Playground, *args, **sampling):
 
 @patch
 def stop(self: Playground, _=None):
-    self.halt.set()  # Stop was pressed
+    "Stop was pressed: the thread ends before its next token"
+    self.halt.set()
 
 
 @patch
@@ -336,8 +352,9 @@ def generate(self: Playground, _=None):
     self.stop()
     if self.thread:
         self.thread.join()  # at most one token
-    self.halt = threading.Event()
+    self.halt = threading.Event()  # a new one: the old is set for good
     job = self.halt, self.prompt.value, self.length.value, self.seed.value
+    # a daemon: it does not keep the kernel from ending
     self.thread = threading.Thread(
         target=self.run, args=job, kwargs=self.sampling_arguments(), daemon=True
     )

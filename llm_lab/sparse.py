@@ -333,8 +333,8 @@ def describe_receptive_field(found, query) -> str:  # as `receptive_field` gives
     counts = found.sum(1).tolist()
     # the same words as in static/reach.js
     return (
-        f'token {query} can have heard of {", ".join(map(str, counts[1:]))} of '
-        f'{query + 1} tokens after {len(counts) - 1} layers'
+        f'token {query} has {", ".join(map(str, counts[1:]))} of {query + 1} tokens in its '
+        f'receptive field after {len(counts) - 1} layers'
     )
 
 

@@ -189,7 +189,7 @@ def test_merges_can_be_scrubbed_and_texts_typed(opened, tmp_path):
         assert shot.seen(page)['error'] == []
 
 
-def test_a_clicked_token_shows_what_it_can_have_heard_of(opened, tmp_path):
+def test_a_clicked_token_shows_its_receptive_field(opened, tmp_path):
     """The live graph of `sparse`: a click on a token, or into the graph, changes lines and words;
     the numbers are those of `receptive_field`"""
     from playwright.sync_api import expect
@@ -428,7 +428,7 @@ def test_a_touched_token_says_where_it_looks(opened, tmp_path):
 
 # the second one is the same widget on another form of the model
 @pytest.mark.parametrize(
-    'words', ['playground(model', pytest.param('playground(fast(', marks=pytest.mark.slow)]
+    'words', ['playground(model', pytest.param('playground(for_inference(', marks=pytest.mark.slow)]
 )
 def test_the_playground_writes_stops_and_tells(opened, words, tmp_path):
     """The real widget of `play`: a slider moves the bars, Generate writes, Stop stops, the

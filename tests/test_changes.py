@@ -201,7 +201,7 @@ class Change:
         )
 
 
-def verdict(w, change):
+def outcome(w, change):
     "'refused', 'harmless', 'obeyed' or 'said'; an AssertionError for anything else"
     w.again()
     change.do(w)
@@ -334,7 +334,7 @@ def files_of_a_checkpoint(n, luck):
 
 
 def poisoned(w, step, luck):
-    "A checkpoint whose weights are no numbers, sealed as if all were well"
+    "A checkpoint whose weights are not finite, sealed as if all were well"
     place = w.step(step)
     weights = tensors_from((place / 'model.safetensors').read_bytes())
     first = luck.choice(sorted(k for k, v in weights.items() if v.dim() == 2))
@@ -358,7 +358,7 @@ def from_the_decoy(w, step):
 
 
 def checkpoints(n, luck):
-    "Whole checkpoints come, go, are renamed, copied, or hold no numbers"
+    "Whole checkpoints come, go, are renamed, copied, or hold NaN or infinity"
     newest, all_gone = f'step-{STOP:06d}', ['no checkpoint']
 
     def gone(w, *more):
@@ -439,8 +439,8 @@ def checkpoints(n, luck):
             ['step-000020'],
         ),
         ('an empty folder called so', lambda w: w.step(20).mkdir(), 'refused', '', ['step-000020']),
-        ('no number', lambda w: poisoned(w, STOP, luck), 'harmless', 'is left out', []),
-        ('no number in an older one', lambda w: poisoned(w, 6, luck), 'harmless', 'step 8', []),
+        ('not finite', lambda w: poisoned(w, STOP, luck), 'harmless', 'is left out', []),
+        ('not finite in an older one', lambda w: poisoned(w, 6, luck), 'harmless', 'step 8', []),
         (
             "another run's",
             lambda w: (shutil.rmtree(w.step(STOP)), from_the_decoy(w, STOP)),
@@ -1126,7 +1126,7 @@ def test_nothing_that_is_changed_is_passed_over_in_silence(kind, world, record_p
         change.how = how
         change.argv = [str(a).replace('HOME', str(world.home)) for a in change.argv]
         try:
-            came = verdict(world, change)
+            came = outcome(world, change)
             assert change.may == 'any' or came in change.may, (change.name, came, change.may)
             tally[came] += 1
         except AssertionError as e:
@@ -1254,9 +1254,8 @@ def test_a_model_that_has_diverged_is_not_saved(world):
         runs.TrainingRun.save = save
 
     code, out, err = world.life('train', 'my.yaml', '--run', 'wild', before=poison)
-    assert code == 1 and err.count('\n') == 1 and 'head.weight is no number after step 6' in err, (
-        err
-    )
+    assert code == 1 and err.count('\n') == 1, err
+    assert 'head.weight is not finite after step 6' in err
     assert max(p.name for p in (world.runs / 'wild' / 'checkpoints').iterdir()) == 'step-000004'
     code, out, err = world.life('train', '--resume', 'wild')
     assert code == 0 and 'goes on from step 4 of experiments/my/runs/wild\n' in out, (out, err)

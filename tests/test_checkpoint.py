@@ -28,7 +28,13 @@ from torch.nn import functional as F
 
 from llm_lab import checkpoint, package
 from llm_lab.chars import CharTokenizer
-from llm_lab.checkpoint import CheckpointManager, optimizer_state
+from llm_lab.checkpoint import (
+    CheckpointManager,
+    MetricsLog,
+    _best,
+    optimizer_state,
+    restore_optimizer,
+)
 from llm_lab.gpt import GPTConfig, MiniGPT
 from llm_lab.parts import part
 from llm_lab.gqa import GQA
@@ -141,7 +147,7 @@ def test_a_run_ends_with_the_same_bits_wherever_it_is_resumed(kept, looked):
         assert again.notes == run.notes, at
 
 
-def test_without_the_streams_of_chance_the_bits_differ(kept):
+def test_without_the_rng_states_the_bits_differ(kept):
     "So the test above can fail; without dropout nothing is drawn"
     folder, run = kept
 
@@ -781,7 +787,99 @@ def test_plain_readers_are_left_alone(source):
     assert that_run_code(ast.parse(source)) == []
 
 
+# ---- what does not belong together
+
+
+def test_an_optimizer_is_restored_only_in_the_groups_that_were_saved():
+    run = begin()[0]
+    saved = optimizer_state(run.model, run.optimizer)
+    plain = torch.optim.SGD(run.model.parameters(), lr=0.1)
+    one_line(lambda: restore_optimizer(run.model, plain, *saved), 'in other groups')
+
+
+def test_an_optimizer_that_remembers_more_than_tensors_is_refused():
+    model = begin()[0].model
+    plain = torch.optim.SGD(model.parameters(), lr=0.1)
+    plain.state[model.lm_head.weight]['seen'] = {1, 2}
+    one_line(lambda: optimizer_state(model, plain), 'head.weight/seen of the optimizer is {1, 2}')
+
+
+def test_a_folder_without_checkpoints_has_no_steps_and_keep_is_at_least_one(tmp_path):
+    assert CheckpointManager(tmp_path / 'none', TOK).steps() == []
+    one_line(lambda: CheckpointManager(tmp_path, TOK, keep=0), 'keep=0: give a whole number')
+
+
+def test_a_checkpoint_that_does_not_fit_the_run_is_refused_in_one_line(kept, tmp_path):
+    folder, _ = kept
+    run, batch = begin()
+    none = CheckpointManager(tmp_path / 'none', TOK)
+    one_line(lambda: none.load(run), 'holds no checkpoint')
+    bare = CheckpointManager(folder, TOK)
+    one_line(lambda: bare.load(run), "'data' is missing on one side")
+    saves = CheckpointManager(folder, TOK, data=batch)
+    one_line(lambda: saves.load(begin(steps=30)[0]), 'is beyond the 30 steps that are planned')
+    other = CheckpointManager(folder, TOK, data=BatchStream(IDS, 6, 16, seed=2))
+    one_line(lambda: other.load(run), 'seed of the saved position is 1')
+    stranger = TrainState(MiniGPT(GPTConfig(vocab_size=TOK.vocab_size)), 40)
+    one_line(lambda: saves.load(stranger), 'the weights do not fit', longest=1000)
+    late = CheckpointManager(folder, TOK, data=batch)  # a new run into an old folder
+    words = 'step-000040 was not written on the way to step 10'
+    one_line(lambda: go(*begin(), callbacks={10: late}), words)
+
+
+def test_a_checkpoint_of_a_diverged_model_is_not_loaded_by_its_name(tmp_path, monkeypatch):
+    "`load` without a path leaves it out; with its path it is refused, as is one under a wrong name"
+    saves, run = CheckpointManager(tmp_path, TOK), begin()[0]
+    saves(at_step(run, 10))
+    with torch.no_grad():
+        run.model.lm_head.weight[0, 0] = math.inf
+    at_step(run, 20)
+    one_line(lambda: saves(run), 'head.weight is not finite after step 20')
+    with monkeypatch.context() as m:
+        m.setattr(checkpoint, '_diverged', lambda model, tensors: '')
+        saves(run)  # as if nobody had looked
+    again = CheckpointManager(tmp_path, TOK)
+    words = 'head.weight is not finite: go on from another'
+    one_line(lambda: again.load(begin()[0], saves.folder_of(20)), words)
+    os.replace(saves.folder_of(10), saves.folder_of(15))
+    words = 'is the checkpoint of step 10'
+    one_line(lambda: again.load(begin()[0], saves.folder_of(15)), words)
+
+
+# ---- the log
+
+
+def test_a_log_that_goes_on_elsewhere_or_under_another_clock_is_told_alike(tmp_path):
+    texts = lambda log: [p.read_text() for p in sorted(log.folder.iterdir())]
+    log = MetricsLog(tmp_path / 'log')
+    for step in (10, 20):
+        log.write(dict(step=step, loss=1 / step))
+        log.keep(dict(step=step, text='a\nb'))
+    branch = MetricsLog(tmp_path / 'branch')
+    branch.truncate(20, log.folder)
+    assert texts(branch) == texts(log) and len(texts(log)) == 3
+    assert [n for n, _ in log.told().values()] == [2, 2] and branch.told() == log.told()
+    for seconds, one in ((1.0, log), (2.0, branch)):
+        one.write(dict(step=30, seconds=seconds))
+    assert log.told() == branch.told()
+    log.write(dict(step=40, loss=1.0))
+    assert log.told() != branch.told()
+
+
+def test_rows_that_another_process_wrote_are_counted_by_truncate(tmp_path):
+    slow = MetricsLog(tmp_path)
+    slow.truncate(0)
+    MetricsLog(tmp_path).write(dict(step=30, seconds=2.0))
+    slow.truncate(30)
+    assert slow.told()['metrics.jsonl'][0] == 1
+
+
 # ---- which ones stay
+
+
+def test_a_loss_that_is_not_finite_is_never_the_best():
+    notes = [dict(step=10, val=math.nan), dict(step=20), dict(step=30, val=1.0)]
+    assert _best([10, 20], notes) is None
 
 
 def test_the_newest_and_the_best_stay_through_any_number_of_lives(tmp_path):

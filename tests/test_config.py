@@ -1,8 +1,25 @@
-"What a config may say is what there is: the words of optimizers, schedules, the keys of a model."
+"""What a config may say is what there is: the words of optimizers, schedules, the keys of a model.
+And the wrong values, keys and files that the notebook leaves out, each refused in one line."""
 
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 
-from llm_lab.config import ModelConfig, TrainConfig
+import pytest
+from helpers import one_line
+
+from llm_lab.config import (
+    BLOCKS,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+    _checked,
+    check_resumable,
+    model_data,
+    read_config,
+    smoke_config,
+)
+from llm_lab.core import REGISTERED
 from llm_lab.efficient import PRECISIONS
 from llm_lab.gpt import GPTConfig
 from llm_lab.optim import OPTIMIZERS, SCHEDULES
@@ -31,3 +48,117 @@ def test_sizes_have_the_same_defaults():
     }
     assert sizes == {k: getattr(GPTConfig(), k) for k in sizes}
     assert {'d_model', 'n_layers', 'n_heads', 'dropout', 'tie'} == {*sizes}
+
+
+FIELDS = {f.name: f for kind in (TrainConfig, ModelConfig, DataConfig) for f in fields(kind)}
+
+
+@pytest.mark.parametrize(
+    'name, value, says',
+    [
+        ('threads', 'all', 'give a whole number from 1 to 1,024, or auto, or null'),
+        ('dropout', 1.0, 'give a number from 0 to 0.99'),
+        ('tie', 1, 'give true or false'),
+        ('attn', {}, 'give a recipe'),
+        ('corpus', 7, 'give a text'),
+        ('limit', 0, 'give a whole number of at least 1, or null'),
+    ],
+)
+def test_a_wrong_value_is_refused_with_its_path(name, value, says):
+    one_line(lambda: _checked(f'a.{name}', FIELDS[name], value), f'a.{name}={value!r}: {says}')
+
+
+@pytest.mark.parametrize(
+    'recipe, says',
+    [
+        ({'part': 'MLP', 'act': 'gelu'}, "a.mlp.act='gelu': give a recipe such as"),
+        (
+            {'part': 'MLP', 'act': {'part': 'llm_lab.core:require', 'module': 'evil'}},
+            "a.mlp.act='llm_lab.core:require' names no part that can be act",
+        ),
+    ],
+)
+def test_a_recipe_names_only_parts_and_each_where_it_belongs(recipe, says):
+    one_line(lambda: _checked('a.mlp', FIELDS['mlp'], recipe), says)
+
+
+@pytest.mark.parametrize(
+    'sections, says',
+    [
+        (
+            dict(model=ModelConfig(n_kv_heads=3)),
+            'model.n_kv_heads=3 does not divide model.n_heads=4',
+        ),
+        (
+            dict(model=ModelConfig(n_kv_heads=2, attn=dict(part='Attention'))),
+            'leave one of them out',
+        ),
+        (
+            dict(model=ModelConfig(n_kv_heads=2, attn=dict(part='GQA', n_kv_heads=4))),
+            'model.attn says 4',
+        ),
+        (dict(train=TrainConfig(accumulate=3)), 'train.accumulate=3 does not divide'),
+        (dict(train=TrainConfig(min_lr=0.02)), 'train.min_lr=0.02: it is above train.lr=0.01'),
+        (
+            dict(train=TrainConfig(min_lr=0.001, schedule='constant')),
+            'train.min_lr=0.001: train.schedule=constant never comes down',
+        ),
+        (dict(eval=EvalConfig(tokens=9)), 'eval.tokens=9: give more than data.length=128'),
+    ],
+)
+def test_keys_that_do_not_go_together_are_refused(sections, says):
+    one_line(lambda: RunConfig('run', **sections), says)
+
+
+def test_a_block_completes_the_attention_and_leaves_a_mixer_of_ones_own_alone():
+    assert model_data(ModelConfig(n_kv_heads=2))['attn'] == dict(part='GQA', n_kv_heads=2)
+    pos = [model_data(ModelConfig(pos=p)).get('pos', 'as the block') for p in (None, {})]
+    assert pos == [None, 'as the block']
+    of_llama = lambda attn: model_data(ModelConfig(block='llama', attn=attn))['attn']
+    turns = [dict(part='Attention'), dict(part='Attention', transforms=None)]
+    both = of_llama(dict(part='alternate', of=turns))
+    transforms = BLOCKS['llama']['attn']['transforms']
+    assert [o['transforms'] for o in both['of']] == [transforms, None]
+    REGISTERED['Mine'] = lambda cfg, layer=0: None  # as `register` does
+    try:
+        assert of_llama(dict(part='Mine')) == dict(part='Mine')
+    finally:
+        del REGISTERED['Mine']
+    assert BLOCKS['llama']['attn']['part'] == 'Attention'  # nothing shared was changed
+
+
+def test_a_file_or_an_override_that_cannot_be_read_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv('LLM_LAB_HOME', str(tmp_path))
+    monkeypatch.setenv('SECRET', 'swordfish')
+    (tmp_path / 'bad.yaml').write_text('train: {steps: 3\nlog: 4')
+    (tmp_path / 'colon.yaml').write_text('eval:\n  prompt: ROMEO: yes')
+    for config, item, says in (
+        ('smoke', 'lr', "'lr' will not do: write key=value"),
+        (tmp_path / 'bad.yaml', 'lr=1', 'bad.yaml, line 2'),
+        (tmp_path / 'colon.yaml', 'lr=1', 'in quotes'),
+        ('smoke', 'prompt=${nowhere}', 'nowhere'),
+        ('smoke', 'vocab_size=300', 'characters decide it'),
+        ('smoke', 'attn=' + '[' * 60_000, 'too deep'),
+        ('smoke', 'attn=[&a x, *a]', 'names such as &a'),
+        ('smoke', 'train=3', 'train=3: give keys and values'),
+        ('smoke', 'lr=[1', 'lr=[1: while parsing'),
+        ('smoke', 'data.length.deep=3', 'length'),
+    ):
+        said = one_line(lambda: read_config(config, [item]), says)
+        assert 'swordfish' not in said
+
+
+def test_a_run_goes_on_with_what_auto_has_chosen_and_keeps_its_text():
+    old = read_config('smoke')
+    three = replace(old, train=replace(old.train, threads=3))
+    went = check_resumable(three, read_config('smoke', ['threads=auto', 'precision=auto']))
+    assert (went.train.threads, went.train.precision) == (3, 'float32')
+    other = read_config('smoke', ['corpus=a.txt'])
+    one_line(lambda: check_resumable(old, other), "data.corpus='a.txt': it was 'tiny_tales'")
+
+
+def test_a_smoke_run_is_short_and_else_the_same():
+    golden = smoke_config(read_config('golden')).train
+    assert (golden.steps, golden.batch_size) == (20, 12)
+    # 500 steps of warmup do not fit into 20
+    assert smoke_config(read_config('tinystories_baseline')).train.warmup is None

@@ -54,14 +54,14 @@ def test_a_validation_that_ends_early_leaves_what_is_known(score, then, known, m
 def test_a_score_of_one_piece_has_no_interval():
     assert describe_score(Score(20 * math.log(2), 10, 10, 10, math.inf)) == (
         'validation loss 1.386 nats per character = 2.000 bits '
-        '(no 95 % interval: one piece of text tells none), every character predicted once'
+        '(no 95 % interval: one piece of text tells none), every character scored once'
     )
 
 
 def test_a_token_of_several_characters_has_bits_per_character():
     assert describe_score(Score(20 * math.log(2), 10, 40, 40, 5 * math.log(2))) == (
         'validation loss 1.386 nats per token = '
-        '0.500 bits per character (95 % interval 0.255 to 0.745), every token predicted once'
+        '0.500 bits per character (95 % interval 0.255 to 0.745), every token scored once'
     )
 
 

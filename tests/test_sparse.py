@@ -109,7 +109,7 @@ def test_layers_that_take_turns_are_llamas():
 
 def test_a_receptive_field_in_words_and_as_a_picture():
     words = describe_receptive_field(receptive_field(SMALL[:1], 40, 2), 2)
-    assert words == 'token 2 can have heard of 3 of 3 tokens after 1 layers'
+    assert words == 'token 2 has 3 of 3 tokens in its receptive field after 1 layers'
     with refused('T=999: give 1 to 64 tokens'):
         receptive_field_map(SMALL, T=999)
     fig = plot_receptive_field(SMALL, T=20, query=7)

@@ -687,7 +687,7 @@ def test_a_verdict_names_the_unit_of_its_number(many):
         ).groups()
         assert (
             unit == ('character' if tok.kind == 'chars' else 'token')
-            and f'every {unit} predicted once' in said
+            and f'every {unit} scored once' in said
         )
         assert float(loss) == pytest.approx(score.nats / score.tokens, abs=6e-4)
         assert float(bits) == pytest.approx(score.nats / math.log(2) / score.chars, abs=6e-4)
@@ -959,7 +959,7 @@ def test_eval_prints_what_result_json_keeps(at_home):
         f'val loss {score["loss"]:.3f} nats per token = {score["bits"]:.3f} bits per character'
         in out
     )
-    assert 'every token predicted once' in out
+    assert 'every token scored once' in out
     assert (
         f'perplexity {score["perplexity"]:.3f} per token, {score["bits_per_byte"]:.3f} bits '
         'per byte of the documents'

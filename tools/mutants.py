@@ -126,7 +126,7 @@ MUTANTS = {  # name: (module, what stands there, what it becomes, the test that 
         'if True',
         CHANGES,
     ),
-    'no numbers saved': (
+    'NaN saved': (
         'checkpoint',
         'if not p.isfinite().all():',
         'if False:',

@@ -1,4 +1,4 @@
-// The reach view of `sparse`: who can have told whom, and the mask of each layer.
+// The view of receptive fields in `sparse`: who reads whom as a graph, and the mask of each layer.
 //
 // The model is what Python shares: `size` (tokens), `layers`, `data` (the masks, a byte for each
 // layer, query and key), and the token that is chosen: `query`.
@@ -15,8 +15,8 @@ const makeSvg = (tag, attributes, into) => {
   return into.appendChild(made);
 };
 
-// From the query down: mark whom it has heard of, draw a line to each that those read, and go on
-// one layer below; returns how many it has heard of after each layer
+// From the query down: mark the tokens of its receptive field, draw a line to each key that those
+// read, and go on one layer below; returns how many tokens the field holds after each layer
 const draw = (svg, model, query) => {
   const T = model.get('size');
   const L = model.get('layers');
@@ -110,7 +110,8 @@ const render = ({ model, el }) => {
   const show = () => {
     const query = model.get('query');
     const counts = draw(svg, model, query).join(', ');
-    const said = `token ${query} can have heard of ${counts} of ${query + 1} tokens`;
+    // the same words as `describe_receptive_field` of `sparse`
+    const said = `token ${query} has ${counts} of ${query + 1} tokens in its receptive field`;
     words.textContent = `${said} after ${L} layers`;
     svg.setAttribute('aria-label', words.textContent);
     buttons.forEach((button, token) => button.setAttribute('aria-pressed', token === query));
