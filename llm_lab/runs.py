@@ -201,7 +201,7 @@ def _without_lookups():
     real = os.dup(2)
     read_end, write_end = os.pipe()
 
-    def pass_on():  # to the end, which is when nobody can write any more
+    def pass_on():  # until the pipe ends, which is when nobody can write into it any more
         with open(read_end, 'rb') as lines:
             for line in lines:
                 if not _LOOKUP.match(line):
@@ -1091,7 +1091,8 @@ def run_lock(folder):
 
     lock = locked(folder / '.lock', busy)
     (folder / '.pid').write_text(str(os.getpid()))
-    sweep_checkpoints(folder)  # nobody else writes here now
+    # what killed writers left can go: with the lock in hand, nobody else writes here now
+    sweep_checkpoints(folder)
     for rest in folder.iterdir():
         if _HIDDEN.fullmatch(rest.name):
             rest.unlink()
@@ -1121,7 +1122,7 @@ def told_of(folder) -> dict:  # {} where there is none
     except LabError:
         told = {}
     starts = told.get('starts')
-    own = told.pop('sha256', None)  # the hash of all the rest
+    own = told.pop('sha256', None)  # the hash of all the rest, so taken out before it is compared
     good = isinstance(starts, list) and all(isinstance(s, dict) for s in starts)
     if not good or own not in (None, _hash(told)):
         raise LabError(
@@ -1215,7 +1216,8 @@ def runs_of(name, smoke=False) -> list:  # folders, the one that was started las
     found = [p for p in runs.iterdir() if _is_run(p) and (p / '.smoke').exists() == smoke]
     last = pointed(runs / 'latest').name if (runs / 'latest').is_file() else ''
 
-    def age(p):  # `latest` knows; where it was lost, the times of the files do
+    def age(p):
+        # `latest` knows which one was started last; where it was lost, the files' times do
         files = [p / name for name in ('run.json', 'config.yaml')]
         started = max(f.stat().st_mtime for f in files if f.exists())
         return p.name == last, started, p.name
@@ -1262,6 +1264,7 @@ def find_model(path) -> Path:
         newest_first = runs_of(words[0])
         if newest_first:
             return newest_first[0]
+    # a path: here or in `home()`. `runs/latest` is a file that names a run
     for place in (Path(path), home() / path):
         if place.name == 'latest' and place.parent.name == 'runs' and place.is_file():
             return place.parent / pointed(place)
