@@ -33,6 +33,10 @@ def test_a_memory_without_room_for_one_row_is_refused(few):
         largest_batch(SMALL, memory=few)
 
 
+def test_a_batch_is_never_larger_than_allowed():
+    assert largest_batch(SMALL, max_size=5) == 5
+
+
 @pytest.fixture
 def no_compiler(monkeypatch):
     def compile(f):
