@@ -29,12 +29,14 @@ class _Alive(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.now = self.most = 0
-        self.known = weakref.WeakSet()
+        self.now = 0
+        self.most = 0
+        self.known = weakref.WeakSet()  # storages: views share one, and it counts once
 
     def free(self, n):
         self.now -= n
 
+    # PyTorch calls this for every operation instead of running it
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         out = op(*args, **(kwargs or {}))
         for t in tree_leaves(out):
@@ -61,7 +63,7 @@ def step_memory(
     """The most that all tensors of a training step take at once, optimizer state included; nothing
     is calculated.
 
-    Where the shapes of a part of your own hang on numbers, steps of 1 and 2 rows are made, and a
+    Where the shapes of a part of your own depend on values, steps of 1 and 2 rows are made, and a
     line is drawn through both.
 
     Args:
@@ -78,28 +80,30 @@ def step_memory(
             rows = torch.zeros(n, cfg.max_len + 1, dtype=torch.int64)
             if mode is nullcontext:
                 rows.random_(cfg.vocab_size, generator=rng(0, 'rows'))
-            for _ in range(2):
+            for _ in range(2):  # the second step has the optimizer's state from the beginning
                 step(model, o, rows)
         return alive.most
 
     try:
         return most(batch_size, FakeTensorMode)
-    except RuntimeError:  # numbers were asked for, and there are none
+    except RuntimeError:  # a part wanted to see values, and fake tensors have none
         if not own_in(cfg):
             raise
     must_fit(32 * meta_model(cfg).n_params, 'a step, made to be measured,')
     with preserve_rng():
-        one, two = (most(n, nullcontext) for n in (1, 2))
+        one = most(1, nullcontext)
+        two = most(2, nullcontext)
     return one + (two - one) * (batch_size - 1)
 
 # %% ../nbs/29_efficient.ipynb #af9682cd
 def apply_activation_checkpointing(model, on=True):
     """Keep only what enters each block, and calculate the rest again in the backward pass;
     returns the model"""
-    # what the model calls each block through: `MiniGPT.run_block`
+    # The model calls each block through its method `run_block`. An attribute of the same name on
+    # this one model hides the method, and removing it brings the method back
     vars(model).pop('run_block', None)
     if on:
-        model.run_block = partial(checkpoint, use_reentrant=False)
+        model.run_block = partial(checkpoint, use_reentrant=False)  # PyTorch's newer variant
     return model
 
 # %% ../nbs/29_efficient.ipynb #1e04c39c
@@ -165,9 +169,12 @@ def largest_batch(
             'the model smaller'
         )
     # `low` fits, `high` does not or is more than allowed: double until there is such a pair, …
-    low, high = 1, 2
+    # 1 2 4 8 fit, 16 does not: then 12, 10, 11
+    low = 1
+    high = 2
     while high <= max_size and fits(high):
-        low, high = high, 2 * high
+        low = high
+        high = 2 * high
     high = min(high, max_size + 1)
     while high - low > 1:  # … and halve what lies between
         middle = (low + high) // 2
@@ -193,7 +200,7 @@ def try_compile(
         kw: for `torch.compile`
     """
     fast = torch.compile(f, **kw)
-    chosen = None  # `fast` or `f`, from the first call on
+    chosen = None  # `fast` or `f`, from the first call on: only then PyTorch compiles
 
     def call(*args):
         nonlocal chosen
@@ -216,19 +223,18 @@ PRECISIONS = dict(float32=None, bf16=torch.bfloat16, fp16=torch.float16)
 
 
 class StepRunner:
-    """A training step with accumulated, low-precision or compiled gradients:
-
+    """A training step with accumulated, low-precision or compiled gradients, for
     `fit(…, step_fn=StepRunner(…))`
 
     Args:
         accumulate: parts of a batch that go through the model one after the other
-        precision: of the products; weights stay in float32
+        precision: of the matrix multiplications; weights stay in float32
     """
 
     def __init__(
         self,
         accumulate=1,  # parts of a batch that go through the model one after the other
-        precision='float32',  # of the products; weights stay in float32
+        precision='float32',  # of the matrix multiplications; weights stay in float32
         compile=False,
     ):
         if not isinstance(accumulate, int) or accumulate < 1:
@@ -263,7 +269,7 @@ class StepRunner:
         parts = rows.chunk(self.accumulate)
         for n, part in enumerate(parts):
             last = n == len(parts) - 1
-            # several processes talk once a step, when the last part is through
+            # several processes add up their gradients once a step, when the last part is through
             quiet = nullcontext if last or not hasattr(model, 'no_sync') else model.no_sync
             with quiet():
                 with torch.autocast(rows.device.type, dtype, enabled=dtype is not None):
@@ -278,6 +284,6 @@ class StepRunner:
         # NaN now, and that is where the step is skipped: in `update`, which moves nothing along a
         # gradient that is not finite. (So `scaler.step`, which would look itself, is not called.)
         self.scaler.unscale_(optimizer)
-        length = update(model, optimizer, clip)
+        norm = update(model, optimizer, clip)
         self.scaler.update()  # after such a step the scale is halved; after many good ones, doubled
-        return total, length
+        return total, norm

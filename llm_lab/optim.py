@@ -23,8 +23,8 @@ def newton_schulz(
     steps=5,
     dtype=None,  # to calculate in; that of `g` if none
 ) -> Tensor:  # the same shape and directions, singular values between about 0.7 and 1.2
-    """The singular directions of `g`, all about equally long, by Newton–Schulz rounds (Jordan et
-    al. 2024)
+    """The singular directions of `g`, all about equally long, by Newton–Schulz rounds
+    (Jordan et al. 2024)
 
     Args:
         g: a matrix or a stack of them, (…, rows, columns)
@@ -34,13 +34,16 @@ def newton_schulz(
         the same shape and directions, singular values between about 0.7 and 1.2
     """
     tall = g.shape[-2] > g.shape[-1]
-    x = g.mT if tall else g  # the smaller side first: smaller products
+    x = g.mT if tall else g  # rows ≤ columns, so that A below is the smaller of x xᵀ and xᵀ x
     x = x.to(dtype or g.dtype, memory_format=torch.contiguous_format)
-    size = x.flatten(-2).norm(dim=-1)[..., None, None]  # at least the largest singular value
-    x = (x / size.clamp_min(1e-7)).reshape(-1, *x.shape[-2:])
+    # The norm over all entries is at least the largest singular value, so dividing by it brings
+    # all of them below 1. A gradient of zeros stays zeros
+    size = x.flatten(-2).norm(dim=-1)[..., None, None]
+    x = (x / size.clamp_min(1e-7)).reshape(-1, *x.shape[-2:])  # (N, rows, columns) for baddbmm
     # With x = U S Vᵀ, a round is U p(S) Vᵀ, p(s) = 3.4445 s − 4.7750 s³ + 2.0315 s⁵: applied again
-    # and again, it brings each s between 0 and 1 near to 1. As products, with A = x xᵀ, that is
-    # 3.4445 x + (−4.7750 A + 2.0315 A A) x; baddbmm adds and multiplies at once
+    # and again, it brings each s between 0 and 1 near to 1 (0.1 → 0.34 → 0.99 → …). In matrices,
+    # with A = x xᵀ, that is 3.4445 x + (−4.7750 A + 2.0315 A A) x; baddbmm adds and multiplies at
+    # once
     for _ in range(steps):
         A = x @ x.mT
         B = torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315)
@@ -48,9 +51,29 @@ def newton_schulz(
     return (x.mT if tall else x).reshape(g.shape).to(g.dtype)
 
 # %% ../nbs/28_optim.ipynb #7d20b9db
+def _cpu_has_bf16() -> bool:
+    "Has this processor instructions for bf16? By their names, so the answer is the same each time"
+    for name in ('_is_avx512_bf16_supported', '_is_amx_tile_supported'):
+        ask = getattr(torch.cpu, name, None)  # private in PyTorch: not every version has them
+        if ask is not None and ask():
+            return True
+    return False
+
+
+def _autocast_gives_bf16(device) -> bool:
+    "Does a matrix multiplication under `autocast` come out in bf16 on this device?"
+    a = torch.ones(256, 512, device=device)
+    try:
+        with warnings.catch_warnings(action='ignore'), torch.autocast(device.type, torch.bfloat16):
+            b = a @ a.T
+    except (RuntimeError, TypeError):
+        return False  # it does not know bf16
+    return b.dtype == torch.bfloat16
+
+
 @once
 def short_precision(device='cpu') -> str:  # a name of `PRECISIONS`
-    """The short numbers that a device has hardware for, else float32
+    """The 16-bit precision that a device has hardware for, else float32
 
     Returns:
         a name of `PRECISIONS`
@@ -59,27 +82,20 @@ def short_precision(device='cpu') -> str:  # a name of `PRECISIONS`
     if device.type == 'cuda':
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return 'bf16'
+        # tensor cores for fp16 came with compute capability 7.0 (Volta, 2017)
         return 'fp16' if torch.cuda.get_device_capability(device) >= (7, 0) else 'float32'
-    if device.type == 'cpu':  # by its instructions: the same each time
-        for known in ('_is_avx512_bf16_supported', '_is_amx_tile_supported'):
-            if getattr(torch.cpu, known, bool)():  # bool() is False: not every PyTorch can say
-                return 'bf16'
-        return 'float32'
-    a = torch.ones(256, 512, device=device)
-    try:
-        with warnings.catch_warnings(action='ignore'), torch.autocast(device.type, torch.bfloat16):
-            b = a @ a.T
-    except (RuntimeError, TypeError):
-        return 'float32'  # it does not know them
-    return 'bf16' if b.dtype == torch.bfloat16 else 'float32'
+    if device.type == 'cpu':
+        return 'bf16' if _cpu_has_bf16() else 'float32'
+    return 'bf16' if _autocast_gives_bf16(device) else 'float32'  # an Apple GPU, for example
 
 # %% ../nbs/28_optim.ipynb #497ed0bb
 class Muon(torch.optim.Optimizer):
-    """Momentum made orthogonal, for matrices (Jordan et al. 2024), its steps as long as AdamW's
-    (Liu et al. 2025, eq. 4)"""
+    """Momentum made orthogonal, for matrices (Jordan et al. 2024); its steps have the root mean
+    square of AdamW's (Liu et al. 2025, eq. 4)"""
 
-    # `train.update` sets both before a step, as it does for PyTorch's fused optimizers: a number
-    # to divide the gradients by, and 1.0 where one is not finite, so that nothing may move
+    # `train.update` sets both before a step, as it does for PyTorch's fused optimizers: a factor to
+    # divide the gradients by (clipping), and 1.0 where a gradient is not finite, so that nothing
+    # may move
     grad_scale = None
     found_inf = None
 
@@ -92,7 +108,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            by_shape = {}  # matrices of one shape are moved together: few large products
+            by_shape = {}  # matrices of one shape go together: few large matrix multiplications
             for p in group['params']:
                 if p.grad is not None:
                     by_shape.setdefault(p.shape, []).append(p)
@@ -104,7 +120,8 @@ class Muon(torch.optim.Optimizer):
         if dtype == 'auto':  # what the hardware is quick at
             short = short_precision(same[0].device) == 'bf16'
             dtype = torch.bfloat16 if short else torch.float32
-        # 1, or 0 where nothing may move; as a factor, for asking would make the device wait
+        # 1, or 0 where a gradient is not finite. It is a factor and no `if`, because an `if` would
+        # have to wait until the GPU has come so far
         good = 1.0 if self.found_inf is None else 1.0 - self.found_inf
         for p in same:
             if not self.state[p]:
@@ -115,8 +132,10 @@ class Muon(torch.optim.Optimizer):
         v = torch.stack([self.state[p]['momentum'] for p in same])
         v.lerp_(g, (1 - momentum) * good)  # v ← β v + (1 − β) g
         ahead = g.lerp_(v, momentum)  # Nesterov: (1 − β) g + β v, the momentum one step ahead
-        length = lr * 0.2 * max(g.shape[-2:]) ** 0.5 * good
-        moves = newton_schulz(ahead, dtype=dtype) * length
+        # an orthogonal R × C matrix has a root mean square of 1/√max(R, C), a step of AdamW about
+        # 0.2 learning rates: this factor makes them alike
+        scale = lr * 0.2 * max(g.shape[-2:]) ** 0.5 * good
+        moves = newton_schulz(ahead, dtype=dtype) * scale  # (N, rows, columns)
         for p, new, move in zip(same, v, moves):
             self.state[p]['momentum'].copy_(new)
             p.mul_(1 - lr * weight_decay * good).sub_(move)
@@ -161,7 +180,7 @@ def muon(
     """
     hidden = [p for p in model.blocks.parameters() if p.dim() >= 2]
     rest = adamw(model, rest_lr or lr, weight_decay)
-    for g in rest.param_groups:  # `is`: == would compare numbers
+    for g in rest.param_groups:  # compared by `is`, because == of two tensors compares entries
         g['params'] = [p for p in g['params'] if all(p is not h for h in hidden)]
     rest.param_groups = [g for g in rest.param_groups if g['params']]
     return CombinedOptimizer(Muon(hidden, lr, weight_decay), rest)
@@ -169,6 +188,7 @@ def muon(
 # %% ../nbs/28_optim.ipynb #5c241811
 def sgd(model, lr=0.2, weight_decay=0.0, momentum=0.9) -> torch.optim.SGD:
     "Steps along a running sum of gradients (Polyak 1964), with the groups of `adamw`"
+    # from each group only what SGD knows: AdamW's betas would be refused
     groups = []
     for g in adamw(model, lr, weight_decay).param_groups:
         groups.append(dict(params=g['params'], weight_decay=g['weight_decay']))
@@ -205,6 +225,7 @@ def warmup_stable_decay(
         end: the factor to come down to
         decay: the last part of the run, in which the rate comes down in a line
     """
+    # 1 where the last part begins, 0 at the end; of 1,000 steps: 2 at 600, 1 at 800, ½ at 900
     down = (steps - step) / max(1, decay * steps)
     return min(constant(step, steps, warmup), end + (1 - end) * down)
 
@@ -276,6 +297,7 @@ class EarlyStop:
     def __call__(self, run):
         val = self.loss(run)
         self.since += 1
+        # a NaN is not below anything, so it counts as a look without progress
         if val < self.best - self.min_delta:
             self.best = val
             self.since = 0
@@ -302,12 +324,16 @@ def find_spikes(
     Returns:
         steps
     """
-    x = torch.as_tensor(losses, dtype=torch.float64)
+    # Medians, because a spike that is already within the window would move a mean and a standard
+    # deviation so much that the next one is missed
+    x = torch.as_tensor(losses, dtype=torch.float64)  # (T,)
     if len(x) <= width:
         return []
-    before = x.unfold(0, width, 1)[:-1]  # of each later loss, the `width` ones before it
+    # row n: x[n : n + width], the losses before x[n + width]
+    before = x.unfold(0, width, 1)[:-1]  # (T − width, width)
     middle = before.median(1).values
     spread = 1.4826 * (before - middle[:, None]).abs().median(1).values
+    # where all losses are alike the spread is 0, and the slightest rise would count
     is_spike = x[width:] - middle > by * spread.clamp_min(1e-3)
     return (is_spike.nonzero()[:, 0] + width).tolist()
 
@@ -318,8 +344,11 @@ def diverged(means) -> bool:  # means of the loss, one for each look
     Returns:
         means of the loss, one for each look
     """
-    best, first, last = min(means), means[0], means[-1]
-    return last - best > max(0.05, (first - best) / 2)
+    # of 4.0, 2.0, 3.1: gained 2.0, lost again 1.1. Below 0.05 it is noise
+    best = min(means)
+    gained = means[0] - best
+    lost = means[-1] - best
+    return lost > max(0.05, gained / 2)
 
 # %% ../nbs/28_optim.ipynb #fdc0c21e
 class DivergenceMonitor:

@@ -123,7 +123,7 @@ def load_data(
     val = PackedTokens(folder, 'val')
     return dict(corpus=corpus, tokenizer=train.tokenizer, train=train, val=val)
 
-# %% ../nbs/82_runs.ipynb #5b37335c
+
 def kept_corpus(cfg: RunConfig) -> RunConfig:
     "The config with a path to its text that holds from anywhere"
     return replace(cfg, data=replace(cfg.data, corpus=kept_path(cfg.data.corpus)))
@@ -148,28 +148,35 @@ def _starts(corpus, tokens):
 
 def make_batches(cfg: RunConfig, corpus, train, rank=0, world_size=1, device='cpu') -> BatchStream:
     "The rows that a process reads at each step; raises `LabError` when they cannot be shared out"
-    d, t = cfg.data, cfg.train
-    share = world_size * t.accumulate  # a step's rows go through so many forward passes
-    if t.batch_size % share:
+    batch_size = cfg.train.batch_size  # rows of a step, of all processes together
+    accumulate = cfg.train.accumulate
+    share = world_size * accumulate  # a step's rows go through so many forward passes
+    if batch_size % share:
         raise LabError(
-            f'train.batch_size={t.batch_size} does not split into {world_size} processes of '
-            f'{t.accumulate} parts: give a multiple of {share}'
+            f'train.batch_size={batch_size} does not split into {world_size} processes of '
+            f'{accumulate} parts: give a multiple of {share}'
         )
     starts = None
-    if d.rows == 'documents':
+    if cfg.data.rows == 'documents':
         starts = _starts(corpus, train)
         if starts is None:
             raise LabError(f'data.rows=documents: {corpus.name} is one running text; leave it out')
-    return BatchStream(train, t.batch_size, d.length, t.seed, rank, world_size, device, starts)
+    return BatchStream(
+        train, batch_size, cfg.data.length, cfg.train.seed, rank, world_size, device, starts
+    )
 
 # %% ../nbs/82_runs.ipynb #8467b25b
 class SingleProcess:
     "One process, with the verbs of `accelerate.Accelerator` that a run needs"
 
-    num_processes, process_index, is_main_process = 1, 0, True
+    num_processes = 1
+    process_index = 0
+    is_main_process = True
 
     def __init__(self):
         self.device = torch.device(device())
+
+    # alone, there is nobody to agree with: each verb below gives back what it got, or does nothing
 
     def prepare_model(self, model):
         return model
@@ -202,7 +209,7 @@ def _without_lookups():
     real = os.dup(2)
     read_end, write_end = os.pipe()
 
-    def pass_on():  # to the end, which is when nobody can write any more
+    def pass_on():  # until the pipe ends, which is when nobody can write into it any more
         with open(read_end, 'rb') as lines:
             for line in lines:
                 if not _LOOKUP.match(line):
@@ -231,6 +238,7 @@ def _check_launch():
             raise LabError(
                 f'{k}={short(said[k])} is no whole number: start with torchrun, or unset it'
             )
+    # torchrun sets all five; one of them alone is left over from something else
     many = int(said.get('WORLD_SIZE', 1)) > 1 or 'RANK' in said or 'LOCAL_RANK' in said
     missing = [k for k in _LAUNCHED if k not in said]
     if many and missing:
@@ -245,28 +253,34 @@ def _check_launch():
 
 
 @contextmanager
-def _told_device():
+def _requested_device():
     "Meanwhile, accelerate takes the device that LLM_LAB_DEVICE names, where there is one process"
+    # accelerate reads its device from the environment and has no argument for it. The variable is
+    # put back: it is the process's, not the run's
     key = 'ACCELERATE_TORCH_DEVICE'
     name = os.environ.get('LLM_LAB_DEVICE')
-    old = os.environ.pop(key, None) if name else None
-    if name and os.environ.get('WORLD_SIZE', '1') == '1':
+    if not name:  # accelerate chooses
+        yield
+        return
+    old = os.environ.pop(key, None)
+    if os.environ.get('WORLD_SIZE', '1') == '1':
         os.environ[key] = name
     try:
         yield
     finally:
-        if name:
-            os.environ.pop(key, None)
+        os.environ.pop(key, None)
         if old is not None:
             os.environ[key] = old
 
 
 def _require_device(engine):
     "Raises `LabError` where an engine is not on the device that LLM_LAB_DEVICE names"
-    if not (name := os.environ.get('LLM_LAB_DEVICE')):
+    name = os.environ.get('LLM_LAB_DEVICE')
+    if not name:
         return
     want = torch.device(name)
     got = engine.device
+    # 'cuda:1' for eight processes would put all of them on one GPU; 'cuda' is what each has
     one_for_all = engine.num_processes > 1 and want.index is not None
     wrong_kind = want.type != got.type
     wrong_index = want.index not in (None, got.index or 0)
@@ -280,9 +294,8 @@ def _require_device(engine):
 
 
 def make_engine(tracker='none'):
-    """An `accelerate.Accelerator`;
-
-    `SingleProcess` where that is not installed and one process is enough"""
+    """An `accelerate.Accelerator`; where that is not installed and one process is enough,
+    `SingleProcess`"""
     _check_launch()
     several = os.environ.get('WORLD_SIZE', '1') != '1'
     if tracker == 'none' and not several and find_spec('accelerate') is None:
@@ -292,13 +305,13 @@ def make_engine(tracker='none'):
         keys = home() / '.env'
         if keys.is_file():
             require('dotenv', 'python-dotenv').load_dotenv(keys)
-    # one packs, the others wait
+    # one process packs the corpus, which may take hours, and the others wait for it
     slow = require('accelerate').InitProcessGroupKwargs(timeout=timedelta(hours=6))
     quiet = _without_lookups() if several else nullcontext()
-    with _told_device(), quiet:
+    with _requested_device(), quiet:
         engine = require('accelerate').Accelerator(
             cpu=torch.device(device()).type == 'cpu',
-            mixed_precision='no',
+            mixed_precision='no',  # precision is `StepRunner`'s business
             kwargs_handlers=[slow],
             log_with=None if tracker == 'none' else tracker,
             project_dir=home(),
@@ -328,7 +341,7 @@ def model_config(cfg: RunConfig, vocab_size: int):
         raise LabError(f'model.{e}') from None
 
 
-def _tried(cfg: RunConfig):
+def _try_parts(cfg: RunConfig):
     "Raises `LabError` where a recipe makes no part that can read; the texts need not be there"
     try:
         check_parts(model_config(cfg, cfg.data.vocab_size or 256))
@@ -340,18 +353,20 @@ def _affordable(cfg, device='cpu'):
     """Raises `LabError` where a model and what training keeps beside it are more than the memory
     that is left"""
     n = meta_model(cfg).n_params
-    # on the CPU each number has its gradient and two moments; on another device it only passes
-    # through
+    # bytes: on the CPU each parameter (4) has its gradient (4) and two running means of AdamW (8).
+    # On another device only the parameters pass through this memory, on their way there
     must_fit((16 if device == 'cpu' else 4) * n, f'training a model of {n:,} parameters')
     return cfg
 
 # %% ../nbs/82_runs.ipynb #8dc5a762
 @contextmanager
 def _trial(cfg: RunConfig, vocab_size: int, precision: str):
-    "Within, a function that makes a step of the run on a model thrown away later: [loss, length]"
+    """Within, a function that makes a step of the run on a model thrown away later: [loss, gradient
+    norm]"""
     t = cfg.train
     model = MiniGPT(_affordable(model_config(cfg, vocab_size)), t.seed)
-    opt = OPTIMIZERS[t.optimizer](apply_activation_checkpointing(model, t.recompute), lr=1e-6)
+    apply_activation_checkpointing(model, t.recompute)
+    opt = OPTIMIZERS[t.optimizer](model, lr=1e-6)
     step = StepRunner(t.accumulate, precision, t.compile)
     rows = torch.randint(
         vocab_size, (t.batch_size, cfg.data.length + 1), generator=rng(t.seed, 'trial')
@@ -359,16 +374,16 @@ def _trial(cfg: RunConfig, vocab_size: int, precision: str):
     keep_freed_memory()
 
     def make_step():
-        loss, length = step(model, opt, rows, t.clip, next_token_loss)
-        return [loss.item(), length.item()]
+        loss, norm = step(model, opt, rows, t.clip, next_token_loss)
+        return [loss.item(), norm.item()]
 
-    with preserve_rng(), onednn_linears(model):  # dropout draws
+    with preserve_rng(), onednn_linears(model):  # dropout draws; the run shall not notice
         yield make_step
 
 
 def _measured_threads(cfg: RunConfig, vocab_size: int) -> int:
     "With how many threads a step of this config is fastest here"
-    # not compiled: that would fix their number
+    # not compiled, because compiled code is made for one number of threads
     plain = replace(cfg, train=replace(cfg.train, compile=False))
     precision = 'float32' if cfg.train.precision == 'auto' else cfg.train.precision
     with _trial(plain, vocab_size, precision) as make_step:
@@ -376,11 +391,13 @@ def _measured_threads(cfg: RunConfig, vocab_size: int) -> int:
 
 
 def set_threads(cfg: RunConfig, vocab_size: int, engine, tune=False) -> RunConfig:
-    # with the number written in
-    "Give this process the config's threads: the fastest number for `auto`, and for none if `tune`"
+    """Give this process the config's threads; returns the config with the number written in.
+
+    `auto` is the fastest number, and so is none with `tune`. The setting is the whole process's"""
     n = cfg.train.threads
     if n == 'auto' or n is None:
         measure = n == 'auto' or tune
+        # several processes share the cores, and a GPU does the work itself: nothing to measure
         alone = engine.num_processes == 1 and engine.device.type == 'cpu'
         n = torch.get_num_threads()
         if measure and alone:
@@ -389,7 +406,7 @@ def set_threads(cfg: RunConfig, vocab_size: int, engine, tune=False) -> RunConfi
     return replace(cfg, train=replace(cfg.train, threads=n))
 
 # %% ../nbs/82_runs.ipynb #2743ad88
-_MARGIN = 1.2  # so much faster must bf16 be
+_MARGIN = 1.2  # bf16 is less exact, so it must make a step faster by this factor
 
 
 def _measured_precision(cfg: RunConfig, vocab_size: int) -> tuple:  # (precision, why)
@@ -401,32 +418,32 @@ def _measured_precision(cfg: RunConfig, vocab_size: int) -> tuple:  # (precision
         _trial(cfg, vocab_size, 'bf16') as step_in_bf16,
     ):
         torch.manual_seed(0)  # the same dropout in both
-        loss, length = step_in_float32()
+        loss, norm = step_in_float32()
         torch.manual_seed(0)
         try:
-            short_loss, short_length = step_in_bf16()
+            short_loss, short_norm = step_in_bf16()
         except RuntimeError as e:
             return 'float32', f'in bf16 a step fails: {short(str(e), 80)}'
         same_loss = abs(short_loss - loss) < 0.02 * abs(loss)
-        same_length = abs(short_length - length) < 0.1 * abs(length)
-        if not (same_loss and same_length):  # NaN is like nothing
-            differs = f'{short_loss:.4g}, {short_length:.4g} and not {loss:.4g}, {length:.4g}'
+        same_norm = abs(short_norm - norm) < 0.1 * abs(norm)
+        if not (same_loss and same_norm):  # a NaN is near nothing, so it ends here, too
+            differs = f'{short_loss:.4g}, {short_norm:.4g} and not {loss:.4g}, {norm:.4g}'
             return 'float32', f'in bf16 loss and gradient of a step are {differs}'
         seconds = race({'float32': step_in_float32, 'bf16': step_in_bf16})
     faster = seconds['float32'] / seconds['bf16']
     chosen = 'bf16' if faster >= _MARGIN else 'float32'
-    return chosen, f'a step in bf16 is {faster:.2f} times as fast, {_MARGIN} are asked for'
+    return chosen, f'a step in bf16 is {faster:.2f} times as fast, {_MARGIN} is required'
 
 
 def set_precision(cfg: RunConfig, vocab_size: int, engine) -> tuple:
-    # (config, why; '' if not `auto`)
-    "Where the config says `auto`: in which precision this device trains it best"
+    """(the config with its precision decided, why): where it says `auto`, what this device trains
+    it best in; else the config as it is, and ''"""
     if cfg.train.precision != 'auto':
         return cfg, ''
     kind = engine.device.type
     found = None
     if kind != 'cpu':
-        found = short_precision(engine.device), f'{kind} multiplies it'
+        found = short_precision(engine.device), f'{kind} has hardware for it'
     elif engine.is_main_process:
         found = _measured_precision(cfg, vocab_size)
     precision, why = all_gather_json(engine, found)[0]  # the first process's, for all
@@ -473,6 +490,23 @@ def _starts_within(ids, corpus, val):
     return starts if len(starts) else None  # one long document: as one text
 
 
+def _checkpoints_of(job) -> CheckpointManager:
+    "The checkpoints of a run, with all of its state: also the position in the text, for example"
+    parts = dict(data=job.stream)  # what a checkpoint keeps beside model and optimizer
+    if job.cfg.train.precision == 'fp16':
+        parts['scaler'] = job.step.scaler  # its scale goes up and down as the run goes on
+    return CheckpointManager(
+        job.folder,
+        job.texts['tokenizer'],
+        keep=job.cfg.log.keep,
+        about=_about(job.cfg, job.folder, job.texts['corpus']),
+        rank=job.engine.process_index,
+        gather=partial(all_gather_json, job.engine),
+        facts=job.facts,
+        **parts,
+    )
+
+
 class TrainingRun:
     """A config made real: texts, model, optimizer, batches, checkpoints, on the processes of an
     engine
@@ -498,37 +532,30 @@ class TrainingRun:
         self.done = -1  # the step after which `tick` was called last
         self.early = False  # has it ended because nothing got better?
 
-        _tried(cfg)  # a slip in a recipe costs no packing
+        _try_parts(cfg)  # a slip in a recipe costs no packing
         self.texts = _texts_of(cfg, engine, on.sha256 if on else None)
-        corpus, val = self.texts['corpus'], self.texts['val']
+        corpus = self.texts['corpus']
+        val = self.texts['val']
         vocab_size = self.texts['tokenizer'].vocab_size
+        # what was measured is written into the config, so that a resumed run obeys it
         cfg = set_threads(cfg, vocab_size, engine, tune)
         cfg, self.why = set_precision(cfg, vocab_size, engine)  # why this precision
         self.cfg = cfg
 
-        rank, world_size = engine.process_index, engine.num_processes
         self.stream = make_batches(
-            cfg, corpus, self.texts['train'], rank, world_size, str(engine.device)
+            cfg,
+            corpus,
+            self.texts['train'],
+            engine.process_index,
+            engine.num_processes,
+            str(engine.device),
         )
         self.run = _train_state(cfg, vocab_size, engine.device)
         self.step = StepRunner(cfg.train.accumulate, cfg.train.precision, cfg.train.compile)
         self.ids = val.ids[: cfg.eval.tokens].long()
         self.starts = _starts_within(self.ids, corpus, val)
         self.metrics = MetricsLog(folder)
-
-        parts = dict(data=self.stream)  # what a checkpoint keeps beside model and optimizer
-        if cfg.train.precision == 'fp16':
-            parts['scaler'] = self.step.scaler
-        self.saved = CheckpointManager(
-            folder,
-            self.texts['tokenizer'],
-            keep=cfg.log.keep,
-            about=_about(cfg, self.folder, corpus),
-            rank=rank,
-            gather=partial(all_gather_json, engine),
-            facts=self.facts,
-            **parts,
-        )
+        self.saved = _checkpoints_of(self)
 
     def facts(self):  # what a checkpoint keeps beside its state
         """what a checkpoint keeps beside its state"""
@@ -554,7 +581,7 @@ class TrainingRun:
             ...
 
         def agree(self, run):
-            """Several processes end together: one that was asked to asks the others"""
+            """Several processes end after the same step: where one has received a signal, all stop"""
             ...
 
         def end_early(self, run):
@@ -565,7 +592,7 @@ class TrainingRun:
         def save(self, run): ...
 
         def tick(self, run):
-            """What is due after this step; the last one is due for everything"""
+            """What is due after this step; after the last one, everything is"""
             ...
 
         def go(self, start=None):
@@ -574,7 +601,7 @@ class TrainingRun:
             ...
 
         def finish(self, max_tokens=None):
-            """Judge the model on the whole validation split; write and return what result.json says"""
+            """Evaluate the model on the whole validation split; write and return what result.json says"""
             ...
 
         def foresee(self):
@@ -586,11 +613,13 @@ def _shown(folder):
     "A folder as it is printed: from `home()`, if it lies there"
     return folder.relative_to(home()) if folder.is_relative_to(home()) else folder
 
-# %% ../nbs/82_runs.ipynb #75757e32
+
 @patch
 def __repr__(self: TrainingRun):
-    c, e = self.cfg, self.engine
-    corpus, n_train = self.texts['corpus'], len(self.texts['train'])
+    c = self.cfg
+    engine = self.engine
+    corpus = self.texts['corpus']
+    n_train = len(self.texts['train'])  # tokens
     epochs = self.tokens(c.train.steps) / n_train
     lines = [
         f'run     {_shown(self.folder)}',
@@ -599,7 +628,7 @@ def __repr__(self: TrainingRun):
         f'{c.model.d_model}',
         f'plan    {c.train.steps:,} steps of {c.train.batch_size} × {c.data.length} tokens, '
         f'{epochs:.2f} times the text, {c.train.optimizer}, on '
-        f'{e.num_processes} × {e.device.type}, {torch.get_num_threads()} threads, '
+        f'{engine.num_processes} × {engine.device.type}, {torch.get_num_threads()} threads, '
         f'{c.train.precision}',
     ]
     if self.why:
@@ -619,12 +648,13 @@ def peak_memory(device='cpu') -> int:  # bytes
         return require('psutil').Process().memory_info().peak_wset
     from resource import RUSAGE_SELF, getrusage
 
-    return getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+    unit = 1 if sys.platform == 'darwin' else 1024  # macOS counts bytes, Linux kilobytes
+    return getrusage(RUSAGE_SELF).ru_maxrss * unit
 
 
 def _work(cfg, T) -> float:
-    """Operations for each token of a step of one row; counted, not calculated, if no part needs
-    numbers"""
+    """Operations for each token of a step on one sequence of T tokens; counted on shapes alone,
+    where no part of the model asks for values"""
 
     def count(mode):
         with mode():
@@ -636,7 +666,7 @@ def _work(cfg, T) -> float:
 
     try:
         return count(FakeTensorMode)
-    except RuntimeError:  # the shapes of a part of your own hang on numbers
+    except RuntimeError:  # the shapes of a part of your own depend on values
         if not own_in(cfg):
             raise
     with preserve_rng():
@@ -647,17 +677,20 @@ def _work(cfg, T) -> float:
 def measure(self: TrainingRun):
     """Set what speeds are compared with: the operations that a token takes, and the most that all
     processes can do"""
-    T, device = self.cfg.data.length, self.engine.device.type
-    self.work = _work(self.run.model.cfg, T)
-    self.peak = self.engine.num_processes * peak_flops(device, PRECISIONS[self.cfg.train.precision])
+    device = self.engine.device.type
+    dtype = PRECISIONS[self.cfg.train.precision]
+    self.work = _work(self.run.model.cfg, self.cfg.data.length)
+    self.peak = self.engine.num_processes * peak_flops(device, dtype)
 
 # %% ../nbs/82_runs.ipynb #c9f3f2c2
 def _per_byte(tokens, corpus):
-    """Nats per token times this are bits per byte of the documents: about so, as an end mark is
-    taken for a token like any other"""
+    """The factor from nats per token to bits per byte of the documents: an estimate, because an end
+    mark is taken for a token like any other"""
+    # 1,000 tokens in 3,000 bytes, and a nat is 1/ln 2 = 1.44 bits: 1.44 / 3 = 0.48
     said = tokens.meta['splits'][tokens.split]
     end = tokens.meta['tokenizer']['end']
-    n, size = said['tokens'], said['bytes']
+    n = said['tokens']
+    size = said['bytes']
     if corpus.independent:
         n -= said['documents'] * len(end)
     else:
@@ -670,7 +703,7 @@ def record(self: TrainingRun, run) -> dict:
     "The loss since the last look, the speed and the rest"
     step = run.step
     first = max(0, step - self.cfg.log.every)
-    # history: (2, steps), the loss and the gradient's length of each step
+    # history: (2, steps), the loss and the gradient norm of each step
     loss, norm = run.history[:, first:step].mean(1).tolist()
     tokens = self.tokens(step)
     tokens_before, seconds_before = self.then  # at the last call; at first, as `go` has set it
@@ -679,7 +712,7 @@ def record(self: TrainingRun, run) -> dict:
     per_byte = _per_byte(self.texts['train'], self.texts['corpus'])
     return dict(
         loss=loss,
-        ppl=math.exp(min(loss, 700)),
+        ppl=math.exp(min(loss, 700)),  # exp(710) is more than a float holds
         bits_per_byte=loss * per_byte,
         lr=run.optimizer.param_groups[0]['lr'],
         grad_norm=norm,
@@ -702,8 +735,10 @@ def _keep_sample(job, run):
 def validate(self: TrainingRun, run) -> dict:
     "The validation loss, which is noted for `best`; now and then a text that the model writes"
     c = self.cfg
-    val, corpus = self.texts['val'], self.texts['corpus']
-    # what the layers tell of training; where validation makes them tell the same, that counts
+    val = self.texts['val']
+    corpus = self.texts['corpus']
+    # What the layers report (a router's load, …) is of the last training step first. Where the
+    # validation pass makes them report the same quantity again, the validation's value counts
     parts = run.model.metrics()
     losses = span_losses(run.model, self.ids, batch_size=c.eval.at_once, starts=self.starts)
     parts |= run.model.metrics()
@@ -720,10 +755,11 @@ def validate(self: TrainingRun, run) -> dict:
 # %% ../nbs/82_runs.ipynb #7b6456bb
 @patch
 def agree(self: TrainingRun, run):
-    "Several processes end together: one that was asked to asks the others"
+    "Several processes end after the same step: where one has received a signal, all stop"
     if self.engine.num_processes == 1:
         return
     reasons = ['by hand', 'by SIGTERM', 'by SIGHUP']
+    # a vote: each process sends 1 for the reason that it was given, and all see the sums
     asked = torch.tensor([float(self.asked == r) for r in reasons], device=self.engine.device)
     asked = self.engine.reduce(asked, 'sum').tolist()
     if any(asked):
@@ -766,7 +802,10 @@ def save(self: TrainingRun, run):
 
 @patch
 def tick(self: TrainingRun, run):
-    "What is due after this step; the last one is due for everything"
+    "What is due after this step; after the last one, everything is"
+    # The order matters. Validation draws from the generators, so they are put back. The checkpoint
+    # comes after the log, so that it is never ahead of it. And early stopping comes last, because
+    # it counts what was just validated
     n = run.step
     if n == self.done:
         return  # `fit` calls it for the last step twice, where that is a multiple of `every`
@@ -796,6 +835,7 @@ def tick(self: TrainingRun, run):
 # %% ../nbs/82_runs.ipynb #78a2eaa8
 def schedule_of(t):
     "The schedule that the section `train` of a config describes: a function of (step, steps)"
+    # a constant rate has no end to come down to, so the word is passed on only where it is given
     end = dict(end=t.min_lr / t.lr) if t.min_lr else {}
     return partial(SCHEDULES[t.schedule], warmup=t.warmup, **end)
 
@@ -835,8 +875,8 @@ def _engine_step(job):
         return job.step
 
     def step(model, opt, rows, clip, loss):
-        value, length = job.step(shared, opt, rows, clip, loss)
-        return job.engine.reduce(value, 'mean'), length
+        value, norm = job.step(shared, opt, rows, clip, loss)
+        return job.engine.reduce(value, 'mean'), norm
 
     return step
 
@@ -845,13 +885,15 @@ def _engine_step(job):
 def go(self: TrainingRun, start=None):
     """Train to the end, from the newest checkpoint if there is one, or from `start`; returns the
     `TrainState`"""
-    c, e, run = self.cfg, self.engine, self.run
+    c = self.cfg
+    engine = self.engine
+    run = self.run
     state = self.saved.load(run, start) if start or self.saved.steps() else {}
     self.end_early(run)  # a run that has ended stays so
-    if e.is_main_process:
+    if engine.is_main_process:
         _open_logs(self, state, start)
     self.then = self.tokens(run.step), run.seconds  # from here on `record` counts
-    if e.device.type == 'cuda':  # the same bits on a GPU, too
+    if engine.device.type == 'cuda':  # the same bits on a GPU, too
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
         torch.use_deterministic_algorithms(True, warn_only=True)
     step = _engine_step(self)
@@ -859,15 +901,16 @@ def go(self: TrainingRun, start=None):
     def ask(why):
         self.asked = why
 
-    if e.num_processes > 1:
+    if engine.num_processes > 1:
         run.stop = ask  # a signal only leaves word: `agree` ends all at the same step
+    # `tick` looks by itself what is due, so it only has to come often enough
     every = math.gcd(c.log.every, c.eval.every, c.log.checkpoint_every)
     fit(
         run.model,
         self.stream,
         c.train.steps,
         clip=c.train.clip,
-        seed=c.train.seed + 7919 * e.process_index,  # a dropout of its own in each process
+        seed=c.train.seed + 7919 * engine.process_index,  # a dropout of its own in each process
         state=run,
         schedule=schedule_of(c.train),
         step_fn=step,
@@ -877,10 +920,11 @@ def go(self: TrainingRun, start=None):
         self.save(run)
     return run
 
-# %% ../nbs/82_runs.ipynb #d3f70e01
+
 def _from_where(job, start) -> str:
     "From which step of which run it goes on, and with what else than before"
-    step, last = job.run.step, job.cfg.train.steps
+    step = job.run.step
+    last = job.cfg.train.steps
     if start:
         said = f'goes on from step {step:,} of {_shown(start.parent.parent)} in a branch'
     else:
@@ -907,7 +951,7 @@ def _json_in(folder, name) -> dict:
     return told
 
 
-def _to_judge(job) -> tuple:  # (model, the step of the best)
+def _model_to_evaluate(job) -> tuple:  # (model, the step of the best)
     "The last model of a run; the best one where `eval.patience` asks for it"
     last = job.run.step
     pointer = job.folder / 'best'
@@ -937,30 +981,30 @@ def _final_score(job, model, max_tokens, live):
         ) from e
 
 
-def _which_model(job, judged, best) -> str:
-    "Which model was judged, to add to a line; '' where the last one is the best"
+def _which_model(job, which, best) -> str:
+    "Which model was evaluated, to add to a line; '' where the last one is the best"
     last = job.run.step
     if best == last:
         return ''
     if job.cfg.eval.patience:
-        return f': {judged}, of step {best:,}'
-    return f': {judged}, of step {last:,}; `eval` and `sample` take the best, of step {best:,}'
+        return f': {which}, of step {best:,}'
+    return f': {which}, of step {last:,}; `eval` and `sample` take the best, of step {best:,}'
 
 
 @patch
 def finish(self: TrainingRun, max_tokens=None):
-    "Judge the model on the whole validation split; write and return what result.json says"
+    "Evaluate the model on the whole validation split; write and return what result.json says"
     run = self.run
     path = self.folder / 'result.json'
     known = _json_in(self.folder, 'result.json') if path.exists() else {}
-    judged = 'the best model' if self.cfg.eval.patience else 'the last model'
-    # an older result.json does not say which one it judged
-    if known.get('steps') == run.step and known.get('judged', judged) == judged:
+    which = 'the best model' if self.cfg.eval.patience else 'the last model'
+    # evaluated before? An older result.json does not say which model it is about
+    if known.get('steps') == run.step and known.get('judged', which) == which:
         return known
-    model, best = _to_judge(self)
+    model, best = _model_to_evaluate(self)
     live = StatusLine()
     score = _final_score(self, model, max_tokens, live)
-    live.close(f'validated on {score.tokens:,} tokens{_which_model(self, judged, best)}')
+    live.close(f'validated on {score.tokens:,} tokens{_which_model(self, which, best)}')
     result = dict(
         name=self.cfg.name,
         run=self.folder.name,
@@ -968,7 +1012,7 @@ def finish(self: TrainingRun, max_tokens=None):
         steps=run.step,
         tokens=self.tokens(run.step),
         seconds=run.seconds,
-        judged=judged,
+        judged=which,
         best_step=best,
         scores=dict(val=score.as_dict()),
     )
@@ -988,7 +1032,7 @@ def foresee(self: TrainingRun):
     if len(self.ids) < 2:
         raise LabError(
             f'data.corpus={self.cfg.data.corpus}: its validation text has '
-            f'{len(self.ids)} tokens, in which nothing can be asked; give a longer text'
+            f'{len(self.ids)} tokens, in which nothing can be predicted; give a longer text'
         )
 
 
@@ -1006,10 +1050,12 @@ def _runs(name):
     return home() / 'experiments' / require_name(name, 'the config') / 'runs'
 
 
+# what a killed writer leaves: `.config.yaml.123.new`, half written, or `….old`, half replaced
 _HIDDEN = re.compile(
     r'\.+(config\.yaml|(run|result)\.json|(metrics|samples)\.(jsonl|csv))'
     r'(\.\d+\.(new|old))+'
 )
+# what a run writes before its config.yaml: killed by then, it may begin again in its folder
 _BEGUN = re.compile(r'\.lock|\.pid|\.smoke|(metrics|samples)\.(jsonl|csv)')
 
 
@@ -1040,7 +1086,7 @@ def _new_folder(cfg, name=None) -> Path:
         folder = folder.with_name(f'{folder.name}-{os.getpid()}')
     return folder
 
-# %% ../nbs/82_runs.ipynb #a3d7f014
+
 def _smoke_folder(cfg) -> Path:
     "The first of `smoke`, `smoke-2`, … that is free, or of such a run and with nothing foreign"
     for n in itertools.count(1):
@@ -1059,6 +1105,7 @@ def _foreign(folder):
         return None
     if not folder.is_dir():
         return folder
+    # written: step-000020; left by a kill: .step-000020.gone, .step-000020.123.new
     for place in folder.iterdir():
         if re.fullmatch(r'\.+step-\d+(\.gone|(\.\d+\.(new|old))+)', place.name):
             continue
@@ -1106,7 +1153,8 @@ def run_lock(folder):
 
     lock = locked(folder / '.lock', busy)
     (folder / '.pid').write_text(str(os.getpid()))
-    sweep_checkpoints(folder)  # nobody else writes here now
+    # what killed writers left can go: with the lock in hand, nobody else writes here now
+    sweep_checkpoints(folder)
     for rest in folder.iterdir():
         if _HIDDEN.fullmatch(rest.name):
             rest.unlink()
@@ -1140,7 +1188,7 @@ def told_of(folder) -> dict:  # {} where there is none
     except LabError:
         told = {}
     starts = told.get('starts')
-    own = told.pop('sha256', None)  # the hash of all the rest
+    own = told.pop('sha256', None)  # the hash of all the rest, so taken out before it is compared
     good = isinstance(starts, list) and all(isinstance(s, dict) for s in starts)
     if not good or own not in (None, _hash(told)):
         raise LabError(
@@ -1198,10 +1246,11 @@ def _describe(job, came_from):
         with atomic_write(path) as f:
             f.write_text(text + '\n', encoding='utf-8')
 
-# %% ../nbs/82_runs.ipynb #297de440
+
 def _track(job):
     "Send the rows to TensorBoard or Weights & Biases, too, under the name of the run"
-    if (kind := job.cfg.log.tracker) == 'none':
+    kind = job.cfg.log.tracker
+    if kind == 'none':
         return
     job.engine.project_configuration.logging_dir = str(job.folder)
     more = dict(
@@ -1237,7 +1286,8 @@ def runs_of(name, smoke=False) -> list:  # folders, the one that was started las
     found = [p for p in runs.iterdir() if _is_run(p) and (p / '.smoke').exists() == smoke]
     last = pointed(runs / 'latest').name if (runs / 'latest').is_file() else ''
 
-    def age(p):  # `latest` knows; where it was lost, the times of the files do
+    def age(p):
+        # `latest` knows which one was started last; where it was lost, the files' times do
         files = [p / name for name in ('run.json', 'config.yaml')]
         started = max(f.stat().st_mtime for f in files if f.exists())
         return p.name == last, started, p.name
@@ -1288,6 +1338,7 @@ def find_model(path) -> Path:
         newest_first = runs_of(words[0])
         if newest_first:
             return newest_first[0]
+    # a path: here or in `home()`. `runs/latest` is a file that names a run
     for place in (Path(path), home() / path):
         if place.name == 'latest' and place.parent.name == 'runs' and place.is_file():
             return place.parent / pointed(place)
@@ -1324,13 +1375,16 @@ def _run_at(path) -> tuple:  # (folder of a run, a checkpoint of it or None)
 
 def _newest(folder):
     "(the newest checkpoint of a run, what its state.json says); (None, None) if there is none"
-    while steps := steps_in(folder):
+    steps = steps_in(folder)
+    while steps:
         place = folder / 'checkpoints' / f'step-{steps[-1]:06d}'
         try:
             return place, read_state(place)
         except LabError:
-            if place.exists() or steps == steps_in(folder):
-                raise  # else it went while we looked
+            steps_now = steps_in(folder)
+            if place.exists() or steps_now == steps:
+                raise
+            steps = steps_now  # a run that goes on has removed it while we looked: look again
     return None, None
 
 
@@ -1368,6 +1422,7 @@ def _beginning(folder, told, cfg):
     return Path(source)
 
 # %% ../nbs/82_runs.ipynb #d3f70e05
+# what `train_run` needs to go on; `resolve_resume` says what each field is
 GoingOn = namedtuple('GoingOn', 'cfg folder start sha256 record changes')
 
 
@@ -1427,27 +1482,49 @@ def _trained_config(state, told, written) -> RunConfig:
     return config_from_dict(known, written.name)
 
 
+def _require_idle(folder):
+    "Raises `LabError` while another process writes into the folder of a run"
+    if os.environ.get('RANK', '0') == '0':  # of several processes, the first one asks
+        run_lock(folder).release()
+
+
+def _resumed_config(folder, told, trained, written, config, overrides) -> tuple:
+    """(what run.json keeps of the config's file, the config to go on with). Raises `LabError` where
+    a change reaches back, to steps that were made already"""
+    try:
+        check_resumable(trained, written)
+    except LabError as e:
+        raise LabError(f'{folder / "config.yaml"} was edited: {e}') from None
+    record, cfg = _as_edited(folder, told, written, config, overrides)
+    if cfg.data.corpus != written.data.corpus:
+        cfg = kept_corpus(cfg)
+    cfg = check_resumable(trained, replace(cfg, name=written.name))
+    require_corpus(cfg)
+    return record, cfg
+
+
 def resolve_resume(
     path,  # a run, or a checkpoint of one
     overrides=(),
     config=None,  # its config, which may have been edited since
-) -> GoingOn:  # config, folder, checkpoint that a branch begins from or None, …
-    """What it takes to go on. Raises `LabError` that names what was changed and reaches back
+) -> GoingOn:
+    """What it takes to go on: the config; the folder to write into; the checkpoint of another
+    folder to start from, or None; the corpus's SHA-256; what run.json keeps of the config's file;
+    what differs from before.
+
+    Raises `LabError` that names what was changed and reaches back
 
     Args:
         path: a run, or a checkpoint of one
         config: its config, which may have been edited since
-
-    Returns:
-        config, folder, checkpoint that a branch begins from or None, …
     """
     # Three configs meet here, and each may differ from the one before:
     #   trained   with which the steps up to the checkpoint were made: it says what cannot change
     #   written   config.yaml of the run, in which you may have edited something
     #   cfg       to go on with: `written`, edits of the file the run was made from, overrides
     folder, start = _run_at(path)
-    if start is None and os.environ.get('RANK', '0') == '0':
-        run_lock(folder).release()  # raises while another writes there
+    if start is None:  # a checkpoint can be read, whoever writes beside it
+        _require_idle(folder)
     told = told_of(folder)
     written = _written_config(folder, told)
 
@@ -1462,15 +1539,7 @@ def resolve_resume(
         state = read_state(start) if start else dict(facts={}, about={}, step=0)
 
     trained = _trained_config(state, told, written)
-    try:
-        check_resumable(trained, written)
-    except LabError as e:
-        raise LabError(f'{folder / "config.yaml"} was edited: {e}') from None
-    record, cfg = _as_edited(folder, told, written, config, overrides)
-    if cfg.data.corpus != written.data.corpus:
-        cfg = kept_corpus(cfg)
-    cfg = check_resumable(trained, replace(cfg, name=written.name))
-    require_corpus(cfg)
+    record, cfg = _resumed_config(folder, told, trained, written, config, overrides)
     if cfg.train.steps < state['step']:
         raise LabError(
             f'train.steps={cfg.train.steps}: {start or newest} is at step '
@@ -1482,8 +1551,9 @@ def resolve_resume(
     return GoingOn(cfg, goes_to, start, sha256, record, changes)
 
 # %% ../nbs/82_runs.ipynb #b7dc2d23
-def _alone_now(error, engine, folder):
-    "Raises one line where one of several processes is gone, else the error"
+def _raise_lost(error, engine, folder):
+    "Raises one line where another of several processes is gone, else the error as it is"
+    # the others see only that a connection broke, in dozens of lines of the network's library
     if engine.num_processes == 1 or not re.search('gloo|NCCL|onnection', str(error)):
         raise error
     then = f'go on with --resume {folder}' if (folder / 'config.yaml').exists() else 'begin again'
@@ -1491,14 +1561,14 @@ def _alone_now(error, engine, folder):
         f'process {engine.process_index} lost the others: see what they said, and {then}'
     ) from None
 
-# %% ../nbs/82_runs.ipynb #f3dff5f5
-def _asked_for(config, overrides, resume, run, smoke) -> tuple:
-    # (config, `GoingOn` or None, what to say)
-    "What `train_run` was asked for: a new run, or one to go on with"
+
+def _requested_run(config, overrides, resume, run, smoke) -> tuple:
+    "(config, `GoingOn` or None for a new run, a line to print first): what `train_run` shall do"
     begins = ''
     on = None
     if resume == '' and isinstance(config, (str, Path)) and _is_run(Path(config)):
-        resume, config = config, None  # a run is named, and no config
+        resume = config  # a run is named, and no config
+        config = None
     if resume == '':
         found, begins = run_to_go_on(config or 'smoke', run)
         if found:
@@ -1516,19 +1586,30 @@ def _asked_for(config, overrides, resume, run, smoke) -> tuple:
 
 
 def _folder_for(cfg, on, run, smoke) -> Path:
-    "Where what was asked for goes"
+    "Where the run writes"
     if on:
         return on.folder
     return _smoke_folder(cfg) if smoke else _new_folder(cfg, run)
 
 
-def _taken_up(folder, engine, smoke):
+def _lock_folder(folder, engine, smoke):
     "The lock of a run's folder, which the first process holds; None for the others"
     if not engine.is_main_process:
         return None
     if smoke:
         (made_folder(folder) / '.smoke').touch()  # by which the next one knows it
     return run_lock(folder)
+
+
+def _train_and_evaluate(job, begins, is_main, max_tokens):
+    "From the first step to result.json; the first process prints and evaluates"
+    job.foresee()
+    if is_main:
+        print(f'{begins}\n{job}' if begins else job, flush=True)
+    job.go(job.on.start if job.on else None)
+    # a run that was stopped goes on later: it is evaluated when it has ended
+    if is_main and (job.early or not job.run.stopped):
+        job.result = job.finish(max_tokens)
 
 
 def train_run(
@@ -1554,12 +1635,13 @@ def train_run(
         raise LabError('--smoke begins anew: leave --resume out')
     if run is not None:
         require_name(run, '--run')
-    cfg, on, begins = _asked_for(config, overrides, resume, run, smoke)
+    cfg, on, begins = _requested_run(config, overrides, resume, run, smoke)
     folder = _folder_for(cfg, on, run, smoke)
     usable_device()  # raises where it cannot be used
     engine = make_engine(cfg.log.tracker)
-    folder = Path(all_gather_json(engine, str(folder))[0])  # by the clock of the first process
-    lock = _taken_up(folder, engine, smoke)
+    # its name holds the time: all processes take that of the first one's clock
+    folder = Path(all_gather_json(engine, str(folder))[0])
+    lock = _lock_folder(folder, engine, smoke)
     threads = torch.get_num_threads()
     try:
         if lock:
@@ -1568,15 +1650,11 @@ def train_run(
                 _clear_smoke_run(folder)
         job = TrainingRun(cfg, folder, engine, tune and not on, on)
         job.origin = on.record if on else _record(config or 'smoke')
-        job.foresee()
-        if lock:
-            print(f'{begins}\n{job}' if begins else job, flush=True)
-        job.go(on.start if on else None)
-        if lock and (job.early or not job.run.stopped):
-            job.result = job.finish(cfg.eval.tokens if smoke else None)
+        # a smoke run only tries: a few tokens are enough
+        _train_and_evaluate(job, begins, bool(lock), cfg.eval.tokens if smoke else None)
         _end(engine, cfg.log.tracker)
     except RuntimeError as e:
-        _alone_now(e, engine, folder)
+        _raise_lost(e, engine, folder)
     finally:
         torch.set_num_threads(threads)  # they were the run's, not the caller's
         if lock:

@@ -55,7 +55,7 @@ POOLS = {
     ).items()
 }
 
-# %% ../nbs/13_tales.ipynb #ff21c33e
+
 _GIRLS = {'Mia', 'Lily', 'Zoe', 'Anna', 'Ruby', 'Nora', 'Ella', 'Ivy'}
 
 
@@ -106,6 +106,7 @@ _SLOT = re.compile(
 def parse(template):
     """A template as (head, slots), each slot one of ('say', text, None), ('draw', variable, pool)
     and ('recall', variable, attribute); no variable and no attribute are ''"""
+    # 'Once {hero=name} ran.' → ('Once ', [('draw', 'hero', 'name'), ('say', ' ran.', None)])
     head, brace, rest = template.partition('{')
     slots = []
     for slot in _SLOT.finditer(brace + rest):
@@ -172,10 +173,10 @@ def entropy_of(words: tuple) -> float:  # bits
         bits
     """
     # ('she', 'he', 'she', 'she'): 3/4 · log₂ 4/3 + 1/4 · log₂ 4 = 0.81
-    counts = Counter(words).values()
+    counts = Counter(words).values()  # words that are spelled alike are one outcome
     return sum(n / len(words) * math.log2(len(words) / n) for n in counts)
 
-# %% ../nbs/13_tales.ipynb #65e5c681
+
 class Teller:
     """Walks through a story and keeps its `pieces`.
 
@@ -187,7 +188,7 @@ class Teller:
         self.state = {}  # what the story program has to remember beside the cast
         self.pieces = []
         self.at = 0  # characters so far
-        self.mentioned = {}  # {word: where it was last spoken of}
+        self.mentioned = {}  # {word: where it was last mentioned, in characters}
 
     def say(self, piece):
         self.pieces.append(piece)
@@ -213,6 +214,7 @@ class Teller:
 
     def draw(self, var, pool):
         "Draw a word; with a variable, one that no variable of this pool holds, and remember it"
+        # so a hero never meets somebody of the same name
         taken = self.known(pool) if var else ()
         options = [word for word in self.words(pool) if word not in taken]
         word = options[self.choose(pool, options)]
@@ -224,6 +226,8 @@ class Teller:
         "Say a remembered word, or an attribute of it"
         word, pool = self.cast[var]
         text = ATTRIBUTES[attr][word] if attr else word
+        # Who forgot the word would have to guess among all of the pool. It costs who remembers
+        # nothing, so it is no choice
         worth = entropy_of(tuple(self.words(pool, attr)))
         distance = self.at - self.mentioned[word]
         self.say(Piece('recall', var, text, worth=worth, distance=distance))
@@ -234,13 +238,13 @@ class Teller:
         parsed = [parse(template) for template in templates]
         n = self.choose('way', [head for head, slots in parsed], weights)
         _, slots = parsed[n]
-        for what, a, b in slots:
+        for what, name, detail in slots:  # as `parse` returns them
             if what == 'say':
-                self.say(Piece('literal', '', a))
+                self.say(Piece('literal', '', name))  # here the name is the text itself
             elif what == 'draw':
-                self.draw(a, b)
+                self.draw(name, detail)
             else:
-                self.recall(a, b)
+                self.recall(name, detail)
         return n
 
 # %% ../nbs/13_tales.ipynb #0154b19c
@@ -309,6 +313,7 @@ def _middle(t):
     # there are 3 ends: together they are as likely as all the scenes together
     weights = [3] * len(scenes) + [len(scenes) or 1] * len(ends)
     t.cast['other'] = t.cast[t.state['other']]
+    # the scenes come first, so an index beyond them is one of the ends
     n = t.tell(*scenes, *ends, weights=weights)
     # nobody speaks of these again. Forgotten, they keep no two ways apart when we shall follow
     # all ways at once
@@ -390,9 +395,10 @@ def _end(t):
         t.tell(' That was all.')
     for ways in _LATE[: t.cfg.recall]:
         t.tell(*ways)
-    left = list(_QUESTIONS)  # none is asked twice
+    left = list(_QUESTIONS)
     for _ in range(t.cfg.questions):
-        left.pop(t.tell(*left))
+        n = t.tell(*left)
+        left.pop(n)  # no question comes twice
 
 
 def _story(teller):
@@ -408,6 +414,7 @@ class _Writer(Teller):
 
     def __init__(self, cfg, seed):
         super().__init__(cfg)
+        # from the text of the seed: 1 and 'train/1' are seeds, on every machine the same
         self.random = Random(repr(seed))
 
     def pick(self, options, weights):
@@ -441,7 +448,8 @@ class _Reader(Teller):
         return fits[0]
 
     def say(self, piece):
-        self.pick([piece.text], [1])  # it must stand there
+        # each piece must stand in the text, also what is no choice: one option that has to fit
+        self.pick([piece.text], [1])
         super().say(piece)
 
 
@@ -524,7 +532,7 @@ class _Expecter(Teller):
         assert not any(b.startswith(a) for a, b in zip(ordered, ordered[1:])), (
             f'not prefix-free: {ordered}'
         )
-        fork = len(self.forks)
+        fork = len(self.forks)  # how many were met before this one
         n = self.path[fork] if fork < len(self.path) else 0
         self.forks.append(len(options))
         self.p *= weights[n] / sum(weights)
@@ -538,11 +546,14 @@ class _Expecter(Teller):
         words = self.words(pool)
         taken = self.known(pool) if var else ()
         length = np.mean([len(word) for word in words])
+        # the mean over the whole pool, although words that are taken cannot come: which ones are
+        # taken is not known here, and by symmetry each word is as likely as any other
         self.sums += math.log2(len(words) - len(taken)), length, 0
         if var:
             self.cast[var] = var, pool  # the variable itself stands for its word
 
     def recall(self, var, attr=None):
+        # the word is certain, so it costs nothing: but its length and its worth are means
         _, pool = self.cast[var]
         words = self.words(pool, attr)
         length = np.mean([len(word) for word in words])
@@ -561,7 +572,8 @@ def _ways(cfg, scene, cast, state):
         then = scene(t)
         sums += t.p * t.sums
         if then:
-            # sorted, so that what is the same memory is the same key
+            # sorted, so that what is the same memory is the same key. Ways that agree in it are one
+            # from here on: this keeps the table small, however long the story
             memory = then, tuple(sorted(t.cast.items())), tuple(sorted(t.state.items()))
             after[memory] += t.p
         # beyond its path this way took the first option of each fork: turn off at every one of
@@ -609,7 +621,7 @@ def recall_question(seed, cfg=TalesConfig(recall=0, questions=1)) -> tuple:
     """(a tale up to the answer of its last question, the only right answer, its distance in
     characters)"""
     if not cfg.questions:
-        raise LabError('questions=0: give a knob for at least 1')
+        raise LabError('questions=0: give a config with at least 1')
     pieces = _story(_Writer(cfg, seed))
     last = max(n for n, piece in enumerate(pieces) if piece.kind == 'recall')
     before = ''.join(piece.text for piece in pieces[:last])
@@ -640,7 +652,8 @@ def _kind_of_excess(kind, distance):
     "The part of the excess that a character belongs to"
     if kind != 'recall':
         return kind
-    return _RECALLS[np.searchsorted(SPANS, distance)]  # the first span that is not shorter
+    # the first span that is not shorter: 64 → 'recall ≤64', 65 → 'recall ≤128', 129 → 'recall >128'
+    return _RECALLS[np.searchsorted(SPANS, distance)]
 
 
 def split_excess(

@@ -18,7 +18,16 @@ from llm_lab.gpt import GPTConfig, MiniGPT
 from llm_lab.onednn import _QuickLinear, onednn_linears
 from llm_lab.core import LabError, rng
 from llm_lab.onednn import onednn_is_exact
-from llm_lab.optim import OPTIMIZERS, SCHEDULES, Muon, CombinedOptimizer, adamw, muon
+from llm_lab.optim import (
+    OPTIMIZERS,
+    SCHEDULES,
+    CombinedOptimizer,
+    EarlyStop,
+    Muon,
+    adamw,
+    muon,
+    steps_for,
+)
 from llm_lab.efficient import (
     StepRunner,
     apply_activation_checkpointing,
@@ -52,7 +61,7 @@ def test_every_optimizer_learns_under_every_way_of_stepping(name):
     def loss_after(step, prepare=lambda m: m):
         model = prepare(MiniGPT(SMALL))
         opt = OPTIMIZERS[name](model, lr=dict(adamw=0.01, muon=0.01, sgd=0.3)[name])
-        fit(model, random_crops(text, 6, 16), 120, optimizer=opt, step_fn=step)
+        fit(model, random_crops(text, 6, 16), 60, optimizer=opt, step_fn=step)
         return next_token_loss(model.eval(), text[:17][None]).item()
 
     ways = [
@@ -260,6 +269,27 @@ def test_schedules_stay_between_nothing_and_one(name, steps):
     assert all(0 <= f <= 1 for f in factors) and factors[0] > 0
 
 
+@pytest.mark.parametrize('schedule', SCHEDULES.values())
+def test_the_warm_up_that_is_given_is_obeyed(schedule):
+    factors = [schedule(s, 1000, 400) for s in (0, 199, 399)]
+    assert factors == pytest.approx([1 / 400, 0.5, 1.0])
+    assert schedule(0, 1000, 0) == 1.0  # and 0 is no warm-up
+    assert schedule(0, 1) > 0  # also a run of one step moves
+
+
+def test_a_budget_of_tokens_is_a_number_of_steps():
+    assert steps_for(1_536_000, random_crops(IDS, 12, 64)) == 2000
+    with pytest.raises(LabError, match='does not allow one step of 512'):
+        steps_for(100, random_crops(IDS, 8, 64))
+
+
+def test_early_stopping_without_any_progress_has_no_weights_to_bring_back():
+    "A loss that is NaN from the first look on is never the best"
+    stop = EarlyStop(lambda run: math.nan)
+    run = fit(MiniGPT(SMALL), BATCH, 60, callbacks={2: stop})
+    assert (run.step, run.stopped) == (6, 'after 3 looks without progress')
+
+
 def test_a_loss_that_is_no_number_is_traced(capsys):
     "To the weights, when they are broken"
     model = MiniGPT(SMALL)
@@ -289,11 +319,11 @@ def test_fp16_scaling_of_a_run_can_be_seen_and_goes_on():
 
 
 def test_memory_is_a_line_in_the_batch_and_the_search_finds_its_end():
-    sizes = [step_memory(SMALL, n) for n in (32, 64, 96)]
+    sizes = [step_memory(SMALL, n) for n in (16, 32, 48)]
     assert sizes[1] - sizes[0] == sizes[2] - sizes[1] > 0
-    slope = (sizes[1] - sizes[0]) / 32
-    room = sizes[2] + 500 * slope
-    assert largest_batch(SMALL, memory=int(room)) == 96 + 500
+    slope = (sizes[1] - sizes[0]) / 16
+    room = sizes[2] + 50 * slope
+    assert largest_batch(SMALL, memory=int(room)) == 48 + 50
     with pytest.raises(LabError, match='one row takes'):
         largest_batch(SMALL, memory=10)
     # one average instead of two

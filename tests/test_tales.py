@@ -100,28 +100,36 @@ def test_surprisal_is_there_for_each_character():
     assert (a.distance[a.kind != 'recall'] == 0).all()
 
 
-def test_the_floor_counts_end_marks(n=20_000):
+def test_the_floor_counts_end_marks(n=6_000):
     tales = [_story(_Writer(TalesConfig(), f'check/{seed}')) for seed in range(n)]
     bits = [sum(piece.bits for piece in pieces) for pieces in tales]
     chars = [sum(len(piece.text) for piece in pieces) for pieces in tales]
     text = ''.join(piece.text for pieces in tales for piece in [*pieces, Piece('', '', END)])
-    error = np.std(bits) / n**0.5
-    assert abs(sum(bits) / len(text) - entropy_rate()) < 3 * error / np.mean(chars)
+    error = np.std(bits) / n**0.5 / np.mean(chars)
+    assert abs(sum(bits) / len(text) - entropy_rate()) < 3 * error
+    # the sample is large enough to see the difference: without end marks it is outside
+    assert abs(sum(bits) / sum(chars) - entropy_rate()) > 3 * error
 
 
 def test_a_question_must_be_asked_for():
-    with pytest.raises(LabError, match='questions=0: give a knob'):
+    with pytest.raises(LabError, match='questions=0: give a config with at least 1'):
         recall_question(1, TalesConfig())
 
 
 def test_a_recall_at_the_edge_of_a_span_belongs_to_it():
-    tales = tiny_tales(2_000).documents('train')
+    tales = tiny_tales(2_000).documents('train')[:600]
+    truths = [char_surprisal(tale) for tale in tales]
     for distance, kind in ((64, 'recall ≤64'), (65, 'recall ≤128'), (129, 'recall >128')):
+        at_the_edge = []
         losses = []
-        for tale in tales:
-            truth = char_surprisal(tale)
-            losses.append(np.append(truth.bits + (truth.distance == distance), [0, 0]))
-        assert {k for k, bits in split_excess(tales, losses).items() if bits} == {kind}
+        for tale, truth in zip(tales, truths):
+            worse = truth.distance == distance
+            # a tale without such a recall, at its floor, would add zeros: twenty of them are enough
+            if worse.any() or len(at_the_edge) < 20:
+                at_the_edge.append(tale)
+                losses.append(np.append(truth.bits + worse, [0, 0]))
+        parts = split_excess(at_the_edge, losses)
+        assert {k for k, bits in parts.items() if bits} == {kind}
 
 
 def test_each_character_needs_a_loss():

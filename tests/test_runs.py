@@ -1,0 +1,147 @@
+"""`runs`: the odd cases of its parts: what goes to stderr, engines, models that a file describes,
+choices that are measured, and folders with their locks."""
+
+import math
+import os
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from llm_lab.config import config_from_dict, read_config
+from llm_lab.core import LabError, require
+from llm_lab.gpt import MiniGPT
+from llm_lab.runs import (
+    SingleProcess,
+    TrainingRun,
+    _new_folder,
+    _no_better,
+    _without_lookups,
+    all_gather_json,
+    find_model,
+    make_engine,
+    model_config,
+    run_lock,
+    run_to_go_on,
+    runs_of,
+    set_precision,
+    set_threads,
+)
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+
+def test_every_verb_of_a_single_process_is_accelerates():
+    verbs = [name for name in vars(SingleProcess) if not name.startswith('_')]
+    accelerator = require('accelerate').Accelerator
+    assert [verb for verb in verbs if not hasattr(accelerator, verb)] == []
+
+
+def test_only_the_line_about_host_names_is_left_out():
+    with tempfile.TemporaryFile() as told:
+        before = os.dup(2)
+        os.dup2(told.fileno(), 2)  # this process writes into a file now
+        try:
+            with _without_lookups():
+                os.write(
+                    2,
+                    b'[W1129 17:20:16 socket.cpp:207] [c10d] The hostname of the client socket '
+                    b'cannot be retrieved. err=-3\nmine\n',
+                )
+            os.write(2, b'later\n')
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+        told.seek(0)
+        assert told.read() == b'mine\nlater\n'
+
+
+def test_one_process_gathers_from_itself(home):
+    assert all_gather_json(SingleProcess(), dict(a=[1, 'ü'])) == [dict(a=[1, 'ü'])]
+    engine = make_engine()
+    assert (engine.num_processes, engine.process_index, engine.is_main_process) == (1, 0, True)
+    assert all_gather_json(engine, 'x') == ['x']
+    assert engine.reduce(torch.tensor(3.0), 'mean') == 3.0
+
+
+def test_a_file_names_its_parts():
+    modern = model_config(config_from_dict(dict(model=dict(block='llama', n_kv_heads=2))), 65)
+    # `init` and `gqa`, named in a file
+    assert MiniGPT(modern).blocks[0].attn.qkv.weight.shape == (128 + 64 + 64, 128)
+
+
+@pytest.mark.parametrize(
+    'model, says',
+    [
+        (
+            dict(mlp=dict(part='MLP', d_fff=3)),
+            "model.mlp: MLP takes no 'd_fff': did you mean 'd_ff'?",
+        ),
+        (
+            dict(attn=dict(part='llm_lab.gpt:Nothing')),
+            "model.attn='llm_lab.gpt:Nothing' names no part that can be mixer",
+        ),
+    ],
+)
+def test_a_part_that_cannot_be_is_named_with_its_path(model, says):
+    with pytest.raises(LabError) as e:
+        model_config(config_from_dict(dict(model=model)), 65)
+    assert says in str(e.value)
+
+
+def test_threads_are_measured_once_and_then_obeyed():
+    resolved = set_threads(read_config('smoke'), 65, SingleProcess())
+    assert resolved.train.threads == torch.get_num_threads()
+    asked = set_threads(read_config('smoke', ['threads=auto']), 65, SingleProcess())
+    assert 1 <= asked.train.threads <= torch.get_num_threads()
+    # what is written down is obeyed, not measured again
+    resolved = set_threads(resolved, 65, SingleProcess(), tune=True)
+    assert resolved.train.threads == torch.get_num_threads()
+
+
+def test_precision_is_measured_once_and_then_obeyed():
+    resolved, why = set_precision(read_config('smoke', ['precision=auto']), 65, SingleProcess())
+    assert resolved.train.precision in ('float32', 'bf16') and why
+    # what is written down is obeyed
+    assert set_precision(resolved, 65, SingleProcess()) == (resolved, '')
+
+
+def test_patience_counts_validations_on_the_same_tokens():
+    losses = [(10, 2.0), (20, 1.6), (30, 1.7), (40, math.nan)]
+    noted = [dict(step=n, val=v, of=100) for n, v in losses]
+    assert _no_better(noted[:3], 2) == ''  # one look without progress
+    assert '2 validations were no better than that of step 20' in _no_better(noted, 2)
+    # on other texts: not comparable
+    assert _no_better([*noted, dict(step=50, val=1.8, of=500)], 2) == ''
+
+
+def test_a_prompt_that_cannot_be_encoded_is_found_before_the_first_step(home):
+    odd = TrainingRun(read_config('smoke', ['eval.prompt=漢']), home / 'odd', SingleProcess())
+    with pytest.raises(LabError, match="eval.prompt='漢': the character '漢'"):
+        odd.foresee()
+
+
+def test_a_new_run_is_named_by_date_time_and_config(home):
+    cfg = read_config('smoke')
+    assert _new_folder(cfg, 'night') == home / 'experiments' / 'smoke' / 'runs' / 'night'
+    names = [_new_folder(c).name for c in (cfg, replace(cfg, name='other'))]
+    assert names[0][:6] == time.strftime('%y%m%d') and names[0][-6:] != names[1][-6:]
+
+
+def test_a_lock_is_held_once_and_can_be_had_again(home):
+    lock = run_lock(home / 'mine')
+    with pytest.raises(
+        LabError, match=f'mine is held by process {os.getpid()}: wait until it ends'
+    ):
+        run_lock(home / 'mine')
+    lock.release()
+    run_lock(home / 'mine').release()  # free again
+
+
+def test_where_nothing_was_run_yet(home):
+    folder, says = run_to_go_on('smoke')
+    assert (runs_of('smoke'), folder) == ([], None) and says
+    assert find_model('nowhere') == Path('nowhere')
