@@ -116,7 +116,7 @@ def test_letters_of_two_bytes():
     )
     for n in (0, 1):
         refuses(
-            lambda: evaluate(model, letters, accents, max_tokens=n),  # noqa: B023
+            lambda: evaluate(model, letters, accents, max_tokens=n),
             f'wide: its val text of {n} tokens has',
         )
     refuses(
@@ -352,7 +352,7 @@ def test_what_cannot_be_compared(made, tmp_path):
     refuses(lambda: compare([]), 'there is no run to compare: give the folder of at least one')
     for bad in (tmp_path / 'nowhere', write_run(tmp_path / 'empty', [])):
         words = f'{bad.name} has no metrics: give the folder of a run that has made'
-        refuses(lambda: compare([bad]), words)  # noqa: B023
+        refuses(lambda: compare([bad]), words)
     broken = made('a', 1.0)
     (broken / 'result.json').write_text('{"na')
     refuses(lambda: compare([broken]), 'result.json is no JSON object: mend or delete it')

@@ -156,7 +156,7 @@ def weights_after(factors, optimizer):
             model,
             opt,
             BATCH(n % 2),
-            loss_fn=lambda *args: next_token_loss(*args) * factor,  # noqa: B023
+            loss_fn=lambda *args: next_token_loss(*args) * factor,
         )
     return [p.detach() for p in model.parameters()]
 
