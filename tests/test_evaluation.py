@@ -358,7 +358,7 @@ def test_what_cannot_be_compared(made, tmp_path):
     refuses(lambda: compare([broken]), 'result.json is no JSON object: mend or delete it')
 
 
-def test_what_the_picture_names(made):
+def test_what_the_picture_names(made, tmp_path):
     def legend(*runs):
         fig = compare(runs).picture()
         plt.close(fig)
@@ -368,6 +368,10 @@ def test_what_the_picture_names(made):
     for other in (None, 0.7):  # not known of b, or another one
         named = legend(made('a', 1.0), made('b', 2.0, floor=other))
         assert named == ['a, training', 'b, training']
+    # a run that noted validation losses is drawn by them, and called by its name alone
+    noted = [dict(row, val=row['loss'], val_bits_per_byte=row['loss']) for row in ROWS]
+    folders = [write_run(tmp_path / name, noted) for name in ('c', 'd')]
+    assert legend(*folders) == ['c', 'd']
     only = compare([made('a', 1.0)]).picture()
     plt.close(only)
     # smoothed
