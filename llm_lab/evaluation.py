@@ -46,110 +46,19 @@ def strided_spans(
     """
     if not 1 <= stride <= T:
         raise LabError(f'stride={stride}: give a whole number from 1 to the context, {T}')
-    whole = spans(n, stride, starts)  # who is asked, as if the context were one stride
-    opens = torch.as_tensor([0] if starts is None else starts)
-    # each document's begin
-    opens = opens[torch.searchsorted(opens, whole[:, 0].contiguous(), right=True) - 1]
-    return torch.stack([torch.maximum(opens, whole[:, 2] - 1 - T), whole[:, 1], whole[:, 2]], 1)
+    # which tokens each window scores: those of blocks as long as one stride
+    scored = spans(n, stride, starts)
+    starts = torch.as_tensor([0] if starts is None else starts)
+    # The start of the document that each window lies in, (W,). starts=[1, 6] and blocks that begin
+    # at 1, 3 and 6: searchsorted counts 1, 1 and 2 starts up to there, so 1, 1 and 6.
+    blocks = scored[:, 0].contiguous()
+    document = starts[torch.searchsorted(starts, blocks, right=True) - 1]
+    # Read T tokens up to the last one that is scored, but nothing of the document before. The last
+    # position is only predicted, never read: hence `− 1`.
+    begin = torch.maximum(document, scored[:, 2] - 1 - T)
+    return torch.stack([begin, scored[:, 1], scored[:, 2]], 1)
 
 # %% ../nbs/25_evaluation.ipynb #5819dc98
-def _around(bits, error, n):
-    """The 95 % interval of bits per unit, from the error of the nats of n units;
-
-    None where that is ∞"""
-    half = 1.96 * error / math.log(2) / max(1, n)
-    return (bits - half, bits + half) if math.isfinite(half) else None
-
-
-@dataclass(frozen=True)
-class Score:
-    """A loss on a text and how sure it is.
-
-    Raises `LabError` when it is below the floor by more than chance allows
-
-    Args:
-        nats: −ln P of all that was asked, summed
-        tokens: asked
-        chars: of all that was asked, what stands between the documents too
-        bytes: of the documents, UTF-8; what stands between them is left out
-        error: standard error of `nats`, over documents; ∞ where there are too few
-        floor: true entropy in bits per character, where it is known
-        n_ends: end marks of documents that were asked, too
-        end_nats: what they cost, a part of `nats`
-    """
-
-    nats: float  # −ln P of all that was asked, summed
-    tokens: int  # asked
-    chars: int  # of all that was asked, what stands between the documents too
-    bytes: int  # of the documents, UTF-8; what stands between them is left out
-    error: float  # standard error of `nats`, over documents; ∞ where there are too few
-    floor: float | None = None  # true entropy in bits per character, where it is known
-    n_ends: int = 0  # end marks of documents that were asked, too
-    end_nats: float = 0.0  # what they cost, a part of `nats`
-    bare_error: float | None = (
-        None  # standard error of the rest, `nats − end_nats`; `error` if none
-    )
-
-    def __post_init__(self):
-        if not self.floor:
-            return
-        below = self.floor * math.log(2) * self.chars - self.nats
-        if below > 3 * self.error:
-            raise LabError(
-                f'{self.bits:.3f} bits per character are {below / self.error:.0f} standard '
-                'errors below '
-                f'the floor, {self.floor:.3f}: the model sees its answers; look for a leak'
-            )
-
-    @property
-    def loss(self):
-        return self.nats / self.tokens  # nats per token
-
-    @property
-    def perplexity(self):
-        return math.exp(min(self.loss, 700))  # (Jelinek et al. 1977)
-
-    @property
-    def bits(self):
-        return self.nats / math.log(2) / self.chars  # per character
-
-    @property
-    def bits_per_byte(self):  # of the documents
-        """of the documents"""
-        return (self.nats - self.end_nats) / math.log(2) / max(1, self.bytes)
-
-    @property
-    def end_bits(self):  # of an end mark; None if there was none
-        """of an end mark; None if there was none"""
-        return self.end_nats / math.log(2) / self.n_ends if self.n_ends else None
-
-    @property
-    def interval(self):  # bits per character, 95 %; None if nobody can tell
-        """bits per character, 95 %; None if nobody can tell"""
-        return _around(self.bits, self.error, self.chars)
-
-    @property
-    def interval_per_byte(self):  # bits per byte of the documents, 95 %, or None
-        """bits per byte of the documents, 95 %, or None"""
-        error = self.error if self.bare_error is None else self.bare_error
-        return _around(self.bits_per_byte, error, self.bytes)
-
-    @property
-    def above(self):
-        # distance from the floor, as a share of it
-        return self.floor and self.bits / self.floor - 1
-
-    if TYPE_CHECKING:
-        def as_dict(self) -> 'dict':
-            """Its numbers, plain, as a run keeps them in `result.json`, and their units; what nobody can
-            tell is None"""
-            ...
-
-        def __str__(self) -> 'str':
-            """Its loss, perplexity, bits per byte and their 95 % interval in one line, as `print` shows it"""
-            ...
-
-# %% ../nbs/25_evaluation.ipynb #7895f58e
 UNITS = dict(
     loss='nats per token',
     perplexity='tokens',
@@ -163,15 +72,111 @@ UNITS = dict(
 )
 
 
-@patch
-def as_dict(self: Score) -> dict:
-    """Its numbers, plain, as a run keeps them in `result.json`, and their units; what nobody can
-    tell is None"""
-    said = {}
-    for key in (*UNITS, 'tokens', 'chars', 'bytes', 'n_ends'):
-        value = getattr(self, key)
-        said[key] = list(value) if isinstance(value, tuple) else value  # as JSON gives it back
-    return dict(said, units=UNITS)
+def _around(bits, error, n):
+    """The 95 % interval of bits per unit, from the error of the nats of n units;
+
+    None where that is ∞"""
+    # 95 % of a normal distribution lie within 1.96 standard errors
+    half = 1.96 * error / math.log(2) / max(1, n)
+    return (bits - half, bits + half) if math.isfinite(half) else None
+
+
+@dataclass(frozen=True)
+class Score:
+    """A loss on a text and how sure it is.
+
+    Raises `LabError` when it is below the floor by more than chance allows
+
+    Args:
+        nats: −ln P of all tokens that were scored, summed
+        tokens: scored
+        chars: of all tokens that were scored, what stands between the documents too
+        bytes: of the documents, UTF-8; what stands between them is left out
+        error: standard error of `nats`, over documents; ∞ where there are too few
+        floor: true entropy in bits per character, where it is known
+        n_ends: end marks of documents that were scored, too
+        end_nats: what they cost, a part of `nats`
+        bare_error: standard error of the rest, `nats − end_nats`; `error` if none
+    """
+
+    nats: float  # −ln P of all tokens that were scored, summed
+    tokens: int  # scored
+    chars: int  # of all tokens that were scored, what stands between the documents too
+    bytes: int  # of the documents, UTF-8; what stands between them is left out
+    error: float  # standard error of `nats`, over documents; ∞ where there are too few
+    floor: float | None = None  # true entropy in bits per character, where it is known
+    n_ends: int = 0  # end marks of documents that were scored, too
+    end_nats: float = 0.0  # what they cost, a part of `nats`
+    # standard error of the rest, `nats − end_nats`; `error` if none
+    bare_error: float | None = None
+
+    def __post_init__(self):
+        if not self.floor:
+            return
+        below = self.floor * math.log(2) * self.chars - self.nats
+        # three standard errors: by chance alone in about one evaluation of a thousand
+        if below > 3 * self.error:
+            raise LabError(
+                f'{self.bits:.3f} bits per character are {below / self.error:.0f} standard '
+                'errors below '
+                f'the floor, {self.floor:.3f}: the model sees its answers; look for a leak'
+            )
+
+    @property
+    def loss(self):
+        "Nats per token"
+        return self.nats / self.tokens
+
+    @property
+    def perplexity(self):
+        "The exponential of the loss (Jelinek et al. 1977), in tokens"
+        return math.exp(min(self.loss, 700))  # exp(710) is too large for a float
+
+    @property
+    def bits(self):
+        "Bits per character"
+        return self.nats / math.log(2) / self.chars
+
+    @property
+    def bits_per_byte(self):
+        "Bits per byte of the documents, without their end marks"
+        return (self.nats - self.end_nats) / math.log(2) / max(1, self.bytes)
+
+    @property
+    def end_bits(self):
+        "Bits of an end mark; None if there was none"
+        return self.end_nats / math.log(2) / self.n_ends if self.n_ends else None
+
+    @property
+    def interval(self):
+        "(low, high) in bits per character, 95 %; None if there are too few documents"
+        return _around(self.bits, self.error, self.chars)
+
+    @property
+    def interval_per_byte(self):
+        "(low, high) in bits per byte of the documents, 95 %, or None"
+        error = self.error if self.bare_error is None else self.bare_error
+        return _around(self.bits_per_byte, error, self.bytes)
+
+    @property
+    def above(self):
+        "Distance from the floor, as a share of it; None where it is not known"
+        return self.floor and self.bits / self.floor - 1
+
+    def as_dict(self) -> dict:
+        """Its numbers, plain, as a run keeps them in `result.json`, and their units; what is not
+        known is None"""
+        values = {}
+        for key in (*UNITS, 'tokens', 'chars', 'bytes', 'n_ends'):
+            value = getattr(self, key)
+            # a tuple would come back from JSON as a list, so that the two would not be equal
+            values[key] = list(value) if isinstance(value, tuple) else value
+        return dict(values, units=UNITS)
+
+    if TYPE_CHECKING:
+        def __str__(self) -> 'str':
+            """Its loss, perplexity, bits per byte and their 95 % interval in one line, as `print` shows it"""
+            ...
 
 # %% ../nbs/25_evaluation.ipynb #b47c1e11
 @patch
@@ -194,17 +199,22 @@ def ratio_error(
     counts,  # how many tokens each has, (D,)
 ) -> float:
     """Standard error of the total of `sums`, if other documents had been drawn and scaled to as
-    many tokens
+    many tokens (Cochran 1977, §6.4)
 
     Args:
         sums: what each document costs in all, (D,)
         counts: how many tokens each has, (D,)
     """
-    sums, counts = (torch.as_tensor(x, dtype=torch.float64) for x in (sums, counts))
+    sums = torch.as_tensor(sums, dtype=torch.float64)
+    counts = torch.as_tensor(counts, dtype=torch.float64)
     D = len(sums)
     if D < 2:
-        return math.inf  # from one document, nobody can tell
-    residuals = sums - sums.sum() / counts.sum() * counts
+        return math.inf  # one document shows no spread
+    mean = sums.sum() / counts.sum()  # per token
+    # what each document costs beyond the average for its length: that a long one costs more is
+    # no surprise
+    residuals = sums - mean * counts
+    # the variance of one residual, with D − 1 because the mean was estimated, times D documents
     return (residuals.square().sum() * D / (D - 1)).sqrt().item()
 
 # %% ../nbs/25_evaluation.ipynb #119caf83
@@ -215,24 +225,28 @@ def _in_documents(windows, starts):
     return torch.stack([starts + 1, torch.cat([starts[1:] + 1, windows[-1:, 2]])], 1)
 
 
-def _end_places(n, ends, width):
+def _in_end_marks(n, ends, width):
     "Which of n tokens belong to an end mark: the `width` tokens up to each of `ends`; bool, (n,)"
     inside = torch.zeros(n, dtype=torch.bool)
     if ends is not None:
-        places = (ends[:, None] - torch.arange(width)).flatten()
-        inside[places[(places >= 0) & (places < n)]] = True
+        positions = (ends[:, None] - torch.arange(width)).flatten()
+        # the text may have been cut in the middle of a mark
+        inside[positions[(positions >= 0) & (positions < n)]] = True
     return inside
 
 
 def _sizes(ids, is_end, tokenizer, separator):
     """(characters, bytes of the documents) of some ids; a mark that is one token stands for the
     separator"""
-    chars, size = 0, 0
+    chars = 0
+    size = 0
     # where text turns into end marks or back: each piece is only the one or only the other
     cuts = (is_end[1:] != is_end[:-1]).nonzero()[:, 0] + 1
     for piece, ends in zip(ids.tensor_split(cuts), is_end.tensor_split(cuts)):
         is_mark = ends.any()
         if is_mark and piece[0] == tokenizer.eos_id:
+            # <|endoftext|> is no text, but models of characters pay for a separator there: so that
+            # both divide by the same number, it counts as long as that
             chars += len(piece) * len(separator)
             continue
         text = tokenizer.decode(piece.tolist())
@@ -243,28 +257,33 @@ def _sizes(ids, is_end, tokenizer, separator):
 
 
 def tally(
-    losses: Tensor,  # −ln P of each token that was asked, (n,)
-    windows: Tensor,  # that asked for them, (W, 3)
+    losses: Tensor,  # −ln P of each token that was scored, (n,)
+    windows: Tensor,  # that scored them, (W, 3)
     ids: Tensor,  # the text, (n,)
-    end_marks,  # the last place of each end mark in it, ascending; None: one running text
+    end_marks,  # the last position of each end mark in it, ascending; None: one running text
     tokenizer,
     corpus,
 ) -> Score:
     """What the losses of a text add up to: in all, over documents, and what their end marks cost
 
     Args:
-        losses: −ln P of each token that was asked, (n,)
-        windows: that asked for them, (W, 3)
+        losses: −ln P of each token that was scored, (n,)
+        windows: that scored them, (W, 3)
         ids: the text, (n,)
-        end_marks: the last place of each end mark in it, ascending; None: one running text
+        end_marks: the last position of each end mark in it, ascending; None: one running
+            text
     """
-    # Of '|ab|c|', whose end marks | stand at 0, 3 and 5, the tokens a b | c | are asked. The
+    # Of '|ab|c|', whose end marks | stand at 0, 3 and 5, the tokens a b | c | are scored. The
     # documents are 'ab|' and 'c|', (first, end) = (1, 4) and (4, 6)
     starts = None if end_marks is None else end_marks[end_marks < len(ids) - 1]
     width = 0 if end_marks is None else len(document_end_ids(corpus, tokenizer))
-    is_end = _end_places(len(ids), end_marks, width)  # (n,)
-    nats, counts = [], []  # of each document: what its tokens cost, and how many they are
-    bare_nats, bare_counts = [], []  # the same without its end mark
+    is_end = _in_end_marks(len(ids), end_marks, width)  # (n,)
+    # of each document: what its tokens cost, and how many they are
+    nats = []
+    counts = []
+    # the same without its end mark
+    bare_nats = []
+    bare_counts = []
     for first, end in _in_documents(windows, starts).tolist():
         cost = losses[first:end]
         is_text = ~is_end[first:end]
@@ -272,8 +291,8 @@ def tally(
         counts.append(len(cost))
         bare_nats.append(cost[is_text].sum())
         bare_counts.append(int(is_text.sum()))
-    asked = int(windows[0, 1])  # the first token that is
-    chars, size = _sizes(ids[asked:], is_end[asked:], tokenizer, corpus.separator)
+    scored = int(windows[0, 1])  # the first token that is
+    chars, size = _sizes(ids[scored:], is_end[scored:], tokenizer, corpus.separator)
     return Score(
         nats=float(sum(nats)),
         tokens=sum(counts),
@@ -281,7 +300,7 @@ def tally(
         bytes=size,
         error=ratio_error(nats, counts),
         floor=corpus.floor,
-        n_ends=0 if end_marks is None else int((end_marks >= asked).sum()),
+        n_ends=0 if end_marks is None else int((end_marks >= scored).sum()),
         end_nats=float(sum(nats) - sum(bare_nats)),
         bare_error=ratio_error(bare_nats, bare_counts),
     )
@@ -306,13 +325,14 @@ def evaluate(
         batch_size: windows read together; as many as fit if none
     """
     ids, starts = read_split(corpus, tokenizer, split)
+    # an end mark stands before each document and after the last one
     ends = None if starts is None else torch.cat([starts, torch.tensor([len(ids) - 1])])
     ids = ids[:max_tokens]
     T = model.cfg.max_len
     if starts is None:
         has_next = len(ids) > 1
     else:
-        starts = starts[starts < len(ids) - 1]
+        starts = starts[starts < len(ids) - 1]  # a start needs a token after it
         ends = ends[ends < len(ids)]
         has_next = len(starts) > 0
     if not has_next:
@@ -383,7 +403,7 @@ def score(
 # %% ../nbs/25_evaluation.ipynb #7bdb6271
 def _unknown(tokenizer, text):
     "The first character of a text that the tokenizer cannot write; '' if it can write them all"
-    for c in dict.fromkeys(text):
+    for c in dict.fromkeys(text):  # each character once, in the order of the text
         try:
             tokenizer.encode(c)
         except LabError:
@@ -411,7 +431,7 @@ def evaluate_file(
         batch_size: windows read together; as many as fit if none
         field: of records: the one that holds the text
     """
-    records = records_in(path, field)
+    records = records_in(path, field)  # None where the file is plain text
     text = read_text(path) if records is None else f'\n{END_OF_TEXT}\n'.join(records)
     marked = records is not None or any(line.strip() == END_OF_TEXT for line in text.split('\n'))
     end = (
@@ -420,17 +440,20 @@ def evaluate_file(
         else Corpus.separator
     )
     held = parse_documents(text) if marked else text
-    if c := _unknown(tokenizer, end.join([*held, '']) if marked else text):
-        line = text[: text.index(c)].count('\n') + 1
+    # what will be encoded: without the marks of the file, which the tokenizer need not know
+    written = end.join([*held, '']) if marked else text
+    unknown = _unknown(tokenizer, written)
+    if unknown:
+        line = text[: text.index(unknown)].count('\n') + 1
         raise LabError(
-            f'{path}, line {line}: the model does not know the character {c!r}: leave it out'
+            f'{path}, line {line}: the model does not know the character {unknown!r}: leave it out'
         )
     corpus = Corpus(str(path), dict(whole=held), end, independent=marked)
     return evaluate(model, tokenizer, corpus, 'whole', None, stride, batch_size, live)
 
 # %% ../nbs/25_evaluation.ipynb #439bb305
 def _object(text, where):
-    "The dict that a JSON text says; `LabError` if it is none"
+    "The dict that a JSON text holds; `LabError` if it holds none"
     try:
         return dict(json.loads(text))
     except (ValueError, TypeError, RecursionError):
@@ -452,24 +475,30 @@ def read_metrics(path) -> list:  # dicts
             row = _object(line, f'{path}, line {n},')
         except LabError:
             if n == len(lines):
-                break
+                break  # torn by a kill
             raise
-        # a run that was resumed wrote some steps again: the later line is the one that counts
+        # a run that was resumed wrote some steps again: the later line is the one that counts.
+        # Steps 1 2 3 4, then 3: 4 and the old 3 go
         while rows and row.get('step', math.inf) <= rows[-1].get('step', -1):
             rows.pop()
         rows.append(row)
     return rows
 
-# %% ../nbs/25_evaluation.ipynb #7961c0a7
-def _told_in_memory(run):
-    "`_told`, of a `TrainState`"
+
+def _dict(x, key):
+    "The value under a key if it is a dict, else an empty one: a file may hold anything"
+    return x[key] if isinstance(x.get(key), dict) else {}
+
+
+def _read_state(run):
+    "`_read_run`, of a `TrainState`"
     rows = [
         dict(step=n, tokens=n / run.step * run.tokens, loss=loss)
         for n, loss in enumerate(run.losses, 1)
     ]
     for note in run.notes:
         at = note['step'] - 1
-        rows[at] = note | rows[at]
+        rows[at] = note | rows[at]  # the loss of the step wins over a note of that name
     return rows, dict(
         params=sum(p.numel() for p in run.model.parameters()),
         done=run.step >= run.steps,
@@ -479,11 +508,11 @@ def _told_in_memory(run):
     )
 
 
-def _told(run):
-    """(the rows of its metrics, what is said of it as a whole) of a run folder, or of a
-    `TrainState` in memory"""
+def _read_run(run):
+    """(the rows of its metrics, facts of it as a whole) of a run folder, or of a `TrainState` in
+    memory"""
     if isinstance(run, TrainState):
-        return _told_in_memory(run)
+        return _read_state(run)
 
     def held(name):  # {} where the file is not there (yet)
         file = Path(run) / name
@@ -491,18 +520,13 @@ def _told(run):
         return _object(text, file)
 
     about = held('run.json')
-    result = held('result.json')
+    result = held('result.json')  # only a run that is done has one
     known = dict(params=about.get('params'), tokenizer=_dict(about, 'hashes').get('tokenizer'))
     return read_metrics(Path(run) / 'metrics.jsonl'), known | result | dict(done=bool(result))
 
 
-def _dict(x, key):
-    "What stands under a key, if that is keys and values, too"
-    return x[key] if isinstance(x.get(key), dict) else {}
-
-
 def _last_noted(rows):
-    "The newest row with a validation loss that is a number; {} if there is none"
+    "The newest row with a validation loss that is finite; {} if there is none"
     for row in reversed(rows):
         if math.isfinite(row.get('val') or math.nan):
             return row
@@ -510,15 +534,16 @@ def _last_noted(rows):
 
 
 def _line(name, run):
-    "All that a comparison knows of a run; None for what nobody knows"
-    rows, said = _told(run)
+    "All that a comparison knows of a run; None for what is not known"
+    rows, facts = _read_run(run)
     if not rows:
         which = name if isinstance(run, TrainState) else run
         raise LabError(f'{which} has no metrics: give the folder of a run that has made some steps')
-    score = _dict(_dict(said, 'scores'), 'val')
+    score = _dict(_dict(facts, 'scores'), 'val')
     noted = _last_noted(rows)
     losses = score or dict(loss=noted.get('val'), bits_per_byte=noted.get('val_bits_per_byte'))
-    known = dict(steps=rows[-1].get('step')) | rows[-1] | said
+    # facts of the whole run win over its last row, which wins over its step alone
+    known = dict(steps=rows[-1].get('step')) | rows[-1] | facts
     seconds = known.get('seconds')
     return dict(
         name=name,
@@ -528,7 +553,7 @@ def _line(name, run):
         tokenizer=known.get('tokenizer'),
         rows=rows,
         final=bool(score),
-        state='finished' if said['done'] else f'step {known["steps"] or 0:,}',
+        state='finished' if facts['done'] else f'step {known["steps"] or 0:,}',
     )
 
 # %% ../nbs/25_evaluation.ipynb #15cb7c7d
@@ -541,25 +566,29 @@ def _apart(values, share):
     return bool(known) and max(known) > (1 + share) * min(known)
 
 
+def _overlap(one, two):
+    "Do two intervals (low, high) overlap? False where one is not known"
+    return bool(one and two) and one[0] <= two[1] and two[0] <= one[1]
+
+
 def _finding(lines, unit):
     """One sentence: which run is lowest, and by how much.
 
     `lines` are the runs of a table as dicts, the lowest first (`compare` sorts them)"""
-    known = [l for l in lines if l[unit] is not None]
+    known = [line for line in lines if line[unit] is not None]
     if not known:
         return 'no run has a validation loss yet'
     first = known[0]
-    said = f'{first[unit]:.3f} {_UNITS[unit]}'
+    value = f'{first[unit]:.3f} {_UNITS[unit]}'
     if len(known) == 1:
-        return f'{first["name"]} has {said}'
+        return f'{first["name"]} has {value}'
     second = known[1]
-    sure = 'interval_per_byte' if unit == 'bits_per_byte' else 'interval'
-    one, two = first[sure], second[sure]  # (low, high), or None
-    if one and two and one[0] <= two[1] and two[0] <= one[1]:
+    interval = 'interval_per_byte' if unit == 'bits_per_byte' else 'interval'
+    if _overlap(first[interval], second[interval]):
         return f'{first["name"]} and {second["name"]} are not told apart: their intervals overlap'
-    so_far = ' so far' if any(l['state'] != 'finished' for l in lines) else ''
+    so_far = ' so far' if any(line['state'] != 'finished' for line in lines) else ''
     return (
-        f'{first["name"]} is lowest{so_far}: {said}, {1 - first[unit] / second[unit]:.1%} '
+        f'{first["name"]} is lowest{so_far}: {value}, {1 - first[unit] / second[unit]:.1%} '
         f'below {second["name"]}'
     )
 
@@ -568,28 +597,30 @@ def _other_tokenizers(known):
     """Were these lines made with different tokenizers?
 
     By their hashes, else by the text that a token holds"""
-    hashes = {l['tokenizer'] for l in known}
+    hashes = {line['tokenizer'] for line in known}
     if None not in hashes:
         return len(hashes) > 1
-    return _apart([l['loss'] / l['bits_per_byte'] for l in known if l['bits_per_byte']], 0.05)
+    # (nats per token) / (bits per byte) = bytes per token · ln 2
+    lengths = [line['loss'] / line['bits_per_byte'] for line in known if line['bits_per_byte']]
+    return _apart(lengths, 0.05)
 
 
 def _remarks(lines, unit):
     "The finding, and what must be known to believe it"
-    known = [l for l in lines if l['loss'] is not None]
+    known = [line for line in lines if line['loss'] is not None]
     differ = _other_tokenizers(known)
-    older = any(l['final'] and l['n_ends'] is None for l in known)
+    older = any(line['final'] and line['n_ends'] is None for line in known)
     by_loss = unit == 'loss' and len(known) > 1
-    lengths = _apart([l['bytes'] for l in known], 0.01)
-    on_the_way = not all(l['final'] for l in known)
-    told = {
+    lengths = _apart([line['bytes'] for line in known], 0.01)
+    on_the_way = not all(line['final'] for line in known)
+    remarks = {
         'the tokenizers differ: losses per token cannot be compared, bits per byte can': differ,
         'older results count end marks as text in their bits per byte: evaluate them again': older,
         'bits per byte are not known of all; losses per token need the same tokenizer': by_loss,
         'the validation texts differ in length: is it the same text?': lengths,
         '~ was noted on the way; it is no final score': on_the_way,
     }
-    return [_finding(lines, unit), *(text for text, true in told.items() if true)]
+    return [_finding(lines, unit), *(text for text, true in remarks.items() if true)]
 
 # %% ../nbs/25_evaluation.ipynb #8d150dea
 _COLUMNS = dict(
@@ -606,7 +637,7 @@ _COLUMNS = dict(
 
 
 def _cell(line, key):
-    "What the table says of a run in one column"
+    "The text of a run in one column of the table; – for what is not known"
     _, form = _COLUMNS[key]
     if line[key] is None:
         return '–'
@@ -664,8 +695,8 @@ class Comparison:
             marked = row[0] != ''
             cells = ''.join(cell(n, text, marked) for n, text in enumerate(row))
             rows += f'<tr>{cells}</tr>'
-        said = ''.join(f'<div style="margin:4px 8px">{escape(r)}</div>' for r in self.remarks)
-        return f'<table style="border-collapse:collapse">{rows}</table>{said}'
+        remarks = ''.join(f'<div style="margin:4px 8px">{escape(r)}</div>' for r in self.remarks)
+        return f'<table style="border-collapse:collapse">{rows}</table>{remarks}'
 
     if TYPE_CHECKING:
         def picture(self):
@@ -681,6 +712,7 @@ def _named(runs):
     "{name: run}; a folder is called by as many of its last names as tell it from the others"
     if isinstance(runs, dict):
         return runs
+    # runs/a and old/a become 'runs/a' and 'old/a'; runs/b beside them is 'b'
     paths = [Path(r).resolve() for r in runs]
 
     def last(n, path):
@@ -709,19 +741,24 @@ def compare(
     if not runs:
         raise LabError('there is no run to compare: give the folder of at least one')
     lines = [_line(name, run) for name, run in _named(runs).items()]
-    bits = [l['bits_per_byte'] for l in lines if l['loss'] is not None]
+    bits = [line['bits_per_byte'] for line in lines if line['loss'] is not None]
     unit = 'bits_per_byte' if bits and None not in bits else 'loss'
-    lines.sort(key=lambda l: (l[unit] is None, l[unit] or 0.0))  # what is not known comes last
+    # what is not known comes last
+    lines.sort(key=lambda line: (line[unit] is None, line[unit] or 0.0))
     return Comparison(lines, unit, _remarks(lines, unit))
 
 # %% ../nbs/25_evaluation.ipynb #53de025a
 @patch
 def _floor(self: Comparison, line):
     "The floor of a line in the unit that decides; None if it is not known"
-    floor, loss, bits, chars, size = (line[k] for k in ('floor', 'loss', 'bits', 'chars', 'bytes'))
+    floor = line['floor']  # bits per character
     if self.unit == 'loss':
-        return floor and bits and floor * loss / bits
-    return floor and chars and size and floor * chars / size  # end marks cost nothing at the floor
+        # loss / bits: what a bit per character is in nats per token
+        return floor and line['bits'] and floor * line['loss'] / line['bits']
+    # bits of all characters over the bytes of the documents: end marks cost nothing at the floor
+    chars = line['chars']
+    size = line['bytes']
+    return floor and chars and size and floor * chars / size
 
 
 def _curve(line, key):
@@ -742,11 +779,11 @@ def picture(self: Comparison):  # a matplotlib figure
     by_loss = self.unit == 'loss'
     noted = 'val' if by_loss else 'val_bits_per_byte'
     trained = 'loss' if by_loss else 'bits_per_byte'
-    for n, l in enumerate(self.lines):
-        known = _curve(l, noted)
-        points = known or _curve(l, trained) or [(math.nan, math.nan)]
+    for n, line in enumerate(self.lines):
+        known = _curve(line, noted)
+        points = known or _curve(line, trained) or [(math.nan, math.nan)]
         x, y = zip(*points)
-        name = l['name'] if known else f'{l["name"]}, training'
+        name = line['name'] if known else f'{line["name"]}, training'
         ax.plot(
             x,
             y if known else moving_average(y),
@@ -756,11 +793,13 @@ def picture(self: Comparison):  # a matplotlib figure
             marker='os^Dv*PX'[n % 8],
             ls=('-', '--', '-.', ':')[n % 4],
             markevery=len(x) // 10 or 1,
+            # a $ would begin a formula
             label=name.replace('$', r'\$'),
         )
-        if l['final']:
-            ax.plot(l['tokens'], l[self.unit], 'o', ms=10, mfc='none', color=f'C{n % 10}')
-    goal = [self._floor(l) for l in self.lines]
+        if line['final']:
+            ax.plot(line['tokens'], line[self.unit], 'o', ms=10, mfc='none', color=f'C{n % 10}')
+    # one line for all, where all have the same floor: in other units it would be another number
+    goal = [self._floor(line) for line in self.lines]
     if all(goal) and not _apart(goal, 0.001):
         ax.axhline(goal[0], color='k', ls=':', lw=1, label='floor')
     ax.xaxis.set_major_formatter(require('matplotlib.ticker').EngFormatter(sep=''))
@@ -792,14 +831,16 @@ def excess_by_kind(
         {'choice': …, 'literal': …, 'recall ≤32': …, …}
     """
     ids, starts = read_split(tales, tokenizer, 'val')
-    marks = torch.cat([starts, torch.tensor([len(ids) - 1])])[: n + 1]  # before and after each
+    # the end marks before and after each of the n tales, (n + 1,)
+    marks = torch.cat([starts, torch.tensor([len(ids) - 1])])[: n + 1]
     windows = spans(int(marks[-1]) + 1, model.cfg.max_len, marks[:-1])
     bits = token_losses(model, ids, windows) / math.log(2)
-    each = [bits[a + 1 : b + 1].numpy() for a, b in zip(marks, marks[1:])]
+    each = [bits[a + 1 : b + 1].numpy() for a, b in zip(marks, marks[1:])]  # with its end mark
     return split_excess(tales.documents('val')[:n], each, TalesConfig(**knobs))
 
 # %% ../nbs/25_evaluation.ipynb #011aa59b
 def _ngrams(text, n):
+    "The n-grams of the words of a text: 'a b c' with n=2 has (a, b) and (b, c)"
     words = text.split()
     return [tuple(words[k : k + n]) for k in range(len(words) - n + 1)]
 
@@ -817,7 +858,7 @@ def repetition(text, n=4) -> float:
     grams = _ngrams(text, n)
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
-# %% ../nbs/25_evaluation.ipynb #0a4d3569
+
 def prompt_suite(
     write,  # a function: prompt → continuation
     prompts,

@@ -66,9 +66,9 @@ def _sha(data) -> str:
 def write_manifest(folder, name: str, files, **facts):
     """Write `folder/name`: the format, the SHA-256 of each of these files, some facts, and the
     SHA-256 of all that"""
-    manifest = dict(
-        format=FORMAT, files={f: _sha((folder / f).read_bytes()) for f in files}, **facts
-    )
+    hashes = {f: _sha((folder / f).read_bytes()) for f in files}
+    manifest = dict(format=FORMAT, files=hashes, **facts)
+    # the hash of all but itself: `_read_manifest` takes it out before it compares
     text = json.dumps({**manifest, 'sha256': _sha(manifest)}, indent=1)
     (folder / name).write_text(text, encoding='utf-8')
 
@@ -134,6 +134,7 @@ def _is_like_default(value, parameter) -> bool:
         kind = type(default)
     if value is None:
         return default is None
+    # a bool is an int for Python; True must not stand where a width is
     if kind is bool or isinstance(value, bool):
         return kind is bool and isinstance(value, bool)
     if kind is str or isinstance(value, str):
@@ -162,7 +163,9 @@ def _check_plain(x, f, path):
 
 
 def _recipe_from(x, path=''):
-    "The recipe, list or value that plain data describe; `check_recipe` has seen them before"
+    """The recipe, list or value that plain data describe; `check_recipe` has seen them before.
+
+    `path` is where it stands in the file, as 'mlp.act', for the error text"""
     if isinstance(x, list):
         return tuple(_recipe_from(v, f'{path}[{n}]') for n, v in enumerate(x))
     if not isinstance(x, dict):
@@ -179,6 +182,7 @@ def _recipe_from(x, path=''):
     if where in REGISTERED:
         return recipe  # its author knows what it takes
     _check_plain(x, recipe.func, path)
+    # an activation has no constructor that would check its keywords, so it is called once
     if where in SLOTS['act'].values():
         _check_activation(recipe, path)
     return recipe
@@ -226,7 +230,8 @@ def config_from(data: dict) -> GPTConfig:
         if k not in HOLDS['config']:
             plain(v, k)
             plain_values[k] = v
-    # the sizes first: no recipe is looked up before it is known how many parts they would make
+    # the sizes first: no recipe is looked up before it is known how many parts they would make;
+    # `_no_mixer` stands for the attention, whose check may depend on its own keywords
     sizes = GPTConfig(**plain_values, attn=part(_no_mixer))
     _check_recipes(data, sizes.n_layers, sizes.head_dim)
     try:
@@ -296,10 +301,13 @@ def _probe_part(cfg, name, layer, fake):
     C = cfg.d_model
     V = cfg.vocab_size
     T = min(cfg.max_len, 6)
+    # what the constructor of a part is called with; mixers and MLPs get (cfg, layer)
     made_from = dict(norm=(C,), pos=(cfg,), lm_head=(C, V)).get(name, (cfg, layer))
     made = _build_part(cfg, name, *made_from)
     reads_aux = any('aux' in getattr(m, 'needs', ()) for m in made.modules())
-    args = [torch.randn(2, T, C, generator=None if fake else rng(0, 'x'))]
+    # two sequences, so that a part which mixes up B and T is found; fake tensors draw nothing, and
+    # take no generator
+    args = [torch.randn(2, T, C, generator=None if fake else rng(0, 'x'))]  # (B, T, C)
     if name in ('attn', 'pos'):
         args.append(torch.arange(T))
     ctx = {}
@@ -355,7 +363,8 @@ def check_parts(cfg: GPTConfig) -> GPTConfig:  # `cfg`
         recipe = getattr(cfg, name)
         # these may make something else in each layer
         varies = name in ('attn', 'mlp') and ('of' in recipe.keywords or is_own(recipe))
-        for layer in range(min(cfg.n_layers, 64)) if varies else (0,):
+        layers = range(min(cfg.n_layers, 64)) if varies else (0,)
+        for layer in layers:
             _check_output_shape(cfg, name, layer)
     meta_model(cfg)
     return cfg
@@ -409,7 +418,9 @@ def _overridden(mine, theirs) -> set:
 
 def _same_class(a, b) -> bool:
     "Is a module of the class of another, or of a subclass that calculates nothing else?"
-    mine, theirs = type_before_parametrizations(a), type_before_parametrizations(b)
+    # a parametrized module has a class made for it alone: what counts is the class before
+    mine = type_before_parametrizations(a)
+    theirs = type_before_parametrizations(b)
     if mine is theirs:
         return True
     harmless = {'__init__', '__repr__', 'extra_repr'}
@@ -477,7 +488,8 @@ def _tensor_difference(name, a, b) -> str:
 def _module_difference(name, a, b) -> str:
     "How module `a` differs from `b`, which the configuration makes; '' if it does not"
     if not _same_class(a, b):
-        mine, theirs = type_before_parametrizations(a), type_before_parametrizations(b)
+        mine = type_before_parametrizations(a)
+        theirs = type_before_parametrizations(b)
         return f'{name} is a {mine.__name__}, it should be a {theirs.__name__}'
     replaced = _replaced_method(a)
     if replaced:
@@ -583,7 +595,9 @@ def _logits_differ(model, again=None, without=()) -> bool:
     ids = _probe_ids(model, 16)
     want = _eval_logits(model, ids)
     if not _allclose(_eval_logits(model, ids), want):
-        return False  # it is random even in evaluation mode: nothing can be compared
+        # two runs of the same model differ: it is random even in evaluation mode, and nothing can
+        # be compared
+        return False
     with _without_hooks(without):
         return not _allclose(_eval_logits(again or model, ids).to(want), want)
 
@@ -732,7 +746,7 @@ def _files_of_first_edition(folder, known):
         mine['meta.json'] = None
     return mine
 
-# %% ../nbs/24_package.ipynb #3d90a10f
+
 def save(
     folder,  # made, or replaced as a whole if all in it is by this library
     model: MiniGPT,
@@ -880,7 +894,7 @@ def _safetensors_header(data, name) -> dict:
         raise LabError(
             f'{name} is not what its name says (it ends in its head): copy or make it again'
         )
-    head = json_of(data[8 : 8 + n], name)
+    head = json_of(data[8 : 8 + n], name)  # JSON of any kind, as a stranger may have written it
     if not isinstance(head, dict):
         raise LabError(
             f'{name} is not what its name says (no list of tensors): copy or make it again'
@@ -903,7 +917,7 @@ def load_weights(model: MiniGPT, weights: bytes, name='this file'):
         why = ''.join(str(e).splitlines()[1:2]).strip() or short(str(e))
         raise LabError(f'{name}: the weights do not fit the configuration: {why}') from None
 
-# %% ../nbs/24_package.ipynb #08de7e01
+
 # The tensors of a parametrized weight (see `init`): 'x.parametrizations.weight.original' stands for
 # 'x.weight' and has its shape; 'x.parametrizations.weight.0.…' are the others
 _PARAMETRIZED = re.compile(r'\.parametrizations\.weight\.(original|0\.\w+)$')
@@ -1003,7 +1017,8 @@ def load(
     about = manifest.get('about')
     if not isinstance(about, dict):
         raise LabError(f'{folder}/package.json says nothing about it: {_REMEDY}')
-    # the small files first, each with a bound on its size
+    # the small files first, each with a bound on its size: the weights are read only when it is
+    # known how large they may be
     cfg = _read_hashed(folder, manifest, 'llm_lab.json', _REMEDY, max_bytes=1 << 22)
     tok = _read_hashed(folder, manifest, 'tokenizer.json', _REMEDY, max_bytes=1 << 26)
     tokenizer = tokenizer_from_json(json_of(tok, folder / 'tokenizer.json'), folder)

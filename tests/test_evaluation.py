@@ -1,0 +1,385 @@
+"""What an evaluation promises and its notebook does not show: windows of all kinds, units, files,
+run folders that are torn or broken, and how a comparison is worded and drawn."""
+
+import json
+import math
+import re
+from dataclasses import replace
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from fastcore.test import test_close as close
+from fastcore.test import test_eq as equal
+
+from llm_lab.bpe import BPETokenizer
+from llm_lab.chars import CharTokenizer
+from llm_lab.core import LabError
+from llm_lab.corpora import END_OF_TEXT, Corpus, load_corpus
+from llm_lab.evaluation import (
+    UNITS,
+    Comparison,
+    Score,
+    _line,
+    _remarks,
+    compare,
+    distinct,
+    evaluate,
+    evaluate_file,
+    read_metrics,
+    repetition,
+    strided_spans,
+)
+from llm_lab.gpt import GPTConfig, MiniGPT
+from llm_lab.tales import tiny_tales
+from llm_lab.train import fit, random_crops, spans, token_losses
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+TALES = load_corpus('tiny_tales')
+TOK = CharTokenizer.train(TALES.text('val'))
+PAIRS = BPETokenizer.train(TALES.documents('val')[:100], 300, special_tokens=['<|endoftext|>'])
+BIT = math.log(2)
+
+
+def fresh(tokenizer, length=64):
+    sizes = dict(d_model=16, n_layers=1, n_heads=2)
+    return MiniGPT(GPTConfig(vocab_size=tokenizer.vocab_size, max_len=length, **sizes))
+
+
+def refuses(f, words):
+    with pytest.raises(LabError, match=re.escape(words)):
+        f()
+
+
+# ---- windows
+
+
+@pytest.mark.parametrize('starts', [None, [0, 3, 20, 21, 40]])
+@pytest.mark.parametrize('stride', [1, 3, 7])
+def test_each_token_is_scored_once_and_none_sees_more_than_the_context(starts, stride):
+    windows = strided_spans(50, 7, stride, starts)
+    scored = torch.cat([torch.arange(first, end) for _, first, end in windows])
+    equal(scored, torch.arange(1, 50))
+    assert (windows[:, 2] - 1 - windows[:, 0] <= 7).all()
+    equal(strided_spans(50, 7, 7), spans(50, 7))  # as wide a stride as the context: blocks
+    words = 'stride=8: give a whole number from 1 to the context, 7'
+    refuses(lambda: strided_spans(50, 7, 8, starts), words)
+
+
+# ---- units
+
+
+def test_a_score_as_plain_data():
+    s = Score(nats=200 * BIT, tokens=50, chars=100, bytes=125, error=10 * BIT, floor=1.6)
+    assert replace(s, floor=None).above is None  # on most texts nobody knows
+    ended = replace(s, n_ends=5, end_nats=20 * BIT, bare_error=5 * BIT)
+    close(ended.interval_per_byte, (1.44 - 0.0784, 1.44 + 0.0784))
+    data = json.loads(json.dumps(s.as_dict()))
+    assert data.pop('units') == UNITS
+    assert data == dict(
+        loss=s.loss,
+        perplexity=s.perplexity,
+        bits=2.0,
+        bits_per_byte=1.6,
+        end_bits=None,
+        interval=[*s.interval],
+        interval_per_byte=[*s.interval_per_byte],
+        floor=1.6,
+        above=s.above,
+        tokens=50,
+        chars=100,
+        bytes=125,
+        n_ends=0,
+    )
+    alone = replace(s, error=math.inf)  # one document shows nothing of others
+    assert [alone.interval, alone.interval_per_byte, alone.as_dict()['interval']] == [None] * 3
+
+
+def test_a_little_below_the_floor_is_chance_and_more_is_a_leak():
+    near = dict(tokens=100, chars=100, bytes=100, error=3.0, floor=1.0)
+    close(Score(nats=100 * BIT - 8.9, **near).above, -8.9 / 100 / BIT)
+    refuses(lambda: Score(nats=100 * BIT - 9.1, **near), '3 standard errors below the floor, 1.000')
+
+
+def test_letters_of_two_bytes():
+    accents = Corpus('wide', dict(val='ééé\n\nééé\n\n' * 40), floor=None)
+    letters = CharTokenizer.train(accents.text('val'))
+    model = fresh(letters, 128)
+    wide = evaluate(model, letters, accents)
+    assert (wide.tokens, wide.chars, wide.bytes) == (399, 399, 638)  # é has two bytes in UTF-8
+    close(wide.bits_per_byte * wide.bytes, wide.bits * wide.chars)
+    close(wide.loss, math.log(3), eps=0.5)
+    refuses(
+        lambda: evaluate(model, letters, accents, 'test'),
+        "corpus 'wide' has no split 'test': choose",
+    )
+    for n in (0, 1):
+        refuses(
+            lambda: evaluate(model, letters, accents, max_tokens=n),
+            f'wide: its val text of {n} tokens has',
+        )
+    refuses(
+        lambda: evaluate(fresh(TOK), TOK, TALES, max_tokens=2),
+        'tiny_tales: its val text of 2 tokens has no next',
+    )
+
+
+def test_the_loss_does_not_depend_on_how_many_windows_are_read_together():
+    model = fresh(TOK)
+    want = evaluate(model, TOK, TALES, max_tokens=3000).nats
+    for size in (1, 5, 200):
+        close(evaluate(model, TOK, TALES, max_tokens=3000, batch_size=size).nats, want, eps=1e-3)
+
+
+# ---- a file
+
+
+@pytest.mark.parametrize('tokenizer', [TOK, PAIRS])
+def test_a_file_with_marks_is_a_split_without_a_floor(tokenizer, tmp_path):
+    model = fresh(tokenizer)
+    few = TALES.documents('test')[:30]
+    split = replace(TALES, splits=dict(test='\n\n'.join(few)), floor=None)
+    as_split = evaluate(model, tokenizer, split, 'test')
+    mine = tmp_path / 'my.txt'
+    mine.write_text(f'\n{END_OF_TEXT}\n'.join(few) + f'\n{END_OF_TEXT}\n', encoding='utf-8')
+    as_file = evaluate_file(model, tokenizer, mine)
+    assert replace(as_file, chars=0) == replace(as_split, chars=0)
+    # a mark that is written counts as it is written
+    mark_too = 0 if tokenizer is TOK else 13 * len(few)
+    assert as_file.chars == as_split.chars + mark_too
+
+
+def test_a_running_file_is_scored_but_for_its_first_character(tmp_path):
+    model = fresh(TOK)
+    text = '\n\n'.join(TALES.documents('test')[:30])
+    mine = tmp_path / 'my.txt'
+    mine.write_text(text, encoding='utf-8')
+    one = evaluate_file(model, TOK, mine, stride=20)
+    assert (one.chars, one.floor) == (len(text) - 1, None)
+    ids = torch.tensor(TOK.encode(text))
+    want = token_losses(model, ids, strided_spans(len(ids), 64, 20)).nanmean().item()
+    close(one.loss, want, eps=1e-6)
+    mine.write_text('Once upon a time Zoe met Tom.', encoding='utf-8')
+    assert evaluate_file(model, TOK, mine).as_dict()['interval'] is None
+
+
+@pytest.mark.parametrize(
+    'text, words',
+    [
+        ('One day,\nZoe paid 5 €.', "line 2: the model does not know the character '5': leave it"),
+        ('Z', 'my.txt: its whole text of 1 tokens has'),
+        (f'{END_OF_TEXT}\n{END_OF_TEXT}', 'my.txt: its whole text of 2 tokens has'),
+        (None, 'my.txt: No such file or directory; check'),
+    ],
+)
+def test_a_file_that_cannot_be_scored(text, words, tmp_path):
+    if text is not None:
+        (tmp_path / 'my.txt').write_text(text, encoding='utf-8')
+    refuses(lambda: evaluate_file(fresh(TOK), TOK, tmp_path / 'my.txt'), words)
+
+
+# ---- runs in folders
+
+
+ROWS = [
+    dict(step=n, tokens=100 * n, loss=9 / n, bits_per_byte=9 / n, val=None) for n in range(1, 8)
+]
+
+
+def write_run(folder, rows, torn='', result=None, **about):
+    "By hand what a run of `runs` writes"
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = ''.join(json.dumps(row) + '\n' for row in rows)
+    (folder / 'metrics.jsonl').write_text(lines + torn)
+    for name, content in (('run.json', about), ('result.json', result)):
+        if content:
+            (folder / name).write_text(json.dumps(content))
+    return folder
+
+
+@pytest.fixture
+def steps(tmp_path):
+    "The steps that `read_metrics` finds in such a folder"
+
+    def read(*args):
+        folder = write_run(tmp_path / 'torn', *args)
+        return [row['step'] for row in read_metrics(folder / 'metrics.jsonl')]
+
+    return read
+
+
+def test_each_step_is_read_once(steps):
+    assert steps(ROWS) == [1, 2, 3, 4, 5, 6, 7]
+    assert steps(ROWS, '{"step": 8, "los') == [1, 2, 3, 4, 5, 6, 7]  # torn by a kill
+    assert steps(ROWS[:5] + ROWS[2:4]) == [1, 2, 3, 4]  # killed after step 5, resumed after 2
+
+
+@pytest.mark.parametrize('wrong', ['{"step": 8, "los\n{}', '17\n{}', '\n{}'])
+def test_a_broken_line_in_the_middle_is_an_error(wrong, steps):
+    words = 'metrics.jsonl, line 8, is no JSON object: mend or delete it'
+    refuses(lambda: steps(ROWS, wrong), words)
+
+
+@pytest.fixture(scope='module')
+def trained():
+    "A short run with byte pairs in memory, and the score of its model"
+    some = tiny_tales(300)
+    ids = torch.tensor(PAIRS.encode(some.text('train')))
+
+    def note(run):
+        s = evaluate(run.model, PAIRS, some)
+        return dict(val=s.loss, val_bits_per_byte=s.bits_per_byte)
+
+    run = fit(fresh(PAIRS), random_crops(ids, 4, 64), 20, callbacks={3: note})
+    return run, evaluate(run.model, PAIRS, some)
+
+
+def test_a_run_in_memory_and_in_a_folder_are_the_same_line(trained, tmp_path):
+    run, score = trained
+    note = run.notes[-1]
+    line = _line('x', run)
+    sizes = {k: line[k] for k in ('params', 'steps', 'tokens', 'seconds')}
+    assert [*sizes.values()] == [run.model.n_params, 20, run.tokens, run.seconds]
+    assert line['state'] == 'finished'
+    got = [line[k] for k in ('loss', 'bits_per_byte', 'final')]
+    assert got == [note['val'], note['val_bits_per_byte'], False]
+    noted_at = [row['tokens'] for row in line['rows'] if 'val' in row]
+    assert noted_at == [n['step'] / 20 * run.tokens for n in run.notes]
+    assert _line('x', write_run(tmp_path / 'one', line['rows'], result=sizes)) == line
+    result = sizes | dict(scores=dict(val=score.as_dict()))
+    scored = _line('x', write_run(tmp_path / 'one', line['rows'], result=result))
+    got = [scored[k] for k in ('final', 'loss', 'interval')]
+    assert got == [True, score.loss, [*score.interval]]
+    assert scored['interval_per_byte'] == [*score.interval_per_byte]
+
+
+def test_a_run_that_was_killed_is_as_far_as_its_last_whole_line(trained, tmp_path):
+    run, _ = trained
+    rows = _line('x', run)['rows']
+    killed = _line('x', write_run(tmp_path / 'two', rows[:13], '{"st', params=7))
+    got = [killed[k] for k in ('params', 'steps', 'state', 'time')]
+    assert got == [7, 13, 'step 13', None]
+    assert (killed['loss'], killed['final']) == (run.notes[3]['val'], False)  # noted at step 12
+    alone = str(Comparison([killed], 'loss', []))  # one alone is not the best
+    assert [alone.count(sign) for sign in '*~–'] == [0, 2, 2]
+
+
+# ---- runs side by side
+
+
+@pytest.fixture
+def made(tmp_path):
+    """A function that makes the folder of a run which ended with this loss; a token holds `size`
+    times the text of another"""
+
+    def make(name, loss, size=1.0, **more):
+        score = dict(
+            loss=loss,
+            bits_per_byte=size and loss / size,
+            bits=loss,
+            bytes=100,
+            chars=100,
+            n_ends=0,
+            floor=0.5,
+        )
+        result = dict(steps=7, tokens=7e5, seconds=61.4, scores=dict(val=score | more))
+        return write_run(tmp_path / name, ROWS, params=1000, result=result)
+
+    return make
+
+
+def remarks(*folders, unit='bits_per_byte'):
+    return _remarks([_line(f.name, f) for f in folders], unit)
+
+
+def test_the_remarks(made, tmp_path):
+    a = made('a', 1.0, interval_per_byte=(0.95, 1.05))
+    b = made('b', 1.1, interval_per_byte=(1.04, 1.16))
+    assert remarks(a, b) == ['a and b are not told apart: their intervals overlap']
+    b = made('b', 1.1, interval_per_byte=(1.06, 1.2))
+    assert remarks(a, b) == ['a is lowest: 1.000 bits per byte, 9.1% below b']
+    assert remarks(a) == ['a has 1.000 bits per byte']
+    assert remarks(write_run(tmp_path / 'c', ROWS)) == ['no run has a validation loss yet']
+    assert remarks(a, made('b', 4.0, 3.0))[1].startswith('the tokenizers differ:')
+    unknown = remarks(a, made('b', 4.0, None), unit='loss')[1]
+    assert unknown.startswith('bits per byte are not known of a')
+    older = remarks(a, made('b', 1.1, n_ends=None))[1]
+    assert older.startswith('older results count end marks as text')
+    other = remarks(a, made('b', 4.0, bytes=90))[1]
+    assert other == 'the validation texts differ in length: is it the same text?'
+
+
+def test_a_comparison_as_text_and_as_html(made):
+    a = made('a', 1.0, interval_per_byte=(0.95, 1.05))
+    b = made('b', 2.0, interval_per_byte=[1.8, 2.2])
+    page = Comparison([_line('<i>&', a), _line('b', b)], 'bits_per_byte', ['a < b'])
+    table = str(page).split('\n')
+    row = 'b 1,000 7 700,000 0:01:01 2.000 2.000 1.800 to 2.200 finished'
+    assert table[2].split() == row.split()
+    assert table[1].startswith('*  <i>&  ')
+    assert table[3:] == ['', 'a < b']
+    assert len(set(map(len, table[:3]))) == 1  # the columns stand under their heads
+    html = page._repr_html_()
+    assert '&lt;i&gt;&amp;' in html and 'a &lt; b' in html and '<i>' not in html
+    assert html.count('bold') == 10  # the best row
+
+
+def test_the_order_and_the_names(made, tmp_path):
+    def order(*runs):
+        return [line['name'] for line in compare(runs).lines]
+
+    # two bits per byte are less than three
+    assert order(made('a', 4.0, 2.0), made('b', 3.0)) == ['a', 'b']
+    # one does not know its own
+    assert order(made('a', 4.0, 2.0), made('b', 3.0, None)) == ['b', 'a']
+    c = write_run(tmp_path / 'c', ROWS)
+    d = write_run(tmp_path / 'd', ROWS)
+    assert order(c, d, made('b', 3.0), made('a', 4.0, 2.0)) == ['a', 'b', 'c', 'd']
+    twins = order(made('x/a', 1.0), made('y/a', 2.0), str(made('b', 3.0)))
+    assert twins == ['x/a', 'y/a', 'b']
+    assert compare([tmp_path / 'a', c]).remarks[0] == 'a has 2.000 bits per byte'
+
+
+def test_the_best_of_runs_under_way_is_best_so_far(made, trained, tmp_path):
+    rows = _line('x', trained[0])['rows']
+    killed = write_run(tmp_path / 'two', rows[:13], '{"st', params=7)
+    found = compare([made('a', 1.0), killed]).remarks[0]
+    assert found.startswith('a is lowest so far')
+
+
+def test_what_cannot_be_compared(made, tmp_path):
+    refuses(lambda: compare([]), 'there is no run to compare: give the folder of at least one')
+    for bad in (tmp_path / 'nowhere', write_run(tmp_path / 'empty', [])):
+        words = f'{bad.name} has no metrics: give the folder of a run that has made'
+        refuses(lambda: compare([bad]), words)
+    broken = made('a', 1.0)
+    (broken / 'result.json').write_text('{"na')
+    refuses(lambda: compare([broken]), 'result.json is no JSON object: mend or delete it')
+
+
+def test_what_the_picture_names(made, tmp_path):
+    def legend(*runs):
+        fig = compare(runs).picture()
+        plt.close(fig)
+        return [t.get_text() for t in fig.axes[0].get_legend().get_texts()]
+
+    assert legend(made('a', 1.0), made('b', 2.0)) == ['a, training', 'b, training', 'floor']
+    for other in (None, 0.7):  # not known of b, or another one
+        named = legend(made('a', 1.0), made('b', 2.0, floor=other))
+        assert named == ['a, training', 'b, training']
+    # a run that noted validation losses is drawn by them, and called by its name alone
+    noted = [dict(row, val=row['loss'], val_bits_per_byte=row['loss']) for row in ROWS]
+    folders = [write_run(tmp_path / name, noted) for name in ('c', 'd')]
+    assert legend(*folders) == ['c', 'd']
+    only = compare([made('a', 1.0)]).picture()
+    plt.close(only)
+    # smoothed
+    close(only.axes[0].lines[0].get_ydata()[-1], np.mean([9 / n for n in range(1, 8)]))
+
+
+# ---- what is written
+
+
+def test_texts_without_an_ngram():
+    assert [distinct(['a'], 2), repetition('')] == [0.0, 0.0]

@@ -1,0 +1,265 @@
+"""What the loop promises and its notebook does not show: auxiliary losses and hooks, gradients that
+are not finite, a real interrupt, wrong arguments, and that no step waits for a number."""
+
+import math
+import re
+import signal
+import sys
+from dataclasses import replace
+
+import matplotlib
+import pytest
+import torch
+from fastcore.test import test_close as close
+from fastcore.test import test_eq as equal
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from llm_lab.chars import CharTokenizer
+from llm_lab.core import LabError, rng
+from llm_lab.corpora import load_corpus
+from llm_lab.gpt import MLP, GPTConfig, MiniGPT
+from llm_lab.hardware import keep_freed_memory
+from llm_lab.parts import part
+from llm_lab.train import (
+    TrainState,
+    _due_callbacks,
+    adamw,
+    fit,
+    mean_loss,
+    moving_average,
+    next_token_loss,
+    plot_loss,
+    random_crops,
+    train_step,
+    warmup_steps,
+    windows_at_once,
+)
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+TEXT = load_corpus('tiny_tales').text('val')[:20_000]
+TOK = CharTokenizer.train(TEXT)
+IDS = torch.tensor(TOK.encode(TEXT))
+SMALL = GPTConfig(vocab_size=TOK.vocab_size, d_model=64, n_layers=2, n_heads=4, max_len=64)
+BATCH = random_crops(IDS, 8, 64, seed=1)
+
+
+def refuses(f, words):
+    with pytest.raises(LabError, match=re.escape(words)):
+        f()
+
+
+# ---- evaluation
+
+
+def test_how_many_windows_fit_into_memory():
+    gpt2 = GPTConfig(vocab_size=50_257, d_model=768, n_layers=1, n_heads=12, max_len=1024)
+    with torch.device('meta'):
+        shapes = MiniGPT(gpt2)
+    shapes.parameters = lambda: iter([torch.zeros(1)])  # only the sizes are looked at
+    assert [windows_at_once(shapes, T) for T in (8, 128, 1024)] == [64, 8, 1]
+    assert windows_at_once(MiniGPT(SMALL), 64) == 64
+    refuses(
+        lambda: windows_at_once(shapes, 10**12),
+        'a window of 1,000,000,000,000 tokens, 50,257 numbers',
+    )
+
+
+def test_the_loss_does_not_depend_on_how_many_windows_are_read_together():
+    model = MiniGPT(SMALL)
+    text = IDS[:3000]
+    losses = [mean_loss(model, text, batch_size=b) for b in (None, 1, 7, 47)]
+    close(losses, losses[:1] * 4, eps=1e-6)
+    refuses(lambda: mean_loss(model, IDS[:1]), 'a text of 1 tokens has no next token')
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('n', [2, 64, 65, 66, 129, 150])
+def test_the_loss_of_a_text_is_that_of_its_positions_one_by_one(n):
+    model = MiniGPT(SMALL)
+    total = 0.0
+    for t in range(1, n):
+        start = (t - 1) // 64 * 64
+        total -= model(IDS[None, start:t]).log_softmax(-1)[0, -1, IDS[t]].item()
+    close(mean_loss(model, IDS[:n], batch_size=2), total / (n - 1), eps=1e-5)
+
+
+# ---- batches and schedule
+
+
+def test_a_text_of_one_window_and_a_shorter_one():
+    equal(random_crops(IDS[:9], 2, 8)(0)[1], IDS[:9])
+    refuses(lambda: random_crops(IDS[:8], 2, 8), 'the text has 8 tokens, a window needs 9')
+
+
+def test_warmup_is_as_long_as_it_is_said_to_be():
+    lengths = [warmup_steps(1000), warmup_steps(50), warmup_steps(50, 40), warmup_steps(50, 0)]
+    assert lengths == [100, 5, 40, 0]
+
+
+# ---- one step
+
+
+class Counting(MLP):
+    "An MLP that adds to the auxiliary loss, and counts the steps"
+
+    needs = ('aux',)
+    steps = 0
+
+    def __init__(self, cfg, layer=0):
+        super().__init__(cfg)
+        self.layer = layer
+
+    def forward(self, x, aux=None, **ctx):
+        if aux is not None:
+            aux.add(self.layer, loss=self.out.weight.square().sum())
+        return super().forward(x)
+
+    def after_step(self):
+        self.steps += 1
+
+
+def test_after_a_step_each_part_that_has_an_after_step_is_called():
+    model = MiniGPT(replace(SMALL, mlp=part(Counting)))
+    train_step(model, adamw(model), BATCH(0))
+    assert [block.mlp.steps for block in model.blocks] == [1, 1]
+
+
+@pytest.mark.parametrize('fused', [True, False])
+def test_a_plain_step_is_as_long_as_the_clipped_gradient(fused):
+    def moved(clip, lr=0.1):
+        model = MiniGPT(SMALL)
+        before = [p.detach().clone() for p in model.parameters()]
+        plain = torch.optim.SGD(model.parameters(), lr=lr, fused=fused)
+        _, grad_norm = train_step(model, plain, BATCH(0), clip)
+        # nothing is left over for the next step
+        assert all(p.grad is None for p in model.parameters())
+        squares = [(p.detach() - b).square().sum() for p, b in zip(model.parameters(), before)]
+        distance = sum(squares).sqrt().item() / lr
+        close(distance, min(clip, grad_norm.item()), eps=1e-3)
+        return distance
+
+    close([moved(0.01), moved(0.1)], [0.01, 0.1], eps=1e-3)  # a long gradient is cut
+    close(moved(1e6), moved(1e9), eps=1e-4)  # a short one is left alone
+    assert moved(1e6) > 0.1
+
+
+def plain_sgd(model):
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def weights_after(factors, optimizer):
+    "The weights after steps with these factors on the loss"
+    model = MiniGPT(SMALL)
+    opt = optimizer(model)
+    for n, factor in enumerate(factors):
+        train_step(
+            model,
+            opt,
+            BATCH(n % 2),
+            loss_fn=lambda *args: next_token_loss(*args) * factor,
+        )
+    return [p.detach() for p in model.parameters()]
+
+
+@pytest.mark.parametrize('optimizer, bad', [(adamw, [math.nan, math.inf]), (plain_sgd, [math.nan])])
+def test_a_gradient_that_is_not_finite_moves_nothing(optimizer, bad):
+    for p, q in zip(weights_after([1, 1], optimizer), weights_after([1, 1, *bad], optimizer)):
+        equal(p, q)
+
+
+class Waits(TorchDispatchMode):
+    "Collects the operations for which the processor must wait until a value is known"
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.overloadpacket.__name__ in ('_local_scalar_dense', 'nonzero', 'equal', 'is_nonzero'):
+            self.seen.append(op)
+        return op(*args, **(kwargs or {}))
+
+
+def test_a_step_waits_for_no_number():
+    model = MiniGPT(GPTConfig(max_len=64))
+    rows = torch.randint(65, (12, 65), generator=rng(0, 'rows'))
+    opt = adamw(model)
+    with Waits() as waits:
+        train_step(model, opt, rows)
+    assert waits.seen == []
+    with Waits() as waits:
+        model.lm_head.weight.sum().item()  # and it would have seen one
+    assert len(waits.seen) == 1
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='counts the page faults of Linux')
+def test_a_step_fetches_no_memory_anew():
+    from resource import RUSAGE_SELF, getrusage
+
+    if not keep_freed_memory():
+        pytest.skip('this C library gives freed memory back')
+    model = MiniGPT(GPTConfig(max_len=64))
+    rows = torch.randint(65, (12, 65), generator=rng(0, 'rows'))
+    opt = adamw(model)
+    for n in range(15):
+        if n == 5:
+            before = getrusage(RUSAGE_SELF).ru_minflt
+        train_step(model, opt, rows)
+    # pages of 4 kB, in a step that uses 20 MB
+    assert (getrusage(RUSAGE_SELF).ru_minflt - before) / 10 < 400
+
+
+# ---- the loop
+
+
+def test_which_callbacks_are_due():
+    callbacks = {20: print, (1, 30): print}
+    due = [len(_due_callbacks(callbacks, step)) for step in (1, 20, 30, 40, 60, 61)]
+    assert due == [1, 1, 1, 1, 1, 0]
+
+
+def test_fit_leaves_the_common_generator_as_it_was():
+    before = torch.get_rng_state()
+    model = MiniGPT(replace(SMALL, dropout=0.1))
+    fit(model, BATCH, 3, callbacks={1: lambda run: dict(drawn=str(torch.rand(1)))})
+    equal(torch.get_rng_state(), before)
+
+
+def test_ctrl_c_ends_the_loop_and_keeps_what_was_learned(monkeypatch):
+    # a job in the background has no handler of its own
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        press = {30: lambda run: signal.raise_signal(signal.SIGINT)}
+        run = fit(MiniGPT(SMALL), BATCH, 1000, callbacks=press)
+    finally:
+        signal.signal(signal.SIGINT, old)
+    assert (run.step, run.stopped, len(run.losses)) == (30, 'by hand', 30)
+
+
+def test_no_steps_do_no_harm():
+    assert fit(MiniGPT(SMALL), BATCH, 0).losses == []
+
+
+def test_what_fit_cannot_follow_is_refused():
+    model = MiniGPT(SMALL)
+    refuses(lambda: fit(model, BATCH, 20, warmup=21), 'warmup=21: give 0 to 20 steps')
+    refuses(
+        lambda: fit(model, BATCH, 20, lr=0.01, min_lr=0.02),
+        'min_lr=0.02: give 0 to the learning rate, 0.01',
+    )
+    run = TrainState(model, 15)
+    refuses(lambda: fit(model, BATCH, 20, state=run), 'steps=20: this run is planned for 15')
+
+
+# ---- the curve
+
+
+def test_a_curve_has_steps_and_one_unit(monkeypatch):
+    assert moving_average([1, 2, 3, 4], 2) == [1, 1.5, 2.5, 3.5]
+    model = MiniGPT(SMALL)
+    refuses(lambda: plot_loss(TrainState(model, 5)), 'no step was made')
+    run = fit(model, BATCH, 4, callbacks={2: lambda run: dict(val=3.0)})
+    refuses(lambda: plot_loss(run, floor=0.26, token='token'), 'the floor is known per character')
+    fig = plot_loss(run, token='token')
+    assert fig.axes[0].get_ylabel() == 'loss (nats per token)'
+    matplotlib.pyplot.close(fig)
