@@ -29,6 +29,7 @@ from llm_lab.evaluation import (
     evaluate_file,
     read_metrics,
     repetition,
+    score as scored,
     strided_spans,
 )
 from llm_lab.gpt import GPTConfig, MiniGPT
@@ -383,3 +384,67 @@ def test_what_the_picture_names(made, tmp_path):
 
 def test_texts_without_an_ngram():
     assert [distinct(['a'], 2), repetition('')] == [0.0, 0.0]
+
+
+# ---- the log-likelihood of single texts
+
+
+@pytest.fixture(scope='module')
+def small():
+    return MiniGPT(GPTConfig(TOK.vocab_size, 24, d_model=16, n_layers=1, n_heads=2))
+
+
+def log_p(model, given, ids):
+    "The sum of log P(token | all before it), one token after the other"
+    row = torch.tensor([*given, *ids])
+    total = 0.0
+    for n in range(len(given), len(row)):
+        with torch.no_grad():
+            total += model(row[None, :n])[0, -1].double().log_softmax(-1)[row[n]].item()
+    return total
+
+
+def test_a_text_is_scored_as_one_would_write_it_down(small):
+    texts = ['Mia', 'a red cat. ', 'T']
+    want = [log_p(small, TOK.encode('\n'), TOK.encode(t)) for t in texts]
+    close(scored(small, TOK, texts), torch.tensor(want, dtype=torch.float64), eps=1e-4)
+    # the order and the company of texts change nothing
+    close(
+        scored(small, TOK, texts[::-1]).flip(0), scored(small, TOK, texts, batch_size=1), eps=1e-4
+    )
+
+
+def test_a_prompt_is_read_and_not_scored(small):
+    prompts, texts = ['Once ', 'A '], ['upon', 'time']
+    want = [log_p(small, TOK.encode(p), TOK.encode(t)) for p, t in zip(prompts, texts)]
+    close(scored(small, TOK, texts, prompts), torch.tensor(want, dtype=torch.float64), eps=1e-4)
+
+
+def test_a_text_longer_than_the_context_goes_through_in_windows(small):
+    text = TALES.documents('val')[0][:60]
+    ids = torch.tensor([*TOK.encode('\n'), *TOK.encode(text)])
+    for stride in (None, 5):
+        windows = strided_spans(len(ids), 24, stride) if stride else spans(len(ids), 24)
+        want = -token_losses(small, ids, windows).double().nansum()
+        close(scored(small, TOK, [text, 'Mia'], stride=stride)[0], want, eps=1e-4)
+
+
+def test_what_cannot_be_scored_is_one_line(small):
+    with pytest.raises(LabError, match='1 prompts for 2 texts: give one for each'):
+        scored(small, TOK, ['a', 'b'], ['c'])
+    with pytest.raises(LabError, match='text 1 is empty: leave it out'):
+        scored(small, TOK, ['a', ''])
+    with pytest.raises(LabError, match='text 0 has nothing before its first token.*give prompts'):
+        scored(small, CharTokenizer('ab'), ['a'])
+    assert scored(small, TOK, []).shape == (0,)
+
+
+def test_a_score_prints_its_units_interval_and_floor():
+    with_floor = Score(50 * math.log(2), 50, 100, 100, 3.0, floor=0.4)
+    assert str(with_floor) == (
+        'loss 0.693 nats per token, perplexity 2.00, 0.500 bits per byte '
+        '(95 % 0.415 to 0.585); 25% above the floor of 0.400 bits per character'
+    )
+    assert str(replace(with_floor, error=math.inf, floor=None)).endswith(
+        '0.500 bits per byte (no interval: one document tells none)'
+    )
