@@ -81,7 +81,7 @@ def _router_of(model, layer):
             routers.setdefault(module.layer, module)
     if layer in routers:
         return routers[layer]
-    advice = 'there is no Router, and a router of your own leaves nobody out'
+    advice = 'there is no Router, and a router of your own leaves none out'
     if routers:
         advice = f'choose from {sorted(routers)}'
     raise LabError(f'layer={layer}: no experts there; {advice}')
@@ -91,7 +91,7 @@ def _router_of(model, layer):
 def without_experts(
     model: MiniGPT,
     layer: int,
-    *experts: int,  # who may not be chosen
+    *experts: int,  # those that may not be chosen
 ):
     """Within, these experts of a layer are left out, and their tokens go to the next best.
 

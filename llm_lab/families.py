@@ -298,7 +298,7 @@ _MUST = dict(  # what our model always does; a file that says otherwise is refus
 _MOST = dict(num_hidden_layers=1025, n_layer=1025, num_experts=65_537, num_local_experts=65_537)
 
 
-def _words(family):
+def _config_keys(family):
     "{field of our configuration: their key}"
     return GPT2_CONFIG_KEYS if family == 'gpt2' else CONFIG_KEYS
 
@@ -545,7 +545,7 @@ def config_from_hf(
     v = DEFAULTS[family] | _agreed(data)
     _check_settings(v, family)
     dropout = _dropout(v, family)
-    keys = _words(family)
+    keys = _config_keys(family)
     act = v[keys['act']]
     if act not in [*HF_ACTIVATIONS]:
         _refuse(keys['act'], act, f'only {", ".join(HF_ACTIVATIONS)} can be read')
@@ -686,21 +686,21 @@ def _drafted_keys(cfg, family):
 
     Values may be wrong where a family cannot say what the model is: `_attempt` reads the draft
     back and compares"""
-    experts, plain = _experts_said(cfg)
+    experts, plain = _expert_keys(cfg)
     attn = _filled(cfg.attn)
     mlp = _filled(plain)
     size = _window_size(cfg.attn)
-    keys = _words(family)
+    keys = _config_keys(family)
     # the width, the activation and eps are no fields of a GPTConfig: filled in below
-    said = {theirs: getattr(cfg, ours, None) for ours, theirs in keys.items()}
-    said[keys['act']] = _act_name(mlp.get('act'))
+    drafted = {theirs: getattr(cfg, ours, None) for ours, theirs in keys.items()}
+    drafted[keys['act']] = _act_name(mlp.get('act'))
     # readable stand-ins where there is none: a file must hold a number
-    said[keys['d_ff']] = _d_ff(cfg, plain) or 1
-    said[keys['eps']] = _filled(cfg.norm).get('eps', 1.0)
+    drafted[keys['d_ff']] = _d_ff(cfg, plain) or 1
+    drafted[keys['eps']] = _filled(cfg.norm).get('eps', 1.0)
     dropout = cfg.dropout if family == 'gpt2' else 0.0
-    said |= dict.fromkeys(('resid_pdrop', 'embd_pdrop', 'attn_pdrop'), dropout)
-    said |= experts
-    return said | dict(
+    drafted |= dict.fromkeys(('resid_pdrop', 'embd_pdrop', 'attn_pdrop'), dropout)
+    drafted |= experts
+    return drafted | dict(
         tie_word_embeddings=cfg.tie,
         head_dim=cfg.head_dim,
         num_key_value_heads=attn.get('n_kv_heads') or cfg.n_heads,
@@ -715,17 +715,17 @@ def _drafted_keys(cfg, family):
 def _draft(cfg, family):
     """What a file of this family can say of `cfg`, right or not: `hf_config` reads it back and
     compares"""
-    said = _drafted_keys(cfg, family)
+    drafted = _drafted_keys(cfg, family)
     architecture = f'{family.title().replace("_", "")}ForCausalLM'
     if family == 'gpt2':
         architecture = 'GPT2LMHeadModel'
     out = dict(model_type=family, architectures=[architecture])
-    out |= {key: said[key] for key in DEFAULTS[family]}
+    out |= {key: drafted[key] for key in DEFAULTS[family]}
     # not left out: the family's defaults may lie beyond our table of tokens
     out |= dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
     if family == 'gpt2':
         return out
-    return out | _rope_said(_filled(cfg.attn).get('transforms', ()), family)
+    return out | _rope_keys(_filled(cfg.attn).get('transforms', ()), family)
 
 # %% ../nbs/71_families.ipynb #721d5d64
 def _sparse_step(plain, n_layers):
@@ -738,7 +738,7 @@ def _sparse_step(plain, n_layers):
     return 1
 
 
-def _experts_said(cfg):
+def _expert_keys(cfg):
     "({their key: value} about experts, the recipe of a plain layer, or of an expert if none is)"
     each = [_at(cfg.mlp, layer) for layer in range(cfg.n_layers)]
     mixtures = [mlp for mlp in each if mlp.func is MoE]
@@ -747,7 +747,7 @@ def _experts_said(cfg):
     choose = _filled(router.get('choose', part(softmax_top_k)))
     plain = [layer for layer, mlp in enumerate(each) if mlp.func is not MoE]
     step = _sparse_step(plain, cfg.n_layers)
-    said = dict(
+    drafted = dict(
         num_experts=moe['n_experts'],
         num_local_experts=moe['n_experts'],
         num_experts_per_tok=moe['top_k'],
@@ -758,25 +758,26 @@ def _experts_said(cfg):
         decoder_sparse_step=step,
         mlp_only_layers=[layer for layer in plain if (layer + 1) % step == 0],
     )
-    return said, each[plain[0]] if plain else moe['expert']
+    mlp = each[plain[0]] if plain else moe['expert']
+    return drafted, mlp
 
 # %% ../nbs/71_families.ipynb #686b950c
-def _rope_said(transforms, family):
+def _rope_keys(transforms, family):
     "{their key: value} about RoPE, under the newer keys and the older ones"
     ropes = [transform for transform in transforms if transform.func is RoPE]
     rope = _filled(ropes[0] if ropes else part(RoPE))
-    said = dict(rope_theta=float(rope['base']), rope_type='default')
+    drafted = dict(rope_theta=float(rope['base']), rope_type='default')
     scale = rope['scale']
     for kind, (function, keys) in ROPE_SCALINGS.items():
         if scale and scale.func is function:
             numbers = _filled(scale)
-            said['rope_type'] = kind
-            said |= {theirs: numbers[ours] for ours, theirs in keys.items()}
+            drafted['rope_type'] = kind
+            drafted |= {theirs: numbers[ours] for ours, theirs in keys.items()}
     if family == 'phi3':
-        said['partial_rotary_factor'] = rope['partial']
-    old = {k: said[k] for k in said if k in ('rope_theta', 'partial_rotary_factor')}
-    scaling = None if said['rope_type'] == 'default' else said
-    return dict(rope_parameters=said, rope_scaling=scaling, **old)
+        drafted['partial_rotary_factor'] = rope['partial']
+    old = {k: drafted[k] for k in drafted if k in ('rope_theta', 'partial_rotary_factor')}
+    scaling = None if drafted['rope_type'] == 'default' else drafted
+    return dict(rope_parameters=drafted, rope_scaling=scaling, **old)
 
 # %% ../nbs/71_families.ipynb #42d96b40
 def _unlike(a, b, path):

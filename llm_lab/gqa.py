@@ -93,7 +93,7 @@ def _require_plain_projections(model, new):
             odd.append(f'blocks.{layer}.attn.qkv')
     if odd:
         raise LabError(
-            f'{min(odd)} is not the plain map that the configuration tells of: '
+            f'{min(odd)} is not the plain linear layer of the configuration: '
             'take off first what was put on the model'
         )
 

@@ -104,7 +104,7 @@ def sort_by_expert(
 
     A pair that comes too late stands in the last row, which nobody reads"""
     pairs = chosen.t().flatten()  # (k·N,): all first choices come before all second ones
-    # Stable: the pairs of an expert stay in that order, which decides who comes too late
+    # Stable: the pairs of an expert stay in that order, which decides which pairs come too late
     e, order = pairs.sort(stable=True)
     # How many pairs each expert has, (E,). `bincount` would wait for the device
     counts = torch.zeros(n_experts, dtype=torch.int64, device=e.device)
@@ -510,7 +510,7 @@ class MoE(nn.Module):
         table = self.ask(_Sent.apply(flat, place, M), rows)  # (M, C)
         w = w.t().flatten()  # (k·N,), in the order of the pairs
         if most is not None:
-            w = w * (place < M - 1)  # who came too late stands in the last row, and counts nothing
+            w = w * (place < M - 1)  # a pair that came too late, in the last row, counts nothing
             self.drop(load, kept)
         answers = _Fetched.apply(table, place) * w[:, None]  # (k·N, C)
         out = answers.view(chosen.shape[1], *flat.shape).sum(0).view_as(x)  # over a token's choices
