@@ -41,10 +41,10 @@ def routes_html(
     for layer, said in routing(model, ids).items():
         if layers is not None and layer not in layers:
             continue
-        order = said['weights'].argsort(1, descending=True)  # (T, k): the heaviest first
+        order = said['weights'].argsort(1, descending=True)  # (T, k): the largest weight first
         experts = said['chosen'].gather(1, order).tolist()
         weights = said['weights'].gather(1, order).tolist()
-        chips = ''.join(map(_chip, tokens, experts, weights))
+        chips = ''.join(map(_chip, tokens, experts, weights))  # one of each list at a time
         page.append(
             f'<div style="margin:.5em 0">layer {layer}: <span '
             f'style="font-family:monospace">{chips}</span></div>'
@@ -69,21 +69,25 @@ def coactivation(chosen: Tensor, n_experts: int) -> Tensor:
     """How often two experts read the same token, as a multiple of what their loads alone would
     give; on the diagonal, 0"""
     on = F.one_hot(chosen.cpu(), n_experts).amax(1).double()  # (N, E): 1 where the expert reads
-    pairs = (on.T @ on).fill_diagonal_(0)
-    load = on.sum(0)
-    # nobody meets himself: as many pairs, shared out by loads
+    pairs = (on.T @ on).fill_diagonal_(0)  # (E, E): tokens that both read
+    load = on.sum(0)  # (E,)
+    # The same number of pairs, shared out by the loads alone; no expert meets itself
     chance = (load[:, None] * load).fill_diagonal_(0)
-    return pairs / (chance * pairs.sum() / chance.sum()).clamp_min(1e-12)
+    chance = chance * pairs.sum() / chance.sum()
+    return pairs / chance.clamp_min(1e-12)
 
 # %% ../nbs/52_experts.ipynb #915c040d
 def _router_of(model, layer):
-    routers = {m.layer: m for m in reversed([*model.modules()]) if isinstance(m, Router)}
+    "The (first) router of a layer; raises `LabError` where there is none"
+    routers = {}
+    for module in model.modules():
+        if isinstance(module, Router):
+            routers.setdefault(module.layer, module)
     if layer in routers:
         return routers[layer]
+    advice = 'there is no Router, and a router of your own leaves none out'
     if routers:
         advice = f'choose from {sorted(routers)}'
-    else:
-        advice = 'there is no Router, and a router of your own leaves nobody out'
     raise LabError(f'layer={layer}: no experts there; {advice}')
 
 
@@ -91,17 +95,20 @@ def _router_of(model, layer):
 def without_experts(
     model: MiniGPT,
     layer: int,
-    *experts: int,  # who may not be chosen
+    *experts: int,  # those that may not be chosen
 ):
-    """Within, these experts of a layer are left out, and their tokens go to the next best
+    """Within, these experts of a layer are left out, and their tokens go to the next best.
+
+    Raises `LabError` for a layer without experts, and where fewer than `top_k` would be left
 
     Args:
-        experts: who may not be chosen
+        experts: those that may not be chosen
     """
     router = _router_of(model, layer)
     E = len(router.weight)
-    off = tuple({*router.off, *experts})  # who is out already stays out
-    if not set(off) <= set(range(E)) or E - len(off) < router.top_k:
+    off = tuple({*router.off, *experts})  # those that are out already stay out
+    exist = set(off) <= set(range(E))
+    if not exist or E - len(off) < router.top_k:
         raise LabError(
             f'experts={experts}: choose from 0 to {E - 1}, and leave {router.top_k} of them'
         )
@@ -114,7 +121,8 @@ def without_experts(
 
 # %% ../nbs/52_experts.ipynb #4b8dd608
 def _for_each_expert(old, new):
-    "An MLP's weight or bias as often as the experts' tensor `new` wants it"
+    """An MLP's weight or bias, once for each expert of `new`: a weight (rows, columns) becomes
+    (E, rows, columns), a bias (rows,) becomes (E·rows,)"""
     n = new.numel() // old.numel()
     return old.repeat(n) if old.dim() == 1 else old.repeat(n, 1, 1)
 
@@ -142,7 +150,8 @@ def upcycle(
     with torch.no_grad():
         for name, w in new.state_dict().items():
             if '.router.' in name:
-                continue  # it is new
+                continue  # a dense model has none: it keeps its first weights
+            # 'blocks.0.mlp.experts.up.weight' comes from 'blocks.0.mlp.up.weight'
             old = state.get(name.replace('.mlp.experts.', '.mlp.'))
             if old is not None and '.experts.' in name:
                 old = _for_each_expert(old, w)
@@ -156,7 +165,7 @@ def upcycle(
 
 # %% ../nbs/52_experts.ipynb #9953fff0
 def active_params(model: MiniGPT) -> int:
-    "How many numbers a token is multiplied by or looks up: all but those of the experts that rest"
+    "How many parameters a token is multiplied by or looks up: all but those of resting experts"
     resting = 0
     for m in model.modules():
         if isinstance(m, ExpertLinear):

@@ -54,7 +54,7 @@ _QWEN3 = _LLAMA | {
 
 
 def _experts(router, gate, value, out):
-    "The names of a layer's router and experts; gate and value are the rows of one tensor of ours"
+    "{our module: their modules} of router and experts; our `up` has the rows of two of theirs"
     return {
         'blocks.N.mlp.router': [f'model.layers.N.{router}'],
         'blocks.N.mlp.experts.out': [f'model.layers.N.{out}'],
@@ -62,13 +62,16 @@ def _experts(router, gate, value, out):
     }
 
 
-_MIXTRAL = {ours: theirs for ours, theirs in _LLAMA.items() if '.mlp.' not in ours} | _experts(
+# Mixtral has experts in every layer, and so no names of plain MLPs
+_MIXTRAL = {ours: theirs for ours, theirs in _LLAMA.items() if '.mlp.' not in ours}
+_MIXTRAL |= _experts(
     router='block_sparse_moe.gate',
     gate='block_sparse_moe.experts.E.w1',
     value='block_sparse_moe.experts.E.w3',
     out='block_sparse_moe.experts.E.w2',
 )
-_QWEN3_MOE = _QWEN3 | _experts(  # the MLPs of `_LLAMA`, too: some layers may be plain
+# Qwen3-MoE keeps the names of plain MLPs as well, because some layers may have one
+_QWEN3_MOE = _QWEN3 | _experts(
     router='mlp.gate',
     gate='mlp.experts.E.gate_proj',
     value='mlp.experts.E.up_proj',
@@ -91,11 +94,11 @@ TENSOR_NAMES = dict(  # {family: {our module: their modules}}
 
 # %% ../nbs/71_families.ipynb #b80fdeeb
 def _refuse_tensor(name, family):
-    "Raise the error for a tensor of ours that a family's file has no name for"
+    "Raises `LabError` for a tensor of ours that a family's file has no name for"
     if 'parametr' in name:  # a weight that is made of others, see `init`
         remedy = 'free it with llm_lab.init.merge_spectral'
     else:
-        remedy = 'save it with save_package'
+        remedy = 'save it with llm_lab.package.save'
     raise LabError(f'{name} has no name in a {family} file: {remedy}')
 
 
@@ -130,16 +133,18 @@ def hf_views(
     out = {}
     for name, w in (state or model.state_dict()).items():
         if model.cfg.tie and name == 'lm_head.weight':
-            continue
+            continue  # the same tensor as `tok.weight`, which is written
         # 'blocks.3.attn.qkv.weight' → 'blocks.3.', '3', 'attn.qkv', 'weight'
         block, layer, module, kind = re.fullmatch(r'(blocks\.(\d+)\.)?(.+)\.(\w+)', name).groups('')
         targets = TENSOR_NAMES[family].get(f'blocks.N.{module}' if block else module)
         # of experts, files hold matrices only: (E, rows, columns) here, and no biases (E, rows)
         if targets is None or ('.E.' in targets[0] and w.dim() < 3):
             _refuse_tensor(name, family)
-        row_axis = max(0, w.dim() - 2)
+        row_axis = max(0, w.dim() - 2)  # the second to last: (rows, columns), (E, rows, columns)
         rows = w.shape[row_axis]
-        if len(targets) > 1:  # q, k and v, or gate and value: the part that owns them knows
+        if len(targets) > 1:
+            # q, k and v, or gate and value: the part that owns the tensor knows their `sizes`,
+            # 'blocks.3.attn' those of 'blocks.3.attn.qkv'
             owner, _, _ = f'{block}{module}'.rpartition('.')
             rows = model.get_submodule(owner).sizes
         for target, piece in zip(targets, w.split(rows, row_axis), strict=True):
@@ -296,18 +301,18 @@ _MUST = dict(  # what our model always does; a file that says otherwise is refus
     final_logit_softcapping=None,
 )
 
-# no model has as many; for each of them something is made before anything is known of the weights
-_MOST = dict.fromkeys(('num_hidden_layers', 'n_layer'), 1025) | dict.fromkeys(
-    ('num_experts', 'num_local_experts'), 65_537
-)
+# No published model has as many. For each layer and expert something is made before anything is
+# known of the weights, so that a number that is too large would fill the memory
+_MOST = dict(num_hidden_layers=1025, n_layer=1025, num_experts=65_537, num_local_experts=65_537)
 
 
-def _words(family):
+def _config_keys(family):
     "{field of our configuration: their key}"
     return GPT2_CONFIG_KEYS if family == 'gpt2' else CONFIG_KEYS
 
 
 def _refuse(key, value, remedy):
+    "Raises `LabError` for a key of config.json that cannot be read as it is"
     raise LabError(f'config.json: {key}={short(value, 300)}: {remedy}')
 
 
@@ -315,16 +320,19 @@ def _number(v, key, kind=(int, float)):
     "The number under a key; refused if it is none, or larger than any model's"
     x = v.get(key)
     most = _MOST.get(key, 2**27) if kind is int else 1e18
-    if isinstance(x, kind) and not isinstance(x, bool) and 0 < x < most:
+    is_number = isinstance(x, kind) and not isinstance(x, bool)  # True is an int in Python
+    if is_number and 0 < x < most:
         return x
     what = 'a whole number' if kind is int else 'a number'
     _refuse(key, x, f'{what} above 0 belongs there, below {most:,.0f}; copy the file again')
 
 # %% ../nbs/71_families.ipynb #eb5cfa72
 def _rope_section(v, family):
-    "(kind of scaling, {key: value}): what a file's own section about RoPE says; {} if it has none"
+    "(kind of scaling, {key: value}): a file's own section about RoPE; {} if it has none"
     section = v.get('rope_scaling') or v.get('rope_parameters') or {}
-    if not isinstance(section, dict) or any(isinstance(x, dict) for x in section.values()):
+    # some files hold a section for each kind of layer, a dict of dicts: one recipe cannot say that
+    is_one_set = isinstance(section, dict)
+    if not is_one_set or any(isinstance(x, dict) for x in section.values()):
         _refuse(
             'rope_parameters',
             section,
@@ -337,59 +345,62 @@ def _rope_section(v, family):
     return kind, section
 
 
-def _rope_scale(kind, words):
+def _rope_scale(kind, settings):
     "The recipe of the scaling; None for the default kind"
     if kind == 'default':
         return None
     function, keys = ROPE_SCALINGS[kind]
-    return part(function, **{ours: _number(words, theirs) for ours, theirs in keys.items()})
+    return part(function, **{ours: _number(settings, theirs) for ours, theirs in keys.items()})
 
 
 def _rope(v, family):
     "The recipe of positions, from new files and old ones"
     kind, section = _rope_section(v, family)
     original = 'original_max_position_embeddings'
-    # new files say these words in the section, old ones outside of it; both may leave them out
-    words = {
+    # new files have these keys in the section, old ones outside of it; both may leave them out
+    settings = {
         'rope_theta': 1e6 if family == 'mixtral' else 1e4,
         'partial_rotary_factor': None,
         original: v['max_position_embeddings'],
         **v,
-        **section,
+        **section,  # later ones win: the section over the file, the file over the defaults
     }
     if v.get(original):
-        words[original] = v[original]  # this one counts where it stands outside
-    share = 1.0
-    if words['partial_rotary_factor'] is not None:
-        share = _number(words, 'partial_rotary_factor')
+        settings[original] = v[original]  # this one counts where it stands outside
+    share = 1.0  # of the channels that are rotated
+    if settings['partial_rotary_factor'] is not None:
+        share = _number(settings, 'partial_rotary_factor')
     if share != 1 and family != 'phi3':
-        _refuse('partial_rotary_factor', share, f'{family} turns all channels; set it to 1')
+        _refuse('partial_rotary_factor', share, f'{family} rotates all channels; set it to 1')
     return part(
         RoPE,
-        base=_number(words, 'rope_theta'),
+        base=_number(settings, 'rope_theta'),
         partial=share,
-        scale=_rope_scale(kind, words),
+        scale=_rope_scale(kind, settings),
     )
 
 # %% ../nbs/71_families.ipynb #983d1720
 def _context(family, most, max_len):
     "How many tokens the model will read: `max_len`, or as many as the file has positions"
-    if max_len is None or (family != 'gpt2' and 0 < max_len <= most):
-        return max_len or most
-    remedy = (
-        'they are a table, leave max_len out' if family == 'gpt2' else 'give a number up to that'
-    )
+    if max_len is None:
+        return most
+    if family != 'gpt2' and 0 < max_len <= most:
+        return max_len
+    remedy = 'give a number up to that'
+    if family == 'gpt2':
+        remedy = 'they are a table, leave max_len out'
     raise LabError(f'max_len={max_len!r}: this file has {most} positions: {remedy}')
 
 
 def _mask_of(v, family, max_len):
-    "Which keys a query reads, in texts of up to `max_len` tokens"
-    v = {k: v.get(k) for k in DEFAULTS[family]}  # a word of another family says nothing here
+    "The recipe of the mask: which keys a query reads, in sequences of up to `max_len` tokens"
+    v = {k: v.get(k) for k in DEFAULTS[family]}  # the keys of another family mean nothing here
     if v.get('sliding_window') is None or not v.get('use_sliding_window', True):
         return part(causal)
     size = _number(v, 'sliding_window', int)
     if family != 'qwen3' or size >= max_len:
         return part(sliding_window, size=size)
+    # Qwen3 has the window in some layers only; in a shorter context nobody can tell
     _refuse(
         'sliding_window',
         size,
@@ -398,20 +409,20 @@ def _mask_of(v, family, max_len):
 
 # %% ../nbs/71_families.ipynb #e466e0d4
 def _reader(attn, cfg):
-    "The one recipe that we write for this attention, in texts of up to `cfg.max_len` tokens"
+    "The one recipe that we write for this attention, in sequences of up to `cfg.max_len` tokens"
     if attn.func not in (Attention, GQA, SparseAttention):
         return attn
     kw = dict(attn.keywords)
     if kw.get('n_kv_heads') == cfg.n_heads:
         del kw['n_kv_heads']  # a key head for each query head
-    if 'sink' in kw:
+    if 'sink' in kw:  # it takes a part of every softmax, so no plain attention is the same
         return part(SparseAttention, **kw)
     mask = kw.get('mask', part(causal))
     windowed = mask.func is sliding_window
     if windowed and mask.keywords['size'] < cfg.max_len:
         return part(SparseAttention, **kw)
     if windowed or mask == part(causal):
-        kw.pop('mask', None)  # all of the past is seen
+        kw.pop('mask', None)  # all of the past is read: the default
     return part(GQA if 'n_kv_heads' in kw else Attention, **kw)
 
 # %% ../nbs/71_families.ipynb #e3952ca2
@@ -435,7 +446,7 @@ def _layers(cfg):
 def _in_turn(each):
     "The shortest recipe for the recipes of all layers: [a, b, a] → `alternate` with of=[a, b]"
 
-    def repeats(n):
+    def repeats(n):  # is each layer as the one n layers before it?
         return each == [each[layer % n] for layer in range(len(each))]
 
     period = next(n for n in range(1, len(each) + 1) if repeats(n))
@@ -443,14 +454,14 @@ def _in_turn(each):
 
 # %% ../nbs/71_families.ipynb #804a1b35
 def _filled(p):
-    "The keywords of a recipe, and those that it leaves at their defaults: {keyword: value}"
+    "All keywords of a recipe, those that it leaves at their defaults, too: {keyword: value}"
     defaults = {k: o.default for k, o in signature(p.func).parameters.items()}
     return defaults | p.keywords
 
 
 def _d_ff(cfg, mlp):
     "The width of an MLP; None if it has no single one, as a mixture"
-    if is_own(mlp):
+    if is_own(mlp):  # a part of the reader's own
         return None  # no file has a word for it
     with torch.device('meta'):
         made = mlp(cfg)  # shapes only
@@ -468,12 +479,12 @@ def _narrow(cfg, mlp):
     return plain if _d_ff(cfg, plain) == _d_ff(cfg, mlp) else mlp
 
 # %% ../nbs/71_families.ipynb #65a90091
-def canonical(x):  # a Config or a recipe → the same kind
+def canonical(x):  # a GPTConfig, a recipe, or a tuple of recipes → the same kind
     """The same without what goes without saying: keywords at their defaults, windows of all tokens,
     first weights
 
     Returns:
-        a Config or a recipe → the same kind
+        a GPTConfig, a recipe, or a tuple of recipes → the same kind
     """
     if isinstance(x, tuple):
         return tuple(map(canonical, x))
@@ -493,7 +504,11 @@ def _canonical_recipe(recipe):
         if kw.get('choose') == part(softmax_top_k):
             del kw['choose']
     defaults = _filled(part(recipe.func))
-    needed = {k: v for k, v in kw.items() if k not in defaults or v != canonical(defaults[k])}
+    needed = {}
+    for k, v in kw.items():
+        # a keyword without a default must stay, another only where it differs from it
+        if k not in defaults or v != canonical(defaults[k]):
+            needed[k] = v
     return part(recipe.func, **needed)
 
 
@@ -509,7 +524,7 @@ def _canonical_config(cfg):
 
 # %% ../nbs/71_families.ipynb #29b777ca
 def _check_settings(v, family):
-    "Refuse what our model does otherwise, and what is no truth value where one belongs"
+    "Refuse what our model does otherwise, and whatever is not true or false where it must be"
     for key, want in _MUST.items():
         if v.get(key, want) not in (want, None):
             _refuse(key, v[key], f'only {want!r} can be read; use another model')
@@ -520,27 +535,29 @@ def _check_settings(v, family):
 
 def _dropout(v, family):
     "The one rate of all of a file's dropouts"
-    drop, *others = [v[k] for k in DEFAULTS[family] if k.endswith(('_pdrop', '_dropout'))]
-    one_rate = isinstance(drop, (int, float)) and all(rate == drop for rate in others)
-    if not one_rate or (drop and family != 'gpt2'):  # ours is where GPT-2's is
-        _refuse('dropout', [drop, *others], 'it matters in training only; write 0 for all of them')
-    return drop
+    rates = [v[k] for k in DEFAULTS[family] if k.endswith(('_pdrop', '_dropout'))]
+    first = rates[0]
+    one_rate = isinstance(first, (int, float)) and all(rate == first for rate in rates)
+    # our dropouts stand where GPT-2's do, elsewhere than in the other families
+    if not one_rate or (first and family != 'gpt2'):
+        _refuse('dropout', rates, 'it matters in training only; write 0 for all of them')
+    return first
 
 
 def config_from_hf(
-    data: dict,  # what config.json says
+    data: dict,  # the content of config.json
     max_len: int = None,  # a shorter context than the file's
-) -> GPTConfig:  # in normal form
+) -> GPTConfig:  # in normal form, see `canonical`
     """The configuration of a model of one of the families in `TENSOR_NAMES`.
 
-    Raises `LabError` on what it cannot say exactly
+    Raises `LabError`, with the key and its value, for what no recipe of ours can say exactly
 
     Args:
-        data: what config.json says
+        data: the content of config.json
         max_len: a shorter context than the file's
 
     Returns:
-        in normal form
+        in normal form, see `canonical`
     """
     family = data.get('model_type') if isinstance(data, dict) else None
     if family not in [*TENSOR_NAMES]:  # a list: a file may hold here what cannot be hashed
@@ -548,16 +565,17 @@ def config_from_hf(
     v = DEFAULTS[family] | _agreed(data)
     _check_settings(v, family)
     dropout = _dropout(v, family)
-    words = _words(family)
-    act = v[words['act']]
+    keys = _config_keys(family)
+    act = v[keys['act']]
     if act not in [*HF_ACTIVATIONS]:
-        _refuse(words['act'], act, f'only {", ".join(HF_ACTIVATIONS)} can be read')
+        _refuse(keys['act'], act, f'only {", ".join(HF_ACTIVATIONS)} can be read')
     sizes = ('vocab_size', 'max_len', 'd_model', 'n_layers', 'n_heads')
-    said = {k: _number(v, words[k], int) for k in sizes}
-    said['max_len'] = _context(family, said['max_len'], max_len)
+    numbers = {k: _number(v, keys[k], int) for k in sizes}
+    numbers['max_len'] = _context(family, numbers['max_len'], max_len)
     parts = _gpt2_parts if family == 'gpt2' else _modern_parts
-    made_of = parts(v, family, HF_ACTIVATIONS[act], _number(v, words['eps']), said['max_len'])
-    cfg = GPTConfig(**said, tie=v['tie_word_embeddings'], dropout=dropout, **made_of)
+    eps = _number(v, keys['eps'])
+    made_of = parts(v, family, HF_ACTIVATIONS[act], eps, numbers['max_len'])
+    cfg = GPTConfig(**numbers, tie=v['tie_word_embeddings'], dropout=dropout, **made_of)
     return canonical(cfg)
 
 
@@ -566,7 +584,7 @@ def _gpt2_parts(v, family, act, eps, max_len):
     d_ff = None if v['n_inner'] is None else _number(v, 'n_inner', int)
     return dict(mlp=part(MLP, d_ff=d_ff, act=act), norm=part(nn.LayerNorm, eps=eps))
 
-# %% ../nbs/71_families.ipynb #965c5697
+
 def least_tensors(cfg: GPTConfig) -> int:
     """How many tensors a file of this model has at least: each expert has its own.
 
@@ -578,21 +596,23 @@ def least_tensors(cfg: GPTConfig) -> int:
 # %% ../nbs/71_families.ipynb #1b0cca00
 def _modern_parts(v, family, act, eps, max_len):
     "The parts of the modern families, by field of the configuration"
-    C, H = v['hidden_size'], v['num_attention_heads']
+    C = v['hidden_size']
+    H = v['num_attention_heads']
     if family == 'llama' and C % H:
         _refuse('hidden_size', C, f'it must be a multiple of num_attention_heads={H}')
 
     def size_or(default, key):
         return default if v.get(key) is None else _number(v, key, int)
 
-    def has_bias(key):  # the word of another family says nothing here
+    def has_bias(key):  # the key of another family means nothing here
         return v[key] if key in DEFAULTS[family] else False
 
     d_head = size_or(C // H, 'head_dim')
     n_kv_heads = size_or(H, 'num_key_value_heads')
     transforms = [_rope(v, family)]
-    if family.startswith('qwen3'):
+    if family.startswith('qwen3'):  # normalized first, then rotated
         transforms.insert(0, part(QKNorm, eps=eps))
+    # `canonical` makes plain attention of it where the mask is causal
     attn = part(
         SparseAttention,
         n_kv_heads=n_kv_heads,
@@ -605,12 +625,14 @@ def _modern_parts(v, family, act, eps, max_len):
 
 # %% ../nbs/71_families.ipynb #76f86283
 def _agreed(data):
-    "What a file says, the number of experts under both of its words; refused if they differ"
-    two = 'num_experts', 'num_local_experts'
-    said = [data[k] for k in two if k in data]
-    if len(said) == 2 and said[0] != said[1]:
-        _refuse('num_experts', said, 'the two words contradict each other; copy the file again')
-    return data | dict.fromkeys(two, said[0]) if said else data
+    "The file's content with the number of experts under both of its keys; refused if they differ"
+    both_keys = ('num_experts', 'num_local_experts')
+    counts = [data[k] for k in both_keys if k in data]
+    if not counts:
+        return data
+    if len(counts) == 2 and counts[0] != counts[1]:
+        _refuse('num_experts', counts, 'the two words contradict each other; copy the file again')
+    return data | dict.fromkeys(both_keys, counts[0])
 
 
 def _mlp(v, family, gated):
@@ -620,7 +642,8 @@ def _mlp(v, family, gated):
         return plain
     moe = _mixture(v, family, gated)
     if family == 'mixtral':
-        if noise := v['router_jitter_noise']:
+        noise = v['router_jitter_noise']
+        if noise:
             _refuse('router_jitter_noise', noise, 'it matters in training only; write 0')
         return moe
     return _plain_or_mixture(v, plain, moe)
@@ -628,10 +651,15 @@ def _mlp(v, family, gated):
 
 def _mixture(v, family, gated):
     "The recipe of a layer with experts"
+    # the two keys of the file, and whether the weights of a token's experts sum to one
     if family == 'mixtral':
-        count, width, renormalize = 'num_local_experts', 'intermediate_size', True
+        count = 'num_local_experts'
+        width = 'intermediate_size'
+        renormalize = True
     else:
-        count, width, renormalize = 'num_experts', 'moe_intermediate_size', v['norm_topk_prob']
+        count = 'num_experts'
+        width = 'moe_intermediate_size'
+        renormalize = v['norm_topk_prob']
     choose = part(softmax_top_k, renormalize=renormalize)
     return part(
         MoE,
@@ -660,13 +688,17 @@ def _plain_or_mixture(v, plain, moe):
 def _window_size(attn):
     "How many keys a window shows to a query; None if there is no window"
     mask = attn.keywords.get('mask')
-    return mask.keywords['size'] if mask and mask.func is sliding_window else None
+    if mask is None or mask.func is not sliding_window:
+        return None
+    return mask.keywords['size']
 
 
 def _act_name(act):
-    "The word of an activation; where there is none, one that reading back will show to be wrong"
-    same = (name for name, ours in HF_ACTIVATIONS.items() if canonical(ours) == canonical(act))
-    return next(same, 'silu')
+    "The name of an activation; where there is none, one that reading back will show to be wrong"
+    for name, ours in HF_ACTIVATIONS.items():
+        if canonical(ours) == canonical(act):
+            return name
+    return 'silu'
 
 
 def _drafted_keys(cfg, family):
@@ -674,20 +706,21 @@ def _drafted_keys(cfg, family):
 
     Values may be wrong where a family cannot say what the model is: `_attempt` reads the draft
     back and compares"""
-    experts, plain = _experts_said(cfg)
+    experts, plain = _expert_keys(cfg)
     attn = _filled(cfg.attn)
     mlp = _filled(plain)
     size = _window_size(cfg.attn)
-    words = _words(family)
-    said = {theirs: getattr(cfg, ours, None) for ours, theirs in words.items()}
-    said[words['act']] = _act_name(mlp.get('act'))
+    keys = _config_keys(family)
+    # the width, the activation and eps are no fields of a GPTConfig: filled in below
+    drafted = {theirs: getattr(cfg, ours, None) for ours, theirs in keys.items()}
+    drafted[keys['act']] = _act_name(mlp.get('act'))
     # readable stand-ins where there is none: a file must hold a number
-    said[words['d_ff']] = _d_ff(cfg, plain) or 1
-    said[words['eps']] = _filled(cfg.norm).get('eps', 1.0)
+    drafted[keys['d_ff']] = _d_ff(cfg, plain) or 1
+    drafted[keys['eps']] = _filled(cfg.norm).get('eps', 1.0)
     dropout = cfg.dropout if family == 'gpt2' else 0.0
-    said |= dict.fromkeys(('resid_pdrop', 'embd_pdrop', 'attn_pdrop'), dropout)
-    said |= experts
-    return said | dict(
+    drafted |= dict.fromkeys(('resid_pdrop', 'embd_pdrop', 'attn_pdrop'), dropout)
+    drafted |= experts
+    return drafted | dict(
         tie_word_embeddings=cfg.tie,
         head_dim=cfg.head_dim,
         num_key_value_heads=attn.get('n_kv_heads') or cfg.n_heads,
@@ -702,36 +735,39 @@ def _drafted_keys(cfg, family):
 def _draft(cfg, family):
     """What a file of this family can say of `cfg`, right or not: `hf_config` reads it back and
     compares"""
-    said = _drafted_keys(cfg, family)
+    drafted = _drafted_keys(cfg, family)
     architecture = f'{family.title().replace("_", "")}ForCausalLM'
     if family == 'gpt2':
         architecture = 'GPT2LMHeadModel'
     out = dict(model_type=family, architectures=[architecture])
-    out |= {key: said[key] for key in DEFAULTS[family]}
+    out |= {key: drafted[key] for key in DEFAULTS[family]}
     # not left out: the family's defaults may lie beyond our table of tokens
     out |= dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
     if family == 'gpt2':
         return out
-    return out | _rope_said(_filled(cfg.attn).get('transforms', ()), family)
+    return out | _rope_keys(_filled(cfg.attn).get('transforms', ()), family)
 
 # %% ../nbs/71_families.ipynb #721d5d64
 def _sparse_step(plain, n_layers):
-    "The n for which every n-th layer has experts and just the layers `plain` have none; else 1"
+    """The n for which each n-th layer has experts and just the layers `plain` have none; else 1.
+
+    Of four layers: plain [0, 2] → 2, [0, 1, 2] → 4, [0] → 1"""
     for n in range(1, n_layers + 1):
         if plain == [layer for layer in range(n_layers) if (layer + 1) % n]:
             return n
     return 1
 
 
-def _experts_said(cfg):
+def _expert_keys(cfg):
     "({their key: value} about experts, the recipe of a plain layer, or of an expert if none is)"
     each = [_at(cfg.mlp, layer) for layer in range(cfg.n_layers)]
-    moe = _filled(next((mlp for mlp in each if mlp.func is MoE), part(MoE)))
+    mixtures = [mlp for mlp in each if mlp.func is MoE]
+    moe = _filled(mixtures[0] if mixtures else part(MoE))
     router = _filled(moe['router'])
     choose = _filled(router.get('choose', part(softmax_top_k)))
     plain = [layer for layer, mlp in enumerate(each) if mlp.func is not MoE]
     step = _sparse_step(plain, cfg.n_layers)
-    said = dict(
+    drafted = dict(
         num_experts=moe['n_experts'],
         num_local_experts=moe['n_experts'],
         num_experts_per_tok=moe['top_k'],
@@ -742,47 +778,52 @@ def _experts_said(cfg):
         decoder_sparse_step=step,
         mlp_only_layers=[layer for layer in plain if (layer + 1) % step == 0],
     )
-    return said, each[plain[0]] if plain else moe['expert']
+    mlp = each[plain[0]] if plain else moe['expert']
+    return drafted, mlp
 
 # %% ../nbs/71_families.ipynb #686b950c
-def _rope_said(transforms, family):
-    "What the newer and the older words say about RoPE"
-    rope = _filled(next((step for step in transforms if step.func is RoPE), part(RoPE)))
-    said = dict(rope_theta=float(rope['base']), rope_type='default')
+def _rope_keys(transforms, family):
+    "{their key: value} about RoPE, under the newer keys and the older ones"
+    ropes = [transform for transform in transforms if transform.func is RoPE]
+    rope = _filled(ropes[0] if ropes else part(RoPE))
+    drafted = dict(rope_theta=float(rope['base']), rope_type='default')
     scale = rope['scale']
     for kind, (function, keys) in ROPE_SCALINGS.items():
         if scale and scale.func is function:
             numbers = _filled(scale)
-            said['rope_type'] = kind
-            said |= {theirs: numbers[ours] for ours, theirs in keys.items()}
+            drafted['rope_type'] = kind
+            drafted |= {theirs: numbers[ours] for ours, theirs in keys.items()}
     if family == 'phi3':
-        said['partial_rotary_factor'] = rope['partial']
-    old = {k: said[k] for k in said if k in ('rope_theta', 'partial_rotary_factor')}
-    scaled = said['rope_type'] != 'default'
-    return dict(rope_parameters=said, rope_scaling=said if scaled else None, **old)
+        drafted['partial_rotary_factor'] = rope['partial']
+    old = {k: drafted[k] for k in drafted if k in ('rope_theta', 'partial_rotary_factor')}
+    scaling = None if drafted['rope_type'] == 'default' else drafted
+    return dict(rope_parameters=drafted, rope_scaling=scaling, **old)
 
 # %% ../nbs/71_families.ipynb #42d96b40
 def _unlike(a, b, path):
-    "Yield (path, value in a) for every place where two recipes differ"
+    """Yield (path, value in a) wherever two recipes differ.
+
+    part(RoPE, base=5.0) and part(RoPE) at 'attn.transforms[1]': ('attn.transforms[1].base', 5.0)"""
     if isinstance(a, part) and isinstance(b, part) and a.func is b.func:
-        x, y = _filled(a), _filled(b)
-        for k in x:
-            yield from _unlike(x[k], y.get(k), f'{path}.{k}')
+        in_a = _filled(a)
+        in_b = _filled(b)
+        for k in in_a:
+            yield from _unlike(in_a[k], in_b.get(k), f'{path}.{k}')
     elif isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b):
-        for n, (x, y) in enumerate(zip(a, b)):
-            yield from _unlike(x, y, f'{path}[{n}]')
+        for n, (of_a, of_b) in enumerate(zip(a, b)):
+            yield from _unlike(of_a, of_b, f'{path}[{n}]')
     elif canonical(a) != canonical(b):
         yield path, a
 
 # %% ../nbs/71_families.ipynb #5cd90d4e
-_REMEDIES = {  # {end of a path: what to do}; the first that fits
+_REMEDIES = {  # {end of a path: what to do}; the first that fits, and every path ends with ''
     'dropout': 'it matters in training only; set model.cfg = replace(model.cfg, dropout=0.)',
     'interleaved': 'convert the model with half_split(model)',
     'router.z': 'it matters in training only; set it to 0 in model.cfg',
     **dict.fromkeys(
         ('capacity', 'importance'), 'it matters in training only; leave it out of model.cfg'
     ),
-    '': 'change it, or save with save_package',
+    '': 'change it, or save with llm_lab.package.save',
 }
 
 
@@ -800,18 +841,18 @@ def _attempt(cfg, family):
     if not lost:
         return said, None
     path, value = lost[0]
-    remedy = next(remedy for end, remedy in _REMEDIES.items() if path.endswith(end))
+    remedies = [remedy for end, remedy in _REMEDIES.items() if path.endswith(end)]
     # another recipe (mlp) is further off than a number in one (mlp.d_ff), which names more
     whole = sum('.' not in p for p, _ in lost)
     how_far = (whole, len(lost), -path.count('.'))
-    return None, (how_far, f'{path}={value!r} has no word in a {family} file: {remedy}')
+    return None, (how_far, f'{path}={value!r} has no word in a {family} file: {remedies[0]}')
 
 
 def hf_config(
     cfg: GPTConfig,
     family: str = None,  # a key of `TENSOR_NAMES`; the first that fits if none
 ) -> dict:
-    """What config.json says about a model.
+    """The content of config.json for a model.
 
     Raises `LabError` that names what no file of the family can say
 

@@ -46,15 +46,16 @@ class GQA(Attention):
     def check(cfg, n_kv_heads=None, **kw):
         "Raises `LabError` unless every key and value head serves the same number of query heads"
         Attention.check(cfg)
-        if type(n_kv_heads) is not int or n_kv_heads < 1 or cfg.n_heads % n_kv_heads:
+        is_count = type(n_kv_heads) is int and n_kv_heads > 0  # True is an int, but no count
+        if not is_count or cfg.n_heads % n_kv_heads:
             raise LabError(
                 f'n_kv_heads={n_kv_heads!r} does not divide n_heads={cfg.n_heads}: '
                 f'choose from {", ".join(map(str, _divisors(cfg.n_heads)))}'
             )
 
-# %% ../nbs/34_gqa.ipynb #f99085e9
+
 def _divisors(n):
-    # no more than 9,999 are tried: a configuration from a file may hold any number
+    "All divisors of n up to 9,999: no more are tried, because a file may hold any number"
     return [d for d in range(1, min(n, 9999) + 1) if n % d == 0]
 
 # %% ../nbs/34_gqa.ipynb #5fff4b89
@@ -62,7 +63,7 @@ def kv_heads(cfg: GPTConfig) -> int:
     """Key and value heads in each layer; raises `LabError` for an attention that is neither
     `Attention` nor `GQA`"""
     mixer = cfg.attn.func
-    if mixer is Attention:
+    if mixer is Attention:  # itself: a subclass may do otherwise
         return cfg.n_heads
     if isinstance(mixer, type) and issubclass(mixer, GQA):
         return cfg.attn.keywords.get('n_kv_heads') or cfg.n_heads
@@ -72,11 +73,11 @@ def kv_heads(cfg: GPTConfig) -> int:
         'n_kv_heads=…)'
     )
 
-# %% ../nbs/34_gqa.ipynb #afa532a4
+
 def planned_cache_bytes(
     cfg: GPTConfig,
-    length: int = 1,  # tokens of each text
-    batch: int = 1,  # texts
+    length: int = 1,  # tokens of each sequence
+    batch: int = 1,  # sequences
     dtype=torch.float32,
 ) -> int:
     """Bytes of the keys and values of all layers, none forgotten.
@@ -85,8 +86,8 @@ def planned_cache_bytes(
     `kv_heads` does not know
 
     Args:
-        length: tokens of each text
-        batch: texts
+        length: tokens of each sequence
+        batch: sequences
     """
     per_token = 2 * cfg.n_layers * kv_heads(cfg) * cfg.head_dim  # 2: a key and a value
     return per_token * dtype.itemsize * length * batch
@@ -95,13 +96,13 @@ def planned_cache_bytes(
 def _require_plain_projections(model, new):
     """Raises `LabError` where the weights of `model` are not those of its configuration, as `new`
     has them: an adapter or a parametrization would be lost"""
-    odd = sorted(model.state_dict().keys() ^ new.state_dict().keys())
+    odd = sorted(model.state_dict().keys() ^ new.state_dict().keys())  # in one, not in both
     for layer, block in enumerate(model.blocks):
         if type(block.attn.qkv) is not nn.Linear:
             odd.append(f'blocks.{layer}.attn.qkv')
     if odd:
         raise LabError(
-            f'{min(odd)} is not the plain map that the configuration tells of: '
+            f'{min(odd)} is not the plain linear layer of the configuration: '
             'take off first what was put on the model'
         )
 
@@ -122,7 +123,7 @@ def _reheaded(model, attn, change):
     for name in state:
         if '.attn.qkv.' not in name:
             continue
-        q, k, v = state[name].split(model.blocks[0].attn.sizes)
+        q, k, v = state[name].split(model.blocks[0].attn.sizes)  # queries stay as they are
         state[name] = torch.cat([q, changed(k), changed(v)])
     cast_like(new, state).load_state_dict(state)  # a router may be more precise than the rest
     return new.train(model.training)
@@ -131,7 +132,7 @@ def _reheaded(model, attn, change):
 def to_gqa(
     model: MiniGPT,  # with `Attention` or `GQA`; it is not changed
     n_kv_heads: int,  # must divide the number of key and value heads there are
-    # the heads of each group, (n_kv_heads, heads, D, …) → one, (n_kv_heads, D, …)
+    # the heads of each group, (n_kv_heads, heads of a group, D, …) → one, (n_kv_heads, D, …)
     pool=partial(torch.mean, dim=1),
 ) -> MiniGPT:
     """A copy with fewer key and value heads, each the mean of a group, to be trained on (Ainslie et
@@ -143,7 +144,8 @@ def to_gqa(
     Args:
         model: with `Attention` or `GQA`; it is not changed
         n_kv_heads: must divide the number of key and value heads there are
-        pool: the heads of each group, (n_kv_heads, heads, D, …) → one, (n_kv_heads, D, …)
+        pool: the heads of each group, (n_kv_heads, heads of a group, D, …) → one,
+            (n_kv_heads, D, …)
     """
     require_faithful(model)
     old = kv_heads(model.cfg)

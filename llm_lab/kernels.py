@@ -517,9 +517,10 @@ class _Folded(torch.autograd.Function):
         ctx.size = (B, G, H // G)
         ctx.shapes = (q.shape, k.shape)
         links = plan.links(B, G)
-        # query heads that share keys lie side by side
-        q, k, v = (x.reshape(B * G, -1, T, D).contiguous() for x in (q, k, v))
-        k, v = k[:, 0], v[:, 0]
+        # query heads that share keys lie side by side: (B·G, rep, T, D), keys (B·G, T, D)
+        q = q.reshape(B * G, -1, T, D).contiguous()
+        k = k.reshape(B * G, T, D).contiguous()
+        v = v.reshape(B * G, T, D).contiguous()
         out, lse = _attend_folds(q, k, v, plan, ctx.size)
         if links or sink is not None or plan.blank is not None:
             sinks = None if sink is None else sink[:, None].expand(B, H, T).reshape(-1, 1)
@@ -550,7 +551,11 @@ def _add_links_backward(links, weights, delta, g, qkv, grads):
     "Add what comes back along the links to the gradients of q, k and v, in place"
     gq, gk, gv = grads
     D = g.shape[-1]
-    g_rows, q_rows, k_rows, v_rows = (x.reshape(-1, D) for x in (g, *qkv))
+    q, k, v = qkv
+    g_rows = g.reshape(-1, D)
+    q_rows = q.reshape(-1, D)
+    k_rows = k.reshape(-1, D)
+    v_rows = v.reshape(-1, D)
     # the backward pass of a softmax: weight · (gradient − its mean over all weights)
     ds = weights * (links.dots(g_rows, v_rows) - delta.view(-1, 1)) * D**-0.5
     gq += links.sums(ds, k_rows).view(gq.shape)
@@ -569,10 +574,13 @@ def _shapes_only(q, k, v, plan):
     """Stands for the kernel where operations are counted and tensors have no values: the matrix
     multiplications of the folds, and no more"""
     rep = q.shape[1] // k.shape[1]
-    k, v = (_fold(x.repeat_interleave(rep, 1).flatten(0, 1), plan) for x in (k, v))
+
+    def folds(x):  # (B, G, T, D): a copy for each query head, then the folds
+        return _fold(x.repeat_interleave(rep, 1).flatten(0, 1), plan)
+
     queries = _cut(q.flatten(0, 1), plan)
     everything = q.new_ones(1, 1, dtype=torch.bool)
-    out = scaled_dot_product(queries, k, v, everything)
+    out = scaled_dot_product(queries, folds(k), folds(v), everything)
     return out.flatten(1, 2)[:, : plan.T].view(q.shape)
 
 
@@ -618,7 +626,9 @@ def _rule(p):
         join = torch.logical_or if p.func is or_masks else torch.logical_and
         inner = [_rule(o) for o in p.keywords['of']]
         return lambda i, j, context: reduce(join, (rule(i, j, context) for rule in inner))
-    needs, f, keywords = needs_of(p), p.func, p.keywords
+    needs = needs_of(p)
+    f = p.func
+    keywords = p.keywords
     return lambda i, j, context: f(i, j, **keywords, **{name: context[name] for name in needs})
 
 
@@ -634,7 +644,9 @@ def block_mask(plan, device=torch.device('cpu')):
         context = {name: x[b] if batched else x for name, (x, batched) in ctx.items()}
         return rule(i, j, context | dict(h=h, layer=layer))
 
-    n_sequences = next((len(x) for x, batched in ctx.values() if batched), None)
+    # None: the mask is the same for all sequences, or all heads
+    batched = [x for x in plan.ctx.values() if x.dim() == 2]
+    n_sequences = len(batched[0]) if batched else None
     n_heads = plan.n_heads if 'h' in needs_of(plan.mask) else None
     return create_block_mask(
         seen, n_sequences, n_heads, plan.T, plan.T, device, _compile=device.type != 'cpu'
@@ -759,6 +771,7 @@ def _kept_mask(mask, T, n_heads, layer, device):
 
 @lru_cache
 def _needs_layer(mask):
+    "May this mask differ from layer to layer?"
     return 'layer' in needs_of(mask)
 
 

@@ -22,18 +22,21 @@ from .llama_block import SwiGLU
 
 # %% ../nbs/51_moe.ipynb #4b31b53f
 def _mine(chosen, n_experts):
-    "Which expert each choice fell on, as a table of yes and no"
-    return chosen[..., None] == torch.arange(n_experts, device=chosen.device)  # (N, k, E)
+    "The choices one-hot, bool (N, k, E): True where the choice fell on the expert"
+    return chosen[..., None] == torch.arange(n_experts, device=chosen.device)
 
 
 def _taken(scores, chosen):  # (N, E), (N, k) → (N, k)
     """The scores of the chosen: `gather`, without its backward pass.
 
-    That one adds up by a scatter, and a compiler may lose what a scatter writes there"""
-    return torch.where(_mine(chosen, scores.shape[-1]), scores[..., None, :], 0.0).sum(-1)
+    That one adds up by a scatter, and a compiler may lose what a scatter writes there. Scores
+    [.5, .3, .2] and choices [0, 2] become the rows [.5, 0, 0] and [0, 0, .2], and then [.5, .2]"""
+    mine = _mine(chosen, scores.shape[-1])  # (N, k, E)
+    return torch.where(mine, scores[..., None, :], 0.0).sum(-1)
 
 
 def _weighed(scores, chosen, renormalize=True):
+    "Weights of the choices, (N, k): their scores, divided by the sum of a token's if asked for"
     w = _taken(scores, chosen)
     return w / w.sum(-1, keepdim=True) if renormalize else w
 
@@ -56,13 +59,14 @@ def softmax_top_k(
         weights (N, k), chosen experts (N, k), shares of all experts (N, E)
     """
     p = logits.softmax(-1)
-    chosen = (p + bias).topk(top_k).indices
+    chosen = (p + bias).topk(top_k).indices  # the bias moves the choice; the weights are without it
     return _weighed(p, chosen, renormalize), chosen, p
 
 
 def top_k_softmax(logits, top_k, bias=0.0):  # as `softmax_top_k`
     """The best `top_k`, then a softmax over their logits alone
-    (Shazeer et al. 2017, eq. 3; Mixtral). For `top_k=1` all weights are 1
+    (Shazeer et al. 2017, eq. 3; Mixtral). For `top_k=1` all weights are 1, and the router learns
+    nothing from the text
 
     Returns:
         as `softmax_top_k`
@@ -76,10 +80,11 @@ def sigmoid_top_k(logits, top_k, bias=0.0, scale=1.0, renormalize=True):
     "Each expert scored by itself, the best `top_k` renormalized (DeepSeek-AI 2024, eq. 12–16)"
     s = logits.sigmoid()
     chosen = (s + bias).topk(top_k).indices
-    return scale * _weighed(s, chosen, renormalize), chosen, s / s.sum(-1, keepdim=True)
+    share = s / s.sum(-1, keepdim=True)  # sigmoids do not sum to one, shares do
+    return scale * _weighed(s, chosen, renormalize), chosen, share
 
 # %% ../nbs/51_moe.ipynb #7700dea5
-# pieces are filled up to a multiple of this, unless there are few pairs: a kernel prepares itself
+# Pieces are filled up to a multiple of this, unless there are few pairs: a kernel prepares itself
 # for each new size
 PAD = 32
 
@@ -87,7 +92,8 @@ PAD = 32
 def _table(pairs, n_experts):
     """(rows of the sorted table, multiple that a piece is filled up to).
 
-    A piece grows by less than `pad` rows, so even then the last row of the table stays free"""
+    A piece grows by less than `pad` rows, so even then the last row of the table stays free.
+    Eight pairs and four experts: (12, 1). A thousand: (1128, 32)"""
     pad = PAD if pairs > n_experts * PAD else 1
     return pairs + n_experts * pad, pad
 
@@ -104,32 +110,32 @@ def _table(pairs, n_experts):
 def sort_by_expert(
     chosen: Tensor,  # (N, k)
     n_experts: int,
-    capacity: int = None,  # places that an expert has; no end if none
+    capacity: int = None,  # rows that an expert has at most; no end if none
 ) -> tuple:
     # row of each pair (k·N,) in the sorted table; rows of each expert (E,), and how many of them
     # are filled (E,); rows of the table
     """One sort: rows of the same expert side by side.
 
-    Who comes too late stands in the last row, which nobody reads
+    A pair that comes too late stands in the last row, which nobody reads
 
     Args:
         chosen: (N, k)
-        capacity: places that an expert has; no end if none
+        capacity: rows that an expert has at most; no end if none
     """
-    pairs = chosen.t().flatten()  # all first choices come before all second ones
+    pairs = chosen.t().flatten()  # (k·N,): all first choices come before all second ones
+    # Stable: the pairs of an expert stay in that order, which decides which pairs come too late
     e, order = pairs.sort(stable=True)
-    # `bincount` would wait for the device
-    counts = torch.zeros(n_experts, dtype=torch.int64, device=e.device).index_add_(
-        0, pairs, torch.ones_like(pairs)
-    )
-    begin = counts.cumsum(0) - counts  # of each expert among the sorted pairs
-    rank = torch.arange(len(e), device=e.device) - begin[e]
+    # How many pairs each expert has, (E,). `bincount` would wait for the device
+    counts = torch.zeros(n_experts, dtype=torch.int64, device=e.device)
+    counts.index_add_(0, pairs, torch.ones_like(pairs))
+    first_sorted = counts.cumsum(0) - counts  # where each expert begins among the sorted pairs
+    rank = torch.arange(len(e), device=e.device) - first_sorted[e]
     if capacity is not None:
         counts = counts.clamp_max(capacity)
     M, pad = _table(len(e), n_experts)
-    rows = (counts + pad - 1) // pad * pad  # filled up
-    begin = rows.cumsum(0) - rows  # of each expert in the table
-    row = begin[e] + rank
+    rows = (counts + pad - 1) // pad * pad  # rounded up to a multiple of `pad`
+    first_row = rows.cumsum(0) - rows  # where each expert begins in the table
+    row = first_row[e] + rank
     if capacity is not None:
         row = torch.where(rank < capacity, row, M - 1)
     place = torch.empty_like(row).scatter_(0, order, row)  # back to the order of the pairs
@@ -144,12 +150,15 @@ class _Sent(torch.autograd.Function):
         ctx.save_for_backward(place)
         ctx.N = len(x)
         ctx.times = len(place) // max(1, len(x))  # k: how many experts each token has
+        # A copy and no addition: no row is taken twice (but the last, which nobody reads)
         return x.new_zeros(M, x.shape[1]).index_copy_(0, place, x.repeat(ctx.times, 1))
 
     @staticmethod
     def backward(ctx, g):
         (place,) = ctx.saved_tensors
-        return g[place].view(ctx.times, ctx.N, g.shape[1]).sum(0), None, None
+        # (k·N, C): the pairs of first choices, then those of second ones, … of the same tokens
+        of_pairs = g[place]
+        return of_pairs.view(ctx.times, ctx.N, g.shape[1]).sum(0), None, None
 
 
 class _Fetched(torch.autograd.Function):
@@ -173,13 +182,14 @@ def _each(f, *tables, rows):
     For rows = (2, 0, 1): f(0, [:2], …), f(1, [2:2], …), f(2, [2:3], …), and zeros in [3:]"""
     sizes = rows.tolist()
     used = sum(sizes)
-    pieces = [table[:used].split(sizes) for table in tables]
-    for e, of_one in enumerate(zip(*pieces)):
-        f(e, *of_one)
+    pieces = [table[:used].split(sizes) for table in tables]  # of each table, one view an expert
+    for e, of_one_expert in enumerate(zip(*pieces)):
+        f(e, *of_one_expert)
     tables[-1][used:] = 0
 
 
-def _forth(x, w, rows):  # as `grouped_mm`
+def _forth(x, w, rows):
+    "Each expert's rows times its matrix, as `grouped_mm`, piece by piece: (M, C) → (M, F)"
     out = x.new_empty(len(x), w.shape[1])
 
     def one(e, x, out):
@@ -189,7 +199,8 @@ def _forth(x, w, rows):  # as `grouped_mm`
     return out
 
 
-def _back(g, x, w, rows):  # g: the gradient of the output, (M, F) → gradients of x and w
+def _back(g, x, w, rows):
+    "The backward pass of `_forth`: g, the gradient of its output, (M, F) → those of x and w"
     gx = torch.empty_like(x)
     gw = torch.empty_like(w)
 
@@ -197,12 +208,13 @@ def _back(g, x, w, rows):  # g: the gradient of the output, (M, F) → gradients
         torch.mm(g, w[e], out=gx)
         torch.mm(g.T, x, out=gw[e])
 
+    # `_each` clears the rest of gx alone: gw has a matrix for each expert, and all are written
     _each(one, g.contiguous(), x, gx, rows=rows)
     return gx, gw
 
 
 def _quick(f):
-    "`f`, its products made by oneDNN where that is faster and as exact"
+    "`f`, its matrix multiplications by oneDNN where that is faster and as exact"
 
     def call(first, *others):
         on_cpu = first.dtype == torch.float32 and first.device.type == 'cpu'
@@ -213,20 +225,22 @@ def _quick(f):
 
 # %% ../nbs/51_moe.ipynb #8fde24e9
 def _filled_rows(M, E):
-    "As many pairs as a table of M rows was made for: what `_table` added is taken off again"
+    """As many pairs as a table of M rows was made for: what `_table` added is taken off again.
+
+    More than E·PAD pairs made a table of more than 2·E·PAD rows, fewer a smaller one"""
     return M - E * (PAD if M > 2 * E * PAD else 1)
 
 
-def _flops(x, w):  # shapes (M, C), (E, F, C)
-    E, rows, columns = w
-    return 2 * _filled_rows(x[0], E) * rows * columns
+def _flops(x_shape, w_shape):  # (M, C), (E, rows, columns)
+    E, rows, columns = w_shape
+    return 2 * _filled_rows(x_shape[0], E) * rows * columns  # a multiply and an add
 
 
 def _flops_forth(x, w, rows, **kw):
     return _flops(x, w)
 
 
-def _flops_back(g, x, w, rows, **kw):  # a product for x, and one for w
+def _flops_back(g, x, w, rows, **kw):  # one matrix multiplication for x, and one for w
     return 2 * _flops(x, w)
 
 
@@ -236,7 +250,7 @@ if not hasattr(torch.ops.llm_lab, 'grouped'):  # a module that is loaded again f
     _ops.define('grouped_back(Tensor g, Tensor x, Tensor w, Tensor rows) -> (Tensor, Tensor)')
     _ops.impl('grouped', _quick(_forth), 'CompositeExplicitAutograd')
     _ops.impl('grouped_back', _quick(_back), 'CompositeExplicitAutograd')
-    # asked for shapes alone
+    # without values ('meta' tensors, the compiler): only shapes are made
     _ops.impl('grouped', lambda x, w, rows: x.new_empty(len(x), w.shape[1]), 'Meta')
     _ops.impl(
         'grouped_back', lambda g, x, w, rows: (torch.empty_like(x), torch.empty_like(w)), 'Meta'
@@ -260,13 +274,16 @@ class _Grouped(torch.autograd.Function):
 
 # %% ../nbs/51_moe.ipynb #d881433d
 def _by_kernel(x, w, rows):
-    "On a GPU; what lies behind the pieces may be NaN there, so zeros take its place"
+    """`grouped_mm` by PyTorch's kernel, on a GPU.
+
+    It leaves the rows behind the pieces as they are, perhaps NaN, so zeros take their place"""
     used = (torch.arange(len(x), device=x.device) < rows.sum())[:, None]
     y = F.grouped_mm(torch.where(used, x, 0), w.transpose(1, 2), offs=rows.cumsum(0).int())
     return torch.where(used, y, 0)
 
 
 def _fits_kernel(x, w):
+    "Can PyTorch's kernel multiply these two?"
     if x.device.type != 'cuda' or x.dtype == torch.float64:
         return False
     # rows must begin at multiples of 16 bytes
@@ -289,10 +306,11 @@ def grouped_mm(
         (M, F)
     """
     device = x.device.type
-    kind = x.dtype
+    dtype = x.dtype
     if torch.is_autocast_enabled(device):  # autocast does not know our operation
-        kind = torch.get_autocast_dtype(device)
-    x, w = x.to(kind), w.to(kind)
+        dtype = torch.get_autocast_dtype(device)
+    x = x.to(dtype)
+    w = w.to(dtype)
     run = _by_kernel if _fits_kernel(x, w) else _Grouped.apply
     return run(x, w, rows)
 
@@ -310,18 +328,18 @@ def balance_loss(
     return load.shape[-1] * (load * share).sum(-1)
 
 
-def z_loss(logits: Tensor) -> Tensor:  # (N, E) → a number
+def z_loss(logits: Tensor) -> Tensor:  # (N, E) → ()
     """Mean of logsumexp²: logits that stay small (Zoph et al. 2022, eq. 5)
 
     Returns:
-        (N, E) → a number
+        (N, E) → ()
     """
     return logits.logsumexp(-1).square().mean()
 
 # %% ../nbs/51_moe.ipynb #14b1def0
 class Router(nn.Module):
-    """Which experts read a token, and how much each counts; what keeps them in balance is said to
-    `aux`
+    """Which experts read a token, and how much each counts; the losses that keep them in balance
+    are added to `aux`
 
     Args:
         balance: weight of `balance_loss`
@@ -354,24 +372,33 @@ class Router(nn.Module):
         self.bias_rate = bias_rate
         self.weight = nn.Parameter(torch.randn(n_experts, cfg.d_model) * cfg.d_model**-0.5)
         self.register_buffer('bias', torch.zeros(n_experts) if bias_rate else None)
-        # filled by `note`: choices since the last step, for `after_step`; the last batch, for
-        # `MoE.metrics`
-        self.since = None
-        self.noted = None
+        # both filled by `note`
+        self.since = None  # (E,): choices since the last step, for `after_step`
+        self.noted = None  # about the last batch, for `MoE.metrics`
 
-    def forward(self, x, aux=None):  # rows (N, C) → weights (N, k), chosen (N, k), load (E,)
-        """rows (N, C) → weights (N, k), chosen (N, k), load (E,)"""
-        kind = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):  # a choice needs all digits
-            logits = F.linear(x.to(kind), self.weight.to(kind))
-            bias = logits.new_zeros(len(self.weight)) if self.bias is None else self.bias.to(kind)
-            if self.off:
-                off = torch.tensor(self.off, device=x.device)
-                logits = logits.index_fill(-1, off, -math.inf)
-                # too: a sigmoid of −∞ is 0, and the bias alone would choose
-                bias = bias.index_fill(-1, off, -math.inf)
+    def _scores(self, x, dtype):  # (N, C) → logits (N, E), the bias of the choice (E,)
+        "What `choose` chooses by; an expert that is off can have no choice"
+        logits = F.linear(x.to(dtype), self.weight.to(dtype))
+        if self.bias is None:
+            bias = logits.new_zeros(len(self.weight))
+        else:
+            bias = self.bias.to(dtype)
+        if self.off:
+            off = torch.tensor(self.off, device=x.device)
+            logits = logits.index_fill(-1, off, -math.inf)
+            # too: a sigmoid of −∞ is 0, and the bias alone would choose
+            bias = bias.index_fill(-1, off, -math.inf)
+        return logits, bias
+
+    def forward(self, x, aux=None):  # rows (N, C) → weights (N, k), chosen (N, k), counts (E,)
+        # a choice needs all digits: float32 at least, also where the rest is shorter
+        """rows (N, C) → weights (N, k), chosen (N, k), counts (E,)"""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            logits, bias = self._scores(x, dtype)
             w, chosen, p = self.choose(logits, self.top_k, bias)
-            ones = torch.ones_like(chosen, dtype=kind).flatten()
+            # how often each expert was chosen, (E,); `bincount` would wait for the device
+            ones = torch.ones_like(chosen, dtype=dtype).flatten()
             counts = torch.zeros_like(bias).index_add_(0, chosen.flatten(), ones)
             if aux is not None:
                 aux.add(
@@ -388,6 +415,7 @@ class Router(nn.Module):
 
     @staticmethod
     def check(cfg, choose=part(top_k_softmax), balance=0.01, z=0.001, bias_rate=0.0, **kw):
+        "Raises `LabError` where `choose` is no recipe, or a weight is no number of at least 0"
         if not isinstance(choose, part):
             raise LabError(f'choose={choose!r}: give a recipe, such as part(softmax_top_k)')
         for k, v in dict(balance=balance, z=z, bias_rate=bias_rate).items():
@@ -396,7 +424,9 @@ class Router(nn.Module):
 
     if TYPE_CHECKING:
         def loss(self, logits, w, chosen, p, counts) -> 'Tensor':
-            """What training adds for the sake of balance, a number"""
+            """What training adds to the loss for the sake of balance, ().
+
+            logits and p (N, E), w and chosen (N, k), counts (E,): choices of each expert"""
             ...
 
         def note(self, counts, p):
@@ -407,22 +437,25 @@ class Router(nn.Module):
             ...
 
         def after_step(self):
-            """After a step: who had more than his share becomes less likely, by `bias_rate`
-            (Wang et al. 2024, algorithm 1)"""
+            """After an optimizer step: an expert with more than its share becomes less likely, by
+            `bias_rate` (Wang et al. 2024, algorithm 1)"""
             ...
 
 
 def _is_number(v):
+    # True is an int in Python
     return isinstance(v, (int, float)) and not isinstance(v, bool)
 
 # %% ../nbs/51_moe.ipynb #1939b017
 @patch
 def loss(self: Router, logits, w, chosen, p, counts) -> Tensor:
-    "What training adds for the sake of balance, a number"
+    """What training adds to the loss for the sake of balance, ().
+
+    logits and p (N, E), w and chosen (N, k), counts (E,): choices of each expert"""
     out = logits.new_zeros(())
     if self.importance:
         p = (_mine(chosen, p.shape[1]) * w[..., None]).sum(1)  # (N, E): weights of the chosen
-        p = len(p) * p / p.sum()
+        p = len(p) * p / p.sum()  # so that the mean over the tokens sums to one, as shares do
     if self.balance:
         out = out + self.balance * balance_loss(counts / chosen.numel(), p.mean(0))
     if self.z:
@@ -437,7 +470,8 @@ def note(self: Router, counts, p):
 
     counts (E,): choices of each expert; p (N, E): the share of each expert for each token"""
     p = p.detach()
-    entropy = -torch.xlogy(p, p).sum(1).mean() / math.log(max(2, p.shape[1]))  # of one expert: 0
+    entropy = -torch.xlogy(p, p).sum(1).mean()  # in nats; xlogy takes 0·ln 0 for 0
+    entropy = entropy / math.log(max(2, p.shape[1]))  # of the most that is possible; of one: 0
     self.noted = dict(load=counts, entropy=entropy)
     if self.bias is not None:
         # a copy: `after_step` sums it over the processes in place, and `load` stays this one's
@@ -447,10 +481,11 @@ def note(self: Router, counts, p):
 @patch
 @torch.no_grad()
 def after_step(self: Router):
-    """After a step: who had more than his share becomes less likely, by `bias_rate`
-    (Wang et al. 2024, algorithm 1)"""
+    """After an optimizer step: an expert with more than its share becomes less likely, by
+    `bias_rate` (Wang et al. 2024, algorithm 1)"""
     if self.since is None:
         return
+    # the loads of all processes, so that all move their biases alike
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(self.since)
     self.bias += self.bias_rate * (self.since.mean() - self.since).sign()
@@ -458,7 +493,7 @@ def after_step(self: Router):
 
 # %% ../nbs/51_moe.ipynb #a7797863
 class ExpertLinear(nn.Module):
-    """The linear maps of all experts side by side: weight (E, rows, columns), bias (E·rows,), a
+    """The linear layers of all experts side by side: weight (E, rows, columns), bias (E·rows,), a
     vector as every bias"""
 
     def __init__(self, linear: nn.Linear, n_experts: int, top_k: int):
@@ -478,7 +513,8 @@ class ExpertLinear(nn.Module):
         y = grouped_mm(x, self.weight, self.rows)
         if self.bias is None:
             return y
-        # whose is each row? Those behind the pieces get the last expert's bias; nobody reads them
+        # Whose is each row? For rows = (2, 0, 1) they are 0 0 2 2 …: those behind the pieces get
+        # the last expert's bias, and nobody reads them
         E = len(self.weight)
         row = torch.arange(len(x), device=x.device)
         expert = torch.searchsorted(self.rows.cumsum(0), row, right=True).clamp_max(E - 1)
@@ -486,8 +522,8 @@ class ExpertLinear(nn.Module):
 
 
 def _experts(mlp, n_experts, top_k):
-    "The MLP, each linear map once for each expert; raises `LabError` if it has other weights"
-    for parent in list(mlp.modules()):
+    "The MLP, each linear layer once for each expert; raises `LabError` if it has other weights"
+    for parent in list(mlp.modules()):  # a list, because the tree is changed on the way
         for name, m in list(parent.named_children()):
             if isinstance(m, nn.Linear):
                 setattr(parent, name, ExpertLinear(m, n_experts, top_k))
@@ -543,25 +579,31 @@ class MoE(nn.Module):
             self.speak(aux, w, chosen, load)
         most = self._most(chosen.numel())
         place, rows, kept, M = sort_by_expert(chosen, self.n_experts, most)
-        table = self.ask(_Sent.apply(flat, place, M), rows)
+        table = self.ask(_Sent.apply(flat, place, M), rows)  # (M, C)
         w = w.t().flatten()  # (k·N,), in the order of the pairs
         if most is not None:
-            w = w * (place < M - 1)  # the last row is that of nobody
+            w = w * (place < M - 1)  # a pair that came too late, in the last row, counts nothing
             self.drop(load, kept)
-        answers = _Fetched.apply(table, place) * w[:, None]
-        out = answers.view(chosen.shape[1], *flat.shape).sum(0).view_as(x)
-        return sum((s(x) for s in self.shared), out)
+        answers = _Fetched.apply(table, place) * w[:, None]  # (k·N, C)
+        out = answers.view(chosen.shape[1], *flat.shape).sum(0).view_as(x)  # over a token's choices
+        for expert in self.shared:
+            out = out + expert(x)
+        return out
 
     def _most(self, pairs):
-        "Places of an expert, for so many pairs; None if there is no end"
+        "How many pairs an expert takes of so many in all; None if there is no end"
         if not self.training or not self.capacity:
             return None
         # 1.1·100/10 is a little more than 11 here, and still means 11
         return max(1, math.ceil(round(self.capacity * pairs / self.n_experts, 6)))
 
-    def ask(self, table, rows):
-        # rows (M, C), and how many each expert has, (E,) → what they say, (M, C).
-        # An MLP hands on x alone: how its rows are shared out goes to the linear maps directly
+    def ask(self, table, rows):  # (M, C), (E,) → (M, C)
+        """What each expert makes of its rows of the sorted table
+
+        Returns:
+            (M, C), (E,) → (M, C)
+        """
+        # An MLP hands on x alone: how its rows are shared out goes to the linear layers directly
         for m in self.experts.modules():
             if isinstance(m, ExpertLinear):
                 m.rows = rows
@@ -578,6 +620,7 @@ class MoE(nn.Module):
         router=part(Router),
         **kw,
     ):
+        "Raises `LabError` for a keyword that no mixture can have"
         for k, v, least in (
             ('n_experts', n_experts, 1),
             ('top_k', top_k, 1),
@@ -595,11 +638,11 @@ class MoE(nn.Module):
 
     if TYPE_CHECKING:
         def drop(self, load, kept):
-            """Note the share of the choices that found no place"""
+            """Note the share of the choices that were dropped because an expert was full"""
             ...
 
         def speak(self, aux, w, chosen, load):
-            """Note what a router of the reader's own has chosen, where it says nothing itself"""
+            """Note what a router of the reader's own has chosen, where it adds nothing to `aux` itself"""
             ...
 
         def metrics(self) -> 'dict':
@@ -611,7 +654,7 @@ class MoE(nn.Module):
 def moe_reference(moe: MoE, x: Tensor) -> Tensor:
     # (B, T, C) → (B, T, C), token by token; slow and obvious, without capacity
     """What a mixture of experts means: each token's choices, each expert a plain MLP, the sum of
-    their weighted answers"""
+    their weighted outputs"""
     training = moe.router.training
     moe.router.eval()  # nothing is noted
     out = []
@@ -626,7 +669,7 @@ def moe_reference(moe: MoE, x: Tensor) -> Tensor:
 
 
 def run_expert(moe: MoE, e: int, x: Tensor) -> Tensor:  # (…, C) → (…, C)
-    """What one expert says to all
+    """The output of one expert for every row, whoever was chosen
 
     Returns:
         (…, C) → (…, C)
@@ -639,13 +682,15 @@ def run_expert(moe: MoE, e: int, x: Tensor) -> Tensor:  # (…, C) → (…, C)
 # %% ../nbs/51_moe.ipynb #fe85c36c
 @patch
 def _note_keeper(self: MoE):
-    "Who has the notes of the last batch, `noted`: the router; the layer if a router keeps none"
+    """Who has the notes of the last batch, `noted`: the router; the layer if a router keeps none.
+
+    A router of the reader's own need not be a `Router`, nor keep notes"""
     return self.router if hasattr(self.router, 'noted') else self
 
 
 @patch
 def drop(self: MoE, load, kept):
-    "Note the share of the choices that found no place"
+    "Note the share of the choices that were dropped because an expert was full"
     noted = self._note_keeper().noted
     if noted:
         noted['drops'] = 1 - kept.sum() / load.sum()
@@ -653,7 +698,7 @@ def drop(self: MoE, load, kept):
 
 @patch
 def speak(self: MoE, aux, w, chosen, load):
-    "Note what a router of the reader's own has chosen, where it says nothing itself"
+    "Note what a router of the reader's own has chosen, where it adds nothing to `aux` itself"
     if self.training and self._note_keeper() is self:
         self.noted = dict(load=load.detach())
     if aux is not None and self.layer not in aux.terms:
@@ -668,29 +713,31 @@ def metrics(self: MoE) -> dict:
     noted = keeper.noted
     if noted is None:
         return {}
-    keeper.noted = None
-    load = noted['load'] / noted['load'].float().mean()
-    told = dict(
+    keeper.noted = None  # so that a batch is reported once
+    load = noted['load'] / noted['load'].float().mean()  # 1: a fair share
+    values = dict(
         load_max=load.max(),
         load_min=load.min(),
-        entropy=noted.get('entropy'),  # a router of your own may not tell it
+        entropy=noted.get('entropy'),  # a router of your own may not note it
         drops=noted.get('drops', load.new_zeros(())),
     )
-    return {f'moe{self.layer}_{k}': x.item() for k, x in told.items() if x is not None}
+    return {f'moe{self.layer}_{k}': x.item() for k, x in values.items() if x is not None}
 
 # %% ../nbs/51_moe.ipynb #5a9ee1ef
 @torch.no_grad()
 def routing(model: MiniGPT, ids: Tensor) -> dict:  # ids (T,) or (B, T) → {layer: {name: tensor}}
     """Who reads what: chosen experts and their weights (N, k), the router's shares (N, E), the load
-    (E,), for each layer
+    (E,), for each layer.
+
+    Raises `LabError` where the model has no experts
 
     Returns:
         ids (T,) or (B, T) → {layer: {name: tensor}}
     """
-    aux = Aux()
-    training = model.training
     if 'aux' not in model.needs:
         raise LabError(f'mlp={model.cfg.mlp!r}: this model has no experts to watch')
+    aux = Aux()
+    training = model.training
     model.eval()(ids if ids.dim() == 2 else ids[None], aux=aux)
     model.train(training)
     return aux.terms

@@ -103,10 +103,16 @@ class RoPE(nn.Module):
         freq = rope_frequencies(self.n_rotated, base)
         if scale:
             freq = scale(freq)
-        # The pair (a, b), rotated by the angle θ:
-        #     a' = a·cos θ − b·sin θ = a·cos(−θ) + b·sin(−θ)
+        # A pair (a, b) is rotated by the angle θ = position × frequency:
+        #     a' = a·cos θ − b·sin θ
         #     b' = b·cos θ + a·sin θ
-        # Both lines are x·cos + partner·sin, once the sign is in the frequency of the first channel
+        # But for the minus, both lines read: the channel times cos, plus its partner times sin.
+        # Give the first channel of each pair the frequency −f. Then its angle is −θ, and because
+        # cos(−θ) = cos θ and sin(−θ) = −sin θ, the minus comes out of the sine by itself.
+        #
+        # The pair (1, 0), a quarter turn, θ = π/2: cosines (0, 0), sines (−1, 1), partners (0, 1)
+        #     a' = 1·0 + 0·(−1) = 0
+        #     b' = 0·0 + 1·1    = 1    and (1, 0) has become (0, 1)
         if interleaved:
             self.freq = torch.stack([-freq, freq], -1).flatten()  # −f₀ f₀ −f₁ f₁ …
         else:
@@ -114,6 +120,7 @@ class RoPE(nn.Module):
 
     @staticmethod
     def check(cfg, partial=1.0, base=10_000.0, scale=None, **kw):
+        "Raises `LabError` where the heads have no pairs to rotate, or no finite frequencies"
         _check_positive('partial', partial, most=1)
         _check_positive('base', base)
         n_rotated = int(cfg.head_dim * partial)
@@ -128,7 +135,8 @@ class RoPE(nn.Module):
             )
 
     def cos_sin(self, positions, like):
-        # positions (T,) or (B, T) → cosines and signed sines, (T, D) or (B, 1, T, D)
+        # positions (T,) or (B, T) → cosines and sines, (T, D) or (B, 1, T, D) each, for D rotated
+        # channels. The sine of a pair's first channel has the minus in it, see `__init__`
         if self.freq.device != positions.device:
             self.freq = self.freq.to(positions.device)  # not a buffer: it stays float32
         angle = positions[..., None] * self.freq
@@ -142,9 +150,9 @@ class RoPE(nn.Module):
         x = x[..., : self.n_rotated]
         # to each channel its partner in the pair: (a, b) becomes (b, a)
         if self.interleaved:
-            partner = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+            partner = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # 0 1 2 3 → 1 0 3 2
         else:
-            partner = x.roll(self.n_rotated // 2, -1)
+            partner = x.roll(self.n_rotated // 2, -1)  # 0 1 2 3 → 2 3 0 1
         x = torch.addcmul(x * cos, partner, sin)  # x·cos + partner·sin
         return torch.cat([x, rest], -1) if rest.shape[-1] else x
 

@@ -117,7 +117,7 @@ def test_a_model_that_is_not_its_configuration_is_refused():
     ):
         to_gqa(model, 2)
     spectral = MiniGPT(GPTConfig(**SIZED, init=part(spectral_init)))
-    with pytest.raises(LabError, match='blocks.0.attn.qkv is not the plain map'):
+    with pytest.raises(LabError, match='blocks.0.attn.qkv is not the plain linear layer'):
         to_gqa(spectral, 2)
 
 

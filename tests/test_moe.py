@@ -39,6 +39,7 @@ from llm_lab.hardware import flops
 from llm_lab.llama_block import RMSNorm, SwiGLU, llama
 from llm_lab.moe import (
     PAD,
+    ExpertLinear,
     MoE,
     Router,
     balance_loss,
@@ -1303,6 +1304,48 @@ def test_an_expert_is_made_of_linear_maps_alone():
     fails(lambda: to_data(small(expert=part(Normed))), 'Normed', 'register')
     register(Normed)
     assert to_data(small(expert=part(Normed)))['mlp']['expert'] == {'part': 'Normed'}
+
+
+def test_a_mixture_that_cannot_be_is_refused():
+    fails(lambda: GPTConfig(mlp=part(MoE, n_experts=4, top_k=5)), 'top_k=5: there are 4 experts')
+    fails(lambda: GPTConfig(mlp=part(MoE, capacity=0)), 'capacity=0: give a factor')
+    fails(lambda: GPTConfig(mlp=part(MoE, expert=part(SwiGLU, d_ff=0))), 'd_ff=0')
+    fails(lambda: MiniGPT(GPTConfig(mlp=part(MoE, expert=part(MoE)))), 'give MLP or SwiGLU')
+    fails(lambda: part(Router, blance=0.1), "did you mean 'balance'")
+
+
+def test_each_row_goes_through_its_own_experts_map():
+    linear = nn.Linear(5, 3)
+    maps = ExpertLinear(linear, n_experts=2, top_k=1)
+    with torch.no_grad():
+        maps.weight[1].zero_()
+        maps.bias[3:] = 7.0
+    maps.rows = torch.tensor([1, 2])
+    x = torch.randn(4, 5, generator=rng(4, 'maps'))
+    want = torch.stack([linear(x[0]), *torch.full((2, 3), 7.0)])
+    torch.testing.assert_close(maps(x)[:3], want, rtol=0, atol=1e-6)
+
+
+def test_weights_that_are_not_divided_by_their_sum():
+    logits = torch.randn(100, 8, generator=rng(1, 'logits'))
+    got = softmax_top_k(logits, 2, renormalize=False)[0]
+    torch.testing.assert_close(got, logits.softmax(-1).topk(2).values, rtol=0, atol=1e-6)
+
+
+def test_what_a_router_adds_stands_under_its_layer():
+    aux = Aux()
+    router = Router(GPTConfig(d_model=32), layer=5, n_experts=4, top_k=2)
+    load = router(torch.randn(64, 32, generator=rng(4, 'x')), aux)[2]
+    assert load.sum() == 128
+    assert list(aux.terms) == [5]
+
+
+def test_metrics_are_asked_once_and_then_begin_anew():
+    moe = MoE(GPTConfig(d_model=16), n_experts=4, top_k=2, capacity=0.5)
+    moe(torch.randn(3, 20, 16, generator=rng(5, 'x')))
+    assert moe.metrics()['moe0_drops'] >= 0.5
+    moe.eval()(torch.randn(3, 20, 16))
+    assert moe.metrics() == {}
 
 
 def test_what_a_step_sums_up_is_not_what_metrics_tell():
