@@ -139,7 +139,7 @@ class BatchStream:
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
-        device='cpu',
+        device: str = 'cpu',
         starts=None,  # where documents begin, ascending, (M,)
     ):
         import torch

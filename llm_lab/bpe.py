@@ -225,7 +225,7 @@ class BPETokenizer:
         merges: list[tuple[bytes, bytes]],
         special_tokens=(),
         patterns=(GPT2,),  # regular expressions that cut text into chunks, one after the other
-        whole=False,  # is a chunk that is a token taken as it is (`ignore_merges`)?
+        whole: bool = False,  # is a chunk that is a token taken as it is (`ignore_merges`)?
         form=None,  # Unicode normal form that text is brought into
         meta=None,  # what it was trained on
     ):

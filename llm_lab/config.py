@@ -12,6 +12,7 @@ import difflib
 import io
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import get_args
@@ -619,7 +620,7 @@ def _override(data, item, given):
     omega.update(data, path, value, merge=not isinstance(value, dict), force_add=True)
 
 
-def read_config(config, overrides=()) -> RunConfig:
+def read_config(config: str | Path | dict, overrides: Iterable[str] = ()) -> RunConfig:
     "The config of that name, file or folder, with `key=value` changes"
     if isinstance(config, dict):
         data = config

@@ -623,7 +623,7 @@ def in_notebook() -> bool:
 
 def show(
     fig=None,  # a matplotlib figure; the current one if none
-    alt: str = None,  # what a reader who cannot see it should know; the titles if none
+    alt: str | None = None,  # what a reader who cannot see it should know; the titles if none
 ):  # a PNG with its alt text; outside IPython, the figure
     """Turn a figure into a picture that a saved notebook keeps, with words for those who cannot see
     it
@@ -733,7 +733,7 @@ class StatusLine:
 def progress(
     items,  # anything to go through
     label: str,  # what is being done
-    total: int = None,  # how many there are, if `items` cannot say
+    total: int | None = None,  # how many there are, if `items` cannot say
 ):
     """Yield the items and show how far we are: a bar in a terminal, a live line in a notebook
 

@@ -765,11 +765,12 @@ def _need_path(name):
 
 
 def load_corpus(
-    name_or_path,  # a name in `CORPORA`, or a path to texts or records, from here or from `home()`
-    limit: int = None,  # this many training documents, drawn by `seed`; all if none
-    seed=0,  # of that draw; the cut between the splits does not depend on it
-    stream=False,  # read over the network, keep nothing: for corpora of the hub
-    field='text',  # of records: the one that holds the text
+    # a name in `CORPORA`, or a path to texts or records, from here or from `home()`
+    name_or_path: str | Path,
+    limit: int | None = None,  # this many training documents, drawn by `seed`; all if none
+    seed: int = 0,  # of that draw; the cut between the splits does not depend on it
+    stream: bool = False,  # read over the network, keep nothing: for corpora of the hub
+    field: str = 'text',  # of records: the one that holds the text
 ) -> Corpus:
     """The corpus of that name or path, never another one; raises `LabError` when there is none
 

@@ -141,7 +141,7 @@ def _runs(
 # %% ../nbs/29_efficient.ipynb #35f6c894
 def largest_batch(
     cfg,
-    memory: int = None,  # bytes; nine tenths of what is free if none
+    memory: int | None = None,  # bytes; nine tenths of what is free if none
     device='cpu',
     max_size=4096,
     **kw,  # `optimizer`, `step`, `prepare`, as for `step_memory`

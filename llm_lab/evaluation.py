@@ -16,14 +16,14 @@ from datetime import timedelta
 from html import escape
 from pathlib import Path
 from textwrap import fill
-from torch import Tensor
+from torch import Tensor, nn
 from fastcore.basics import patch
 from .core import LabError, require, pyplot
-from .corpora import END_OF_TEXT, Corpus, read_text, records_in, parse_documents
+from .corpora import END_OF_TEXT, Corpus, load_corpus, read_text, records_in, parse_documents
 from .tales import TalesConfig, split_excess
 from .train import TrainState, spans, read_split, moving_average, token_losses
 from .packing import document_end_ids
-from .chars import begins
+from .chars import begins, Tokenizer
 
 # %% ../nbs/25_evaluation.ipynb #ca0420bb
 def strided_spans(
@@ -307,19 +307,20 @@ def tally(
 
 
 def evaluate(
-    model,
-    tokenizer,
-    corpus,
-    split='val',
-    max_tokens: int = None,  # tokens from the beginning of the split; all if none
-    stride: int = None,  # new tokens in each window; the context if none: blocks
-    batch_size: int = None,  # windows read together; as many as fit if none
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    corpus: Corpus | str | Path,  # a corpus, or what `load_corpus` takes: a name or a path
+    split: str = 'val',
+    max_tokens: int | None = None,  # tokens from the beginning of the split; all if none
+    stride: int | None = None,  # new tokens in each window; the context if none: blocks
+    batch_size: int | None = None,  # windows read together; as many as fit if none
     live=None,
 ) -> Score:
     """Loss of a model on a split: every token scored once, document by document where they stand
     alone
 
     Args:
+        corpus: a corpus, or what `load_corpus` takes: a name or a path
         max_tokens: tokens from the beginning of the split; all if none
         stride: new tokens in each window; the context if none: blocks
         batch_size: windows read together; as many as fit if none
@@ -355,8 +356,8 @@ def _require_ids(ids, what):
 
 
 def score(
-    model,
-    tokenizer,
+    model: nn.Module,
+    tokenizer: Tokenizer,
     texts: list[str],
     prompts: list[str] | None = None,  # one for each text: it is read and not scored
     stride: int | None = None,  # new tokens in each window of a long text; the context if none
@@ -415,8 +416,8 @@ def evaluate_file(
     model,
     tokenizer,
     path,  # a UTF-8 text; lines `<|endoftext|>` make it a collection of documents, as do records
-    stride: int = None,  # new tokens in each window; the context if none: blocks
-    batch_size: int = None,  # windows read together; as many as fit if none
+    stride: int | None = None,  # new tokens in each window; the context if none: blocks
+    batch_size: int | None = None,  # windows read together; as many as fit if none
     live=None,
     field='text',  # of records: the one that holds the text
 ) -> Score:

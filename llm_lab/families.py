@@ -118,7 +118,7 @@ def _named_views(target, layer, kind, w):
 def hf_views(
     model: MiniGPT,
     family: str,  # a key of `TENSOR_NAMES`
-    state: dict = None,  # other tensors under the model's names, its gradients perhaps
+    state: dict | None = None,  # other tensors under the model's names, its gradients perhaps
 ) -> dict:  # {their name: tensor}
     """The model's tensors under the names and in the shapes of a family's file; a shared table
     once. No copies
@@ -546,7 +546,7 @@ def _dropout(v, family):
 
 def config_from_hf(
     data: dict,  # the content of config.json
-    max_len: int = None,  # a shorter context than the file's
+    max_len: int | None = None,  # a shorter context than the file's
 ) -> GPTConfig:  # in normal form, see `canonical`
     """The configuration of a model of one of the families in `TENSOR_NAMES`.
 
@@ -850,7 +850,7 @@ def _attempt(cfg, family):
 
 def hf_config(
     cfg: GPTConfig,
-    family: str = None,  # a key of `TENSOR_NAMES`; the first that fits if none
+    family: str | None = None,  # a key of `TENSOR_NAMES`; the first that fits if none
 ) -> dict:
     """The content of config.json for a model.
 

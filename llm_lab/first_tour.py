@@ -695,11 +695,12 @@ def _learned(setup, keeper, minutes):
 
 
 def tour(
-    corpus='tiny_tales',  # a corpus's name, or a file or folder of texts or records
-    minutes=3.0,
+    corpus: str | Path = 'tiny_tales',  # a corpus's name, or a file or folder of texts or records
+    minutes: float = 3.0,
     settings=(),  # ((key, value), …) of the recipe or the model
-    name=None,  # of its folder in artifacts/; the first free of tour, tour-2, … if none
-    field='text',  # of records: the one that holds the text
+    name: str
+    | None = None,  # of its folder in artifacts/; the first free of tour, tour-2, … if none
+    field: str = 'text',  # of records: the one that holds the text
 ) -> dict:  # what is in result.json
     """Train a small GPT for some minutes, show how it learns, keep it; raises if not in artifacts/
 

@@ -22,7 +22,12 @@ class MLP(nn.Module):
     (B, T, C) → (B, T, d_ff) → (B, T, C)"""
 
     def __init__(
-        self, cfg, layer=0, d_ff: int = None, act=part(nn.GELU, approximate='tanh'), bias=True
+        self,
+        cfg,
+        layer: int = 0,
+        d_ff: int | None = None,
+        act=part(nn.GELU, approximate='tanh'),
+        bias: bool = True,
     ):
         super().__init__()
         d_ff = d_ff or 4 * cfg.d_model  # the width in the middle
@@ -71,7 +76,7 @@ class Block(nn.Module):
     """One layer, (B, T, C) → (B, T, C): x + attention(norm(x)), then x + mlp(norm(x)) (the
     pre-norm order of Xiong et al. 2020, §3)"""
 
-    def __init__(self, cfg, layer=0):
+    def __init__(self, cfg, layer: int = 0):
         super().__init__()
         self.norm1 = _build_part(cfg, 'norm', cfg.d_model)
         self.attn = _build_part(cfg, 'attn', cfg, layer)
@@ -88,7 +93,8 @@ class Block(nn.Module):
 def gpt2_init(
     model: nn.Module,
     generator: torch.Generator,
-    std: float = None,  # 0.02 at width 768, as GPT-2, and in proportion to 1/√d_model elsewhere
+    # 0.02 at width 768, as GPT-2, and in proportion to 1/√d_model elsewhere
+    std: float | None = None,
 ):
     """Draw the weights of a model in place. Matrices: N(0, std²); those that write into the
     residual stream: N(0, std²/2L); biases: 0 (Radford et al. 2019, §2.3)
@@ -190,7 +196,7 @@ class MiniGPT(nn.Module):
     def __init__(
         self,
         cfg: GPTConfig = GPTConfig(),
-        seed=0,  # of the first weights; None: not drawn, because others come in their place
+        seed: int = 0,  # of the first weights; None: not drawn, because others come in their place
     ):
         super().__init__()
         self.cfg = cfg

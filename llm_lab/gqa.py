@@ -28,12 +28,12 @@ class GQA(Attention):
     def __init__(
         self,
         cfg,
-        layer=0,
+        layer: int = 0,
         *,
         n_kv_heads: int,  # n_heads: multi-head attention; 1: multi-query attention (Shazeer 2019)
         transforms=(),
         mask=part(causal),
-        bias=True,
+        bias: bool = True,
     ):
         super().__init__(cfg, layer, transforms, mask, bias)
         # one linear layer makes q, k and v: H·D rows for q, G·D for k and as many for v

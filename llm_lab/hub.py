@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from .core import LabError, short
 from .files import bytes_in, check_size, file_in, is_name, json_of, replaceable, atomic_write
 from .hardware import must_fit
-from .chars import CharTokenizer, begins, load_tokenizer
+from .chars import CharTokenizer, begins, load_tokenizer, Tokenizer
 from .gpt import MiniGPT
 from .package import Opened, require_faithful, meta_model
 from .families import config_from_hf, hf_config, least_tensors, hf_views
@@ -96,10 +96,11 @@ def _add_tokenizer(new, tokenizer, cfg) -> dict:  # {key of config.json: id}
 
 # %% ../nbs/72_hub.ipynb #e79e0209
 def to_hf(
-    folder,  # made, or replaced as a whole if all in it was written by `to_hf`
+    folder: str | Path,  # made, or replaced as a whole if all in it was written by `to_hf`
     model: MiniGPT,
-    tokenizer=None,  # of the model; it goes along, with its marks and what a prompt begins with
-    family: str = None,  # a key of `TENSOR_NAMES`; the first that fits if none
+    # of the model; it goes along, with its marks and what a prompt begins with
+    tokenizer: Tokenizer | None = None,
+    family: str | None = None,  # a key of `TENSOR_NAMES`; the first that fits if none
 ) -> Path:  # `folder`
     """Write a folder that transformers can open, with a list of its files beside them.
 
@@ -365,9 +366,10 @@ def _make_room(model, kinds, where):
 
 
 def from_hf(
-    folder,  # config.json and model.safetensors, or files with an index; perhaps tokenizer.json
-    max_len: int = None,  # a shorter context than the file's
-    device='cpu',
+    # config.json and model.safetensors, or files with an index; perhaps tokenizer.json
+    folder: str | Path,
+    max_len: int | None = None,  # a shorter context than the file's
+    device: str = 'cpu',
 ) -> Opened:  # (model, tokenizer, about); a tokenizer it cannot follow is None, with a warning
     """Open a model of one of the families of `families`: in evaluation mode, with the weights of
     the file, in its dtype.

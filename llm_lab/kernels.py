@@ -595,7 +595,8 @@ def tiled_attention(
     k,
     v,  # (B, H, T, D), (B, G, T, D) twice
     plan: Plan,
-    sink: Tensor = None,  # (H,): a logit that every softmax of the head takes in, for nothing
+    # (H,): a logit that every softmax of the head takes in, for nothing
+    sink: Tensor | None = None,
 ) -> Tensor:  # (B, H, T, D)
     """Attention along a plan, on the CPU: time and memory grow with the keys that are read.
 
@@ -858,13 +859,14 @@ class SparseAttention(GQA):
     def __init__(
         self,
         cfg,
-        layer=0,
+        layer: int = 0,
         *,
         mask=part(causal),
         n_kv_heads=None,  # as `n_heads` if none
-        sink=False,  # learn a logit per head that takes weight, gives nothing (Miller 2023: fixed)
+        # learn a logit per head that takes weight, gives nothing (Miller 2023: fixed)
+        sink: bool = False,
         transforms=(),
-        bias=True,
+        bias: bool = True,
     ):
         super().__init__(
             cfg,

@@ -110,7 +110,7 @@ def _table(pairs, n_experts):
 def sort_by_expert(
     chosen: Tensor,  # (N, k)
     n_experts: int,
-    capacity: int = None,  # rows that an expert has at most; no end if none
+    capacity: int | None = None,  # rows that an expert has at most; no end if none
 ) -> tuple:
     # row of each pair (k·N,) in the sorted table; rows of each expert (E,), and how many of them
     # are filled (E,); rows of the table
@@ -351,15 +351,17 @@ class Router(nn.Module):
     def __init__(
         self,
         cfg,
-        layer=0,
+        layer: int = 0,
         *,
-        n_experts,
-        top_k,
+        n_experts: int,
+        top_k: int,
         choose=part(top_k_softmax),
-        balance=0.01,  # weight of `balance_loss`
-        z=0.001,  # weight of `z_loss`
-        importance=False,  # share = sum of the chosen weights (Shazeer et al. 2017, §4), not of all
-        bias_rate=0.0,  # balance without a loss: step of the choice's bias (Wang et al. 2024)
+        balance: float = 0.01,  # weight of `balance_loss`
+        z: float = 0.001,  # weight of `z_loss`
+        # share = sum of the chosen weights (Shazeer et al. 2017, §4), not of all
+        importance: bool = False,
+        # balance without a loss: step of the choice's bias (Wang et al. 2024)
+        bias_rate: float = 0.0,
     ):
         super().__init__()
         self.layer = layer
@@ -552,12 +554,12 @@ class MoE(nn.Module):
     def __init__(
         self,
         cfg,
-        layer=0,
+        layer: int = 0,
         *,
-        n_experts=8,
-        top_k=2,
+        n_experts: int = 8,
+        top_k: int = 2,
         expert=part(SwiGLU),  # a recipe of an MLP made of linear maps
-        shared=0,  # experts that every token uses (Dai et al. 2024, §3.2)
+        shared: int = 0,  # experts that every token uses (Dai et al. 2024, §3.2)
         capacity=None,  # training: at most ⌈capacity·N·k/E⌉ tokens an expert (Lepikhin et al. 2020)
         router=part(Router),
     ):

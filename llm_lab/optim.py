@@ -12,7 +12,7 @@ import math
 import torch
 import warnings
 from copy import deepcopy
-from torch import Tensor
+from torch import Tensor, nn
 from .core import LabError
 from .hardware import once
 from .train import adamw, warmup_cosine, warmup_steps
@@ -168,10 +168,10 @@ class CombinedOptimizer(torch.optim.Optimizer):
 
 # %% ../nbs/28_optim.ipynb #69ab7e31
 def muon(
-    model,
-    lr=0.01,
-    weight_decay=0.1,
-    rest_lr=None,  # for embeddings, head, norms and biases; the same if none
+    model: nn.Module,
+    lr: float = 0.01,
+    weight_decay: float = 0.1,
+    rest_lr: float | None = None,  # for embeddings, head, norms and biases; the same if none
 ) -> CombinedOptimizer:
     """`Muon` for the matrices inside the blocks, `adamw` for the rest
 
@@ -201,7 +201,8 @@ OPTIMIZERS = dict(adamw=adamw, muon=muon, sgd=sgd)
 def constant(
     step: int,
     steps: int,
-    warmup: int = None,  # steps of climbing, obeyed as they are; if none, 100 or a tenth of all
+    # steps of climbing, obeyed as they are; if none, 100 or a tenth of all
+    warmup: int | None = None,
 ) -> float:
     """Climb in a line, then stay
 
@@ -215,7 +216,7 @@ def constant(
 def warmup_stable_decay(
     step: int,
     steps: int,
-    warmup: int = None,
+    warmup: int | None = None,
     end=0.0,  # the factor to come down to
     decay=0.2,  # the last part of the run, in which the rate comes down in a line
 ) -> float:
@@ -233,7 +234,7 @@ def warmup_stable_decay(
 def step_decay(
     step: int,
     steps: int,
-    warmup: int = None,
+    warmup: int | None = None,
     end=0.0,  # the factor that it never falls below
     at=(0.5, 0.75),
     by=0.1,

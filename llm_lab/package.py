@@ -47,7 +47,7 @@ from .files import atomic_write, bytes_in, json_of, laid_out, pointed, recover
 from .hardware import memory_left, must_fit
 from .corpora import load_corpus
 from .onednn import _onednn_forward
-from .chars import tokenizer_from_json
+from .chars import tokenizer_from_json, Tokenizer
 from .parts import Aux, _build_part, _saved_name, part
 from .gpt import GPTConfig, MiniGPT, _allclose, _eval_mode, _probe_ids, is_own
 from .train import Recipe, fit, prepare
@@ -748,11 +748,11 @@ def _files_of_first_edition(folder, known):
 
 
 def save(
-    folder,  # made, or replaced as a whole if all in it is by this library
+    folder: str | Path,  # made, or replaced as a whole if all in it is by this library
     model: MiniGPT,
-    tokenizer,
-    about: dict = None,  # where it comes from: corpus, licence, loss, …
-    name: str = None,  # on the card; the folder's name if none
+    tokenizer: Tokenizer,
+    about: dict | None = None,  # where it comes from: corpus, licence, loss, …
+    name: str | None = None,  # on the card; the folder's name if none
 ) -> Path:  # `folder`
     """Write a package, all of it or nothing.
 
@@ -1000,8 +1000,8 @@ def _read_weights(folder, manifest, shapes) -> bytes:
 
 
 def load(
-    path,  # a package, a checkpoint, or a run: its best checkpoint, or else the latest
-    device='cpu',
+    path: str | Path,  # a package, a checkpoint, or a run: its best checkpoint, or else the latest
+    device: str = 'cpu',
 ) -> Opened:  # (model, tokenizer, about); the model is in eval mode
     """Open a saved model. Raises `LabError` when a file is missing, one bit differs, or it asks for
     what no file may

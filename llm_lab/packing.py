@@ -23,8 +23,8 @@ from pathlib import Path
 from subprocess import PIPE, Popen
 from .batching import _agree
 from .bpe import BPETokenizer
-from .chars import load_tokenizer
-from .corpora import apart
+from .chars import load_tokenizer, Tokenizer
+from .corpora import apart, Corpus
 from .core import LabError, StatusLine, home, require_name
 from llm_lab.files import (
     bytes_in,
@@ -544,11 +544,13 @@ def _folder_name(corpus, tokenizer):
 
 
 def pack(
-    corpus,
-    tokenizer=8192,  # a tokenizer, or a vocabulary size: BPE is then trained on the training split
-    folder=None,  # `home()/data/packed/CORPUS-bpe8192` if none; a hash more if that is another's
-    force=False,  # build it even if it is there
-    verify=False,  # read every byte of a folder that is there
+    corpus: Corpus,
+    # a tokenizer, or a vocabulary size: BPE is then trained on the training split
+    tokenizer: Tokenizer | int | None = 8192,
+    # `home()/data/packed/CORPUS-bpe8192` if none; a hash more if that is another's
+    folder: str | Path | None = None,
+    force: bool = False,  # build it even if it is there
+    verify: bool = False,  # read every byte of a folder that is there
     processes=None,  # one for each core if none, eight at most
 ) -> Packed:
     """The packed folder of a corpus, built if it is not there.

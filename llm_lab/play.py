@@ -12,7 +12,8 @@ import threading
 import time
 import torch
 from fastcore.basics import patch
-from torch import Tensor
+from torch import Tensor, nn
+from .chars import Tokenizer
 from .core import LabError, require, widgets_live
 from .sampling import DecodingState, _written, sampling_probs, prompt_ids, truncation_note
 
@@ -373,9 +374,9 @@ def _still(model, tokenizer, prompt):
 
 
 def playground(
-    model,
-    tokenizer,
-    prompt='',  # what stands there at first
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    prompt: str = '',  # what stands there at first
 ):  # the widget; where nothing is alive, a still
     """Write with a model and watch it choose: a prompt, its knobs, the text, and the likeliest next
     tokens as bars

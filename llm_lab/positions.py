@@ -91,10 +91,11 @@ class RoPE(nn.Module):
     def __init__(
         self,
         cfg,
-        layer=0,
-        base=10_000.0,
-        partial=1.0,  # share of the channels that are rotated (Black et al. 2022)
-        interleaved=False,  # are neighbours a pair (the paper), or the two halves (Hugging Face)?
+        layer: int = 0,
+        base: float = 10_000.0,
+        partial: float = 1.0,  # share of the channels that are rotated (Black et al. 2022)
+        # are neighbours a pair (the paper), or the two halves (Hugging Face)?
+        interleaved: bool = False,
         scale=None,  # a recipe: frequencies → frequencies, (D/2,) both
     ):
         super().__init__()

@@ -96,7 +96,7 @@ from collections import namedtuple
 # %% ../nbs/82_runs.ipynb #1e32d98c
 def load_data(
     cfg: RunConfig,
-    sha256: str = None,  # of the text that it has to be; any if none
+    sha256: str | None = None,  # of the text that it has to be; any if none
 ) -> dict:  # corpus, tokenizer, train and val (`PackedTokens`)
     """The packed corpus of a config, packed now if it was not. Raises `LabError` on another text
 
@@ -1326,7 +1326,7 @@ def _runs_called(words) -> list:
     return [runs / words[-1] for runs in among if (runs / words[-1]).is_dir()]
 
 
-def find_model(path) -> Path:
+def find_model(path: str | Path) -> Path:
     """Where a run, a checkpoint or a saved model is: a path, here or in `home()`, or a run's name.
 
     CONFIG is its newest run, CONFIG/RUN and RUN are that one. Raises `LabError` on several."""
@@ -1613,12 +1613,15 @@ def _train_and_evaluate(job, begins, is_main, max_tokens):
 
 
 def train_run(
-    config=None,  # a .yaml file, a folder that holds one, or a name; `smoke` if none
+    # a .yaml file, a folder that holds one, or a name; `smoke` if none
+    config: str | Path | dict | None = None,
     *overrides,
-    resume=None,  # '': the newest run of this config, or `run`; a path: that run or checkpoint
-    run=None,  # name of the new run's folder; date, time and hash if none
-    smoke=False,  # only see whether it would work: 20 steps, in a folder of such runs, `smoke`
-    tune=False,  # measure how many threads are fastest, where the config names no number
+    # '': the newest run of this config, or `run`; a path: that run or checkpoint
+    resume: str | Path | None = None,
+    run: str | None = None,  # name of the new run's folder; date, time and hash if none
+    # only see whether it would work: 20 steps, in a folder of such runs, `smoke`
+    smoke: bool = False,
+    tune: bool = False,  # measure how many threads are fastest, where the config names no number
 ) -> TrainingRun:
     """From a config to a trained model; missing data are prepared.
 

@@ -629,7 +629,7 @@ def recall_question(seed, cfg=TalesConfig(recall=0, questions=1)) -> tuple:
 
 # %% ../nbs/13_tales.ipynb #a3bca28f
 @cache
-def tiny_tales(n=20_000, cfg=TalesConfig()) -> Corpus:
+def tiny_tales(n: int = 20_000, cfg=TalesConfig()) -> Corpus:
     """`n` tales for training, a fiftieth of that to validate, as many to test: the same on every
     machine"""
     sizes = dict(train=n, val=n // 50, test=n // 50)

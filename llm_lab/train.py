@@ -11,6 +11,7 @@ __all__ = ['next_token_loss', 'spans', 'windows_at_once', 'token_losses', 'span_
 import math
 import time
 import torch
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ from llm_lab.core import (
 )
 from .hardware import keep_freed_memory, memory_left, must_fit
 from .corpora import Corpus, letters_of, load_corpus
-from .chars import CharTokenizer
+from .chars import CharTokenizer, Tokenizer
 from .batching import BatchStream
 from .packing import document_end_ids
 from .parts import Aux
@@ -56,7 +57,7 @@ def _for_gradient_alone(loss, aux):
     return loss + (more - more.detach())
 
 
-def next_token_loss(model, rows: Tensor) -> Tensor:  # ids, (B, T+1) → a scalar, in nats
+def next_token_loss(model: nn.Module, rows: Tensor) -> Tensor:  # ids, (B, T+1) → a scalar, in nats
     """Mean −ln P(next token), the cross-entropy, over the T positions of each row.
 
     What parts add to `aux` counts for the gradient alone
@@ -156,7 +157,7 @@ def token_losses(
     model,
     ids: Tensor,  # a text, (n,)
     windows: Tensor,  # (begin, first, end), (W, 3)
-    batch_size: int = None,  # windows read together; `windows_at_once` if none
+    batch_size: int | None = None,  # windows read together; `windows_at_once` if none
     live=None,  # shows how far we are
 ) -> Tensor:  # float32 (n,), on the CPU; NaN where nothing was scored
     """−ln P of each token that a window scores
@@ -200,8 +201,8 @@ def token_losses(
 def span_losses(
     model,
     ids: Tensor,  # a text, (n,)
-    length: int = None,  # context; the model's max_len if none
-    batch_size: int = None,
+    length: int | None = None,  # context; the model's max_len if none
+    batch_size: int | None = None,
     live=None,  # as for `token_losses`
     starts=None,  # where documents begin; the text as one if none
 ) -> Tensor:  # nats, float64, (n,); NaN where nothing was scored
@@ -225,7 +226,12 @@ def span_losses(
 
 
 def mean_loss(
-    model, ids: Tensor, length: int = None, batch_size: int = None, live=None, starts=None
+    model,
+    ids: Tensor,
+    length: int | None = None,
+    batch_size: int | None = None,
+    live=None,
+    starts=None,
 ) -> float:
     "The mean of `span_losses`, in nats per token"
     losses = span_losses(model, ids, length, batch_size, live, starts)
@@ -269,7 +275,9 @@ def random_crops(
     return batch
 
 # %% ../nbs/23_train.ipynb #bf847f0f
-def adamw(model, lr=4e-3, weight_decay=0.1, betas=(0.9, 0.99)) -> torch.optim.AdamW:
+def adamw(
+    model: nn.Module, lr: float = 4e-3, weight_decay: float = 0.1, betas=(0.9, 0.99)
+) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2019): matrices decay, vectors and embeddings do not; fused into
     one kernel"""
     embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
@@ -290,7 +298,7 @@ def adamw(model, lr=4e-3, weight_decay=0.1, betas=(0.9, 0.99)) -> torch.optim.Ad
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 # %% ../nbs/23_train.ipynb #df0ff4d3
-def warmup_steps(steps: int, warmup: int = None) -> int:
+def warmup_steps(steps: int, warmup: int | None = None) -> int:
     "Steps of climbing: as many as are given; if none, 100, or a tenth of all where that is less"
     return min(100, max(1, steps // 10)) if warmup is None else warmup
 
@@ -298,7 +306,8 @@ def warmup_steps(steps: int, warmup: int = None) -> int:
 def warmup_cosine(
     step: int,
     steps: int,
-    warmup: int = None,  # steps of climbing, obeyed as they are; if none, 100 or a tenth of all
+    # steps of climbing, obeyed as they are; if none, 100 or a tenth of all
+    warmup: int | None = None,
     end=0.0,  # the factor to come down to
 ) -> float:  # the factor on the learning rate, 0 to 1
     """Climb in a line, come down along half a cosine (Loshchilov and Hutter 2017)
@@ -569,10 +578,10 @@ def update(
 
 
 def train_step(
-    model,
+    model: nn.Module,
     optimizer,
     rows: Tensor,
-    clip=1.0,
+    clip: float = 1.0,
     loss_fn=next_token_loss,  # `rows` are ids, (B, T+1)
 ) -> tuple:  # (loss before the step, in nats; gradient norm); they stay on the device
     """One step of training: loss, gradient, clipping, update; the gradient is empty afterwards
@@ -605,22 +614,23 @@ def _set_rates(optimizer, factor, step, steps):
 
 
 def fit(
-    model,
-    batches,  # step → ids (B, T+1)
+    model: nn.Module,
+    batches: Callable[[int], Tensor],  # step → ids (B, T+1)
     steps: int,
-    lr=4e-3,
-    weight_decay=0.1,
-    warmup: int = None,  # steps of climbing; 100, or a tenth of all, if none
-    min_lr=0.0,  # where the rate comes down to
-    clip=1.0,  # largest norm of the whole gradient
+    lr: float = 4e-3,
+    weight_decay: float = 0.1,
+    warmup: int | None = None,  # steps of climbing; 100, or a tenth of all, if none
+    min_lr: float = 0.0,  # where the rate comes down to
+    clip: float = 1.0,  # largest norm of the whole gradient
     # {n: f}: f(state) every n steps; {(10, 50): f}: at these; the dict it returns is noted
-    callbacks: dict = None,
-    seed=0,  # of dropout
+    callbacks: dict | None = None,
+    seed: int = 0,  # of dropout
     optimizer=None,  # an optimizer with rates of its own; `adamw(model, lr, weight_decay)` if none
-    schedule=None,  # f(step, steps): the factor on the rates; by `warmup` and `min_lr` if none
-    loss_fn=next_token_loss,
-    step_fn=train_step,
-    state=None,  # a `TrainState` of this model that goes on where it stands
+    # f(step, steps): the factor on the rates; by `warmup` and `min_lr` if none
+    schedule: Callable[[int, int], float] | None = None,
+    loss_fn: Callable[[nn.Module, Tensor], Tensor] = next_token_loss,
+    step_fn: Callable = train_step,
+    state: TrainState | None = None,  # a `TrainState` of this model that goes on where it stands
 ) -> TrainState:
     """Train `model` with clipped gradients; Ctrl-C stops and keeps what was learned.
 
@@ -765,7 +775,7 @@ def read_split(corpus, tokenizer, split) -> tuple:
 # %% ../nbs/23_train.ipynb #b47c1e02
 def batches(
     corpus: Corpus | str | Path,  # a corpus, or what `load_corpus` takes: a name or a path
-    tokenizer,
+    tokenizer: Tokenizer,
     batch_size: int = 16,  # rows of a step
     length: int = 128,  # T, the context in tokens: a row has one more, its last answer
     split: str = 'train',
@@ -837,9 +847,11 @@ def moving_average(values, width=25):
 
 def plot_loss(
     run: TrainState,
-    floor: float = None,  # in bits per character, where it is known; then the plot is in bits
-    title: str = None,  # how far the loss falls, if none
-    token='character',  # what a token of the run is: 'token' where it is more than a character
+    # in bits per character, where it is known; then the plot is in bits
+    floor: float | None = None,
+    title: str | None = None,  # how far the loss falls, if none
+    # what a token of the run is: 'token' where it is more than a character
+    token: str = 'character',
 ):  # a matplotlib figure
     """Training loss, the noted validation losses, and the floor
 
