@@ -279,8 +279,8 @@ class MiniGPT(nn.Module):
             ...
 
         def cache(self, batch: 'int', length: 'int'):
-            """What the parts want to remember while decoding, `{key: cache}`; the key is a part's `key`, or
-            else its `layer`.
+            """What the parts want to remember while decoding, `{part: its cache}`; each part reads its own,
+            `cache[self]`. A copy of the model has other parts, so it makes caches of its own.
 
             None if a layer keeps nothing, or if the model would calculate something else with it: then
             the model is used without"""
@@ -357,24 +357,6 @@ def _caches_by_part(model, batch, length) -> dict:
     return found
 
 
-def _caches_by_key(found) -> tuple:
-    "({key: cache}, '' or why the first part without a key of its own has none)"
-    by_key = {}
-    problems = []
-    for m, cache in found.items():
-        kind = type(m).__name__
-        # a part's own `key`; most have none, and there is one of their kind in each layer
-        key = getattr(m, 'key', getattr(m, 'layer', None))
-        if key is None:
-            problems.append(f'{kind} has no `layer`, nor a `key`, under which it would keep')
-        elif key in by_key:
-            problems.append(f'{kind} keeps under {key!r}, as another part does: give it a `key`')
-        else:
-            by_key[key] = cache
-    first_problem = problems[0] if problems else ''
-    return by_key, first_problem
-
-
 def _has_cache(m, found) -> bool:
     "Does a module, or one inside it, keep something?"
     return any(inner in found for inner in m.modules())
@@ -390,16 +372,25 @@ def _part_without_cache(block, found):
     return None if _has_cache(mixer, found) else mixer
 
 
+def _one_cache_a_layer(model, found) -> bool:
+    "Does each layer hold one part that keeps something, and no layer that of another?"
+    counts = []
+    for block in model.blocks:
+        # duplicates count: a part that stands in two layers would mix what they keep
+        parts = [m for _, m in block.named_modules(remove_duplicate=False)]
+        counts.append(sum(m in found for m in parts))
+    return counts == [1] * len(found)
+
+
 def caches_of(model, batch, length) -> tuple:
-    """({key: cache} of all parts that keep something, why the model as a whole has no cache): the
-    second is '' if something in every layer keeps its past"""
+    """({part: its cache} of all parts that keep something, why the model as a whole has no cache):
+    the second is '' if something in every layer keeps its past"""
     found = _caches_by_part(model, batch, length)
-    by_key, why = _caches_by_key(found)
     for layer, block in enumerate(model.blocks):
         without = _part_without_cache(block, found)
-        if without is not None and not why:
-            why = f'{type(without).__name__} of layer {layer} keeps nothing'
-    return by_key, why
+        if without is not None:
+            return found, f'{type(without).__name__} of layer {layer} keeps nothing'
+    return found, ''
 
 # %% ../nbs/22_gpt.ipynb #5b1e7a06
 @torch.no_grad()
@@ -421,18 +412,19 @@ def _decodes_like_forward(model) -> bool:
 
 @patch
 def cache(self: MiniGPT, batch: int, length: int):
-    """What the parts want to remember while decoding, `{key: cache}`; the key is a part's `key`, or
-    else its `layer`.
+    """What the parts want to remember while decoding, `{part: its cache}`; each part reads its own,
+    `cache[self]`. A copy of the model has other parts, so it makes caches of its own.
 
     None if a layer keeps nothing, or if the model would calculate something else with it: then
     the model is used without"""
     caches, why = caches_of(self, batch, length)
     if why or not caches:
         return None
-    # a part of the reader's own may keep something and read it wrongly: let it prove itself, unless
-    # it needs keywords that we cannot make up
-    needs_proof = self.needs <= {'cache', 'aux'} and any(map(is_own, self.modules()))
-    if not needs_proof:
+    # a part of the reader's own may keep something and read it wrongly, and two in one attention
+    # would keep everything twice: let them prove themselves
+    doubtful = any(map(is_own, self.modules())) or not _one_cache_a_layer(self, caches)
+    can_prove = self.needs <= {'cache', 'aux'}  # other keywords we cannot make up
+    if not (doubtful and can_prove):
         return caches
     try:
         return caches if _decodes_like_forward(self) else None

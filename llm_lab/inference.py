@@ -222,6 +222,9 @@ class Fast(nn.Module):
         # may single tokens take the short road, `next_features`? Else the model itself reads them
         self.simple = type(self.model) is MiniGPT and all(map(_simple, self.model.blocks))
         self.n_transforms = _n_transforms(self.model)
+        # the part that keeps the past of each layer, by which the caches go; a tuple, because the
+        # modules are in the model already
+        self.keepers = tuple(b.attn.transforms[-1] for b in self.blocks) if self.simple else ()
 
     def cache(self, batch, length):
         return self.model.cache(batch, length)
@@ -250,7 +253,7 @@ def features(self: Fast, ids, i=None, **ctx):  # as `MiniGPT.features`
     """as `MiniGPT.features`"""
     if not self._is_short(ids, i, ctx):
         return self.model.features(ids, i, **ctx)
-    caches = [ctx['cache'][layer] for layer in range(self.cfg.n_layers)]
+    caches = [ctx['cache'][keeper] for keeper in self.keepers]
     places = [_take_place(c, i) for c in caches]  # changes n of each cache: before `ends`
     ends = [min(c.n, c.length) for c in caches]
     keys = [c.k for c in caches]
@@ -265,8 +268,9 @@ def _is_short(self: Fast, ids, i, ctx):
         return False
     if ids.shape[1] > 1 or i is None or i.dim() > 1:  # (B, T) positions: there is padding
         return False
-    if not ctx['cache'][0].n:
-        return False
+    first = ctx['cache'].get(self.keepers[0])
+    if first is None or not first.n:
+        return False  # the cache of another model, or one that has not begun
     # another number of transforms: `intervene` has put one there, and it must be called
     return _n_transforms(self.model) == self.n_transforms
 

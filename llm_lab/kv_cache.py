@@ -33,7 +33,7 @@ from llm_lab.sampling import (
 
 # %% ../nbs/35_kv_cache.ipynb #66087a66
 class KVCache:
-    """Keys, values and positions of one layer, in `length` places that are made when the first
+    """Keys, values and positions of one attention, in `length` places that are made when the first
     tokens come.
 
     `k`, `v` (B, G, length, D); `j` (length,) or (B, length), −1 where nothing stands yet; `n`, the
@@ -110,11 +110,10 @@ class CacheTransform(nn.Module):
         size: int | None = None,  # keep the last `size` tokens, or all if none
     ):
         super().__init__()
-        self.layer = layer
         self.size = size
 
     def cache(self, batch, length):
-        "An empty cache for this layer"
+        "An empty cache for this attention"
         if self.size is None:
             return KVCache(length)
         return RollingCache(self.size)
@@ -122,7 +121,9 @@ class CacheTransform(nn.Module):
     def forward(self, q, k, v, i, j, cache=None, contiguous=False, **ctx):
         if cache is None:
             return q, k, v, i, j
-        kept = cache[self.layer]
+        kept = cache.get(self)
+        if kept is None:
+            raise LabError('the cache is that of another model: ask this one, model.cache(…)')
         # `contiguous`: no positions were given, so these tokens were counted from 0. After others
         # that is a mistake, and nothing else would show it
         if contiguous and kept.n:
