@@ -152,6 +152,7 @@ class GPTConfig:
     mlp: part = part(MLP)
     norm: part = part(nn.LayerNorm)
     pos: part | None = part(LearnedPositions)
+    block: part = part(Block)
     lm_head: part = part(nn.Linear, bias=False)
     init: part = part(gpt2_init)
 
@@ -205,7 +206,8 @@ class MiniGPT(nn.Module):
             torch.default_generator.manual_seed(seed or 0)
             self.tok = nn.Embedding(cfg.vocab_size, cfg.d_model)
             self.pos = _build_part(cfg, 'pos', cfg) if cfg.pos else None
-            self.blocks = nn.ModuleList(Block(cfg, l) for l in range(cfg.n_layers))
+            layers = range(cfg.n_layers)
+            self.blocks = nn.ModuleList(_build_part(cfg, 'block', cfg, l) for l in layers)
             self.drop = nn.Dropout(cfg.dropout)
             self.norm = _build_part(cfg, 'norm', cfg.d_model)
             self.lm_head = _build_part(cfg, 'lm_head', cfg.d_model, cfg.vocab_size)
@@ -364,7 +366,7 @@ def _has_cache(m, found) -> bool:
 
 def _part_without_cache(block, found):
     "An attention in the mixer of a block that keeps nothing, or the mixer itself; None if all do"
-    mixer = getattr(block, 'attn', block)  # a block of the reader's own may have no `attn`
+    mixer = getattr(block, 'attn', block)  # a block of the reader's own may call it otherwise
     # a mixer may hold several attentions: one that forgets is enough to change the answer
     for m in mixer.modules():
         if isinstance(m, Attention) and not _has_cache(m, found):

@@ -117,7 +117,9 @@ def _simple(block):
     """Is the short road right for this block?
 
     Right means: `next_features` does what the block itself would do, for one token after a cache"""
-    attn = getattr(block, 'attn', None)
+    if type(block).forward is not Block.forward:
+        return False  # its parts are wired otherwise
+    attn = block.attn
     if not isinstance(attn, Attention):
         return False
     if any(hasattr(m, 'cache') for m in block.mlp.modules()):
@@ -125,8 +127,6 @@ def _simple(block):
     if any(_hooked(m) for m in (block, attn, *attn.transforms)):
         return False
     # the methods that `next_features` and `attend_one` stand for must be the book's own
-    if type(block).forward is not Block.forward:
-        return False
     if type(attn).forward is not Attention.forward or type(attn).project is not Attention.project:
         return False
     # `by_mask`, where an attention has it: its heads are joined as usual, under another mask

@@ -234,7 +234,12 @@ def with_kv_cache(
 def _with_caches(model):
     """A copy of the model, `CacheTransform` last in each of its attentions; the model itself if it
     is so already"""
-    cfg = replace(model.cfg, attn=_with_cache_transforms(model.cfg.attn))
+    cfg = replace(
+        model.cfg,
+        attn=_with_cache_transforms(model.cfg.attn),
+        # a block of the reader's own may hold a second attention
+        block=_with_cache_transforms(model.cfg.block),
+    )
     if cfg == model.cfg:
         if model.cache(1, 1):
             return model

@@ -146,6 +146,7 @@ _MODEL_ARGUMENTS = dict(
     mlp='cfg layer',
     transform='cfg layer',
     pos='cfg',
+    block='cfg layer',
     norm='d',
     lm_head='d vocab_size',
     act='',
