@@ -53,7 +53,11 @@ def optimizer_state(model, optimizer) -> tuple:
     # ({'blocks.0.attn.qkv.weight/momentum': tensor, …}, groups as plain data)
     """What an optimizer remembers, and its settings as plain data.
 
-    Raises `LabError` where it remembers something that is no tensor"""
+    Raises `LabError` where it remembers something that is no tensor
+
+    Returns:
+        ({'blocks.0.attn.qkv.weight/momentum': tensor, …}, groups as plain data)
+    """
     # PyTorch numbers the parameters by their place in the groups; their names outlive a new order
     names = {id(p): name for name, p in model.named_parameters()}
     tensors = {}

@@ -67,7 +67,11 @@ def _chip(token, experts, weights):
 def coactivation(chosen: Tensor, n_experts: int) -> Tensor:
     # (N, k), k of at least 2 → (E, E), on the CPU
     """How often two experts read the same token, as a multiple of what their loads alone would
-    give; on the diagonal, 0"""
+    give; on the diagonal, 0
+
+    Returns:
+        (N, k), k of at least 2 → (E, E), on the CPU
+    """
     on = F.one_hot(chosen.cpu(), n_experts).amax(1).double()  # (N, E): 1 where the expert reads
     pairs = (on.T @ on).fill_diagonal_(0)  # (E, E): tokens that both read
     load = on.sum(0)  # (E,)

@@ -241,7 +241,9 @@ class Fast(nn.Module):
             """as `MiniGPT.features`"""
             ...
 
-        def next_features(self, ids, i, places, ends, keys, values): ...
+        def next_features(self, ids, i, places, ends, keys, values):
+            """ids (B, 1), i (1,), and for each layer a place, an end, keys, values → (B, 1, C)"""
+            ...
 
         def attend_one(self, attn, x, i, angles, at, end, keys, values):
             """Attention of one new token; its key and value go to the place `at`"""
@@ -278,6 +280,7 @@ def _is_short(self: Fast, ids, i, ctx):
 @patch
 def next_features(self: Fast, ids, i, places, ends, keys, values):
     # ids (B, 1), i (1,), and for each layer a place, an end, keys, values → (B, 1, C)
+    """ids (B, 1), i (1,), and for each layer a place, an end, keys, values → (B, 1, C)"""
     model = self.model
     angles = {}  # {id of a RoPE: its cosines and sines at i}, for all layers that share it
     x = model.tok(ids)

@@ -92,7 +92,11 @@ class Plan:
     def allowed(self, i, j):
         # i (N, 1), j (N, S) or (H, N, S) → (sequences, heads, N, S)
         """The mask, pair by pair; one sequence or head stands for all of them where they are
-        alike"""
+        alike
+
+        Returns:
+            i (N, 1), j (N, S) or (H, N, S) → (sequences, heads, N, S)
+        """
         needs = needs_of(self.mask)
         # The mask may look a position up, so those before or behind the text are asked as its ends;
         # what is answered for them is not used
@@ -696,7 +700,12 @@ def _one_more_key(x):  # (B, G, S, D) → (B, G, S + 1, D)
 def masked_attention(q, k, v, mask, sink=None, dropout=0.0):
     # mask: bool or float, as for `scaled_dot_product`, None for all of the past → (B, H, T, D)
     """All scores, of which the mask keeps some; a sink stands as one more key, of zeros, whose
-    score is given"""
+    score is given
+
+    Returns:
+        mask: bool or float, as for `scaled_dot_product`, None for all of the past → (B, H,
+            T, D)
+    """
     if mask is not None and mask.is_floating_point():
         mask = mask.to(q.dtype)  # the kernel would misread another one
     if sink is None:
@@ -717,7 +726,11 @@ def masked_attention(q, k, v, mask, sink=None, dropout=0.0):
 @lru_cache(1024)
 def choose_kernel(mask: part, T: int, device='cpu', dropout=0.0) -> tuple:
     # ('folds', 'flex' or 'dense', why)
-    "Which kernel reads a whole text of `T` tokens, and the reason in a line"
+    """Which kernel reads a whole text of `T` tokens, and the reason in a line
+
+    Returns:
+        ('folds', 'flex' or 'dense', why)
+    """
     if cover(mask) is None:
         return 'dense', 'the mask may read all of the past'
     if dropout:

@@ -93,6 +93,10 @@ def attention_maps(
         i: its positions, (T,) or (B, T); 0, 1, 2, … if none
         ctx: keyword arguments that parts of the model need; a cache is filled, as by any
             reading
+
+    Returns:
+        (L, H, T, S), or (B, L, H, T, S) for several: [layer, head, query, key position],
+            float32 on the CPU
     """
     notes = []  # of each layer: weights (B, H, T, S), key positions (S,) or (B, S)
 
@@ -159,7 +163,11 @@ def _checked(weights, tokens, layer=0, head=0, query=-1, most=None):
 def plot_attention(weights: Tensor, tokens, layer=0, head=0, query=-1):
     # as `attention_of` gives them → a matplotlib figure
     """One map; the shade is √weight, so that small weights show; the row of `query` is marked, and
-    described in the title"""
+    described in the title
+
+    Returns:
+        as `attention_of` gives them → a matplotlib figure
+    """
     layer, head, query = _checked(weights, tokens, layer, head, query)
     plt = pyplot()
     fig, ax = plt.subplots(figsize=(4, 4))
@@ -358,7 +366,11 @@ def attention_map(
 ):
     # a widget; the still page where none can live
     """A text to touch: choose layer and head by name or by their small map, point at a token, see
-    where it looks"""
+    where it looks
+
+    Returns:
+        a widget; the still page where none can live
+    """
     shared = _shared(weights, tokens, layer, head, query)
     if widgets_live():
         try:
@@ -396,7 +408,11 @@ def uniform_attention(T: int) -> Tensor:  # (T, T)
 def head_scores(maps: Tensor, ids) -> dict:
     # (L, H, T, T) and (T,), or (B, L, H, T, T) and (B, T) → {name: (L, H)}
     """Mean weight on the token before, on what followed a copy (induction), on the copy
-    (Olsson et al. 2022)"""
+    (Olsson et al. 2022)
+
+    Returns:
+        (L, H, T, T) and (T,), or (B, L, H, T, T) and (B, T) → {name: (L, H)}
+    """
     ids = torch.as_tensor(ids).cpu()
     T = maps.shape[-1]
     if maps.shape[-2] != T or ids.shape != (*maps.shape[:-4], T):
@@ -435,7 +451,11 @@ def _plot_score(ax, score, title):  # score: (L, H)
 
 def plot_scores(scores: dict, chance: dict):
     # of `head_scores`: a model's, a blind head's → a matplotlib figure
-    "Layer × head, a panel for each score; the title tells the highest and what a blind head has"
+    """Layer × head, a panel for each score; the title tells the highest and what a blind head has
+
+    Returns:
+        of `head_scores`: a model's, a blind head's → a matplotlib figure
+    """
     L, H = next(iter(scores.values())).shape
     size = (len(scores) * (0.36 * H + 0.35), 0.36 * L + 0.9)
     fig, axs = pyplot().subplots(1, len(scores), figsize=size, squeeze=False)
@@ -484,7 +504,11 @@ def hidden_states(
 def logit_lens(model: nn.Module, ids: Tensor | Sequence[int], i=None, **ctx) -> Tensor:
     # arguments as of `attention_maps`; (L+1, T, V), or (B, L+1, T, V)
     """The logits that the model would give if it stopped after the embedding, and after each block
-    (nostalgebraist 2020)"""
+    (nostalgebraist 2020)
+
+    Returns:
+        arguments as of `attention_maps`; (L+1, T, V), or (B, L+1, T, V)
+    """
     p = next(model.parameters())
     states = hidden_states(model, ids, i, **ctx).to(p.device, p.dtype)
     return model.lm_head(model.norm(states)).float().cpu()
@@ -518,7 +542,11 @@ def lens_html(lens: Tensor, tokens, tokenizer) -> str:
     # as `logit_lens` and `attention_of` give them for one text
     """An HTML table of the likeliest next token after each layer, the last layer on top.
 
-    No script, no style sheet, no picture"""
+    No script, no style sheet, no picture
+
+    Returns:
+        as `logit_lens` and `attention_of` give them for one text
+    """
     if lens.dim() != 3 or lens.shape[1] != len(tokens) or len(tokens) > _MOST:
         raise LabError(
             f'logits of shape {tuple(lens.shape)} do not fit {len(tokens)} tokens; {_MOST} '

@@ -77,7 +77,11 @@ def top_k_softmax(logits, top_k, bias=0.0):  # as `softmax_top_k`
 
 def sigmoid_top_k(logits, top_k, bias=0.0, scale=1.0, renormalize=True):
     # as `softmax_top_k`; `scale` multiplies the weights
-    "Each expert scored by itself, the best `top_k` renormalized (DeepSeek-AI 2024, eq. 12–16)"
+    """Each expert scored by itself, the best `top_k` renormalized (DeepSeek-AI 2024, eq. 12–16)
+
+    Returns:
+        as `softmax_top_k`; `scale` multiplies the weights
+    """
     s = logits.sigmoid()
     chosen = (s + bias).topk(top_k).indices
     share = s / s.sum(-1, keepdim=True)  # sigmoids do not sum to one, shares do
@@ -121,6 +125,10 @@ def sort_by_expert(
     Args:
         chosen: (N, k)
         capacity: rows that an expert has at most; no end if none
+
+    Returns:
+        row of each pair (k·N,) in the sorted table; rows of each expert (E,), and how many
+            of them are filled (E,); rows of the table
     """
     pairs = chosen.t().flatten()  # (k·N,): all first choices come before all second ones
     # Stable: the pairs of an expert stay in that order, which decides which pairs come too late
@@ -656,7 +664,11 @@ class MoE(nn.Module):
 def moe_reference(moe: MoE, x: Tensor) -> Tensor:
     # (B, T, C) → (B, T, C), token by token; slow and obvious, without capacity
     """What a mixture of experts means: each token's choices, each expert a plain MLP, the sum of
-    their weighted outputs"""
+    their weighted outputs
+
+    Returns:
+        (B, T, C) → (B, T, C), token by token; slow and obvious, without capacity
+    """
     training = moe.router.training
     moe.router.eval()  # nothing is noted
     out = []

@@ -158,6 +158,7 @@ class CombinedOptimizer(torch.optim.Optimizer):
     def step(self, closure=None):
         # the groups and the state are handed over at each step, because `load_state_dict` puts
         # new ones here and the parts would go on with the old ones
+        """the groups and the state are handed over at each step, because `load_state_dict` puts new ones here and the parts would go on with the old ones"""
         groups = iter(self.param_groups)
         for part, n in zip(self.parts, self.sizes):
             part.param_groups = [next(groups) for _ in range(n)]

@@ -18,7 +18,8 @@ from dataclasses import asdict, fields
 from functools import partial
 from inspect import Parameter, signature
 from pathlib import Path
-from types import SimpleNamespace
+from types import NoneType, SimpleNamespace
+from typing import Any, get_args
 from safetensors import SafetensorError
 from safetensors.torch import load as tensors_from, save as tensor_bytes
 from torch import Tensor
@@ -126,10 +127,19 @@ def to_data(x):
     return data
 
 # %% ../nbs/24_package.ipynb #a3ba89f3
+def _annotated_kind(parameter):
+    """The kind of value that an annotation names: int for `int | None`; Any where it names none, or
+    several"""
+    kinds = [t for t in get_args(parameter.annotation) if t is not NoneType]
+    if not kinds and parameter.annotation is not Parameter.empty:
+        kinds = [parameter.annotation]
+    return kinds[0] if len(kinds) == 1 and isinstance(kinds[0], type) else Any
+
+
 def _is_like_default(value, parameter) -> bool:
     "Could a plain value stand where this parameter's default stands? 3 for 4.0, but no 'x' for 4"
     default = parameter.default
-    kind = parameter.annotation  # decides where there is no default, as in `d_ff: int = None`
+    kind = _annotated_kind(parameter)  # it decides where the default is None, as of `d_ff`
     if default is not None and default is not parameter.empty:
         kind = type(default)
     if value is None:
@@ -139,9 +149,8 @@ def _is_like_default(value, parameter) -> bool:
         return kind is bool and isinstance(value, bool)
     if kind is str or isinstance(value, str):
         return kind is str and isinstance(value, str)
-    return isinstance(value, (int, float)) and (
-        parameter.annotation is not int or isinstance(value, int)
-    )
+    is_whole = isinstance(value, int)
+    return is_whole or (isinstance(value, float) and _annotated_kind(parameter) is not int)
 
 
 def _no_transforms(k, v) -> bool:
@@ -158,7 +167,7 @@ def _check_plain(x, f, path):
         if not _is_like_default(v, known[k]):
             default = known[k].default
             unclear = default in (None, Parameter.empty)
-            like = known[k].annotation.__name__ if unclear else repr(default)
+            like = _annotated_kind(known[k]).__name__ if unclear else repr(default)
             raise LabError(f'{path}.{k}={short(v)}: {f.__name__} takes something like {like}')
 
 

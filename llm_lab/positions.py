@@ -138,6 +138,7 @@ class RoPE(nn.Module):
     def cos_sin(self, positions, like):
         # positions (T,) or (B, T) → cosines and sines, (T, D) or (B, 1, T, D) each, for D rotated
         # channels. The sine of a pair's first channel has the minus in it, see `__init__`
+        """positions (T,) or (B, T) → cosines and sines, (T, D) or (B, 1, T, D) each, for D rotated channels. The sine of a pair's first channel has the minus in it, see `__init__`"""
         if self.freq.device != positions.device:
             self.freq = self.freq.to(positions.device)  # not a buffer: it stays float32
         angle = positions[..., None] * self.freq

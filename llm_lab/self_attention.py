@@ -202,6 +202,7 @@ class Attention(nn.Module):
 
     def forward(self, x, i, contiguous=False, **ctx):
         # (B, T, C), positions (T,) or (B, T) → (B, T, C)
+        """(B, T, C), positions (T,) or (B, T) → (B, T, C)"""
         q, k, v = self.project(x)
         j = i  # the keys are those of the same tokens, until a transform hands over others
         for transform in self.transforms:

@@ -259,7 +259,11 @@ def cover(mask: part) -> tuple:
     """Keys among which are all that a mask allows: the last `near`, and lists of links.
 
     A window of 64 or sinks: (64, [part(attention_sinks)]). A window of 64 and the same document:
-    (64, [])"""
+    (64, [])
+
+    Returns:
+        (near, recipes of masks with links); None where all of the past may be read
+    """
     f = mask.func
     if f in (and_masks, or_masks):
         covers = [cover(p) for p in mask.keywords.get('of', ())]

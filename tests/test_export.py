@@ -39,6 +39,13 @@ def no_text(
     return a
 
 
+def below(a, b):
+    # of both,
+    # in two lines
+    "Sum"
+    return a + b
+
+
 @dataclass
 class Point:
     "A point"
@@ -98,6 +105,7 @@ def test_a_note_beside_an_argument_is_a_line_of_the_docstring():
     )
     assert inspect.getdoc(names['one_line']) == 'their sum'
     assert inspect.getdoc(names['no_text']) == 'Args:\n    a: first'
+    assert inspect.getdoc(names['below']) == 'Sum\n\nReturns:\n    of both, in two lines'
     assert names['none'].__doc__ is None
     assert inspect.getdoc(names['Point']) == 'A point\n\nArgs:\n    x: to the right\n    y: up'
     assert inspect.getdoc(names['Counter']) == 'Counts\n\nArgs:\n    start: the first number'

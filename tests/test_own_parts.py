@@ -1065,6 +1065,7 @@ IN_A_FILE = {  # {key=value: words of the answer}
         'model.attn.mask.size',
         'wide',
     ],
+    'model.mlp={part: MLP, d_ff: 4.5}': ['model.mlp.d_ff=4.5', 'something like int'],
     'model.mlp={part: MLP, d_ff: 4x}': ["model.mlp.d_ff='4x'", 'something like int'],
     'model.mlp={part: MLP, d_ff: 2.5}': ['d_ff=2.5'],
     'model.mlp={part: MoE, n_experts: 4, router: Router}': [

@@ -83,12 +83,16 @@ def signature_notes(f, said):
             notes[arg.name] = note_of(arg, f.lineno + 1, said)
     # what it returns stands behind the colon: on the line of `def`, or on that of the bracket
     begin = f.returns.end_lineno if f.returns else max([f.lineno, *lines])
-    returned = ''
+    behind = []
     for line in range(begin, f.body[0].lineno):
         text, alone = said.get(line, ('', True))
-        if text and not alone and (line == f.lineno or line not in lines):
-            returned = text.removeprefix('→').lstrip()
-            break
+        # a comment in a line of its own belongs to the arguments, unless it follows the colon
+        of_arguments = line in lines and line != f.lineno
+        if text and not of_arguments and (not alone or line > begin):
+            behind.append(text)
+        if behind and not alone:
+            break  # it is said; what stands below is a reason for the first line
+    returned = ' '.join(behind).removeprefix('→').lstrip()
     return {name: note for name, note in notes.items() if note}, returned
 
 
