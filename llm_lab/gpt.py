@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fastcore.basics import patch
 from torch import Tensor, nn
 from .core import HOLDS, LabError, preserve_rng, rng, short
-from .parts import _build_part, _check_recipe, _warn_aux_unused, part
+from .parts import _build_part, _check_recipe, _warn_aux_unused, hook, needs_in, part
 from .self_attention import Attention
 
 # %% ../nbs/22_gpt.ipynb #e43345e0
@@ -221,7 +221,7 @@ class MiniGPT(nn.Module):
             cfg.init(self, generator=rng(seed, 'init'))
         # The context, `**ctx`: keyword arguments that pass through the model to every part. A part
         # declares in `needs` those that it reads; these are all that some part of this model reads.
-        self.needs = {w for m in self.modules() for w in getattr(m, 'needs', ())}
+        self.needs = {w for m in self.children() for w in needs_in(m)}
         # An `Aux` for calls that pass none. A loss function need not know of auxiliary losses:
         # `balanced` of `train` sets this while it calls one, and `features` hands it to the parts.
         self.default_aux = None
@@ -300,8 +300,8 @@ def metrics(self: MiniGPT) -> dict:
     "What the parts have noted since they were last asked, `{name: number}`; see the page of hooks"
     noted = {}
     for m in self.modules():
-        if m is not self and callable(getattr(m, 'metrics', None)):
-            noted.update(m.metrics() or {})
+        if m is not self:  # the model has a method of this name, too
+            noted.update(hook(m, 'metrics')() or {})
     return noted
 
 # %% ../nbs/22_gpt.ipynb #2a7c0b75
@@ -351,11 +351,11 @@ def _caches_by_part(model, batch, length) -> dict:
     "{part: its cache} of the parts of a model that keep something"
     found = {}
     for m in model.modules():
-        # the model has a method of this name as well, which calls this function
-        if m is not model and callable(getattr(m, 'cache', None)):
-            cache = m.cache(batch, length)
-            if cache is not None:
-                found[m] = cache
+        if m is model:
+            continue  # its method of this name calls this function
+        cache = hook(m, 'cache')(batch, length)
+        if cache is not None:
+            found[m] = cache
     return found
 
 

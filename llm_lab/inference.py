@@ -21,7 +21,7 @@ from .hardware import keep_freed_memory
 from .onednn import onednn_is_faster
 from .self_attention import Attention
 from .gpt import Block, MiniGPT, is_own
-from .parts import part
+from .parts import has_hook, hook, part
 from .sampling import DecodingState, max_context
 from .efficient import try_compile
 from .llama_block import QKNorm
@@ -122,15 +122,15 @@ def _simple(block):
     attn = block.attn
     if not isinstance(attn, Attention):
         return False
-    if any(hasattr(m, 'cache') for m in block.mlp.modules()):
+    if any(has_hook(m, 'cache') for m in block.mlp.modules()):
         return False  # an MLP that keeps something, too
     if any(_hooked(m) for m in (block, attn, *attn.transforms)):
         return False
     # the methods that `next_features` and `attend_one` stand for must be the book's own
     if type(attn).forward is not Attention.forward or type(attn).project is not Attention.project:
         return False
-    # `by_mask`, where an attention has it: its heads are joined as usual, under another mask
-    if not getattr(attn, 'by_mask', type(attn).attend_heads is Attention.attend_heads):
+    # its heads are joined as usual, under whatever mask
+    if not attn.by_mask:
         return False
     kinds = [type(transform) for transform in attn.transforms]
     if not set(kinds) <= {RoPE, QKNorm, CacheTransform}:  # what `attend_one` knows how to do
@@ -376,9 +376,9 @@ def bytes_per_token(model) -> int:
     # both tables go by the id of a tensor, so that shared weights count once
     share = {}
     for m in inner.modules():
-        if hasattr(m, 'share'):  # the experts' `ExpertLinear` has it
+        if hook(m, 'share') < 1:  # as of the experts' `ExpertLinear`
             for t in m.parameters():
-                share[id(t)] = m.share
+                share[id(t)] = hook(m, 'share')
     tensors = {}
     for m in (inner.blocks, inner.norm, inner.lm_head):
         for t in (*m.parameters(), *m.buffers()):

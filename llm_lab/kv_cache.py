@@ -19,7 +19,7 @@ from .chars import Tokenizer
 from .core import LabError, progress, rng
 from .self_attention import Attention, causal
 from .gpt import MiniGPT, caches_of
-from .parts import mask_hooks, part
+from .parts import has_hook, mask_hook, mask_hooks, part
 from llm_lab.sampling import (
     DecodeStream,
     DecodingState,
@@ -157,7 +157,7 @@ def lookback(mask: part):  # an int, or None for all
     Returns:
         an int, or None for all
     """
-    of_keywords = getattr(mask.func, 'lookback', None)
+    of_keywords = mask_hook(mask.func, 'lookback')
     if of_keywords is None:
         return None  # a mask that does not state it may read everything
     return of_keywords(**mask.keywords)
@@ -202,7 +202,7 @@ def _with_cache_transforms(x):
         return x  # a number, a text: no attention is in it
     keywords = {name: _with_cache_transforms(value) for name, value in x.keywords.items()}
     # an attention with a `cache` of its own keeps what it needs by itself
-    if _is_attention(x) and not hasattr(x.func, 'cache'):
+    if _is_attention(x) and not has_hook(x.func, 'cache'):
         keywords['transforms'] = _cached_transforms(x.func, keywords)
     return part(x, **keywords)
 
@@ -264,7 +264,7 @@ def _copy_with_transforms(model, cfg):
     new.cfg = cfg
     new.needs = new.needs | {'cache'}  # a new set: the old one belongs to the model given
     for attn in new.modules():
-        if not isinstance(attn, Attention) or hasattr(attn, 'cache'):
+        if not isinstance(attn, Attention) or has_hook(attn, 'cache'):
             continue
         others = [t for t in attn.transforms if not isinstance(t, CacheTransform)]
         last = CacheTransform(cfg, attn.layer, lookback(attn.mask))

@@ -49,7 +49,7 @@ from .hardware import memory_left, must_fit
 from .corpora import load_corpus
 from .onednn import _onednn_forward
 from .chars import tokenizer_from_json, Tokenizer
-from .parts import Aux, _build_part, _saved_name, part
+from .parts import Aux, _build_part, _saved_name, needs_in, part
 from .gpt import Block, GPTConfig, MiniGPT, _allclose, _eval_mode, _probe_ids, is_own
 from .train import Recipe, fit, prepare
 
@@ -320,7 +320,7 @@ def _probe_part(cfg, name, layer, fake):
     # what the constructor of a part is called with; mixers, MLPs and blocks get (cfg, layer)
     made_from = dict(norm=(C,), pos=(cfg,), lm_head=(C, V)).get(name, (cfg, layer))
     made = _build_part(cfg, name, *made_from)
-    reads_aux = any('aux' in getattr(m, 'needs', ()) for m in made.modules())
+    reads_aux = 'aux' in needs_in(made)
     # two sequences, so that a part which mixes up B and T is found; fake tensors draw nothing, and
     # take no generator
     args = [torch.randn(2, T, C, generator=None if fake else rng(0, 'x'))]  # (B, T, C)
