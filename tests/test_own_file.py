@@ -102,6 +102,18 @@ def test_a_text_in_pieces_with_a_cache_is_the_text_at_once(name):
 
 
 @each
+def test_a_padded_text_is_the_text_alone(name):
+    model, ids = shaken(name), ids_of(2)
+    for form in (lab.with_kv_cache(model), model):
+        reader = DecodingState(form, T, pad=torch.tensor([5, 0]))
+        for end, piece in zip((9, 10, 14), ids[:, :14].split([9, 1, 4], 1)):
+            got = reader(piece)
+            for row, begin in ((0, 5), (1, 0)):
+                with torch.no_grad():
+                    near(got[row], model(ids[row : row + 1, begin:end])[0, -1], 2e-5)
+
+
+@each
 def test_no_future_is_read(name):
     model, ids = shaken(name), ids_of(1)
     other = ids.clone()
