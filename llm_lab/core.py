@@ -152,6 +152,7 @@ _DECLARED = dict(  # slot: CHAPTER:NAME, of this book where no module is said
     mlp='gpt:MLP llama_block:SwiGLU moe:MoE sparse:alternate',
     norm='llama_block:RMSNorm torch.nn:LayerNorm torch.nn:RMSNorm torch.nn:Identity',
     pos='gpt:LearnedPositions positions:SinusoidalPositions',
+    block='gpt:Block llama_block:ParallelBlock llama_block:SandwichBlock',
     lm_head='llama_block:SoftcapHead torch.nn:Linear',
     init='gpt:gpt2_init init:scaled_init init:spectral_init',
     act='llama_block:ReLU2 '
@@ -328,7 +329,15 @@ def lookup(name, slot=None, path=''):  # a class, a function
 
 # %% ../nbs/01_core.ipynb #e90dbac3
 HOLDS = dict(  # {slot: {keyword: slot of the recipe that it holds}}
-    config=dict(attn='mixer', mlp='mlp', norm='norm', pos='pos', lm_head='lm_head', init='init'),
+    config=dict(
+        attn='mixer',
+        mlp='mlp',
+        norm='norm',
+        pos='pos',
+        block='block',
+        lm_head='lm_head',
+        init='init',
+    ),
     mixer=dict(transforms='transform', mask='mask', of='mixer'),
     mlp=dict(act='act', expert='mlp', router='router', of='mlp'),
     mask=dict(of='mask'),
@@ -341,7 +350,7 @@ _MANY = ('transforms', 'of')
 _NONE = ('scale', 'pos', 'transforms')
 _FILLED = dict(  # what the model fills in itself, and a file must not
     router='n_experts top_k',
-    choice='logits top_k bias',
+    choice='logits top_k bias training',
     init='model generator',
     scaling='freq',
     norm='d normalized_shape',

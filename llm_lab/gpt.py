@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fastcore.basics import patch
 from torch import Tensor, nn
 from .core import HOLDS, LabError, preserve_rng, rng, short
-from .parts import _build_part, _check_recipe, _warn_aux_unused, part
+from .parts import _build_part, _check_recipe, _warn_aux_unused, hook, needs_in, part
 from .self_attention import Attention
 
 # %% ../nbs/22_gpt.ipynb #e43345e0
@@ -152,6 +152,7 @@ class GPTConfig:
     mlp: part = part(MLP)
     norm: part = part(nn.LayerNorm)
     pos: part | None = part(LearnedPositions)
+    block: part = part(Block)
     lm_head: part = part(nn.Linear, bias=False)
     init: part = part(gpt2_init)
 
@@ -205,7 +206,8 @@ class MiniGPT(nn.Module):
             torch.default_generator.manual_seed(seed or 0)
             self.tok = nn.Embedding(cfg.vocab_size, cfg.d_model)
             self.pos = _build_part(cfg, 'pos', cfg) if cfg.pos else None
-            self.blocks = nn.ModuleList(Block(cfg, l) for l in range(cfg.n_layers))
+            layers = range(cfg.n_layers)
+            self.blocks = nn.ModuleList(_build_part(cfg, 'block', cfg, l) for l in layers)
             self.drop = nn.Dropout(cfg.dropout)
             self.norm = _build_part(cfg, 'norm', cfg.d_model)
             self.lm_head = _build_part(cfg, 'lm_head', cfg.d_model, cfg.vocab_size)
@@ -219,7 +221,7 @@ class MiniGPT(nn.Module):
             cfg.init(self, generator=rng(seed, 'init'))
         # The context, `**ctx`: keyword arguments that pass through the model to every part. A part
         # declares in `needs` those that it reads; these are all that some part of this model reads.
-        self.needs = {w for m in self.modules() for w in getattr(m, 'needs', ())}
+        self.needs = {w for m in self.children() for w in needs_in(m)}
         # An `Aux` for calls that pass none. A loss function need not know of auxiliary losses:
         # `balanced` of `train` sets this while it calls one, and `features` hands it to the parts.
         self.default_aux = None
@@ -279,8 +281,8 @@ class MiniGPT(nn.Module):
             ...
 
         def cache(self, batch: 'int', length: 'int'):
-            """What the parts want to remember while decoding, `{key: cache}`; the key is a part's `key`, or
-            else its `layer`.
+            """What the parts want to remember while decoding, `{part: its cache}`; each part reads its own,
+            `cache[self]`. A copy of the model has other parts, so it makes caches of its own.
 
             None if a layer keeps nothing, or if the model would calculate something else with it: then
             the model is used without"""
@@ -298,8 +300,8 @@ def metrics(self: MiniGPT) -> dict:
     "What the parts have noted since they were last asked, `{name: number}`; see the page of hooks"
     noted = {}
     for m in self.modules():
-        if m is not self and callable(getattr(m, 'metrics', None)):
-            noted.update(m.metrics() or {})
+        if m is not self:  # the model has a method of this name, too
+            noted.update(hook(m, 'metrics')() or {})
     return noted
 
 # %% ../nbs/22_gpt.ipynb #2a7c0b75
@@ -349,30 +351,12 @@ def _caches_by_part(model, batch, length) -> dict:
     "{part: its cache} of the parts of a model that keep something"
     found = {}
     for m in model.modules():
-        # the model has a method of this name as well, which calls this function
-        if m is not model and callable(getattr(m, 'cache', None)):
-            cache = m.cache(batch, length)
-            if cache is not None:
-                found[m] = cache
+        if m is model:
+            continue  # its method of this name calls this function
+        cache = hook(m, 'cache')(batch, length)
+        if cache is not None:
+            found[m] = cache
     return found
-
-
-def _caches_by_key(found) -> tuple:
-    "({key: cache}, '' or why the first part without a key of its own has none)"
-    by_key = {}
-    problems = []
-    for m, cache in found.items():
-        kind = type(m).__name__
-        # a part's own `key`; most have none, and there is one of their kind in each layer
-        key = getattr(m, 'key', getattr(m, 'layer', None))
-        if key is None:
-            problems.append(f'{kind} has no `layer`, nor a `key`, under which it would keep')
-        elif key in by_key:
-            problems.append(f'{kind} keeps under {key!r}, as another part does: give it a `key`')
-        else:
-            by_key[key] = cache
-    first_problem = problems[0] if problems else ''
-    return by_key, first_problem
 
 
 def _has_cache(m, found) -> bool:
@@ -382,7 +366,7 @@ def _has_cache(m, found) -> bool:
 
 def _part_without_cache(block, found):
     "An attention in the mixer of a block that keeps nothing, or the mixer itself; None if all do"
-    mixer = getattr(block, 'attn', block)  # a block of the reader's own may have no `attn`
+    mixer = getattr(block, 'attn', block)  # a block of the reader's own may call it otherwise
     # a mixer may hold several attentions: one that forgets is enough to change the answer
     for m in mixer.modules():
         if isinstance(m, Attention) and not _has_cache(m, found):
@@ -390,16 +374,25 @@ def _part_without_cache(block, found):
     return None if _has_cache(mixer, found) else mixer
 
 
+def _one_cache_a_layer(model, found) -> bool:
+    "Does each layer hold one part that keeps something, and no layer that of another?"
+    counts = []
+    for block in model.blocks:
+        # duplicates count: a part that stands in two layers would mix what they keep
+        parts = [m for _, m in block.named_modules(remove_duplicate=False)]
+        counts.append(sum(m in found for m in parts))
+    return counts == [1] * len(found)
+
+
 def caches_of(model, batch, length) -> tuple:
-    """({key: cache} of all parts that keep something, why the model as a whole has no cache): the
-    second is '' if something in every layer keeps its past"""
+    """({part: its cache} of all parts that keep something, why the model as a whole has no cache):
+    the second is '' if something in every layer keeps its past"""
     found = _caches_by_part(model, batch, length)
-    by_key, why = _caches_by_key(found)
     for layer, block in enumerate(model.blocks):
         without = _part_without_cache(block, found)
-        if without is not None and not why:
-            why = f'{type(without).__name__} of layer {layer} keeps nothing'
-    return by_key, why
+        if without is not None:
+            return found, f'{type(without).__name__} of layer {layer} keeps nothing'
+    return found, ''
 
 # %% ../nbs/22_gpt.ipynb #5b1e7a06
 @torch.no_grad()
@@ -421,18 +414,19 @@ def _decodes_like_forward(model) -> bool:
 
 @patch
 def cache(self: MiniGPT, batch: int, length: int):
-    """What the parts want to remember while decoding, `{key: cache}`; the key is a part's `key`, or
-    else its `layer`.
+    """What the parts want to remember while decoding, `{part: its cache}`; each part reads its own,
+    `cache[self]`. A copy of the model has other parts, so it makes caches of its own.
 
     None if a layer keeps nothing, or if the model would calculate something else with it: then
     the model is used without"""
     caches, why = caches_of(self, batch, length)
     if why or not caches:
         return None
-    # a part of the reader's own may keep something and read it wrongly: let it prove itself, unless
-    # it needs keywords that we cannot make up
-    needs_proof = self.needs <= {'cache', 'aux'} and any(map(is_own, self.modules()))
-    if not needs_proof:
+    # a part of the reader's own may keep something and read it wrongly, and two in one attention
+    # would keep everything twice: let them prove themselves
+    doubtful = any(map(is_own, self.modules())) or not _one_cache_a_layer(self, caches)
+    can_prove = self.needs <= {'cache', 'aux'}  # other keywords we cannot make up
+    if not (doubtful and can_prove):
         return caches
     try:
         return caches if _decodes_like_forward(self) else None

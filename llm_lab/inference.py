@@ -21,7 +21,7 @@ from .hardware import keep_freed_memory
 from .onednn import onednn_is_faster
 from .self_attention import Attention
 from .gpt import Block, MiniGPT, is_own
-from .parts import part
+from .parts import has_hook, hook, part
 from .sampling import DecodingState, max_context
 from .efficient import try_compile
 from .llama_block import QKNorm
@@ -117,20 +117,20 @@ def _simple(block):
     """Is the short road right for this block?
 
     Right means: `next_features` does what the block itself would do, for one token after a cache"""
-    attn = getattr(block, 'attn', None)
+    if type(block).forward is not Block.forward:
+        return False  # its parts are wired otherwise
+    attn = block.attn
     if not isinstance(attn, Attention):
         return False
-    if any(hasattr(m, 'cache') for m in block.mlp.modules()):
+    if any(has_hook(m, 'cache') for m in block.mlp.modules()):
         return False  # an MLP that keeps something, too
     if any(_hooked(m) for m in (block, attn, *attn.transforms)):
         return False
     # the methods that `next_features` and `attend_one` stand for must be the book's own
-    if type(block).forward is not Block.forward:
-        return False
     if type(attn).forward is not Attention.forward or type(attn).project is not Attention.project:
         return False
-    # `by_mask`, where an attention has it: its heads are joined as usual, under another mask
-    if not getattr(attn, 'by_mask', type(attn).attend_heads is Attention.attend_heads):
+    # its heads are joined as usual, under whatever mask
+    if not attn.by_mask:
         return False
     kinds = [type(transform) for transform in attn.transforms]
     if not set(kinds) <= {RoPE, QKNorm, CacheTransform}:  # what `attend_one` knows how to do
@@ -222,6 +222,9 @@ class Fast(nn.Module):
         # may single tokens take the short road, `next_features`? Else the model itself reads them
         self.simple = type(self.model) is MiniGPT and all(map(_simple, self.model.blocks))
         self.n_transforms = _n_transforms(self.model)
+        # the part that keeps the past of each layer, by which the caches go; a tuple, because the
+        # modules are in the model already
+        self.keepers = tuple(b.attn.transforms[-1] for b in self.blocks) if self.simple else ()
 
     def cache(self, batch, length):
         return self.model.cache(batch, length)
@@ -252,7 +255,7 @@ def features(self: Fast, ids, i=None, **ctx):  # as `MiniGPT.features`
     """as `MiniGPT.features`"""
     if not self._is_short(ids, i, ctx):
         return self.model.features(ids, i, **ctx)
-    caches = [ctx['cache'][layer] for layer in range(self.cfg.n_layers)]
+    caches = [ctx['cache'][keeper] for keeper in self.keepers]
     places = [_take_place(c, i) for c in caches]  # changes n of each cache: before `ends`
     ends = [min(c.n, c.length) for c in caches]
     keys = [c.k for c in caches]
@@ -267,8 +270,9 @@ def _is_short(self: Fast, ids, i, ctx):
         return False
     if ids.shape[1] > 1 or i is None or i.dim() > 1:  # (B, T) positions: there is padding
         return False
-    if not ctx['cache'][0].n:
-        return False
+    first = ctx['cache'].get(self.keepers[0])
+    if first is None or not first.n:
+        return False  # the cache of another model, or one that has not begun
     # another number of transforms: `intervene` has put one there, and it must be called
     return _n_transforms(self.model) == self.n_transforms
 
@@ -372,9 +376,9 @@ def bytes_per_token(model) -> int:
     # both tables go by the id of a tensor, so that shared weights count once
     share = {}
     for m in inner.modules():
-        if hasattr(m, 'share'):  # the experts' `ExpertLinear` has it
+        if hook(m, 'share') < 1:  # as of the experts' `ExpertLinear`
             for t in m.parameters():
-                share[id(t)] = m.share
+                share[id(t)] = hook(m, 'share')
     tensors = {}
     for m in (inner.blocks, inner.norm, inner.lm_head):
         for t in (*m.parameters(), *m.buffers()):

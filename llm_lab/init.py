@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrize import register_parametrization
 from .gpt import MiniGPT
 from .package import cast_like, require_faithful
-from .parts import part
+from .parts import hook, part
 from .core import LabError
 
 # %% ../nbs/33_init.ipynb #1cc4aae0
@@ -30,7 +30,7 @@ def _is_projection(m) -> bool:
 def _stacked_rows(model, name, m) -> list:
     "How many rows each projection has that is stacked in the layer `m`; all rows if it is one"
     owner, _, last = name.rpartition('.')  # 'blocks.0.attn' and 'qkv'
-    sizes = getattr(model.get_submodule(owner), 'sizes', ())
+    sizes = hook(model.get_submodule(owner), 'sizes')
     rows = m.weight.shape[-2]
     # `out` is one projection, also where its rows happen to be as many as those of the stack
     if last == 'out' or sum(sizes) != rows:

@@ -19,7 +19,7 @@ from .chars import Tokenizer
 from .core import LabError, progress, rng
 from .self_attention import Attention, causal
 from .gpt import MiniGPT, caches_of
-from .parts import mask_hooks, part
+from .parts import has_hook, mask_hook, mask_hooks, part
 from llm_lab.sampling import (
     DecodeStream,
     DecodingState,
@@ -33,7 +33,7 @@ from llm_lab.sampling import (
 
 # %% ../nbs/35_kv_cache.ipynb #66087a66
 class KVCache:
-    """Keys, values and positions of one layer, in `length` places that are made when the first
+    """Keys, values and positions of one attention, in `length` places that are made when the first
     tokens come.
 
     `k`, `v` (B, G, length, D); `j` (length,) or (B, length), −1 where nothing stands yet; `n`, the
@@ -110,11 +110,10 @@ class CacheTransform(nn.Module):
         size: int | None = None,  # keep the last `size` tokens, or all if none
     ):
         super().__init__()
-        self.layer = layer
         self.size = size
 
     def cache(self, batch, length):
-        "An empty cache for this layer"
+        "An empty cache for this attention"
         if self.size is None:
             return KVCache(length)
         return RollingCache(self.size)
@@ -122,7 +121,9 @@ class CacheTransform(nn.Module):
     def forward(self, q, k, v, i, j, cache=None, contiguous=False, **ctx):
         if cache is None:
             return q, k, v, i, j
-        kept = cache[self.layer]
+        kept = cache.get(self)
+        if kept is None:
+            raise LabError('the cache is that of another model: ask this one, model.cache(…)')
         # `contiguous`: no positions were given, so these tokens were counted from 0. After others
         # that is a mistake, and nothing else would show it
         if contiguous and kept.n:
@@ -156,7 +157,7 @@ def lookback(mask: part):  # an int, or None for all
     Returns:
         an int, or None for all
     """
-    of_keywords = getattr(mask.func, 'lookback', None)
+    of_keywords = mask_hook(mask.func, 'lookback')
     if of_keywords is None:
         return None  # a mask that does not state it may read everything
     return of_keywords(**mask.keywords)
@@ -201,7 +202,7 @@ def _with_cache_transforms(x):
         return x  # a number, a text: no attention is in it
     keywords = {name: _with_cache_transforms(value) for name, value in x.keywords.items()}
     # an attention with a `cache` of its own keeps what it needs by itself
-    if _is_attention(x) and not hasattr(x.func, 'cache'):
+    if _is_attention(x) and not has_hook(x.func, 'cache'):
         keywords['transforms'] = _cached_transforms(x.func, keywords)
     return part(x, **keywords)
 
@@ -233,7 +234,12 @@ def with_kv_cache(
 def _with_caches(model):
     """A copy of the model, `CacheTransform` last in each of its attentions; the model itself if it
     is so already"""
-    cfg = replace(model.cfg, attn=_with_cache_transforms(model.cfg.attn))
+    cfg = replace(
+        model.cfg,
+        attn=_with_cache_transforms(model.cfg.attn),
+        # a block of the reader's own may hold a second attention
+        block=_with_cache_transforms(model.cfg.block),
+    )
     if cfg == model.cfg:
         if model.cache(1, 1):
             return model
@@ -258,7 +264,7 @@ def _copy_with_transforms(model, cfg):
     new.cfg = cfg
     new.needs = new.needs | {'cache'}  # a new set: the old one belongs to the model given
     for attn in new.modules():
-        if not isinstance(attn, Attention) or hasattr(attn, 'cache'):
+        if not isinstance(attn, Attention) or has_hook(attn, 'cache'):
             continue
         others = [t for t in attn.transforms if not isinstance(t, CacheTransform)]
         last = CacheTransform(cfg, attn.layer, lookback(attn.mask))

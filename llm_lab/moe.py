@@ -10,6 +10,7 @@ __all__ = ['PAD', 'softmax_top_k', 'top_k_softmax', 'sigmoid_top_k', 'sort_by_ex
 TYPE_CHECKING = False  # a type checker takes it for True
 import math
 import torch
+from inspect import signature
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
@@ -375,6 +376,8 @@ class Router(nn.Module):
         self.layer = layer
         self.top_k = top_k
         self.choose = choose
+        # a choice that looks at the other tokens of a batch must know whether it may
+        self.tells_training = 'training' in signature(choose).parameters
         self.off = ()  # experts that may not be chosen; set by `without_experts`
         self.balance = balance
         self.z = z
@@ -406,7 +409,8 @@ class Router(nn.Module):
         dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             logits, bias = self._scores(x, dtype)
-            w, chosen, p = self.choose(logits, self.top_k, bias)
+            told = dict(training=self.training) if self.tells_training else {}
+            w, chosen, p = self.choose(logits, self.top_k, bias, **told)
             # how often each expert was chosen, (E,); `bincount` would wait for the device
             ones = torch.ones_like(chosen, dtype=dtype).flatten()
             counts = torch.zeros_like(bias).index_add_(0, chosen.flatten(), ones)

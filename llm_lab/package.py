@@ -49,8 +49,8 @@ from .hardware import memory_left, must_fit
 from .corpora import load_corpus
 from .onednn import _onednn_forward
 from .chars import tokenizer_from_json, Tokenizer
-from .parts import Aux, _build_part, _saved_name, part
-from .gpt import GPTConfig, MiniGPT, _allclose, _eval_mode, _probe_ids, is_own
+from .parts import Aux, _build_part, _saved_name, needs_in, part
+from .gpt import Block, GPTConfig, MiniGPT, _allclose, _eval_mode, _probe_ids, is_own
 from .train import Recipe, fit, prepare
 
 # %% ../nbs/24_package.ipynb #e5a18245
@@ -301,7 +301,14 @@ def meta_model(cfg: GPTConfig) -> MiniGPT:
 
 # %% ../nbs/24_package.ipynb #c51b7e90
 # {name: how the model calls the part}, for the message
-_CALLED_AS = dict(attn='(x, i, **ctx)', mlp='(x, **ctx)', norm='(x)', pos='(x, i)', lm_head='(x)')
+_CALLED_AS = dict(
+    attn='(x, i, **ctx)',
+    mlp='(x, **ctx)',
+    norm='(x)',
+    pos='(x, i)',
+    block='(x, i, **ctx)',
+    lm_head='(x)',
+)
 
 
 def _probe_part(cfg, name, layer, fake):
@@ -310,17 +317,17 @@ def _probe_part(cfg, name, layer, fake):
     C = cfg.d_model
     V = cfg.vocab_size
     T = min(cfg.max_len, 6)
-    # what the constructor of a part is called with; mixers and MLPs get (cfg, layer)
+    # what the constructor of a part is called with; mixers, MLPs and blocks get (cfg, layer)
     made_from = dict(norm=(C,), pos=(cfg,), lm_head=(C, V)).get(name, (cfg, layer))
     made = _build_part(cfg, name, *made_from)
-    reads_aux = any('aux' in getattr(m, 'needs', ()) for m in made.modules())
+    reads_aux = 'aux' in needs_in(made)
     # two sequences, so that a part which mixes up B and T is found; fake tensors draw nothing, and
     # take no generator
     args = [torch.randn(2, T, C, generator=None if fake else rng(0, 'x'))]  # (B, T, C)
-    if name in ('attn', 'pos'):
+    if name in ('attn', 'pos', 'block'):
         args.append(torch.arange(T))
     ctx = {}
-    if name in ('attn', 'mlp'):
+    if name in ('attn', 'mlp', 'block'):
         ctx['contiguous'] = True
         if reads_aux:
             ctx['aux'] = Aux()
@@ -368,10 +375,12 @@ def check_parts(cfg: GPTConfig) -> GPTConfig:  # `cfg`
     """
     if cfg.pos:
         _check_output_shape(cfg, 'pos', 0)
-    for name in ('norm', 'attn', 'mlp', 'lm_head'):
+    for name in ('norm', 'attn', 'mlp', 'block', 'lm_head'):
         recipe = getattr(cfg, name)
+        if recipe == part(Block):
+            continue  # it adds what its parts give, and these are looked at by themselves
         # these may make something else in each layer
-        varies = name in ('attn', 'mlp') and ('of' in recipe.keywords or is_own(recipe))
+        varies = name in ('attn', 'mlp', 'block') and ('of' in recipe.keywords or is_own(recipe))
         layers = range(min(cfg.n_layers, 64)) if varies else (0,)
         for layer in layers:
             _check_output_shape(cfg, name, layer)

@@ -164,6 +164,8 @@ class Attention(nn.Module):
         self.mask = mask
         self.dropout = cfg.dropout
         self.plain = mask == part(causal)  # then the kernel needs no mask at all
+        # may its heads be joined by any kernel, under its dense mask? A subclass says it anew
+        self.by_mask = type(self).attend_heads is Attention.attend_heads
         width = cfg.n_heads * cfg.head_dim  # of all heads together
         self.sizes = (width, width, width)  # rows of `qkv` for q, k and v, in order
         self.qkv = nn.Linear(cfg.d_model, sum(self.sizes), bias)

@@ -13,7 +13,7 @@ from operator import and_, or_
 import torch
 from torch import Tensor
 from .core import LabError, require, pyplot, show, widgets_live
-from .parts import mask_hooks, part
+from .parts import mask_hook, mask_hooks, part
 from .self_attention import dense_mask, needs_of
 from .looking import static
 from .kv_cache import lookback
@@ -275,7 +275,7 @@ def cover(mask: part) -> tuple:
             return None
         near = max(near for near, _ in covers)
         return near, [p for _, lists in covers for p in lists]
-    if hasattr(f, 'links'):
+    if mask_hook(f, 'links'):
         return 1, [mask]  # a fold has the query's own key in any case: hence 1, not 0
     near = lookback(mask)
     return (near, []) if near else None

@@ -32,7 +32,7 @@ from .corpora import Corpus, letters_of, load_corpus
 from .chars import CharTokenizer, Tokenizer
 from .batching import BatchStream
 from .packing import document_end_ids
-from .parts import Aux
+from .parts import Aux, hook
 from .gpt import GPTConfig, MiniGPT
 from .onednn import onednn_linears
 from itertools import chain
@@ -46,7 +46,7 @@ def _bare(model):
 
 def _has_aux(model) -> bool:
     "Does a part of the model read `aux`, so that it may add an auxiliary loss to it?"
-    return 'aux' in getattr(_bare(model), 'needs', ())
+    return 'aux' in hook(_bare(model), 'needs')
 
 
 def _for_gradient_alone(loss, aux):
@@ -571,9 +571,7 @@ def update(
     _move(optimizer, grads, scale, skip=~grad_norm.isfinite())
     optimizer.zero_grad()
     for m in model.modules():
-        after_step = getattr(m, 'after_step', None)
-        if after_step is not None:
-            after_step()  # parts that mind what a step has brought, such as a router
+        hook(m, 'after_step')()  # parts that mind what a step has brought, such as a router
     return grad_norm
 
 

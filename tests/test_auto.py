@@ -579,7 +579,7 @@ def test_a_command_with_auto_ends_well(name, desk):
         *(
             ()
             if name == 'smoke'
-            else ('optimizer=adamw', 'accumulate=2', 'recompute=true', 'dropout=.1', 'block=llama')
+            else ('optimizer=adamw', 'accumulate=2', 'recompute=true', 'dropout=.1', 'preset=llama')
         ),
     ]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -7,10 +7,10 @@ import pytest
 from helpers import one_line
 
 from llm_lab.config import (
-    BLOCKS,
     DataConfig,
     EvalConfig,
     ModelConfig,
+    PRESETS,
     RunConfig,
     TrainConfig,
     _checked,
@@ -24,7 +24,7 @@ from llm_lab.efficient import PRECISIONS
 from llm_lab.gpt import GPTConfig
 from llm_lab.optim import OPTIMIZERS, SCHEDULES
 
-BRIEFLY = ('block', 'n_kv_heads')  # short for recipes
+BRIEFLY = ('preset', 'n_kv_heads')  # short for recipes
 DECIDED = ('vocab_size', 'max_len')  # by the data
 
 
@@ -110,21 +110,21 @@ def test_keys_that_do_not_go_together_are_refused(sections, says):
     one_line(lambda: RunConfig('run', **sections), says)
 
 
-def test_a_block_completes_the_attention_and_leaves_a_mixer_of_ones_own_alone():
+def test_a_preset_completes_the_attention_and_leaves_a_mixer_of_ones_own_alone():
     assert model_data(ModelConfig(n_kv_heads=2))['attn'] == dict(part='GQA', n_kv_heads=2)
-    pos = [model_data(ModelConfig(pos=p)).get('pos', 'as the block') for p in (None, {})]
-    assert pos == [None, 'as the block']
-    of_llama = lambda attn: model_data(ModelConfig(block='llama', attn=attn))['attn']
+    pos = [model_data(ModelConfig(pos=p)).get('pos', 'as the preset') for p in (None, {})]
+    assert pos == [None, 'as the preset']
+    of_llama = lambda attn: model_data(ModelConfig(preset='llama', attn=attn))['attn']
     turns = [dict(part='Attention'), dict(part='Attention', transforms=None)]
     both = of_llama(dict(part='alternate', of=turns))
-    transforms = BLOCKS['llama']['attn']['transforms']
+    transforms = PRESETS['llama']['attn']['transforms']
     assert [o['transforms'] for o in both['of']] == [transforms, None]
     REGISTERED['Mine'] = lambda cfg, layer=0: None  # as `register` does
     try:
         assert of_llama(dict(part='Mine')) == dict(part='Mine')
     finally:
         del REGISTERED['Mine']
-    assert BLOCKS['llama']['attn']['part'] == 'Attention'  # nothing shared was changed
+    assert PRESETS['llama']['attn']['part'] == 'Attention'  # nothing shared was changed
 
 
 def test_a_file_or_an_override_that_cannot_be_read_is_one_line(tmp_path, monkeypatch):

@@ -125,16 +125,12 @@ def test_a_sequence_that_begins_with_padding_is_the_sequence_without_it():
 
 
 class Keeps(nn.Module):
-    "A mixer that keeps something, under a key if it is given one"
+    "A mixer that keeps something"
 
     needs = ('cache',)
 
-    def __init__(self, cfg, layer=0, key=None, anonymous=False):
+    def __init__(self, cfg, layer=0):
         super().__init__()
-        if key is not None:
-            self.key = key
-        elif not anonymous:
-            self.layer = layer
 
     def cache(self, batch, length):
         return {}
@@ -150,5 +146,3 @@ def why_no_cache(attn):
 def test_why_a_model_keeps_nothing_is_told():
     equal(why_no_cache(part(Keeps)), '')
     equal(why_no_cache(part(Attention)), 'Attention of layer 0 keeps nothing')
-    assert 'has no `layer`, nor a `key`' in why_no_cache(part(Keeps, anonymous=True))
-    assert "keeps under 'a', as another part does" in why_no_cache(part(Keeps, key='a'))

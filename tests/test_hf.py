@@ -841,7 +841,8 @@ def test_sinks_while_writing():
     whole = asked(model, input_ids=ids)
     for pieces in ([1] * 60, [40] + [1] * 20, [5, 30, 1, 24]):
         kept = transformers.DynamicCache(config=model.config)
-        caches = {l: o.transforms[-1].cache(2, 60) for l, o in enumerate(ours)}
+        keepers = [o.transforms[-1] for o in ours]
+        caches = {keeper: keeper.cache(2, 60) for keeper in keepers}
         at = 0
         for n in pieces:
             notes = asked(
@@ -854,9 +855,8 @@ def test_sinks_while_writing():
                 torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
                 torch.testing.assert_close(got, whole[l][1][0][:, at : at + n], rtol=0, atol=1e-5)
             at += n
-        assert [layer.is_sliding for layer in kept.layers] == [True, False] and caches[
-            0
-        ].length == size
+        assert [layer.is_sliding for layer in kept.layers] == [True, False]
+        assert caches[keepers[0]].length == size
 
 
 # ---- the oracle can tell a difference

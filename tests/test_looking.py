@@ -196,11 +196,11 @@ class Kept(nn.Module):
     def forward(self, q, k, v, i, j, cache=None, **ctx):
         if cache is None:
             return q, k, v, i, j
-        old = cache.get(self.layer, (k[:, :, :0], v[:, :, :0], j[..., :0]))
+        old = cache.get(self, (k[:, :, :0], v[:, :, :0], j[..., :0]))
         k = torch.cat([old[0], k], 2)[:, :, -self.room :]
         v = torch.cat([old[1], v], 2)[:, :, -self.room :]
         j = torch.cat([old[2], j], -1)[..., -self.room :]
-        cache[self.layer] = k, v, j
+        cache[self] = k, v, j
         mix = torch.randperm(k.shape[2], generator=rng(0, 'mix'))
         k, v = (F.pad(t[:, :, mix], (0, 0, 1, 0), value=9.0) for t in (k, v))
         return q, k, v, i, F.pad(j[..., mix], (1, 0), value=-1)

@@ -28,7 +28,7 @@ CONFIG = """\
 # why these: they hold what was renamed
 data: {corpus: text.txt, length: 16}
 model:
-  block: llama
+  preset: llama
   d_model: 16
   n_layers: 1
   n_heads: 2
@@ -66,6 +66,7 @@ log: {every: 1, checkpoint_every: 2}
 def backwards(text):
     "Any text of format 2 as format 1 wrote it: YAML, JSON, names of tensors"
     text = re.sub(r'\.attn\.transforms\.', '.attn.steps.', text)
+    text = preset_as_block(text)
     for new, old in dict(
         transforms='steps',
         mask='pattern',
@@ -87,32 +88,44 @@ def backwards(text):
     return text
 
 
+def without_block(text):
+    "A text of today without the key of the recipe, which a conversion has no need to add"
+    return re.sub(r',?\s*"?block"?: \{\}', '', text)
+
+
+def preset_as_block(text):
+    "As written before `block` was a recipe: it was a word, which is the preset now"
+    return re.sub(r'\bpreset(?="?: )|(?<=model\.)preset\b', 'block', without_block(text))
+
+
 def sealed(said):
     said = {k: v for k, v in said.items() if k != 'sha256'}
     return said | dict(sha256=hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest())
 
 
-def dressed(folder):
-    "A package or a checkpoint, rewritten in place as format 1"
+def dressed(folder, text=backwards, format=1):
+    "A package or a checkpoint, rewritten in place by a change of its texts"
     for path in sorted(folder.iterdir()):
-        if path.suffix == '.safetensors':
+        if path.suffix == '.safetensors' and format == 1:
             tensors = tensors_from(path.read_bytes())
             path.write_bytes(tensor_bytes({backwards(n): t for n, t in tensors.items()}))
-        elif path.name in ('llm_lab.json', 'state.json'):
-            path.write_text(backwards(path.read_text()))
+        elif path.name in ('llm_lab.json', 'state.json')[format - 1 :]:
+            path.write_text(text(path.read_text()))
     for name in ('package.json', 'manifest.json'):
         path = folder / name
         if path.exists():
             said = json.loads(path.read_text())
             hashes = {f: file_hash(folder / f) for f in said['files']}
-            path.write_text(json.dumps(sealed(said | dict(format=1, files=hashes)), indent=1))
+            sizes = {f: (folder / f).stat().st_size for f in said.get('sizes', {})}
+            said |= dict(format=format, files=hashes) | (dict(sizes=sizes) if sizes else {})
+            path.write_text(json.dumps(sealed(said), indent=1))
 
 
-def dressed_run(run):
+def dressed_run(run, text=backwards, format=1):
     for step in (run / 'checkpoints').iterdir():
-        dressed(step)
-    (run / 'config.yaml').write_text(backwards((run / 'config.yaml').read_text()))
-    told = json.loads(backwards((run / 'run.json').read_text()))
+        dressed(step, text, format)
+    (run / 'config.yaml').write_text(text((run / 'config.yaml').read_text()))
+    told = json.loads(text((run / 'run.json').read_text()))
     (run / 'run.json').write_text(json.dumps(sealed(told), indent=1) + '\n')
 
 
@@ -136,6 +149,7 @@ def then(home, tmp_path, monkeypatch):
     monkeypatch.setenv('LLM_LAB_HOME', str(tmp_path / 'home'))
     monkeypatch.chdir(tmp_path / 'home')
     run = tmp_path / 'home' / 'experiments' / 'mine' / 'runs' / 'run'
+    dressed_run(run, without_block, format=2)
     today = tree(run)
     dressed_run(run)
     assert tree(run) != today
@@ -149,6 +163,27 @@ def test_a_run_of_then_becomes_the_run_of_today_to_the_byte(then):
     assert now.keys() == today.keys()
     assert [f for f in now if now[f] != today[f]] == []
     assert not migrate.migrate(run)  # nothing is left to do
+
+
+def test_a_run_that_names_its_preset_a_block_is_converted_and_goes_on(then, capsys):
+    "Format 2 from before `block` was a recipe: one line names the tool, and the rest is the same"
+    today, run = then
+    migrate.migrate(run)
+    dressed_run(run, preset_as_block, format=2)
+    config = run / 'config.yaml'
+    assert 'block: llama' in config.read_text() and tree(run) != today
+    for action in (lambda: read_config(config), lambda: train_run(resume=run)):
+        with pytest.raises(LabError, match='write model.preset=llama, or convert.*migrate.py') as e:
+            action()
+        assert '\n' not in str(e.value)
+    assert migrate.migrate(run) and tree(run) == today
+    assert not migrate.migrate(run)
+    train_run(None, 'train.steps=6', resume=run)  # steps may grow
+    assert migrate.with_preset({'a': ['model.block=gpt2', 'my model.block']}) == (
+        {'a': ['model.preset=gpt2', 'my model.block']}
+    )
+    recipe = dict(model=dict(block=dict(part='ParallelBlock')))
+    assert migrate.with_preset(recipe) == recipe
 
 
 def test_an_interrupted_conversion_is_taken_up(then):

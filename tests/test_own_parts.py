@@ -29,9 +29,9 @@ from llm_lab.kv_cache import (
 from llm_lab.chars import CharTokenizer
 from llm_lab.checkpoint import CheckpointManager
 from llm_lab.config import (
-    BLOCKS,
     ModelConfig,
     config_from_dict,
+    PRESETS,
     model_data,
     read_config,
     write_config,
@@ -105,31 +105,22 @@ class Before(nn.Module):
 
 
 class Remembers(nn.Module):
-    "The same with a memory of its own, a list under its layer; a mixer or an MLP"
+    "The same with a memory of its own, a list; a mixer or an MLP"
 
     needs = ('cache',)
 
     def __init__(self, cfg, layer=0):
         super().__init__()
-        self.layer = layer
         self.f = nn.Linear(cfg.d_model, cfg.d_model)
 
     def cache(self, batch, length):
         return []
 
     def forward(self, x, i=None, cache=None, **ctx):
-        kept = [] if cache is None else cache[getattr(self, 'key', self.layer)]
+        kept = [] if cache is None else cache[self]
         old = kept[0] if kept else x.new_zeros(len(x), 1, x.shape[2])
         kept[:] = [x[:, -1:]]
         return self.f(torch.cat([old, x[:, :-1]], 1))
-
-
-class Keyed(Remembers):
-    "The same under a key that no other part has"
-
-    def __init__(self, cfg, layer=0):
-        super().__init__(cfg, layer)
-        self.key = (layer, 'before')
 
 
 class Forgets(Attention):
@@ -150,8 +141,8 @@ class Pair(nn.Module):
         return self.one(x, i, **ctx) + self.two(x, i, **ctx)
 
 
-class Nameless(nn.Module):
-    "A step that keeps and does not say where"
+class Unread(nn.Module):
+    "A step that says it keeps something, and never reads it"
 
     def __init__(self, cfg, layer=0):
         super().__init__()
@@ -161,6 +152,13 @@ class Nameless(nn.Module):
 
     def forward(self, q, k, v, i, j, **ctx):
         return q, k, v, i, j
+
+
+def shared(cfg, layer=0):
+    "The same attention in both layers, which keeps the keys of both in one place"
+    if layer == 0:
+        shared.attn = keeps(cfg, layer)
+    return shared.attn
 
 
 rope = part(RoPE)
@@ -190,9 +188,8 @@ CACHES = {
     'own alone': (turns(part(Remembers)), True),
     'own and bare': (turns(bare, part(Remembers)), False),
     'MLP looks back': (llama(**SIZE, attn=keeps, mlp=part(Before)), False),
-    'MLP with, same key': (llama(**SIZE, attn=keeps, mlp=part(Remembers)), False),
-    'MLP with, own key': (llama(**SIZE, attn=keeps, mlp=part(Keyed)), True),
-    'only the MLP': (llama(**SIZE, attn=bare, mlp=part(Keyed)), False),
+    'MLP with': (llama(**SIZE, attn=keeps, mlp=part(Remembers)), True),
+    'only the MLP': (llama(**SIZE, attn=bare, mlp=part(Remembers)), False),
     'two caches in one': (
         llama(**SIZE, attn=both(rope, part(CacheTransform), part(CacheTransform))),
         False,
@@ -202,8 +199,10 @@ CACHES = {
         False,
     ),
     'half of a pair': (turns(part(Pair, one=keeps, two=bare)), False),
-    'a pair under one key': (turns(part(Pair, one=keeps, two=keeps)), False),
-    'no name': (turns(both(rope, part(Nameless))), False),
+    'a pair, both with': (turns(part(Pair, one=keeps, two=keeps)), True),
+    'a pair, one with a ring': (turns(part(Pair, one=rolls, two=keeps)), True),
+    'one attention in two layers': (turns(part(shared)), False),
+    'never read': (turns(both(rope, part(Unread))), False),
 }
 
 
@@ -254,24 +253,32 @@ def test_a_mixer_without_a_cache_is_named():
         'Plain of layer 0 keeps nothing',
     )
     one_line(
-        lambda: with_kv_cache(shaken(llama(**SIZE, attn=bare, mlp=part(Remembers)))),
-        'keeps under 0',
-        'give it a `key`',
-    )
-    one_line(
         lambda: with_kv_cache(shaken(llama(**SIZE, attn=bare, mlp=part(Before)))),
         'one by one otherwise',
     )
-    good = with_kv_cache(shaken(llama(**SIZE, attn=bare, mlp=part(Keyed))))
-    assert sorted(map(str, good.cache(1, 9))) == sorted(
-        map(str, [0, 1, (0, 'before'), (1, 'before')])
-    )
-    assert isinstance(with_kv_cache(shaken(turns(rolls))).cache(1, 9)[0], RollingCache)
+    good = with_kv_cache(shaken(llama(**SIZE, attn=bare, mlp=part(Remembers))))
+    kinds = [type(m) for m in good.cache(1, 9)]
+    assert kinds == [CacheTransform, Remembers] * 2  # two in each layer, by the part itself
+    ring = with_kv_cache(shaken(turns(rolls))).cache(1, 9)
+    assert {type(c) for c in ring.values()} == {RollingCache}
+
+
+def test_the_cache_of_another_model_is_refused():
+    "The parts of a copy are others, so nothing of theirs is taken for one's own"
+    model = shaken(turns(bare))
+    one, two, fast = with_kv_cache(model), with_kv_cache(model), for_inference(model)
+    cache = one.cache(2, T)
+    one(ids_of(2, 3), i=torch.arange(3), cache=cache)
+    for other in (two, fast):
+        one_line(
+            lambda: other(ids_of(2, 1), i=torch.tensor([3]), cache=cache),
+            'that of another model',
+        )
 
 
 def test_the_proof_disturbs_nothing():
     "Dropout's stream, the modes of the parts and the gradients are as they were"
-    model = MiniGPT(llama(**SIZE, attn=keeps, mlp=part(Keyed), dropout=0.5))
+    model = MiniGPT(llama(**SIZE, attn=keeps, mlp=part(Remembers), dropout=0.5))
     model.blocks[0].eval()
     before = torch.get_rng_state()
     modes = [m.training for m in model.modules()]
@@ -336,11 +343,11 @@ def test_llama_adds_nothing_to_a_mixer_of_ones_own():
     one_line(lambda: llama(attn=part(Plain), rope=rope), 'rope=part(RoPE)', 'takes no transforms')
     register(Mine)
     for attn in (dict(part='Mine'), dict(part='Mine', bias=True)):
-        said = model_data(ModelConfig(block='llama', attn=attn))
-        assert said['attn'] == attn and said['mlp'] == BLOCKS['llama']['mlp']
+        said = model_data(ModelConfig(preset='llama', attn=attn))
+        assert said['attn'] == attn and said['mlp'] == PRESETS['llama']['mlp']
     said = model_data(
         ModelConfig(
-            block='llama',
+            preset='llama',
             attn=dict(part='sparse:alternate', of=[dict(part='Mine'), dict(part='Attention')]),
         )
     )
@@ -1207,8 +1214,9 @@ def test_a_slip_in_a_program_is_one_line(n):
 
 
 def test_what_is_right_is_tried_in_peace():
-    for cfg, _ in CACHES.values():
-        assert check_parts(cfg) == cfg
+    for kind, (cfg, _) in CACHES.items():
+        if kind != 'one attention in two layers':  # its layers cannot be made one by one
+            assert check_parts(cfg) == cfg
     for kw in NUMBERS.values():
         check_parts(llama(**SIZE, **kw))
     assert own_in(llama(**SIZE, attn=part(Plain))) and not own_in(llama(**SIZE, mlp=part(MoE)))
@@ -1219,16 +1227,16 @@ def test_null_means_none(home, monkeypatch):
     read as they were meant"""
     made = lambda *items: model_config(read_config('smoke', items), 9)
     assert made().pos == part(LearnedPositions) and made('model.pos=null').pos is None
-    assert made('model.block=llama').pos is None and made(
-        'model.block=llama', 'model.pos={part: LearnedPositions}'
+    assert made('model.preset=llama').pos is None and made(
+        'model.preset=llama', 'model.pos={part: LearnedPositions}'
     ).pos == part(LearnedPositions)
-    assert made('model.block=llama', 'model.attn={part: Attention, transforms: null}').attn == part(
-        Attention, transforms=(), bias=False
-    )
-    assert made('model.block=llama', 'model.attn={part: Attention}').attn == part(
+    assert made(
+        'model.preset=llama', 'model.attn={part: Attention, transforms: null}'
+    ).attn == part(Attention, transforms=(), bias=False)
+    assert made('model.preset=llama', 'model.attn={part: Attention}').attn == part(
         Attention, transforms=(part(RoPE),), bias=False
     )
-    for item in ('model.tie=true', 'model.pos=null', 'model.block=llama'):
+    for item in ('model.tie=true', 'model.pos=null', 'model.preset=llama'):
         cfg = read_config('smoke', [item])
         write_config(cfg, home / 'x.yaml')
         write_config(cfg, home / 'x.yaml')  # it knows its own files

@@ -3,11 +3,13 @@ comes back from its folder."""
 
 import random
 import re
+from pathlib import Path
 from functools import partial
 
 import pytest
 import torch
 from cases import covering
+from helpers import one_line
 from torch import nn
 
 from llm_lab.chars import CharTokenizer
@@ -15,7 +17,7 @@ from llm_lab.gpt import MLP, GPTConfig, LearnedPositions, MiniGPT
 from llm_lab.package import config_from, to_data
 from llm_lab.onednn import onednn_linears
 from llm_lab.self_attention import Attention, causal, dense_mask
-from llm_lab.parts import part
+from llm_lab.parts import Part, has_hook, hook, mask_hook, part
 from llm_lab.gqa import GQA
 from llm_lab.core import LabError, rng
 from llm_lab.llama_block import SoftcapHead, QKNorm, ReLU2, RMSNorm, SwiGLU, llama
@@ -305,3 +307,41 @@ def test_each_hook_is_called_when_the_page_of_hooks_says():
     assert called_by(model.metrics) == (['metrics'], {'seen': 1.0})
     called, kept = called_by(lambda: model.cache(1, 8))
     assert (called, kept) == (['cache'], None)  # its attention keeps nothing
+
+
+class Bare(nn.Module):
+    "No `Part`: one hook of its own, and a store that only bears the name of one"
+
+    needs = ('cache',)
+
+    def __init__(self):
+        super().__init__()
+        self.metrics = {}
+
+
+def test_a_hook_is_ones_own_or_the_default():
+    bare = Bare()
+    assert hook(bare, 'needs') == ('cache',) and hook(Bare, 'needs') == ('cache',)
+    assert hook(bare, 'metrics')() == {} and hook(bare, 'cache')(2, 8) is None
+    assert hook(nn.GELU, 'check')(None, approximate='tanh') is None
+    assert hook(nn.Linear(2, 2), 'share') == 1 and hook(nn.Linear(2, 2), 'sizes') == ()
+    assert not has_hook(bare, 'cache') and not has_hook(Part(), 'cache')
+    assert not has_hook(Part, 'cache') and has_hook(EveryHook, 'cache')
+    one_line(lambda: hook(bare, 'chache'), "'chache' is no hook of a part: did you mean 'cache'?")
+    one_line(
+        lambda: mask_hook(causal, 'link'), "'link' is no hook of a mask: did you mean 'links'?"
+    )
+
+
+def test_nothing_is_found_by_a_name_that_is_written_nowhere():
+    "The library asks for hooks by `hook` and `mask_hook` alone, and each is on the page"
+    names = [name for name in vars(Part) if not name.startswith('_')]
+    assert names == ['needs', 'sizes', 'share', 'check', 'cache', 'metrics', 'after_step']
+    asked = re.compile(rf"(getattr|hasattr)\([^)]*'({'|'.join(names)}|links|lookback|by_mask)'")
+    root = Path(__file__).resolve().parent.parent
+    for path in (root / 'llm_lab').glob('*.py'):
+        assert not asked.search(path.read_text()), path.name
+    page = (root / 'nbs' / '20_parts.ipynb').read_text()
+    assert [
+        name for name in names if f'| **{name}**' not in page and f'| `{name}`' not in page
+    ] == []

@@ -68,7 +68,7 @@ def test_one_process_gathers_from_itself(home):
 
 
 def test_a_file_names_its_parts():
-    modern = model_config(config_from_dict(dict(model=dict(block='llama', n_kv_heads=2))), 65)
+    modern = model_config(config_from_dict(dict(model=dict(preset='llama', n_kv_heads=2))), 65)
     # `init` and `gqa`, named in a file
     assert MiniGPT(modern).blocks[0].attn.qkv.weight.shape == (128 + 64 + 64, 128)
 

@@ -3,7 +3,8 @@
     python tools/migrate.py PATH …
 
 Names, keywords and keys change by one table (`FORMAT_1` in `llm_lab.core`), and the names of the
-tensors with them; no number changes. Nothing that a file names is imported or run. Each file and
+tensors with them; no number changes. In configs of either format, `model.block: llama` becomes
+`model.preset: llama`. Nothing that a file names is imported or run. Each file and
 folder is converted whole or not at all, and only if every hash in it is right; what is format 2
 already is left alone, so a run that was interrupted is simply converted again.
 """
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from safetensors.torch import load as tensors_from, save as tensor_bytes
 
+from llm_lab.config import PRESETS
 from llm_lab.core import FORMAT_1, LabError
 from llm_lab.files import atomic_write, bytes_in, json_of
 from llm_lab.package import config_from, meta_model
@@ -41,16 +43,37 @@ def dotted(text):
     return text
 
 
+def with_preset(x):
+    """Plain data in which `block: llama`, a word, is `preset: llama`; a recipe of a block stays.
+
+    Also where the key stands with its section: 'model.block=llama', '${model.block}'"""
+    if isinstance(x, list):
+        return [with_preset(v) for v in x]
+    if isinstance(x, str):
+        return re.sub(rf'\bmodel\.block(?=}}|=({"|".join(PRESETS)})$)', 'model.preset', x)
+    if not isinstance(x, dict):
+        return x
+    new = {}
+    for k, v in x.items():
+        preset = k in ('block', 'model.block') and isinstance(v, str) and v in PRESETS
+        new[k.replace('block', 'preset') if preset else k] = with_preset(v)
+    return new
+
+
 def convert(x):
     "Plain data of format 1 → of format 2"
+    return with_preset(_renamed(x))
+
+
+def _renamed(x):
     if isinstance(x, list):
-        return [convert(v) for v in x]
+        return [_renamed(v) for v in x]
     if isinstance(x, str):
         return dotted(x)
     if not isinstance(x, dict):
         return x
     names = KEYWORDS if 'part' in x else BARE_KEYS
-    new = {names.get(dotted(k), dotted(k)): convert(v) for k, v in x.items()}
+    new = {names.get(dotted(k), dotted(k)): _renamed(v) for k, v in x.items()}
     if isinstance(x.get('part'), str):
         new['part'] = part_name(x['part'])
     return new
@@ -86,6 +109,9 @@ def convert_yaml(text, where):
         value = r'(?=\s*(\[|\n\s*-|null))' if old == 'steps' else ''
         new = re.sub(rf'''(?<![\w.]){old}(["']?\s*:){value}''', rf'{now}\1', new)
     new = dotted(new)
+    words = '|'.join(PRESETS)
+    new = re.sub(rf'''(?<![\w.])block(["']?\s*:\s*["']?({words})\b)''', r'preset\1', new)
+    new = re.sub(r'\$\{model\.block\}', '${model.preset}', new)
     if yaml.safe_load(new) != convert(yaml.safe_load(text)):
         raise LabError(f'{where}: this file is laid out in a way that is not understood: edit it')
     return new
@@ -137,11 +163,11 @@ def convert_json(data: bytes, **layout) -> bytes:
 def migrate_folder(folder):
     "A package or a checkpoint"
     said, files = listed(folder, 'package.json')
-    if said['format'] == FORMAT:
-        return False
     whole = None
     if (folder / 'manifest.json').exists():
         whole, files = listed(folder, 'manifest.json')
+    if said['format'] == FORMAT:
+        return migrate_preset(folder, files, whole)
     for name in ('README.md', 'meta.json'):  # the first packages did not list them
         if name not in files and (folder / name).is_file():
             files[name] = (folder / name).read_bytes()
@@ -173,6 +199,25 @@ def migrate_folder(folder):
             names = sorted(f.name for f in new.iterdir())
             sizes = {f: (new / f).stat().st_size for f in names}
             write_manifest(new, 'manifest.json', names, sizes=sizes)
+    return True
+
+
+def migrate_preset(folder, files, whole):
+    "A checkpoint of format 2 that still says `block: llama`"
+    data = files.get('state.json')
+    state = json.loads(data) if data and whole else None
+    if state == with_preset(state):
+        return False
+    everything = lambda folder, known: {f.name: None for f in folder.iterdir()}  # all was checked
+    with atomic_write(folder, more=everything) as new:
+        new.mkdir()
+        for path in folder.iterdir():
+            if path.name != 'manifest.json':
+                (new / path.name).write_bytes(path.read_bytes())
+        (new / 'state.json').write_text(json.dumps(with_preset(state)))
+        names = sorted(f.name for f in new.iterdir())
+        sizes = {f: (new / f).stat().st_size for f in names}
+        write_manifest(new, 'manifest.json', names, sizes=sizes)
     return True
 
 
