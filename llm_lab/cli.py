@@ -16,7 +16,7 @@ from . import __version__
 from .core import LabError, home, require
 from .files import bytes_in, json_of, pointed, save_picture
 from .hardware import usable_device
-from .config import CONFIGS, read_config, stated
+from .config import CONFIGS, describe_keys, read_config, stated
 from .first_tour import command, surviving_output, tour, describe_score
 from contextlib import nullcontext, suppress
 
@@ -342,6 +342,8 @@ def _train_options(t):
     t.add_argument(
         '--smoke', action='store_true', help='only 20 steps, to see whether it would work'
     )
+    t.formatter_class = argparse.RawDescriptionHelpFormatter
+    t.epilog = f'The keys of a config, section by section:\n\n{describe_keys()}'
     t.set_defaults(run=_train)
 
 # %% ../nbs/89_cli.ipynb #58421a4a

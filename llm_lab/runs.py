@@ -1566,20 +1566,21 @@ def _requested_run(config, overrides, resume, run, smoke) -> tuple:
     "(config, `GoingOn` or None for a new run, a line to print first): what `train_run` shall do"
     begins = ''
     on = None
+    named = 'smoke' if config is None else config  # {} is a config, too: all defaults
     if resume == '' and isinstance(config, (str, Path)) and _is_run(Path(config)):
         resume = config  # a run is named, and no config
         config = None
     if resume == '':
-        found, begins = run_to_go_on(config or 'smoke', run)
+        found, begins = run_to_go_on(named, run)
         if found:
-            on = resolve_resume(found, overrides, config or 'smoke')
+            on = resolve_resume(found, overrides, named)
     elif resume:
         if run is not None:
             raise LabError(f'--run {run} names a run of its own: leave it out, or {resume}')
         on = resolve_resume(resume, overrides, config)
     if on:
         return on.cfg, on, begins
-    cfg = read_config(config or 'smoke', overrides)
+    cfg = read_config(named, overrides)
     if smoke:
         cfg = smoke_config(cfg)
     return kept_corpus(cfg), None, begins
@@ -1613,9 +1614,10 @@ def _train_and_evaluate(job, begins, is_main, max_tokens):
 
 
 def train_run(
-    # a .yaml file, a folder that holds one, or a name; `smoke` if none
-    config: str | Path | dict | None = None,
-    *overrides,
+    # a .yaml file, a folder that holds one, a name, {section: {key: value}}, or a `RunConfig`;
+    # `smoke` if none. `help(read_config)` lists every key
+    config: str | Path | dict | RunConfig | None = None,
+    *overrides: str,  # 'train.lr=0.02', …
     # '': the newest run of this config, or `run`; a path: that run or checkpoint
     resume: str | Path | None = None,
     run: str | None = None,  # name of the new run's folder; date, time and hash if none
@@ -1628,7 +1630,9 @@ def train_run(
     Ctrl-C, SIGTERM and SIGHUP save and end it: `job.run.stopped` says which.
 
     Args:
-        config: a .yaml file, a folder that holds one, or a name; `smoke` if none
+        config: a .yaml file, a folder that holds one, a name, {section: {key: value}}, or a
+            `RunConfig`; `smoke` if none. `help(read_config)` lists every key
+        overrides: 'train.lr=0.02', …
         resume: '': the newest run of this config, or `run`; a path: that run or checkpoint
         run: name of the new run's folder; date, time and hash if none
         smoke: only see whether it would work: 20 steps, in a folder of such runs, `smoke`
@@ -1652,7 +1656,7 @@ def train_run(
             if smoke:
                 _clear_smoke_run(folder)
         job = TrainingRun(cfg, folder, engine, tune and not on, on)
-        job.origin = on.record if on else _record(config or 'smoke')
+        job.origin = on.record if on else _record('smoke' if config is None else config)
         # a smoke run only tries: a few tokens are enough
         _train_and_evaluate(job, begins, bool(lock), cfg.eval.tokens if smoke else None)
         _end(engine, cfg.log.tracker)

@@ -145,3 +145,42 @@ def test_where_nothing_was_run_yet(home):
     folder, says = run_to_go_on('smoke')
     assert (runs_of('smoke'), folder) == ([], None) and says
     assert find_model('nowhere') == Path('nowhere')
+
+
+# ---- a run is described by a path, a dict or a config
+
+SHORT = dict(
+    data=dict(length=16),
+    model=dict(d_model=16, n_layers=1, n_heads=2),
+    train=dict(steps=4, batch_size=2, threads=1),
+    eval=dict(every=4, tokens=64, sample_tokens=2),
+    log=dict(every=2, checkpoint_every=2),
+)
+
+
+def weights(job):
+    return [p.detach().clone() for p in job.run.model.parameters()]
+
+
+def test_a_dict_and_a_config_train_as_their_file_does(home):
+    import yaml
+
+    from llm_lab.config import RunConfig
+    from llm_lab.runs import train_run
+
+    path = home / 'run.yaml'
+    path.write_text(yaml.safe_dump(SHORT))
+    made = config_from_dict(SHORT)
+    jobs = [train_run(x, run=f'r{n}') for n, x in enumerate((path, SHORT, made))]
+    one, two, three = map(weights, jobs)
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(one, two, three))
+    assert {job.folder.parent.parent.name for job in jobs} == {'run'}
+    # each goes on by the same call, further, and a change that reaches back is refused
+    longer = replace(made, train=replace(made.train, steps=6))
+    job = train_run(longer, resume='', run='r2')
+    assert (job.run.step, job.folder) == (6, jobs[2].folder)
+    wilder = replace(made, train=replace(made.train, lr=0.02))
+    with pytest.raises(LabError, match='train.lr=0.02: it was 0.01'):
+        train_run(wilder, resume='', run='r2')
+    named = RunConfig('mine', made.data, made.model, made.train, made.eval, made.log)
+    assert train_run(named, 'steps=2').folder.parent.parent.name == 'mine'
