@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import get_args
 from .core import FORMAT_1, HOLDS, REGISTERED, SLOTS, LabError, _refuse_format_1
-from .core import address, check_recipe, home, require, short
+from .core import address, check_recipe, home, plain, require, short
 from .files import require_ours, atomic_write
 
 # %% ../nbs/06_config.ipynb #6a30dd62
@@ -25,6 +25,11 @@ def _key(default, least=None, most=None, of=None, also=None):
     """A key of a config: its default, and what it takes: a number from `least` to `most`, perhaps a
     word `also` in its place, or one `of` these words"""
     return field(default=default, metadata=dict(least=least, most=most, of=of, also=also))
+
+
+def _named(default, *of):
+    "A key that takes a function by name: one `of` these words, or what you have registered"
+    return field(default=default, metadata=dict(of=of, named=True))
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,9 @@ class TrainConfig:
         lr: the learning rate at its highest
         weight_decay: of matrices, times the learning rate, each step
         schedule: how the rate climbs and comes down
+        loss: what the weights are moved along
+        callbacks: called every log.every steps, or as often as they say: {part:
+            DivergenceMonitor, every: 50}
         warmup: steps in which the rate climbs; 100, or a tenth of a short run, if none
         min_lr: where a rate that comes down ends
         clip: the largest gradient norm; a longer gradient is shortened
@@ -118,11 +126,16 @@ class TrainConfig:
     batch_size: int = _key(16, 1, 1 << 20)  # sequences of a step, of all processes together
     # parts of a batch that go through the model one after the other
     accumulate: int = _key(1, 1, 1 << 20)
-    optimizer: str = _key('muon', of=('adamw', 'muon', 'sgd'))  # what moves the weights
+    optimizer: str | dict = _named('muon', 'adamw', 'muon', 'sgd')  # what moves the weights
     lr: float = _key(0.01, 1e-9, 10)  # the learning rate at its highest
     weight_decay: float = _key(0.1, 0, 10)  # of matrices, times the learning rate, each step
     # how the rate climbs and comes down
-    schedule: str = _key('cosine', of=('cosine', 'constant', 'wsd', 'step_decay'))
+    schedule: str | dict = _named('cosine', 'cosine', 'constant', 'wsd', 'step_decay')
+    loss: str | dict = _named('next_token', 'next_token')  # what the weights are moved along
+    # called every log.every steps, or as often as they say: {part: DivergenceMonitor, every: 50}
+    callbacks: list = field(
+        default_factory=list, metadata=dict(of=('DivergenceMonitor',), named=True)
+    )
     # steps in which the rate climbs; 100, or a tenth of a short run, if none
     warmup: int | None = _key(None, 0, 10**8)
     min_lr: float = _key(0.0, 0, 10)  # where a rate that comes down ends
@@ -189,6 +202,12 @@ _KINDS = {
 def _wanted(f):
     "What a key takes, in words"
     m = f.metadata
+    if m.get('named'):
+        several = 'a list of words: ' if f.type is list else ''
+        return (
+            f'choose {several}from {", ".join(m["of"])}, what --parts FILE registers, or '
+            '{part: NAME, keyword: value}'
+        )
     if m.get('of'):
         return f'choose from {", ".join(m["of"])}'
     kinds = get_args(f.type) or (f.type,)  # int | None is (int, NoneType)
@@ -208,9 +227,30 @@ def _wanted(f):
     return f'give {_KINDS[kinds[0]]}{bounds}{none}'
 
 # %% ../nbs/06_config.ipynb #a3ff19ba
+def _check_named(path, f, value):
+    """A word, or {part: word, keyword: value}, of what may be named there.
+
+    A part without keywords comes back as its word: {part: muon} is muon"""
+    keywords = value if isinstance(value, dict) else dict(part=value)
+    word = keywords.get('part')
+    if not isinstance(word, str) or word not in (*f.metadata['of'], *REGISTERED):
+        raise LabError(f'{path}={short(word or value, 200)}: {_wanted(f)}')
+    for k, v in keywords.items():
+        if k in ('lr', 'weight_decay'):
+            raise LabError(f'{path}.{k}={short(v)}: it has a key of its own, write train.{k}')
+        plain(v, f'{path}.{k}')
+    return word if [*keywords] == ['part'] else keywords
+
+
 def _checked(path, f, value):
     "The value of a key; raises `LabError` that names its path"
     m = f.metadata
+    if m.get('named') and f.type is not list:
+        return _check_named(path, f, value)
+    if m.get('named'):
+        if not isinstance(value, list) or len(value) > 100:
+            raise LabError(f'{path}={short(value, 200)}: {_wanted(f)}')
+        return [_check_named(f'{path}[{n}]', f, x) for n, x in enumerate(value)]
     kinds = get_args(f.type) or (f.type,)  # int | None is (int, NoneType)
     if value is not None and value == m.get('also'):
         return value
@@ -253,7 +293,7 @@ def _check_training(t: TrainConfig):
         )
     if t.min_lr > t.lr:
         raise LabError(f'train.min_lr={t.min_lr}: it is above train.lr={t.lr}; give less')
-    if t.min_lr and t.schedule == 'constant':
+    if t.min_lr and t.schedule == 'constant':  # `_checked` makes {part: constant} this word
         raise LabError(
             f'train.min_lr={t.min_lr}: train.schedule=constant never comes down; '
             'leave one of them out'
@@ -328,6 +368,8 @@ def _notes(kind) -> dict:
 
 def _default(f) -> str:
     "The default of a key, as a file would say it"
+    if f.default_factory is list:
+        return '[]'
     if f.default_factory is dict:
         return 'as the preset has it'
     spoken = {None: 'null', False: 'false', True: 'true', '': '""'}
@@ -345,7 +387,7 @@ def section_keys(section: str) -> list[tuple]:  # (key, default, what it takes, 
     notes = _notes(kind)
     rows = []
     for f in fields(kind):
-        takes = ', '.join(f.metadata.get('of') or [_wanted(f).removeprefix('give ')])
+        takes = _wanted(f).removeprefix('give ').removeprefix('choose from ')
         rows.append((f.name, _default(f), takes, notes.get(f.name, '')))
     return rows
 

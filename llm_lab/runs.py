@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['GoingOn', 'load_data', 'kept_corpus', 'require_corpus', 'make_batches', 'SingleProcess', 'make_engine',
-           'all_gather_json', 'model_config', 'set_threads', 'set_precision', 'TrainingRun', 'peak_memory',
-           'schedule_of', 'run_lock', 'told_of', 'runs_of', 'run_to_go_on', 'find_model', 'resolve_resume', 'train_run']
+           'all_gather_json', 'model_config', 'schedule_of', 'loss_of', 'callbacks_of', 'set_threads', 'set_precision',
+           'TrainingRun', 'peak_memory', 'run_lock', 'told_of', 'runs_of', 'run_to_go_on', 'find_model',
+           'resolve_resume', 'train_run']
 
 # %% ../nbs/82_runs.ipynb #aedce895
 TYPE_CHECKING = False  # a type checker takes it for True
@@ -66,9 +67,17 @@ from .package import load
 from .train import TrainState, span_losses, spans, document_starts, fit, next_token_loss
 from .evaluation import evaluate, read_metrics, tally
 from .sampling import sample
-from .optim import OPTIMIZERS, SCHEDULES, short_precision
+from llm_lab.optim import (
+    CALLBACKS,
+    LOSSES,
+    find_named,
+    make_optimizer,
+    make_schedule,
+    short_precision,
+)
 from .efficient import PRECISIONS, StepRunner, apply_activation_checkpointing
 from llm_lab.checkpoint import (
+    COLUMNS,
     CheckpointManager,
     MetricsLog,
     read_state,
@@ -341,12 +350,48 @@ def model_config(cfg: RunConfig, vocab_size: int):
         raise LabError(f'model.{e}') from None
 
 
+def schedule_of(t):
+    "The schedule that the section `train` of a config describes: a function of (step, steps)"
+    return make_schedule(t.schedule, t.warmup, t.min_lr / t.lr)
+
+
+def loss_of(t):
+    "The loss that the section `train` of a config names: a function of (model, rows)"
+    return find_named(t.loss, LOSSES, 'train.loss')
+
+
+def callbacks_of(cfg: RunConfig) -> list:  # (how often, a function of the `TrainState`), …
+    """What a config wants to be called; a class is made an object that may remember what it saw
+
+    Returns:
+        (how often, a function of the `TrainState`), …
+    """
+    made = []
+    for n, said in enumerate(cfg.train.callbacks):
+        keywords = dict(said) if isinstance(said, dict) else dict(part=said)
+        path = f'train.callbacks[{n}]'
+        every = keywords.pop('every', cfg.log.every)
+        if type(every) is not int or every < 1:
+            raise LabError(f'{path}.every={short(every)}: give a whole number of at least 1')
+        f = find_named(keywords, CALLBACKS, path)
+        is_class = isinstance(getattr(f, 'func', f), type)
+        made.append((every, f() if is_class else f))
+    return made
+
+
 def _try_parts(cfg: RunConfig):
-    "Raises `LabError` where a recipe makes no part that can read; the texts need not be there"
+    """Raises `LabError` where a recipe makes no part that can read, or what is named cannot be
+    made; the texts need not be there"""
+    t = cfg.train
+    loss_of(t)
+    schedule_of(t)
+    callbacks_of(cfg)
     try:
-        check_parts(model_config(cfg, cfg.data.vocab_size or 256))
+        made = model_config(cfg, cfg.data.vocab_size or 256)
+        check_parts(made)
     except LabError as e:
         raise LabError(f'model.{str(e).removeprefix("model.")}') from None
+    make_optimizer(t.optimizer, meta_model(made), t.lr, t.weight_decay)  # of shapes: no memory
 
 
 def _affordable(cfg, device='cpu'):
@@ -366,7 +411,7 @@ def _trial(cfg: RunConfig, vocab_size: int, precision: str):
     t = cfg.train
     model = MiniGPT(_affordable(model_config(cfg, vocab_size)), t.seed)
     apply_activation_checkpointing(model, t.recompute)
-    opt = OPTIMIZERS[t.optimizer](model, lr=1e-6)
+    opt = make_optimizer(t.optimizer, model, lr=1e-6, weight_decay=t.weight_decay)
     step = StepRunner(t.accumulate, precision, t.compile)
     rows = torch.randint(
         vocab_size, (t.batch_size, cfg.data.length + 1), generator=rng(t.seed, 'trial')
@@ -462,7 +507,7 @@ def _train_state(cfg, vocab_size, device) -> TrainState:
     t = cfg.train
     model = MiniGPT(_affordable(model_config(cfg, vocab_size), device.type), t.seed).to(device)
     apply_activation_checkpointing(model, t.recompute)
-    opt = OPTIMIZERS[t.optimizer](model, lr=t.lr, weight_decay=t.weight_decay)
+    opt = make_optimizer(t.optimizer, model, t.lr, t.weight_decay)
     return TrainState(model, t.steps, optimizer=opt)
 
 
@@ -495,6 +540,9 @@ def _checkpoints_of(job) -> CheckpointManager:
     parts = dict(data=job.stream)  # what a checkpoint keeps beside model and optimizer
     if job.cfg.train.precision == 'fp16':
         parts['scaler'] = job.step.scaler  # its scale goes up and down as the run goes on
+    for n, (_, f) in enumerate(job.callbacks):
+        if hasattr(f, 'state_dict') and hasattr(f, 'load_state_dict'):
+            parts[f'callback{n}'] = f  # it remembers: plain data
     return CheckpointManager(
         job.folder,
         job.texts['tokenizer'],
@@ -555,6 +603,7 @@ class TrainingRun:
         self.ids = val.ids[: cfg.eval.tokens].long()
         self.starts = _starts_within(self.ids, corpus, val)
         self.metrics = MetricsLog(folder)
+        self.callbacks = callbacks_of(cfg)
         self.saved = _checkpoints_of(self)
 
     def facts(self):  # what a checkpoint keeps beside its state
@@ -614,6 +663,14 @@ def _shown(folder):
     return folder.relative_to(home()) if folder.is_relative_to(home()) else folder
 
 
+def _spoken(said) -> str:
+    "{part: Mine, beta: 0.9} as a reader says it: Mine(beta=0.9); a word as it is"
+    if not isinstance(said, dict):
+        return said
+    keywords = [f'{k}={v}' for k, v in said.items() if k != 'part']
+    return f'{said["part"]}({", ".join(keywords)})'
+
+
 @patch
 def __repr__(self: TrainingRun):
     c = self.cfg
@@ -627,7 +684,7 @@ def __repr__(self: TrainingRun):
         f'model   {self.run.model.n_params:,} parameters, {c.model.n_layers} layers of width '
         f'{c.model.d_model}',
         f'plan    {c.train.steps:,} steps of {c.train.batch_size} × {c.data.length} tokens, '
-        f'{epochs:.2f} times the text, {c.train.optimizer}, on '
+        f'{epochs:.2f} times the text, {_spoken(c.train.optimizer)}, on '
         f'{engine.num_processes} × {engine.device.type}, {torch.get_num_threads()} threads, '
         f'{c.train.precision}',
     ]
@@ -709,11 +766,12 @@ def record(self: TrainingRun, run) -> dict:
     tokens_before, seconds_before = self.then  # at the last call; at first, as `go` has set it
     self.then = tokens, run.seconds
     rate = (tokens - tokens_before) / max(run.seconds - seconds_before, 1e-9)
-    per_byte = _per_byte(self.texts['train'], self.texts['corpus'])
-    return dict(
-        loss=loss,
-        ppl=math.exp(min(loss, 700)),  # exp(710) is more than a float holds
-        bits_per_byte=loss * per_byte,
+    known = dict(loss=loss)
+    if self.cfg.train.loss == 'next_token':  # another loss is in units of its own
+        per_byte = _per_byte(self.texts['train'], self.texts['corpus'])
+        known['ppl'] = math.exp(min(loss, 700))  # exp(710) is more than a float holds
+        known['bits_per_byte'] = loss * per_byte
+    return known | dict(
         lr=run.optimizer.param_groups[0]['lr'],
         grad_norm=norm,
         tokens_per_s=rate,
@@ -800,10 +858,31 @@ def save(self: TrainingRun, run):
     self.saved(run)
 
 
+def _call_back(job, run) -> dict:
+    "Call what `train.callbacks` names and is due; returns the numbers that it says, for the log"
+    numbers = {}
+    for every, f in job.callbacks:
+        if run.step % every:
+            continue
+        said = f(run)
+        if not isinstance(said, dict):
+            continue
+        taken = {'val', *COLUMNS} & said.keys()
+        if taken:
+            raise LabError(
+                f'train.callbacks: {type(f).__name__} returns {sorted(taken)[0]!r}, which the run '
+                'itself logs; choose another name'
+            )
+        run.notes.append(dict(step=run.step, **said))
+        numbers |= {k: v for k, v in said.items() if isinstance(v, (int, float))}
+    return numbers
+
+
 @patch
 def tick(self: TrainingRun, run):
     "What is due after this step; after the last one, everything is"
-    # The order matters. Validation draws from the generators, so they are put back. The checkpoint
+    # The order matters. Callbacks of the reader's own come first, so that what they say is logged
+    # and saved. Validation draws from the generators, so they are put back. The checkpoint
     # comes after the log, so that it is never ahead of it. And early stopping comes last, because
     # it counts what was just validated
     n = run.step
@@ -816,9 +895,9 @@ def tick(self: TrainingRun, run):
     due_eval = last or n % c.eval.every == 0
     due_checkpoint = last or n % c.log.checkpoint_every == 0
 
+    row = _call_back(self, run)
     self.agree(run)
     if self.engine.is_main_process:
-        row = {}
         if due_log:
             row.update(self.record(run))
         if due_eval:
@@ -833,13 +912,6 @@ def tick(self: TrainingRun, run):
         self.end_early(run)
 
 # %% ../nbs/82_runs.ipynb #78a2eaa8
-def schedule_of(t):
-    "The schedule that the section `train` of a config describes: a function of (step, steps)"
-    # a constant rate has no end to come down to, so the word is passed on only where it is given
-    end = dict(end=t.min_lr / t.lr) if t.min_lr else {}
-    return partial(SCHEDULES[t.schedule], warmup=t.warmup, **end)
-
-
 def _warn_of_other_rows(job, state):
     "A warning for each log that does not hold what it held when the checkpoint was written"
     rows = state.get('facts', {}).get('rows')
@@ -904,7 +976,8 @@ def go(self: TrainingRun, start=None):
     if engine.num_processes > 1:
         run.stop = ask  # a signal only leaves word: `agree` ends all at the same step
     # `tick` looks by itself what is due, so it only has to come often enough
-    every = math.gcd(c.log.every, c.eval.every, c.log.checkpoint_every)
+    own = [every for every, _ in self.callbacks]
+    every = math.gcd(c.log.every, c.eval.every, c.log.checkpoint_every, *own)
     fit(
         run.model,
         self.stream,
@@ -913,6 +986,7 @@ def go(self: TrainingRun, start=None):
         seed=c.train.seed + 7919 * engine.process_index,  # a dropout of its own in each process
         state=run,
         schedule=schedule_of(c.train),
+        loss_fn=loss_of(c.train),
         step_fn=step,
         callbacks={every: self.tick, (c.train.steps,): self.tick},
     )

@@ -1,0 +1,159 @@
+"""A config says what a script can: an optimizer, a schedule, a loss, callbacks and a mixer of the
+reader's own, a tokenizer and start weights from the disk, documents that do not read each other.
+
+The oracle is the same thing by hand: `fit` with these functions, a model of each document alone."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from helpers import one_line
+from llm_lab.config import config_from_dict, read_config
+from llm_lab.core import REGISTERED
+from llm_lab.parts import register
+from llm_lab.runs import SingleProcess, TrainingRun, train_run
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+SHORT = dict(
+    data=dict(length=16),
+    model=dict(d_model=16, n_layers=1, n_heads=2),
+    train=dict(steps=6, batch_size=2, threads=1),
+    eval=dict(every=6, tokens=64, sample_tokens=2),
+    log=dict(every=2, checkpoint_every=2),
+)
+
+
+def short(**more):
+    "The short config, with these keys of its sections changed"
+    return {s: {**SHORT.get(s, {}), **more.get(s, {})} for s in {**SHORT, **more}}
+
+
+# ---- by name
+
+
+class Signs(torch.optim.Optimizer):
+    "Steps along the signs of a running sum of gradients"
+
+    def __init__(self, params, lr, beta=0.5):
+        super().__init__(params, dict(lr=lr, beta=beta))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group['params']:
+                if p.grad is None:
+                    continue
+                v = self.state[p].setdefault('v', torch.zeros_like(p))
+                v.mul_(group['beta']).add_(p.grad)
+                p.sub_(group['lr'] * v.sign())
+
+
+def halving(step, steps, every=2):
+    return 0.5 ** (step // every)
+
+
+def smoothed(model, rows, by=0.0):
+    logits = model(rows[:, :-1]).flatten(0, 1)
+    return F.cross_entropy(logits, rows[:, 1:].flatten(), label_smoothing=by)
+
+
+class Largest:
+    "The largest weight so far, which a checkpoint keeps"
+
+    def __init__(self, scale=1.0):
+        self.scale = scale
+        self.seen = []
+
+    def __call__(self, run):
+        self.seen.append(run.step)
+        return dict(largest=self.scale * max(p.abs().max().item() for p in run.model.parameters()))
+
+    def state_dict(self):
+        return dict(seen=self.seen)
+
+    def load_state_dict(self, state):
+        self.seen = state['seen']
+
+
+@pytest.fixture
+def own():
+    for f in (Signs, halving, smoothed, Largest):
+        register(f)
+    yield
+    for f in (Signs, halving, smoothed, Largest):
+        REGISTERED.pop(f.__name__, None)
+
+
+OWN = dict(
+    optimizer=dict(part='Signs', beta=0.8),
+    schedule=dict(part='halving', every=3),
+    loss=dict(part='smoothed', by=0.1),
+    callbacks=[dict(part='Largest', every=3, scale=2.0)],
+)
+
+
+def test_what_a_config_names_is_what_fit_is_given(home, own):
+    from llm_lab.train import fit
+
+    job = train_run(short(train=OWN))
+    fresh = TrainingRun(config_from_dict(short(train=OWN)), home / 'other', SingleProcess())
+    model = fresh.run.model
+    fit(
+        model,
+        fresh.stream,
+        6,
+        optimizer=Signs(model.parameters(), 0.01, beta=0.8),
+        schedule=lambda step, steps: 0.5 ** (step // 3),
+        loss_fn=lambda model, rows: smoothed(model, rows, by=0.1),
+    )
+    for a, b in zip(job.run.model.parameters(), model.parameters()):
+        assert torch.equal(a, b)
+    # the callback was called at steps 3 and 6; a checkpoint has it, and so have the notes
+    noted = {n['step']: n['largest'] for n in job.run.notes if 'largest' in n}
+    assert [*noted] == [3, 6] and job.callbacks[0][1].seen == [3, 6]
+    assert noted[6] == 2 * max(p.abs().max().item() for p in model.parameters())
+    # its loss is no nats: there is no perplexity in the log, and the validation is as ever
+    from helpers import json_lines
+
+    last = json_lines(job.folder / 'metrics.jsonl')[-1]
+    assert 'ppl' not in last and last['val'] > 0 and last['largest'] == noted[6]
+    assert 'Signs(beta=0.8)' in repr(job)
+
+
+def test_a_part_without_keywords_is_its_word():
+    plain = read_config('smoke', ['train.optimizer.part=adamw', 'train.schedule={part: wsd}'])
+    assert plain.train == replace(read_config('smoke').train, optimizer='adamw', schedule='wsd')
+
+
+def test_keywords_of_the_books_own_reach_them(home):
+    train = dict(optimizer=dict(part='muon', rest_lr=0.003), schedule=dict(part='wsd', decay=0.5))
+    job = TrainingRun(config_from_dict(short(train=train)), home / 'x', SingleProcess())
+    assert {g['lr'] for g in job.run.optimizer.param_groups} == {0.003, 0.01}
+
+
+@pytest.mark.parametrize(
+    'train, says',
+    [
+        (
+            dict(optimizer='Sings'),
+            "train.optimizer='Sings': choose from adamw, muon, sgd, what --p",
+        ),
+        (dict(optimizer=dict(part='Signs', bete=1)), "Signs takes no 'bete'; did you mean 'beta'?"),
+        (dict(optimizer=dict(part='Signs', lr=1)), 'train.optimizer.lr=1: it has a key of its own'),
+        (dict(optimizer='halving'), "train.optimizer='halving'"),
+        (dict(optimizer=7), 'train.optimizer=7: choose from adamw'),
+        (dict(optimizer={'beta': 1}), "train.optimizer={'beta': 1}: choose from"),
+        (dict(optimizer=dict(part='Signs', beta=dict(a=1))), 'train.optimizer.beta='),
+        (dict(schedule='halving', warmup=3), "takes no 'warmup'; leave train.warmup out"),
+        (dict(schedule='halving', min_lr=0.001), 'leave train.min_lr out'),
+        (dict(callbacks='Largest'), "train.callbacks='Largest': choose a list of words"),
+        (dict(callbacks=['Largest', 'None']), "train.callbacks[1]='None'"),
+        (dict(callbacks=[dict(part='Largest', every=0)]), 'train.callbacks[0].every=0'),
+    ],
+)
+def test_a_slip_in_a_name_is_one_line_before_anything_is_packed(train, says, home, own):
+    one_line(lambda: train_run(short(train=train)), says)
+    assert not (home / 'data').exists()
