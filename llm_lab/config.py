@@ -203,10 +203,10 @@ def _wanted(f):
     "What a key takes, in words"
     m = f.metadata
     if m.get('named'):
-        several = 'a list of words: ' if f.type is list else ''
+        several = ', one or a list' if f.type is list else ''
         return (
-            f'choose {several}from {", ".join(m["of"])}, what --parts FILE registers, or '
-            '{part: NAME, keyword: value}'
+            f'choose from {", ".join(m["of"])}, what --parts FILE registers, or '
+            f'{{part: NAME, keyword: value}}{several}'
         )
     if m.get('of'):
         return f'choose from {", ".join(m["of"])}'
@@ -248,6 +248,8 @@ def _checked(path, f, value):
     if m.get('named') and f.type is not list:
         return _check_named(path, f, value)
     if m.get('named'):
+        if isinstance(value, (str, dict)):
+            value = [value]  # one is a list of one
         if not isinstance(value, list) or len(value) > 100:
             raise LabError(f'{path}={short(value, 200)}: {_wanted(f)}')
         return [_check_named(f'{path}[{n}]', f, x) for n, x in enumerate(value)]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GoingOn', 'load_data', 'kept_corpus', 'require_corpus', 'make_batches', 'SingleProcess', 'make_engine',
-           'all_gather_json', 'model_config', 'schedule_of', 'loss_of', 'callbacks_of', 'set_threads', 'set_precision',
-           'TrainingRun', 'peak_memory', 'run_lock', 'told_of', 'runs_of', 'run_to_go_on', 'find_model',
+           'all_gather_json', 'model_config', 'schedule_of', 'loss_of', 'callbacks_of', 'load_model', 'set_threads',
+           'set_precision', 'TrainingRun', 'peak_memory', 'run_lock', 'told_of', 'run_to_go_on', 'differing_keys',
            'resolve_resume', 'train_run']
 
 # %% ../nbs/82_runs.ipynb #aedce895
@@ -63,7 +63,7 @@ from .packing import PackedTokens, pack
 from .gpt import MiniGPT
 from .package import config_from, own_in, meta_model, check_parts
 from .onednn import onednn_linears
-from .package import load
+from .package import Opened, find_model, is_run, load, runs_folder, runs_of
 from .train import TrainState, span_losses, spans, document_starts, fit, next_token_loss
 from .evaluation import evaluate, read_metrics, tally
 from .sampling import sample
@@ -76,6 +76,7 @@ from llm_lab.optim import (
     short_precision,
 )
 from .efficient import PRECISIONS, StepRunner, apply_activation_checkpointing
+from .hub import from_hf
 from llm_lab.checkpoint import (
     COLUMNS,
     CheckpointManager,
@@ -402,6 +403,29 @@ def _affordable(cfg, device='cpu'):
     # On another device only the parameters pass through this memory, on their way there
     must_fit((16 if device == 'cpu' else 4) * n, f'training a model of {n:,} parameters')
     return cfg
+
+# %% ../nbs/82_runs.ipynb #d5b0e002
+def load_model(
+    # a package, a run (a path or its name), a checkpoint, or a Hugging Face folder
+    path: str | Path,
+    device: str = 'cpu',
+) -> Opened:  # (model, tokenizer, about); the model is in eval mode
+    """Open whatever a path or a name stands for, looked for from here, then from `home()`
+
+    Args:
+        path: a package, a run (a path or its name), a checkpoint, or a Hugging Face folder
+
+    Returns:
+        (model, tokenizer, about); the model is in eval mode
+    """
+    place = find_model(path)
+    ours = (place / 'package.json').exists()
+    if ours or not (place / 'config.json').is_file():
+        return load(place, device)
+    opened = from_hf(place, device=device)
+    if opened.tokenizer is None:
+        raise LabError(f'{place} has no tokenizer that can be used: {opened.about["tokenizer"]}')
+    return opened
 
 # %% ../nbs/82_runs.ipynb #8dc5a762
 @contextmanager
@@ -1120,10 +1144,6 @@ def _end(engine, tracker):
         warnings.warn(f'log.tracker={tracker}: {(str(e).splitlines() or [type(e).__name__])[0]}')
 
 # %% ../nbs/82_runs.ipynb #2459a767
-def _runs(name):
-    return home() / 'experiments' / require_name(name, 'the config') / 'runs'
-
-
 # what a killed writer leaves: `.config.yaml.123.new`, half written, or `….old`, half replaced
 _HIDDEN = re.compile(
     r'\.+(config\.yaml|(run|result)\.json|(metrics|samples)\.(jsonl|csv))'
@@ -1145,7 +1165,7 @@ def _require_free(folder):
 
 def _new_folder(cfg, name=None) -> Path:
     "Where a new run goes: a folder of that name, which must be free, or one by date, time and hash"
-    runs = _runs(cfg.name)
+    runs = runs_folder(cfg.name)
     if name is not None:
         folder = runs / require_name(name, '--run')
         if (folder / 'config.yaml').exists():
@@ -1164,7 +1184,7 @@ def _new_folder(cfg, name=None) -> Path:
 def _smoke_folder(cfg) -> Path:
     "The first of `smoke`, `smoke-2`, … that is free, or of such a run and with nothing foreign"
     for n in itertools.count(1):
-        folder = _runs(cfg.name) / ('smoke' if n == 1 else f'smoke-{n}')
+        folder = runs_folder(cfg.name) / ('smoke' if n == 1 else f'smoke-{n}')
         if not os.path.lexists(folder):
             return folder
         if (folder / '.smoke').is_file() and not _foreign(folder / 'checkpoints'):
@@ -1341,34 +1361,6 @@ def _track(job):
         ) from None
 
 # %% ../nbs/82_runs.ipynb #d3f70e02
-def _is_run(folder):
-    "Is this the folder of a run that has begun? An author's folder may hold a config.yaml, too"
-    if (folder / 'run.json').exists():
-        return True
-    return (folder / '.lock').exists() and (folder / 'config.yaml').exists()
-
-
-def runs_of(name, smoke=False) -> list:  # folders, the one that was started last first
-    """The runs of the configs of that name; with `smoke`, those that only tried
-
-    Returns:
-        folders, the one that was started last first
-    """
-    runs = _runs(name)
-    if not runs.is_dir():
-        return []
-    found = [p for p in runs.iterdir() if _is_run(p) and (p / '.smoke').exists() == smoke]
-    last = pointed(runs / 'latest').name if (runs / 'latest').is_file() else ''
-
-    def age(p):
-        # `latest` knows which one was started last; where it was lost, the files' times do
-        files = [p / name for name in ('run.json', 'config.yaml')]
-        started = max(f.stat().st_mtime for f in files if f.exists())
-        return p.name == last, started, p.name
-
-    return sorted(found, key=age, reverse=True)
-
-
 def run_to_go_on(config, run=None) -> tuple:  # (folder, or None; what to say when there is none)
     """The newest run of a config, or the one called `run`. Raises `LabError` where that is another's
 
@@ -1389,44 +1381,30 @@ def run_to_go_on(config, run=None) -> tuple:  # (folder, or None; what to say wh
             )
     return None, f'there is no run of {source or name} to go on with: a new one begins'
 
+# %% ../nbs/82_runs.ipynb #d5b0e003
+def differing_keys(runs: dict) -> dict:  # {'train.lr': {'one': 0.01, 'two': 0.02}}
+    """The keys of the config in which runs {name: folder} differ, with what each was decided to be;
+    a run that keeps no config is left out
 
-def _runs_called(words) -> list:
-    "The runs that are meant by (CONFIG, RUN), or by (RUN,), which may be of several configs"
-    experiments = home() / 'experiments'
-    if len(words) == 2:
-        among = [experiments / words[0] / 'runs']
-    else:
-        among = sorted(experiments.glob('*/runs'))
-    return [runs / words[-1] for runs in among if (runs / words[-1]).is_dir()]
-
-
-def find_model(path: str | Path) -> Path:
-    """Where a run, a checkpoint or a saved model is: a path, here or in `home()`, or a run's name.
-
-    CONFIG is its newest run, CONFIG/RUN and RUN are that one. Raises `LabError` on several."""
-    words = Path(path).parts
-    experiments = home() / 'experiments'
-    named = len(words) in (1, 2) and all(map(is_name, words))
-    is_config = named and len(words) == 1 and (experiments / words[0] / 'runs').is_dir()
-    if is_config:
-        newest_first = runs_of(words[0])
-        if newest_first:
-            return newest_first[0]
-    # a path: here or in `home()`. `runs/latest` is a file that names a run
-    for place in (Path(path), home() / path):
-        if place.name == 'latest' and place.parent.name == 'runs' and place.is_file():
-            return place.parent / pointed(place)
-        if place.exists():
-            return place
-    if not named:
-        return Path(path)  # whoever opens it says that it is not there
-    found = _runs_called(words)
-    if len(found) > 1:
-        names = [f'{run.parent.parent.name}/{run.name}' for run in found]
-        raise LabError(f'{len(found)} runs are called {path}: write {" or ".join(names)}')
-    if not found and is_config:
-        found = runs_of(words[0], smoke=True)
-    return found[0] if found else Path(path)
+    Returns:
+        {'train.lr': {'one': 0.01, 'two': 0.02}}
+    """
+    said = {}
+    for name, folder in runs.items():
+        decided = told_of(Path(folder)).get('config', {}).get('decided')
+        if isinstance(decided, dict):
+            said[name] = {
+                f'{section}.{key}': value
+                for section, keys in decided.items()
+                for key, value in keys.items()
+            }
+    paths = dict.fromkeys(path for keys in said.values() for path in keys)
+    found = {}
+    for path in paths:
+        values = {name: keys.get(path) for name, keys in said.items()}
+        if len({json.dumps(v, sort_keys=True) for v in values.values()}) > 1:
+            found[path] = values
+    return found
 
 # %% ../nbs/82_runs.ipynb #4534592f
 def _run_at(path) -> tuple:  # (folder of a run, a checkpoint of it or None)
@@ -1438,7 +1416,7 @@ def _run_at(path) -> tuple:  # (folder of a run, a checkpoint of it or None)
         place = plain
     start = place if (place / 'manifest.json').exists() else None
     folder = place.parent.parent if start else place
-    if not _is_run(folder):
+    if not is_run(folder):
         raise LabError(
             f'{path} is neither a run nor a checkpoint of one: choose from `llm-lab runs`'
         )
@@ -1641,7 +1619,7 @@ def _requested_run(config, overrides, resume, run, smoke) -> tuple:
     begins = ''
     on = None
     named = 'smoke' if config is None else config  # {} is a config, too: all defaults
-    if resume == '' and isinstance(config, (str, Path)) and _is_run(Path(config)):
+    if resume == '' and isinstance(config, (str, Path)) and is_run(Path(config)):
         resume = config  # a run is named, and no config
         config = None
     if resume == '':

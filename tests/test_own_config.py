@@ -149,7 +149,7 @@ def test_keywords_of_the_books_own_reach_them(home):
         (dict(optimizer=dict(part='Signs', beta=dict(a=1))), 'train.optimizer.beta='),
         (dict(schedule='halving', warmup=3), "takes no 'warmup'; leave train.warmup out"),
         (dict(schedule='halving', min_lr=0.001), 'leave train.min_lr out'),
-        (dict(callbacks='Largest'), "train.callbacks='Largest': choose a list of words"),
+        (dict(callbacks=7), 'train.callbacks=7: choose from DivergenceMonitor'),
         (dict(callbacks=['Largest', 'None']), "train.callbacks[1]='None'"),
         (dict(callbacks=[dict(part='Largest', every=0)]), 'train.callbacks[0].every=0'),
     ],
