@@ -167,6 +167,26 @@ _MODEL = (
 _FIELD = 'of records, the field that holds the text (default text)'
 
 
+def _parts_option(parser):
+    "Tell a parser that files with parts of the reader's own can be given"
+    parser.add_argument(
+        '--parts',
+        action='append',
+        default=[],
+        metavar='FILE.py',
+        help='run this file of yours, which registers its parts; may be given several times',
+    )
+
+
+def _load_parts(paths):
+    "Run the files that `--parts` names"
+    if not paths:
+        return  # no part, no PyTorch
+    from llm_lab.runs import load_all_parts
+
+    load_all_parts(paths)
+
+
 def _tour(a):
     "Take the tour. To end it by Ctrl-C is offered, so that is no failure; a shutdown is one"
     why = tour(a.corpus, a.minutes, a.settings, a.name, a.field)['stopped']
@@ -197,6 +217,7 @@ def _tour_options(t):
 # %% ../nbs/89_cli.ipynb #312a6096
 def _sample(a):
     "Let the model write that the command line names"
+    _load_parts(a.parts)
     write_from(
         a.path,
         a.prompt,
@@ -242,6 +263,7 @@ def _sample_options(s):
         help=r'end at this text; may be given several times; \n is a new line',
     )
     s.add_argument('--seed', type=_number(int, lambda n: True, 'give a whole number'), default=0)
+    _parts_option(s)
     s.set_defaults(run=_sample)
 
 # %% ../nbs/89_cli.ipynb #d5591cfa
@@ -283,6 +305,7 @@ def _train(a):
         # `--resume train.steps=90`: a setting, and no path
         words = [*words, resume]
         resume = ''
+    _load_parts(a.parts)
     named = [w for w in words if '=' not in w]
     settings = [w for w in words if '=' in w]
     if len(named) > 1:
@@ -303,6 +326,7 @@ def _train(a):
         run=a.name,
         smoke=a.smoke,
         tune=True,
+        parts=a.parts,
     )
     if not job.engine.is_main_process:
         return 0
@@ -345,6 +369,7 @@ def _train_options(t):
     t.add_argument(
         '--smoke', action='store_true', help='only 20 steps, to see whether it would work'
     )
+    _parts_option(t)
     t.formatter_class = argparse.RawDescriptionHelpFormatter
     t.epilog = f'The keys of a config, section by section:\n\n{describe_keys()}'
     t.set_defaults(run=_train)
@@ -386,6 +411,7 @@ def _eval(a):
     from llm_lab.evaluation import evaluate_file
     from llm_lab.runs import load_model
 
+    _load_parts(a.parts)
     place = _find_model(a.path)
     model, tokenizer, about = load_model(place, usable_device())
     if a.text:
@@ -503,6 +529,7 @@ def _eval_options(e, r):
         help="folders or names of runs, or a pattern such as 'experiments/*/runs/*'; all if none",
     )
     r.add_argument('--plot', metavar='FILE.png', help='draw their curves')
+    _parts_option(e)
     e.set_defaults(run=_eval)
     r.set_defaults(run=_runs)
 

@@ -1084,6 +1084,16 @@ def _read_weights(folder, manifest, shapes) -> bytes:
     return _read_hashed(folder, manifest, path.name, _REMEDY, most)
 
 
+def _missing_parts(about) -> str:
+    """The files of the reader's own with which a model was made, for the end of a message; '' where
+    there are none. They are named, and never run"""
+    kept = about.get('parts')  # {file: its SHA-256}
+    if not isinstance(kept, dict) or not kept:
+        return ''
+    files = ' '.join(f'--parts {" ".join(str(name).split())[:100]}' for name in kept)
+    return f'. It was made with parts of a file: give {files}, or call load_parts(file) before'
+
+
 def load(
     # a package, a checkpoint, or a run, by path or name: its best checkpoint, or else the latest
     path: str | Path,
@@ -1112,7 +1122,7 @@ def load(
     try:
         shapes = meta_model(config_from(json_of(cfg, folder / 'llm_lab.json')))
     except LabError as e:
-        raise LabError(f'{folder}/llm_lab.json: {e}') from None
+        raise LabError(f'{folder}/llm_lab.json: {e}{_missing_parts(about)}') from None
     # then the weights: their shapes are compared before memory is taken for a model
     weights = _read_weights(folder, manifest, shapes)
     name = folder / 'model.safetensors'

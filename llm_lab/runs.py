@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['GoingOn', 'load_data', 'kept_corpus', 'require_corpus', 'make_batches', 'SingleProcess', 'make_engine',
            'all_gather_json', 'model_config', 'schedule_of', 'loss_of', 'callbacks_of', 'load_model', 'set_threads',
-           'set_precision', 'TrainingRun', 'peak_memory', 'run_lock', 'told_of', 'run_to_go_on', 'differing_keys',
-           'resolve_resume', 'train_run']
+           'set_precision', 'TrainingRun', 'peak_memory', 'run_lock', 'told_of', 'load_all_parts', 'require_parts',
+           'use_parts', 'run_to_go_on', 'differing_keys', 'resolve_resume', 'train_run']
 
 # %% ../nbs/82_runs.ipynb #aedce895
 TYPE_CHECKING = False  # a type checker takes it for True
@@ -22,6 +22,7 @@ import sys
 import time
 import warnings
 import torch
+from collections.abc import Iterable
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
@@ -32,7 +33,17 @@ from threading import Thread
 from fastcore.basics import patch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from . import __version__
-from .core import LabError, StatusLine, home, preserve_rng, require, require_name, rng, short
+from llm_lab.core import (
+    REGISTERED,
+    LabError,
+    StatusLine,
+    home,
+    preserve_rng,
+    require,
+    require_name,
+    rng,
+    short,
+)
 from llm_lab.files import (
     bytes_in,
     is_name,
@@ -60,6 +71,7 @@ from .corpora import CORPORA, at_home, found_path, kept_path, letters_of, load_c
 from .chars import CharTokenizer
 from .batching import BatchStream
 from .packing import PackedTokens, pack
+from .parts import load_parts
 from .gpt import MiniGPT
 from .package import config_from, own_in, meta_model, check_parts
 from .onednn import onednn_linears
@@ -600,6 +612,8 @@ class TrainingRun:
         self.engine = engine
         self.on = on
         self.origin = {}  # where the config comes from: `train_run` sets it, run.json keeps it
+        self.parts = {}  # {file: its hash and names}: of the reader's own, see `use_parts`
+        self.copies = {}  # {file: bytes}: those that are copied into the folder
         self.asked = ''  # 'by SIGTERM', …: this process was asked to end, see `agree`
         self.done = -1  # the step after which `tick` was called last
         self.early = False  # has it ended because nothing got better?
@@ -1331,8 +1345,10 @@ def _describe(job, came_from):
         ),
         starts=[*told.get('starts', []), _start_of(job)],
         config=job.origin | dict(decided=as_data(job.cfg)),
+        parts=job.parts,
     )
     _keep_config(job)
+    _keep_parts(job)
     files = {path: json.dumps(about | dict(sha256=_hash(about)), indent=1)}
     if job.folder.parent.name == 'runs' and not (job.folder / '.smoke').exists():
         files[job.folder.parent / 'latest'] = job.folder.name
@@ -1359,6 +1375,71 @@ def _track(job):
             f'{home() / ".env"}, '
             'or leave it out'
         ) from None
+
+# %% ../nbs/82_runs.ipynb #f7a9e002
+def load_all_parts(paths) -> dict:  # {name: `PartsFile`}
+    """Run the files that `--parts` names. Raises `LabError` where two have the same name
+
+    Returns:
+        {name: `PartsFile`}
+    """
+    files = {}
+    for path in [paths] if isinstance(paths, (str, Path)) else paths:
+        file = load_parts(path)
+        other = files.setdefault(file.path.name, file)
+        if other.sha256 != file.sha256:
+            raise LabError(f'--parts {path}: {other.path} has the same name; rename one of the two')
+    return files
+
+
+def _kept_parts(folder, told) -> dict:  # {name: {'sha256': …, 'names': […]}}
+    "The files of parts with which a run was made, as its run.json says; {} for an older one"
+    kept = told.get('parts', {})
+    good = isinstance(kept, dict) and all(
+        isinstance(said, dict) and isinstance(said.get('names'), list) for said in kept.values()
+    )
+    if not good:
+        raise LabError(f'{folder / "run.json"} is damaged: delete it, or copy it again')
+    return kept
+
+
+def require_parts(folder, told, given: dict):
+    """Raises `LabError` unless all parts of a run are registered, and the files that are given are
+    the ones it was made with"""
+    hashes = {file.sha256 for file in given.values()}
+    names_given = {name for file in given.values() for name in file.names}
+    for name, said in _kept_parts(folder, told).items():
+        copy = folder / 'parts' / name
+        if said.get('sha256') in hashes:
+            continue
+        if name in given or names_given & {*said['names']}:
+            raise LabError(
+                f'--parts: {name} is not the file that {folder} was made with, or was changed '
+                f'since; give --parts {copy}, or start a new run'
+            )
+        # without a file, a program may have registered them itself
+        missing = [n for n in said['names'] if n not in REGISTERED]
+        if missing:
+            raise LabError(
+                f'{folder} was made with {", ".join(missing)} of {name}: give --parts {name} '
+                f'(a copy is {copy}; read it before you run it)'
+            )
+
+
+def use_parts(job, given: dict, told: dict):
+    "Note the files of parts that a run was made with: those that are given, and those before"
+    job.parts = {name: dict(sha256=f.sha256, names=[*f.names]) for name, f in given.items()}
+    job.parts = told.get('parts', {}) | job.parts
+    job.copies = {name: f.data for name, f in given.items()}
+    if job.parts:
+        job.saved.about['parts'] = {name: said['sha256'] for name, said in job.parts.items()}
+
+
+def _keep_parts(job):
+    "Copy the files of parts into the folder of the run"
+    for name, data in job.copies.items():
+        with atomic_write(made_folder(job.folder / 'parts') / name) as f:
+            f.write_bytes(data)
 
 # %% ../nbs/82_runs.ipynb #d3f70e02
 def run_to_go_on(config, run=None) -> tuple:  # (folder, or None; what to say when there is none)
@@ -1475,7 +1556,7 @@ def _beginning(folder, told, cfg):
 
 # %% ../nbs/82_runs.ipynb #d3f70e05
 # what `train_run` needs to go on; `resolve_resume` says what each field is
-GoingOn = namedtuple('GoingOn', 'cfg folder start sha256 record changes')
+GoingOn = namedtuple('GoingOn', 'cfg folder start sha256 record changes told')
 
 
 def _own_config(path):
@@ -1559,16 +1640,18 @@ def resolve_resume(
     path,  # a run, or a checkpoint of one
     overrides=(),
     config=None,  # its config, which may have been edited since
+    parts=None,  # {name: `PartsFile`}: the files of parts that are given
 ) -> GoingOn:
     """What it takes to go on: the config; the folder to write into; the checkpoint of another
     folder to start from, or None; the corpus's SHA-256; what run.json keeps of the config's file;
-    what differs from before.
+    what differs from before; what run.json says.
 
     Raises `LabError` that names what was changed and reaches back
 
     Args:
         path: a run, or a checkpoint of one
         config: its config, which may have been edited since
+        parts: {name: `PartsFile`}: the files of parts that are given
     """
     # Three configs meet here, and each may differ from the one before:
     #   trained   with which the steps up to the checkpoint were made: it says what cannot change
@@ -1578,6 +1661,7 @@ def resolve_resume(
     if start is None:  # a checkpoint can be read, whoever writes beside it
         _require_idle(folder)
     told = told_of(folder)
+    require_parts(folder, told, parts or {})
     written = _written_config(folder, told)
 
     newest, state = _newest(folder)
@@ -1600,7 +1684,7 @@ def resolve_resume(
     sha256 = state['about'].get('corpus_sha256') or told.get('hashes', {}).get('corpus')
     changes = differences(trained, cfg)
     goes_to = _new_folder(cfg) if branch else folder
-    return GoingOn(cfg, goes_to, start, sha256, record, changes)
+    return GoingOn(cfg, goes_to, start, sha256, record, changes, told)
 
 # %% ../nbs/82_runs.ipynb #b7dc2d23
 def _raise_lost(error, engine, folder):
@@ -1614,7 +1698,7 @@ def _raise_lost(error, engine, folder):
     ) from None
 
 
-def _requested_run(config, overrides, resume, run, smoke) -> tuple:
+def _requested_run(config, overrides, resume, run, smoke, parts) -> tuple:
     "(config, `GoingOn` or None for a new run, a line to print first): what `train_run` shall do"
     begins = ''
     on = None
@@ -1625,11 +1709,11 @@ def _requested_run(config, overrides, resume, run, smoke) -> tuple:
     if resume == '':
         found, begins = run_to_go_on(named, run)
         if found:
-            on = resolve_resume(found, overrides, named)
+            on = resolve_resume(found, overrides, named, parts)
     elif resume:
         if run is not None:
             raise LabError(f'--run {run} names a run of its own: leave it out, or {resume}')
-        on = resolve_resume(resume, overrides, config)
+        on = resolve_resume(resume, overrides, config, parts)
     if on:
         return on.cfg, on, begins
     cfg = read_config(named, overrides)
@@ -1676,6 +1760,8 @@ def train_run(
     # only see whether it would work: 20 steps, in a folder of such runs, `smoke`
     smoke: bool = False,
     tune: bool = False,  # measure how many threads are fastest, where the config names no number
+    # Python files of your own that register what the config names: they are run, and kept by hash
+    parts: str | Path | Iterable[str | Path] = (),
 ) -> TrainingRun:
     """From a config to a trained model; missing data are prepared.
 
@@ -1689,12 +1775,15 @@ def train_run(
         run: name of the new run's folder; date, time and hash if none
         smoke: only see whether it would work: 20 steps, in a folder of such runs, `smoke`
         tune: measure how many threads are fastest, where the config names no number
+        parts: Python files of your own that register what the config names: they are run,
+            and kept by hash
     """
     if smoke and resume is not None:
         raise LabError('--smoke begins anew: leave --resume out')
     if run is not None:
         require_name(run, '--run')
-    cfg, on, begins = _requested_run(config, overrides, resume, run, smoke)
+    files = load_all_parts(parts)
+    cfg, on, begins = _requested_run(config, overrides, resume, run, smoke, files)
     folder = _folder_for(cfg, on, run, smoke)
     usable_device()  # raises where it cannot be used
     engine = make_engine(cfg.log.tracker)
@@ -1708,6 +1797,7 @@ def train_run(
             if smoke:
                 _clear_smoke_run(folder)
         job = TrainingRun(cfg, folder, engine, tune and not on, on)
+        use_parts(job, files, on.told if on else {})
         job.origin = on.record if on else _record('smoke' if config is None else config)
         # a smoke run only tries: a few tokens are enough
         _train_and_evaluate(job, begins, bool(lock), cfg.eval.tokens if smoke else None)
