@@ -51,7 +51,7 @@ _ROOT = dict(
     self_attention='Attention causal',
     gpt='Block GPTConfig MiniGPT MLP',
     train='adamw batches fit next_token_loss plot_loss train_step TrainState',
-    package='load load_or_train save',
+    package='find_model load load_or_train save',
     evaluation='compare evaluate Score score',
     sampling='sample stream',
     looking='attention_map attention_maps attention_of hidden_states logit_lens',
@@ -65,7 +65,7 @@ _ROOT = dict(
     kernels='SparseAttention',
     moe='MoE Router',
     hub='from_hf to_hf',
-    runs='find_model train_run',
+    runs='train_run',
     play='playground',
     first_tour='tour',
 )
@@ -99,7 +99,12 @@ if TYPE_CHECKING:
         train_step as train_step,
         TrainState as TrainState,
     )
-    from .package import load as load, load_or_train as load_or_train, save as save
+    from .package import (
+        find_model as find_model,
+        load as load,
+        load_or_train as load_or_train,
+        save as save,
+    )
     from .evaluation import compare as compare, evaluate as evaluate, Score as Score, score as score
     from .sampling import sample as sample, stream as stream
     from .looking import (
@@ -123,7 +128,7 @@ if TYPE_CHECKING:
     from .kernels import SparseAttention as SparseAttention
     from .moe import MoE as MoE, Router as Router
     from .hub import from_hf as from_hf, to_hf as to_hf
-    from .runs import find_model as find_model, train_run as train_run
+    from .runs import train_run as train_run
     from .play import playground as playground
     from .first_tour import tour as tour
 

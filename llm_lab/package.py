@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'Opened', 'RECIPES', 'write_manifest', 'model_card', 'to_data', 'config_from', 'own_in', 'meta_model',
-           'check_parts', 'cast_like', 'require_faithful', 'write_package', 'save', 'read_verified', 'resolve',
-           'parse_json', 'load_weights', 'load', 'load_or_train']
+           'check_parts', 'cast_like', 'require_faithful', 'write_package', 'save', 'read_verified', 'runs_folder',
+           'is_run', 'runs_of', 'find_model', 'resolve', 'parse_json', 'load_weights', 'load', 'load_or_train']
 
 # %% ../nbs/24_package.ipynb #fa8d025d
 import hashlib
@@ -41,10 +41,11 @@ from llm_lab.core import (
     plain,
     preserve_rng,
     require,
+    require_name,
     rng,
     short,
 )
-from .files import atomic_write, bytes_in, json_of, laid_out, pointed, recover
+from .files import atomic_write, bytes_in, is_name, json_of, laid_out, pointed, recover
 from .hardware import memory_left, must_fit
 from .corpora import load_corpus
 from .onednn import _onednn_forward
@@ -863,11 +864,92 @@ def read_verified(
         read[name] = _read_hashed(folder, manifest, name, remedy, most)
     return read, manifest
 
+# %% ../nbs/24_package.ipynb #c5f1d001
+def runs_folder(config: str) -> Path:
+    "Where the runs of the configs of that name are"
+    return home() / 'experiments' / require_name(config, 'the config') / 'runs'
+
+
+def is_run(folder):
+    "Is this the folder of a run that has begun? An author's folder may hold a config.yaml, too"
+    if (folder / 'run.json').exists():
+        return True
+    return (folder / '.lock').exists() and (folder / 'config.yaml').exists()
+
+
+def runs_of(name, smoke=False) -> list:  # folders, the one that was started last first
+    """The runs of the configs of that name; with `smoke`, those that only tried
+
+    Returns:
+        folders, the one that was started last first
+    """
+    runs = runs_folder(name)
+    if not runs.is_dir():
+        return []
+    found = [p for p in runs.iterdir() if is_run(p) and (p / '.smoke').exists() == smoke]
+    last = pointed(runs / 'latest').name if (runs / 'latest').is_file() else ''
+
+    def age(p):
+        # `latest` knows which one was started last; where it was lost, the files' times do
+        files = [p / name for name in ('run.json', 'config.yaml')]
+        started = max(f.stat().st_mtime for f in files if f.exists())
+        return p.name == last, started, p.name
+
+    return sorted(found, key=age, reverse=True)
+
+
+def _runs_called(words) -> list:
+    "The runs that are meant by (CONFIG, RUN), or by (RUN,), which may be of several configs"
+    experiments = home() / 'experiments'
+    if len(words) == 2:
+        among = [experiments / words[0] / 'runs']
+    else:
+        among = sorted(experiments.glob('*/runs'))
+    return [runs / words[-1] for runs in among if (runs / words[-1]).is_dir()]
+
+
+def _is_place(folder) -> bool:
+    "Does a folder hold a package, a checkpoint, a Hugging Face model or a run?"
+    names = ('package.json', 'config.json', 'run.json', 'best', 'latest')
+    return any((folder / name).is_file() for name in names)
+
+
+def find_model(path: str | Path) -> Path:
+    """Where a run, a checkpoint or a saved model is: a path, here or in `home()`, or a run's name.
+
+    CONFIG is its newest run, CONFIG/RUN and RUN are that one. Raises `LabError` on several.
+    Every function and command that takes a model takes what this takes"""
+    places = Path(path), home() / path
+    words = Path(path).parts
+    experiments = home() / 'experiments'
+    named = len(words) in (1, 2) and all(map(is_name, words))
+    is_config = named and len(words) == 1 and (experiments / words[0] / 'runs').is_dir()
+    if is_config and not any(map(_is_place, places)):
+        newest_first = runs_of(words[0])
+        if newest_first:
+            return newest_first[0]
+    # `runs/latest` is a file that names a run
+    for place in places:
+        if place.name == 'latest' and place.parent.name == 'runs' and place.is_file():
+            return place.parent / pointed(place)
+        # of a package whose writer was killed between its two renames, it comes back
+        if recover(place).exists():
+            return place
+    if not named:
+        return Path(path)  # whoever opens it says that it is not there
+    found = _runs_called(words)
+    if len(found) > 1:
+        names = [f'{run.parent.parent.name}/{run.name}' for run in found]
+        raise LabError(f'{len(found)} runs are called {path}: write {" or ".join(names)}')
+    if not found and is_config:
+        found = runs_of(words[0], smoke=True)
+    return found[0] if found else Path(path)
+
 # %% ../nbs/24_package.ipynb #b26468da
 def resolve(path) -> Path:
-    """The folder of a model; for the folder of a run, the checkpoint that its file `best`, or else
-    `latest`, names"""
-    folder = recover(path)
+    """The folder of a model, found by `find_model`; for the folder of a run, the checkpoint that
+    its file `best`, or else `latest`, names"""
+    folder = recover(find_model(path))
     if folder.is_file():
         why = 'is a file'
         if folder.suffix in ('.pt', '.pth', '.bin', '.pkl', '.ckpt'):
@@ -875,6 +957,9 @@ def resolve(path) -> Path:
         raise LabError(f'{folder} {why}: give the folder of a saved model, as artifacts/tour')
     if not folder.is_dir():
         raise LabError(f'no model at {folder}: give the folder of a saved model, as artifacts/tour')
+    is_hf = (folder / 'config.json').is_file() and not (folder / 'package.json').exists()
+    if is_hf:
+        raise LabError(f'{folder} is a Hugging Face folder: open it by from_hf({str(path)!r})')
     pointers = [folder / name for name in ('best', 'latest') if (folder / name).is_file()]
     if not pointers or (folder / 'package.json').exists():
         return folder  # of a model
@@ -1017,15 +1102,27 @@ def _read_weights(folder, manifest, shapes) -> bytes:
     return _read_hashed(folder, manifest, path.name, _REMEDY, most)
 
 
+def _missing_parts(about) -> str:
+    """The files of the reader's own with which a model was made, for the end of a message; '' where
+    there are none. They are named, and never run"""
+    kept = about.get('parts')  # {file: its SHA-256}
+    if not isinstance(kept, dict) or not kept:
+        return ''
+    files = ' '.join(f'--parts {" ".join(str(name).split())[:100]}' for name in kept)
+    return f'. It was made with parts of a file: give {files}, or call load_parts(file) before'
+
+
 def load(
-    path: str | Path,  # a package, a checkpoint, or a run: its best checkpoint, or else the latest
+    # a package, a checkpoint, or a run, by path or name: its best checkpoint, or else the latest
+    path: str | Path,
     device: str = 'cpu',
 ) -> Opened:  # (model, tokenizer, about); the model is in eval mode
     """Open a saved model. Raises `LabError` when a file is missing, one bit differs, or it asks for
     what no file may
 
     Args:
-        path: a package, a checkpoint, or a run: its best checkpoint, or else the latest
+        path: a package, a checkpoint, or a run, by path or name: its best checkpoint, or
+            else the latest
 
     Returns:
         (model, tokenizer, about); the model is in eval mode
@@ -1043,7 +1140,7 @@ def load(
     try:
         shapes = meta_model(config_from(json_of(cfg, folder / 'llm_lab.json')))
     except LabError as e:
-        raise LabError(f'{folder}/llm_lab.json: {e}') from None
+        raise LabError(f'{folder}/llm_lab.json: {e}{_missing_parts(about)}') from None
     # then the weights: their shapes are compared before memory is taken for a model
     weights = _read_weights(folder, manifest, shapes)
     name = folder / 'model.safetensors'

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['GoingOn', 'load_data', 'kept_corpus', 'require_corpus', 'make_batches', 'SingleProcess', 'make_engine',
-           'all_gather_json', 'model_config', 'set_threads', 'set_precision', 'TrainingRun', 'peak_memory',
-           'schedule_of', 'run_lock', 'told_of', 'runs_of', 'run_to_go_on', 'find_model', 'resolve_resume', 'train_run']
+           'all_gather_json', 'model_config', 'schedule_of', 'loss_of', 'callbacks_of', 'load_model', 'set_threads',
+           'set_precision', 'TrainingRun', 'peak_memory', 'run_lock', 'told_of', 'load_all_parts', 'require_parts',
+           'use_parts', 'run_to_go_on', 'differing_keys', 'resolve_resume', 'train_run']
 
 # %% ../nbs/82_runs.ipynb #aedce895
 TYPE_CHECKING = False  # a type checker takes it for True
@@ -21,6 +22,7 @@ import sys
 import time
 import warnings
 import torch
+from collections.abc import Iterable
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
@@ -31,10 +33,19 @@ from threading import Thread
 from fastcore.basics import patch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from . import __version__
-from .core import LabError, StatusLine, home, preserve_rng, require, require_name, rng, short
+from llm_lab.core import (
+    REGISTERED,
+    LabError,
+    StatusLine,
+    home,
+    preserve_rng,
+    require,
+    require_name,
+    rng,
+    short,
+)
 from llm_lab.files import (
     bytes_in,
-    is_name,
     json_of,
     laid_out,
     locked,
@@ -59,16 +70,26 @@ from .corpora import CORPORA, at_home, found_path, kept_path, letters_of, load_c
 from .chars import CharTokenizer
 from .batching import BatchStream
 from .packing import PackedTokens, pack
+from .parts import load_parts
 from .gpt import MiniGPT
 from .package import config_from, own_in, meta_model, check_parts
 from .onednn import onednn_linears
-from .package import load
+from .package import Opened, find_model, is_run, load, runs_folder, runs_of
 from .train import TrainState, span_losses, spans, document_starts, fit, next_token_loss
 from .evaluation import evaluate, read_metrics, tally
 from .sampling import sample
-from .optim import OPTIMIZERS, SCHEDULES, short_precision
+from llm_lab.optim import (
+    CALLBACKS,
+    LOSSES,
+    find_named,
+    make_optimizer,
+    make_schedule,
+    short_precision,
+)
 from .efficient import PRECISIONS, StepRunner, apply_activation_checkpointing
+from .hub import from_hf
 from llm_lab.checkpoint import (
+    COLUMNS,
     CheckpointManager,
     MetricsLog,
     read_state,
@@ -341,12 +362,48 @@ def model_config(cfg: RunConfig, vocab_size: int):
         raise LabError(f'model.{e}') from None
 
 
+def schedule_of(t):
+    "The schedule that the section `train` of a config describes: a function of (step, steps)"
+    return make_schedule(t.schedule, t.warmup, t.min_lr / t.lr)
+
+
+def loss_of(t):
+    "The loss that the section `train` of a config names: a function of (model, rows)"
+    return find_named(t.loss, LOSSES, 'train.loss')
+
+
+def callbacks_of(cfg: RunConfig) -> list:  # (how often, a function of the `TrainState`), …
+    """What a config wants to be called; a class is made an object that may remember what it saw
+
+    Returns:
+        (how often, a function of the `TrainState`), …
+    """
+    made = []
+    for n, said in enumerate(cfg.train.callbacks):
+        keywords = dict(said) if isinstance(said, dict) else dict(part=said)
+        path = f'train.callbacks[{n}]'
+        every = keywords.pop('every', cfg.log.every)
+        if type(every) is not int or every < 1:
+            raise LabError(f'{path}.every={short(every)}: give a whole number of at least 1')
+        f = find_named(keywords, CALLBACKS, path)
+        is_class = isinstance(getattr(f, 'func', f), type)
+        made.append((every, f() if is_class else f))
+    return made
+
+
 def _try_parts(cfg: RunConfig):
-    "Raises `LabError` where a recipe makes no part that can read; the texts need not be there"
+    """Raises `LabError` where a recipe makes no part that can read, or what is named cannot be
+    made; the texts need not be there"""
+    t = cfg.train
+    loss_of(t)
+    schedule_of(t)
+    callbacks_of(cfg)
     try:
-        check_parts(model_config(cfg, cfg.data.vocab_size or 256))
+        made = model_config(cfg, cfg.data.vocab_size or 256)
+        check_parts(made)
     except LabError as e:
         raise LabError(f'model.{str(e).removeprefix("model.")}') from None
+    make_optimizer(t.optimizer, meta_model(made), t.lr, t.weight_decay)  # of shapes: no memory
 
 
 def _affordable(cfg, device='cpu'):
@@ -358,6 +415,29 @@ def _affordable(cfg, device='cpu'):
     must_fit((16 if device == 'cpu' else 4) * n, f'training a model of {n:,} parameters')
     return cfg
 
+# %% ../nbs/82_runs.ipynb #d5b0e002
+def load_model(
+    # a package, a run (a path or its name), a checkpoint, or a Hugging Face folder
+    path: str | Path,
+    device: str = 'cpu',
+) -> Opened:  # (model, tokenizer, about); the model is in eval mode
+    """Open whatever a path or a name stands for, looked for from here, then from `home()`
+
+    Args:
+        path: a package, a run (a path or its name), a checkpoint, or a Hugging Face folder
+
+    Returns:
+        (model, tokenizer, about); the model is in eval mode
+    """
+    place = find_model(path)
+    ours = (place / 'package.json').exists()
+    if ours or not (place / 'config.json').is_file():
+        return load(place, device)
+    opened = from_hf(place, device=device)
+    if opened.tokenizer is None:
+        raise LabError(f'{place} has no tokenizer that can be used: {opened.about["tokenizer"]}')
+    return opened
+
 # %% ../nbs/82_runs.ipynb #8dc5a762
 @contextmanager
 def _trial(cfg: RunConfig, vocab_size: int, precision: str):
@@ -366,7 +446,7 @@ def _trial(cfg: RunConfig, vocab_size: int, precision: str):
     t = cfg.train
     model = MiniGPT(_affordable(model_config(cfg, vocab_size)), t.seed)
     apply_activation_checkpointing(model, t.recompute)
-    opt = OPTIMIZERS[t.optimizer](model, lr=1e-6)
+    opt = make_optimizer(t.optimizer, model, lr=1e-6, weight_decay=t.weight_decay)
     step = StepRunner(t.accumulate, precision, t.compile)
     rows = torch.randint(
         vocab_size, (t.batch_size, cfg.data.length + 1), generator=rng(t.seed, 'trial')
@@ -462,7 +542,7 @@ def _train_state(cfg, vocab_size, device) -> TrainState:
     t = cfg.train
     model = MiniGPT(_affordable(model_config(cfg, vocab_size), device.type), t.seed).to(device)
     apply_activation_checkpointing(model, t.recompute)
-    opt = OPTIMIZERS[t.optimizer](model, lr=t.lr, weight_decay=t.weight_decay)
+    opt = make_optimizer(t.optimizer, model, t.lr, t.weight_decay)
     return TrainState(model, t.steps, optimizer=opt)
 
 
@@ -495,6 +575,9 @@ def _checkpoints_of(job) -> CheckpointManager:
     parts = dict(data=job.stream)  # what a checkpoint keeps beside model and optimizer
     if job.cfg.train.precision == 'fp16':
         parts['scaler'] = job.step.scaler  # its scale goes up and down as the run goes on
+    for n, (_, f) in enumerate(job.callbacks):
+        if hasattr(f, 'state_dict') and hasattr(f, 'load_state_dict'):
+            parts[f'callback{n}'] = f  # it remembers: plain data
     return CheckpointManager(
         job.folder,
         job.texts['tokenizer'],
@@ -528,6 +611,8 @@ class TrainingRun:
         self.engine = engine
         self.on = on
         self.origin = {}  # where the config comes from: `train_run` sets it, run.json keeps it
+        self.parts = {}  # {file: its hash and names}: of the reader's own, see `use_parts`
+        self.copies = {}  # {file: bytes}: those that are copied into the folder
         self.asked = ''  # 'by SIGTERM', …: this process was asked to end, see `agree`
         self.done = -1  # the step after which `tick` was called last
         self.early = False  # has it ended because nothing got better?
@@ -555,6 +640,7 @@ class TrainingRun:
         self.ids = val.ids[: cfg.eval.tokens].long()
         self.starts = _starts_within(self.ids, corpus, val)
         self.metrics = MetricsLog(folder)
+        self.callbacks = callbacks_of(cfg)
         self.saved = _checkpoints_of(self)
 
     def facts(self):  # what a checkpoint keeps beside its state
@@ -614,6 +700,14 @@ def _shown(folder):
     return folder.relative_to(home()) if folder.is_relative_to(home()) else folder
 
 
+def _spoken(said) -> str:
+    "{part: Mine, beta: 0.9} as a reader says it: Mine(beta=0.9); a word as it is"
+    if not isinstance(said, dict):
+        return said
+    keywords = [f'{k}={v}' for k, v in said.items() if k != 'part']
+    return f'{said["part"]}({", ".join(keywords)})'
+
+
 @patch
 def __repr__(self: TrainingRun):
     c = self.cfg
@@ -627,7 +721,7 @@ def __repr__(self: TrainingRun):
         f'model   {self.run.model.n_params:,} parameters, {c.model.n_layers} layers of width '
         f'{c.model.d_model}',
         f'plan    {c.train.steps:,} steps of {c.train.batch_size} × {c.data.length} tokens, '
-        f'{epochs:.2f} times the text, {c.train.optimizer}, on '
+        f'{epochs:.2f} times the text, {_spoken(c.train.optimizer)}, on '
         f'{engine.num_processes} × {engine.device.type}, {torch.get_num_threads()} threads, '
         f'{c.train.precision}',
     ]
@@ -709,11 +803,12 @@ def record(self: TrainingRun, run) -> dict:
     tokens_before, seconds_before = self.then  # at the last call; at first, as `go` has set it
     self.then = tokens, run.seconds
     rate = (tokens - tokens_before) / max(run.seconds - seconds_before, 1e-9)
-    per_byte = _per_byte(self.texts['train'], self.texts['corpus'])
-    return dict(
-        loss=loss,
-        ppl=math.exp(min(loss, 700)),  # exp(710) is more than a float holds
-        bits_per_byte=loss * per_byte,
+    known = dict(loss=loss)
+    if self.cfg.train.loss == 'next_token':  # another loss is in units of its own
+        per_byte = _per_byte(self.texts['train'], self.texts['corpus'])
+        known['ppl'] = math.exp(min(loss, 700))  # exp(710) is more than a float holds
+        known['bits_per_byte'] = loss * per_byte
+    return known | dict(
         lr=run.optimizer.param_groups[0]['lr'],
         grad_norm=norm,
         tokens_per_s=rate,
@@ -800,10 +895,31 @@ def save(self: TrainingRun, run):
     self.saved(run)
 
 
+def _call_back(job, run) -> dict:
+    "Call what `train.callbacks` names and is due; returns the numbers that it says, for the log"
+    numbers = {}
+    for every, f in job.callbacks:
+        if run.step % every:
+            continue
+        said = f(run)
+        if not isinstance(said, dict):
+            continue
+        taken = {'val', *COLUMNS} & said.keys()
+        if taken:
+            raise LabError(
+                f'train.callbacks: {type(f).__name__} returns {sorted(taken)[0]!r}, which the run '
+                'itself logs; choose another name'
+            )
+        run.notes.append(dict(step=run.step, **said))
+        numbers |= {k: v for k, v in said.items() if isinstance(v, (int, float))}
+    return numbers
+
+
 @patch
 def tick(self: TrainingRun, run):
     "What is due after this step; after the last one, everything is"
-    # The order matters. Validation draws from the generators, so they are put back. The checkpoint
+    # The order matters. Callbacks of the reader's own come first, so that what they say is logged
+    # and saved. Validation draws from the generators, so they are put back. The checkpoint
     # comes after the log, so that it is never ahead of it. And early stopping comes last, because
     # it counts what was just validated
     n = run.step
@@ -816,9 +932,9 @@ def tick(self: TrainingRun, run):
     due_eval = last or n % c.eval.every == 0
     due_checkpoint = last or n % c.log.checkpoint_every == 0
 
+    row = _call_back(self, run)
     self.agree(run)
     if self.engine.is_main_process:
-        row = {}
         if due_log:
             row.update(self.record(run))
         if due_eval:
@@ -833,13 +949,6 @@ def tick(self: TrainingRun, run):
         self.end_early(run)
 
 # %% ../nbs/82_runs.ipynb #78a2eaa8
-def schedule_of(t):
-    "The schedule that the section `train` of a config describes: a function of (step, steps)"
-    # a constant rate has no end to come down to, so the word is passed on only where it is given
-    end = dict(end=t.min_lr / t.lr) if t.min_lr else {}
-    return partial(SCHEDULES[t.schedule], warmup=t.warmup, **end)
-
-
 def _warn_of_other_rows(job, state):
     "A warning for each log that does not hold what it held when the checkpoint was written"
     rows = state.get('facts', {}).get('rows')
@@ -904,7 +1013,8 @@ def go(self: TrainingRun, start=None):
     if engine.num_processes > 1:
         run.stop = ask  # a signal only leaves word: `agree` ends all at the same step
     # `tick` looks by itself what is due, so it only has to come often enough
-    every = math.gcd(c.log.every, c.eval.every, c.log.checkpoint_every)
+    own = [every for every, _ in self.callbacks]
+    every = math.gcd(c.log.every, c.eval.every, c.log.checkpoint_every, *own)
     fit(
         run.model,
         self.stream,
@@ -913,6 +1023,7 @@ def go(self: TrainingRun, start=None):
         seed=c.train.seed + 7919 * engine.process_index,  # a dropout of its own in each process
         state=run,
         schedule=schedule_of(c.train),
+        loss_fn=loss_of(c.train),
         step_fn=step,
         callbacks={every: self.tick, (c.train.steps,): self.tick},
     )
@@ -1046,10 +1157,6 @@ def _end(engine, tracker):
         warnings.warn(f'log.tracker={tracker}: {(str(e).splitlines() or [type(e).__name__])[0]}')
 
 # %% ../nbs/82_runs.ipynb #2459a767
-def _runs(name):
-    return home() / 'experiments' / require_name(name, 'the config') / 'runs'
-
-
 # what a killed writer leaves: `.config.yaml.123.new`, half written, or `….old`, half replaced
 _HIDDEN = re.compile(
     r'\.+(config\.yaml|(run|result)\.json|(metrics|samples)\.(jsonl|csv))'
@@ -1071,7 +1178,7 @@ def _require_free(folder):
 
 def _new_folder(cfg, name=None) -> Path:
     "Where a new run goes: a folder of that name, which must be free, or one by date, time and hash"
-    runs = _runs(cfg.name)
+    runs = runs_folder(cfg.name)
     if name is not None:
         folder = runs / require_name(name, '--run')
         if (folder / 'config.yaml').exists():
@@ -1090,7 +1197,7 @@ def _new_folder(cfg, name=None) -> Path:
 def _smoke_folder(cfg) -> Path:
     "The first of `smoke`, `smoke-2`, … that is free, or of such a run and with nothing foreign"
     for n in itertools.count(1):
-        folder = _runs(cfg.name) / ('smoke' if n == 1 else f'smoke-{n}')
+        folder = runs_folder(cfg.name) / ('smoke' if n == 1 else f'smoke-{n}')
         if not os.path.lexists(folder):
             return folder
         if (folder / '.smoke').is_file() and not _foreign(folder / 'checkpoints'):
@@ -1237,8 +1344,10 @@ def _describe(job, came_from):
         ),
         starts=[*told.get('starts', []), _start_of(job)],
         config=job.origin | dict(decided=as_data(job.cfg)),
+        parts=job.parts,
     )
     _keep_config(job)
+    _keep_parts(job)
     files = {path: json.dumps(about | dict(sha256=_hash(about)), indent=1)}
     if job.folder.parent.name == 'runs' and not (job.folder / '.smoke').exists():
         files[job.folder.parent / 'latest'] = job.folder.name
@@ -1266,35 +1375,72 @@ def _track(job):
             'or leave it out'
         ) from None
 
-# %% ../nbs/82_runs.ipynb #d3f70e02
-def _is_run(folder):
-    "Is this the folder of a run that has begun? An author's folder may hold a config.yaml, too"
-    if (folder / 'run.json').exists():
-        return True
-    return (folder / '.lock').exists() and (folder / 'config.yaml').exists()
-
-
-def runs_of(name, smoke=False) -> list:  # folders, the one that was started last first
-    """The runs of the configs of that name; with `smoke`, those that only tried
+# %% ../nbs/82_runs.ipynb #f7a9e002
+def load_all_parts(paths) -> dict:  # {name: `PartsFile`}
+    """Run the files that `--parts` names. Raises `LabError` where two have the same name
 
     Returns:
-        folders, the one that was started last first
+        {name: `PartsFile`}
     """
-    runs = _runs(name)
-    if not runs.is_dir():
-        return []
-    found = [p for p in runs.iterdir() if _is_run(p) and (p / '.smoke').exists() == smoke]
-    last = pointed(runs / 'latest').name if (runs / 'latest').is_file() else ''
-
-    def age(p):
-        # `latest` knows which one was started last; where it was lost, the files' times do
-        files = [p / name for name in ('run.json', 'config.yaml')]
-        started = max(f.stat().st_mtime for f in files if f.exists())
-        return p.name == last, started, p.name
-
-    return sorted(found, key=age, reverse=True)
+    files = {}
+    for path in [paths] if isinstance(paths, (str, Path)) else paths:
+        file = load_parts(path)
+        other = files.setdefault(file.path.name, file)
+        if other.sha256 != file.sha256:
+            raise LabError(f'--parts {path}: {other.path} has the same name; rename one of the two')
+    return files
 
 
+def _kept_parts(folder, told) -> dict:  # {name: {'sha256': …, 'names': […]}}
+    "The files of parts with which a run was made, as its run.json says; {} for an older one"
+    kept = told.get('parts', {})
+    good = isinstance(kept, dict) and all(
+        isinstance(said, dict) and isinstance(said.get('names'), list) for said in kept.values()
+    )
+    if not good:
+        raise LabError(f'{folder / "run.json"} is damaged: delete it, or copy it again')
+    return kept
+
+
+def require_parts(folder, told, given: dict):
+    """Raises `LabError` unless all parts of a run are registered, and the files that are given are
+    the ones it was made with"""
+    hashes = {file.sha256 for file in given.values()}
+    names_given = {name for file in given.values() for name in file.names}
+    for name, said in _kept_parts(folder, told).items():
+        copy = folder / 'parts' / name
+        if said.get('sha256') in hashes:
+            continue
+        if name in given or names_given & {*said['names']}:
+            raise LabError(
+                f'--parts: {name} is not the file that {folder} was made with, or was changed '
+                f'since; give --parts {copy}, or start a new run'
+            )
+        # without a file, a program may have registered them itself
+        missing = [n for n in said['names'] if n not in REGISTERED]
+        if missing:
+            raise LabError(
+                f'{folder} was made with {", ".join(missing)} of {name}: give --parts {name} '
+                f'(a copy is {copy}; read it before you run it)'
+            )
+
+
+def use_parts(job, given: dict, told: dict):
+    "Note the files of parts that a run was made with: those that are given, and those before"
+    job.parts = {name: dict(sha256=f.sha256, names=[*f.names]) for name, f in given.items()}
+    job.parts = told.get('parts', {}) | job.parts
+    job.copies = {name: f.data for name, f in given.items()}
+    if job.parts:
+        job.saved.about['parts'] = {name: said['sha256'] for name, said in job.parts.items()}
+
+
+def _keep_parts(job):
+    "Copy the files of parts into the folder of the run"
+    for name, data in job.copies.items():
+        with atomic_write(made_folder(job.folder / 'parts') / name) as f:
+            f.write_bytes(data)
+
+# %% ../nbs/82_runs.ipynb #d3f70e02
 def run_to_go_on(config, run=None) -> tuple:  # (folder, or None; what to say when there is none)
     """The newest run of a config, or the one called `run`. Raises `LabError` where that is another's
 
@@ -1315,44 +1461,30 @@ def run_to_go_on(config, run=None) -> tuple:  # (folder, or None; what to say wh
             )
     return None, f'there is no run of {source or name} to go on with: a new one begins'
 
+# %% ../nbs/82_runs.ipynb #d5b0e003
+def differing_keys(runs: dict) -> dict:  # {'train.lr': {'one': 0.01, 'two': 0.02}}
+    """The keys of the config in which runs {name: folder} differ, with what each was decided to be;
+    a run that keeps no config is left out
 
-def _runs_called(words) -> list:
-    "The runs that are meant by (CONFIG, RUN), or by (RUN,), which may be of several configs"
-    experiments = home() / 'experiments'
-    if len(words) == 2:
-        among = [experiments / words[0] / 'runs']
-    else:
-        among = sorted(experiments.glob('*/runs'))
-    return [runs / words[-1] for runs in among if (runs / words[-1]).is_dir()]
-
-
-def find_model(path: str | Path) -> Path:
-    """Where a run, a checkpoint or a saved model is: a path, here or in `home()`, or a run's name.
-
-    CONFIG is its newest run, CONFIG/RUN and RUN are that one. Raises `LabError` on several."""
-    words = Path(path).parts
-    experiments = home() / 'experiments'
-    named = len(words) in (1, 2) and all(map(is_name, words))
-    is_config = named and len(words) == 1 and (experiments / words[0] / 'runs').is_dir()
-    if is_config:
-        newest_first = runs_of(words[0])
-        if newest_first:
-            return newest_first[0]
-    # a path: here or in `home()`. `runs/latest` is a file that names a run
-    for place in (Path(path), home() / path):
-        if place.name == 'latest' and place.parent.name == 'runs' and place.is_file():
-            return place.parent / pointed(place)
-        if place.exists():
-            return place
-    if not named:
-        return Path(path)  # whoever opens it says that it is not there
-    found = _runs_called(words)
-    if len(found) > 1:
-        names = [f'{run.parent.parent.name}/{run.name}' for run in found]
-        raise LabError(f'{len(found)} runs are called {path}: write {" or ".join(names)}')
-    if not found and is_config:
-        found = runs_of(words[0], smoke=True)
-    return found[0] if found else Path(path)
+    Returns:
+        {'train.lr': {'one': 0.01, 'two': 0.02}}
+    """
+    said = {}
+    for name, folder in runs.items():
+        decided = told_of(Path(folder)).get('config', {}).get('decided')
+        if isinstance(decided, dict):
+            said[name] = {
+                f'{section}.{key}': value
+                for section, keys in decided.items()
+                for key, value in keys.items()
+            }
+    paths = dict.fromkeys(path for keys in said.values() for path in keys)
+    found = {}
+    for path in paths:
+        values = {name: keys.get(path) for name, keys in said.items()}
+        if len({json.dumps(v, sort_keys=True) for v in values.values()}) > 1:
+            found[path] = values
+    return found
 
 # %% ../nbs/82_runs.ipynb #4534592f
 def _run_at(path) -> tuple:  # (folder of a run, a checkpoint of it or None)
@@ -1364,7 +1496,7 @@ def _run_at(path) -> tuple:  # (folder of a run, a checkpoint of it or None)
         place = plain
     start = place if (place / 'manifest.json').exists() else None
     folder = place.parent.parent if start else place
-    if not _is_run(folder):
+    if not is_run(folder):
         raise LabError(
             f'{path} is neither a run nor a checkpoint of one: choose from `llm-lab runs`'
         )
@@ -1423,7 +1555,7 @@ def _beginning(folder, told, cfg):
 
 # %% ../nbs/82_runs.ipynb #d3f70e05
 # what `train_run` needs to go on; `resolve_resume` says what each field is
-GoingOn = namedtuple('GoingOn', 'cfg folder start sha256 record changes')
+GoingOn = namedtuple('GoingOn', 'cfg folder start sha256 record changes told')
 
 
 def _own_config(path):
@@ -1507,16 +1639,18 @@ def resolve_resume(
     path,  # a run, or a checkpoint of one
     overrides=(),
     config=None,  # its config, which may have been edited since
+    parts=None,  # {name: `PartsFile`}: the files of parts that are given
 ) -> GoingOn:
     """What it takes to go on: the config; the folder to write into; the checkpoint of another
     folder to start from, or None; the corpus's SHA-256; what run.json keeps of the config's file;
-    what differs from before.
+    what differs from before; what run.json says.
 
     Raises `LabError` that names what was changed and reaches back
 
     Args:
         path: a run, or a checkpoint of one
         config: its config, which may have been edited since
+        parts: {name: `PartsFile`}: the files of parts that are given
     """
     # Three configs meet here, and each may differ from the one before:
     #   trained   with which the steps up to the checkpoint were made: it says what cannot change
@@ -1526,6 +1660,7 @@ def resolve_resume(
     if start is None:  # a checkpoint can be read, whoever writes beside it
         _require_idle(folder)
     told = told_of(folder)
+    require_parts(folder, told, parts or {})
     written = _written_config(folder, told)
 
     newest, state = _newest(folder)
@@ -1548,7 +1683,7 @@ def resolve_resume(
     sha256 = state['about'].get('corpus_sha256') or told.get('hashes', {}).get('corpus')
     changes = differences(trained, cfg)
     goes_to = _new_folder(cfg) if branch else folder
-    return GoingOn(cfg, goes_to, start, sha256, record, changes)
+    return GoingOn(cfg, goes_to, start, sha256, record, changes, told)
 
 # %% ../nbs/82_runs.ipynb #b7dc2d23
 def _raise_lost(error, engine, folder):
@@ -1562,24 +1697,25 @@ def _raise_lost(error, engine, folder):
     ) from None
 
 
-def _requested_run(config, overrides, resume, run, smoke) -> tuple:
+def _requested_run(config, overrides, resume, run, smoke, parts) -> tuple:
     "(config, `GoingOn` or None for a new run, a line to print first): what `train_run` shall do"
     begins = ''
     on = None
-    if resume == '' and isinstance(config, (str, Path)) and _is_run(Path(config)):
+    named = 'smoke' if config is None else config  # {} is a config, too: all defaults
+    if resume == '' and isinstance(config, (str, Path)) and is_run(Path(config)):
         resume = config  # a run is named, and no config
         config = None
     if resume == '':
-        found, begins = run_to_go_on(config or 'smoke', run)
+        found, begins = run_to_go_on(named, run)
         if found:
-            on = resolve_resume(found, overrides, config or 'smoke')
+            on = resolve_resume(found, overrides, named, parts)
     elif resume:
         if run is not None:
             raise LabError(f'--run {run} names a run of its own: leave it out, or {resume}')
-        on = resolve_resume(resume, overrides, config)
+        on = resolve_resume(resume, overrides, config, parts)
     if on:
         return on.cfg, on, begins
-    cfg = read_config(config or 'smoke', overrides)
+    cfg = read_config(named, overrides)
     if smoke:
         cfg = smoke_config(cfg)
     return kept_corpus(cfg), None, begins
@@ -1613,32 +1749,40 @@ def _train_and_evaluate(job, begins, is_main, max_tokens):
 
 
 def train_run(
-    # a .yaml file, a folder that holds one, or a name; `smoke` if none
-    config: str | Path | dict | None = None,
-    *overrides,
+    # a .yaml file, a folder that holds one, a name, {section: {key: value}}, or a `RunConfig`;
+    # `smoke` if none. `help(read_config)` lists every key
+    config: str | Path | dict | RunConfig | None = None,
+    *overrides: str,  # 'train.lr=0.02', …
     # '': the newest run of this config, or `run`; a path: that run or checkpoint
     resume: str | Path | None = None,
     run: str | None = None,  # name of the new run's folder; date, time and hash if none
     # only see whether it would work: 20 steps, in a folder of such runs, `smoke`
     smoke: bool = False,
     tune: bool = False,  # measure how many threads are fastest, where the config names no number
+    # Python files of your own that register what the config names: they are run, and kept by hash
+    parts: str | Path | Iterable[str | Path] = (),
 ) -> TrainingRun:
     """From a config to a trained model; missing data are prepared.
 
     Ctrl-C, SIGTERM and SIGHUP save and end it: `job.run.stopped` says which.
 
     Args:
-        config: a .yaml file, a folder that holds one, or a name; `smoke` if none
+        config: a .yaml file, a folder that holds one, a name, {section: {key: value}}, or a
+            `RunConfig`; `smoke` if none. `help(read_config)` lists every key
+        overrides: 'train.lr=0.02', …
         resume: '': the newest run of this config, or `run`; a path: that run or checkpoint
         run: name of the new run's folder; date, time and hash if none
         smoke: only see whether it would work: 20 steps, in a folder of such runs, `smoke`
         tune: measure how many threads are fastest, where the config names no number
+        parts: Python files of your own that register what the config names: they are run,
+            and kept by hash
     """
     if smoke and resume is not None:
         raise LabError('--smoke begins anew: leave --resume out')
     if run is not None:
         require_name(run, '--run')
-    cfg, on, begins = _requested_run(config, overrides, resume, run, smoke)
+    files = load_all_parts(parts)
+    cfg, on, begins = _requested_run(config, overrides, resume, run, smoke, files)
     folder = _folder_for(cfg, on, run, smoke)
     usable_device()  # raises where it cannot be used
     engine = make_engine(cfg.log.tracker)
@@ -1652,7 +1796,8 @@ def train_run(
             if smoke:
                 _clear_smoke_run(folder)
         job = TrainingRun(cfg, folder, engine, tune and not on, on)
-        job.origin = on.record if on else _record(config or 'smoke')
+        use_parts(job, files, on.told if on else {})
+        job.origin = on.record if on else _record('smoke' if config is None else config)
         # a smoke run only tries: a few tokens are enough
         _train_and_evaluate(job, begins, bool(lock), cfg.eval.tokens if smoke else None)
         _end(engine, cfg.log.tracker)

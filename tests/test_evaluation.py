@@ -448,3 +448,8 @@ def test_a_score_prints_its_units_interval_and_floor():
     assert str(replace(with_floor, error=math.inf, floor=None)).endswith(
         '0.500 bits per byte (no interval: one document tells none)'
     )
+
+
+def test_a_corpus_may_be_named(small):
+    by_name = evaluate(small, TOK, 'tiny_tales', max_tokens=500)
+    assert by_name == evaluate(small, TOK, TALES, max_tokens=500)
