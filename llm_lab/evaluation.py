@@ -325,6 +325,8 @@ def evaluate(
         stride: new tokens in each window; the context if none: blocks
         batch_size: windows read together; as many as fit if none
     """
+    if not isinstance(corpus, Corpus):
+        corpus = load_corpus(corpus)
     ids, starts = read_split(corpus, tokenizer, split)
     # an end mark stands before each document and after the last one
     ends = None if starts is None else torch.cat([starts, torch.tensor([len(ids) - 1])])
