@@ -450,6 +450,9 @@ def test_a_score_prints_its_units_interval_and_floor():
     )
 
 
-def test_a_corpus_may_be_named(small):
-    by_name = evaluate(small, TOK, 'tiny_tales', max_tokens=500)
-    assert by_name == evaluate(small, TOK, TALES, max_tokens=500)
+def test_a_corpus_may_be_given_by_its_name():
+    model = fresh(TOK)
+    by_name = evaluate(model, TOK, 'tiny_tales', max_tokens=2000)
+    assert by_name == evaluate(model, TOK, TALES, max_tokens=2000)
+    with pytest.raises(LabError, match="did you mean 'tiny_tales'"):
+        evaluate(model, TOK, 'tiny_tails')
