@@ -87,7 +87,7 @@ class Block(nn.Module):
     def forward(self, x, i, **ctx):  # (B, T, C), positions → (B, T, C)
         """(B, T, C), positions → (B, T, C)"""
         x = x + self.drop(self.attn(self.norm1(x), i, **ctx))
-        return x + self.drop(self.mlp(self.norm2(x), **ctx))
+        return x + self.drop(self.mlp(self.norm2(x), i=i, **ctx))
 
 # %% ../nbs/22_gpt.ipynb #ea6e3715
 def gpt2_init(

@@ -288,7 +288,7 @@ def next_features(self: Fast, ids, i, places, ends, keys, values):
         x = model.pos(x, i)
     for block, *kept in zip(model.blocks, places, ends, keys, values):
         x = x + self.attend_one(block.attn, block.norm1(x), i, angles, *kept)
-        x = x + block.mlp(block.norm2(x))
+        x = x + block.mlp(block.norm2(x), i=i)
     return model.norm(x)
 
 # %% ../nbs/36_inference.ipynb #a58c72d9

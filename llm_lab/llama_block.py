@@ -123,7 +123,7 @@ class ParallelBlock(nn.Module):
     def forward(self, x, i, **ctx):  # (B, T, C), positions → (B, T, C)
         """(B, T, C), positions → (B, T, C)"""
         y = self.norm(x)
-        return x + self.drop(self.attn(y, i, **ctx)) + self.drop(self.mlp(y, **ctx))
+        return x + self.drop(self.attn(y, i, **ctx)) + self.drop(self.mlp(y, i=i, **ctx))
 
 # %% ../nbs/32_llama_block.ipynb #3e51b0a4
 class SandwichBlock(nn.Module):
@@ -144,7 +144,7 @@ class SandwichBlock(nn.Module):
         """(B, T, C), positions → (B, T, C)"""
         y = self.attn(self.norm1(x), i, **ctx)
         x = x + self.drop(self.post_norm1(y))
-        y = self.mlp(self.norm2(x), **ctx)
+        y = self.mlp(self.norm2(x), i=i, **ctx)
         return x + self.drop(self.post_norm2(y))
 
 # %% ../nbs/32_llama_block.ipynb #8f32d40a

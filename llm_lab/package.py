@@ -305,7 +305,7 @@ def meta_model(cfg: GPTConfig) -> MiniGPT:
 # {name: how the model calls the part}, for the message
 _CALLED_AS = dict(
     attn='(x, i, **ctx)',
-    mlp='(x, **ctx)',
+    mlp='(x, i=i, **ctx)',
     norm='(x)',
     pos='(x, i)',
     block='(x, i, **ctx)',
@@ -331,6 +331,8 @@ def _probe_part(cfg, name, layer, fake):
     ctx = {}
     if name in ('attn', 'mlp', 'block'):
         ctx['contiguous'] = True
+        if name == 'mlp':
+            ctx['i'] = torch.arange(T)
         if reads_aux:
             ctx['aux'] = Aux()
     out = made(*args, **ctx)
