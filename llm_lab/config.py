@@ -335,14 +335,22 @@ def _check_heads(m: ModelConfig):
 
 @dataclass(frozen=True)
 class RunConfig:
-    "All that decides a run. Raises `LabError` on what does not go together"
+    """All that decides a run. Raises `LabError` on what does not go together
 
-    name: str
-    data: DataConfig = DataConfig()
+    Args:
+        name: of the run's folder
+        data: which text, cut how
+        train: steps, optimizer, learning rate, …
+        eval: when and on how much
+        log: metrics and checkpoints
+    """
+
+    name: str  # of the run's folder
+    data: DataConfig = DataConfig()  # which text, cut how
     model: ModelConfig = ModelConfig()
-    train: TrainConfig = TrainConfig()
-    eval: EvalConfig = EvalConfig()
-    log: LogConfig = LogConfig()
+    train: TrainConfig = TrainConfig()  # steps, optimizer, learning rate, …
+    eval: EvalConfig = EvalConfig()  # when and on how much
+    log: LogConfig = LogConfig()  # metrics and checkpoints
 
     def __post_init__(self):
         d = self.data

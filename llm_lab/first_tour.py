@@ -752,7 +752,7 @@ def _learned(setup, keeper, minutes):
 
 def tour(
     corpus: str | Path = 'tiny_tales',  # a corpus's name, or a file or folder of texts or records
-    minutes: float = 3.0,
+    minutes: float = 3.0,  # how long to train
     settings=(),  # ((key, value), …) of a `RunConfig`, such as ('model.d_model', 192)
     name: str
     | None = None,  # of its folder in artifacts/; the first free of tour, tour-2, … if none
@@ -762,6 +762,7 @@ def tour(
 
     Args:
         corpus: a corpus's name, or a file or folder of texts or records
+        minutes: how long to train
         settings: ((key, value), …) of a `RunConfig`, such as ('model.d_model', 192)
         name: of its folder in artifacts/; the first free of tour, tour-2, … if none
         field: of records: the one that holds the text

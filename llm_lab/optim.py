@@ -173,13 +173,15 @@ class CombinedOptimizer(torch.optim.Optimizer):
 # %% ../nbs/28_optim.ipynb #69ab7e31
 def muon(
     model: nn.Module,
-    lr: float = 0.01,
-    weight_decay: float = 0.1,
+    lr: float = 0.01,  # learning rate of matrices
+    weight_decay: float = 0.1,  # share of a matrix that a step takes away, times lr
     rest_lr: float | None = None,  # for embeddings, head, norms and biases; the same if none
 ) -> CombinedOptimizer:
     """`Muon` for the matrices inside the blocks, `adamw` for the rest
 
     Args:
+        lr: learning rate of matrices
+        weight_decay: share of a matrix that a step takes away, times lr
         rest_lr: for embeddings, head, norms and biases; the same if none
     """
     hidden = [p for p in model.blocks.parameters() if p.dim() >= 2]

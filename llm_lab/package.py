@@ -917,11 +917,17 @@ def _is_place(folder) -> bool:
     return any((folder / name).is_file() for name in names)
 
 
-def find_model(path: str | Path) -> Path:
+def find_model(
+    path: str | Path,  # a path, or the name of a run
+) -> Path:
     """Where a run, a checkpoint or a saved model is: a path, here or in `home()`, or a run's name.
 
     CONFIG is its newest run, CONFIG/RUN and RUN are that one. Raises `LabError` on several.
-    Every function and command that takes a model takes what this takes"""
+    Every function and command that takes a model takes what this takes
+
+    Args:
+        path: a path, or the name of a run
+    """
     places = Path(path), home() / path
     words = Path(path).parts
     experiments = home() / 'experiments'
@@ -1118,7 +1124,7 @@ def _missing_parts(about) -> str:
 def load(
     # a package, a checkpoint, or a run, by path or name: its best checkpoint, or else the latest
     path: str | Path,
-    device: str = 'cpu',
+    device: str = 'cpu',  # where the model goes
 ) -> Opened:  # (model, tokenizer, about); the model is in eval mode
     """Open a saved model. Raises `LabError` when a file is missing, one bit differs, or it asks for
     what no file may
@@ -1126,6 +1132,7 @@ def load(
     Args:
         path: a package, a checkpoint, or a run, by path or name: its best checkpoint, or
             else the latest
+        device: where the model goes
 
     Returns:
         (model, tokenizer, about); the model is in eval mode

@@ -389,8 +389,16 @@ def mask_hook(mask, name: str) -> Callable | None:
     return getattr(mask, name, None)
 
 # %% ../nbs/20_parts.ipynb #715d917d
-def register(f, name: str | None = None):
-    "Let saved configurations name `f`, in any place; returns `f`"
+def register(
+    f,  # a class or a function
+    name: str | None = None,  # in files; that of `f` if none
+):
+    """Let saved configurations name `f`, in any place; returns `f`
+
+    Args:
+        f: a class or a function
+        name: in files; that of `f` if none
+    """
     REGISTERED[name or f.__name__] = f
     return f
 

@@ -56,13 +56,19 @@ def _for_gradient_alone(loss, aux):
     return loss + (more - more.detach())
 
 
-def next_token_loss(model: nn.Module, rows: Tensor) -> Tensor:  # ids, (B, T+1) → a scalar, in nats
+def next_token_loss(
+    model: nn.Module,
+    rows: Tensor,  # ids, (B, T+1)
+) -> Tensor:  # a scalar, in nats
     """Mean −ln P(next token), the cross-entropy, over the T positions of each row.
 
     What parts add to `aux` counts for the gradient alone
 
+    Args:
+        rows: ids, (B, T+1)
+
     Returns:
-        ids, (B, T+1) → a scalar, in nats
+        a scalar, in nats
     """
     ctx = {'aux': Aux()} if _has_aux(model) else {}
     # position t reads ids 0…t and predicts id t+1: inputs lack the last id, targets the first
@@ -275,10 +281,19 @@ def random_crops(
 
 # %% ../nbs/23_train.ipynb #bf847f0f
 def adamw(
-    model: nn.Module, lr: float = 4e-3, weight_decay: float = 0.1, betas=(0.9, 0.99)
+    model: nn.Module,
+    lr: float = 4e-3,  # learning rate
+    weight_decay: float = 0.1,  # share of a matrix that a step takes away, times lr
+    betas=(0.9, 0.99),  # how fast the averages of gradient and square forget
 ) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2019): matrices decay, vectors and embeddings do not; fused into
-    one kernel"""
+    one kernel
+
+    Args:
+        lr: learning rate
+        weight_decay: share of a matrix that a step takes away, times lr
+        betas: how fast the averages of gradient and square forget
+    """
     for name, value in dict(lr=lr, weight_decay=weight_decay).items():
         if not 0 <= value < math.inf:  # NaN, too: every comparison with it is false
             raise LabError(f'{name}={value!r}: give a number of at least 0, such as 0.004')
@@ -579,14 +594,17 @@ def update(
 
 def train_step(
     model: nn.Module,
-    optimizer,
-    rows: Tensor,
-    clip: float = 1.0,
+    optimizer,  # it moves the weights
+    rows: Tensor,  # ids, (B, T+1)
+    clip: float = 1.0,  # largest norm of the whole gradient
     loss_fn=next_token_loss,  # `rows` are ids, (B, T+1)
 ) -> tuple:  # (loss before the step, in nats; gradient norm); they stay on the device
     """One step of training: loss, gradient, clipping, update; the gradient is empty afterwards
 
     Args:
+        optimizer: it moves the weights
+        rows: ids, (B, T+1)
+        clip: largest norm of the whole gradient
         loss_fn: `rows` are ids, (B, T+1)
 
     Returns:
@@ -622,11 +640,11 @@ def _check_steps(steps, state):
 
 
 def fit(
-    model: nn.Module,
+    model: nn.Module,  # it is trained in place
     batches: Callable[[int], Tensor],  # step → ids (B, T+1)
-    steps: int,
-    lr: float = 4e-3,
-    weight_decay: float = 0.1,
+    steps: int,  # steps of the optimizer
+    lr: float = 4e-3,  # learning rate at its highest
+    weight_decay: float = 0.1,  # share of a matrix that a step takes away, times lr
     warmup: int | None = None,  # steps of climbing; 100, or a tenth of all, if none
     min_lr: float = 0.0,  # where the rate comes down to
     clip: float = 1.0,  # largest norm of the whole gradient
@@ -636,7 +654,9 @@ def fit(
     optimizer=None,  # an optimizer with rates of its own; `adamw(model, lr, weight_decay)` if none
     # f(step, steps): the factor on the rates; by `warmup` and `min_lr` if none
     schedule: Callable[[int, int], float] | None = None,
+    # (model, rows) → a number to be lowered
     loss_fn: Callable[[nn.Module, Tensor], Tensor] = next_token_loss,
+    # (model, optimizer, rows, clip, loss_fn) → (loss, gradient norm)
     step_fn: Callable = train_step,
     state: TrainState | None = None,  # a `TrainState` of this model that goes on where it stands
 ) -> TrainState:
@@ -648,7 +668,11 @@ def fit(
     order. Raises `LabError` where a loss is not finite, within half a second or at a callback.
 
     Args:
+        model: it is trained in place
         batches: step → ids (B, T+1)
+        steps: steps of the optimizer
+        lr: learning rate at its highest
+        weight_decay: share of a matrix that a step takes away, times lr
         warmup: steps of climbing; 100, or a tenth of all, if none
         min_lr: where the rate comes down to
         clip: largest norm of the whole gradient
@@ -658,6 +682,8 @@ def fit(
         optimizer: an optimizer with rates of its own; `adamw(model, lr, weight_decay)` if
             none
         schedule: f(step, steps): the factor on the rates; by `warmup` and `min_lr` if none
+        loss_fn: (model, rows) → a number to be lowered
+        step_fn: (model, optimizer, rows, clip, loss_fn) → (loss, gradient norm)
         state: a `TrainState` of this model that goes on where it stands
     """
     _check_steps(steps, state)
@@ -722,7 +748,7 @@ def batches(
     tokenizer: Tokenizer,
     batch_size: int = 16,  # rows of a step
     length: int = 128,  # T, the context in tokens: a row has one more, its last answer
-    split: str = 'train',
+    split: str = 'train',  # train, val or test
     seed: int = 0,  # of the order
 ) -> BatchStream:  # a function of the step: ids, int64, (batch_size, length + 1)
     """Batches of a split, in memory: each epoch reads all of it once, in a new order.
@@ -735,6 +761,7 @@ def batches(
         corpus: a corpus, or what `load_corpus` takes: a name or a path
         batch_size: rows of a step
         length: T, the context in tokens: a row has one more, its last answer
+        split: train, val or test
         seed: of the order
 
     Returns:
@@ -756,7 +783,7 @@ def moving_average(values, width=25):
 
 
 def plot_loss(
-    run: TrainState,
+    run: TrainState,  # what `fit` returned
     # in bits per character, where it is known; then the plot is in bits
     floor: float | None = None,
     title: str | None = None,  # how far the loss falls, if none
@@ -766,6 +793,7 @@ def plot_loss(
     """Training loss, the noted validation losses, and the floor
 
     Args:
+        run: what `fit` returned
         floor: in bits per character, where it is known; then the plot is in bits
         title: how far the loss falls, if none
         token: what a token of the run is: 'token' where it is more than a character
