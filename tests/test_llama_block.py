@@ -1,7 +1,8 @@
 """`llama_block`: what `llama` fills in and what it leaves alone; what a configuration refuses."""
 
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -17,7 +18,14 @@ from llm_lab.hub import to_hf
 from llm_lab.inference import for_inference
 from llm_lab.kernels import SparseAttention
 from llm_lab.kv_cache import sliding_window, with_kv_cache
-from llm_lab.llama_block import ParallelBlock, SandwichBlock, SoftcapHead, SwiGLU, llama
+from llm_lab.llama_block import (
+    LlamaSettings,
+    ParallelBlock,
+    SandwichBlock,
+    SoftcapHead,
+    SwiGLU,
+    llama,
+)
 from llm_lab.moe import MoE
 from llm_lab.package import check_parts, config_from, load, save, to_data
 from llm_lab.parts import part
@@ -60,6 +68,12 @@ def test_a_wrong_width_or_cap_is_refused():
 def test_a_wrong_depth_is_refused(depth):
     with refused(f'depth={depth!r}: give a whole number of at least 1'):
         llama(depth=depth)
+
+
+def test_its_settings_are_those_of_a_configuration_with_their_types():
+    of_config = {f.name: get_type_hints(GPTConfig)[f.name] for f in fields(GPTConfig)}
+    own = {'vocab_size', 'attn'}  # parameters of `llama` itself
+    assert get_type_hints(LlamaSettings) == {k: v for k, v in of_config.items() if k not in own}
 
 
 def test_what_is_given_stays():

@@ -55,6 +55,7 @@ def test_a_misspelt_keyword_is_an_error(checked):
         'lr=4e-3': ('rate=4e-3', 'Unexpected keyword argument "rate" for "fit"'),
         'batch_size=16': ('batchsize=16', 'Unexpected keyword argument "batchsize" for "batches"'),
         'vocab_size=1024': ("vocab_size='1024'", 'incompatible type "str"; expected "int"'),
+        'd_model=128': ('dmodel=128', 'Unexpected keyword argument "dmodel" for "llama"'),
         'temperature=0.8': ('temprature=0.8', 'argument "temprature" for "sample"'),
         'lab.evaluate': ('lab.evalute', 'has no attribute "evalute"'),
     }
