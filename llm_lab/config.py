@@ -11,6 +11,7 @@ __all__ = ['SECTIONS', 'PRESETS', 'CONFIGS', 'DataConfig', 'ModelConfig', 'Train
 import difflib
 import io
 import math
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -21,10 +22,11 @@ from .core import address, check_recipe, home, plain, require, short
 from .files import require_ours, atomic_write
 
 # %% ../nbs/06_config.ipynb #6a30dd62
-def _key(default, least=None, most=None, of=None, also=None):
+def _key(default, least=None, most=None, of=None, also=None, path=False):
     """A key of a config: its default, and what it takes: a number from `least` to `most`, perhaps a
-    word `also` in its place, or one `of` these words"""
-    return field(default=default, metadata=dict(least=least, most=most, of=of, also=also))
+    word `also` in its place, or one `of` these words, or perhaps a `path`"""
+    takes = dict(least=least, most=most, of=of, also=also, path=path)
+    return field(default=default, metadata=takes)
 
 
 def _named(default, *of):
@@ -40,20 +42,26 @@ class DataConfig:
         corpus: a name, or a file or folder of texts or records
         field: of records: which one holds the text
         limit: so many training documents; all if none
-        tokenizer: made from the training text
+        tokenizer: learned from the training text; or the path of a saved one,
+            tokenizer.json or its folder
         vocab_size: of bpe; 8192 if none
         length: context, in tokens
         rows: where sequences begin: side by side, or at documents
+        mask_documents: documents in one sequence do not attend to each other, and each
+            begins at position 0
     """
 
     corpus: str = 'tiny_tales'  # a name, or a file or folder of texts or records
     field: str = 'text'  # of records: which one holds the text
     limit: int | None = _key(None, 1)  # so many training documents; all if none
-    tokenizer: str = _key('chars', of=('chars', 'bpe'))  # made from the training text
+    # learned from the training text; or the path of a saved one, tokenizer.json or its folder
+    tokenizer: str = _key('chars', of=('chars', 'bpe'), path=True)
     vocab_size: int | None = _key(None, 257, 1 << 22)  # of bpe; 8192 if none
     length: int = _key(128, 1, 1 << 24)  # context, in tokens
     # where sequences begin: side by side, or at documents
     rows: str = _key('blocks', of=('blocks', 'documents'))
+    # documents in one sequence do not attend to each other, and each begins at position 0
+    mask_documents: bool = False
 
 # %% ../nbs/06_config.ipynb #4f33eab3
 def _recipe():
@@ -120,6 +128,9 @@ class TrainConfig:
         precision: of matmuls
         compile: the step, by torch.compile
         recompute: keep less for the backward pass (`efficient`)
+        start_from: begin with the weights of a package, a run, a checkpoint or a Hugging
+            Face folder, by path or name; what is left out of model, data.length and
+            data.tokenizer is as there
         seed: of weights, order of the text, dropout, samples
         threads: on the CPU; auto is the fastest number; if none, as many as the process has
     """
@@ -145,6 +156,9 @@ class TrainConfig:
     precision: str = _key('float32', of=('auto', 'float32', 'bf16', 'fp16'))  # of matmuls
     compile: bool = False  # the step, by torch.compile
     recompute: bool = False  # keep less for the backward pass (`efficient`)
+    # begin with the weights of a package, a run, a checkpoint or a Hugging Face folder, by path or
+    # name; what is left out of model, data.length and data.tokenizer is as there
+    start_from: str | None = None
     seed: int = _key(0, 0, 2**31)  # of weights, order of the text, dropout, samples
     # on the CPU; auto is the fastest number; if none, as many as the process has
     threads: int | None = _key(None, 1, 1024, also='auto')
@@ -211,7 +225,8 @@ def _wanted(f):
             f'{{part: NAME, keyword: value}}{several}'
         )
     if m.get('of'):
-        return f'choose from {", ".join(m["of"])}'
+        path = ', or the path of one' if m.get('path') else ''
+        return f'choose from {", ".join(m["of"])}{path}'
     kinds = get_args(f.type) or (f.type,)  # int | None is (int, NoneType)
     least = m.get('least')
     most = m.get('most')
@@ -231,6 +246,11 @@ def _wanted(f):
     return f'give {_KINDS[kinds[0]]}{bounds}{none}'
 
 # %% ../nbs/06_config.ipynb #a3ff19ba
+def _is_path(text) -> bool:
+    "Is this meant as a path, and no mistyped word? Whether anything is there is seen later"
+    return '/' in text or os.sep in text or os.path.exists(text) or (home() / text).exists()
+
+
 def _check_named(path, f, value):
     """A word, or {part: word, keyword: value}, of what may be named there.
 
@@ -269,7 +289,7 @@ def _checked(path, f, value):
     if good and isinstance(value, (int, float)) and m.get('least') is not None:
         good = m['least'] <= value <= (m['most'] or math.inf)
     if good and m.get('of'):
-        good = value in m['of']
+        good = value in m['of'] or (m.get('path') and _is_path(value))
     if not good:
         raise LabError(f'{path}={short(value, 200)}: {_wanted(f)}')
     if isinstance(value, dict):  # a recipe; its keys are checked, and nothing is imported
@@ -354,9 +374,10 @@ class RunConfig:
 
     def __post_init__(self):
         d = self.data
-        if d.tokenizer == 'chars' and d.vocab_size:
+        if d.tokenizer != 'bpe' and d.vocab_size:
+            whose = 'characters decide' if d.tokenizer == 'chars' else f'{d.tokenizer} decides'
             raise LabError(
-                f'data.vocab_size={d.vocab_size}: characters decide it themselves; '
+                f'data.vocab_size={d.vocab_size}: {whose} it; '
                 'leave it out, or add data.tokenizer=bpe'
             )
         _check_training(self.train)
@@ -653,7 +674,11 @@ def _unreadable(path, error) -> LabError:
 def _plain_source(config):
     "(plain data, name) of a config that is a dict or a `RunConfig`; None if it is a name or a path"
     if isinstance(config, RunConfig):
-        return as_data(config), config.name
+        data = {}  # what differs from the defaults counts as given
+        for path, (_, value) in differences(RunConfig(config.name), config).items():
+            section, _, key = path.partition('.')
+            data.setdefault(section, {})[key] = value
+        return data, config.name
     if isinstance(config, dict):
         return config, 'run'
 
@@ -930,8 +955,9 @@ def smoke_config(cfg: RunConfig) -> RunConfig:
     )
 
 # %% ../nbs/06_config.ipynb #a1e90d02
-def stated(config) -> dict:  # {'train.lr': 0.02}
-    """The keys that a config gives itself, as they stand there; what it leaves out is missing
+def stated(config, overrides=()) -> dict:  # {'train.lr': 0.02}
+    """The keys that a config, and `key=value`, give themselves, as they stand there; what is left
+    out is missing
 
     Returns:
         {'train.lr': 0.02}
@@ -946,6 +972,9 @@ def stated(config) -> dict:  # {'train.lr': 0.02}
         if section not in SECTIONS or not isinstance(keys, dict):
             config_from_dict({section: keys})  # it raises
         said |= {f'{section}.{k}': v for k, v in keys.items()}
+    for item in overrides:
+        key, _, value = item.partition('=')
+        said['.'.join(_path(key).split('.')[:2])] = value  # model.attn.part is of model.attn
     return said
 
 

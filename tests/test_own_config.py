@@ -327,3 +327,172 @@ def test_a_file_of_parts_is_run_once(mine):
     assert load_parts(mine) == one and REGISTERED['Mean'] is mean
     mine.write_text(MINE + '\n')
     assert load_parts(mine).sha256 != one.sha256 and REGISTERED['Mean'] is not mean
+
+
+# ---- a tokenizer from the disk, and weights to begin with
+
+
+EVAL = dict(SHORT['eval'], tokens=200)  # more than the default context
+
+
+@pytest.fixture
+def text(home):
+    (home / 'own.txt').write_text('The cat sat on the mat. A dog ran to the cat.\n' * 200)
+    return 'own.txt'
+
+
+def test_a_tokenizer_of_the_disk_is_used_and_kept(home, text, monkeypatch):
+    import shutil
+
+    from llm_lab.bpe import BPETokenizer
+    from llm_lab.package import load
+
+    tok = BPETokenizer.train((home / text).read_text(), vocab_size=270)
+    tok.save(home / 'tok')
+    for path in ('tok', 'tok/tokenizer.json', str(home / 'tok')):
+        cfg = short(data=dict(corpus=text, tokenizer=path))
+        job = TrainingRun(config_from_dict(cfg), home / 'x', SingleProcess())
+        assert job.texts['tokenizer'].encode('the cat') == tok.encode('the cat')
+    job = train_run(short(data=dict(corpus=text, tokenizer='tok')), run='one')
+    assert load('one').tokenizer.encode('the mat') == tok.encode('the mat')
+    # the run has its own copy: it goes on where the folder is gone, and refuses another one
+    shutil.rmtree(home / 'tok')
+    longer = train_run(None, 'train.steps=8', resume=job.folder)
+    assert longer.run.step == 8 and longer.texts['tokenizer'].encode('mat') == tok.encode('mat')
+    # the model of a run has a tokenizer, too
+    other = train_run(short(data=dict(corpus=text, tokenizer='run/one')), run='two')
+    assert other.texts['tokenizer'].vocab_size == tok.vocab_size
+    one_line(
+        lambda: train_run(short(data=dict(tokenizer='bpe2'))),
+        "data.tokenizer='bpe2': choose from chars, bpe, or the path of one",
+    )
+    one_line(lambda: train_run(short(data=dict(tokenizer='no/such'))), 'no/such')
+    one_line(
+        lambda: config_from_dict(dict(data=dict(tokenizer='a/b', vocab_size=300))),
+        'data.vocab_size=300: a/b decides it',
+    )
+
+
+def test_training_goes_on_from_a_model_on_another_text(home, text):
+    from llm_lab.hub import to_hf
+    from llm_lab.package import load, save
+
+    size = dict(d_model=24, n_layers=2, n_heads=2, pos=None)
+    first = train_run(short(data=dict(corpus=text, length=20), model=size), run='one')
+    model, tokenizer, _ = load('one')
+    save(home / 'kept', model, tokenizer)
+    (home / 'other.txt').write_text('A dog sat on the cat. The mat ran.\n' * 200)
+    data = dict(corpus='other.txt')
+    here = dict(eval=EVAL, log=SHORT['log'])
+    for start in ('one', 'kept', str(first.folder / 'checkpoints' / 'step-000006')):
+        more = dict(here, data=data, train=dict(SHORT['train'], start_from=start, steps=2))
+        run = f'from-{start[:3].strip("/")}'
+        job = train_run(more, run=run)
+        # the model, its context and its tokenizer are those of the start
+        assert job.run.model.cfg == model.cfg
+        assert job.texts['tokenizer'].encode('The cat') == tokenizer.encode('The cat')
+        fresh = TrainingRun(job.cfg, home / 'fresh', SingleProcess())
+        for a, b in zip(fresh.run.model.parameters(), model.parameters()):
+            assert torch.equal(a, b)
+        assert any(
+            not torch.equal(a, b) for a, b in zip(job.run.model.parameters(), model.parameters())
+        )
+    # a run that goes on takes its own checkpoint, and does not begin again
+    longer = train_run(None, 'train.steps=4', resume=job.folder)
+    whole = train_run(dict(more, train=dict(more['train'], steps=4, schedule='constant')), run='w')
+    assert longer.run.step == whole.run.step == 4 and longer.start == job.start == whole.start
+
+
+def test_a_hugging_face_folder_is_a_start(home, text):
+    from llm_lab.gpt import GPTConfig, MiniGPT
+    from llm_lab.chars import CharTokenizer
+    from llm_lab.hub import to_hf
+
+    tok = CharTokenizer.train((home / text).read_text())
+    model = MiniGPT(GPTConfig(tok.vocab_size, d_model=16, n_layers=1, n_heads=2, max_len=20), 3)
+    to_hf(home / 'hf', model, tok)
+    more = dict(eval=EVAL, log=SHORT['log'])
+    train = dict(SHORT['train'], start_from='hf')
+    job = train_run(dict(more, data=dict(corpus=text), train=train, model={}))
+    fresh = TrainingRun(job.cfg, home / 'fresh', SingleProcess())
+    assert torch.equal(fresh.run.model.tok.weight, model.tok.weight)
+    assert fresh.run.model.cfg.max_len == 20
+
+
+def test_weights_that_do_not_fit_are_one_line(home, text):
+    train_run(short(data=dict(corpus=text)), run='one')
+    train = dict(SHORT['train'], start_from='one')
+    for more, says in (
+        (dict(model=dict(d_model=32)), ' × 16 there and '),
+        (dict(model=dict(n_layers=2)), 'is nothing there and'),
+        (dict(data=dict(corpus=text, length=32)), 'pos.table.weight is 16 × 16 there and 32 × 16'),
+    ):
+        cfg = dict(data=dict(corpus=text), train=train, eval=EVAL, log=SHORT['log'])
+        one_line(lambda: train_run(cfg | more), 'train.start_from=', says)
+    one_line(lambda: train_run(cfg | dict(train=dict(start_from='none'))), 'no model at none')
+
+
+# ---- documents that do not read each other
+
+
+@pytest.mark.parametrize(
+    'model',
+    [
+        dict(),  # learned positions
+        dict(pos=None, attn=dict(part='Attention', transforms=[dict(part='RoPE')])),
+        dict(attn=dict(part='GQA', n_kv_heads=1, mask=dict(part='sliding_window', size=3))),
+        dict(
+            attn=dict(part='alternate', of=[dict(part='Attention'), dict(part='SparseAttention')])
+        ),
+    ],
+    ids=['learned', 'rope', 'window', 'alternate'],
+)
+@pytest.mark.parametrize('end', [[2], [2, 3]], ids=['one', 'two'])
+def test_a_row_of_documents_is_each_document_alone(model, end):
+    "Loss and gradient are those of the plain model on every document by itself"
+    from llm_lab.runs import model_config, within_documents
+    from llm_lab.train import document_starts, next_token_loss
+    from llm_lab.gpt import MiniGPT
+    from helpers import shake
+
+    cfg = model_config(config_from_dict(short(model=dict(model, n_layers=2))), 9)
+    plain = shake(MiniGPT(cfg))
+    form = within_documents(plain, end)
+    draw = torch.Generator().manual_seed(1)
+    rows = torch.randint(4, 9, (3, 17), generator=draw)
+    for row, at in zip(rows, ((4, 9), (0, 6, 14), ())):
+        for t in at:
+            row[t : t + len(end)] = torch.tensor(end)
+    total = torch.zeros(())
+    for row in rows:
+        cuts = [0, *document_starts(row[:-1], end).tolist(), 16]
+        for a, b in zip(cuts, cuts[1:]):
+            if b > a:  # document: reads a … b−1, predicts a+1 … b
+                total = total + next_token_loss(plain, row[None, a : b + 1]) * (b - a)
+    total = total / (3 * 16)
+    total.backward()
+    alone = [p.grad.clone() for p in plain.parameters()]
+    plain.zero_grad()
+    loss = next_token_loss(form, rows)
+    loss.backward()
+    assert {id(p) for p in form.parameters()} == {id(p) for p in plain.parameters()}
+    torch.testing.assert_close(loss, total, rtol=1e-5, atol=1e-6)
+    for p, want in zip(plain.parameters(), alone):
+        torch.testing.assert_close(p.grad, want, rtol=1e-4, atol=1e-5)
+    # it can fail: without the mask, the loss is another one
+    assert (next_token_loss(plain, rows) - total).abs() > 1e-4
+
+
+def test_a_run_with_masked_documents_trains_and_is_an_ordinary_model(home, text):
+    from llm_lab.package import load
+
+    job = train_run(short(data=dict(mask_documents=True, corpus='tiny_tales')), run='one')
+    other = train_run(short(data=dict(corpus='tiny_tales')), run='two')
+    assert not torch.equal(job.run.model.lm_head.weight, other.run.model.lm_head.weight)
+    model, _, _ = load('one')
+    assert model.cfg == job.run.model.cfg and 'doc' not in model.needs
+    assert torch.equal(model.lm_head.weight, job.run.model.lm_head.weight)
+    one_line(
+        lambda: train_run(short(data=dict(mask_documents=True, corpus=text))),
+        'data.mask_documents=true: own is one running text; leave it out',
+    )
