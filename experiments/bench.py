@@ -255,6 +255,17 @@ def summary(values, digits=4):
     return dict(mean=round(middle, digits), plus_minus=round(half, digits))
 
 
+def crops(corpus, tokenizer, batch_size, length, seed):
+    """Random crops of a training text, a function of the step: the batches of the kept results.
+
+    Where documents stand alone, a row begins with one, or where a context ends within one"""
+    from llm_lab.train import random_crops, read_split, spans
+
+    ids, starts = read_split(corpus, tokenizer, 'train')
+    begins = None if starts is None else spans(len(ids), length, starts)[:, 0]
+    return random_crops(ids, batch_size, length, seed, starts=begins)
+
+
 def differences(values, base):
     """`values` minus `base`, seed by seed.
 

@@ -14,8 +14,9 @@
     lab.to_hf('artifacts/mine_hf', model, tok)
 
 Text         load_corpus, Corpus, tiny_tales, CharTokenizer, BPETokenizer, load_tokenizer, pack
-Models       MiniGPT, GPTConfig, llama, part, register; parts to put in: Attention, GQA, MLP, SwiGLU,
-             MoE, RMSNorm, RoPE, Block, SparseAttention; masks: causal, sliding_window, …
+Models       MiniGPT, GPTConfig, llama, part, register; parts to put in: Attention, GQA, MLP,
+             SwiGLU, MoE, RMSNorm, RoPE, ParallelBlock, SparseAttention; masks: causal,
+             sliding_window, …; Part is the base class of your own, with every hook
 Training     batches, fit, adamw, muon, train_step, plot_loss; from a config: train_run, RunConfig
 Evaluation   evaluate, score, compare
 Writing      sample, stream, complete; sooner: for_inference, with_kv_cache
@@ -47,17 +48,17 @@ _ROOT = dict(
     tales='tiny_tales',
     batching='BatchStream',
     packing='pack',
-    parts='Aux part register',
+    parts='Aux Part part register',
     self_attention='Attention causal',
     gpt='Block GPTConfig MiniGPT MLP',
     train='adamw batches fit next_token_loss plot_loss train_step TrainState',
-    package='load load_or_train save',
+    package='find_model load load_or_train save',
     evaluation='compare evaluate Score score',
     sampling='sample stream',
     looking='attention_map attention_maps attention_of hidden_states logit_lens',
     optim='muon',
     positions='RoPE',
-    llama_block='llama QKNorm RMSNorm SwiGLU',
+    llama_block='llama ParallelBlock QKNorm RMSNorm SandwichBlock SwiGLU',
     gqa='GQA to_gqa',
     kv_cache='complete sliding_window with_kv_cache',
     inference='for_inference',
@@ -65,7 +66,7 @@ _ROOT = dict(
     kernels='SparseAttention',
     moe='MoE Router',
     hub='from_hf to_hf',
-    runs='find_model train_run',
+    runs='train_run',
     play='playground',
     first_tour='tour',
 )
@@ -87,7 +88,7 @@ if TYPE_CHECKING:
     from .tales import tiny_tales as tiny_tales
     from .batching import BatchStream as BatchStream
     from .packing import pack as pack
-    from .parts import Aux as Aux, part as part, register as register
+    from .parts import Aux as Aux, Part as Part, part as part, register as register
     from .self_attention import Attention as Attention, causal as causal
     from .gpt import Block as Block, GPTConfig as GPTConfig, MiniGPT as MiniGPT, MLP as MLP
     from .train import (
@@ -99,7 +100,12 @@ if TYPE_CHECKING:
         train_step as train_step,
         TrainState as TrainState,
     )
-    from .package import load as load, load_or_train as load_or_train, save as save
+    from .package import (
+        find_model as find_model,
+        load as load,
+        load_or_train as load_or_train,
+        save as save,
+    )
     from .evaluation import compare as compare, evaluate as evaluate, Score as Score, score as score
     from .sampling import sample as sample, stream as stream
     from .looking import (
@@ -111,7 +117,14 @@ if TYPE_CHECKING:
     )
     from .optim import muon as muon
     from .positions import RoPE as RoPE
-    from .llama_block import llama as llama, QKNorm as QKNorm, RMSNorm as RMSNorm, SwiGLU as SwiGLU
+    from .llama_block import (
+        llama as llama,
+        ParallelBlock as ParallelBlock,
+        QKNorm as QKNorm,
+        RMSNorm as RMSNorm,
+        SandwichBlock as SandwichBlock,
+        SwiGLU as SwiGLU,
+    )
     from .gqa import GQA as GQA, to_gqa as to_gqa
     from .kv_cache import (
         complete as complete,
@@ -123,7 +136,7 @@ if TYPE_CHECKING:
     from .kernels import SparseAttention as SparseAttention
     from .moe import MoE as MoE, Router as Router
     from .hub import from_hf as from_hf, to_hf as to_hf
-    from .runs import find_model as find_model, train_run as train_run
+    from .runs import train_run as train_run
     from .play import playground as playground
     from .first_tour import tour as tour
 

@@ -128,6 +128,9 @@ class BatchStream:
         tokens: `PackedTokens`, or a tensor of ids (n,)
         batch_size: B: sequences of a step, those of all ranks together
         length: T: tokens that a sequence predicts
+        rank: which of the processes this is, from 0
+        world_size: how many processes share a batch
+        device: where the rows go
         starts: where documents begin, ascending, (M,)
     """
 
@@ -137,9 +140,9 @@ class BatchStream:
         batch_size: int,  # B: sequences of a step, those of all ranks together
         length: int,  # T: tokens that a sequence predicts
         seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        device: str = 'cpu',
+        rank: int = 0,  # which of the processes this is, from 0
+        world_size: int = 1,  # how many processes share a batch
+        device: str = 'cpu',  # where the rows go
         starts=None,  # where documents begin, ascending, (M,)
     ):
         import torch

@@ -211,6 +211,9 @@ class BPETokenizer:
     exist yet, and where a special token could be typed
 
     Args:
+        vocab: id: its bytes
+        merges: pairs of byte strings, the first learned first
+        special_tokens: texts that are one token each
         patterns: regular expressions that cut text into chunks, one after the other
         whole: is a chunk that is a token taken as it is (`ignore_merges`)?
         form: Unicode normal form that text is brought into
@@ -221,9 +224,9 @@ class BPETokenizer:
 
     def __init__(
         self,
-        vocab: dict[int, bytes],
-        merges: list[tuple[bytes, bytes]],
-        special_tokens=(),
+        vocab: dict[int, bytes],  # id: its bytes
+        merges: list[tuple[bytes, bytes]],  # pairs of byte strings, the first learned first
+        special_tokens=(),  # texts that are one token each
         patterns=(GPT2,),  # regular expressions that cut text into chunks, one after the other
         whole: bool = False,  # is a chunk that is a token taken as it is (`ignore_merges`)?
         form=None,  # Unicode normal form that text is brought into

@@ -20,12 +20,19 @@ from .files import bytes_in, json_of, laid_out, require_ours, atomic_write
 
 # %% ../nbs/11_chars.ipynb #9d8ed0ac
 class CharTokenizer:
-    "Each character of `chars` is a token; its id is its place. No special tokens"
+    """Each character of `chars` is a token; its id is its place. No special tokens
+
+    Args:
+        chars: its characters, in the order of their ids
+    """
 
     kind = 'chars'
     bos_id = eos_id = begin = None
 
-    def __init__(self, chars: str):
+    def __init__(
+        self,
+        chars: str,  # its characters, in the order of their ids
+    ):
         self.chars = ''.join(chars)
         if len(set(self.chars)) < len(self.chars) or not self.chars:
             raise LabError(

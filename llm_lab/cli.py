@@ -11,12 +11,13 @@ import os
 import re
 import sys
 import warnings
+from glob import glob
 from pathlib import Path
 from . import __version__
-from .core import LabError, home, require
+from .core import LabError, home, require, short
 from .files import bytes_in, json_of, pointed, save_picture
 from .hardware import usable_device
-from .config import CONFIGS, read_config, stated
+from .config import CONFIGS, describe_keys, read_config, stated
 from .first_tour import command, surviving_output, tour, describe_score
 from contextlib import nullcontext, suppress
 
@@ -107,7 +108,7 @@ def _best_and_last(path):
 def _find_model(path):
     """The folder that a path names, looked for here and in `home()`; CONFIG is its newest run,
     CONFIG/RUN or RUN is that one"""
-    from llm_lab.runs import find_model
+    from llm_lab.package import find_model
 
     return find_model(path)
 
@@ -129,11 +130,11 @@ def write_from(
         sampling: temperature, top_k, top_p, repetition_penalty
     """
     from llm_lab.kv_cache import with_kv_cache
-    from llm_lab.package import load
+    from llm_lab.runs import load_model
     from llm_lab.sampling import stream
 
     place = _find_model(path)
-    model, tokenizer, _ = load(place, usable_device())
+    model, tokenizer, _ = load_model(place, usable_device())
     best, last = _best_and_last(place)
     if best != last:
         _say(f'the best model of this run writes, {best}; {last} is the last')
@@ -159,7 +160,31 @@ def write_from(
 STOPPED = {'by hand': 130, 'by SIGTERM': 143, 'by SIGHUP': 129}
 
 _OWN = 'a file or folder of your own: .txt, .md, .jsonl, .csv, .parquet, or saved by `datasets`'
+_MODEL = (
+    'a saved model such as artifacts/tour, a checkpoint, a Hugging Face folder, or a run: a path, '
+    'CONFIG (its newest run), CONFIG/RUN or RUN'
+)
 _FIELD = 'of records, the field that holds the text (default text)'
+
+
+def _parts_option(parser):
+    "Tell a parser that files with parts of the reader's own can be given"
+    parser.add_argument(
+        '--parts',
+        action='append',
+        default=[],
+        metavar='FILE.py',
+        help='run this file of yours, which registers its parts; may be given several times',
+    )
+
+
+def _load_parts(paths):
+    "Run the files that `--parts` names"
+    if not paths:
+        return  # no part, no PyTorch
+    from llm_lab.runs import load_all_parts
+
+    load_all_parts(paths)
 
 
 def _tour(a):
@@ -192,6 +217,7 @@ def _tour_options(t):
 # %% ../nbs/89_cli.ipynb #312a6096
 def _sample(a):
     "Let the model write that the command line names"
+    _load_parts(a.parts)
     write_from(
         a.path,
         a.prompt,
@@ -207,9 +233,7 @@ def _sample(a):
 
 def _sample_options(s):
     "Tell the parser `s` how a model can be asked to write"
-    s.add_argument(
-        'path', help='a saved model, such as artifacts/tour, or a run: CONFIG, CONFIG/RUN, RUN'
-    )
+    s.add_argument('path', help=_MODEL)
     s.add_argument('--prompt', default='', help='the beginning of the text')
     s.add_argument('--tokens', type=_whole, default=300, help='how many to write (default 300)')
     s.add_argument(
@@ -239,6 +263,7 @@ def _sample_options(s):
         help=r'end at this text; may be given several times; \n is a new line',
     )
     s.add_argument('--seed', type=_number(int, lambda n: True, 'give a whole number'), default=0)
+    _parts_option(s)
     s.set_defaults(run=_sample)
 
 # %% ../nbs/89_cli.ipynb #d5591cfa
@@ -280,6 +305,7 @@ def _train(a):
         # `--resume train.steps=90`: a setting, and no path
         words = [*words, resume]
         resume = ''
+    _load_parts(a.parts)
     named = [w for w in words if '=' not in w]
     settings = [w for w in words if '=' in w]
     if len(named) > 1:
@@ -300,6 +326,7 @@ def _train(a):
         run=a.name,
         smoke=a.smoke,
         tune=True,
+        parts=a.parts,
     )
     if not job.engine.is_main_process:
         return 0
@@ -342,6 +369,9 @@ def _train_options(t):
     t.add_argument(
         '--smoke', action='store_true', help='only 20 steps, to see whether it would work'
     )
+    _parts_option(t)
+    t.formatter_class = argparse.RawDescriptionHelpFormatter
+    t.epilog = f'The keys of a config, section by section:\n\n{describe_keys()}'
     t.set_defaults(run=_train)
 
 # %% ../nbs/89_cli.ipynb #58421a4a
@@ -362,6 +392,8 @@ def _score_of_corpus(a, model, tokenizer, about):
     from llm_lab.evaluation import evaluate
     from llm_lab.core import StatusLine
 
+    if not a.corpus and not (about.get('data') or about.get('corpus')):
+        raise LabError(f'{a.path} names no corpus: give --corpus NAME, or --text FILE')
     corpus = load_corpus(a.corpus, field=a.field) if a.corpus else corpus_of(about)
     # the name alone proves little: a file may have changed, or another may bear its name
     same_name = about.get('corpus') == corpus.name
@@ -377,10 +409,11 @@ def _score_of_corpus(a, model, tokenizer, about):
 def _eval(a):
     "Judge a saved model on a whole split, or on a text of your own"
     from llm_lab.evaluation import evaluate_file
-    from llm_lab.package import load
+    from llm_lab.runs import load_model
 
+    _load_parts(a.parts)
     place = _find_model(a.path)
-    model, tokenizer, about = load(place, usable_device())
+    model, tokenizer, about = load_model(place, usable_device())
     if a.text:
         score = evaluate_file(model, tokenizer, a.text, a.stride, a.batch_size, field=a.field)
     else:
@@ -427,27 +460,58 @@ def _comparable(found) -> list:
     return good
 
 
+def _runs_at(path) -> list:
+    """The runs that a path, a name or a pattern stands for. What else a pattern such as
+    'experiments/*/runs/*' matches is passed over"""
+    is_pattern = any(sign in path for sign in '*?[') and not Path(path).exists()
+    if not is_pattern:
+        return [_find_model(path)]
+    from llm_lab.package import is_run
+
+    for pattern in (path, str(home() / path)):
+        runs = [Path(p) for p in sorted(glob(pattern)) if is_run(Path(p))]
+        if runs:
+            return runs
+    raise LabError(f'no run is at {path}: give folders of runs, or see all by {command()} runs')
+
+
+def _print_differences(runs):
+    "One line for each key of the config in which runs {name: folder} differ"
+    from llm_lab.runs import differing_keys
+
+    found = differing_keys(runs)
+    if found:
+        print('\nwhat differs in their configs:')
+    for path, values in found.items():
+        names = {}  # {a value as text: the runs that have it}
+        for name, value in values.items():
+            names.setdefault(short(value, 80), []).append(name)
+        print(f'  {path}: ' + '; '.join(f'{v} ({", ".join(n)})' for v, n in names.items()))
+
+
 def _runs(a):
     "Compare all runs, or those that are named"
-    from llm_lab.evaluation import compare
+    from llm_lab.evaluation import _named, compare
 
     if a.plot:
         _check_picture(a.plot)
-    found = [*map(_find_model, a.paths)] or sorted(
+    found = [run for path in a.paths for run in _runs_at(path)] or sorted(
         p.parent for p in home().glob('experiments/*/runs/*/metrics.jsonl')
     )
     if not found:
         print(f'no run yet: {command()} train smoke')
         return
-    table = compare(_comparable(found))
+    runs = _named(_comparable(found))
+    table = compare(runs)
     print(table)
+    _print_differences(runs)
     if a.plot:
         save_picture(table.picture(), a.plot)
 
 
 def _eval_options(e, r):
     "Tell the parsers of `eval` and `runs` what they can be asked"
-    e.add_argument('path', help='a run, a checkpoint or a saved model')
+    e.add_argument('path', help=_MODEL)
     e.add_argument('--split', default='val', help='of its corpus: val (default), test, train')
     e.add_argument('--text', metavar='FILE', help='a file of text or records instead of the corpus')
     e.add_argument('--corpus', help='another corpus than that it was trained on')
@@ -458,8 +522,14 @@ def _eval_options(e, r):
         help='windows that are read together; as many as the memory takes if none',
     )
     e.add_argument('--stride', type=_whole, help='new tokens in each window; the context if none')
-    r.add_argument('paths', nargs='*', metavar='RUN', help='run folders; all runs if none')
+    r.add_argument(
+        'paths',
+        nargs='*',
+        metavar='RUN',
+        help="folders or names of runs, or a pattern such as 'experiments/*/runs/*'; all if none",
+    )
     r.add_argument('--plot', metavar='FILE.png', help='draw their curves')
+    _parts_option(e)
     e.set_defaults(run=_eval)
     r.set_defaults(run=_runs)
 

@@ -4,27 +4,34 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'PRESETS', 'CONFIGS', 'DataConfig', 'ModelConfig', 'TrainConfig', 'EvalConfig', 'LogConfig', 'RunConfig',
-           'model_data', 'config_from_dict', 'read_config', 'as_data', 'write_config', 'differences', 'check_resumable',
-           'smoke_config', 'stated', 'origin', 'same_config', 'edited']
+           'section_keys', 'describe_keys', 'model_data', 'config_from_dict', 'read_config', 'as_data', 'write_config',
+           'differences', 'check_resumable', 'smoke_config', 'stated', 'origin', 'same_config', 'edited']
 
 # %% ../nbs/06_config.ipynb #5fb9272d
 import difflib
 import io
 import math
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import get_args
 from .core import FORMAT_1, HOLDS, REGISTERED, SLOTS, LabError, _refuse_format_1
-from .core import address, check_recipe, home, require, short
+from .core import address, check_recipe, home, plain, require, short
 from .files import require_ours, atomic_write
 
 # %% ../nbs/06_config.ipynb #6a30dd62
-def _key(default, least=None, most=None, of=None, also=None):
+def _key(default, least=None, most=None, of=None, also=None, path=False):
     """A key of a config: its default, and what it takes: a number from `least` to `most`, perhaps a
-    word `also` in its place, or one `of` these words"""
-    return field(default=default, metadata=dict(least=least, most=most, of=of, also=also))
+    word `also` in its place, or one `of` these words, or perhaps a `path`"""
+    takes = dict(least=least, most=most, of=of, also=also, path=path)
+    return field(default=default, metadata=takes)
+
+
+def _named(default, *of):
+    "A key that takes a function by name: one `of` these words, or what you have registered"
+    return field(default=default, metadata=dict(of=of, named=True))
 
 
 @dataclass(frozen=True)
@@ -35,19 +42,26 @@ class DataConfig:
         corpus: a name, or a file or folder of texts or records
         field: of records: which one holds the text
         limit: so many training documents; all if none
+        tokenizer: learned from the training text; or the path of a saved one,
+            tokenizer.json or its folder
         vocab_size: of bpe; 8192 if none
         length: context, in tokens
-        rows: where they begin: side by side, or at documents
+        rows: where sequences begin: side by side, or at documents
+        mask_documents: documents in one sequence do not attend to each other, and each
+            begins at position 0
     """
 
     corpus: str = 'tiny_tales'  # a name, or a file or folder of texts or records
     field: str = 'text'  # of records: which one holds the text
     limit: int | None = _key(None, 1)  # so many training documents; all if none
-    tokenizer: str = _key('chars', of=('chars', 'bpe'))
+    # learned from the training text; or the path of a saved one, tokenizer.json or its folder
+    tokenizer: str = _key('chars', of=('chars', 'bpe'), path=True)
     vocab_size: int | None = _key(None, 257, 1 << 22)  # of bpe; 8192 if none
     length: int = _key(128, 1, 1 << 24)  # context, in tokens
-    # where they begin: side by side, or at documents
+    # where sequences begin: side by side, or at documents
     rows: str = _key('blocks', of=('blocks', 'documents'))
+    # documents in one sequence do not attend to each other, and each begins at position 0
+    mask_documents: bool = False
 
 # %% ../nbs/06_config.ipynb #4f33eab3
 def _recipe():
@@ -60,27 +74,37 @@ class ModelConfig:
 
     Args:
         preset: recipes for what is not given below
+        d_model: width of the residual stream
+        n_layers: blocks
+        n_heads: attention heads of a block
         n_kv_heads: heads of keys and values; n_heads if none
-        attn: a recipe: {part: "Attention", …}
-        pos: null: none
+        d_head: width of a head; d_model / n_heads if none
+        dropout: share of activations set to 0 while training
+        tie: one table for the embedding and the lm_head
+        attn: the mixer: who reads whom
+        mlp: the feed-forward network
+        norm: before each mixer and mlp, and at the end
+        pos: positions that are added to the embedding; null: none
         block: how a layer wires its parts: {part: "ParallelBlock"}
+        lm_head: from the residual stream to logits
+        init: of the weights
     """
 
     preset: str = _key('gpt2', of=('gpt2', 'llama'))  # recipes for what is not given below
-    d_model: int = _key(128, 1, 1 << 17)
-    n_layers: int = _key(4, 1, 1 << 10)
-    n_heads: int = _key(4, 1, 1 << 14)
+    d_model: int = _key(128, 1, 1 << 17)  # width of the residual stream
+    n_layers: int = _key(4, 1, 1 << 10)  # blocks
+    n_heads: int = _key(4, 1, 1 << 14)  # attention heads of a block
     n_kv_heads: int | None = _key(None, 1, 1 << 14)  # heads of keys and values; n_heads if none
-    d_head: int | None = _key(None, 1, 1 << 14)
-    dropout: float = _key(0.0, 0, 0.99)
-    tie: bool = False
-    attn: dict = _recipe()  # a recipe: {part: "Attention", …}
-    mlp: dict = _recipe()
-    norm: dict = _recipe()
-    pos: dict | None = _recipe()  # null: none
+    d_head: int | None = _key(None, 1, 1 << 14)  # width of a head; d_model / n_heads if none
+    dropout: float = _key(0.0, 0, 0.99)  # share of activations set to 0 while training
+    tie: bool = False  # one table for the embedding and the lm_head
+    attn: dict = _recipe()  # the mixer: who reads whom
+    mlp: dict = _recipe()  # the feed-forward network
+    norm: dict = _recipe()  # before each mixer and mlp, and at the end
+    pos: dict | None = _recipe()  # positions that are added to the embedding; null: none
     block: dict = _recipe()  # how a layer wires its parts: {part: "ParallelBlock"}
-    lm_head: dict = _recipe()
-    init: dict = _recipe()
+    lm_head: dict = _recipe()  # from the residual stream to logits
+    init: dict = _recipe()  # of the weights
 
 # %% ../nbs/06_config.ipynb #fc636875
 @dataclass(frozen=True)
@@ -88,32 +112,55 @@ class TrainConfig:
     """How it is trained: steps, batches, optimizer, learning rate, precision, seed, threads
 
     Args:
+        steps: updates of the weights
         batch_size: sequences of a step, of all processes together
         accumulate: parts of a batch that go through the model one after the other
+        optimizer: what moves the weights
+        lr: the learning rate at its highest
+        weight_decay: of matrices, times the learning rate, each step
+        schedule: how the rate climbs and comes down
+        loss: what the weights are moved along
+        callbacks: called every log.every steps, or as often as they say: {part:
+            DivergenceMonitor, every: 50}
         warmup: steps in which the rate climbs; 100, or a tenth of a short run, if none
         min_lr: where a rate that comes down ends
+        clip: the largest gradient norm; a longer gradient is shortened
         precision: of matmuls
+        compile: the step, by torch.compile
         recompute: keep less for the backward pass (`efficient`)
-        threads: on the CPU; if none, as many as the process has
+        start_from: begin with the weights of a package, a run, a checkpoint or a Hugging
+            Face folder, by path or name; what is left out of model, data.length and
+            data.tokenizer is as there
+        seed: of weights, order of the text, dropout, samples
+        threads: on the CPU; auto is the fastest number; if none, as many as the process has
     """
 
-    steps: int = _key(1000, 1, 10**8)
+    steps: int = _key(1000, 1, 10**8)  # updates of the weights
     batch_size: int = _key(16, 1, 1 << 20)  # sequences of a step, of all processes together
     # parts of a batch that go through the model one after the other
     accumulate: int = _key(1, 1, 1 << 20)
-    optimizer: str = _key('muon', of=('adamw', 'muon', 'sgd'))
-    lr: float = _key(0.01, 1e-9, 10)
-    weight_decay: float = _key(0.1, 0, 10)
-    schedule: str = _key('cosine', of=('cosine', 'constant', 'wsd', 'step_decay'))
+    optimizer: str | dict = _named('muon', 'adamw', 'muon', 'sgd')  # what moves the weights
+    lr: float = _key(0.01, 1e-9, 10)  # the learning rate at its highest
+    weight_decay: float = _key(0.1, 0, 10)  # of matrices, times the learning rate, each step
+    # how the rate climbs and comes down
+    schedule: str | dict = _named('cosine', 'cosine', 'constant', 'wsd', 'step_decay')
+    loss: str | dict = _named('next_token', 'next_token')  # what the weights are moved along
+    # called every log.every steps, or as often as they say: {part: DivergenceMonitor, every: 50}
+    callbacks: list = field(
+        default_factory=list, metadata=dict(of=('DivergenceMonitor',), named=True)
+    )
     # steps in which the rate climbs; 100, or a tenth of a short run, if none
     warmup: int | None = _key(None, 0, 10**8)
     min_lr: float = _key(0.0, 0, 10)  # where a rate that comes down ends
-    clip: float = _key(1.0, 1e-6)
+    clip: float = _key(1.0, 1e-6)  # the largest gradient norm; a longer gradient is shortened
     precision: str = _key('float32', of=('auto', 'float32', 'bf16', 'fp16'))  # of matmuls
-    compile: bool = False
+    compile: bool = False  # the step, by torch.compile
     recompute: bool = False  # keep less for the backward pass (`efficient`)
-    seed: int = _key(0, 0, 2**31)
-    # on the CPU; if none, as many as the process has
+    # begin with the weights of a package, a run, a checkpoint or a Hugging Face folder, by path or
+    # name; what is left out of model, data.length and data.tokenizer is as there
+    start_from: str | None = None
+    seed: int = _key(0, 0, 2**31)  # of weights, order of the text, dropout, samples
+    # on the CPU; auto is the fastest number; if none, as many as the process has
     threads: int | None = _key(None, 1, 1024, also='auto')
 
 # %% ../nbs/06_config.ipynb #51855475
@@ -126,6 +173,9 @@ class EvalConfig:
         tokens: of the validation split, from its beginning
         patience: validations in a row without a better loss, after which the run ends early
         at_once: windows in one forward pass; as many as fit if none
+        sample_every: steps; at a validation, the model writes a text
+        sample_tokens: how long that text is
+        prompt: how it begins
     """
 
     every: int = _key(250, 1)  # steps; a checkpoint is written then, too
@@ -134,9 +184,9 @@ class EvalConfig:
     patience: int | None = _key(None, 1, 10**6)
     # windows in one forward pass; as many as fit if none
     at_once: int | None = _key(None, 1, 1 << 20)
-    sample_every: int = _key(1000, 1)
-    sample_tokens: int = _key(200, 1)
-    prompt: str = ''
+    sample_every: int = _key(1000, 1)  # steps; at a validation, the model writes a text
+    sample_tokens: int = _key(200, 1)  # how long that text is
+    prompt: str = ''  # how it begins
 
 
 @dataclass(frozen=True)
@@ -144,13 +194,16 @@ class LogConfig:
     """How often numbers are logged and checkpoints written, and which of them stay
 
     Args:
+        every: steps between two lines of metrics
+        checkpoint_every: steps
         keep: so many of the newest checkpoints, and the best
+        tracker: that gets them, too
     """
 
-    every: int = _key(10, 1)
-    checkpoint_every: int = _key(100, 1)
+    every: int = _key(10, 1)  # steps between two lines of metrics
+    checkpoint_every: int = _key(100, 1)  # steps
     keep: int = _key(3, 1)  # so many of the newest checkpoints, and the best
-    tracker: str = _key('none', of=('none', 'tensorboard', 'wandb'))
+    tracker: str = _key('none', of=('none', 'tensorboard', 'wandb'))  # that gets them, too
 
 # %% ../nbs/06_config.ipynb #e90496e8
 _KINDS = {
@@ -165,8 +218,15 @@ _KINDS = {
 def _wanted(f):
     "What a key takes, in words"
     m = f.metadata
+    if m.get('named'):
+        several = ', one or a list' if f.type is list else ''
+        return (
+            f'choose from {", ".join(m["of"])}, what --parts FILE registers, or '
+            f'{{part: NAME, keyword: value}}{several}'
+        )
     if m.get('of'):
-        return f'choose from {", ".join(m["of"])}'
+        path = ', or the path of one' if m.get('path') else ''
+        return f'choose from {", ".join(m["of"])}{path}'
     kinds = get_args(f.type) or (f.type,)  # int | None is (int, NoneType)
     least = m.get('least')
     most = m.get('most')
@@ -175,6 +235,9 @@ def _wanted(f):
         bounds = f' from {least:,} to {most:,}'
     elif least is not None:
         bounds = f' of at least {least:,}'
+    if kinds[0] is dict:
+        example = next(iter(SLOTS[HOLDS['config'][f.name]]))
+        bounds = f' such as {{part: "{example}"}}'
     none = f', or {m["also"]}' if m.get('also') else ''
     if type(None) in kinds:
         none += ', or null'
@@ -183,9 +246,37 @@ def _wanted(f):
     return f'give {_KINDS[kinds[0]]}{bounds}{none}'
 
 # %% ../nbs/06_config.ipynb #a3ff19ba
+def _is_path(text) -> bool:
+    "Is this meant as a path, and no mistyped word? Whether anything is there is seen later"
+    return '/' in text or os.sep in text or os.path.exists(text) or (home() / text).exists()
+
+
+def _check_named(path, f, value):
+    """A word, or {part: word, keyword: value}, of what may be named there.
+
+    A part without keywords comes back as its word: {part: muon} is muon"""
+    keywords = value if isinstance(value, dict) else dict(part=value)
+    word = keywords.get('part')
+    if not isinstance(word, str) or word not in (*f.metadata['of'], *REGISTERED):
+        raise LabError(f'{path}={short(word or value, 200)}: {_wanted(f)}')
+    for k, v in keywords.items():
+        if k in ('lr', 'weight_decay'):
+            raise LabError(f'{path}.{k}={short(v)}: it has a key of its own, write train.{k}')
+        plain(v, f'{path}.{k}')
+    return word if [*keywords] == ['part'] else keywords
+
+
 def _checked(path, f, value):
     "The value of a key; raises `LabError` that names its path"
     m = f.metadata
+    if m.get('named') and f.type is not list:
+        return _check_named(path, f, value)
+    if m.get('named'):
+        if isinstance(value, (str, dict)):
+            value = [value]  # one is a list of one
+        if not isinstance(value, list) or len(value) > 100:
+            raise LabError(f'{path}={short(value, 200)}: {_wanted(f)}')
+        return [_check_named(f'{path}[{n}]', f, x) for n, x in enumerate(value)]
     kinds = get_args(f.type) or (f.type,)  # int | None is (int, NoneType)
     if value is not None and value == m.get('also'):
         return value
@@ -198,7 +289,7 @@ def _checked(path, f, value):
     if good and isinstance(value, (int, float)) and m.get('least') is not None:
         good = m['least'] <= value <= (m['most'] or math.inf)
     if good and m.get('of'):
-        good = value in m['of']
+        good = value in m['of'] or (m.get('path') and _is_path(value))
     if not good:
         raise LabError(f'{path}={short(value, 200)}: {_wanted(f)}')
     if isinstance(value, dict):  # a recipe; its keys are checked, and nothing is imported
@@ -228,7 +319,7 @@ def _check_training(t: TrainConfig):
         )
     if t.min_lr > t.lr:
         raise LabError(f'train.min_lr={t.min_lr}: it is above train.lr={t.lr}; give less')
-    if t.min_lr and t.schedule == 'constant':
+    if t.min_lr and t.schedule == 'constant':  # `_checked` makes {part: constant} this word
         raise LabError(
             f'train.min_lr={t.min_lr}: train.schedule=constant never comes down; '
             'leave one of them out'
@@ -264,26 +355,88 @@ def _check_heads(m: ModelConfig):
 
 @dataclass(frozen=True)
 class RunConfig:
-    "All that decides a run. Raises `LabError` on what does not go together"
+    """All that decides a run. Raises `LabError` on what does not go together
 
-    name: str
-    data: DataConfig = DataConfig()
+    Args:
+        name: of the run's folder
+        data: which text, cut how
+        train: steps, optimizer, learning rate, …
+        eval: when and on how much
+        log: metrics and checkpoints
+    """
+
+    name: str  # of the run's folder
+    data: DataConfig = DataConfig()  # which text, cut how
     model: ModelConfig = ModelConfig()
-    train: TrainConfig = TrainConfig()
-    eval: EvalConfig = EvalConfig()
-    log: LogConfig = LogConfig()
+    train: TrainConfig = TrainConfig()  # steps, optimizer, learning rate, …
+    eval: EvalConfig = EvalConfig()  # when and on how much
+    log: LogConfig = LogConfig()  # metrics and checkpoints
 
     def __post_init__(self):
         d = self.data
-        if d.tokenizer == 'chars' and d.vocab_size:
+        if d.tokenizer != 'bpe' and d.vocab_size:
+            whose = 'characters decide' if d.tokenizer == 'chars' else f'{d.tokenizer} decides'
             raise LabError(
-                f'data.vocab_size={d.vocab_size}: characters decide it themselves; '
+                f'data.vocab_size={d.vocab_size}: {whose} it; '
                 'leave it out, or add data.tokenizer=bpe'
             )
         _check_training(self.train)
         _check_heads(self.model)
         if self.eval.tokens <= d.length:
             raise LabError(f'eval.tokens={self.eval.tokens}: give more than data.length={d.length}')
+
+# %% ../nbs/06_config.ipynb #07083c85
+def _notes(kind) -> dict:
+    """{key: its meaning} of a section: the comments beside its fields, which the export of this
+    chapter has written under `Args:` of its docstring; {} where there is no docstring"""
+    notes = {}
+    key = ''
+    for line in (kind.__doc__ or '').partition('Args:')[2].splitlines():
+        new = re.match(r' {4,8}(\w+): (.*)', line)
+        if new:
+            key = new[1]
+            notes[key] = new[2]
+        elif key:  # the line goes on
+            notes[key] = f'{notes[key]} {line.strip()}'.strip()
+    return notes
+
+
+def _default(f) -> str:
+    "The default of a key, as a file would say it"
+    if f.default_factory is list:
+        return '[]'
+    if f.default_factory is dict:
+        return 'as the preset has it'
+    spoken = {None: 'null', False: 'false', True: 'true', '': '""'}
+    # `is`, because 0 == False
+    return next((word for value, word in spoken.items() if f.default is value), str(f.default))
+
+
+def section_keys(section: str) -> list[tuple]:  # (key, default, what it takes, meaning)
+    """All keys of a section, as texts
+
+    Returns:
+        (key, default, what it takes, meaning)
+    """
+    kind = SECTIONS[section]
+    notes = _notes(kind)
+    rows = []
+    for f in fields(kind):
+        takes = _wanted(f).removeprefix('give ').removeprefix('choose from ')
+        rows.append((f.name, _default(f), takes, notes.get(f.name, '')))
+    return rows
+
+
+def describe_keys() -> str:
+    "Every key of a config: its default, its meaning and what it takes"
+    lines = []
+    for section, kind in SECTIONS.items():
+        # without docstrings, as python -OO leaves them out, the name alone
+        about = (kind.__doc__ or '').partition('\n')[0]
+        lines += ['', f'{section}: {about}']
+        for key, default, takes, note in section_keys(section):
+            lines += [f'  {section}.{key}={default}', f'      {note}; {takes}']
+    return '\n'.join(lines).lstrip()
 
 # %% ../nbs/06_config.ipynb #6011d29c
 PRESETS = dict(
@@ -518,8 +671,25 @@ def _unreadable(path, error) -> LabError:
     )
 
 
+def _plain_source(config):
+    "(plain data, name) of a config that is a dict or a `RunConfig`; None if it is a name or a path"
+    if isinstance(config, RunConfig):
+        data = {}  # what differs from the defaults counts as given
+        for path, (_, value) in differences(RunConfig(config.name), config).items():
+            section, _, key = path.partition('.')
+            data.setdefault(section, {})[key] = value
+        return data, config.name
+    if isinstance(config, dict):
+        return config, 'run'
+
+
 def _source(config):
-    "(plain data, name) of a config: a .yaml file, a folder that holds config.yaml, or a name"
+    """(plain data, name) of a config: a .yaml file, a folder that holds config.yaml, a name; a dict
+    and a `RunConfig` as they are"""
+    plain_source = _plain_source(config)
+    if plain_source:
+        return plain_source
+    config = str(config)
     path = _file_of(config)  # a file of this name wins over a config of the book
     if path is None and config in CONFIGS:
         return CONFIGS[config], config
@@ -636,13 +806,24 @@ def _override(data, item, given):
     omega.update(data, path, value, merge=not isinstance(value, dict), force_add=True)
 
 
-def read_config(config: str | Path | dict, overrides: Iterable[str] = ()) -> RunConfig:
-    "The config of that name, file or folder, with `key=value` changes"
-    if isinstance(config, dict):
-        data = config
-        name = 'run'
-    else:
-        data, name = _source(str(config))
+def read_config(
+    # a .yaml file, a folder that holds config.yaml, a name, {section: {key: value}}, or a config
+    config: str | Path | dict | RunConfig,
+    overrides: Iterable[str] = (),  # 'train.lr=0.02', or 'lr=0.02' where one section has the key
+) -> RunConfig:
+    """The config of that name, file or folder, with `key=value` changes.
+
+    Raises `LabError` with the path of whatever is wrong
+
+    Args:
+        config: a .yaml file, a folder that holds config.yaml, a name, {section: {key:
+            value}}, or a config
+        overrides: 'train.lr=0.02', or 'lr=0.02' where one section has the key
+    """
+    overrides = [*overrides]
+    if isinstance(config, RunConfig) and not overrides:
+        return config
+    data, name = _source(config)
     omega = require('omegaconf').OmegaConf
     errors = require('omegaconf.errors')
     where = name  # what an error is about
@@ -671,6 +852,10 @@ def read_config(config: str | Path | dict, overrides: Iterable[str] = ()) -> Run
         raise LabError(
             f'{where}: {str(e).splitlines()[0]}: write keys and values, such as train.steps=500'
         ) from None
+
+
+if read_config.__doc__:  # Python leaves docstrings out with -OO
+    read_config.__doc__ += f'\n\nThe keys:\n\n{describe_keys()}\n'
 
 # %% ../nbs/06_config.ipynb #d3b6425a
 def as_data(cfg: RunConfig) -> dict:  # {section: {key: value}}, as `config_from_dict` takes it
@@ -770,14 +955,14 @@ def smoke_config(cfg: RunConfig) -> RunConfig:
     )
 
 # %% ../nbs/06_config.ipynb #a1e90d02
-def stated(config) -> dict:  # {'train.lr': 0.02}
-    """The keys that a config gives itself, as they stand there; what it leaves out is missing
+def stated(config, overrides=()) -> dict:  # {'train.lr': 0.02}
+    """The keys that a config, and `key=value`, give themselves, as they stand there; what is left
+    out is missing
 
     Returns:
         {'train.lr': 0.02}
     """
-    if not isinstance(config, dict):
-        config = _source(str(config))[0]
+    config = _source(config)[0]
     omega = require('omegaconf').OmegaConf
     data = omega.to_container(omega.create(config))
     if not isinstance(data, dict):
@@ -787,6 +972,9 @@ def stated(config) -> dict:  # {'train.lr': 0.02}
         if section not in SECTIONS or not isinstance(keys, dict):
             config_from_dict({section: keys})  # it raises
         said |= {f'{section}.{k}': v for k, v in keys.items()}
+    for item in overrides:
+        key, _, value = item.partition('=')
+        said['.'.join(_path(key).split('.')[:2])] = value  # model.attn.part is of model.attn
     return said
 
 
@@ -796,9 +984,9 @@ def origin(config) -> tuple:  # ('my', 'experiments/my.yaml')
     Returns:
         ('my', 'experiments/my.yaml')
     """
-    if isinstance(config, dict):
-        return 'run', ''
-    _, name = _source(str(config))
+    if isinstance(config, (dict, RunConfig)):
+        return _source(config)[1], ''
+    _, name = _source(config)
     path = _file_of(str(config))
     if path is None:
         return name, name

@@ -65,8 +65,11 @@ class Corpus:
     `splits` maps 'train', 'val' and perhaps 'test' to a string or a `Reiterable`
 
     Args:
+        name: how it is called
         splits: a split is its text, or an iterable of documents, the same ones each time
         separator: stands between two documents
+        licence: under which its text may be used
+        source: where it comes from
         sha256: of its bytes, where it was fetched; else of its text
         floor: true entropy in bits per character, where it is known
         independent: does each document stand alone, so that the one before says nothing
@@ -75,11 +78,11 @@ class Corpus:
         field: of the records that it was read from: which one holds the text
     """
 
-    name: str
+    name: str  # how it is called
     splits: dict  # a split is its text, or an iterable of documents, the same ones each time
     separator: str = '\n\n'  # stands between two documents
-    licence: str = 'unknown'
-    source: str = ''
+    licence: str = 'unknown'  # under which its text may be used
+    source: str = ''  # where it comes from
     sha256: str = ''  # of its bytes, where it was fetched; else of its text
     floor: float | None = None  # true entropy in bits per character, where it is known
     # does each document stand alone, so that the one before says nothing about it?

@@ -310,21 +310,25 @@ def evaluate(
     model: nn.Module,
     tokenizer: Tokenizer,
     corpus: Corpus | str | Path,  # a corpus, or what `load_corpus` takes: a name or a path
-    split: str = 'val',
+    split: str = 'val',  # train, val or test
     max_tokens: int | None = None,  # tokens from the beginning of the split; all if none
     stride: int | None = None,  # new tokens in each window; the context if none: blocks
     batch_size: int | None = None,  # windows read together; as many as fit if none
-    live=None,
+    live=None,  # called with how far it is
 ) -> Score:
     """Loss of a model on a split: every token scored once, document by document where they stand
     alone
 
     Args:
         corpus: a corpus, or what `load_corpus` takes: a name or a path
+        split: train, val or test
         max_tokens: tokens from the beginning of the split; all if none
         stride: new tokens in each window; the context if none: blocks
         batch_size: windows read together; as many as fit if none
+        live: called with how far it is
     """
+    if not isinstance(corpus, Corpus):
+        corpus = load_corpus(corpus)
     ids, starts = read_split(corpus, tokenizer, split)
     # an end mark stands before each document and after the last one
     ends = None if starts is None else torch.cat([starts, torch.tensor([len(ids) - 1])])
@@ -358,7 +362,7 @@ def _require_ids(ids, what):
 def score(
     model: nn.Module,
     tokenizer: Tokenizer,
-    texts: list[str],
+    texts: list[str],  # one log P for each
     prompts: list[str] | None = None,  # one for each text: it is read and not scored
     stride: int | None = None,  # new tokens in each window of a long text; the context if none
     batch_size: int | None = None,  # windows read together; as many as fit if none
@@ -369,6 +373,7 @@ def score(
     neither prompt nor tokenizer gives a token to begin from
 
     Args:
+        texts: one log P for each
         prompts: one for each text: it is read and not scored
         stride: new tokens in each window of a long text; the context if none
         batch_size: windows read together; as many as fit if none

@@ -19,15 +19,21 @@ from .self_attention import Attention
 # %% ../nbs/22_gpt.ipynb #e43345e0
 class MLP(nn.Module):
     """Two projections with an activation function between, applied to each position alone:
-    (B, T, C) → (B, T, d_ff) → (B, T, C)"""
+    (B, T, C) → (B, T, d_ff) → (B, T, C)
+
+    Args:
+        d_ff: width in the middle; 4·d_model if none
+        act: recipe of the activation function
+        bias: do the projections have biases?
+    """
 
     def __init__(
         self,
         cfg,
         layer: int = 0,
-        d_ff: int | None = None,
-        act=part(nn.GELU, approximate='tanh'),
-        bias: bool = True,
+        d_ff: int | None = None,  # width in the middle; 4·d_model if none
+        act=part(nn.GELU, approximate='tanh'),  # recipe of the activation function
+        bias: bool = True,  # do the projections have biases?
     ):
         super().__init__()
         d_ff = d_ff or 4 * cfg.d_model  # the width in the middle
@@ -136,25 +142,36 @@ class GPTConfig:
         vocab_size: V: ids go from 0 to V − 1
         max_len: longest sequence, in tokens
         d_model: C: width of the residual stream
+        n_layers: blocks, one after the other
+        n_heads: attention heads of a block
         d_head: channels of a head; d_model/n_heads if none
+        dropout: share of activations that is zeroed in training
         tie: does `lm_head` share the token table? (Press and Wolf 2017)
+        attn: recipe of the mixer
+        mlp: recipe of the feed-forward network
+        norm: recipe of a norm
+        pos: recipe of what is added to the embedding; None: nothing
+        block: recipe of a layer: how mixer and feed-forward network are wired
+        lm_head: recipe of features → logits
+        init: recipe of the first weights
     """
 
     vocab_size: int = 65  # V: ids go from 0 to V − 1
     max_len: int = 256  # longest sequence, in tokens
     d_model: int = 128  # C: width of the residual stream
-    n_layers: int = 4
-    n_heads: int = 4
+    n_layers: int = 4  # blocks, one after the other
+    n_heads: int = 4  # attention heads of a block
     d_head: int | None = None  # channels of a head; d_model/n_heads if none
-    dropout: float = 0.0
+    dropout: float = 0.0  # share of activations that is zeroed in training
     tie: bool = False  # does `lm_head` share the token table? (Press and Wolf 2017)
-    attn: part = part(Attention)
-    mlp: part = part(MLP)
-    norm: part = part(nn.LayerNorm)
+    attn: part = part(Attention)  # recipe of the mixer
+    mlp: part = part(MLP)  # recipe of the feed-forward network
+    norm: part = part(nn.LayerNorm)  # recipe of a norm
+    # recipe of what is added to the embedding; None: nothing
     pos: part | None = part(LearnedPositions)
-    block: part = part(Block)
-    lm_head: part = part(nn.Linear, bias=False)
-    init: part = part(gpt2_init)
+    block: part = part(Block)  # recipe of a layer: how mixer and feed-forward network are wired
+    lm_head: part = part(nn.Linear, bias=False)  # recipe of features → logits
+    init: part = part(gpt2_init)  # recipe of the first weights
 
     def __post_init__(self):
         self._check_sizes()

@@ -23,6 +23,9 @@ class GQA(Attention):
 
     Args:
         n_kv_heads: n_heads: multi-head attention; 1: multi-query attention (Shazeer 2019)
+        transforms: recipes of what happens to q, k, v before they meet
+        mask: which query may read which key
+        bias: do the projections have biases?
     """
 
     def __init__(
@@ -31,9 +34,9 @@ class GQA(Attention):
         layer: int = 0,
         *,
         n_kv_heads: int,  # n_heads: multi-head attention; 1: multi-query attention (Shazeer 2019)
-        transforms=(),
-        mask=part(causal),
-        bias: bool = True,
+        transforms=(),  # recipes of what happens to q, k, v before they meet
+        mask=part(causal),  # which query may read which key
+        bias: bool = True,  # do the projections have biases?
     ):
         super().__init__(cfg, layer, transforms, mask, bias)
         # one linear layer makes q, k and v: H·D rows for q, G·D for k and as many for v

@@ -369,7 +369,7 @@ def from_hf(
     # config.json and model.safetensors, or files with an index; perhaps tokenizer.json
     folder: str | Path,
     max_len: int | None = None,  # a shorter context than the file's
-    device: str = 'cpu',
+    device: str = 'cpu',  # where the model goes
 ) -> Opened:  # (model, tokenizer, about); a tokenizer it cannot follow is None, with a warning
     """Open a model of one of the families of `families`: in evaluation mode, with the weights of
     the file, in its dtype.
@@ -380,6 +380,7 @@ def from_hf(
         folder: config.json and model.safetensors, or files with an index; perhaps
             tokenizer.json
         max_len: a shorter context than the file's
+        device: where the model goes
 
     Returns:
         (model, tokenizer, about); a tokenizer it cannot follow is None, with a warning

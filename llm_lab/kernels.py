@@ -865,8 +865,11 @@ class SparseAttention(GQA):
     sinks as in gpt-oss (OpenAI 2025)
 
     Args:
+        mask: which query may read which key; few of them
         n_kv_heads: as `n_heads` if none
         sink: learn a logit per head that takes weight, gives nothing (Miller 2023: fixed)
+        transforms: recipes of what happens to q, k, v before they meet
+        bias: do the projections have biases?
     """
 
     def __init__(
@@ -874,12 +877,12 @@ class SparseAttention(GQA):
         cfg,
         layer: int = 0,
         *,
-        mask=part(causal),
+        mask=part(causal),  # which query may read which key; few of them
         n_kv_heads=None,  # as `n_heads` if none
         # learn a logit per head that takes weight, gives nothing (Miller 2023: fixed)
         sink: bool = False,
-        transforms=(),
-        bias: bool = True,
+        transforms=(),  # recipes of what happens to q, k, v before they meet
+        bias: bool = True,  # do the projections have biases?
     ):
         super().__init__(
             cfg,

@@ -21,9 +21,18 @@ from .positions import RoPE
 
 # %% ../nbs/32_llama_block.ipynb #052d24d8
 class RMSNorm(nn.Module):
-    "x/√(mean(x²) + eps), times a weight for each channel (Zhang and Sennrich 2019, eq. 4)"
+    """x/√(mean(x²) + eps), times a weight for each channel (Zhang and Sennrich 2019, eq. 4)
 
-    def __init__(self, d: int, eps: float = 1e-6):
+    Args:
+        d: channels
+        eps: added under the root
+    """
+
+    def __init__(
+        self,
+        d: int,  # channels
+        eps: float = 1e-6,  # added under the root
+    ):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(d))
         self.eps = eps
@@ -42,6 +51,7 @@ class SwiGLU(nn.Module):
     Args:
         d_ff: 8/3·d_model if none, rounded up to a multiple of 8 (Llama 2 7B: of 256)
         act: part(nn.GELU) makes it GeGLU
+        bias: do the projections have biases?
     """
 
     def __init__(
@@ -51,7 +61,7 @@ class SwiGLU(nn.Module):
         # 8/3·d_model if none, rounded up to a multiple of 8 (Llama 2 7B: of 256)
         d_ff: int | None = None,
         act=part(nn.SiLU),  # part(nn.GELU) makes it GeGLU
-        bias: bool = False,
+        bias: bool = False,  # do the projections have biases?
     ):
         super().__init__()
         d_ff = d_ff or -(-cfg.d_model // 3) * 8
@@ -79,9 +89,18 @@ class ReLU2(nn.Module):
 # %% ../nbs/32_llama_block.ipynb #4642fb0a
 class QKNorm(nn.Module):
     """A transform: RMSNorm on each head's q and k, so that |q·k|/√D ≤ √D · max|w_q| · max|w_k|
-    (Henry et al. 2020; Qwen3)"""
+    (Henry et al. 2020; Qwen3)
 
-    def __init__(self, cfg, layer: int = 0, eps: float = 1e-6):
+    Args:
+        eps: added under the root
+    """
+
+    def __init__(
+        self,
+        cfg,
+        layer: int = 0,
+        eps: float = 1e-6,  # added under the root
+    ):
         super().__init__()
         # one weight for each channel of a head, shared by all heads
         self.q = RMSNorm(cfg.head_dim, eps)
@@ -201,7 +220,7 @@ def _with_defaults(attn, defaults, rope_given):
 
 
 def llama(
-    vocab_size: int = 65,
+    vocab_size: int = 65,  # how many ids there are
     # one dial: layers; width 64·depth and `depth` heads of 64 channels follow
     depth: int | None = None,
     # an attention of this book gets transforms and bias if it lacks them; your own, nothing
@@ -215,6 +234,7 @@ def llama(
     Raises `LabError` on a wrong depth, and on a rope that no attention would take
 
     Args:
+        vocab_size: how many ids there are
         depth: one dial: layers; width 64·depth and `depth` heads of 64 channels follow
         attn: an attention of this book gets transforms and bias if it lacks them; your own,
             nothing

@@ -115,8 +115,18 @@ def attention_maps(
     return maps if torch.as_tensor(ids).dim() == 2 else maps[0]
 
 # %% ../nbs/27_looking.ipynb #b56ac978
-def attention_of(model: nn.Module, tokenizer: Tokenizer, text: str, **ctx):
-    "Attention maps of a text, (L, H, T, T), and its tokens as strings"
+def attention_of(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    text: str,  # one text
+    **ctx,  # as of `attention_maps`
+):
+    """Attention maps of a text, (L, H, T, T), and its tokens as strings
+
+    Args:
+        text: one text
+        ctx: as of `attention_maps`
+    """
     ids = tokenizer.encode(text)
     return attention_maps(model, ids, **ctx), [tokenizer.decode([i]) for i in ids]
 
@@ -362,11 +372,20 @@ def _shared(weights, tokens, layer=0, head=0, query=-1):
 
 
 def attention_map(
-    weights: Tensor, tokens: list[str], layer: int = 0, head: int = 0, query: int = -1
-):
-    # a widget; the still page where none can live
+    weights: Tensor,  # (L, H, T, T), as `attention_maps` gives them
+    tokens: list[str],  # the T tokens as texts
+    layer: int = 0,
+    head: int = 0,  # shown first
+    query: int = -1,  # the position whose row is shown first
+):  # a widget; the still page where none can live
     """A text to touch: choose layer and head by name or by their small map, point at a token, see
     where it looks
+
+    Args:
+        weights: (L, H, T, T), as `attention_maps` gives them
+        tokens: the T tokens as texts
+        head: shown first
+        query: the position whose row is shown first
 
     Returns:
         a widget; the still page where none can live
@@ -501,10 +520,19 @@ def hidden_states(
 
 
 @torch.no_grad()
-def logit_lens(model: nn.Module, ids: Tensor | Sequence[int], i=None, **ctx) -> Tensor:
-    # arguments as of `attention_maps`; (L+1, T, V), or (B, L+1, T, V)
+def logit_lens(
+    model: nn.Module,
+    ids: Tensor | Sequence[int],  # as of `attention_maps`
+    i=None,  # its positions
+    **ctx,  # keyword arguments that parts of the model need
+) -> Tensor:  # arguments as of `attention_maps`; (L+1, T, V), or (B, L+1, T, V)
     """The logits that the model would give if it stopped after the embedding, and after each block
     (nostalgebraist 2020)
+
+    Args:
+        ids: as of `attention_maps`
+        i: its positions
+        ctx: keyword arguments that parts of the model need
 
     Returns:
         arguments as of `attention_maps`; (L+1, T, V), or (B, L+1, T, V)

@@ -351,6 +351,9 @@ class Router(nn.Module):
     are added to `aux`
 
     Args:
+        n_experts: how many experts there are
+        top_k: how many are chosen for a token
+        choose: recipe of the choice from logits
         balance: weight of `balance_loss`
         z: weight of `z_loss`
         importance: share = sum of the chosen weights (Shazeer et al. 2017, §4), not of all
@@ -362,9 +365,9 @@ class Router(nn.Module):
         cfg,
         layer: int = 0,
         *,
-        n_experts: int,
-        top_k: int,
-        choose=part(top_k_softmax),
+        n_experts: int,  # how many experts there are
+        top_k: int,  # how many are chosen for a token
+        choose=part(top_k_softmax),  # recipe of the choice from logits
         balance: float = 0.01,  # weight of `balance_loss`
         z: float = 0.001,  # weight of `z_loss`
         # share = sum of the chosen weights (Shazeer et al. 2017, §4), not of all
@@ -556,9 +559,12 @@ class MoE(nn.Module):
     (Shazeer et al. 2017; Jiang et al. 2024); `cfg.init` parts the experts
 
     Args:
+        n_experts: how many experts there are
+        top_k: how many of them read a token
         expert: a recipe of an MLP made of linear maps
         shared: experts that every token uses (Dai et al. 2024, §3.2)
         capacity: training: at most ⌈capacity·N·k/E⌉ tokens an expert (Lepikhin et al. 2020)
+        router: recipe of who chooses them
     """
 
     needs = ('aux',)
@@ -568,12 +574,12 @@ class MoE(nn.Module):
         cfg,
         layer: int = 0,
         *,
-        n_experts: int = 8,
-        top_k: int = 2,
+        n_experts: int = 8,  # how many experts there are
+        top_k: int = 2,  # how many of them read a token
         expert=part(SwiGLU),  # a recipe of an MLP made of linear maps
         shared: int = 0,  # experts that every token uses (Dai et al. 2024, §3.2)
         capacity=None,  # training: at most ⌈capacity·N·k/E⌉ tokens an expert (Lepikhin et al. 2020)
-        router=part(Router),
+        router=part(Router),  # recipe of who chooses them
     ):
         super().__init__()
         self.layer = layer

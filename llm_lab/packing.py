@@ -544,7 +544,7 @@ def _folder_name(corpus, tokenizer):
 
 
 def pack(
-    corpus: Corpus,
+    corpus: Corpus,  # what is packed, all splits
     # a tokenizer, or a vocabulary size: BPE is then trained on the training split
     tokenizer: Tokenizer | int | None = 8192,
     # `home()/data/packed/CORPUS-bpe8192` if none; a hash more if that is another's
@@ -558,6 +558,7 @@ def pack(
     Raises `LabError` if another corpus or tokenizer, or a damaged folder, is in its place
 
     Args:
+        corpus: what is packed, all splits
         tokenizer: a tokenizer, or a vocabulary size: BPE is then trained on the training
             split
         folder: `home()/data/packed/CORPUS-bpe8192` if none; a hash more if that is

@@ -83,6 +83,7 @@ class RoPE(nn.Module):
     A configuration whose heads have no pairs to rotate raises `LabError`.
 
     Args:
+        base: the longest wavelength is about 2π·base positions
         partial: share of the channels that are rotated (Black et al. 2022)
         interleaved: are neighbours a pair (the paper), or the two halves (Hugging Face)?
         scale: a recipe: frequencies → frequencies, (D/2,) both
@@ -92,7 +93,7 @@ class RoPE(nn.Module):
         self,
         cfg,
         layer: int = 0,
-        base: float = 10_000.0,
+        base: float = 10_000.0,  # the longest wavelength is about 2π·base positions
         partial: float = 1.0,  # share of the channels that are rotated (Black et al. 2022)
         # are neighbours a pair (the paper), or the two halves (Hugging Face)?
         interleaved: bool = False,

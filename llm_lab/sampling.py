@@ -366,7 +366,7 @@ def stop_strings(stop) -> list:
 def stream(
     model: nn.Module,
     tokenizer: Tokenizer,
-    prompt: str = '',
+    prompt: str = '',  # what the text begins with
     max_new_tokens: int = 300,  # how many tokens to write, at most
     seed: int = 0,
     stop: str | Sequence[str] = (),  # a text to end at, or several; it is not given
@@ -377,6 +377,7 @@ def stream(
     Warns when the prompt is longer than the context
 
     Args:
+        prompt: what the text begins with
         max_new_tokens: how many tokens to write, at most
         stop: a text to end at, or several; it is not given
         sampling: temperature, top_k, top_p, repetition_penalty
@@ -395,7 +396,7 @@ def stream(
 def sample(
     model: nn.Module,
     tokenizer: Tokenizer,
-    prompt: str = '',
+    prompt: str = '',  # what the text begins with
     max_new_tokens: int = 300,  # how many tokens to write, at most
     seed: int = 0,
     stop: str | Sequence[str] = (),  # a text to end at, or several; it is not given
@@ -404,6 +405,7 @@ def sample(
     """`prompt` and its continuation by at most `max_new_tokens` tokens
 
     Args:
+        prompt: what the text begins with
         max_new_tokens: how many tokens to write, at most
         stop: a text to end at, or several; it is not given
         sampling: temperature, top_k, top_p, repetition_penalty

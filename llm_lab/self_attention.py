@@ -147,6 +147,7 @@ class Attention(nn.Module):
     Args:
         transforms: recipes of what happens to q, k, v before they meet, in order
         mask: which query may read which key
+        bias: do the projections have biases?
     """
 
     def __init__(
@@ -155,7 +156,7 @@ class Attention(nn.Module):
         layer: int = 0,
         transforms=(),  # recipes of what happens to q, k, v before they meet, in order
         mask=part(causal),  # which query may read which key
-        bias: bool = True,
+        bias: bool = True,  # do the projections have biases?
     ):
         super().__init__()
         self.n_heads = cfg.n_heads

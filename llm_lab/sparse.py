@@ -37,13 +37,14 @@ def _check_sinks(cfg, n=4, **kw):
 
 @mask_hooks(links=_sink_links, check=_check_sinks)
 def attention_sinks(
-    i,
+    i,  # query positions, (T, 1)
     j,  # query and key positions
     n: int = 4,  # how many keys at the beginning
 ) -> Tensor:
     """The first `n` keys, for every query (Xiao et al. 2023, §3.2)
 
     Args:
+        i: query positions, (T, 1)
         j: query and key positions
         n: how many keys at the beginning
     """
@@ -66,13 +67,15 @@ def strided(i, j, stride: int) -> Tensor:
 
 
 def same_document(
-    i,
-    j,
+    i,  # query positions
+    j,  # key positions
     doc: Tensor,  # the number of the document that each position belongs to, (T,) or (B, T)
 ) -> Tensor:
     """The past of the same document: documents packed into one sequence do not read each other
 
     Args:
+        i: query positions
+        j: key positions
         doc: the number of the document that each position belongs to, (T,) or (B, T)
     """
 

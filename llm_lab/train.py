@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['next_token_loss', 'spans', 'windows_at_once', 'token_losses', 'span_losses', 'mean_loss', 'random_crops', 'adamw',
            'warmup_steps', 'warmup_cosine', 'TrainState', 'balanced', 'update', 'train_step', 'fit', 'document_starts',
-           'Recipe', 'Setup', 'read_split', 'batches', 'prepare', 'moving_average', 'plot_loss']
+           'read_split', 'batches', 'moving_average', 'plot_loss']
 
 # %% ../nbs/23_train.ipynb #c11758e9
 import math
@@ -28,12 +28,11 @@ from llm_lab.core import (
     rng_state,
 )
 from .hardware import keep_freed_memory, memory_left, must_fit
-from .corpora import Corpus, letters_of, load_corpus
-from .chars import CharTokenizer, Tokenizer
+from .corpora import Corpus, load_corpus
+from .chars import Tokenizer
 from .batching import BatchStream
 from .packing import document_end_ids
 from .parts import Aux, hook
-from .gpt import GPTConfig, MiniGPT
 from .onednn import onednn_linears
 from itertools import chain
 from pathlib import Path
@@ -57,13 +56,19 @@ def _for_gradient_alone(loss, aux):
     return loss + (more - more.detach())
 
 
-def next_token_loss(model: nn.Module, rows: Tensor) -> Tensor:  # ids, (B, T+1) → a scalar, in nats
+def next_token_loss(
+    model: nn.Module,
+    rows: Tensor,  # ids, (B, T+1)
+) -> Tensor:  # a scalar, in nats
     """Mean −ln P(next token), the cross-entropy, over the T positions of each row.
 
     What parts add to `aux` counts for the gradient alone
 
+    Args:
+        rows: ids, (B, T+1)
+
     Returns:
-        ids, (B, T+1) → a scalar, in nats
+        a scalar, in nats
     """
     ctx = {'aux': Aux()} if _has_aux(model) else {}
     # position t reads ids 0…t and predicts id t+1: inputs lack the last id, targets the first
@@ -276,10 +281,22 @@ def random_crops(
 
 # %% ../nbs/23_train.ipynb #bf847f0f
 def adamw(
-    model: nn.Module, lr: float = 4e-3, weight_decay: float = 0.1, betas=(0.9, 0.99)
+    model: nn.Module,
+    lr: float = 4e-3,  # learning rate
+    weight_decay: float = 0.1,  # share of a matrix that a step takes away, times lr
+    betas=(0.9, 0.99),  # how fast the averages of gradient and square forget
 ) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2019): matrices decay, vectors and embeddings do not; fused into
-    one kernel"""
+    one kernel
+
+    Args:
+        lr: learning rate
+        weight_decay: share of a matrix that a step takes away, times lr
+        betas: how fast the averages of gradient and square forget
+    """
+    for name, value in dict(lr=lr, weight_decay=weight_decay).items():
+        if not 0 <= value < math.inf:  # NaN, too: every comparison with it is false
+            raise LabError(f'{name}={value!r}: give a number of at least 0, such as 0.004')
     embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
     # by `id`, because a tied table is one tensor under two names
     tables = {id(p) for m in embeddings for p in m.parameters()}
@@ -577,14 +594,17 @@ def update(
 
 def train_step(
     model: nn.Module,
-    optimizer,
-    rows: Tensor,
-    clip: float = 1.0,
+    optimizer,  # it moves the weights
+    rows: Tensor,  # ids, (B, T+1)
+    clip: float = 1.0,  # largest norm of the whole gradient
     loss_fn=next_token_loss,  # `rows` are ids, (B, T+1)
 ) -> tuple:  # (loss before the step, in nats; gradient norm); they stay on the device
     """One step of training: loss, gradient, clipping, update; the gradient is empty afterwards
 
     Args:
+        optimizer: it moves the weights
+        rows: ids, (B, T+1)
+        clip: largest norm of the whole gradient
         loss_fn: `rows` are ids, (B, T+1)
 
     Returns:
@@ -611,12 +631,20 @@ def _set_rates(optimizer, factor, step, steps):
         g['lr'] = g.setdefault('initial_lr', g['lr']) * factor(step, steps)
 
 
+def _check_steps(steps, state):
+    "Raises `LabError` unless a run, perhaps one that goes on, can have so many steps"
+    if not isinstance(steps, int) or steps < 0:
+        raise LabError(f'steps={steps!r}: give a whole number of at least 0')
+    if state and state.steps != steps:
+        raise LabError(f'steps={steps:,}: this run is planned for {state.steps:,}; give that')
+
+
 def fit(
-    model: nn.Module,
+    model: nn.Module,  # it is trained in place
     batches: Callable[[int], Tensor],  # step → ids (B, T+1)
-    steps: int,
-    lr: float = 4e-3,
-    weight_decay: float = 0.1,
+    steps: int,  # steps of the optimizer
+    lr: float = 4e-3,  # learning rate at its highest
+    weight_decay: float = 0.1,  # share of a matrix that a step takes away, times lr
     warmup: int | None = None,  # steps of climbing; 100, or a tenth of all, if none
     min_lr: float = 0.0,  # where the rate comes down to
     clip: float = 1.0,  # largest norm of the whole gradient
@@ -626,7 +654,9 @@ def fit(
     optimizer=None,  # an optimizer with rates of its own; `adamw(model, lr, weight_decay)` if none
     # f(step, steps): the factor on the rates; by `warmup` and `min_lr` if none
     schedule: Callable[[int, int], float] | None = None,
+    # (model, rows) → a number to be lowered
     loss_fn: Callable[[nn.Module, Tensor], Tensor] = next_token_loss,
+    # (model, optimizer, rows, clip, loss_fn) → (loss, gradient norm)
     step_fn: Callable = train_step,
     state: TrainState | None = None,  # a `TrainState` of this model that goes on where it stands
 ) -> TrainState:
@@ -638,7 +668,11 @@ def fit(
     order. Raises `LabError` where a loss is not finite, within half a second or at a callback.
 
     Args:
+        model: it is trained in place
         batches: step → ids (B, T+1)
+        steps: steps of the optimizer
+        lr: learning rate at its highest
+        weight_decay: share of a matrix that a step takes away, times lr
         warmup: steps of climbing; 100, or a tenth of all, if none
         min_lr: where the rate comes down to
         clip: largest norm of the whole gradient
@@ -648,16 +682,17 @@ def fit(
         optimizer: an optimizer with rates of its own; `adamw(model, lr, weight_decay)` if
             none
         schedule: f(step, steps): the factor on the rates; by `warmup` and `min_lr` if none
+        loss_fn: (model, rows) → a number to be lowered
+        step_fn: (model, optimizer, rows, clip, loss_fn) → (loss, gradient norm)
         state: a `TrainState` of this model that goes on where it stands
     """
-    if state and state.steps != steps:
-        raise LabError(f'steps={steps:,}: this run is planned for {state.steps:,}; give that')
-    factor = schedule or _cosine(steps, lr, warmup, min_lr)
+    _check_steps(steps, state)
     state = state or TrainState(model.train(), steps)
     state.unit = 'nats/token' if loss_fn is next_token_loss else ''
     # a run that goes on keeps its optimizer, with the averages that it has by now
     optimizer = optimizer or state.optimizer or adamw(model.train(), lr, weight_decay)
     state.optimizer = optimizer
+    factor = schedule or _cosine(steps, lr, warmup, min_lr)
     watch = _Watch(state, callbacks, trouble=lambda: _trouble(state, batches, loss_fn))
     device = state.history.device
     keep_freed_memory()
@@ -682,69 +717,6 @@ def document_starts(ids: Tensor, mark) -> Tensor:
     windows = ids.unfold(0, len(mark), 1)  # (n − len(mark) + 1, len(mark)), a view
     found = (windows == torch.as_tensor(mark)).all(1)
     return found.nonzero()[:, 0] + len(mark) - 1
-
-# %% ../nbs/23_train.ipynb #a693bc6d
-@dataclass(frozen=True)
-class Recipe:
-    """All that decides a small training run, beside the defaults of `fit`
-
-    Args:
-        length: context, in tokens
-        model: (('d_model', 128), …): what differs from `GPTConfig()`
-    """
-
-    corpus: str = 'tiny_tales'
-    steps: int = 1000
-    batch_size: int = 8
-    length: int = 128  # context, in tokens
-    lr: float = 4e-3
-    weight_decay: float = 0.1
-    seed: int = 0
-    model: tuple = ()  # (('d_model', 128), …): what differs from `GPTConfig()`
-
-    def check(self):
-        "Raises `LabError` on numbers that cannot be trained with"
-        for k in ('steps', 'batch_size', 'length', 'seed'):
-            n, least = getattr(self, k), int(k != 'seed')
-            if not isinstance(n, int) or n < least:
-                raise LabError(f'{k}={n!r}: give a whole number of at least {least}')
-        if not 0 < self.lr < 1:
-            raise LabError(f'lr={self.lr!r}: give a step size between 0 and 1, such as 0.004')
-        if not 0 <= self.weight_decay < 10:
-            raise LabError(
-                f'weight_decay={self.weight_decay!r}: give 0 or a little more, such as 0.1'
-            )
-        return self
-
-# %% ../nbs/23_train.ipynb #693e2cf9
-@dataclass
-class Setup:
-    """A recipe made ready: texts as ids, tokenizer, a fresh model, batches
-
-    Args:
-        ids: split: tokens, (n,)
-        starts: split: where its documents begin, if they stand alone; else None
-    """
-
-    recipe: Recipe
-    corpus: object
-    tokenizer: object
-    ids: dict  # split: tokens, (n,)
-    starts: dict  # split: where its documents begin, if they stand alone; else None
-    model: nn.Module
-    batch: object
-
-    def loss(self, split='val', max_tokens=None, live=None) -> float:  # nats per token
-        """The loss on a split, or on its first `max_tokens` tokens; story by story where documents
-        stand alone
-
-        Returns:
-            nats per token
-        """
-        ids, starts = self.ids[split][:max_tokens], self.starts[split]
-        if starts is not None:
-            starts = starts[starts < len(ids) - 1]
-        return mean_loss(self.model, ids, live=live, starts=starts)
 
 # %% ../nbs/23_train.ipynb #a120d730
 def _encode_all(tokenizer, documents):
@@ -776,7 +748,7 @@ def batches(
     tokenizer: Tokenizer,
     batch_size: int = 16,  # rows of a step
     length: int = 128,  # T, the context in tokens: a row has one more, its last answer
-    split: str = 'train',
+    split: str = 'train',  # train, val or test
     seed: int = 0,  # of the order
 ) -> BatchStream:  # a function of the step: ids, int64, (batch_size, length + 1)
     """Batches of a split, in memory: each epoch reads all of it once, in a new order.
@@ -789,6 +761,7 @@ def batches(
         corpus: a corpus, or what `load_corpus` takes: a name or a path
         batch_size: rows of a step
         length: T, the context in tokens: a row has one more, its last answer
+        split: train, val or test
         seed: of the order
 
     Returns:
@@ -798,40 +771,6 @@ def batches(
         corpus = load_corpus(corpus)
     ids, starts = read_split(corpus, tokenizer, split)
     return BatchStream(ids, batch_size, length, seed, starts=starts)
-
-# %% ../nbs/23_train.ipynb #f30c6176
-def _require_length(ids: dict, recipe, corpus, tokenizer):
-    "Raises `LabError` where a text is too short for its contexts to differ"
-    least = 10 * (recipe.length + 1)
-    n = sum(map(len, ids.values()))
-    if n < least:
-        raise LabError(
-            f'corpus {corpus.name!r} has {n:,} '
-            f'{"characters" if tokenizer.kind == "chars" else "tokens"}, '
-            f'contexts of {recipe.length} need {least:,}: give a longer text or a smaller '
-            'length'
-        )
-
-
-def prepare(recipe: Recipe, corpus=None, device='cpu', tokenizer=None) -> Setup:
-    """Load the corpus, make a tokenizer of its characters if none is given, cut batches, build the
-    model"""
-    recipe.check()
-    corpus = corpus or load_corpus(recipe.corpus)
-    tokenizer = tokenizer or CharTokenizer.train(letters_of(corpus))
-    ids, starts = {}, {}
-    for split in ('train', 'val'):
-        ids[split], starts[split] = read_split(corpus, tokenizer, split)
-    _require_length(ids, recipe, corpus, tokenizer)
-    sizes = {'vocab_size': tokenizer.vocab_size, 'max_len': recipe.length, **dict(recipe.model)}
-    model = MiniGPT(GPTConfig(**sizes), seed=recipe.seed).to(device)
-    begins = None  # of rows: anywhere, or where a window of a document begins
-    if starts['train'] is not None:
-        begins = spans(len(ids['train']), recipe.length, starts['train'])[:, 0]
-    batch = random_crops(
-        ids['train'], recipe.batch_size, recipe.length, recipe.seed, device, begins
-    )
-    return Setup(recipe, corpus, tokenizer, ids, starts, model, batch)
 
 # %% ../nbs/23_train.ipynb #c33d8f11
 def moving_average(values, width=25):
@@ -844,7 +783,7 @@ def moving_average(values, width=25):
 
 
 def plot_loss(
-    run: TrainState,
+    run: TrainState,  # what `fit` returned
     # in bits per character, where it is known; then the plot is in bits
     floor: float | None = None,
     title: str | None = None,  # how far the loss falls, if none
@@ -854,6 +793,7 @@ def plot_loss(
     """Training loss, the noted validation losses, and the floor
 
     Args:
+        run: what `fit` returned
         floor: in bits per character, where it is known; then the plot is in bits
         title: how far the loss falls, if none
         token: what a token of the run is: 'token' where it is more than a character

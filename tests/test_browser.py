@@ -300,9 +300,9 @@ def test_a_touched_token_says_where_it_looks(opened, tmp_path):
         box.scroll_into_view_if_needed()
 
         from llm_lab.looking import attention_of, describe_row, mean_distance
-        from llm_lab.package import load_or_train
+        from llm_lab.package import load_or_train, tales_model
 
-        model, tokenizer, _ = load_or_train('tales')  # kept by the run above
+        model, tokenizer, _ = load_or_train('tales', tales_model)  # kept by the run above
         text = ''.join(tokens.all_text_contents()).replace('↵\n', '\n')
         weights, names = attention_of(model, tokenizer, text)
         says = lambda layer, head, query: expect(words).to_have_text(

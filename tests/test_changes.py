@@ -688,7 +688,8 @@ def another(path, f, now, luck):
     if path == 'data.corpus':
         return 'other.txt'
     if words:
-        return luck.choice([w for w in words if w not in (now, 'auto')])
+        others = [w for w in words if w not in (now, 'auto')]
+        return luck.choice(others or ['Mine'])  # that nobody has registered
     if 'dict' in kind:
         part = dict(
             mlp='MLP',

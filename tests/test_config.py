@@ -162,3 +162,56 @@ def test_a_smoke_run_is_short_and_else_the_same():
     assert (golden.steps, golden.batch_size) == (20, 12)
     # 500 steps of warmup do not fit into 20
     assert smoke_config(read_config('tinystories_baseline')).train.warmup is None
+
+
+def test_every_key_is_explained_once_and_help_says_it():
+    "The oracle is the source: the comment beside a field is what help, `--help` and hover print"
+    import inspect
+    import re
+
+    from llm_lab.config import SECTIONS, describe_keys, section_keys
+
+    said = describe_keys()
+    for section, kind in SECTIONS.items():
+        source = ' '.join(re.sub(r'#', ' ', inspect.getsource(kind)).split())
+        rows = section_keys(section)
+        assert [row[0] for row in rows] == [f.name for f in fields(kind)]
+        for key, default, takes, note in rows:
+            assert note and ' '.join(note.split()) in source, (section, key, note)
+            assert f'  {section}.{key}={default}\n      {note}; {takes}' in said
+    assert said in (read_config.__doc__ or said)
+    assert 'train.lr=0.01' in said and 'train.tracker' not in said
+
+
+def test_a_run_is_described_by_a_path_a_dict_or_a_config(tmp_path, monkeypatch):
+    from llm_lab.config import as_data, origin, same_config, stated
+
+    monkeypatch.setenv('LLM_LAB_HOME', str(tmp_path))
+    path = tmp_path / 'run.yaml'
+    path.write_text('train: {steps: 7}\nmodel: {pos: null}')
+    data = dict(train=dict(steps=7), model=dict(pos=None))
+    made = RunConfig('run', model=ModelConfig(pos=None), train=TrainConfig(steps=7))
+    assert read_config(path) == read_config(str(path)) == read_config(data) == read_config(made)
+    changed = [read_config(x, ['lr=0.02', 'pos={}']) for x in (path, data, made)]
+    assert changed[0] == changed[1] == changed[2] != made
+    assert changed[0].model.pos == {} and changed[0].train.lr == 0.02
+    assert origin(replace(made, name='mine')) == ('mine', '')
+    record = dict(source='', stated=stated(made))
+    assert same_config(record, made) and stated(data) == {'train.steps': 7, 'model.pos': None}
+    assert as_data(read_config(as_data(made))) == as_data(made)
+
+
+def test_the_help_of_train_lists_every_key_without_pytorch():
+    import subprocess
+    import sys
+
+    from llm_lab.config import _PATHS
+
+    code = (
+        "import sys; from llm_lab.cli import main\ntry: main(['train', '--help'])\n"
+        "finally: print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.endswith('False\n'), done
+    for path in _PATHS:
+        assert f'\n  {path}=' in done.stdout, path

@@ -448,3 +448,11 @@ def test_a_score_prints_its_units_interval_and_floor():
     assert str(replace(with_floor, error=math.inf, floor=None)).endswith(
         '0.500 bits per byte (no interval: one document tells none)'
     )
+
+
+def test_a_corpus_may_be_given_by_its_name():
+    model = fresh(TOK)
+    by_name = evaluate(model, TOK, 'tiny_tales', max_tokens=2000)
+    assert by_name == evaluate(model, TOK, TALES, max_tokens=2000)
+    with pytest.raises(LabError, match="did you mean 'tiny_tales'"):
+        evaluate(model, TOK, 'tiny_tails')

@@ -419,7 +419,11 @@ def wrong(home, tmp_path):
         ('different characters, the tour learns at most 20,000', [str(letters)]),
         ('no corpus and no file', [str(tmp_path / 'none.txt')]),
         ('--name .* will not do', ['POEM', '--name', '../out']),
-        ("did you mean 'n_heads'", ['POEM', 'n_head=1']),
+        ('did you mean model.n_heads', ['POEM', 'n_head=1']),
+        ('model.d_model=0.5: give a whole number', ['POEM', 'model.d_model=.5']),
+        ('train.steps: the tour decides this itself', ['POEM', 'steps=9']),
+        ('eval.tokens: the tour decides this itself', ['POEM', 'eval.tokens=9']),
+        ('contexts of 9999 need 100,000', ['POEM', 'length=9999']),
     ]
 
 
@@ -466,19 +470,17 @@ def test_what_can_be_known_is_known_before_step_1(home, poem, tmp_path, monkeypa
             tour(poem, minutes, SMALL)
 
 
-def test_a_validation_text_in_which_nothing_is_asked(home, poem):
-    from types import SimpleNamespace as Has
+def test_a_validation_text_in_which_nothing_is_predicted():
     import torch
 
-    tok, corpus = Has(vocab_size=9), Has(name='odd')
-    chapter._check_texts(
-        Has(corpus=corpus, tokenizer=tok, ids=dict(val=torch.zeros(2)), starts=dict(val=None))
-    )
+    def check(ids, starts):
+        texts = dict(train=(torch.zeros(50), starts), val=(ids, starts))
+        chapter._check_texts('odd', 9, texts, 4)
+
+    check(torch.zeros(2), None)
     for ids, starts in ((torch.zeros(1), None), (torch.zeros(3), torch.tensor([2]))):
         with pytest.raises(LabError, match='has a validation text of . characters'):
-            chapter._check_texts(
-                Has(corpus=corpus, tokenizer=tok, ids=dict(val=ids), starts=dict(val=starts))
-            )
+            check(ids, starts)
 
 
 # ---- a run: the same kinds

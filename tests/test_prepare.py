@@ -17,7 +17,7 @@ from llm_lab.gpt import GPTConfig, MiniGPT
 from llm_lab.batching import BatchStream
 from llm_lab.packing import PackedTokens, pack
 from llm_lab.tales import tiny_tales
-from llm_lab.train import Recipe, fit, prepare as made_ready
+from llm_lab.train import batches, fit, read_split
 
 END = '<|endoftext|>'
 
@@ -176,21 +176,17 @@ def test_every_mistake_is_one_line(home, typed):
 # ---- the same split, in memory
 
 
-def test_a_recipe_takes_the_tokenizer_of_a_packed_folder(home):
+def test_batches_take_the_tokenizer_of_a_packed_folder(home):
     "`train` reads a split as `packing` has packed it, with one mark more at its beginning"
     tales = tiny_tales(200)
     tokens = PackedTokens(pack(tales, 400).folder)
-    setup = made_ready(
-        Recipe(steps=3, length=32, model=(('d_model', 32), ('n_layers', 1))),
-        tales,
-        tokenizer=tokens.tokenizer,
-    )
-    eos = tokens.tokenizer.eos_id
-    assert torch.equal(setup.ids['train'], torch.cat([torch.tensor([eos]), tokens.ids]).long())
-    assert setup.starts['train'].tolist() == [
-        i for i, t in enumerate(setup.ids['train'][:-1].tolist()) if t == eos
-    ]
-    assert math.isfinite(fit(setup.model, setup.batch, 3).losses[-1])
+    tok = tokens.tokenizer
+    ids, starts = read_split(tales, tok, 'train')
+    assert torch.equal(ids, torch.cat([torch.tensor([tok.eos_id]), tokens.ids]).long())
+    assert starts.tolist() == [i for i, t in enumerate(ids[:-1].tolist()) if t == tok.eos_id]
+    model = MiniGPT(GPTConfig(vocab_size=tok.vocab_size, d_model=32, n_layers=1, max_len=32))
+    rows = batches(tales, tok, batch_size=8, length=32)
+    assert math.isfinite(fit(model, rows, 3).losses[-1])
 
 
 @pytest.mark.parametrize(

@@ -179,3 +179,21 @@ def test_the_readmes_script_runs_where_only_the_wheel_is_installed(installed, tm
 def test_the_docstring_shows_the_readmes_script():
     shown = lab.__doc__[lab.__doc__.index('    import llm_lab') : lab.__doc__.index('\nText ')]
     assert textwrap.dedent(shown).rstrip() == readme_blocks()[0].rstrip()
+
+
+# what a reader knows without a note
+SELF_EVIDENT = {'self', 'model', 'tokenizer', 'cfg', 'layer', 'seed', 'args', 'kwargs'}
+
+
+def test_each_argument_of_the_root_has_a_note():
+    missing = []
+    for name in lab.__all__:
+        value = getattr(lab, name)
+        if not callable(value) or name in ('part', 'tiny_tales', 'LabError', 'Tokenizer'):
+            continue
+        said = inspect.getdoc(value) or ''
+        for argument in inspect.signature(value).parameters:
+            noted = re.search(rf'^\s+{argument}: \S', said, re.M)
+            if argument not in SELF_EVIDENT and not noted:
+                missing.append(f'{name}({argument})')
+    assert missing == []

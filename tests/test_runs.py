@@ -145,3 +145,113 @@ def test_where_nothing_was_run_yet(home):
     folder, says = run_to_go_on('smoke')
     assert (runs_of('smoke'), folder) == ([], None) and says
     assert find_model('nowhere') == Path('nowhere')
+
+
+# ---- a run is described by a path, a dict or a config
+
+SHORT = dict(
+    data=dict(length=16),
+    model=dict(d_model=16, n_layers=1, n_heads=2),
+    train=dict(steps=4, batch_size=2, threads=1),
+    eval=dict(every=4, tokens=64, sample_tokens=2),
+    log=dict(every=2, checkpoint_every=2),
+)
+
+
+def weights(job):
+    return [p.detach().clone() for p in job.run.model.parameters()]
+
+
+def test_a_dict_and_a_config_train_as_their_file_does(home):
+    import yaml
+
+    from llm_lab.config import RunConfig
+    from llm_lab.runs import train_run
+
+    path = home / 'run.yaml'
+    path.write_text(yaml.safe_dump(SHORT))
+    made = config_from_dict(SHORT)
+    jobs = [train_run(x, run=f'r{n}') for n, x in enumerate((path, SHORT, made))]
+    one, two, three = map(weights, jobs)
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(one, two, three))
+    assert {job.folder.parent.parent.name for job in jobs} == {'run'}
+    # each goes on by the same call, further, and a change that reaches back is refused
+    longer = replace(made, train=replace(made.train, steps=6))
+    job = train_run(longer, resume='', run='r2')
+    assert (job.run.step, job.folder) == (6, jobs[2].folder)
+    wilder = replace(made, train=replace(made.train, lr=0.02))
+    with pytest.raises(LabError, match='train.lr=0.02: it was 0.01'):
+        train_run(wilder, resume='', run='r2')
+    named = RunConfig('mine', made.data, made.model, made.train, made.eval, made.log)
+    assert train_run(named, 'steps=2').folder.parent.parent.name == 'mine'
+
+
+# ---- one way to name a thing on disk
+
+
+def small_run(home, run, *overrides):
+    from llm_lab.runs import train_run
+
+    return train_run(SHORT, *overrides, run=run)
+
+
+def test_every_name_of_a_model_opens_the_same_model(home, monkeypatch, tmp_path_factory):
+    from helpers import one_line, printed
+    from llm_lab.hub import to_hf
+    from llm_lab.package import load, save
+    from llm_lab.runs import load_model
+
+    job = small_run(home, 'one')
+    step = job.folder / 'checkpoints' / 'step-000004'
+    model, tokenizer, _ = load(job.folder)
+    save(home / 'artifacts' / 'kept', model, tokenizer)
+    to_hf(home / 'artifacts' / 'hf', model, tokenizer)
+    inside = 'experiments/run/runs/one'
+    names = ['one', 'run', 'run/one', inside, f'{inside}/checkpoints/step-000004', 'artifacts/kept']
+    for place in (home, tmp_path_factory.mktemp('elsewhere')):
+        monkeypatch.chdir(place)
+        for name in (*names, job.folder, step):
+            for opened in (load(name), load_model(name)):
+                for a, b in zip(opened.model.parameters(), model.parameters()):
+                    assert torch.equal(a, b), name
+        assert torch.equal(load_model('artifacts/hf').model.tok.weight, model.tok.weight)
+        one_line(lambda: load('artifacts/hf'), "is a Hugging Face folder: open it by from_hf('art")
+        one_line(lambda: load_model('artifacts/none'), 'no model at artifacts/none')
+        said = [printed('sample', name, '--tokens', '9')[0] for name in (*names, 'artifacts/hf')]
+        assert {*said} == {said[0]}
+        printed('eval', 'artifacts/hf', code=1)
+        scores = [printed('eval', n, '--corpus', 'tiny_tales')[0] for n in ('run', 'artifacts/hf')]
+        assert scores[0].splitlines()[-1] == scores[1].splitlines()[-1]
+
+
+def test_a_folder_here_wins_over_a_run_of_that_name(home, monkeypatch):
+    from llm_lab.package import load, save
+
+    job = small_run(home, 'one')
+    model, tokenizer, _ = load(job.folder)
+    with torch.no_grad():
+        model.tok.weight.zero_()
+    monkeypatch.chdir(home)
+    save('run', model, tokenizer)  # as the config is called
+    assert not load('run').model.tok.weight.any()
+    assert load('run/one').model.tok.weight.any()
+
+
+def test_runs_takes_patterns_and_says_what_differs(home, monkeypatch):
+    from helpers import printed
+
+    small_run(home, 'one')
+    small_run(home, 'two', 'lr=0.02', 'model.mlp={part: MLP, d_ff: 24}')
+    (home / 'experiments' / 'run' / 'runs' / 'notes.txt').write_text('a stray file')
+    (home / 'experiments' / 'run' / 'runs' / 'folder').mkdir()
+    monkeypatch.chdir(home / 'data')
+    out, err = printed('runs', 'experiments/*/runs/*')
+    assert err == '' and '\n  train.lr: 0.01 (one); 0.02 (two)\n' in out
+    assert "model.mlp: {} (one); {'d_ff': 24, 'part': 'MLP'} (two)" in out
+    assert 'train.steps' not in out and '\n\n' in out
+    assert 'what differs' not in printed('runs', 'one')[0]
+    # as a shell has expanded it
+    there = home / 'experiments' / 'run' / 'runs'
+    out, err = printed('runs', *sorted(there.iterdir()))
+    assert out.count('finished') == 2 and 'left out' in err
+    assert 'no run is at nothing/*' in printed('runs', 'nothing/*', code=1)[1]

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llm_lab.chars import CharTokenizer
 from llm_lab.core import LabError, rng
-from llm_lab.corpora import load_corpus
+from llm_lab.corpora import Corpus, load_corpus
 from llm_lab.gpt import MLP, GPTConfig, MiniGPT
 from llm_lab.hardware import keep_freed_memory
 from llm_lab.parts import part
@@ -24,20 +24,24 @@ from llm_lab.train import (
     TrainState,
     _due_callbacks,
     adamw,
+    batches,
     fit,
     mean_loss,
     moving_average,
     next_token_loss,
     plot_loss,
     random_crops,
+    read_split,
     train_step,
     warmup_steps,
     windows_at_once,
 )
 
 pytestmark = pytest.mark.usefixtures('one_thread')
-TEXT = load_corpus('tiny_tales').text('val')[:20_000]
+TALES = load_corpus('tiny_tales')
+TEXT = TALES.text('val')[:20_000]
 TOK = CharTokenizer.train(TEXT)
+SOME = replace(TALES, splits=dict(train=TALES.documents('val')[:50]))
 IDS = torch.tensor(TOK.encode(TEXT))
 SMALL = GPTConfig(vocab_size=TOK.vocab_size, d_model=64, n_layers=2, n_heads=4, max_len=64)
 BATCH = random_crops(IDS, 8, 64, seed=1)
@@ -249,6 +253,45 @@ def test_what_fit_cannot_follow_is_refused():
     )
     run = TrainState(model, 15)
     refuses(lambda: fit(model, BATCH, 20, state=run), 'steps=20: this run is planned for 15')
+    for steps in (-1, 2.5, None):
+        refuses(lambda: fit(model, BATCH, steps), f'steps={steps}: give a whole number')
+    for wrong in (dict(lr=math.nan), dict(lr=-0.1), dict(weight_decay=-1), dict(lr=math.inf)):
+        (name, value), *_ = wrong.items()
+        refuses(lambda: fit(model, BATCH, 20, **wrong), f'{name}={value}: give a number')
+
+
+# ---- batches of a corpus
+
+
+def test_batches_of_what_cannot_be_cut_are_refused():
+    refuses(lambda: batches('tiny_tails', TOK), "did you mean 'tiny_tales'?")
+    no_training = replace(TALES, splits=dict(val=TALES.documents('val')))
+    refuses(lambda: batches(no_training, TOK), "has no split 'train'")
+    refuses(lambda: batches(Corpus('note', dict(train='Once.')), TOK), 'a block needs 129')
+    for wrong in (dict(batch_size=2.5), dict(batch_size=0), dict(length=0)):
+        (name, value), *_ = wrong.items()
+        refuses(lambda: batches(SOME, TOK, **wrong), f'{name}={value}: give a whole number')
+
+
+def test_rows_begin_where_documents_do_or_go_on_within_one():
+    ids, starts = read_split(SOME, TOK, 'train')
+    rows = batches(SOME, TOK, batch_size=8, length=32)
+    windows = ids.unfold(0, 33, 1)
+    at_starts = {tuple(w) for w in windows[starts[starts < len(windows)]].tolist()}
+    seen = [tuple(r) for n in range(-(-rows.per_epoch // 8)) for r in rows(n).tolist()]
+    begun = len({r for r in seen if r in at_starts})
+    # an epoch meets the beginning of each; the last tale's row goes on at the first one
+    assert len(starts) - 1 <= begun <= len(starts)
+
+
+def test_a_running_text_is_cut_anywhere():
+    running = replace(TALES, independent=False, splits=dict(train=TEXT))
+    ids, starts = read_split(running, TOK, 'train')
+    assert starts is None
+    first = batches(running, TOK, batch_size=8, length=32, seed=1)
+    assert not first(0).equal(batches(running, TOK, batch_size=8, length=32, seed=2)(0))
+    ring = torch.cat([ids, ids[:32]]).unfold(0, 33, 1)
+    assert all((ring == row).all(1).any() for row in first(0))
 
 
 # ---- the curve

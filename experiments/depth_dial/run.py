@@ -11,7 +11,6 @@ with `llm_lab.llama_block.muon_lr`. Each cell of the grid is kept in runs/ and i
 Every run has one thread; `--jobs` run at a time. The last line is JSON; `--save` keeps it in
 result.json with date and machine. About ten minutes on two cores."""
 
-import math
 import sys
 from pathlib import Path
 from statistics import mean
@@ -21,10 +20,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import bench
 
+from llm_lab.chars import CharTokenizer
+from llm_lab.corpora import letters_of, load_corpus
+from llm_lab.evaluation import evaluate
 from llm_lab.gpt import MiniGPT
 from llm_lab.llama_block import llama, muon_lr
 from llm_lab.optim import muon
-from llm_lab.train import Recipe, fit, prepare
+from llm_lab.train import fit
 
 HERE = Path(__file__).parent
 DEPTHS = (1, 2, 3)
@@ -41,13 +43,12 @@ def cell(depth, lr, seed, steps):
 def train(depth, lr, seed, steps):
     "One run, on one thread, and its validation loss in bits per character"
     torch.set_num_threads(1)
-    # the text and the batches are the recipe's; its small model is replaced
-    setup = prepare(
-        Recipe('tiny_tales', steps, 4, 288, seed=seed, model=(('d_model', 8), ('n_layers', 1)))
-    )
-    setup.model = MiniGPT(llama(setup.tokenizer.vocab_size, depth=depth, max_len=288), seed)
-    fit(setup.model, setup.batch, steps, optimizer=muon(setup.model, lr=lr), seed=seed)
-    return setup.loss(max_tokens=40_000) / math.log(2)
+    corpus = load_corpus('tiny_tales')
+    tok = CharTokenizer.train(letters_of(corpus))
+    model = MiniGPT(llama(tok.vocab_size, depth=depth, max_len=288), seed)
+    rows = bench.crops(corpus, tok, batch_size=4, length=288, seed=seed)
+    fit(model, rows, steps, optimizer=muon(model, lr=lr), seed=seed)
+    return evaluate(model, tok, corpus, max_tokens=40_000).bits
 
 
 def lowest(losses):

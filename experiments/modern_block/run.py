@@ -27,6 +27,9 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import bench
 
+from llm_lab.chars import CharTokenizer
+from llm_lab.corpora import letters_of, load_corpus
+from llm_lab.evaluation import evaluate
 from llm_lab.gpt import MLP, LearnedPositions, MiniGPT
 from llm_lab.onednn import onednn_linears
 from llm_lab.self_attention import Attention
@@ -38,7 +41,7 @@ from llm_lab.llama_block import SoftcapHead, QKNorm, ReLU2, SwiGLU, llama
 from llm_lab.positions import RoPE, SinusoidalPositions
 from llm_lab.init import scaled_init, spectral_init
 from llm_lab.optim import muon
-from llm_lab.train import Recipe, fit, prepare, train_step
+from llm_lab.train import fit, train_step
 
 HERE = Path(__file__).parent
 SEEDS = (1, 2, 3, 4, 5)
@@ -92,19 +95,16 @@ def cell(name, lr, seed, corpus, n_steps):
 def train(made_of, lr, seed, corpus, n_steps):
     "The run of a cell, on one thread"
     torch.set_num_threads(1)
-    # the text and the batches are the recipe's; its small model is replaced
-    setup = prepare(
-        Recipe(
-            corpus, n_steps, 4, SIZE['max_len'], seed=seed, model=(('d_model', 8), ('n_layers', 1))
-        )
-    )
-    setup.model = MiniGPT(replace(made_of, vocab_size=setup.tokenizer.vocab_size), seed)
-    run = fit(setup.model, setup.batch, n_steps, optimizer=muon(setup.model, lr=lr), seed=seed)
+    text = load_corpus(corpus)
+    tok = CharTokenizer.train(letters_of(text))
+    model = MiniGPT(replace(made_of, vocab_size=tok.vocab_size), seed)
+    rows = bench.crops(text, tok, batch_size=4, length=SIZE['max_len'], seed=seed)
+    run = fit(model, rows, n_steps, optimizer=muon(model, lr=lr), seed=seed)
     return dict(
-        loss=setup.loss(max_tokens=60_000) / math.log(2),
-        params=setup.model.n_params,
+        loss=evaluate(model, tok, text, max_tokens=60_000).bits,
+        params=model.n_params,
         training=[x / math.log(2) for x in run.losses[::20]],
-        floor=setup.corpus.floor,
+        floor=text.floor,
     )
 
 

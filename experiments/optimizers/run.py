@@ -22,8 +22,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import bench
 
+from llm_lab.chars import CharTokenizer
+from llm_lab.corpora import letters_of, load_corpus
+from llm_lab.evaluation import evaluate
+from llm_lab.gpt import GPTConfig, MiniGPT
 from llm_lab.optim import OPTIMIZERS
-from llm_lab.train import Recipe, fit, prepare
+from llm_lab.train import fit
 
 HERE = Path(__file__).parent
 START = dict(adamw=4e-3, muon=8e-3, sgd=0.4)  # where the search begins
@@ -41,15 +45,13 @@ def cell(optimizer, lr, seed, steps):
 def train(optimizer, lr, seed, steps):
     "The run of a cell, on one thread"
     torch.set_num_threads(1)
-    setup = prepare(Recipe('tiny_shakespeare', steps, 12, 64, seed=seed))
-    run = fit(
-        setup.model,
-        setup.batch,
-        steps,
-        optimizer=OPTIMIZERS[optimizer](setup.model, lr=lr),
-        seed=seed,
-    )
-    return dict(optimizer=optimizer, lr=lr, seed=seed, loss=setup.loss(), training=run.losses[::20])
+    corpus = load_corpus('tiny_shakespeare')
+    tok = CharTokenizer.train(letters_of(corpus))
+    model = MiniGPT(GPTConfig(vocab_size=tok.vocab_size, max_len=64), seed)
+    rows = bench.crops(corpus, tok, batch_size=12, length=64, seed=seed)
+    run = fit(model, rows, steps, optimizer=OPTIMIZERS[optimizer](model, lr=lr), seed=seed)
+    loss = evaluate(model, tok, corpus).loss
+    return dict(optimizer=optimizer, lr=lr, seed=seed, loss=loss, training=run.losses[::20])
 
 
 def search(optimizer, steps):
