@@ -152,6 +152,18 @@ def test_what_is_saved_is_opened_in_a_fresh_process(tmp_path):
     one_line(lambda: lab.load(folders[1]), 'MLA')
 
 
+def test_a_state_has_no_end():
+    "Sums do not grow with the text, so a model of linear attention alone writes beyond max_len"
+    model = shaken('linear attention')
+    ids = ids_of(1, 3 * T)
+    with torch.no_grad():
+        want = model(ids)
+    reader = DecodingState(lab.with_kv_cache(model), 3 * T)
+    for t, piece in enumerate(ids.split(1, 1)):
+        near(reader(piece), want[:, t], 2e-5)
+    assert reader.cache
+
+
 # ---- oracles: the parts are what they say
 
 
