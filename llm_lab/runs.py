@@ -687,7 +687,7 @@ def set_precision(cfg: RunConfig, vocab_size: int, engine) -> tuple:
 def _texts_of(cfg, engine, on) -> dict:
     """As `load_data`, of a run that is new or goes `on`; the first process packs, while the others
     wait. Raises `LabError` where the tokenizer is another than before"""
-    what = (cfg, on.sha256, on.start or _newest(on.folder)[0]) if on else (cfg,)
+    what = (cfg, on.sha256, on.start or _newest(on.folder)[0]) if on else (cfg, None)
     texts = load_data(*what) if engine.is_main_process else None
     engine.wait_for_everyone()
     texts = texts or load_data(*what)
