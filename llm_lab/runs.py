@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import time
+import textwrap
 import warnings
 import torch
 from collections.abc import Iterable
@@ -89,7 +90,7 @@ from llm_lab.optim import (
     make_schedule,
     short_precision,
 )
-from .efficient import PRECISIONS, StepRunner, apply_activation_checkpointing
+from .efficient import PRECISIONS, StepRunner, apply_activation_checkpointing, step_memory
 from .hub import from_hf
 from .sparse import and_masks, same_document
 from llm_lab.checkpoint import (
@@ -686,7 +687,7 @@ def set_precision(cfg: RunConfig, vocab_size: int, engine) -> tuple:
 def _texts_of(cfg, engine, on) -> dict:
     """As `load_data`, of a run that is new or goes `on`; the first process packs, while the others
     wait. Raises `LabError` where the tokenizer is another than before"""
-    what = (cfg, on.sha256, on.start or _newest(on.folder)[0]) if on else (cfg,)
+    what = (cfg, on.sha256, on.start or _newest(on.folder)[0]) if on else (cfg, None)
     texts = load_data(*what) if engine.is_main_process else None
     engine.wait_for_everyone()
     texts = texts or load_data(*what)
@@ -902,6 +903,46 @@ def _spoken(said) -> str:
     return f'{said["part"]}({", ".join(keywords)})'
 
 
+def _memory_line(job) -> list:
+    "What a step needs at once, as a line of the plan; none where that is not known beforehand"
+    t = job.cfg.train
+    cfg = job.run.model.cfg
+    if own_in(cfg):  # a part of the reader's own may ask for values, and shapes are all there is
+        return []
+    rows = t.batch_size // (job.engine.num_processes * t.accumulate)
+    # A rough guess first, because to count takes a second or two: 16 bytes for a parameter; some
+    # 30 numbers for each position, layer and dimension; logits and their gradient
+    tokens = rows * cfg.max_len
+    guess = 16 * job.run.model.n_params
+    guess += tokens * (120 * cfg.n_layers * cfg.d_model + 8 * cfg.vocab_size)
+    if guess < 1e8:  # it fits everywhere
+        return []
+    try:
+        with preserve_rng():
+            need = step_memory(
+                cfg,
+                rows,
+                lambda model: make_optimizer(t.optimizer, model, t.lr, t.weight_decay),
+                prepare=lambda model: apply_activation_checkpointing(model, t.recompute),
+            )
+    except (LabError, RuntimeError):  # an optimizer of the reader's own may, too
+        return []
+    what = 'weights, gradients, optimizer and activations'
+    return [f'memory  {need / 1e6:,.0f} MB for a step in float32: {what}']
+
+
+def _model_lines(model) -> list:
+    "The resolved configuration of a model, as it prints, in lines that fit a screen"
+    return textwrap.wrap(
+        repr(model.cfg),
+        96,
+        initial_indent=' ' * 8,
+        subsequent_indent=' ' * 10,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
 @patch
 def __repr__(self: TrainingRun):
     c = self.cfg
@@ -914,6 +955,8 @@ def __repr__(self: TrainingRun):
         f'data    {corpus.name}: {n_train:,} tokens to learn from, licence {corpus.licence}',
         f'model   {self.run.model.n_params:,} parameters, {c.model.n_layers} layers of width '
         f'{c.model.d_model}',
+        *_model_lines(self.run.model),
+        *_memory_line(self),
         f'plan    {c.train.steps:,} steps of {c.train.batch_size} × {c.data.length} tokens, '
         f'{epochs:.2f} times the text, {_spoken(c.train.optimizer)}, on '
         f'{engine.num_processes} × {engine.device.type}, {torch.get_num_threads()} threads, '
@@ -1185,6 +1228,30 @@ def _engine_step(job):
     return step
 
 
+class _Expectation:
+    """Called after two early steps of a run: from the steps between them it says how long the run
+    will take. One that is over in a minute is not worth a line"""
+
+    def __init__(self, first, last):
+        self.steps = first, last
+        self.then = None  # seconds of training at the first of the two
+
+    def __call__(self, run):
+        if run.step == self.steps[0]:
+            self.then = run.seconds
+            return
+        if self.then is None:
+            return  # the run was taken up between the two
+        per_step = (run.seconds - self.then) / (run.step - self.steps[0])
+        left = per_step * (run.steps - run.step)
+        if left >= 60:
+            print(
+                f'\nexpect  {left / 60:,.0f} minutes for {run.steps - run.step:,} more steps, '
+                f'{1000 * per_step:,.0f} ms each; validation comes on top',
+                flush=True,
+            )
+
+
 @patch
 def go(self: TrainingRun, start=None):
     """Train to the end, from the newest checkpoint if there is one, or from `start`; returns the
@@ -1207,6 +1274,9 @@ def go(self: TrainingRun, start=None):
 
     if engine.num_processes > 1:
         run.stop = ask  # a signal only leaves word: `agree` ends all at the same step
+    # not the first steps: they make the memory and the kernels that the others find
+    early = run.step + 3, run.step + 10
+    expectation = {early: _Expectation(*early)} if engine.is_main_process else {}
     # `tick` looks by itself what is due, so it only has to come often enough
     own = [every for every, _ in self.callbacks]
     every = math.gcd(c.log.every, c.eval.every, c.log.checkpoint_every, *own)
@@ -1220,7 +1290,7 @@ def go(self: TrainingRun, start=None):
         schedule=schedule_of(c.train),
         loss_fn=loss_of(c.train),
         step_fn=step,
-        callbacks={every: self.tick, (c.train.steps,): self.tick},
+        callbacks={every: self.tick, (c.train.steps,): self.tick} | expectation,
     )
     if run.stopped:
         self.save(run)

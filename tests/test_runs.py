@@ -255,3 +255,36 @@ def test_runs_takes_patterns_and_says_what_differs(home, monkeypatch):
     out, err = printed('runs', *sorted(there.iterdir()))
     assert out.count('finished') == 2 and 'left out' in err
     assert 'no run is at nothing/*' in printed('runs', 'nothing/*', code=1)[1]
+
+
+# ---- the printed plan
+
+
+def test_the_plan_shows_the_model_and_the_memory_of_a_step(home):
+    from llm_lab.efficient import step_memory
+    from llm_lab.optim import muon
+
+    small = TrainingRun(config_from_dict(SHORT), home / 'x', SingleProcess())
+    assert 'memory' not in repr(small)  # it fits everywhere
+    large = SHORT | dict(model=dict(d_model=256, n_layers=8))
+    job = TrainingRun(config_from_dict(large), home / 'x', SingleProcess())
+    said = repr(job)
+    assert ''.join(repr(job.run.model.cfg).split()) in ''.join(said.split())
+    assert f'{job.run.model.n_params:,} parameters' in said
+    need = step_memory(job.run.model.cfg, 2, lambda m: muon(m, 0.01, 0.1))
+    assert f'memory  {need / 1e6:,.0f} MB for a step' in said and need > 16 * job.run.model.n_params
+    assert max(map(len, said.splitlines())) < 130  # no line is a screen long
+
+
+def test_minutes_are_expected_from_measured_steps(capsys):
+    from types import SimpleNamespace
+
+    from llm_lab.runs import _Expectation
+
+    look = _Expectation(3, 10)
+    look(SimpleNamespace(step=3, steps=1010, seconds=5.0))
+    look(SimpleNamespace(step=10, steps=1010, seconds=5.0 + 7 * 0.3))  # 0.3 s × 1,000 = 5 min
+    assert 'expect  5 minutes for 1,000 more steps, 300 ms each' in capsys.readouterr().out
+    for quick in (_Expectation(3, 10), look):  # taken up at step 10; a run of a second
+        quick(SimpleNamespace(step=10, steps=20, seconds=6.0))
+        assert capsys.readouterr().out == ''
