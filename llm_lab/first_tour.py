@@ -77,9 +77,10 @@ def _tour_config(settings, corpus) -> RunConfig:
     if isinstance(width, int) and width > 0:  # else the config refuses it
         model.setdefault('n_heads', _nearest_divisor(width, width / 32))
     data |= given['data']
-    # the parts of the text that the tour looks at are longer than a context
-    long = dict(tokens=data['length'] + 1) if data['length'] in range(20_000, 1 << 24) else {}
-    return config_from_dict(dict(data=data, model=model, train=train | given['train'], eval=long))
+    # a validation reads more than a context; the default is 20,000 tokens
+    T = data['length']
+    looks = dict(tokens=T + 1) if T in range(20_000, 1 << 24) else {}
+    return config_from_dict(dict(data=data, model=model, train=train | given['train'], eval=looks))
 
 # %% ../nbs/86_first_tour.ipynb #6a891332
 def _time_step(setup):
@@ -193,7 +194,7 @@ def _data_of(corpus):
 
 
 @dataclass
-class _Ready:
+class _Tour:
     "What a tour works with, made by its config"
 
     cfg: RunConfig
@@ -201,9 +202,7 @@ class _Ready:
     tokenizer: object
     model: object
     batch: object  # step → ids (B, T+1)
-    val: (
-        tuple  # of the validation text: its ids, and where its documents begin, if they stand alone
-    )
+    val: tuple  # validation text: ids, and where documents begin, if they stand alone
 
     def loss(self, n):  # nats per character
         "The validation loss on the first `n` characters"
@@ -211,9 +210,9 @@ class _Ready:
 
         ids, starts = self.val
         ids = ids[:n]
-        return mean_loss(
-            self.model, ids, starts=None if starts is None else starts[starts < len(ids) - 1]
-        )
+        if starts is not None:
+            starts = starts[starts < len(ids) - 1]
+        return mean_loss(self.model, ids, starts=starts)
 
 
 def _open(corpus, minutes, field):
@@ -226,7 +225,7 @@ def _open(corpus, minutes, field):
     return replace(text, name=_shown(text.name), source=_shown(text.source))
 
 
-def _ready(cfg, corpus) -> _Ready:
+def _set_up(cfg, corpus) -> _Tour:
     "All that a tour needs; everything that can be checked is checked; raises `LabError`"
     from llm_lab.batching import BatchStream
     from llm_lab.chars import CharTokenizer
@@ -244,7 +243,7 @@ def _ready(cfg, corpus) -> _Ready:
     batch = BatchStream(ids, cfg.train.batch_size, T, seed, starts=starts)
     model = MiniGPT(model_config(cfg, tok.vocab_size), seed).to(usable_device())
     _room(home() / 'artifacts', 8 * model.n_params + 1e6)
-    return _Ready(cfg, corpus, tok, model, batch, texts['val'])
+    return _Tour(cfg, corpus, tok, model, batch, texts['val'])
 
 # %% ../nbs/86_first_tour.ipynb #6064ce73
 def _said(error):
@@ -774,7 +773,7 @@ def tour(
         _check_name(name)
     with surviving_output():
         text = _open(corpus, minutes, field)
-        setup = _ready(_tour_config(settings, text), text)
+        setup = _set_up(_tour_config(settings, text), text)
         print(_introduction(setup))
         keeper = _Keeper(setup, _data_of(corpus), minutes, name)
         meant = keeper.folder

@@ -5,7 +5,7 @@ Slow, so only `make nightly` keeps them."""
 import math
 import pytest
 
-from llm_lab.first_tour import _ready, _tour_config
+from llm_lab.first_tour import _set_up, _tour_config
 from llm_lab.corpora import load_corpus
 from llm_lab.evaluation import evaluate, excess_by_kind
 from llm_lab.core import LabError
@@ -15,7 +15,7 @@ from llm_lab.train import fit
 def trained_on(corpus, characters):
     "The tour's model after so many characters, at most"
     cfg = _tour_config((), corpus)
-    setup = _ready(cfg, corpus)
+    setup = _set_up(cfg, corpus)
     t = cfg.train
     steps = characters // (t.batch_size * cfg.data.length)
     run = fit(setup.model, setup.batch, steps, t.lr, t.weight_decay)
