@@ -698,6 +698,7 @@ def another(path, f, now, luck):
             pos='SinusoidalPositions',
             lm_head='SoftcapHead',
             init='gpt2_init',
+            block='ParallelBlock',
         )
         return {'part': part[path.partition('.')[2]]}
     if 'bool' in kind:
