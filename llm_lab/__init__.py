@@ -48,7 +48,7 @@ _ROOT = dict(
     tales='tiny_tales',
     batching='BatchStream',
     packing='pack',
-    parts='Aux Part part register',
+    parts='Aux load_parts Part part register',
     self_attention='Attention causal',
     gpt='Block GPTConfig MiniGPT MLP',
     train='adamw batches fit next_token_loss plot_loss train_step TrainState',
@@ -88,7 +88,13 @@ if TYPE_CHECKING:
     from .tales import tiny_tales as tiny_tales
     from .batching import BatchStream as BatchStream
     from .packing import pack as pack
-    from .parts import Aux as Aux, Part as Part, part as part, register as register
+    from .parts import (
+        Aux as Aux,
+        load_parts as load_parts,
+        Part as Part,
+        part as part,
+        register as register,
+    )
     from .self_attention import Attention as Attention, causal as causal
     from .gpt import Block as Block, GPTConfig as GPTConfig, MiniGPT as MiniGPT, MLP as MLP
     from .train import (

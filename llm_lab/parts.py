@@ -462,10 +462,16 @@ def _run_file(path, data):
         raise LabError(f'--parts {path}, line {line}: {why}; mend it, it must stand alone') from e
 
 
-def load_parts(path: str | Path) -> PartsFile:
+def load_parts(
+    path: str | Path,  # of a file that ends with register(MyPart)
+) -> PartsFile:
     """Run a Python file of your own, which registers its parts. The same file is run once.
 
-    Raises `LabError` where it is not there, fails or registers nothing"""
+    Raises `LabError` where it is not there, fails or registers nothing
+
+    Args:
+        path: of a file that ends with register(MyPart)
+    """
     path = _found_parts(path)
     data = path.read_bytes()
     known = path, hashlib.sha256(data).hexdigest()
