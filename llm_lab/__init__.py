@@ -49,7 +49,7 @@ _ROOT = dict(
     batching='BatchStream',
     packing='pack',
     parts='Aux load_parts Part part register',
-    self_attention='Attention causal',
+    self_attention='Attention causal dense_mask scaled_dot_product',
     gpt='Block GPTConfig MiniGPT MLP',
     train='adamw batches fit next_token_loss plot_loss train_step TrainState',
     package='find_model load load_or_train save',
@@ -60,7 +60,7 @@ _ROOT = dict(
     positions='RoPE',
     llama_block='llama ParallelBlock QKNorm RMSNorm SandwichBlock SwiGLU',
     gqa='GQA to_gqa',
-    kv_cache='complete sliding_window with_kv_cache',
+    kv_cache='complete KVCache sliding_window with_kv_cache',
     inference='for_inference',
     sparse='attention_sinks same_document',
     kernels='SparseAttention',
@@ -95,7 +95,12 @@ if TYPE_CHECKING:
         part as part,
         register as register,
     )
-    from .self_attention import Attention as Attention, causal as causal
+    from .self_attention import (
+        Attention as Attention,
+        causal as causal,
+        dense_mask as dense_mask,
+        scaled_dot_product as scaled_dot_product,
+    )
     from .gpt import Block as Block, GPTConfig as GPTConfig, MiniGPT as MiniGPT, MLP as MLP
     from .train import (
         adamw as adamw,
@@ -134,6 +139,7 @@ if TYPE_CHECKING:
     from .gqa import GQA as GQA, to_gqa as to_gqa
     from .kv_cache import (
         complete as complete,
+        KVCache as KVCache,
         sliding_window as sliding_window,
         with_kv_cache as with_kv_cache,
     )
