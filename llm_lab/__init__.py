@@ -20,7 +20,7 @@ Models       MiniGPT, GPTConfig, llama, part, register; parts to put in: Attenti
 Training     batches, fit, adamw, muon, train_step, plot_loss; from a config: train_run, RunConfig
 Evaluation   evaluate, score, compare
 Writing      sample, stream, complete; sooner: for_inference, with_kv_cache
-Looking      attention_maps, hidden_states, logit_lens, attention_map, playground
+Looking      attention_maps, hidden_states, logit_lens, attention_map, plot_attention, playground
 Keeping      save, load, load_or_train, to_hf, from_hf, find_model
 
 `help(lab.fit)` says what each argument is. A chapter's other names are in its module, such as
@@ -37,7 +37,7 @@ __version__ = "0.2.0"
 if not {'OMP_WAIT_POLICY', 'GOMP_SPINCOUNT'} & os.environ.keys():
     os.environ['GOMP_SPINCOUNT'] = '2000'
 
-# {module: the names of it that stand at the root}
+# {module: the names of it that stand at the root}; no `__all__`, which help() would write out
 _ROOT = dict(
     core='check home LabError',
     hardware='device',
@@ -55,7 +55,7 @@ _ROOT = dict(
     package='find_model load load_or_train save',
     evaluation='compare evaluate Score score',
     sampling='sample stream',
-    looking='attention_map attention_maps attention_of hidden_states logit_lens',
+    looking='attention_map attention_maps attention_of hidden_states logit_lens plot_attention',
     optim='muon',
     positions='RoPE',
     llama_block='llama ParallelBlock QKNorm RMSNorm SandwichBlock SwiGLU',
@@ -71,7 +71,6 @@ _ROOT = dict(
     first_tour='tour',
 )
 _HOME = {name: module for module, names in _ROOT.items() for name in names.split()}
-__all__ = sorted(_HOME)
 
 TYPE_CHECKING = False  # a type checker takes it for True, and so knows what each name is
 if TYPE_CHECKING:
@@ -125,6 +124,7 @@ if TYPE_CHECKING:
         attention_of as attention_of,
         hidden_states as hidden_states,
         logit_lens as logit_lens,
+        plot_attention as plot_attention,
     )
     from .optim import muon as muon
     from .positions import RoPE as RoPE

@@ -699,6 +699,15 @@ def encode_iterable(self: BPETokenizer, parts, allowed_special=()):  # yields id
         yield from self.encode(piece, allowed_special)
 
 
+def _refuse_file_name(text):
+    "Raises `LabError` where what should be a text is the name of a file"
+    if len(text) < 1000 and '\n' not in text and Path(text).is_file():
+        raise LabError(
+            f'{short(text)} would be learned from as a text, and a file is called so: '
+            'give Path(…) for the file'
+        )
+
+
 def _count(sources, special, longest, meta, find=_finder(GPT2)):
     """{chunk: how often}, by the only pass over the text; `meta` gets a hash of what was read.
 
@@ -709,6 +718,8 @@ def _count(sources, special, longest, meta, find=_finder(GPT2)):
     size = 0
     live = StatusLine()
     started = time.monotonic()
+    if isinstance(sources, str):
+        _refuse_file_name(sources)
     if isinstance(sources, (str, Path)):
         sources = [sources]
     for source in sources:

@@ -543,7 +543,9 @@ def _parser():
     )
 
     def add(name, help, description):
-        return commands.add_parser(name, help=help, description=description)
+        # the first paragraph: what follows says what arguments of the function are
+        first = description.split('\n\n')[0]
+        return commands.add_parser(name, help=help, description=first)
 
     _tour_options(add('tour', 'train a small GPT while you watch', tour.__doc__))
     _sample_options(add('sample', 'let a saved model write', write_from.__doc__))

@@ -362,12 +362,12 @@ def _require_ids(ids, what):
 def score(
     model: nn.Module,
     tokenizer: Tokenizer,
-    texts: list[str],  # one log P for each
-    prompts: list[str] | None = None,  # one for each text: it is read and not scored
+    texts: str | list[str],  # one log P for each
+    prompts: str | list[str] | None = None,  # one for each text: it is read and not scored
     stride: int | None = None,  # new tokens in each window of a long text; the context if none
     batch_size: int | None = None,  # windows read together; as many as fit if none
 ) -> Tensor:  # nats, float64, (N,); 0 is certain, and less is less likely
-    """log P of each text: after its prompt, else after what stands before a text of this tokenizer.
+    """log P of each text, or of one: after its prompt, else after what this tokenizer begins with.
 
     A prompt and its text are encoded one by one. Raises `LabError` on an empty text, or where
     neither prompt nor tokenizer gives a token to begin from
@@ -381,6 +381,10 @@ def score(
     Returns:
         nats, float64, (N,); 0 is certain, and less is less likely
     """
+    if isinstance(texts, str):
+        texts = [texts]
+    if isinstance(prompts, str):
+        prompts = [prompts]
     if prompts is not None and len(prompts) != len(texts):
         raise LabError(f'{len(prompts)} prompts for {len(texts)} texts: give one for each')
     rows, first = [], []  # of each text: its ids, and how many of them are only read

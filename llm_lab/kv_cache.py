@@ -37,11 +37,18 @@ class KVCache:
     tokens come.
 
     `k`, `v` (B, G, length, D); `j` (length,) or (B, length), −1 where nothing stands yet; `n`, the
-    tokens that have come."""
+    tokens that have come.
+
+    Args:
+        length: tokens that it holds, at most
+    """
 
     endless = False  # a text longer than `length` is refused
 
-    def __init__(self, length: int):
+    def __init__(
+        self,
+        length: int,  # tokens that it holds, at most
+    ):
         self.length = length
         self.n = 0
         # no tensors yet: the first tokens bring their shape, dtype and device

@@ -170,13 +170,24 @@ def _checked(weights, tokens, layer=0, head=0, query=-1, most=None):
     return [n % size for n, size in zip(choice, weights.shape)]
 
 
-def plot_attention(weights: Tensor, tokens, layer=0, head=0, query=-1):
-    # as `attention_of` gives them → a matplotlib figure
+def plot_attention(
+    weights: Tensor,  # (L, H, T, T), as `attention_of` gives them
+    tokens: list[str],  # the T tokens
+    layer: int = 0,
+    head: int = 0,  # of that layer
+    query: int = -1,  # the position whose row is marked
+):  # a matplotlib figure
     """One map; the shade is √weight, so that small weights show; the row of `query` is marked, and
     described in the title
 
+    Args:
+        weights: (L, H, T, T), as `attention_of` gives them
+        tokens: the T tokens
+        head: of that layer
+        query: the position whose row is marked
+
     Returns:
-        as `attention_of` gives them → a matplotlib figure
+        a matplotlib figure
     """
     layer, head, query = _checked(weights, tokens, layer, head, query)
     plt = pyplot()
@@ -186,6 +197,8 @@ def plot_attention(weights: Tensor, tokens, layer=0, head=0, query=-1):
     if len(tokens) <= 48:
         for axis in (ax.xaxis, ax.yaxis):
             axis.set_ticks(range(len(tokens)), map(visible_token, tokens), fontsize=6)
+        if max(map(len, tokens)) > 2:  # words would run into each other
+            ax.xaxis.set_tick_params(rotation=90)
     for edge in (query - 0.5, query + 0.5):
         ax.axhline(edge, color='w', lw=0.6)
     ax.set(

@@ -32,7 +32,7 @@ def scaled_dot_product(
     v: Tensor,  # (B, G, S, D)
     # bool, broadcasts to (B, H, T, S): may q read k? None: the past, S = T
     mask: Tensor | None = None,
-    dropout: float = 0.0,
+    dropout: float = 0.0,  # share of weights that is zeroed
 ) -> Tensor:  # (B, H, T, D)
     """Sum up values by the softmax of q·k/√D (Vaswani et al. 2017, eq. 1)
 
@@ -41,6 +41,7 @@ def scaled_dot_product(
         k: (B, G, S, D); with fewer heads than q, each serves H/G of its heads, in order
         v: (B, G, S, D)
         mask: bool, broadcasts to (B, H, T, S): may q read k? None: the past, S = T
+        dropout: share of weights that is zeroed
 
     Returns:
         (B, H, T, D)
@@ -112,7 +113,7 @@ def dense_mask(
     mask,  # a mask or a recipe of one
     i: Tensor,  # query positions, (T,) or (B, T)
     j: Tensor,  # key positions, (S,) or (B, S); −1 is never visible
-    n_heads: int = 1,
+    n_heads: int = 1,  # of the attention: a mask may tell them apart
     layer: int = 0,
     **ctx,  # keyword arguments that the mask may ask for
 ) -> Tensor:  # bool, broadcasts to (B, H, T, S)
@@ -122,6 +123,7 @@ def dense_mask(
         mask: a mask or a recipe of one
         i: query positions, (T,) or (B, T)
         j: key positions, (S,) or (B, S); −1 is never visible
+        n_heads: of the attention: a mask may tell them apart
         ctx: keyword arguments that the mask may ask for
 
     Returns:

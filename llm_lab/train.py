@@ -648,7 +648,8 @@ def fit(
     warmup: int | None = None,  # steps of climbing; 100, or a tenth of all, if none
     min_lr: float = 0.0,  # where the rate comes down to
     clip: float = 1.0,  # largest norm of the whole gradient
-    # {n: f}: f(state) every n steps; {(10, 50): f}: at these; the dict it returns is noted
+    # {n: f}: f(state) every n steps; {(10, 50): f}: at these; the dict it returns is noted;
+    # its `val`, a validation loss, is what `plot_loss` and `compare` read
     callbacks: dict | None = None,
     seed: int = 0,  # of dropout
     optimizer=None,  # an optimizer with rates of its own; `adamw(model, lr, weight_decay)` if none
@@ -677,7 +678,8 @@ def fit(
         min_lr: where the rate comes down to
         clip: largest norm of the whole gradient
         callbacks: {n: f}: f(state) every n steps; {(10, 50): f}: at these; the dict it
-            returns is noted
+            returns is noted; its `val`, a validation loss, is what `plot_loss` and
+            `compare` read
         seed: of dropout
         optimizer: an optimizer with rates of its own; `adamw(model, lr, weight_decay)` if
             none

@@ -1329,3 +1329,14 @@ def test_a_foreign_mark_is_allowed_by_name_and_dropout_is_refused():
     said = 'dropout=0.1 cannot be followed exactly: set it to null in the file'
     with pytest.raises(LabError, match=re.escape(said)):
         ForeignTokenizer(random_cuts)
+
+
+def test_the_name_of_a_file_is_not_learned_as_a_text(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path('book.txt').write_text('a cat and a hat and a cat ' * 9)
+    with pytest.raises(LabError, match="'book.txt' would be learned from as a text.*give Path"):
+        BPETokenizer.train('book.txt', 260)
+    by_path = BPETokenizer.train(Path('book.txt'), 260)
+    assert by_path.encode('cat') == BPETokenizer.train(
+        'a cat and a hat and a cat ' * 9, 260
+    ).encode('cat')

@@ -429,6 +429,11 @@ def test_a_text_longer_than_the_context_goes_through_in_windows(small):
         close(scored(small, TOK, [text, 'Mia'], stride=stride)[0], want, eps=1e-4)
 
 
+def test_one_text_may_stand_without_a_list(small):
+    assert torch.equal(scored(small, TOK, 'Mia'), scored(small, TOK, ['Mia']))
+    assert torch.equal(scored(small, TOK, 'cat', 'A red '), scored(small, TOK, ['cat'], ['A red ']))
+
+
 def test_what_cannot_be_scored_is_one_line(small):
     with pytest.raises(LabError, match='1 prompts for 2 texts: give one for each'):
         scored(small, TOK, ['a', 'b'], ['c'])

@@ -57,11 +57,11 @@ def test_a_name_is_the_same_before_and_after_all_modules_are_imported():
         import pkgutil
         from importlib import import_module
         import llm_lab as lab
-        before = {name: getattr(lab, name) for name in lab.__all__}
+        before = {name: getattr(lab, name) for name in lab._HOME}
         for module in pkgutil.iter_modules(lab.__path__):
             if module.name != '__main__':
                 import_module(f'llm_lab.{module.name}')
-        print([name for name in lab.__all__ if getattr(lab, name) is not before[name]])
+        print([name for name in lab._HOME if getattr(lab, name) is not before[name]])
     """)
     assert said.strip() == '[]'
 
@@ -94,6 +94,11 @@ def test_help_says_what_each_argument_is():
         assert line in said, line
     # a method that a later cell adds is documented, too
     assert 'vocab_size: 256 bytes, merges' in inspect.getdoc(lab.BPETokenizer.train)
+
+
+def test_help_of_the_root_is_a_page():
+    said = python("import llm_lab as lab; help(lab)")
+    assert 'Training     batches, fit' in said and len(said.splitlines()) < 200
 
 
 def test_python_m_llm_lab_is_the_command():
@@ -187,7 +192,7 @@ SELF_EVIDENT = {'self', 'model', 'tokenizer', 'cfg', 'layer', 'seed', 'args', 'k
 
 def test_each_argument_of_the_root_has_a_note():
     missing = []
-    for name in lab.__all__:
+    for name in lab._HOME:
         value = getattr(lab, name)
         if not callable(value) or name in ('part', 'tiny_tales', 'LabError', 'Tokenizer'):
             continue
