@@ -434,7 +434,7 @@ def held_cache_bytes(cache: dict) -> int:
     for c in cache.values():
         if isinstance(c, KVCache) and c.n:
             filled = min(c.n, c.length)  # a ring that has gone round is full
-            total += 2 * c.k[:, :, :filled].nbytes  # values are as large as keys
+            total += c.k[:, :, :filled].nbytes + c.v[:, :, :filled].nbytes
     return total
 
 # %% ../nbs/35_kv_cache.ipynb #5cba9f6d

@@ -393,7 +393,24 @@ def register(
     f,  # a class or a function
     name: str | None = None,  # in files; that of `f` if none
 ):
-    """Let saved configurations name `f`, in any place; returns `f`
+    """Let configurations and saved models name `f`, in any place; returns `f`.
+
+    What a name is called with depends on where it stands, and keywords of its recipe come on top:
+
+        model.attn, model.mlp      f(cfg, layer) → a module, (x, i, **ctx) → x's shape
+        model.block                f(cfg, layer) → a module, (x, i, **ctx) → x's shape; it makes
+                                   its parts by cfg.attn(cfg, layer), cfg.norm(cfg.d_model), …
+        model.norm                 f(d_model) → a module, (x) → x's shape
+        attn.transforms, each      f(cfg, layer) → a module, (q, k, v, i, j, **ctx) → these five
+        attn.mask                  f(i, j) → bool
+        train.optimizer            f(model, lr, weight_decay) → an optimizer
+        train.schedule             f(step, steps, …) → the factor on the learning rate
+        train.loss                 f(model, rows) → a number to be lowered
+        train.callbacks, each      f(state) → None, or a dict that is noted
+
+    A file mine.py that ends with register(MyAttention) is used by `--parts mine.py
+    model.attn.part=MyAttention`; in YAML that is attn: {part: MyAttention, width: 16}.
+    The hooks that a part may have are those of `Part`
 
     Args:
         f: a class or a function

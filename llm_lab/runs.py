@@ -1573,7 +1573,12 @@ def told_of(folder) -> dict:  # {} where there is none
 def _keep_config(job):
     "Write config.yaml, unless it says the same already: it may hold your comments"
     path = job.folder / 'config.yaml'
-    known = replace(read_config(path), name=job.cfg.name) if path.exists() else None
+    known = None
+    if path.exists():
+        try:
+            known = replace(read_config(path), name=job.cfg.name)
+        except LabError:
+            pass  # of a smoke run whose parts are not here; `write_config` sees whether it is ours
     if known != job.cfg:
         write_config(job.cfg, path)
 

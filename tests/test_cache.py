@@ -526,3 +526,10 @@ def test_a_padded_batch_is_transformers_own(family, penalty, tmp_path):
             )
         )
     assert torch.cat(out, 1).tolist() == want.tolist()
+
+
+def test_values_that_are_narrower_than_keys_count_as_they_are():
+    "As in latent attention, where a cache holds a latent and a rotated key"
+    kept = KVCache(9)
+    kept.add(torch.zeros(1, 1, 7, 16), torch.zeros(1, 1, 7, 8), torch.arange(7))
+    assert held_cache_bytes({0: kept}) == 7 * (16 + 8) * 4

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from helpers import one_line
 from llm_lab.config import config_from_dict, read_config
-from llm_lab.core import REGISTERED
+from llm_lab.core import REGISTERED, LabError
 from llm_lab.parts import register
 from llm_lab.runs import SingleProcess, TrainingRun, train_run
 
@@ -496,3 +496,18 @@ def test_a_run_with_masked_documents_trains_and_is_an_ordinary_model(home, text)
         lambda: train_run(short(data=dict(mask_documents=True, corpus=text))),
         'data.mask_documents=true: own is one running text; leave it out',
     )
+
+
+def test_a_smoke_run_with_parts_of_ones_own_blocks_no_later_one(home, own):
+    "Its config.yaml names what is not registered then: it is still ours, and is replaced"
+    train_run('smoke', 'train.steps=20', 'train.loss=smoothed', smoke=True)
+    del REGISTERED['smoothed']
+    train_run('smoke', 'train.steps=20', smoke=True)
+    said = (home / 'experiments/smoke/runs/smoke/config.yaml').read_text()
+    assert 'smoothed' not in said
+    # a hand has been at it: it is not replaced
+    (home / 'experiments/smoke/runs/smoke/config.yaml').write_text(
+        '# mine\n' + said.replace('loss: next_token', 'loss: smoothed')
+    )
+    with pytest.raises(LabError, match='config.yaml'):
+        train_run('smoke', smoke=True)
