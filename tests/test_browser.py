@@ -232,7 +232,7 @@ def test_an_expert_is_left_out_and_a_text_typed(opened, tmp_path):
     from playwright.sync_api import expect
 
     with opened(
-        upto('52_experts', 'explore(microscope', tmp_path, less=('steps=600', 'steps=40')),
+        upto('52_experts', 'explore(microscope', tmp_path, less=('steps=650', 'steps=40')),
         width=1000,
         height=900,
     ) as page:
