@@ -18,6 +18,7 @@ from array import array
 from collections import Counter, defaultdict
 from itertools import chain
 from operator import add
+from os.path import isfile
 from pathlib import Path
 from unicodedata import category, normalize, ucd_3_2_0
 import regex
@@ -701,7 +702,7 @@ def encode_iterable(self: BPETokenizer, parts, allowed_special=()):  # yields id
 
 def _refuse_file_name(text):
     "Raises `LabError` where what should be a text is the name of a file"
-    if len(text) < 1000 and '\n' not in text and Path(text).is_file():
+    if len(text) < 1000 and '\n' not in text and isfile(text):
         raise LabError(
             f'{short(text)} would be learned from as a text, and a file is called so: '
             'give Path(…) for the file'

@@ -108,6 +108,7 @@ def places(word, **kw):
         ('pos', dict(pos=x)),
         ('lm_head', dict(lm_head=x)),
         ('init', dict(init=x)),
+        ('block', dict(block=x)),
         ('act', dict(mlp=of('MLP', act=x))),
         ('act', dict(mlp=of('llm_lab.llama_block:SwiGLU', act=x))),
         ('mask', dict(attn=of('Attention', mask=x))),
@@ -1141,7 +1142,7 @@ def test_every_part_that_a_chapter_makes_public_is_declared():
     # the whole, its frame, what parts are made of, or turned into
     apart = {
         'MiniGPT',
-        'Block',
+        'Part',  # the base class of all
         'ExpertLinear',
         'Spectral',
         'TransposedLinear',
