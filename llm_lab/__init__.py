@@ -16,10 +16,11 @@
 Text         load_corpus, Corpus, tiny_tales, CharTokenizer, BPETokenizer, load_tokenizer, pack
 Models       MiniGPT, GPTConfig, llama, part, register; parts to put in: Attention, GQA, MLP,
              SwiGLU, MoE, RMSNorm, RoPE, ParallelBlock, SparseAttention; masks: causal,
-             sliding_window, …; Part is the base class of your own, with every hook
+             sliding_window, …; Part is the base class of your own, with every hook;
+             Objective that of what a model is trained for: diffusion_llama fills in blanks
 Training     batches, fit, adamw, muon, train_step, plot_loss; from a config: train_run, RunConfig
 Evaluation   evaluate, score, compare
-Writing      sample, stream, complete; sooner: for_inference, with_kv_cache
+Writing      sample, stream, complete, infill; sooner: for_inference, with_kv_cache
 Looking      attention_maps, hidden_states, logit_lens, attention_map, plot_attention, playground
 Keeping      save, load, load_or_train, to_hf, from_hf, find_model
 
@@ -48,7 +49,7 @@ _ROOT = dict(
     tales='tiny_tales',
     batching='BatchStream',
     packing='pack',
-    parts='Aux load_parts Part part register',
+    parts='Aux load_parts Objective Part part register',
     self_attention='Attention causal dense_mask scaled_dot_product',
     gpt='Block GPTConfig MiniGPT MLP',
     train='adamw batches fit next_token_loss plot_loss train_step TrainState',
@@ -65,6 +66,7 @@ _ROOT = dict(
     sparse='attention_sinks same_document',
     kernels='SparseAttention',
     moe='MoE Router',
+    diffusion='diffusion_llama fill_blanks infill MaskedDiffusion',
     hub='from_hf to_hf',
     runs='train_run',
     play='playground',
@@ -90,6 +92,7 @@ if TYPE_CHECKING:
     from .parts import (
         Aux as Aux,
         load_parts as load_parts,
+        Objective as Objective,
         Part as Part,
         part as part,
         register as register,
@@ -147,6 +150,12 @@ if TYPE_CHECKING:
     from .sparse import attention_sinks as attention_sinks, same_document as same_document
     from .kernels import SparseAttention as SparseAttention
     from .moe import MoE as MoE, Router as Router
+    from .diffusion import (
+        diffusion_llama as diffusion_llama,
+        fill_blanks as fill_blanks,
+        infill as infill,
+        MaskedDiffusion as MaskedDiffusion,
+    )
     from .hub import from_hf as from_hf, to_hf as to_hf
     from .runs import train_run as train_run
     from .play import playground as playground

@@ -189,6 +189,14 @@ class BatchStream:
                 positions in the text, int64, (B / world_size,)"""
             ...
 
+        def row_numbers(self, step: 'int'):
+            """A number for each row of a step, which no other row of the run has: whatever is drawn from it
+            is the same on one process and on several. Another seed has other numbers
+
+            Returns:
+                int64, (B / world_size,)"""
+            ...
+
         def batch(self, step: 'int'):
             """The sequences of a step: a pure function of (seed, step)
 
@@ -226,14 +234,33 @@ def blocks_of(self: BatchStream, step: int):  # positions in the text, int64, (B
 
 
 @patch
+def _order(self: BatchStream, step, steps):  # int64, (steps, B / world_size)
+    "Positions in the endless order of the rows of this rank, at a step and those that follow"
+    B = self.batch_size
+    order = np.arange(steps * B).reshape(steps, B) + step * B
+    return order[:, self.rank :: self.world_size]
+
+
+@patch
+def row_numbers(self: BatchStream, step: int):  # int64, (B / world_size,)
+    """A number for each row of a step, which no other row of the run has: whatever is drawn from it
+    is the same on one process and on several. Another seed has other numbers
+
+    Returns:
+        int64, (B / world_size,)
+    """
+    import torch
+
+    return torch.from_numpy(self._order(step, 1)[0] + (self.made_of['seed'] % (1 << 20) << 40))
+
+
+@patch
 def _begins(self: BatchStream, step, steps):  # int64, (steps, B / world_size)
     "Where this rank's blocks begin, at a step and those that follow"
     n = self.made_of['n']
     T = self.made_of['length']
     seed = self.made_of['seed']
-    B = self.batch_size
-    order = np.arange(steps * B).reshape(steps, B) + step * B  # positions in the endless order
-    mine = order[:, self.rank :: self.world_size]
+    mine = self._order(step, steps)
     epochs = mine // self.per_epoch
     blocks = permuted_index(mine, self.per_epoch, seed)
     if self.rows is None:  # blocks side by side: the whole ring turns, by any number of tokens

@@ -88,6 +88,7 @@ class ModelConfig:
         block: how a layer wires its parts: {part: "ParallelBlock"}
         lm_head: from the residual stream to logits
         init: of the weights
+        objective: what it is trained for; null: to predict the next token
     """
 
     preset: str = _key('gpt2', of=('gpt2', 'llama'))  # recipes for what is not given below
@@ -105,6 +106,7 @@ class ModelConfig:
     block: dict = _recipe()  # how a layer wires its parts: {part: "ParallelBlock"}
     lm_head: dict = _recipe()  # from the residual stream to logits
     init: dict = _recipe()  # of the weights
+    objective: dict | None = _recipe()  # what it is trained for; null: to predict the next token
 
 # %% ../nbs/06_config.ipynb #fc636875
 @dataclass(frozen=True)
@@ -504,7 +506,7 @@ def _given(keys) -> dict:
     """The keys of a model that are given; {} says that a recipe is as the preset has it, and so did
     null in older files"""
     recipes = [f.name for f in fields(ModelConfig) if f.default_factory is dict]
-    before = {*recipes} - {'block'}  # an older file has no recipe of a block
+    before = {*recipes} - {'block', 'objective'}  # an older file has neither
     in_full = keys.keys() >= before  # by `write_config`, not by hand
     older = in_full and any(keys[k] is None for k in before - {'pos'})
     given = {}

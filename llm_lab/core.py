@@ -152,7 +152,7 @@ _DECLARED = dict(  # slot: CHAPTER:NAME, of this book where no module is said
     mlp='gpt:MLP llama_block:SwiGLU moe:MoE sparse:alternate',
     norm='llama_block:RMSNorm torch.nn:LayerNorm torch.nn:RMSNorm torch.nn:Identity',
     pos='gpt:LearnedPositions positions:SinusoidalPositions',
-    block='gpt:Block llama_block:ParallelBlock llama_block:SandwichBlock',
+    block='gpt:Block llama_block:ParallelBlock llama_block:SandwichBlock diffusion:RateBlock',
     lm_head='llama_block:SoftcapHead torch.nn:Linear',
     init='gpt:gpt2_init init:scaled_init init:spectral_init',
     act='llama_block:ReLU2 '
@@ -168,7 +168,8 @@ _DECLARED = dict(  # slot: CHAPTER:NAME, of this book where no module is said
     # masks: who may see whom
     mask='self_attention:causal kv_cache:sliding_window sparse:attention_sinks sparse:strided '
     'sparse:same_document sparse:or_masks sparse:and_masks sparse:expander_links '
-    'sparse:power_links sparse:polynomial_links',
+    'sparse:power_links sparse:polynomial_links diffusion:block_causal',
+    objective='diffusion:MaskedDiffusion',  # what a model is trained for; none: the next token
     scaling='positions:linear_scaling positions:llama3_scaling',  # of RoPE's speeds
     router='moe:Router',
     choice='moe:softmax_top_k moe:top_k_softmax moe:sigmoid_top_k',
@@ -337,6 +338,7 @@ HOLDS = dict(  # {slot: {keyword: slot of the recipe that it holds}}
         block='block',
         lm_head='lm_head',
         init='init',
+        objective='objective',
     ),
     mixer=dict(transforms='transform', mask='mask', of='mixer'),
     mlp=dict(act='act', expert='mlp', router='router', of='mlp'),
@@ -347,7 +349,7 @@ HOLDS = dict(  # {slot: {keyword: slot of the recipe that it holds}}
 )
 # lists of recipes; those of which null means none
 _MANY = ('transforms', 'of')
-_NONE = ('scale', 'pos', 'transforms')
+_NONE = ('scale', 'pos', 'transforms', 'objective')
 _FILLED = dict(  # what the model fills in itself, and a file must not
     router='n_experts top_k',
     choice='logits top_k bias training',
@@ -355,7 +357,7 @@ _FILLED = dict(  # what the model fills in itself, and a file must not
     scaling='freq',
     norm='d normalized_shape',
     lm_head='d vocab_size in_features out_features',
-    mask='i j h layer doc',
+    mask='i j h layer doc noisy',
 )
 _NEVER = {'self', 'args', 'kwargs', 'cfg', 'layer', 'device', 'dtype', 'inplace'}
 

@@ -545,8 +545,9 @@ def describe_score(score, parts=None, of='validation'):
     # with a token of several characters the loss is per token, only the bits are per character
     letters = score.tokens == score.chars
     token, bits = ('character', 'bits') if letters else ('token', 'bits per character')
+    at_most = 'at most ' if score.is_bound else ''
     line = (
-        f'{of} loss {score.loss:.3f} nats per {token} = {score.bits:.3f} {bits} ({sure}), '
+        f'{of} loss {at_most}{score.loss:.3f} nats per {token} = {score.bits:.3f} {bits} ({sure}), '
         f'every {token} scored once'
     )
     if score.floor:

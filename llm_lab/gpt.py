@@ -154,6 +154,7 @@ class GPTConfig:
         block: recipe of a layer: how mixer and feed-forward network are wired
         lm_head: recipe of features → logits
         init: recipe of the first weights
+        objective: recipe of what it is trained for; None: the next token
     """
 
     vocab_size: int = 65  # V: ids go from 0 to V − 1
@@ -172,13 +173,14 @@ class GPTConfig:
     block: part = part(Block)  # recipe of a layer: how mixer and feed-forward network are wired
     lm_head: part = part(nn.Linear, bias=False)  # recipe of features → logits
     init: part = part(gpt2_init)  # recipe of the first weights
+    objective: part | None = None  # recipe of what it is trained for; None: the next token
 
     def __post_init__(self):
         self._check_sizes()
         for name, slot in HOLDS['config'].items():
             recipe = getattr(self, name)
-            if name == 'pos' and recipe is None:
-                continue  # a model without positions
+            if name in ('pos', 'objective') and recipe is None:
+                continue  # a model without positions; one that predicts the next token
             _check_recipe(recipe, self, name, slot)
 
     def _check_sizes(self):
@@ -218,16 +220,23 @@ class MiniGPT(nn.Module):
     ):
         super().__init__()
         self.cfg = cfg
+        self.objective = cfg.objective(cfg) if cfg.objective else None
+        extra_ids = self.objective.extra_ids if self.objective else 0
         with torch.random.fork_rng(devices=[]):  # PyTorch's generator is restored afterwards
             # for parts that draw weights of their own, such as nn.Linear
             torch.default_generator.manual_seed(seed or 0)
-            self.tok = nn.Embedding(cfg.vocab_size, cfg.d_model)
+            self.tok = nn.Embedding(cfg.vocab_size + extra_ids, cfg.d_model)
             self.pos = _build_part(cfg, 'pos', cfg) if cfg.pos else None
             layers = range(cfg.n_layers)
             self.blocks = nn.ModuleList(_build_part(cfg, 'block', cfg, l) for l in layers)
             self.drop = nn.Dropout(cfg.dropout)
             self.norm = _build_part(cfg, 'norm', cfg.d_model)
             self.lm_head = _build_part(cfg, 'lm_head', cfg.d_model, cfg.vocab_size)
+        if cfg.tie and extra_ids:
+            raise LabError(
+                f'tie=True: the token table has {extra_ids} ids more than lm_head writes; '
+                'leave tie out'
+            )
         if cfg.tie and not isinstance(getattr(self.lm_head, 'weight', None), Tensor):
             raise LabError(
                 f'tie=True: lm_head={cfg.lm_head!r} has no weight to share; leave tie out'
@@ -283,9 +292,11 @@ class MiniGPT(nn.Module):
         "Call a block. May be replaced on one model, as `efficient` does to recompute activations"
         return block(x, i, **ctx)
 
-    def forward(self, ids, i=None, **ctx):
-        "Logits: ids (B, T), positions (T,) or (B, T), 0, 1, 2, … if none → (B, T, V)"
-        return self.lm_head(self.features(ids, i, **ctx))
+    def forward(self, ids, i=None, last: int | None = None, **ctx):
+        """Logits: ids (B, T), positions (T,) or (B, T), 0, 1, 2, … if none → (B, T, V); of the
+        `last` columns alone, if that is given"""
+        x = self.features(ids, i, **ctx)
+        return self.lm_head(x if last is None else x[:, -last:])
 
     if TYPE_CHECKING:
         @property

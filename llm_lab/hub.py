@@ -21,6 +21,7 @@ from .hardware import must_fit
 from .chars import CharTokenizer, begins, load_tokenizer, Tokenizer
 from .gpt import MiniGPT
 from .package import Opened, require_faithful, meta_model
+from .sampling import require_next_token
 from .families import config_from_hf, hf_config, least_tensors, hf_views
 from copy import copy
 from unicodedata import category
@@ -116,6 +117,7 @@ def to_hf(
         `folder`
     """
     folder = Path(folder)
+    require_next_token(model)  # Hugging Face would write with it from left to right
     require_faithful(model)  # else its file would be another model's
     replaceable(folder)  # before the tensors are made ready
     config = hf_config(model.cfg, family)

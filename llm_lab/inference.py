@@ -22,7 +22,7 @@ from .onednn import onednn_is_faster
 from .self_attention import Attention
 from .gpt import Block, MiniGPT, is_own
 from .parts import has_hook, hook, part
-from .sampling import DecodingState, max_context
+from .sampling import DecodingState, max_context, require_next_token
 from .efficient import try_compile
 from .llama_block import QKNorm
 from .positions import RoPE
@@ -353,6 +353,7 @@ def for_inference(
         raise LabError('the model is fast already: give the MiniGPT that it was made from')
     if not isinstance(model, MiniGPT):
         raise LabError(f'a {type(model).__name__} is given: a MiniGPT is needed')
+    require_next_token(model)
     if type(model).forward is not MiniGPT.forward:
         raise LabError(
             f'{type(model).__name__} has a forward of its own, which the fast form would not '

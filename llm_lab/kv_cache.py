@@ -92,6 +92,10 @@ class KVCache:
             return k, v, j
         return self.k[:, :, :end], self.v[:, :, :end], self.j[..., :end]
 
+    def forget(self, n):
+        "Take back the last `n` tokens: what comes next stands in their places"
+        self.n -= n
+
     def pick(self, rows):
         "Go on with these sequences, by number: fewer of them, or one several times"
         self.k = self.k[rows]

@@ -186,6 +186,7 @@ class LlamaSettings(TypedDict, total=False):
     block: part
     lm_head: part
     init: part
+    objective: part | None
 
 
 def _is_our_attention(f) -> bool:

@@ -124,6 +124,8 @@ def to_data(x):
         return _to_plain(x)
     slots = HOLDS['config']
     data = {f.name: _to_plain(getattr(x, f.name), slots.get(f.name)) for f in fields(x)}
+    if x.objective is None:
+        del data['objective']  # the next token: as in packages of before there were others
     config_from(data)  # raises where it could not be read again
     return data
 
@@ -215,7 +217,7 @@ def _check_recipes(data, n_layers, head_dim):
     for key, slot in HOLDS['config'].items():
         if key not in data:
             continue
-        without = key == 'pos' and data[key] is None  # a model without positions
+        without = key in ('pos', 'objective') and data[key] is None  # a model may have none
         parts[key] = 0 if without else check_recipe(data[key], slot, key)
     # a part that is not named is one of our own, and one in each layer
     n = n_layers * (parts.get('attn', 1) + parts.get('mlp', 1)) + sum(parts.values())

@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from .chars import Tokenizer
 from .core import LabError, require, widgets_live
-from .sampling import DecodingState, _written, sampling_probs, prompt_ids, truncation_note
+from .sampling import _written, next_logits, sampling_probs, prompt_ids, truncation_note
 
 # %% ../nbs/85_play.ipynb #d1e3ea26
 def _likeliest(logits, k, **sampling):
@@ -43,8 +43,7 @@ def next_tokens(
     Returns:
         of (id, probability as the model says, probability after the filters)
     """
-    read = DecodingState(model, len(ids))
-    logits = read(ids[None])[0]  # (V,)
+    logits = next_logits(model, ids[None])[0]  # (V,)
     return _likeliest(logits, k, ids=ids.cpu(), **sampling)
 
 # %% ../nbs/85_play.ipynb #be993bb4
@@ -296,7 +295,7 @@ def ask(self: Playground, _=None):
     self.given = self.prompt.value
     self.after = self.prompt.value
     self.pieces = []
-    self.logits = DecodingState(self.model, ids.shape[1])(ids)[0]  # (V,)
+    self.logits = next_logits(self.model, ids)[0]  # (V,)
     self.show(truncation_note(self.model, ids))
 
 # %% ../nbs/85_play.ipynb #659aa2d6
@@ -327,7 +326,7 @@ def write(self: Playground, halt, prompt, max_new_tokens, seed, **sampling):
             due = time.monotonic() + 0.1
     # and at the end, what could come next
     self.after = tail
-    self.logits = DecodingState(self.model, ids.shape[1])(ids)[0]
+    self.logits = next_logits(self.model, ids)[0]
     done = 'stopped after' if halt.is_set() else 'done:'
     self.show(f'{note}{done} {len(self.pieces)} tokens')
 

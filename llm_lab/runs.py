@@ -79,7 +79,15 @@ from .gpt import MiniGPT
 from .package import config_from, own_in, meta_model, check_parts
 from .onednn import onednn_linears
 from .package import Opened, find_model, is_run, load, resolve, runs_folder, runs_of, to_data
-from .train import TrainState, span_losses, spans, document_starts, fit, next_token_loss
+from llm_lab.train import (
+    TrainState,
+    span_losses,
+    spans,
+    document_starts,
+    fit,
+    loss_and_feed,
+    next_token_loss,
+)
 from .evaluation import evaluate, read_metrics, tally
 from .sampling import sample
 from llm_lab.optim import (
@@ -475,8 +483,10 @@ def schedule_of(t):
 
 
 def loss_of(t):
-    "The loss that the section `train` of a config names: a function of (model, rows)"
-    return find_named(t.loss, LOSSES, 'train.loss')
+    """The loss that the section `train` of a config names, a function of (model, rows); None for
+    the usual one, which is the objective's, if the model has one"""
+    found = find_named(t.loss, LOSSES, 'train.loss')
+    return None if found is next_token_loss else found
 
 
 def callbacks_of(cfg: RunConfig) -> list:  # (how often, a function of the `TrainState`), …
@@ -607,8 +617,10 @@ def _trial(cfg: RunConfig, vocab_size: int, precision: str):
     )
     keep_freed_memory()
 
+    loss_fn, feed = loss_and_feed(model, None)
+
     def make_step():
-        loss, norm = step(model, opt, rows, t.clip, next_token_loss)
+        loss, norm = step(model, opt, feed(rows, 0), t.clip, loss_fn)
         return [loss.item(), norm.item()]
 
     with preserve_rng(), onednn_linears(model):  # dropout draws; the run shall not notice
@@ -775,6 +787,11 @@ def _reader_of(job):
     model = job.run.model
     if not job.cfg.data.mask_documents:
         return model
+    if model.objective:
+        raise LabError(
+            f'data.mask_documents=true: {type(model.objective).__name__} has a mask of its own; '
+            'leave it out'
+        )
     corpus = job.texts['corpus']
     if not corpus.independent:
         raise LabError(f'data.mask_documents=true: {corpus.name} is one running text; leave it out')
@@ -993,7 +1010,8 @@ def _work(cfg, T) -> float:
             rows = torch.zeros(1, T + 1, dtype=torch.int64)
             if mode is nullcontext:
                 rows.random_(cfg.vocab_size, generator=rng(0, 'rows'))
-            return flops(lambda: next_token_loss(model, rows).backward()) / T
+            loss_fn, feed = loss_and_feed(model, None)
+            return flops(lambda: loss_fn(model, feed(rows, 0)).backward()) / T
 
     try:
         return count(FakeTensorMode)

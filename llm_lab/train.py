@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['next_token_loss', 'spans', 'windows_at_once', 'token_losses', 'span_losses', 'mean_loss', 'random_crops', 'adamw',
-           'warmup_steps', 'warmup_cosine', 'TrainState', 'balanced', 'update', 'train_step', 'fit', 'document_starts',
-           'read_split', 'batches', 'moving_average', 'plot_loss']
+           'warmup_steps', 'warmup_cosine', 'TrainState', 'balanced', 'update', 'train_step', 'loss_and_feed', 'fit',
+           'document_starts', 'read_split', 'batches', 'moving_average', 'plot_loss']
 
 # %% ../nbs/23_train.ipynb #c11758e9
 import math
@@ -32,7 +32,7 @@ from .corpora import Corpus, load_corpus
 from .chars import Tokenizer
 from .batching import BatchStream
 from .packing import document_end_ids
-from .parts import Aux, hook
+from .parts import Aux, hook, objective_of
 from .onednn import onednn_linears
 from itertools import chain
 from pathlib import Path
@@ -62,7 +62,8 @@ def next_token_loss(
 ) -> Tensor:  # a scalar, in nats
     """Mean −ln P(next token), the cross-entropy, over the T positions of each row.
 
-    What parts add to `aux` counts for the gradient alone
+    What parts add to `aux` counts for the gradient alone. Raises `LabError` on a model with an
+    objective of its own
 
     Args:
         rows: ids, (B, T+1)
@@ -70,6 +71,11 @@ def next_token_loss(
     Returns:
         a scalar, in nats
     """
+    if objective_of(model):
+        raise LabError(
+            f'this model is trained for {type(objective_of(model)).__name__}, not for the next '
+            'token: use fit, which asks it for its loss'
+        )
     ctx = {'aux': Aux()} if _has_aux(model) else {}
     # position t reads ids 0…t and predicts id t+1: inputs lack the last id, targets the first
     logits = model(rows[:, :-1], **ctx)  # (B, T, V)
@@ -165,7 +171,8 @@ def token_losses(
     batch_size: int | None = None,  # windows read together; `windows_at_once` if none
     live=None,  # shows how far we are
 ) -> Tensor:  # float32 (n,), on the CPU; NaN where nothing was scored
-    """−ln P of each token that a window scores
+    """−ln P of each token that a window scores; what the model's objective says, if it has one,
+    which may be a bound
 
     Args:
         ids: a text, (n,)
@@ -176,6 +183,9 @@ def token_losses(
     Returns:
         float32 (n,), on the CPU; NaN where nothing was scored
     """
+    objective = objective_of(model)
+    if objective:
+        return objective.score(model, ids, windows, batch_size, live)
     training = model.training
     device = next(model.parameters()).device
     n = len(ids)
@@ -639,6 +649,29 @@ def _check_steps(steps, state):
         raise LabError(f'steps={steps:,}: this run is planned for {state.steps:,}; give that')
 
 
+def _with_numbers(rows, step, batches):
+    "Rows with one column more, their numbers in the run: (B, T+1) → (B, T+2)"
+    known = getattr(batches, 'row_numbers', None)  # a stream of several processes knows its share
+    number = known(step) if known else step * len(rows) + torch.arange(len(rows))
+    return torch.cat([rows, number.to(rows.device)[:, None]], 1)
+
+
+def loss_and_feed(model, batches, loss_fn=None) -> tuple:
+    """(what `fit` lowers, a function of model and rows; what it is fed with, a function of rows and
+    step): `loss_fn` if one is given, else that of the model's objective, else the next token's.
+
+    Where an objective draws noise, it draws it from the numbers of the rows. A batch may be split
+    into parts after this, so its rows carry their numbers with them, in a last column"""
+    objective = objective_of(model)
+    if loss_fn is not None or objective is None:
+        return loss_fn or next_token_loss, lambda rows, step: rows
+
+    def loss(model, rows):
+        return objective.loss(model, rows[:, :-1], rows[:, -1])
+
+    return loss, partial(_with_numbers, batches=batches)
+
+
 def fit(
     model: nn.Module,  # it is trained in place
     batches: Callable[[int], Tensor],  # step → ids (B, T+1)
@@ -655,8 +688,8 @@ def fit(
     optimizer=None,  # an optimizer with rates of its own; `adamw(model, lr, weight_decay)` if none
     # f(step, steps): the factor on the rates; by `warmup` and `min_lr` if none
     schedule: Callable[[int, int], float] | None = None,
-    # (model, rows) → a number to be lowered
-    loss_fn: Callable[[nn.Module, Tensor], Tensor] = next_token_loss,
+    # (model, rows) → a number to be lowered; that of the model's objective if none: next token
+    loss_fn: Callable[[nn.Module, Tensor], Tensor] | None = None,
     # (model, optimizer, rows, clip, loss_fn) → (loss, gradient norm)
     step_fn: Callable = train_step,
     state: TrainState | None = None,  # a `TrainState` of this model that goes on where it stands
@@ -684,18 +717,21 @@ def fit(
         optimizer: an optimizer with rates of its own; `adamw(model, lr, weight_decay)` if
             none
         schedule: f(step, steps): the factor on the rates; by `warmup` and `min_lr` if none
-        loss_fn: (model, rows) → a number to be lowered
+        loss_fn: (model, rows) → a number to be lowered; that of the model's objective if
+            none: next token
         step_fn: (model, optimizer, rows, clip, loss_fn) → (loss, gradient norm)
         state: a `TrainState` of this model that goes on where it stands
     """
     _check_steps(steps, state)
     state = state or TrainState(model.train(), steps)
-    state.unit = 'nats/token' if loss_fn is next_token_loss else ''
+    state.unit = 'nats/token' if loss_fn in (None, next_token_loss) else ''
+    loss_fn, feed = loss_and_feed(model, batches, loss_fn)
     # a run that goes on keeps its optimizer, with the averages that it has by now
     optimizer = optimizer or state.optimizer or adamw(model.train(), lr, weight_decay)
     state.optimizer = optimizer
     factor = schedule or _cosine(steps, lr, warmup, min_lr)
-    watch = _Watch(state, callbacks, trouble=lambda: _trouble(state, batches, loss_fn))
+    again = lambda step: feed(batches(step), step)  # as they were: a function of the step
+    watch = _Watch(state, callbacks, trouble=lambda: _trouble(state, again, loss_fn))
     device = state.history.device
     keep_freed_memory()
     with graceful_interrupt(state.stop), seeded_rng(seed, 'dropout', device), onednn_linears(model):
@@ -704,7 +740,8 @@ def fit(
         while state.step < steps and not state.stopped:
             _set_rates(optimizer, factor, state.step, steps)
             rows = batches(state.step).to(device)
-            value, grad_norm = step_fn(model, optimizer, rows, clip, loss_fn)
+            fed = feed(rows, state.step)
+            value, grad_norm = step_fn(model, optimizer, fed, clip, loss_fn)
             state._add_step(rows, value, grad_norm)
             watch()
         state.random = rng_state(device)  # for whoever goes on with this run

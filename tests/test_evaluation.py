@@ -92,6 +92,7 @@ def test_a_score_as_plain_data():
         chars=100,
         bytes=125,
         n_ends=0,
+        is_bound=False,
     )
     alone = replace(s, error=math.inf)  # one document shows nothing of others
     assert [alone.interval, alone.interval_per_byte, alone.as_dict()['interval']] == [None] * 3

@@ -109,6 +109,7 @@ def places(word, **kw):
         ('lm_head', dict(lm_head=x)),
         ('init', dict(init=x)),
         ('block', dict(block=x)),
+        ('objective', dict(objective=x)),
         ('act', dict(mlp=of('MLP', act=x))),
         ('act', dict(mlp=of('llm_lab.llama_block:SwiGLU', act=x))),
         ('mask', dict(attn=of('Attention', mask=x))),
@@ -1229,6 +1230,9 @@ def everything():
             x = dict(part=a, of=[dict(part='MLP'), dict(part='MoE', n_experts=2)])
         if name == 'CacheTransform':
             told = dict(attn=dict(part='Attention', transforms=[x]))
+        elif slot == 'objective':
+            whole = dict(part='Attention', mask=dict(part='block_causal'))
+            told = dict(objective=x, attn=whole, pos=None)
         else:
             told = next(told for s, told in places('?') if s == slot)
         yield (
