@@ -63,9 +63,7 @@ def train(text, way, seed, steps):
         curve.append([run.step, round(score.bits, 4)])
 
     rows = batches(corpus, tok, 32, SIZE['max_len'], seed=seed)
-    run = fit(
-        model, rows, steps, optimizer=muon(model, 0.02), callbacks={max(1, steps // 3): look}
-    )
+    run = fit(model, rows, steps, optimizer=muon(model, 0.02), callbacks={max(1, steps // 3): look})
     score = evaluate(model.eval(), tok, corpus, max_tokens=30_000)
     found = dict(
         bits=score.bits,
