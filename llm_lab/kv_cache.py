@@ -16,7 +16,7 @@ from typing import Unpack
 import torch
 from torch import Tensor, nn
 from .chars import Tokenizer
-from .core import LabError, progress, rng
+from .core import LabError, check_keywords, progress, rng
 from .self_attention import Attention, causal
 from .gpt import MiniGPT, caches_of
 from .parts import has_hook, mask_hook, mask_hooks, part
@@ -401,6 +401,7 @@ def complete(
     Returns:
         for each prompt, a list of `Completion`s
     """
+    check_keywords(complete, sampling, SamplingSettings.__annotations__)
     check_sampling(**sampling)
     _check_counts(max_new_tokens, samples)
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)

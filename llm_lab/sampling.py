@@ -16,8 +16,8 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from typing import TypedDict, Unpack
 from .chars import begins, Tokenizer
-from .gpt import MiniGPT
-from .core import LabError, rng
+from .gpt import MiniGPT, check_vocabulary
+from .core import LabError, check_keywords, rng
 
 # %% ../nbs/26_sampling.ipynb #c22cbbac
 class SamplingSettings(TypedDict, total=False):
@@ -245,6 +245,7 @@ def generate(
         max_new_tokens: how many tokens to write
         sampling: temperature, top_k, top_p, repetition_penalty
     """
+    check_keywords(generate, sampling, SamplingSettings.__annotations__)
     for _, new in _decode(model, ids, max_new_tokens, seed, **sampling):
         yield new
 
@@ -292,12 +293,13 @@ class DecodeStream:
 def prompt_ids(model, tokenizer, prompt):
     """Ids of the prompt, (1, T), after what begins a text where there is room for it.
 
-    Raises `LabError` where there is no tokenizer"""
+    Raises `LabError` where there is no tokenizer, or another model's, as far as its size tells"""
     if tokenizer is None:
         raise LabError(
             'this model has no tokenizer, so it cannot read or write a text: give one, '
             'or ids to `generate`; `from_hf(folder).about` says what is wrong with its own'
         )
+    check_vocabulary(model, tokenizer)
     first = begins(tokenizer)
     ids = tokenizer.encode(prompt)
     if not first + ids and tokenizer.bos_id is not None:
@@ -382,6 +384,7 @@ def stream(
         stop: a text to end at, or several; it is not given
         sampling: temperature, top_k, top_p, repetition_penalty
     """
+    check_keywords(stream, sampling, SamplingSettings.__annotations__)
     check_sampling(**sampling)
     stops = stop_strings(stop)
     ids = prompt_ids(model, tokenizer, prompt)
@@ -410,6 +413,7 @@ def sample(
         stop: a text to end at, or several; it is not given
         sampling: temperature, top_k, top_p, repetition_penalty
     """
+    check_keywords(sample, sampling, SamplingSettings.__annotations__)
     return prompt + ''.join(
         stream(model, tokenizer, prompt, max_new_tokens, seed, stop, **sampling)
     )

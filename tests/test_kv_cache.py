@@ -166,6 +166,7 @@ def test_settings_of_complete():
         assert prompt + c.text == alone
     for bad, why in (
         (dict(top_k=0), 'top_k=0'),
+        (dict(temprature=1), "complete takes no 'temprature': did you mean 'temperature'"),
         (dict(samples=0), 'give a whole number'),
         (dict(max_new_tokens=2.5), 'give a whole number'),
         (dict(stop=''), 'give a text to end at'),
