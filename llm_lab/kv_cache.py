@@ -382,6 +382,8 @@ def complete(
     samples: int = 1,  # texts for each prompt
     seed: int = 0,  # of the first; the next ones have seed + 1, seed + 2, …
     stop: str | Sequence[str] = (),  # a text to end at, or several; it is not given
+    # False: read all anew for each token, also where the model has a cache
+    cache: bool = True,
     **sampling: Unpack[SamplingSettings],  # temperature, top_k, top_p, repetition_penalty
 ) -> list:  # for each prompt, a list of `Completion`s
     """Continue several texts at once, each as `sample` does; a model with a cache reads every
@@ -396,6 +398,7 @@ def complete(
         samples: texts for each prompt
         seed: of the first; the next ones have seed + 1, seed + 2, …
         stop: a text to end at, or several; it is not given
+        cache: False: read all anew for each token, also where the model has a cache
         sampling: temperature, top_k, top_p, repetition_penalty
 
     Returns:
@@ -413,7 +416,7 @@ def complete(
     if any(notes):
         warnings.warn(next(filter(None, notes)), stacklevel=2)  # once, whatever their number
     ids, pad = _pad_left([prompt for prompt, *_ in found])
-    reader = DecodingState(model, ids.shape[1] + max_new_tokens, pad)
+    reader = DecodingState(model, ids.shape[1] + max_new_tokens, pad, cache=cache)
     # read each prompt once, then let its row be there for each of its samples
     rows = [b for b in range(len(ids)) for _ in range(samples)]
     logits = reader(ids)[rows]  # (B · samples, V)

@@ -119,6 +119,7 @@ class DecodingState:
         length: of the longest sequence, when all is read
         pad: how much padding each sequence has at the left, (B,)
         chunk: how many tokens a model with a cache reads at once
+        cache: False: without the cache that the model may have
     """
 
     def __init__(
@@ -127,10 +128,12 @@ class DecodingState:
         length: int,  # of the longest sequence, when all is read
         pad: Tensor | None = None,  # how much padding each sequence has at the left, (B,)
         chunk=512,  # how many tokens a model with a cache reads at once
+        cache: bool = True,  # False: without the cache that the model may have
     ):
         self.model = model
         self.length = length
-        self.max_context = max_context(model)
+        self.may_cache = cache
+        self.max_context = max_context(model) if cache else model.cfg.max_len
         self.pad = pad
         self.chunk = chunk
         self.ids = None  # all that was read, (B, T)
@@ -144,7 +147,8 @@ class DecodingState:
             raise LabError('an empty text: give at least one token')
         if self.ids is None:
             self.ids = ids[:, :0]
-            self.cache = self.model.cache(len(ids), min(self.length, self.max_context))
+            if self.may_cache:
+                self.cache = self.model.cache(len(ids), min(self.length, self.max_context))
         start = self.ids.shape[1]
         self.ids = torch.cat([self.ids, ids], 1)
         end = self.ids.shape[1]
@@ -219,11 +223,11 @@ def sample_next(logits, ids, *draws, **sampling):  # (B, V), (B, T) → (B, 1)
     return torch.cat([torch.multinomial(rows, 1, generator=g) for rows, g in zip(groups, draws)])
 
 
-def _decode(model, ids, max_new_tokens, seed, **sampling):
+def _decode(model, ids, max_new_tokens, seed, cache=True, **sampling):
     "Yield again and again the logits of the next token, (B, V), and the one drawn from them, (B,)"
     check_sampling(**sampling)
     draws = rng(seed, 'sample')
-    read = DecodingState(model, ids.shape[1] + max_new_tokens)
+    read = DecodingState(model, ids.shape[1] + max_new_tokens, cache=cache)
     for _ in range(max_new_tokens):
         logits = read(ids)
         new = sample_next(logits, read.ids, draws, **sampling)  # (B, 1)
@@ -236,6 +240,7 @@ def generate(
     ids: Tensor,  # prompts, (B, T)
     max_new_tokens: int,  # how many tokens to write
     seed=0,
+    cache: bool = True,  # False: without the cache that the model may have
     **sampling,  # temperature, top_k, top_p, repetition_penalty
 ):
     """Yield `max_new_tokens` times the next token of each sequence, (B,)
@@ -243,10 +248,11 @@ def generate(
     Args:
         ids: prompts, (B, T)
         max_new_tokens: how many tokens to write
+        cache: False: without the cache that the model may have
         sampling: temperature, top_k, top_p, repetition_penalty
     """
     check_keywords(generate, sampling, SamplingSettings.__annotations__)
-    for _, new in _decode(model, ids, max_new_tokens, seed, **sampling):
+    for _, new in _decode(model, ids, max_new_tokens, seed, cache, **sampling):
         yield new
 
 # %% ../nbs/26_sampling.ipynb #73968950
@@ -315,11 +321,11 @@ def truncation_note(model, ids):
     return f'the prompt has {n} tokens, the model sees the last {most}' if n > most else ''
 
 # %% ../nbs/26_sampling.ipynb #55ee95f8
-def _written(model, tokenizer, ids, max_new_tokens, seed, **sampling):
+def _written(model, tokenizer, ids, max_new_tokens, seed, cache=True, **sampling):
     """Yield (text, id, the logits it was drawn from) for each new token, up to the tokenizer's end
     mark"""
     decoder = DecodeStream(tokenizer, ids[0].tolist())
-    for logits, new in _decode(model, ids, max_new_tokens, seed, **sampling):
+    for logits, new in _decode(model, ids, max_new_tokens, seed, cache, **sampling):
         id = new.item()
         if id == tokenizer.eos_id:
             return
@@ -372,6 +378,8 @@ def stream(
     max_new_tokens: int = 300,  # how many tokens to write, at most
     seed: int = 0,
     stop: str | Sequence[str] = (),  # a text to end at, or several; it is not given
+    # False: read all anew for each token, also where the model has a cache
+    cache: bool = True,
     **sampling: Unpack[SamplingSettings],  # temperature, top_k, top_p, repetition_penalty
 ):
     """Iterate over the continuation of `prompt` in pieces of text.
@@ -382,6 +390,7 @@ def stream(
         prompt: what the text begins with
         max_new_tokens: how many tokens to write, at most
         stop: a text to end at, or several; it is not given
+        cache: False: read all anew for each token, also where the model has a cache
         sampling: temperature, top_k, top_p, repetition_penalty
     """
     check_keywords(stream, sampling, SamplingSettings.__annotations__)
@@ -391,7 +400,8 @@ def stream(
     if note := truncation_note(model, ids):
         warnings.warn(note, stacklevel=2)
     pieces = (
-        text for text, *_ in _written(model, tokenizer, ids, max_new_tokens, seed, **sampling)
+        text
+        for text, *_ in _written(model, tokenizer, ids, max_new_tokens, seed, cache, **sampling)
     )
     return filter(None, stop_at(stops, pieces))
 
@@ -403,6 +413,8 @@ def sample(
     max_new_tokens: int = 300,  # how many tokens to write, at most
     seed: int = 0,
     stop: str | Sequence[str] = (),  # a text to end at, or several; it is not given
+    # False: read all anew for each token, also where the model has a cache
+    cache: bool = True,
     **sampling: Unpack[SamplingSettings],  # temperature, top_k, top_p, repetition_penalty
 ) -> str:
     """`prompt` and its continuation by at most `max_new_tokens` tokens
@@ -411,9 +423,10 @@ def sample(
         prompt: what the text begins with
         max_new_tokens: how many tokens to write, at most
         stop: a text to end at, or several; it is not given
+        cache: False: read all anew for each token, also where the model has a cache
         sampling: temperature, top_k, top_p, repetition_penalty
     """
     check_keywords(sample, sampling, SamplingSettings.__annotations__)
     return prompt + ''.join(
-        stream(model, tokenizer, prompt, max_new_tokens, seed, stop, **sampling)
+        stream(model, tokenizer, prompt, max_new_tokens, seed, stop, cache, **sampling)
     )

@@ -175,6 +175,25 @@ def test_settings_of_complete():
             complete(model, TOK, 'tom', **bad)
 
 
+def test_a_model_may_write_without_the_cache_that_it_has(monkeypatch):
+    model = with_kv_cache(shaken(KINDS['GPT-2']))
+    want = sample(model, TOK, 'once mia ', 25, temperature=0.8)
+    asked = []
+
+    def refuse(*sizes):
+        asked.append(sizes)
+        raise AssertionError('a cache was asked for')
+
+    monkeypatch.setattr(model, 'cache', refuse)
+    assert sample(model, TOK, 'once mia ', 25, cache=False, temperature=0.8) == want
+    ((c,),) = complete(model, TOK, 'once mia ', 25, cache=False, temperature=0.8)
+    assert 'once mia ' + c.text == want
+    assert asked == []
+    for write in (sample, complete):
+        with pytest.raises(AssertionError, match='a cache was asked for'):
+            write(model, TOK, 'once mia ', 25)
+
+
 class Near(Attention):
     "An attention of the reader's own: its class has the mask and the transforms"
 

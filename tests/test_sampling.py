@@ -199,7 +199,8 @@ def test_an_end_mark_ends_the_text():
         (dict(temprature=1), "did you mean 'temperature'?"),
         (dict(top_K=1), "did you mean 'top_k'?"),
         (dict(max_tokens=5), "did you mean 'max_new_tokens'?"),
-        (dict(cache=False), 'choose from max_new_tokens, model, prompt, repetition_penalty, seed'),
+        (dict(use_cache=False), "did you mean 'cache'?"),
+        (dict(xyz=1), 'choose from cache, max_new_tokens, model, prompt, repetition_penalty'),
     ],
 )
 def test_a_wrong_keyword_is_told_by_the_function_that_was_called(model, wrong, remedy):
