@@ -342,8 +342,8 @@ def check_vocabulary(
     is_padding = rows % 32 == 0 and spare < max(128, rows / 20)
     if spare and not is_padding:
         warn_once(
-            f'the tokenizer has {ids:,} ids, the model {rows:,}: if it is another one, all that is '
-            f'measured and written is wrong; a new model is made with vocab_size={ids}'
+            f'the tokenizer has {ids:,} ids, the model {rows:,}: if it belongs to another model, '
+            f'all that is measured and written is wrong; make a new model with vocab_size={ids}'
         )
 
 # %% ../nbs/22_gpt.ipynb #90f4f3c6

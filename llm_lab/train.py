@@ -694,9 +694,8 @@ def _check_optimizer(optimizer, given):
     if optimizer is None:
         return
     if not hasattr(optimizer, 'param_groups'):
-        raise LabError(
-            f'optimizer={short(optimizer)}: give one that is made, such as muon(model, lr=0.01)'
-        )
+        said = getattr(optimizer, '__name__', short(optimizer))  # of a function or a class
+        raise LabError(f'optimizer={said}: give one that is made, such as muon(model, lr=0.01)')
     if given:
         name, value = next(iter(given.items()))
         raise LabError(

@@ -480,7 +480,7 @@ def test_another_models_tokenizer_is_one_line_wherever_a_text_is_read():
     refuses(lambda: evaluate(few, TOK, TALES), words)
     refuses(lambda: scored(few, TOK, 'a'), words)
     refuses(lambda: excess_by_kind(few, TOK, TALES), words)
-    with pytest.warns(UserWarning, match=f'has {TOK.vocab_size} ids, the model 300: if it is'):
+    with pytest.warns(UserWarning, match=f'has {TOK.vocab_size} ids, the model 300: if it belongs'):
         evaluate(fresh(PAIRS), TOK, TALES, max_tokens=500)
 
 

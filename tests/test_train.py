@@ -410,7 +410,7 @@ def test_the_smallest_rate_is_that_of_the_optimizers_own_rate():
         (dict(callbacks={'end': print}), "callbacks: 'end' is no number of steps"),
         (dict(callbacks={5: 'save'}), "callbacks: 5: 'save' is no function: give f(state)"),
         (dict(optimizer='muon'), "optimizer='muon': give one that is made, such as muon(model"),
-        (dict(optimizer=adamw), 'give one that is made, such as muon(model, lr=0.01)'),
+        (dict(optimizer=adamw), 'optimizer=adamw: give one that is made, such as muon(model'),
         (dict(schedule='cosine'), "schedule='cosine': give a function (step, steps) → factor"),
         (dict(schedule=0.5), 'schedule=0.5: give a function (step, steps)'),
     ],
