@@ -132,6 +132,7 @@ class BatchStream:
         world_size: how many processes share a batch
         device: where the rows go
         starts: where documents begin, ascending, (M,)
+        vocab_size: ids of the tokenizer that made the tokens; `PackedTokens` know it
     """
 
     def __init__(
@@ -144,6 +145,8 @@ class BatchStream:
         world_size: int = 1,  # how many processes share a batch
         device: str = 'cpu',  # where the rows go
         starts=None,  # where documents begin, ascending, (M,)
+        # ids of the tokenizer that made the tokens; `PackedTokens` know it
+        vocab_size: int | None = None,
     ):
         import torch
 
@@ -153,6 +156,8 @@ class BatchStream:
         self.rank = rank
         self.world_size = world_size
         self.device = device
+        made_by = getattr(tokens, 'tokenizer', None)
+        self.vocab_size = vocab_size or getattr(made_by, 'vocab_size', None)
         self.rows = None if starts is None else _document_rows(len(ids), length, starts)
         self.per_epoch = len(ids) // length if starts is None else len(self.rows[0])
         self.made_of = dict(

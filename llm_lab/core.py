@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SLOTS', 'REGISTERED', 'PLACES', 'FORMAT_1', 'HOLDS', 'SEQUENTIAL', 'DIVERGING', 'LabError', 'require', 'home',
-           'require_name', 'require_inside', 'short', 'nearest', 'address', 'lookup', 'plain', 'check_recipe', 'rng',
-           'rng_state', 'restore_rng_state', 'preserve_rng', 'seeded_rng', 'check', 'pyplot', 'in_notebook', 'show',
-           'widgets_live', 'explore', 'StatusLine', 'progress', 'graceful_interrupt']
+           'require_name', 'require_inside', 'short', 'nearest', 'check_keywords', 'address', 'lookup', 'plain',
+           'check_recipe', 'rng', 'rng_state', 'restore_rng_state', 'preserve_rng', 'seeded_rng', 'check', 'pyplot',
+           'in_notebook', 'show', 'widgets_live', 'explore', 'StatusLine', 'progress', 'graceful_interrupt']
 
 # %% ../nbs/01_core.ipynb #f5126c87
 import difflib
@@ -22,6 +22,7 @@ import threading
 import time
 from contextlib import contextmanager
 from copy import deepcopy
+from inspect import Parameter, signature
 from pathlib import Path
 from textwrap import shorten
 
@@ -208,6 +209,25 @@ def nearest(word, words) -> str:
     if meant is None:
         return f'choose from {", ".join(sorted(words))}'
     return f'did you mean {meant!r}?'
+
+
+def check_keywords(
+    f,  # the function that was called
+    given,  # the keywords that it does not know itself: its `**settings`
+    known,  # those of them that are understood where it passes them on to
+):
+    """Raises `LabError` on a keyword that nobody knows, in the name of the function that was called
+
+    Args:
+        f: the function that was called
+        given: the keywords that it does not know itself: its `**settings`
+        known: those of them that are understood where it passes them on to
+    """
+    for keyword in given:
+        if keyword not in known:
+            parameters = signature(f).parameters.values()
+            own = [p.name for p in parameters if p.kind is not Parameter.VAR_KEYWORD]
+            raise LabError(f'{f.__name__} takes no {keyword!r}: {nearest(keyword, [*own, *known])}')
 
 
 PLACES = dict(  # where the parts of a slot stand in a configuration

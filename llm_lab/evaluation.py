@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fastcore.basics import patch
 from .core import LabError, require, pyplot
 from .corpora import END_OF_TEXT, Corpus, load_corpus, read_text, records_in, parse_documents
+from .gpt import check_vocabulary
 from .tales import TalesConfig, split_excess
 from .train import TrainState, spans, read_split, moving_average, token_losses
 from .packing import document_end_ids
@@ -165,6 +166,10 @@ class Score:
     def above(self):
         "Distance from the floor, as a share of it; None where it is not known"
         return self.floor and self.bits / self.floor - 1
+
+    def as_note(self, name='val') -> dict:
+        "What a run notes of it where a callback of `fit` returns it: two plain numbers"
+        return {name: self.loss, f'{name}_bits_per_byte': self.bits_per_byte}
 
     def as_dict(self) -> dict:
         """Its numbers, plain, as a run keeps them in `result.json`, and their units; what is not
@@ -330,7 +335,9 @@ def evaluate(
     live=None,  # called with how far it is
 ) -> Score:
     """Loss of a model on a split: every token scored once, document by document where they stand
-    alone
+    alone.
+
+    Raises `LabError` on a tokenizer that is not the model's, as far as its size tells
 
     Args:
         corpus: a corpus, or what `load_corpus` takes: a name or a path
@@ -340,6 +347,7 @@ def evaluate(
         batch_size: windows read together; as many as fit if none
         live: called with how far it is
     """
+    check_vocabulary(model, tokenizer)
     if not isinstance(corpus, Corpus):
         corpus = load_corpus(corpus)
     ids, starts = read_split(corpus, tokenizer, split)
@@ -394,6 +402,7 @@ def score(
     Returns:
         nats, float64, (N,); 0 is certain, and less is less likely
     """
+    check_vocabulary(model, tokenizer)
     if isinstance(texts, str):
         texts = [texts]
     if isinstance(prompts, str):
@@ -528,6 +537,7 @@ def _read_state(run):
         steps=run.step,
         tokens=run.tokens,
         seconds=run.seconds,
+        own_loss=run.unit if run.unit.startswith('of ') else None,
     )
 
 
@@ -536,6 +546,10 @@ def _read_run(run):
     memory"""
     if isinstance(run, TrainState):
         return _read_state(run)
+    if not isinstance(run, (str, Path)):
+        raise LabError(
+            f'a {type(run).__name__} is no run: give the folder of one, or what `fit` returned'
+        )
 
     def held(name):  # {} where the file is not there (yet)
         file = Path(run) / name
@@ -574,6 +588,7 @@ def _line(name, run):
         time=None if seconds is None else str(timedelta(seconds=round(seconds))),
         **{k: losses.get(k) for k in (*UNITS, 'chars', 'bytes', 'n_ends')},
         tokenizer=known.get('tokenizer'),
+        own_loss=known.get('own_loss'),  # 'of NAME': its training loss is not in nats
         rows=rows,
         is_bound=bool(losses.get('is_bound')),
         final=bool(score),
@@ -736,11 +751,14 @@ class Comparison:
 
 # %% ../nbs/25_evaluation.ipynb #6069d5f0
 def _named(runs):
-    "{name: run}; a folder is called by as many of its last names as tell it from the others"
+    """{name: run}; a folder is called by as many of its last names as tell it from the others, what
+    is in memory by its place"""
     if isinstance(runs, dict):
         return runs
+    runs = [runs] if isinstance(runs, str) or not hasattr(runs, '__iter__') else list(runs)
+    in_memory = {f'model {n}': r for n, r in enumerate(runs, 1) if not isinstance(r, (str, Path))}
     # runs/a and old/a become 'runs/a' and 'old/a'; runs/b beside them is 'b'
-    paths = [Path(r).resolve() for r in runs]
+    paths = [Path(r).resolve() for r in runs if isinstance(r, (str, Path))]
 
     def last(n, path):
         return '/'.join(path.parts[-n:])
@@ -752,18 +770,19 @@ def _named(runs):
         while last(n, path) in [last(n, other) for other in others]:
             n += 1
         named[last(n, path)] = path
-    return named
+    return named | in_memory
 
 
 def compare(
-    runs,  # folders of runs; or {name: folder}, or {name: `TrainState`}
+    runs,  # several, or {name: run}: folders of runs, or what `fit` returned (model 1, model 2, …)
 ) -> Comparison:
     """Runs side by side, sorted by bits per byte, or by loss where not all have that.
 
-    Raises `LabError` on no run
+    Raises `LabError` on no run, and on what is none
 
     Args:
-        runs: folders of runs; or {name: folder}, or {name: `TrainState`}
+        runs: several, or {name: run}: folders of runs, or what `fit` returned (model 1,
+            model 2, …)
     """
     if not runs:
         raise LabError('there is no run to compare: give the folder of at least one')
@@ -794,6 +813,14 @@ def _curve(line, key):
     return [point for point in points if None not in point]
 
 
+def _loss_label(kinds, unit) -> str:
+    "The name of an axis on which curves of these kinds stand; of several, the legend tells which"
+    kind = f'{min(kinds)} ' if len(kinds) == 1 else ''
+    # 'training of NAME' is a loss of the reader's own, whose unit we do not know
+    known = kinds <= {'validation', 'training'}
+    return f'{kind}loss ({unit})' if known else f'{kind}loss'
+
+
 @patch
 def picture(self: Comparison):  # a matplotlib figure
     """What was noted, over the tokens seen (training, smoothed, where nothing was); a ring is a
@@ -806,11 +833,14 @@ def picture(self: Comparison):  # a matplotlib figure
     by_loss = self.unit == 'loss'
     noted = 'val' if by_loss else 'val_bits_per_byte'
     trained = 'loss' if by_loss else 'bits_per_byte'
+    kinds = set()
     for n, line in enumerate(self.lines):
         known = _curve(line, noted)
+        kind = 'validation' if known else f'training {line["own_loss"] or ""}'.rstrip()
+        kinds |= {kind, 'validation'} if line['final'] else {kind}
         points = known or _curve(line, trained) or [(math.nan, math.nan)]
         x, y = zip(*points)
-        name = line['name'] if known else f'{line["name"]}, training'
+        name = line['name'] if known else f'{line["name"]}, {kind}'
         ax.plot(
             x,
             y if known else moving_average(y),
@@ -832,7 +862,7 @@ def picture(self: Comparison):  # a matplotlib figure
     ax.xaxis.set_major_formatter(require('matplotlib.ticker').EngFormatter(sep=''))
     ax.set(
         xlabel='tokens seen',
-        ylabel=f'validation loss ({_UNITS[self.unit]})',
+        ylabel=_loss_label(kinds, _UNITS[self.unit]),
         title=fill(self.remarks[0], 60).replace('$', r'\$'),
     )
     ax.legend()
@@ -857,6 +887,7 @@ def excess_by_kind(
     Returns:
         {'choice': …, 'literal': …, 'recall ≤32': …, …}
     """
+    check_vocabulary(model, tokenizer)
     ids, starts = read_split(tales, tokenizer, 'val')
     # the end marks before and after each of the n tales, (n + 1,)
     marks = torch.cat([starts, torch.tensor([len(ids) - 1])])[: n + 1]

@@ -16,7 +16,7 @@ from typing import Unpack
 import torch
 from torch import Tensor, nn
 from .chars import Tokenizer
-from .core import LabError, progress, rng
+from .core import LabError, check_keywords, progress, rng
 from .self_attention import Attention, causal
 from .gpt import MiniGPT, caches_of
 from .parts import has_hook, mask_hook, mask_hooks, part
@@ -386,6 +386,8 @@ def complete(
     samples: int = 1,  # texts for each prompt
     seed: int = 0,  # of the first; the next ones have seed + 1, seed + 2, …
     stop: str | Sequence[str] = (),  # a text to end at, or several; it is not given
+    # False: read all anew for each token, also where the model has a cache
+    cache: bool = True,
     **sampling: Unpack[SamplingSettings],  # temperature, top_k, top_p, repetition_penalty
 ) -> list:  # for each prompt, a list of `Completion`s
     """Continue several texts at once, each as `sample` does; a model with a cache reads every
@@ -400,11 +402,13 @@ def complete(
         samples: texts for each prompt
         seed: of the first; the next ones have seed + 1, seed + 2, …
         stop: a text to end at, or several; it is not given
+        cache: False: read all anew for each token, also where the model has a cache
         sampling: temperature, top_k, top_p, repetition_penalty
 
     Returns:
         for each prompt, a list of `Completion`s
     """
+    check_keywords(complete, sampling, SamplingSettings.__annotations__)
     check_sampling(**sampling)
     _check_counts(max_new_tokens, samples)
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -416,7 +420,7 @@ def complete(
     if any(notes):
         warnings.warn(next(filter(None, notes)), stacklevel=2)  # once, whatever their number
     ids, pad = _pad_left([prompt for prompt, *_ in found])
-    reader = DecodingState(model, ids.shape[1] + max_new_tokens, pad)
+    reader = DecodingState(model, ids.shape[1] + max_new_tokens, pad, cache=cache)
     # read each prompt once, then let its row be there for each of its samples
     rows = [b for b in range(len(ids)) for _ in range(samples)]
     logits = reader(ids)[rows]  # (B · samples, V)

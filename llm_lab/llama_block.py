@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from .self_attention import Attention
 from .gpt import GPTConfig, MLP
 from .parts import _build_part, part
-from .core import LabError, SLOTS
+from .core import LabError, SLOTS, check_keywords
 from .files import warn_once
 from .positions import RoPE
 
@@ -232,7 +232,7 @@ def llama(
     """The configuration of Llama's block: RoPE, RMSNorm, SwiGLU, no biases (Touvron et al. 2023,
     §2.2).
 
-    Raises `LabError` on a wrong depth, and on a rope that no attention would take
+    Raises `LabError` on a wrong depth or keyword, and on a rope that no attention would take
 
     Args:
         vocab_size: how many ids there are
@@ -242,6 +242,7 @@ def llama(
         rope: a recipe; `part(RoPE)` if none
         settings: as of `GPTConfig`
     """
+    check_keywords(llama, settings, LlamaSettings.__annotations__)
     if depth is not None and (type(depth) is not int or depth < 1):
         raise LabError(f'depth={depth!r}: give a whole number of at least 1')
     if rope is not None and isinstance(attn, part) and 'transforms' in attn.keywords:

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['intervene', 'attention_maps', 'attention_of', 'visible_token', 'describe_row', 'plot_attention', 'mean_distance',
-           'plot_heads', 'attention_html', 'heads_html', 'static', 'attention_map', 'repeated_ids', 'uniform_attention',
-           'head_scores', 'plot_scores', 'hidden_states', 'logit_lens', 'lens_html', 'ablate_head']
+           'plot_heads', 'attention_html', 'heads_html', 'static', 'HTMLPage', 'attention_map', 'repeated_ids',
+           'uniform_attention', 'head_scores', 'plot_scores', 'hidden_states', 'logit_lens', 'lens_html', 'ablate_head']
 
 # %% ../nbs/27_looking.ipynb #d6fba88b
-import sys
 from collections.abc import Sequence
 from base64 import b64encode
 from contextlib import contextmanager
@@ -16,10 +15,13 @@ from functools import cache, partial
 from html import escape
 from importlib.resources import files
 from io import BytesIO
+from pathlib import Path
 import torch
 from torch import Tensor, nn
 from .chars import Tokenizer
 from .core import SEQUENTIAL, LabError, require, pyplot, rng, widgets_live
+from .files import atomic_write
+from .gpt import check_vocabulary
 from .self_attention import Attention
 
 # %% ../nbs/27_looking.ipynb #d453cecd
@@ -127,6 +129,7 @@ def attention_of(
         text: one text
         ctx: as of `attention_maps`
     """
+    check_vocabulary(model, tokenizer)
     ids = tokenizer.encode(text)
     return attention_maps(model, ids, **ctx), [tokenizer.decode([i]) for i in ids]
 
@@ -176,7 +179,7 @@ def plot_attention(
     layer: int = 0,
     head: int = 0,  # of that layer
     query: int = -1,  # the position whose row is marked
-):  # a matplotlib figure
+):  # a matplotlib figure; its `savefig(path)` keeps it
     """One map; the shade is √weight, so that small weights show; the row of `query` is marked, and
     described in the title
 
@@ -187,7 +190,7 @@ def plot_attention(
         query: the position whose row is marked
 
     Returns:
-        a matplotlib figure
+        a matplotlib figure; its `savefig(path)` keeps it
     """
     layer, head, query = _checked(weights, tokens, layer, head, query)
     plt = pyplot()
@@ -384,15 +387,49 @@ def _shared(weights, tokens, layer=0, head=0, query=-1):
     )
 
 
+class HTMLPage:
+    """A page without a program: a notebook shows it, `print` says what it is, `save` keeps it
+
+    Args:
+        data: HTML, all that stands between <body> and </body>
+        title: what it shows
+    """
+
+    def __init__(
+        self,
+        data: str,  # HTML, all that stands between <body> and </body>
+        title: str,  # what it shows
+    ):
+        self.data = data
+        self.title = title
+
+    def _repr_html_(self):
+        return self.data
+
+    def __repr__(self):
+        return f"{self.title}: a notebook shows them; .save('map.html') writes a page for a browser"
+
+    def save(self, path: str | Path) -> Path:  # `path`
+        """Write a file that a browser opens, also without a network
+
+        Returns:
+            `path`
+        """
+        head = f'<!doctype html><meta charset="utf-8"><title>{escape(self.title)}</title>'
+        with atomic_write(Path(path)) as f:
+            f.write_text(f'{head}<body>{self.data}</body>\n', encoding='utf-8')
+        return Path(path)
+
+
 def attention_map(
     weights: Tensor,  # (L, H, T, T), as `attention_maps` gives them
     tokens: list[str],  # the T tokens as texts
     layer: int = 0,
     head: int = 0,  # shown first
     query: int = -1,  # the position whose row is shown first
-):  # a widget; the still page where none can live
+):  # a widget; an `HTMLPage`, which is still, where none can live
     """A text to touch: choose layer and head by name or by their small map, point at a token, see
-    where it looks
+    where it looks. In a script, `attention_map(…).save('map.html')` keeps it
 
     Args:
         weights: (L, H, T, T), as `attention_maps` gives them
@@ -401,7 +438,7 @@ def attention_map(
         query: the position whose row is shown first
 
     Returns:
-        a widget; the still page where none can live
+        a widget; an `HTMLPage`, which is still, where none can live
     """
     shared = _shared(weights, tokens, layer, head, query)
     if widgets_live():
@@ -410,7 +447,8 @@ def attention_map(
         except LabError:
             pass  # anywidget is not installed
     page = attention_html(weights, tokens, layer, head, query)
-    return require('IPython.display').HTML(page) if 'IPython' in sys.modules else page
+    L, H, T = shared['shape']
+    return HTMLPage(page, f'attention maps of {L} layers, {H} heads and {T} tokens')
 
 # %% ../nbs/27_looking.ipynb #9a5eb7dc
 def repeated_ids(vocab_size: int, length=24, batch=32, seed=0) -> Tensor:  # (batch, 2·length)

@@ -283,14 +283,14 @@ class EarlyStop:
     its best weights back
 
     Args:
-        loss: a function of the run, such as a validation loss
+        loss: a function of the run: a validation loss, or a `Score`
         patience: looks without progress before the end
         min_delta: what counts as progress
     """
 
     def __init__(
         self,
-        loss,  # a function of the run, such as a validation loss
+        loss,  # a function of the run: a validation loss, or a `Score`
         patience=3,  # looks without progress before the end
         min_delta=0.0,  # what counts as progress
     ):
@@ -302,7 +302,9 @@ class EarlyStop:
         self.weights = None  # the best ones
 
     def __call__(self, run):
-        val = self.loss(run)
+        said = self.loss(run)
+        note = said.as_note() if hasattr(said, 'as_note') else dict(val=said)
+        val = note['val']
         self.since += 1
         # a NaN is not below anything, so it counts as a look without progress
         if val < self.best - self.min_delta:
@@ -313,7 +315,7 @@ class EarlyStop:
             run.stopped = f'after {self.since} looks without progress'
             if self.weights:
                 run.model.load_state_dict(self.weights)
-        return dict(val=val)
+        return note
 
 # %% ../nbs/28_optim.ipynb #d5853867
 def find_spikes(

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from typing import TypedDict, Unpack
 from .chars import begins, Tokenizer
 from .parts import objective_of
-from .gpt import MiniGPT
-from .core import LabError, rng
+from .gpt import MiniGPT, check_vocabulary
+from .core import LabError, check_keywords, rng
 
 # %% ../nbs/26_sampling.ipynb #c22cbbac
 class SamplingSettings(TypedDict, total=False):
@@ -131,6 +131,7 @@ class DecodingState:
         length: of the longest sequence, when all is read
         pad: how much padding each sequence has at the left, (B,)
         chunk: how many tokens a model with a cache reads at once
+        cache: False: without the cache that the model may have
     """
 
     def __init__(
@@ -139,11 +140,13 @@ class DecodingState:
         length: int,  # of the longest sequence, when all is read
         pad: Tensor | None = None,  # how much padding each sequence has at the left, (B,)
         chunk=512,  # how many tokens a model with a cache reads at once
+        cache: bool = True,  # False: without the cache that the model may have
     ):
         require_next_token(model)
         self.model = model
         self.length = length
-        self.max_context = max_context(model)
+        self.may_cache = cache
+        self.max_context = max_context(model) if cache else model.cfg.max_len
         self.pad = pad
         self.chunk = chunk
         self.ids = None  # all that was read, (B, T)
@@ -157,7 +160,8 @@ class DecodingState:
             raise LabError('an empty text: give at least one token')
         if self.ids is None:
             self.ids = ids[:, :0]
-            self.cache = self.model.cache(len(ids), min(self.length, self.max_context))
+            if self.may_cache:
+                self.cache = self.model.cache(len(ids), min(self.length, self.max_context))
         start = self.ids.shape[1]
         self.ids = torch.cat([self.ids, ids], 1)
         end = self.ids.shape[1]
@@ -250,7 +254,7 @@ def next_logits(
     return DecodingState(model, ids.shape[1])(ids)
 
 
-def _decode(model, ids, max_new_tokens, seed, **sampling):
+def _decode(model, ids, max_new_tokens, seed, cache=True, **sampling):
     "Yield again and again the logits of the next token, (B, V), and the one drawn from them, (B,)"
     check_sampling(**sampling)
     objective = objective_of(model)
@@ -258,7 +262,7 @@ def _decode(model, ids, max_new_tokens, seed, **sampling):
         yield from objective.generate(model, ids, max_new_tokens, seed, **sampling)
         return
     draws = rng(seed, 'sample')
-    read = DecodingState(model, ids.shape[1] + max_new_tokens)
+    read = DecodingState(model, ids.shape[1] + max_new_tokens, cache=cache)
     for _ in range(max_new_tokens):
         logits = read(ids)
         new = sample_next(logits, read.ids, draws, **sampling)  # (B, 1)
@@ -271,6 +275,7 @@ def generate(
     ids: Tensor,  # prompts, (B, T)
     max_new_tokens: int,  # how many tokens to write
     seed=0,
+    cache: bool = True,  # False: without the cache that the model may have
     **sampling,  # temperature, top_k, top_p, repetition_penalty
 ):
     """Yield `max_new_tokens` times the next token of each sequence, (B,)
@@ -278,9 +283,11 @@ def generate(
     Args:
         ids: prompts, (B, T)
         max_new_tokens: how many tokens to write
+        cache: False: without the cache that the model may have
         sampling: temperature, top_k, top_p, repetition_penalty
     """
-    for _, new in _decode(model, ids, max_new_tokens, seed, **sampling):
+    check_keywords(generate, sampling, SamplingSettings.__annotations__)
+    for _, new in _decode(model, ids, max_new_tokens, seed, cache, **sampling):
         yield new
 
 # %% ../nbs/26_sampling.ipynb #73968950
@@ -327,12 +334,13 @@ class DecodeStream:
 def prompt_ids(model, tokenizer, prompt):
     """Ids of the prompt, (1, T), after what begins a text where there is room for it.
 
-    Raises `LabError` where there is no tokenizer"""
+    Raises `LabError` where there is no tokenizer, or another model's, as far as its size tells"""
     if tokenizer is None:
         raise LabError(
             'this model has no tokenizer, so it cannot read or write a text: give one, '
             'or ids to `generate`; `from_hf(folder).about` says what is wrong with its own'
         )
+    check_vocabulary(model, tokenizer)
     first = begins(tokenizer)
     ids = tokenizer.encode(prompt)
     if not first + ids and tokenizer.bos_id is not None:
@@ -348,11 +356,11 @@ def truncation_note(model, ids):
     return f'the prompt has {n} tokens, the model sees the last {most}' if n > most else ''
 
 # %% ../nbs/26_sampling.ipynb #55ee95f8
-def _written(model, tokenizer, ids, max_new_tokens, seed, **sampling):
+def _written(model, tokenizer, ids, max_new_tokens, seed, cache=True, **sampling):
     """Yield (text, id, the logits it was drawn from) for each new token, up to the tokenizer's end
     mark"""
     decoder = DecodeStream(tokenizer, ids[0].tolist())
-    for logits, new in _decode(model, ids, max_new_tokens, seed, **sampling):
+    for logits, new in _decode(model, ids, max_new_tokens, seed, cache, **sampling):
         id = new.item()
         if id == tokenizer.eos_id:
             return
@@ -405,6 +413,8 @@ def stream(
     max_new_tokens: int = 300,  # how many tokens to write, at most
     seed: int = 0,
     stop: str | Sequence[str] = (),  # a text to end at, or several; it is not given
+    # False: read all anew for each token, also where the model has a cache
+    cache: bool = True,
     **sampling: Unpack[SamplingSettings],  # temperature, top_k, top_p, repetition_penalty
 ):
     """Iterate over the continuation of `prompt` in pieces of text.
@@ -415,15 +425,18 @@ def stream(
         prompt: what the text begins with
         max_new_tokens: how many tokens to write, at most
         stop: a text to end at, or several; it is not given
+        cache: False: read all anew for each token, also where the model has a cache
         sampling: temperature, top_k, top_p, repetition_penalty
     """
+    check_keywords(stream, sampling, SamplingSettings.__annotations__)
     check_sampling(**sampling)
     stops = stop_strings(stop)
     ids = prompt_ids(model, tokenizer, prompt)
     if note := truncation_note(model, ids):
         warnings.warn(note, stacklevel=2)
     pieces = (
-        text for text, *_ in _written(model, tokenizer, ids, max_new_tokens, seed, **sampling)
+        text
+        for text, *_ in _written(model, tokenizer, ids, max_new_tokens, seed, cache, **sampling)
     )
     return filter(None, stop_at(stops, pieces))
 
@@ -435,6 +448,8 @@ def sample(
     max_new_tokens: int = 300,  # how many tokens to write, at most
     seed: int = 0,
     stop: str | Sequence[str] = (),  # a text to end at, or several; it is not given
+    # False: read all anew for each token, also where the model has a cache
+    cache: bool = True,
     **sampling: Unpack[SamplingSettings],  # temperature, top_k, top_p, repetition_penalty
 ) -> str:
     """`prompt` and its continuation by at most `max_new_tokens` tokens
@@ -443,8 +458,10 @@ def sample(
         prompt: what the text begins with
         max_new_tokens: how many tokens to write, at most
         stop: a text to end at, or several; it is not given
+        cache: False: read all anew for each token, also where the model has a cache
         sampling: temperature, top_k, top_p, repetition_penalty
     """
+    check_keywords(sample, sampling, SamplingSettings.__annotations__)
     return prompt + ''.join(
-        stream(model, tokenizer, prompt, max_new_tokens, seed, stop, **sampling)
+        stream(model, tokenizer, prompt, max_new_tokens, seed, stop, cache, **sampling)
     )

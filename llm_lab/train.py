@@ -14,6 +14,7 @@ import torch
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from numbers import Integral
 from torch import Tensor, nn
 from torch.nn import functional as F
 from llm_lab.core import (
@@ -24,15 +25,18 @@ from llm_lab.core import (
     rng,
     seeded_rng,
     restore_rng_state,
+    short,
     graceful_interrupt,
     rng_state,
 )
 from .hardware import keep_freed_memory, memory_left, must_fit
+from .files import warn_once
 from .corpora import Corpus, load_corpus
 from .chars import Tokenizer
 from .batching import BatchStream
 from .packing import document_end_ids
 from .parts import Aux, hook, objective_of
+from .gpt import GPTConfig, LearnedPositions, check_vocabulary
 from .onednn import onednn_linears
 from itertools import chain
 from pathlib import Path
@@ -353,6 +357,11 @@ def warmup_cosine(
     return end + (1 - end) * (0.5 + 0.5 * math.cos(angle))
 
 # %% ../nbs/23_train.ipynb #5708c670
+def _is_score(note) -> bool:
+    "Is the `val` of a note that of a `Score`, which is in nats per token whatever was trained?"
+    return 'val_bits_per_byte' in note
+
+
 @dataclass
 class TrainState:
     """What a training run has done so far
@@ -362,7 +371,7 @@ class TrainState:
         step: done
         tokens: seen, each time that one is predicted
         seconds: spent
-        notes: the dicts that callbacks returned, with the step
+        notes: what callbacks returned, as dicts, with the step
         stopped: why it ended before its time
         optimizer: its optimizer
         unit: of its loss, where that is known
@@ -374,7 +383,7 @@ class TrainState:
     step: int = 0  # done
     tokens: int = 0  # seen, each time that one is predicted
     seconds: float = 0.0  # spent
-    notes: list = field(default_factory=list)  # the dicts that callbacks returned, with the step
+    notes: list = field(default_factory=list)  # what callbacks returned, as dicts, with the step
     stopped: str = ''  # why it ended before its time
     optimizer: object = None  # its optimizer
     unit: str = ''  # of its loss, where that is known
@@ -395,6 +404,17 @@ class TrainState:
         "End the run after this step; `why` goes into its last line"
         self.stopped = why
 
+    def _recent_loss(self):
+        "The mean loss of the last 20 steps; it waits for the device"
+        return self.history[0, max(0, self.step - 20) : self.step].mean().item()
+
+    def __repr__(self):
+        # the fields, as a dataclass would show them, are all weights of the model
+        if not self.step:
+            return f'TrainState: no step of {self.steps:,} is made'
+        end = f' | stopped {self.stopped}' if self.stopped else ''
+        return f'TrainState: {self.line(self._recent_loss())}{end}'
+
     def _add_step(self, rows, loss, grad_norm):
         "Count one step more, on `rows` of ids, (B, T+1)"
         self.history[0, self.step] = loss
@@ -412,6 +432,8 @@ class TrainState:
             if name not in ('step', 'of'):
                 value = f'{value:.3f}' if isinstance(value, float) else str(value)[:20]
                 shown += f' | {name} {value}'
+            if name == 'val' and _is_score(latest):
+                shown += ' nats/token'
         return shown
 
     def line(self, loss):
@@ -479,6 +501,27 @@ def _due_callbacks(callbacks, step) -> list:
     return due
 
 
+def _as_note(said) -> dict | None:
+    "What a callback returned, {name: plain value}; None where that is nothing to be noted"
+    if hasattr(said, 'as_note'):  # a `Score`: of the validation text, as it has no other name
+        return said.as_note('val')
+    if isinstance(said, float):
+        warn_once(
+            'a callback returned a number, which is not noted: return dict(val=…), which '
+            '`plot_loss` and `compare` read'
+        )
+    if not isinstance(said, dict):
+        return None
+    note = {}
+    for name, value in said.items():
+        if hasattr(value, 'as_note'):
+            note |= value.as_note(name)
+        else:
+            is_scalar = isinstance(value, Tensor) and value.numel() == 1
+            note[name] = value.item() if is_scalar else value
+    return note
+
+
 class _Watch:
     """Called after each step; twice a second, and when a callback is due, it reads the losses and
     shows the status line"""
@@ -500,19 +543,20 @@ class _Watch:
         """The mean of the last 20 steps, the only number that is read from the device; raises
         `LabError` when a loss since the last look is not finite"""
         step = self.state.step
-        losses = self.state.history[0]
+        unread = self.state.history[0, self.read : step]
         # a sum of finite losses is finite, and one NaN or ∞ makes it NaN or ∞: one read is enough
-        if not losses[self.read : step].sum().isfinite():
+        if not unread.sum().isfinite():
             raise LabError(self.trouble())
         self.read = step
-        return losses[max(0, step - 20) : step].mean().item()
+        return self.state._recent_loss()
 
     def call(self, f):
         "Let a callback look at the run; the RNG state is restored, what it returns is noted"
         with preserve_rng(self.state.history.device):
             said = f(self.state)
-        if isinstance(said, dict):
-            self.state.notes.append(dict(step=self.state.step, **said))
+        note = _as_note(said)
+        if note is not None:
+            self.state.notes.append(dict(step=self.state.step, **note))
 
     def __call__(self):
         calls = _due_callbacks(self.callbacks, self.state.step)
@@ -641,12 +685,100 @@ def _set_rates(optimizer, factor, step, steps):
         g['lr'] = g.setdefault('initial_lr', g['lr']) * factor(step, steps)
 
 
+def _unit_of(loss_fn) -> str:
+    "What the numbers of a loss of the reader's own are called: their unit is not known"
+    name = getattr(getattr(loss_fn, 'func', loss_fn), '__name__', '')  # of a partial, too
+    return f'of {name}' if name.isidentifier() else 'of the loss_fn'
+
+
 def _check_steps(steps, state):
     "Raises `LabError` unless a run, perhaps one that goes on, can have so many steps"
     if not isinstance(steps, int) or steps < 0:
         raise LabError(f'steps={steps!r}: give a whole number of at least 0')
     if state and state.steps != steps:
         raise LabError(f'steps={steps:,}: this run is planned for {state.steps:,}; give that')
+
+
+def _check_optimizer(optimizer, given):
+    "Raises `LabError` on what is no optimizer, and on rates that it would not obey"
+    if optimizer is None:
+        return
+    if not hasattr(optimizer, 'param_groups'):
+        said = getattr(optimizer, '__name__', short(optimizer))  # of a function or a class
+        raise LabError(f'optimizer={said}: give one that is made, such as muon(model, lr=0.01)')
+    if given:
+        name, value = next(iter(given.items()))
+        raise LabError(
+            f'{name}={value} beside optimizer={type(optimizer).__name__}(…) has no effect: '
+            f'give it to the optimizer, as in muon(model, {name}={value})'
+        )
+
+
+def _check_schedule(schedule, given):
+    "Raises `LabError` on what is no schedule, and on what it would not obey"
+    if schedule is None:
+        return
+    if not callable(schedule):
+        raise LabError(
+            f'schedule={short(schedule)}: give a function (step, steps) → factor on the rate, '
+            'such as warmup_cosine, or leave it out, which is the same'
+        )
+    if given:
+        name, value = next(iter(given.items()))
+        raise LabError(
+            f'{name}={value} beside schedule=… has no effect: give a schedule that knows it, '
+            'such as partial(warmup_cosine, warmup=10)'
+        )
+
+
+def _check_callbacks(callbacks):
+    "Raises `LabError` unless this is {n or (n, m, …): function}"
+    if not callbacks:
+        return
+    if not isinstance(callbacks, dict):
+        raise LabError(
+            f'callbacks={short(callbacks)}: say when, as in {{100: f}} for f(state) every 100 '
+            'steps, {(10, 50): f} for these steps'
+        )
+    for when, f in callbacks.items():
+        known = isinstance(when, tuple) or (isinstance(when, Integral) and when > 0)
+        if not known:
+            raise LabError(
+                f'callbacks: {short(when)} is no number of steps: give {{100: f}} for every 100, '
+                'or {(10, 50): f} for these'
+            )
+        if not callable(f):
+            raise LabError(f'callbacks: {when}: {short(f)} is no function: give f(state)')
+
+
+def _highest_rate(optimizer) -> float:
+    "The highest learning rate that the groups of an optimizer were made with"
+    return max(g.get('initial_lr', g['lr']) for g in optimizer.param_groups)
+
+
+def _check_first_batch(model, batches, rows, loss_fn):
+    """Raises `LabError` on ids that the model does not have; warns, once, where rows (B, T+1) are
+    longer than its context"""
+    core = _bare(model)
+    check_vocabulary(core, batches)
+    cfg = getattr(core, 'cfg', None)
+    if not isinstance(cfg, GPTConfig) or rows.dim() != 2 or rows.is_floating_point():
+        return
+    most = int(rows.max())
+    if most >= cfg.vocab_size and loss_fn is next_token_loss:  # another loss may mark what it likes
+        raise LabError(
+            f'a batch holds the id {most:,}, the model has ids 0 to {cfg.vocab_size - 1:,}: make '
+            'the batches with its tokenizer, or the model with the vocab_size of yours'
+        )
+    T = rows.shape[1] - 1
+    # a table of positions ends at max_len, and says so itself
+    is_table = cfg.pos is not None and cfg.pos.func is LearnedPositions
+    if T > cfg.max_len and not is_table:
+        warn_once(
+            f'the rows have {T:,} tokens, max_len of the model is {cfg.max_len:,}: it learns from '
+            f'{T:,}, but is evaluated and sampled with {cfg.max_len:,}; make it with max_len={T}, '
+            f'or batches with length={cfg.max_len}'
+        )
 
 
 def _with_numbers(rows, step, batches):
@@ -676,16 +808,19 @@ def fit(
     model: nn.Module,  # it is trained in place
     batches: Callable[[int], Tensor],  # step → ids (B, T+1)
     steps: int,  # steps of the optimizer
-    lr: float = 4e-3,  # learning rate at its highest
-    weight_decay: float = 0.1,  # share of a matrix that a step takes away, times lr
+    lr: float | None = None,  # learning rate at its highest, of `adamw`; 0.004 if none
+    # share of a matrix that a step takes away, times lr; 0.1 if none
+    weight_decay: float | None = None,
     warmup: int | None = None,  # steps of climbing; 100, or a tenth of all, if none
     min_lr: float = 0.0,  # where the rate comes down to
     clip: float = 1.0,  # largest norm of the whole gradient
     # {n: f}: f(state) every n steps; {(10, 50): f}: at these; the dict it returns is noted;
-    # its `val`, a validation loss, is what `plot_loss` and `compare` read
+    # its `val`, a validation loss, is what `plot_loss` and `compare` read; of a `Score`, as
+    # `evaluate` returns it, val and val_bits_per_byte are
     callbacks: dict | None = None,
     seed: int = 0,  # of dropout
-    optimizer=None,  # an optimizer with rates of its own; `adamw(model, lr, weight_decay)` if none
+    # one that is made, with rates of its own: muon(model, lr=0.01); adamw if none
+    optimizer: torch.optim.Optimizer | None = None,
     # f(step, steps): the factor on the rates; by `warmup` and `min_lr` if none
     schedule: Callable[[int, int], float] | None = None,
     # (model, rows) → a number to be lowered; that of the model's objective if none: next token
@@ -705,16 +840,17 @@ def fit(
         model: it is trained in place
         batches: step → ids (B, T+1)
         steps: steps of the optimizer
-        lr: learning rate at its highest
-        weight_decay: share of a matrix that a step takes away, times lr
+        lr: learning rate at its highest, of `adamw`; 0.004 if none
+        weight_decay: share of a matrix that a step takes away, times lr; 0.1 if none
         warmup: steps of climbing; 100, or a tenth of all, if none
         min_lr: where the rate comes down to
         clip: largest norm of the whole gradient
         callbacks: {n: f}: f(state) every n steps; {(10, 50): f}: at these; the dict it
             returns is noted; its `val`, a validation loss, is what `plot_loss` and
-            `compare` read
+            `compare` read; of a `Score`, as `evaluate` returns it, val and
+            val_bits_per_byte are
         seed: of dropout
-        optimizer: an optimizer with rates of its own; `adamw(model, lr, weight_decay)` if
+        optimizer: one that is made, with rates of its own: muon(model, lr=0.01); adamw if
             none
         schedule: f(step, steps): the factor on the rates; by `warmup` and `min_lr` if none
         loss_fn: (model, rows) → a number to be lowered; that of the model's objective if
@@ -722,14 +858,19 @@ def fit(
         step_fn: (model, optimizer, rows, clip, loss_fn) → (loss, gradient norm)
         state: a `TrainState` of this model that goes on where it stands
     """
+    given = {k: v for k, v in dict(lr=lr, weight_decay=weight_decay).items() if v is not None}
     _check_steps(steps, state)
+    _check_optimizer(optimizer, given)
+    _check_schedule(schedule, {k: v for k, v in dict(warmup=warmup, min_lr=min_lr).items() if v})
+    _check_callbacks(callbacks)
     state = state or TrainState(model.train(), steps)
-    state.unit = 'nats/token' if loss_fn in (None, next_token_loss) else ''
+    usual = loss_fn in (None, next_token_loss)
+    state.unit = 'nats/token' if usual else _unit_of(loss_fn)
     loss_fn, feed = loss_and_feed(model, batches, loss_fn)
     # a run that goes on keeps its optimizer, with the averages that it has by now
-    optimizer = optimizer or state.optimizer or adamw(model.train(), lr, weight_decay)
+    optimizer = optimizer or state.optimizer or adamw(model.train(), **given)
     state.optimizer = optimizer
-    factor = schedule or _cosine(steps, lr, warmup, min_lr)
+    factor = schedule or _cosine(steps, lr or _highest_rate(optimizer), warmup, min_lr)
     again = lambda step: feed(batches(step), step)  # as they were: a function of the step
     watch = _Watch(state, callbacks, trouble=lambda: _trouble(state, again, loss_fn))
     device = state.history.device
@@ -740,6 +881,8 @@ def fit(
         while state.step < steps and not state.stopped:
             _set_rates(optimizer, factor, state.step, steps)
             rows = batches(state.step).to(device)
+            if not state.step:
+                _check_first_batch(model, batches, rows, loss_fn)
             fed = feed(rows, state.step)
             value, grad_norm = step_fn(model, optimizer, fed, clip, loss_fn)
             state._add_step(rows, value, grad_norm)
@@ -809,7 +952,9 @@ def batches(
     if not isinstance(corpus, Corpus):
         corpus = load_corpus(corpus)
     ids, starts = read_split(corpus, tokenizer, split)
-    return BatchStream(ids, batch_size, length, seed, starts=starts)
+    return BatchStream(
+        ids, batch_size, length, seed, starts=starts, vocab_size=tokenizer.vocab_size
+    )
 
 # %% ../nbs/23_train.ipynb #c33d8f11
 def moving_average(values, width=25):
@@ -846,24 +991,30 @@ def plot_loss(
         raise LabError('the floor is known per character: leave it out where tokens are longer')
     unit = math.log(2) if floor else 1.0  # nats in the unit of the plot
     name = f'{"bits" if floor else "nats"} per {token}'
+    # a loss of the reader's own is in a unit of its own: only its name is known
+    own = f', {run.unit}' if run.unit.startswith('of ') else ''
+    axis = 'loss' if own else f'loss ({name})'
+    end = '' if own else f' {name}'
     tokens_per_step = run.tokens / run.step / 1e6  # in millions
     steps = range(1, len(run.losses) + 1)
     noted = [n for n in run.notes if 'val' in n]
     fig, ax = pyplot().subplots()
     training = [v / unit for v in moving_average(run.losses)]
-    ax.plot([n * tokens_per_step for n in steps], training, color='.6', label='training')
+    ax.plot([n * tokens_per_step for n in steps], training, color='.6', label=f'training{own}')
     last = run.losses[-1] / unit
     if noted:
         validation = [n['val'] / unit for n in noted]
         x = [n['step'] * tokens_per_step for n in noted]
-        ax.plot(x, validation, 'ko-', ms=3, label='validation')
+        known = f', {name}' if own and _is_score(noted[-1]) else ''
+        ax.plot(x, validation, 'ko-', ms=3, label=f'validation{known}')
         last = validation[-1]
+        end = f' {name}' if known else end
     if floor:
         ax.axhline(floor, color='k', ls=':', label='floor')
     ax.set(
         xlabel=f'{token}s seen (millions)',
-        ylabel=f'loss ({name})',
-        title=title or f'the loss falls to {last:.2f} {name}',
+        ylabel=axis,
+        title=title or f'the loss falls to {last:.2f}{end}',
         ylim=(0 if floor else None, None),
     )
     ax.legend()

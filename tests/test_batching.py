@@ -1,6 +1,7 @@
 "Batches: what is refused, and a position that is of another stream."
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,3 +47,13 @@ def test_a_position_of_another_stream_is_refused_and_both_sides_are_named(saved,
 def test_a_step_below_0_is_refused(saved):
     with pytest.raises(LabError, match='step of the saved position is -1'):
         BatchStream(IDS, 12, 64).load_state_dict({**saved, 'step': -1})
+
+
+def test_a_stream_knows_the_size_of_its_tokenizer_and_does_not_save_it():
+    packed = SimpleNamespace(ids=IDS, tokenizer=SimpleNamespace(vocab_size=7))
+    assert BatchStream(packed, 2, 64).vocab_size == 7
+    assert BatchStream(IDS, 2, 64).vocab_size is None
+    named = BatchStream(IDS, 2, 64, vocab_size=9)
+    assert named.vocab_size == 9
+    # streams of older checkpoints go on
+    assert named.state_dict() == BatchStream(IDS, 2, 64).state_dict()

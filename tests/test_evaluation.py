@@ -27,6 +27,7 @@ from llm_lab.evaluation import (
     distinct,
     evaluate,
     evaluate_file,
+    excess_by_kind,
     read_metrics,
     repetition,
     score as scored,
@@ -34,7 +35,14 @@ from llm_lab.evaluation import (
 )
 from llm_lab.gpt import GPTConfig, MiniGPT
 from llm_lab.tales import tiny_tales
-from llm_lab.train import fit, random_crops, spans, token_losses
+from llm_lab.train import (
+    fit,
+    next_token_loss,
+    plot_loss,
+    random_crops,
+    spans,
+    token_losses,
+)
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 TALES = load_corpus('tiny_tales')
@@ -462,3 +470,73 @@ def test_a_corpus_may_be_given_by_its_name():
     assert by_name == evaluate(model, TOK, TALES, max_tokens=2000)
     with pytest.raises(LabError, match="did you mean 'tiny_tales'"):
         evaluate(model, TOK, 'tiny_tails')
+
+
+# ---- what a guess gets wrong
+
+
+def test_another_models_tokenizer_is_one_line_wherever_a_text_is_read():
+    few = fresh(CharTokenizer('abc'))
+    words = f'the tokenizer has {TOK.vocab_size} ids, the model 3: give the tokenizer of this model'
+    refuses(lambda: evaluate(few, TOK, TALES), words)
+    refuses(lambda: scored(few, TOK, 'a'), words)
+    refuses(lambda: excess_by_kind(few, TOK, TALES), words)
+    with pytest.warns(UserWarning, match=f'has {TOK.vocab_size} ids, the model 300: if it belongs'):
+        evaluate(fresh(PAIRS), TOK, TALES, max_tokens=500)
+
+
+def test_a_callback_may_return_a_score(tmp_path):
+    some = tiny_tales(300)
+    ids = torch.tensor(PAIRS.encode(some.text('train')))
+    run = fit(
+        fresh(PAIRS),
+        random_crops(ids, 4, 64),
+        6,
+        callbacks={3: lambda s: evaluate(s.model, PAIRS, some)},
+    )
+    score = evaluate(run.model, PAIRS, some)
+    assert run.notes[-1] == dict(step=6, val=score.loss, val_bits_per_byte=score.bits_per_byte)
+    line = _line('x', run)
+    assert (line['loss'], line['bits_per_byte']) == (score.loss, score.bits_per_byte)
+    json.dumps(run.notes)  # plain numbers
+    fig = plot_loss(run, token='token')
+    plt.close(fig)
+    assert fig.axes[0].lines[1].get_ydata()[-1] == score.loss
+
+
+def test_runs_in_memory_may_stand_in_a_list(trained, made):
+    run, _ = trained
+    two = compare([run, run])
+    assert sorted(line['name'] for line in two.lines) == ['model 1', 'model 2']
+    assert [line['name'] for line in compare(run).lines] == ['model 1']
+    folder = made('a', 1.0)
+    mixed = compare(iter([folder, run]))
+    assert {line['name'] for line in mixed.lines} == {'a', 'model 2'}
+    assert [line['name'] for line in compare(str(folder)).lines] == ['a']
+    for wrong in (run.model, [run.model], dict(a=run.model)):
+        refuses(
+            lambda: compare(wrong), 'a MiniGPT is no run: give the folder of one, or what `fit`'
+        )
+
+
+def squared(model, rows):
+    return next_token_loss(model, rows) ** 2
+
+
+def test_the_axis_is_called_by_what_is_drawn(trained, made):
+    def axis(runs):
+        fig = compare(runs).picture()
+        plt.close(fig)
+        names = [t.get_text() for t in fig.axes[0].get_legend().get_texts()]
+        return fig.axes[0].get_ylabel(), names
+
+    run, _ = trained
+    bare = replace(run, notes=[])
+    bare.history = run.history
+    assert axis([run, run]) == ('validation loss (bits per byte)', ['model 1', 'model 2'])
+    assert axis([bare]) == ('training loss (nats per token)', ['model 1, training'])
+    noted = replace(run, notes=[dict(step=n['step'], val=n['val']) for n in run.notes])
+    noted.history = run.history
+    assert axis(dict(a=noted, b=bare)) == ('loss (nats per token)', ['a', 'b, training'])
+    own = fit(fresh(PAIRS), random_crops(torch.arange(300), 2, 64), 3, loss_fn=squared)
+    assert axis([own]) == ('training of squared loss', ['model 1, training of squared'])

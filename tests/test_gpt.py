@@ -2,8 +2,10 @@
 cases that the notebook leaves out."""
 
 import re
+import warnings
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +13,9 @@ from fastcore.test import test_close as close
 from fastcore.test import test_eq as equal
 from torch import nn
 
+import llm_lab.files
 from llm_lab.core import LabError, rng
-from llm_lab.gpt import MLP, GPTConfig, MiniGPT, caches_of
+from llm_lab.gpt import MLP, GPTConfig, MiniGPT, caches_of, check_vocabulary
 from llm_lab.parts import part
 from llm_lab.self_attention import Attention, causal
 
@@ -146,3 +149,29 @@ def why_no_cache(attn):
 def test_why_a_model_keeps_nothing_is_told():
     equal(why_no_cache(part(Keeps)), '')
     equal(why_no_cache(part(Attention)), 'Attention of layer 0 keeps nothing')
+
+
+@pytest.mark.parametrize(
+    ('ids', 'rows', 'padded'),
+    [(54, 54, True), (65, 128, True), (50_257, 50_304, True), (151_665, 151_936, True)]
+    + [(54, 65, False), (300, 1024, False), (2, 160, False)],
+)
+def test_fewer_ids_than_rows_are_padding_or_a_warning(ids, rows, padded, monkeypatch):
+    monkeypatch.setattr(llm_lab.files, '_said', set())
+    model = SimpleNamespace(cfg=GPTConfig(vocab_size=rows))
+    with warnings.catch_warnings(record=True, action='always') as notes:
+        for _ in range(2):
+            check_vocabulary(model, SimpleNamespace(vocab_size=ids))
+    words = [
+        f'the tokenizer has {ids:,} ids, the model {rows:,}: if it belongs' in str(n.message)
+        for n in notes
+    ]
+    assert words == ([] if padded else [True])  # once
+
+
+def test_more_ids_than_rows_are_refused_and_what_is_not_known_is_let_pass():
+    model = SimpleNamespace(cfg=GPTConfig(vocab_size=64))
+    with pytest.raises(LabError, match='the tokenizer has 65 ids, the model 64: .*vocab_size=65'):
+        check_vocabulary(model, SimpleNamespace(vocab_size=65))
+    check_vocabulary(model, SimpleNamespace(vocab_size=None))  # batches of nobody knows what
+    check_vocabulary(torch.nn.Linear(1, 1), SimpleNamespace(vocab_size=65))

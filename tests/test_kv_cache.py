@@ -166,12 +166,32 @@ def test_settings_of_complete():
         assert prompt + c.text == alone
     for bad, why in (
         (dict(top_k=0), 'top_k=0'),
+        (dict(temprature=1), "complete takes no 'temprature': did you mean 'temperature'"),
         (dict(samples=0), 'give a whole number'),
         (dict(max_new_tokens=2.5), 'give a whole number'),
         (dict(stop=''), 'give a text to end at'),
     ):
         with pytest.raises(LabError, match=why):
             complete(model, TOK, 'tom', **bad)
+
+
+def test_a_model_may_write_without_the_cache_that_it_has(monkeypatch):
+    model = with_kv_cache(shaken(KINDS['GPT-2']))
+    want = sample(model, TOK, 'once mia ', 25, temperature=0.8)
+    asked = []
+
+    def refuse(*sizes):
+        asked.append(sizes)
+        raise AssertionError('a cache was asked for')
+
+    monkeypatch.setattr(model, 'cache', refuse)
+    assert sample(model, TOK, 'once mia ', 25, cache=False, temperature=0.8) == want
+    ((c,),) = complete(model, TOK, 'once mia ', 25, cache=False, temperature=0.8)
+    assert 'once mia ' + c.text == want
+    assert asked == []
+    for write in (sample, complete):
+        with pytest.raises(AssertionError, match='a cache was asked for'):
+            write(model, TOK, 'once mia ', 25)
 
 
 class Near(Attention):

@@ -200,3 +200,14 @@ def test_a_block_that_cannot_read_is_named():
         'block=part(NoPositions) cannot read',
         'it is called with (x, i, **ctx)',
     )
+
+
+def test_a_wrong_keyword_is_told_by_llama():
+    for wrong, remedy in (
+        ('n_layer', "did you mean 'n_layers'?"),
+        ('vocabulary_size', "did you mean 'vocab_size'?"),
+        ('ropes', "did you mean 'rope'?"),
+        ('xyz', 'choose from attn, block, d_head, d_model, depth, dropout'),
+    ):
+        with refused(f'llama takes no {wrong!r}: {remedy}'):
+            llama(**{wrong: 2})

@@ -460,3 +460,25 @@ def test_the_page_of_the_lens():
         ['layer 0, after “<script>alert(1)</script>”:', f'{visible_token(HOSTILE[2])} 1.00'],
     )
     refuses(lambda: lens_html(sure, 'ab', HostileTokenizer), '(2, 3, 3) do not fit 2 tokens')
+
+
+def test_a_page_prints_one_line_and_is_kept_as_a_file(maps_of_text, monkeypatch, tmp_path):
+    weights, tokens = maps_of_text
+    monkeypatch.setenv('LLM_LAB_STILL', '1')
+    page = attention_map(weights, tokens, 1)
+    said = str(page)
+    assert said.startswith(f'attention maps of 2 layers, 4 heads and {len(tokens)} tokens: ')
+    assert ".save('map.html')" in said and '<' not in said and '\n' not in said
+    equal(page._repr_html_(), attention_html(weights, tokens, 1))
+    path = page.save(tmp_path / 'new' / 'map.html')
+    written = path.read_text(encoding='utf-8')
+    assert written.startswith('<!doctype html><meta charset="utf-8">')
+    assert page.data in written and written.count('<body>') == 1
+
+
+def test_maps_of_another_models_tokenizer_are_refused(model):
+    more = CharTokenizer(TOK.chars + 'äö')
+    refuses(
+        lambda: attention_of(model, more, 'On'),
+        f'the tokenizer has {more.vocab_size} ids, the model {TOK.vocab_size}: give',
+    )

@@ -384,3 +384,13 @@ def test_a_mistake_of_the_caller_is_told_by_the_function_itself():
 
     with pytest.raises(LabError, match='something else'):
         try_compile(f)(torch.ones(2))
+
+
+def test_early_stopping_reads_a_score_and_notes_its_numbers():
+    class TwoNumbers:
+        def as_note(self, name='val'):
+            return {name: 2.0, f'{name}_bits_per_byte': 3.0}
+
+    stop = EarlyStop(lambda run: TwoNumbers(), patience=1)
+    run = fit(MiniGPT(SMALL), BATCH, 9, callbacks={2: stop})
+    assert run.notes == [dict(step=n, val=2.0, val_bits_per_byte=3.0) for n in (2, 4)]

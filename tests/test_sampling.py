@@ -191,3 +191,30 @@ def test_an_end_mark_ends_the_text():
     written = sample(Always(logits), Bytes(), 'x', 40)
     assert '.' in written[:-1]
     equal(sample(Always(logits), EndsAtDot(), 'x', 40), written[: written.index('.')])
+
+
+@pytest.mark.parametrize(
+    ('wrong', 'remedy'),
+    [
+        (dict(temprature=1), "did you mean 'temperature'?"),
+        (dict(top_K=1), "did you mean 'top_k'?"),
+        (dict(max_tokens=5), "did you mean 'max_new_tokens'?"),
+        (dict(use_cache=False), "did you mean 'cache'?"),
+        (dict(xyz=1), 'choose from cache, max_new_tokens, model, prompt, repetition_penalty'),
+    ],
+)
+def test_a_wrong_keyword_is_told_by_the_function_that_was_called(model, wrong, remedy):
+    (name,) = wrong
+    for f in (sample, stream):
+        refuses(lambda: f(model, TOK, 'Once', **wrong), f'{f.__name__} takes no {name!r}: {remedy}')
+    ids = prompt_ids(model, TOK, 'Once')
+    refuses(lambda: next(generate(model, ids, 5, **wrong)), f'generate takes no {name!r}: ')
+
+
+def test_another_models_tokenizer_writes_nothing(model):
+    words = (
+        f'the tokenizer has 256 ids, the model {TOK.vocab_size}: give the tokenizer of this model'
+    )
+    more = Bytes()
+    refuses(lambda: sample(model, more, 'Once', 5), words)
+    refuses(lambda: stream(model, more, 'Once', 5), words)

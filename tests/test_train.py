@@ -5,21 +5,26 @@ import math
 import re
 import signal
 import sys
+import warnings
 from dataclasses import replace
+from functools import partial
 
 import matplotlib
+import numpy as np
 import pytest
 import torch
 from fastcore.test import test_close as close
 from fastcore.test import test_eq as equal
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import llm_lab.files
 from llm_lab.chars import CharTokenizer
 from llm_lab.core import LabError, rng
 from llm_lab.corpora import Corpus, load_corpus
 from llm_lab.gpt import MLP, GPTConfig, MiniGPT
 from llm_lab.hardware import keep_freed_memory
 from llm_lab.parts import part
+from llm_lab.positions import SinusoidalPositions
 from llm_lab.train import (
     TrainState,
     _due_callbacks,
@@ -45,6 +50,10 @@ SOME = replace(TALES, splits=dict(train=TALES.documents('val')[:50]))
 IDS = torch.tensor(TOK.encode(TEXT))
 SMALL = GPTConfig(vocab_size=TOK.vocab_size, d_model=64, n_layers=2, n_heads=4, max_len=64)
 BATCH = random_crops(IDS, 8, 64, seed=1)
+
+
+def weights_of(model):
+    return {name: p.tolist() for name, p in model.named_parameters()}
 
 
 def refuses(f, words):
@@ -306,3 +315,175 @@ def test_a_curve_has_steps_and_one_unit(monkeypatch):
     fig = plot_loss(run, token='token')
     assert fig.axes[0].get_ylabel() == 'loss (nats per token)'
     matplotlib.pyplot.close(fig)
+
+
+# ---- what a guess gets wrong is told in one line
+
+
+@pytest.fixture
+def anew(monkeypatch):
+    "Each warning that comes once in a process comes anew"
+    monkeypatch.setattr(llm_lab.files, '_said', set())
+
+
+def test_batches_of_another_tokenizer_are_refused_before_the_first_step():
+    abc = CharTokenizer('abc')
+    small = MiniGPT(replace(SMALL, vocab_size=3))
+    want = weights_of(small)
+    refuses(
+        lambda: fit(small, batches(SOME, TOK, 4, 16), 2),
+        f'the tokenizer has {TOK.vocab_size} ids, the model 3: give the tokenizer of this model',
+    )
+    # of rows alone, what is seen
+    most = int(BATCH(0).max())
+    refuses(lambda: fit(small, BATCH, 2), f'a batch holds the id {most}, the model has ids 0 to 2')
+    assert weights_of(small) == want
+    rows = torch.tensor(abc.encode('abcabcabcabc'))[None]
+    assert fit(small, lambda step: rows, 2).step == 2
+
+
+def test_a_loss_of_ones_own_may_mark_what_it_likes():
+    marked = BATCH(0).clone()
+    marked[:, 0] = 999  # not for the table
+
+    def loss(model, rows):
+        return next_token_loss(model, rows[:, 1:])
+
+    assert fit(MiniGPT(SMALL), lambda step: marked, 2, loss_fn=loss).step == 2
+
+
+@pytest.mark.parametrize('pos', [None, part(SinusoidalPositions)])
+def test_rows_longer_than_the_context_are_warned_of_once(pos, anew):
+    model = MiniGPT(replace(SMALL, pos=pos, max_len=16))
+    with warnings.catch_warnings(record=True, action='always') as notes:
+        fit(model, random_crops(IDS, 4, 16), 3)
+        assert not notes
+        fit(model, random_crops(IDS, 4, 40), 3)
+    (note,) = [str(n.message) for n in notes]
+    assert note.startswith('the rows have 40 tokens, max_len of the model is 16:')
+    assert 'max_len=40' in note and 'length=16' in note
+
+
+def test_where_positions_are_learned_longer_rows_are_refused(anew):
+    with warnings.catch_warnings(action='error'):
+        refuses(
+            lambda: fit(MiniGPT(replace(SMALL, max_len=16)), random_crops(IDS, 4, 40), 3),
+            'the text has 40 tokens, max_len is 16',
+        )
+
+
+def test_a_rate_beside_an_optimizer_is_refused():
+    model = MiniGPT(SMALL)
+    opt = adamw(model, lr=0.001)
+    for wrong in (dict(lr=0.004), dict(lr=0.0), dict(weight_decay=0.2)):
+        (name, value), *_ = wrong.items()
+        words = f'{name}={value} beside optimizer=AdamW(…) has no effect: give it to the optimizer'
+        refuses(lambda: fit(model, BATCH, 2, optimizer=opt, **wrong), words)
+    for wrong in (dict(warmup=1), dict(min_lr=0.001)):
+        (name, value), *_ = wrong.items()
+        words = f'{name}={value} beside schedule=… has no effect'
+        refuses(lambda: fit(model, BATCH, 2, schedule=lambda *_: 1.0, **wrong), words)
+    # a run that goes on is called as it was begun
+    run = fit(model, BATCH, 2, lr=0.002)
+    run.stopped, run.step = '', 1
+    assert fit(model, BATCH, 2, lr=0.002, state=run).step == 2
+
+
+def test_the_smallest_rate_is_that_of_the_optimizers_own_rate():
+    model = MiniGPT(SMALL)
+    opt = adamw(model, lr=0.5)
+    fit(model, BATCH, 20, optimizer=opt, min_lr=0.25, warmup=0, clip=1e-9)
+    (rate,) = {g['lr'] for g in opt.param_groups}
+    assert 0.25 < rate < 0.26  # half of its own at the last step, not 62 times that
+    refuses(lambda: fit(model, BATCH, 20, optimizer=opt, min_lr=0.6), 'min_lr=0.6: give 0 to')
+
+
+@pytest.mark.parametrize(
+    ('said', 'words'),
+    [
+        (
+            dict(callbacks=[print]),
+            'callbacks=[<built-in function print>]: say when, as in {100: f}',
+        ),
+        (dict(callbacks=print), 'say when, as in {100: f}'),
+        (dict(callbacks={0: print}), 'callbacks: 0 is no number of steps: give {100: f}'),
+        (dict(callbacks={'end': print}), "callbacks: 'end' is no number of steps"),
+        (dict(callbacks={5: 'save'}), "callbacks: 5: 'save' is no function: give f(state)"),
+        (dict(optimizer='muon'), "optimizer='muon': give one that is made, such as muon(model"),
+        (dict(optimizer=adamw), 'optimizer=adamw: give one that is made, such as muon(model'),
+        (dict(schedule='cosine'), "schedule='cosine': give a function (step, steps) → factor"),
+        (dict(schedule=0.5), 'schedule=0.5: give a function (step, steps)'),
+    ],
+)
+def test_what_is_no_callback_optimizer_or_schedule_is_refused(said, words):
+    model = MiniGPT(SMALL)
+    refuses(lambda: fit(model, BATCH, 2, **said), words)
+
+
+def test_callbacks_of_all_kinds_of_numbers_are_called():
+    seen = []
+    note = lambda run: seen.append(run.step)  # noqa: E731
+    fit(MiniGPT(SMALL), BATCH, 4, callbacks={np.int64(2): note, (1, 4): note})
+    assert sorted(seen) == [1, 2, 4, 4]
+
+
+class TwoNumbers:
+    "As a `Score`: it says what is to be noted of it"
+
+    def as_note(self, name='val'):
+        return {name: 2.0, f'{name}_bits_per_byte': 3.0}
+
+
+def test_what_callbacks_return_is_noted_as_plain_numbers(anew):
+    returned = [
+        (TwoNumbers(), dict(val=2.0, val_bits_per_byte=3.0)),
+        (dict(test=TwoNumbers()), dict(test=2.0, test_bits_per_byte=3.0)),
+        (dict(val=torch.tensor(1.5)), dict(val=1.5)),
+        (dict(word='x'), dict(word='x')),
+        ({}, {}),
+    ]
+    for said, noted in returned:
+        run = fit(MiniGPT(SMALL), BATCH, 1, callbacks={1: lambda run: said})
+        assert run.notes == [dict(step=1, **noted)]
+        assert not any(isinstance(v, torch.Tensor) for v in run.notes[0].values())
+    with pytest.warns(UserWarning, match='a number, which is not noted: return dict'):
+        run = fit(MiniGPT(SMALL), BATCH, 1, callbacks={1: lambda run: 2.5})
+    assert run.notes == []
+
+
+def test_a_run_prints_in_one_line():
+    model = MiniGPT(SMALL)
+    assert repr(TrainState(model, 50)) == 'TrainState: no step of 50 is made'
+    run = fit(model, BATCH, 4, callbacks={3: lambda run: run.stop('by hand')})
+    mean = sum(run.losses) / 3
+    assert repr(run).startswith(f'TrainState: step 3 of 4 | loss {mean:.3f} nats/token | ')
+    assert repr(run).endswith(' left | stopped by hand') and '\n' not in str(run)
+    assert run == run
+
+
+def squared(model, rows):
+    return next_token_loss(model, rows) ** 2
+
+
+def test_a_loss_of_ones_own_is_named_and_no_curve_of_it_is_in_nats():
+    score = TwoNumbers()
+    run = fit(MiniGPT(SMALL), BATCH, 4, loss_fn=squared, callbacks={2: lambda run: score})
+    assert ' of squared | val 2.000 nats/token | val_bits_per_byte 3.000 | ' in repr(run)
+    for loss_fn in (lambda *a: squared(*a), partial(partial(squared))):
+        named = fit(MiniGPT(SMALL), BATCH, 1, loss_fn=loss_fn).unit
+        assert named in ('of the loss_fn', 'of squared')
+
+    def said(run):
+        fig = plot_loss(run, token='token')
+        matplotlib.pyplot.close(fig)
+        (ax,) = fig.axes
+        names = [t.get_text() for t in ax.get_legend().get_texts()]
+        return ax.get_ylabel(), names, ax.get_title(loc='left') or ax.get_title()
+
+    axis, names, title = said(run)
+    assert (axis, names) == ('loss', ['training, of squared', 'validation, nats per token'])
+    assert title == 'the loss falls to 2.00 nats per token'
+    run.notes = [dict(step=2, val=9.0)]  # the reader's own number: in no unit that we know
+    axis, names, title = said(run)
+    assert (axis, names) == ('loss', ['training, of squared', 'validation'])
+    assert title == 'the loss falls to 9.00'

@@ -125,8 +125,8 @@ def our_loop(turn, step=train_step, optimizer=None, use_onednn=True, make=small)
         turn(n)
         return rows(n)
 
-    made = optimizer(model) if optimizer else None
-    fit(model, batch, 1_000_000, lr=1e-3, step_fn=step, optimizer=made)
+    rates = dict(optimizer=optimizer(model)) if optimizer else dict(lr=1e-3)
+    fit(model, batch, 1_000_000, step_fn=step, **rates)
 
 
 def transformers_loop(turn):

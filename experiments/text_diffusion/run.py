@@ -1,4 +1,4 @@
-"""What does it cost to write in any order? Text diffusion beside the next token, bits per character.
+"""What does it cost to write in any order? Text diffusion beside the next token, in bits.
 
 python experiments/text_diffusion/run.py [--seeds 3] [--steps 1500] [--jobs 2] [--save]
     [--texts tiny_tales tiny_shakespeare]
