@@ -106,35 +106,36 @@ def _best_and_last(path):
 
 # %% ../nbs/89_cli.ipynb #ebac8df8
 def _find_model(path):
-    """The folder that a path names, looked for here and in `home()`; CONFIG is its newest run,
-    CONFIG/RUN or RUN is that one"""
+    "The folder that a path or a name means, as everywhere"
     from llm_lab.package import find_model
 
     return find_model(path)
 
 
 def write_from(
-    path,  # a saved model or a run; looked for here, then in `home()`
+    path,  # a saved model or a run, as `find_model` takes it
     prompt='',
     max_new_tokens=300,
     seed=0,
     stop=(),  # a text to end at, or several
+    parts=(),  # files of your own that the model needs
     **sampling,  # temperature, top_k, top_p, repetition_penalty
 ):
     """Print `prompt` and what the model makes of it, as it comes; each token is read once if the
     model can keep a cache (`kv_cache`)
 
     Args:
-        path: a saved model or a run; looked for here, then in `home()`
+        path: a saved model or a run, as `find_model` takes it
         stop: a text to end at, or several
+        parts: files of your own that the model needs
         sampling: temperature, top_k, top_p, repetition_penalty
     """
     from llm_lab.kv_cache import with_kv_cache
-    from llm_lab.runs import load_model
+    from llm_lab.package import load
     from llm_lab.sampling import stream
 
     place = _find_model(path)
-    model, tokenizer, _ = load_model(place, usable_device())
+    model, tokenizer, _ = load(place, usable_device(), parts)
     best, last = _best_and_last(place)
     if best != last:
         _say(f'the best model of this run writes, {best}; {last} is the last')
@@ -162,7 +163,7 @@ STOPPED = {'by hand': 130, 'by SIGTERM': 143, 'by SIGHUP': 129}
 _OWN = 'a file or folder of your own: .txt, .md, .jsonl, .csv, .parquet, or saved by `datasets`'
 _MODEL = (
     'a saved model such as artifacts/tour, a checkpoint, a Hugging Face folder, or a run: a path, '
-    'CONFIG (its newest run), CONFIG/RUN or RUN'
+    'or a name: NAME (artifacts/NAME, or the newest run of the config NAME), CONFIG/RUN or RUN'
 )
 _FIELD = 'of records, the field that holds the text (default text)'
 
@@ -182,7 +183,7 @@ def _load_parts(paths):
     "Run the files that `--parts` names"
     if not paths:
         return  # no part, no PyTorch
-    from llm_lab.runs import load_all_parts
+    from llm_lab.parts import load_all_parts
 
     load_all_parts(paths)
 
@@ -217,13 +218,13 @@ def _tour_options(t):
 # %% ../nbs/89_cli.ipynb #312a6096
 def _sample(a):
     "Let the model write that the command line names"
-    _load_parts(a.parts)
     write_from(
         a.path,
         a.prompt,
         a.tokens,
         a.seed,
         a.stop,
+        a.parts,
         temperature=a.temperature,
         top_k=a.top_k,
         top_p=a.top_p,
@@ -409,11 +410,10 @@ def _score_of_corpus(a, model, tokenizer, about):
 def _eval(a):
     "Judge a saved model on a whole split, or on a text of your own"
     from llm_lab.evaluation import evaluate_file
-    from llm_lab.runs import load_model
+    from llm_lab.package import load
 
-    _load_parts(a.parts)
     place = _find_model(a.path)
-    model, tokenizer, about = load_model(place, usable_device())
+    model, tokenizer, about = load(place, usable_device(), a.parts)
     if a.text:
         score = evaluate_file(model, tokenizer, a.text, a.stride, a.batch_size, field=a.field)
     else:

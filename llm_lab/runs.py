@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['GoingOn', 'load_data', 'kept_corpus', 'require_corpus', 'make_batches', 'document_begins', 'within_documents',
            'SingleProcess', 'make_engine', 'all_gather_json', 'model_config', 'schedule_of', 'loss_of', 'callbacks_of',
-           'load_model', 'config_of_start', 'start_weights', 'set_threads', 'set_precision', 'TrainingRun',
-           'peak_memory', 'run_lock', 'told_of', 'load_all_parts', 'require_parts', 'use_parts', 'run_to_go_on',
-           'differing_keys', 'resolve_resume', 'train_run']
+           'config_of_start', 'start_weights', 'set_threads', 'set_precision', 'TrainingRun', 'peak_memory', 'run_lock',
+           'told_of', 'require_parts', 'use_parts', 'run_to_go_on', 'differing_keys', 'resolve_resume', 'train_run']
 
 # %% ../nbs/82_runs.ipynb #aedce895
 TYPE_CHECKING = False  # a type checker takes it for True
@@ -74,11 +73,11 @@ from .corpora import CORPORA, at_home, found_path, kept_path, letters_of, load_c
 from .chars import CharTokenizer, load_tokenizer
 from .batching import BatchStream
 from .packing import PackedTokens, pack
-from .parts import load_parts, part
+from .parts import load_all_parts, part
 from .gpt import MiniGPT
 from .package import config_from, own_in, meta_model, check_parts
 from .onednn import onednn_linears
-from .package import Opened, find_model, is_run, load, resolve, runs_folder, runs_of, to_data
+from .package import find_model, is_run, load, resolve, runs_folder, runs_of, to_data
 from .train import TrainState, span_losses, spans, document_starts, fit, next_token_loss
 from .evaluation import evaluate, read_metrics, tally
 from .sampling import sample
@@ -91,7 +90,6 @@ from llm_lab.optim import (
     short_precision,
 )
 from .efficient import PRECISIONS, StepRunner, apply_activation_checkpointing, step_memory
-from .hub import from_hf
 from .sparse import and_masks, same_document
 from llm_lab.checkpoint import (
     COLUMNS,
@@ -523,34 +521,11 @@ def _affordable(cfg, device='cpu'):
     return cfg
 
 # %% ../nbs/82_runs.ipynb #d5b0e002
-def load_model(
-    # a package, a run (a path or its name), a checkpoint, or a Hugging Face folder
-    path: str | Path,
-    device: str = 'cpu',
-) -> Opened:  # (model, tokenizer, about); the model is in eval mode
-    """Open whatever a path or a name stands for, looked for from here, then from `home()`
-
-    Args:
-        path: a package, a run (a path or its name), a checkpoint, or a Hugging Face folder
-
-    Returns:
-        (model, tokenizer, about); the model is in eval mode
-    """
-    place = find_model(path)
-    ours = (place / 'package.json').exists()
-    if ours or not (place / 'config.json').is_file():
-        return load(place, device)
-    opened = from_hf(place, device=device)
-    if opened.tokenizer is None:
-        raise LabError(f'{place} has no tokenizer that can be used: {opened.about["tokenizer"]}')
-    return opened
-
-
 def config_of_start(cfg: RunConfig, given) -> RunConfig:
     """The config whose model, context and tokenizer are those of what `train.start_from` names, but
     for the keys that are `given`"""
     start = cfg.train.start_from
-    there = to_data(load_model(start).model.cfg)
+    there = to_data(load(start).model.cfg)
     data = as_data(cfg)
     names = [f.name for f in fields(ModelConfig)]
     preset = f'model.{names[0]}' in given  # then recipes that are left out are the preset's
@@ -573,7 +548,7 @@ def start_weights(model, start) -> str:  # SHA-256 of the weights
     Returns:
         SHA-256 of the weights
     """
-    there = load_model(start).model.state_dict()
+    there = load(start).model.state_dict()
     here = model.state_dict()
     for name in {**here, **there}:
         shapes = [' × '.join(map(str, s[name].shape)) if name in s else '' for s in (there, here)]
@@ -1647,21 +1622,6 @@ def _track(job):
         ) from None
 
 # %% ../nbs/82_runs.ipynb #f7a9e002
-def load_all_parts(paths) -> dict:  # {name: `PartsFile`}
-    """Run the files that `--parts` names. Raises `LabError` where two have the same name
-
-    Returns:
-        {name: `PartsFile`}
-    """
-    files = {}
-    for path in [paths] if isinstance(paths, (str, Path)) else paths:
-        file = load_parts(path)
-        other = files.setdefault(file.path.name, file)
-        if other.sha256 != file.sha256:
-            raise LabError(f'--parts {path}: {other.path} has the same name; rename one of the two')
-    return files
-
-
 def _kept_parts(folder, told) -> dict:  # {name: {'sha256': …, 'names': […]}}
     "The files of parts with which a run was made, as its run.json says; {} for an older one"
     kept = told.get('parts', {})

@@ -1290,7 +1290,7 @@ def test_every_command_knows_a_run_by_its_name(world):
     shutil.copytree(world.runs.parent, world.runs.parent.with_name('our'))
     for argv in (['sample', 'x'], ['eval', 'x'], ['runs', 'x'], ['train', '--resume', 'x']):
         code, out, err = world.life(*argv)
-        assert code == 1 and err == 'llm-lab: 2 runs are called x: write my/x or our/x\n', err
+        assert code == 1 and err == 'llm-lab: x is the name of 2 models: write my/x or our/x\n', err
     assert world.life('sample', 'our/x', '--tokens', '3')[0] == 0
     code, out, err = world.life('sample', 'our/y')
     assert code == 1 and err.count('\n') == 1 and 'our/y' in err
