@@ -20,6 +20,7 @@ from typing import get_args
 from .core import FORMAT_1, HOLDS, REGISTERED, SLOTS, LabError, _refuse_format_1
 from .core import address, check_recipe, home, plain, require, short
 from .files import require_ours, atomic_write
+from .corpora import check_splits
 
 # %% ../nbs/06_config.ipynb #6a30dd62
 def _key(default, least=None, most=None, of=None, also=None, path=False):
@@ -34,6 +35,11 @@ def _named(default, *of):
     return field(default=default, metadata=dict(of=of, named=True))
 
 
+def _shares():
+    "A key that takes shares or files of val and test, see `check_splits`"
+    return field(default_factory=dict, metadata=dict(shares=True))
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Which text, in which tokens, cut how
@@ -41,6 +47,8 @@ class DataConfig:
     Args:
         corpus: a name, or a file or folder of texts or records
         field: of records: which one holds the text
+        splits: of a text of your own: shares of val and test, or a file in the place of a
+            share; a tenth is val if none
         limit: so many training documents; all if none
         tokenizer: learned from the training text; or the path of a saved one,
             tokenizer.json or its folder
@@ -53,6 +61,9 @@ class DataConfig:
 
     corpus: str = 'tiny_tales'  # a name, or a file or folder of texts or records
     field: str = 'text'  # of records: which one holds the text
+    # of a text of your own: shares of val and test, or a file in the place of a share; a tenth is
+    # val if none
+    splits: dict = _shares()
     limit: int | None = _key(None, 1)  # so many training documents; all if none
     # learned from the training text; or the path of a saved one, tokenizer.json or its folder
     tokenizer: str = _key('chars', of=('chars', 'bpe'), path=True)
@@ -218,6 +229,8 @@ _KINDS = {
 def _wanted(f):
     "What a key takes, in words"
     m = f.metadata
+    if m.get('shares'):
+        return 'give shares such as {val: 0.05, test: 0.05}, or files such as {val: val.txt}'
     if m.get('named'):
         several = ', one or a list' if f.type is list else ''
         return (
@@ -269,6 +282,8 @@ def _check_named(path, f, value):
 def _checked(path, f, value):
     "The value of a key; raises `LabError` that names its path"
     m = f.metadata
+    if m.get('shares'):
+        return check_splits(value, path)
     if m.get('named') and f.type is not list:
         return _check_named(path, f, value)
     if m.get('named'):
@@ -405,6 +420,8 @@ def _default(f) -> str:
     "The default of a key, as a file would say it"
     if f.default_factory is list:
         return '[]'
+    if f.metadata.get('shares'):
+        return '{}'
     if f.default_factory is dict:
         return 'as the preset has it'
     spoken = {None: 'null', False: 'false', True: 'true', '': '""'}
@@ -873,9 +890,21 @@ def _as_yaml(data):
     return omega.to_yaml(omega.create(data))
 
 
+# keys that older files do not have
+_NEWER = 'data.splits', 'model.block'
+
+
+def _left_out(said) -> list:
+    "The keys that plain data lack because they are of an older file, as (section, key)"
+    pairs = [path.split('.') for path in _NEWER]
+    return [(section, key) for section, key in pairs if key not in said.get(section, {})]
+
+
 def _has_all_keys(said):
     "Does plain data hold every section with every key, in the order of `write_config`?"
     want = {s: [f.name for f in fields(kind)] for s, kind in SECTIONS.items()}
+    for section, key in _left_out(said):
+        want[section].remove(key)
     return [*said] == [*want] and all([*keys] == want[s] for s, keys in said.items())
 
 
@@ -892,10 +921,17 @@ def _by_us(data):
             full = as_data(config_from_dict(said))
         except LabError:  # it names what is not registered now: then the layout decides
             return _has_all_keys(said) and _as_yaml(said).encode() == data
-        if 'block' not in said.get('model', {}):
-            full['model'].pop('block')  # a file from before there was this key
+        for section, key in _left_out(said):
+            full[section].pop(key)
         return _as_yaml(full).encode() == data
-    except (wrong, require('yaml', 'pyyaml').YAMLError, AttributeError, RecursionError, ValueError):
+    except (
+        wrong,
+        require('yaml', 'pyyaml').YAMLError,
+        AttributeError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ):
         return False
 
 

@@ -69,7 +69,16 @@ from llm_lab.hardware import (
     usable_device,
 )
 from .onednn import peak_flops
-from .corpora import CORPORA, at_home, found_path, kept_path, letters_of, load_corpus
+from llm_lab.corpora import (
+    CORPORA,
+    at_home,
+    found_path,
+    kept_path,
+    kept_splits,
+    letters_of,
+    load_corpus,
+    splits_at_home,
+)
 from .chars import CharTokenizer, load_tokenizer
 from .batching import BatchStream
 from .packing import PackedTokens, pack
@@ -144,7 +153,8 @@ def load_data(
         corpus, tokenizer, train and val (`PackedTokens`)
     """
     d = cfg.data
-    corpus = load_corpus(at_home(d.corpus), limit=d.limit, field=d.field)
+    splits = splits_at_home(d.splits)
+    corpus = load_corpus(at_home(d.corpus), limit=d.limit, field=d.field, splits=splits)
     if sha256 and corpus.sha256 != sha256:
         raise LabError(
             f'data.corpus={d.corpus} is not the text that this run has read, or was '
@@ -165,7 +175,8 @@ def load_data(
 
 def kept_corpus(cfg: RunConfig) -> RunConfig:
     "The config with paths to text, tokenizer and start that hold from anywhere"
-    data = replace(cfg.data, corpus=kept_path(cfg.data.corpus))
+    splits = kept_splits(cfg.data.splits)
+    data = replace(cfg.data, corpus=kept_path(cfg.data.corpus), splits=splits)
     if data.tokenizer not in ('chars', 'bpe'):
         path = kept_path(str(find_model(data.tokenizer)))
         # with a /, it is a path also where nothing is there any more
@@ -713,6 +724,8 @@ def _about(cfg, folder, corpus) -> dict:
     )
     if corpus.field:
         about['field'] = corpus.field
+    if cfg.data.splits:
+        about['splits'] = cfg.data.splits
     return about
 
 
