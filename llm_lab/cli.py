@@ -312,7 +312,9 @@ def _train(a):
     if len(named) > 1:
         raise LabError(f'{named[1]!r} is too much: give one config, and key=value')
     if not named and not resume:
-        raise LabError('no config is named: give a .yaml file, golden or smoke, or --resume PATH')
+        raise LabError(
+            'no config is named: give a text, a .yaml file, golden or smoke, or --resume PATH'
+        )
     if resume is None:
         read_config(named[0], settings)  # a slip is answered before PyTorch is there
     elif named:
@@ -349,8 +351,9 @@ def _train_options(t):
         nargs='*',
         metavar='CONFIG key=value',
         help=(
-            f'a .yaml file, a folder of experiments/, or one of {", ".join(CONFIGS)}; then '
-            'what should differ'
+            'a text of your own (.txt, .md, .jsonl, .csv, .parquet or a folder: trained on as '
+            'golden is), a .yaml file, a folder of experiments/, or one of '
+            f'{", ".join(CONFIGS)}; then what should differ'
         ),
     )
     t.add_argument(

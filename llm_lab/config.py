@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'PRESETS', 'CONFIGS', 'DataConfig', 'ModelConfig', 'TrainConfig', 'EvalConfig', 'LogConfig', 'RunConfig',
-           'section_keys', 'describe_keys', 'model_data', 'config_from_dict', 'read_config', 'as_data', 'write_config',
-           'differences', 'check_resumable', 'smoke_config', 'stated', 'origin', 'same_config', 'edited']
+           'section_keys', 'describe_keys', 'model_data', 'config_from_dict', 'text_named', 'read_config', 'as_data',
+           'write_config', 'differences', 'check_resumable', 'smoke_config', 'stated', 'origin', 'same_config',
+           'edited']
 
 # %% ../nbs/06_config.ipynb #5fb9272d
 import difflib
@@ -20,7 +21,7 @@ from typing import get_args
 from .core import FORMAT_1, HOLDS, REGISTERED, SLOTS, LabError, _refuse_format_1
 from .core import address, check_recipe, home, plain, require, short
 from .files import require_ours, atomic_write
-from .corpora import check_splits
+from .corpora import KINDS, check_splits, found_path, kept_path
 
 # %% ../nbs/06_config.ipynb #6a30dd62
 def _key(default, least=None, most=None, of=None, also=None, path=False):
@@ -665,14 +666,40 @@ def _file_of(config):
             return place / 'config.yaml'
 
 
+def text_named(config) -> str:
+    """The path of the text that stands in the place of a config, as it is kept, see `kept_path`;
+    '' where there is none"""
+    if isinstance(config, (dict, RunConfig)) or _file_of(str(config)) or str(config) in CONFIGS:
+        return ''
+    found = found_path(str(config))
+    place = Path(found or '')
+    if not found or place.suffix in ('.yaml', '.yml'):
+        return ''
+    if place.is_dir():
+        # a saved model and the runs of a config hold tables and lists, and are no text
+        others = [place / name for name in ('package.json', 'config.json', 'runs')]
+        files = (p.suffix.lower() for p in place.rglob('*'))
+        if any(p.exists() for p in others) or not any(end in KINDS for end in files):
+            return ''
+    return kept_path(str(config))
+
+
+def _text_config(text) -> dict:
+    "The config of a text that is named alone: that of `golden`, on this text"
+    golden = CONFIGS['golden']
+    return golden | dict(data=golden['data'] | dict(corpus=text))
+
+
 def _no_config(config) -> LabError:
     "What to say where no config has this name"
+    if Path(config).suffix.lower() in KINDS:
+        return LabError(f'{config}: there is no such file, neither here nor in {home()}')
     names = [*CONFIGS, *(p.parent.name for p in (home() / 'experiments').glob('*/config.yaml'))]
     near = difflib.get_close_matches(config, names, 1, 0.5)
     if near:
         remedy = f'did you mean {near[0]!r}?'
     else:
-        remedy = f'give a .yaml file, or choose from {", ".join(names)}'
+        remedy = f'give a text, a .yaml file, or choose from {", ".join(names)}'
     return LabError(f'no config is called {config!r}: {remedy}')
 
 
@@ -701,8 +728,8 @@ def _plain_source(config):
 
 
 def _source(config):
-    """(plain data, name) of a config: a .yaml file, a folder that holds config.yaml, a name; a dict
-    and a `RunConfig` as they are"""
+    """(plain data, name) of a config: a .yaml file, a folder that holds config.yaml, a name, a text
+    of the reader's own; a dict and a `RunConfig` as they are"""
     plain_source = _plain_source(config)
     if plain_source:
         return plain_source
@@ -710,6 +737,9 @@ def _source(config):
     path = _file_of(config)  # a file of this name wins over a config of the book
     if path is None and config in CONFIGS:
         return CONFIGS[config], config
+    text = text_named(config)
+    if text:
+        return _text_config(text), Path(text).stem
     if path is None:
         raise _no_config(config)
     # experiments/my/config.yaml is called 'my', as is my.yaml
@@ -824,7 +854,8 @@ def _override(data, item, given):
 
 
 def read_config(
-    # a .yaml file, a folder that holds config.yaml, a name, {section: {key: value}}, or a config
+    # a .yaml file, a folder that holds config.yaml, a name, {section: {key: value}}, a config, or a
+    # text of your own: a file or folder that `load_corpus` takes, to be trained on as `golden` is
     config: str | Path | dict | RunConfig,
     overrides: Iterable[str] = (),  # 'train.lr=0.02', or 'lr=0.02' where one section has the key
 ) -> RunConfig:
@@ -834,7 +865,8 @@ def read_config(
 
     Args:
         config: a .yaml file, a folder that holds config.yaml, a name, {section: {key:
-            value}}, or a config
+            value}}, a config, or a text of your own: a file or folder that `load_corpus`
+            takes, to be trained on as `golden` is
         overrides: 'train.lr=0.02', or 'lr=0.02' where one section has the key
     """
     overrides = [*overrides]
@@ -1007,7 +1039,8 @@ def stated(config, overrides=()) -> dict:  # {'train.lr': 0.02}
     Returns:
         {'train.lr': 0.02}
     """
-    config = _source(config)[0]
+    text = text_named(config)
+    config = dict(data=dict(corpus=text)) if text else _source(config)[0]
     omega = require('omegaconf').OmegaConf
     data = omega.to_container(omega.create(config))
     if not isinstance(data, dict):
@@ -1034,7 +1067,7 @@ def origin(config) -> tuple:  # ('my', 'experiments/my.yaml')
     _, name = _source(config)
     path = _file_of(str(config))
     if path is None:
-        return name, name
+        return name, text_named(config) or name
     path = path.resolve()
     top = home().resolve()
     if path.is_relative_to(top):

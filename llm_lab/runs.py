@@ -1995,8 +1995,8 @@ def _train_and_evaluate(job, begins, is_main, max_tokens):
 
 
 def train_run(
-    # a .yaml file, a folder that holds one, a name, {section: {key: value}}, or a `RunConfig`;
-    # `smoke` if none. `help(read_config)` lists every key
+    # a text of your own, a .yaml file, a folder that holds one, a name, {section: {key: value}}, or
+    # a `RunConfig`; `smoke` if none. `help(read_config)` lists every key
     config: str | Path | dict | RunConfig | None = None,
     *overrides: str,  # 'train.lr=0.02', …
     # '': the newest run of this config, or `run`; a path: that run or checkpoint
@@ -2013,8 +2013,9 @@ def train_run(
     Ctrl-C, SIGTERM and SIGHUP save and end it: `job.run.stopped` says which.
 
     Args:
-        config: a .yaml file, a folder that holds one, a name, {section: {key: value}}, or a
-            `RunConfig`; `smoke` if none. `help(read_config)` lists every key
+        config: a text of your own, a .yaml file, a folder that holds one, a name, {section:
+            {key: value}}, or a `RunConfig`; `smoke` if none. `help(read_config)` lists
+            every key
         overrides: 'train.lr=0.02', …
         resume: '': the newest run of this config, or `run`; a path: that run or checkpoint
         run: name of the new run's folder; date, time and hash if none

@@ -687,6 +687,8 @@ def another(path, f, now, luck):
     words, kind = f.metadata.get('of'), str(f.type)
     if path == 'data.corpus':
         return 'other.txt'
+    if path == 'data.splits':
+        return {'val': 0.2}
     if words:
         others = [w for w in words if w not in (now, 'auto')]
         return luck.choice(others or ['Mine'])  # that nobody has registered

@@ -152,3 +152,73 @@ def test_a_config_says_splits_with_keys_of_their_own(home):
         'smoke', ['data.corpus=a.txt', 'data.splits.val=0.2', 'data.splits.test=t.txt']
     )
     assert cfg.data.splits == dict(val=0.2, test='t.txt')
+
+
+# ---- a text in the place of a config
+
+
+def lines(n):
+    return ''.join(f'line {i} of {n}\n' for i in range(n))
+
+
+SMALL = ['model.d_model=16', 'model.n_layers=1', 'model.n_heads=2', 'train.batch_size=4']
+FEW = ['train.steps=4', 'eval.every=2', 'eval.tokens=200', 'train.threads=1']
+
+
+def test_a_text_is_trained_on_by_its_path_alone(home, monkeypatch):
+    (home / 'book.txt').write_text(lines(400))
+    said = printed('train', 'book.txt', *SMALL, *FEW)[0]
+    assert 'kept in experiments/book/runs/' in said.replace(str(home) + '/', '')
+    golden = lab.read_config('golden')
+    for name in ('book.txt', home / 'book.txt'):
+        cfg = lab.read_config(name)
+        assert cfg.name == 'book' and cfg.data.corpus == 'book.txt'
+        assert (cfg.model, cfg.train, cfg.eval) == (golden.model, golden.train, golden.eval)
+    printed('sample', 'book', '--tokens', '3')
+    assert 'val loss' in printed('eval', 'book')[0]
+    (home / 'elsewhere').mkdir()
+    monkeypatch.chdir(home / 'elsewhere')  # the same text by another path: the same run goes on
+    said = printed('train', '../book.txt', '--resume', 'train.steps=6')[0]
+    assert 'step 6 of 6' in said and 'a new one begins' not in said
+    assert len([*(home / 'experiments' / 'book' / 'runs').iterdir()]) == 2  # it, and `latest`
+
+
+def test_a_folder_and_records_are_trained_on_as_well(home):
+    (home / 'notes' / 'sub').mkdir(parents=True)
+    (home / 'notes' / 'sub' / 'a.md').write_text(lines(300))
+    records(home / 'd.jsonl', DOCS[:300])
+    for path in ('notes', 'd.jsonl'):
+        printed('train', path, *SMALL, *FEW, '--run', 'one')
+    assert lab.load('notes/one').about['data'] == 'notes'
+    assert lab.load('d/one').about['field'] == 'text'
+
+
+def test_what_a_start_has_is_kept_where_a_text_is_named_alone(home):
+    (home / 'book.txt').write_text(lines(400))
+    tok = lab.CharTokenizer.train(lines(400))
+    cfg = lab.GPTConfig(vocab_size=tok.vocab_size, d_model=16, n_layers=1, n_heads=2, max_len=20)
+    lab.save('artifacts/begun', lab.MiniGPT(cfg), tok)
+    printed('train', 'book.txt', *FEW, 'train.start_from=begun', '--run', 'one')
+    assert lab.load('one').model.cfg.max_len == 20
+
+
+def test_what_is_no_text_is_no_config(home):
+    model = lab.MiniGPT(lab.GPTConfig(vocab_size=3, d_model=8, n_layers=1, n_heads=1, max_len=8))
+    lab.save('artifacts/m', model, lab.CharTokenizer('ab\n'))
+    (home / 'empty').mkdir()
+    (home / 'experiments' / 'x' / 'runs' / 'one').mkdir(parents=True)
+    (home / 'experiments' / 'x' / 'runs' / 'one' / 'metrics.csv').write_text('step\n')
+    for path, says in (
+        ('artifacts/m', "no config is called 'artifacts/m'"),
+        ('empty', "no config is called 'empty'"),
+        ('experiments/x', "no config is called 'experiments/x'"),
+        ('bok.txt', 'bok.txt: there is no such file, neither here nor in'),
+        ('none.yaml', "no config is called 'none.yaml'"),
+    ):
+        one_line(lambda: lab.read_config(path), says)
+        printed('train', path, code=1)
+
+
+def test_the_help_of_train_says_that_a_text_will_do():
+    said = ' '.join(printed('train', '--help')[0].split())
+    assert 'a text of your own (.txt, .md, .jsonl, .csv, .parquet or a folder' in said
