@@ -397,7 +397,10 @@ def _score_of_corpus(a, model, tokenizer, about):
     from llm_lab.core import StatusLine
 
     if not a.corpus and not (about.get('data') or about.get('corpus')):
-        raise LabError(f'{a.path} names no corpus: give --corpus NAME, or --text FILE')
+        raise LabError(
+            f'{a.path} names no corpus: type `{command()} eval {a.path} --corpus NAME` with the one '
+            'that it was trained on (tiny_tales, or the path of your text), or --text FILE'
+        )
     corpus = load_corpus(a.corpus, field=a.field) if a.corpus else corpus_of(about)
     # the name alone proves little: a file may have changed, or another may bear its name
     same_name = about.get('corpus') == corpus.name
@@ -478,13 +481,31 @@ def _runs_at(path) -> list:
     raise LabError(f'no run is at {path}: give folders of runs, or see all by {command()} runs')
 
 
+def _heading_of_differences(runs, found) -> str:
+    "What is said before the keys in which runs differ, or in their place; '' for one run"
+    from llm_lab.runs import told_of
+
+    told = [told_of(Path(folder)) for folder in runs.values()]
+    if len(runs) < 2 or not all(said.get('config', {}).get('decided') for said in told):
+        return 'what differs in their configs:' if found else ''
+    # two configs may say the same of texts, and of files with parts, that have changed meanwhile
+    same_bytes = all(said.get(k) == told[0].get(k) for said in told for k in ('hashes', 'parts'))
+    if not found:
+        rest = 'text and parts are the same, too' if same_bytes else 'the text or the parts are not'
+        return f'their configs are the same; {rest}'
+    if [*found] == ['train.seed'] and same_bytes:
+        return 'they differ in their seed alone:'
+    return 'what differs in their configs:'
+
+
 def _print_differences(runs):
     "One line for each key of the config in which runs {name: folder} differ"
     from llm_lab.runs import differing_keys
 
     found = differing_keys(runs)
-    if found:
-        print('\nwhat differs in their configs:')
+    heading = _heading_of_differences(runs, found)
+    if heading:
+        print(f'\n{heading}')
     for path, values in found.items():
         names = {}  # {a value as text: the runs that have it}
         for name, value in values.items():

@@ -138,3 +138,49 @@ def test_a_part_without_a_file_is_named_on_the_card(home):
         del REGISTERED['Halved']
     assert 'register `Halved` before it is opened' in (home / 'x' / 'README.md').read_text()
     assert 'parts' not in json.loads((home / 'x' / 'package.json').read_text())['about']
+
+
+# ---- eval and runs
+
+
+def test_a_package_without_a_corpus_says_what_to_type(home):
+    lab.save('artifacts/mine', tiny_model(vocab_size=TOK.vocab_size), TOK)
+    (home / 'a.txt').write_text('abab\n' * 99)
+    said = printed('eval', 'artifacts/mine', code=1)[1]
+    assert 'eval artifacts/mine --corpus NAME`' in said
+    words = said.partition('`')[2].partition('`')[0].split()
+    typed = [w.replace('NAME', 'a.txt') for w in words[words.index('eval') :]]
+    score = printed(*typed)[0].splitlines()[-2:]
+    corpus = lab.load_corpus('a.txt')
+    about = dict(data='a.txt', corpus=corpus.name, corpus_sha256=corpus.sha256)
+    lab.save('artifacts/mine', lab.load('mine').model, TOK, about)
+    assert printed('eval', 'mine')[0].splitlines()[-2:] == score
+
+
+def test_runs_that_differ_in_nothing_or_in_their_seed_are_told_in_one_line(home):
+    (home / 'a.txt').write_text('abab\nbaba\n' * 99)
+    config = dict(
+        data=dict(corpus='a.txt', length=8),
+        model=dict(d_model=8, n_layers=1, n_heads=1),
+        train=dict(steps=2, batch_size=2, threads=1),
+        eval=dict(every=2, tokens=40, sample_every=9),
+    )
+    for name, *more in (('one',), ('two',), ('three', 'seed=3'), ('four', 'seed=4', 'lr=0.02')):
+        lab.train_run(config, *more, run=name)
+
+    def told(*names):
+        return printed('runs', *names)[0].rpartition('\n\n')[2].strip().splitlines()
+
+    alone = printed('runs', 'one')[0]
+    assert 'differ' not in alone and 'same' not in alone
+    assert told('one', 'two') == ['their configs are the same; text and parts are the same, too']
+    assert told('one', 'three') == [
+        'they differ in their seed alone:',
+        '  train.seed: 0 (one); 3 (three)',
+    ]
+    assert (
+        told('one', 'four')[0] == 'what differs in their configs:' and len(told('one', 'four')) == 3
+    )
+    (home / 'a.txt').write_text('abab\nbbbb\n' * 99)
+    lab.train_run(config, run='five')
+    assert told('one', 'five') == ['their configs are the same; the text or the parts are not']
