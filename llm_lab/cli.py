@@ -398,8 +398,8 @@ def _score_of_corpus(a, model, tokenizer, about):
 
     if not a.corpus and not (about.get('data') or about.get('corpus')):
         raise LabError(
-            f'{a.path} names no corpus: type `{command()} eval {a.path} --corpus NAME` with the one '
-            'that it was trained on (tiny_tales, or the path of your text), or --text FILE'
+            f'{a.path} names no corpus: type `{command()} eval {a.path} --corpus NAME` with the '
+            'one that it was trained on (tiny_tales, or the path of your text), or --text FILE'
         )
     corpus = load_corpus(a.corpus, field=a.field) if a.corpus else corpus_of(about)
     # the name alone proves little: a file may have changed, or another may bear its name

@@ -1213,7 +1213,7 @@ def _warn_of_other_parts(about, given):
 
 def _load_hf(folder, device) -> Opened:
     "As `load`, of a folder of Hugging Face, by the reader that the table of `core` names"
-    with warnings.catch_warnings(record=True) as notes:
+    with warnings.catch_warnings(record=True, action='always') as notes:
         opened = lookup('from_hf', 'format')(folder, device=device)
     if opened.tokenizer is None:
         why = opened.about.get('tokenizer', 'there is no tokenizer.json')

@@ -154,6 +154,20 @@ def test_a_config_says_splits_with_keys_of_their_own(home):
     assert cfg.data.splits == dict(val=0.2, test='t.txt')
 
 
+def test_a_config_file_from_before_there_were_splits_is_still_ours(home):
+    from llm_lab.config import write_config
+
+    cfg = lab.read_config('smoke')
+    write_config(cfg, home / 'config.yaml')
+    text = (home / 'config.yaml').read_text()
+    (home / 'config.yaml').write_text(text.replace('  splits: {}\n', ''))
+    assert 'splits' not in (home / 'config.yaml').read_text()
+    write_config(cfg, home / 'config.yaml')
+    assert (home / 'config.yaml').read_text() == text
+    (home / 'config.yaml').write_text('data:\n  corpus: tiny_tales\n')  # by hand
+    one_line(lambda: write_config(cfg, home / 'config.yaml'), 'config.yaml')
+
+
 # ---- a text in the place of a config
 
 
