@@ -119,6 +119,8 @@ def to_hf(
         `folder`
     """
     folder = Path(folder)
+    if about is not None and not isinstance(about, dict):
+        raise LabError(f'about={short(about)} is no dict: a family is given by its name, family=…')
     require_faithful(model)  # else its file would be another model's
     replaceable(folder)  # before the tensors are made ready
     config = hf_config(model.cfg, family)

@@ -66,6 +66,7 @@ def test_what_is_opened_can_be_written_by_to_hf(home):
     assert 'licence: mine alone' in (home / 'theirs' / 'README.md').read_text(encoding='utf-8')
     lab.to_hf('theirs', *lab.load('theirs'))  # what we have written is replaced
     lab.to_hf('again', model, TOK, family='gpt2')
+    one_line(lambda: lab.to_hf('no', model, TOK, 'gpt2'), "about='gpt2' is no dict", 'family=')
     assert not (home / 'again' / 'README.md').exists()
 
 

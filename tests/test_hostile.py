@@ -841,7 +841,7 @@ def honest(folder):
         mixtral=llama(**size, mlp=moe),
         qwen3_moe=llama(**size, mlp=moe, attn=qk),
     ).items():
-        to_hf(folder / 'hub' / name, MiniGPT(cfg), tok, name)
+        to_hf(folder / 'hub' / name, MiniGPT(cfg), tok, family=name)
     text = 'abc\n' * 99
     pack(Corpus('tiny', dict(train=text, val=text)), tok, folder / 'packed', processes=1)
     return run
