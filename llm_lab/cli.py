@@ -106,35 +106,36 @@ def _best_and_last(path):
 
 # %% ../nbs/89_cli.ipynb #ebac8df8
 def _find_model(path):
-    """The folder that a path names, looked for here and in `home()`; CONFIG is its newest run,
-    CONFIG/RUN or RUN is that one"""
+    "The folder that a path or a name means, as everywhere"
     from llm_lab.package import find_model
 
     return find_model(path)
 
 
 def write_from(
-    path,  # a saved model or a run; looked for here, then in `home()`
+    path,  # a saved model or a run, as `find_model` takes it
     prompt='',
     max_new_tokens=300,
     seed=0,
     stop=(),  # a text to end at, or several
+    parts=(),  # files of your own that the model needs
     **sampling,  # temperature, top_k, top_p, repetition_penalty
 ):
     """Print `prompt` and what the model makes of it, as it comes; each token is read once if the
     model can keep a cache (`kv_cache`)
 
     Args:
-        path: a saved model or a run; looked for here, then in `home()`
+        path: a saved model or a run, as `find_model` takes it
         stop: a text to end at, or several
+        parts: files of your own that the model needs
         sampling: temperature, top_k, top_p, repetition_penalty
     """
     from llm_lab.kv_cache import with_kv_cache
-    from llm_lab.runs import load_model
+    from llm_lab.package import load
     from llm_lab.sampling import stream
 
     place = _find_model(path)
-    model, tokenizer, _ = load_model(place, usable_device())
+    model, tokenizer, _ = load(place, usable_device(), parts)
     best, last = _best_and_last(place)
     if best != last:
         _say(f'the best model of this run writes, {best}; {last} is the last')
@@ -162,7 +163,7 @@ STOPPED = {'by hand': 130, 'by SIGTERM': 143, 'by SIGHUP': 129}
 _OWN = 'a file or folder of your own: .txt, .md, .jsonl, .csv, .parquet, or saved by `datasets`'
 _MODEL = (
     'a saved model such as artifacts/tour, a checkpoint, a Hugging Face folder, or a run: a path, '
-    'CONFIG (its newest run), CONFIG/RUN or RUN'
+    'or a name: NAME (artifacts/NAME, or the newest run of the config NAME), CONFIG/RUN or RUN'
 )
 _FIELD = 'of records, the field that holds the text (default text)'
 
@@ -182,7 +183,7 @@ def _load_parts(paths):
     "Run the files that `--parts` names"
     if not paths:
         return  # no part, no PyTorch
-    from llm_lab.runs import load_all_parts
+    from llm_lab.parts import load_all_parts
 
     load_all_parts(paths)
 
@@ -217,13 +218,13 @@ def _tour_options(t):
 # %% ../nbs/89_cli.ipynb #312a6096
 def _sample(a):
     "Let the model write that the command line names"
-    _load_parts(a.parts)
     write_from(
         a.path,
         a.prompt,
         a.tokens,
         a.seed,
         a.stop,
+        a.parts,
         temperature=a.temperature,
         top_k=a.top_k,
         top_p=a.top_p,
@@ -311,7 +312,9 @@ def _train(a):
     if len(named) > 1:
         raise LabError(f'{named[1]!r} is too much: give one config, and key=value')
     if not named and not resume:
-        raise LabError('no config is named: give a .yaml file, golden or smoke, or --resume PATH')
+        raise LabError(
+            'no config is named: give a text, a .yaml file, golden or smoke, or --resume PATH'
+        )
     if resume is None:
         read_config(named[0], settings)  # a slip is answered before PyTorch is there
     elif named:
@@ -348,8 +351,9 @@ def _train_options(t):
         nargs='*',
         metavar='CONFIG key=value',
         help=(
-            f'a .yaml file, a folder of experiments/, or one of {", ".join(CONFIGS)}; then '
-            'what should differ'
+            'a text of your own (.txt, .md, .jsonl, .csv, .parquet or a folder: trained on as '
+            'golden is), a .yaml file, a folder of experiments/, or one of '
+            f'{", ".join(CONFIGS)}; then what should differ'
         ),
     )
     t.add_argument(
@@ -393,7 +397,10 @@ def _score_of_corpus(a, model, tokenizer, about):
     from llm_lab.core import StatusLine
 
     if not a.corpus and not (about.get('data') or about.get('corpus')):
-        raise LabError(f'{a.path} names no corpus: give --corpus NAME, or --text FILE')
+        raise LabError(
+            f'{a.path} names no corpus: type `{command()} eval {a.path} --corpus NAME` with the '
+            'one that it was trained on (tiny_tales, or the path of your text), or --text FILE'
+        )
     corpus = load_corpus(a.corpus, field=a.field) if a.corpus else corpus_of(about)
     # the name alone proves little: a file may have changed, or another may bear its name
     same_name = about.get('corpus') == corpus.name
@@ -409,11 +416,10 @@ def _score_of_corpus(a, model, tokenizer, about):
 def _eval(a):
     "Judge a saved model on a whole split, or on a text of your own"
     from llm_lab.evaluation import evaluate_file
-    from llm_lab.runs import load_model
+    from llm_lab.package import load
 
-    _load_parts(a.parts)
     place = _find_model(a.path)
-    model, tokenizer, about = load_model(place, usable_device())
+    model, tokenizer, about = load(place, usable_device(), a.parts)
     if a.text:
         score = evaluate_file(model, tokenizer, a.text, a.stride, a.batch_size, field=a.field)
     else:
@@ -475,13 +481,31 @@ def _runs_at(path) -> list:
     raise LabError(f'no run is at {path}: give folders of runs, or see all by {command()} runs')
 
 
+def _heading_of_differences(runs, found) -> str:
+    "What is said before the keys in which runs differ, or in their place; '' for one run"
+    from llm_lab.runs import told_of
+
+    told = [told_of(Path(folder)) for folder in runs.values()]
+    if len(runs) < 2 or not all(said.get('config', {}).get('decided') for said in told):
+        return 'what differs in their configs:' if found else ''
+    # two configs may say the same of texts, and of files with parts, that have changed meanwhile
+    same_bytes = all(said.get(k) == told[0].get(k) for said in told for k in ('hashes', 'parts'))
+    if not found:
+        rest = 'text and parts are the same, too' if same_bytes else 'the text or the parts are not'
+        return f'their configs are the same; {rest}'
+    if [*found] == ['train.seed'] and same_bytes:
+        return 'they differ in their seed alone:'
+    return 'what differs in their configs:'
+
+
 def _print_differences(runs):
     "One line for each key of the config in which runs {name: folder} differ"
     from llm_lab.runs import differing_keys
 
     found = differing_keys(runs)
-    if found:
-        print('\nwhat differs in their configs:')
+    heading = _heading_of_differences(runs, found)
+    if heading:
+        print(f'\n{heading}')
     for path, values in found.items():
         names = {}  # {a value as text: the runs that have it}
         for name, value in values.items():

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'PRESETS', 'CONFIGS', 'DataConfig', 'ModelConfig', 'TrainConfig', 'EvalConfig', 'LogConfig', 'RunConfig',
-           'section_keys', 'describe_keys', 'model_data', 'config_from_dict', 'read_config', 'as_data', 'write_config',
-           'differences', 'check_resumable', 'smoke_config', 'stated', 'origin', 'same_config', 'edited']
+           'section_keys', 'describe_keys', 'model_data', 'config_from_dict', 'text_named', 'read_config', 'as_data',
+           'write_config', 'differences', 'check_resumable', 'smoke_config', 'stated', 'origin', 'same_config',
+           'edited']
 
 # %% ../nbs/06_config.ipynb #5fb9272d
 import difflib
@@ -20,6 +21,7 @@ from typing import get_args
 from .core import FORMAT_1, HOLDS, REGISTERED, SLOTS, LabError, _refuse_format_1
 from .core import address, check_recipe, home, plain, require, short
 from .files import require_ours, atomic_write
+from .corpora import KINDS, check_splits, found_path, kept_path
 
 # %% ../nbs/06_config.ipynb #6a30dd62
 def _key(default, least=None, most=None, of=None, also=None, path=False):
@@ -34,6 +36,11 @@ def _named(default, *of):
     return field(default=default, metadata=dict(of=of, named=True))
 
 
+def _shares():
+    "A key that takes shares or files of val and test, see `check_splits`"
+    return field(default_factory=dict, metadata=dict(shares=True))
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Which text, in which tokens, cut how
@@ -41,6 +48,8 @@ class DataConfig:
     Args:
         corpus: a name, or a file or folder of texts or records
         field: of records: which one holds the text
+        splits: of a text of your own: shares of val and test, or a file in the place of a
+            share; a tenth is val if none
         limit: so many training documents; all if none
         tokenizer: learned from the training text; or the path of a saved one,
             tokenizer.json or its folder
@@ -53,6 +62,9 @@ class DataConfig:
 
     corpus: str = 'tiny_tales'  # a name, or a file or folder of texts or records
     field: str = 'text'  # of records: which one holds the text
+    # of a text of your own: shares of val and test, or a file in the place of a share; a tenth is
+    # val if none
+    splits: dict = _shares()
     limit: int | None = _key(None, 1)  # so many training documents; all if none
     # learned from the training text; or the path of a saved one, tokenizer.json or its folder
     tokenizer: str = _key('chars', of=('chars', 'bpe'), path=True)
@@ -220,6 +232,8 @@ _KINDS = {
 def _wanted(f):
     "What a key takes, in words"
     m = f.metadata
+    if m.get('shares'):
+        return 'give shares such as {val: 0.05, test: 0.05}, or files such as {val: val.txt}'
     if m.get('named'):
         several = ', one or a list' if f.type is list else ''
         return (
@@ -271,6 +285,8 @@ def _check_named(path, f, value):
 def _checked(path, f, value):
     "The value of a key; raises `LabError` that names its path"
     m = f.metadata
+    if m.get('shares'):
+        return check_splits(value, path)
     if m.get('named') and f.type is not list:
         return _check_named(path, f, value)
     if m.get('named'):
@@ -407,6 +423,8 @@ def _default(f) -> str:
     "The default of a key, as a file would say it"
     if f.default_factory is list:
         return '[]'
+    if f.metadata.get('shares'):
+        return '{}'
     if f.default_factory is dict:
         return 'as the preset has it'
     spoken = {None: 'null', False: 'false', True: 'true', '': '""'}
@@ -650,14 +668,40 @@ def _file_of(config):
             return place / 'config.yaml'
 
 
+def text_named(config) -> str:
+    """The path of the text that stands in the place of a config, as it is kept, see `kept_path`;
+    '' where there is none"""
+    if isinstance(config, (dict, RunConfig)) or _file_of(str(config)) or str(config) in CONFIGS:
+        return ''
+    found = found_path(str(config))
+    place = Path(found or '')
+    if not found or place.suffix in ('.yaml', '.yml'):
+        return ''
+    if place.is_dir():
+        # a saved model and the runs of a config hold tables and lists, and are no text
+        others = [place / name for name in ('package.json', 'config.json', 'runs')]
+        files = (p.suffix.lower() for p in place.rglob('*'))
+        if any(p.exists() for p in others) or not any(end in KINDS for end in files):
+            return ''
+    return kept_path(str(config))
+
+
+def _text_config(text) -> dict:
+    "The config of a text that is named alone: that of `golden`, on this text"
+    golden = CONFIGS['golden']
+    return golden | dict(data=golden['data'] | dict(corpus=text))
+
+
 def _no_config(config) -> LabError:
     "What to say where no config has this name"
+    if Path(config).suffix.lower() in KINDS:
+        return LabError(f'{config}: there is no such file, neither here nor in {home()}')
     names = [*CONFIGS, *(p.parent.name for p in (home() / 'experiments').glob('*/config.yaml'))]
     near = difflib.get_close_matches(config, names, 1, 0.5)
     if near:
         remedy = f'did you mean {near[0]!r}?'
     else:
-        remedy = f'give a .yaml file, or choose from {", ".join(names)}'
+        remedy = f'give a text, a .yaml file, or choose from {", ".join(names)}'
     return LabError(f'no config is called {config!r}: {remedy}')
 
 
@@ -686,8 +730,8 @@ def _plain_source(config):
 
 
 def _source(config):
-    """(plain data, name) of a config: a .yaml file, a folder that holds config.yaml, a name; a dict
-    and a `RunConfig` as they are"""
+    """(plain data, name) of a config: a .yaml file, a folder that holds config.yaml, a name, a text
+    of the reader's own; a dict and a `RunConfig` as they are"""
     plain_source = _plain_source(config)
     if plain_source:
         return plain_source
@@ -695,6 +739,9 @@ def _source(config):
     path = _file_of(config)  # a file of this name wins over a config of the book
     if path is None and config in CONFIGS:
         return CONFIGS[config], config
+    text = text_named(config)
+    if text:
+        return _text_config(text), Path(text).stem
     if path is None:
         raise _no_config(config)
     # experiments/my/config.yaml is called 'my', as is my.yaml
@@ -809,7 +856,8 @@ def _override(data, item, given):
 
 
 def read_config(
-    # a .yaml file, a folder that holds config.yaml, a name, {section: {key: value}}, or a config
+    # a .yaml file, a folder that holds config.yaml, a name, {section: {key: value}}, a config, or a
+    # text of your own: a file or folder that `load_corpus` takes, to be trained on as `golden` is
     config: str | Path | dict | RunConfig,
     overrides: Iterable[str] = (),  # 'train.lr=0.02', or 'lr=0.02' where one section has the key
 ) -> RunConfig:
@@ -819,7 +867,8 @@ def read_config(
 
     Args:
         config: a .yaml file, a folder that holds config.yaml, a name, {section: {key:
-            value}}, or a config
+            value}}, a config, or a text of your own: a file or folder that `load_corpus`
+            takes, to be trained on as `golden` is
         overrides: 'train.lr=0.02', or 'lr=0.02' where one section has the key
     """
     overrides = [*overrides]
@@ -875,9 +924,21 @@ def _as_yaml(data):
     return omega.to_yaml(omega.create(data))
 
 
+# keys that older files do not have
+_NEWER = 'data.splits', 'model.block', 'model.objective'
+
+
+def _left_out(said) -> list:
+    "The keys that plain data lack because they are of an older file, as (section, key)"
+    pairs = [path.split('.') for path in _NEWER]
+    return [(section, key) for section, key in pairs if key not in said.get(section, {})]
+
+
 def _has_all_keys(said):
     "Does plain data hold every section with every key, in the order of `write_config`?"
     want = {s: [f.name for f in fields(kind)] for s, kind in SECTIONS.items()}
+    for section, key in _left_out(said):
+        want[section].remove(key)
     return [*said] == [*want] and all([*keys] == want[s] for s, keys in said.items())
 
 
@@ -894,10 +955,17 @@ def _by_us(data):
             full = as_data(config_from_dict(said))
         except LabError:  # it names what is not registered now: then the layout decides
             return _has_all_keys(said) and _as_yaml(said).encode() == data
-        if 'block' not in said.get('model', {}):
-            full['model'].pop('block')  # a file from before there was this key
+        for section, key in _left_out(said):
+            full[section].pop(key)
         return _as_yaml(full).encode() == data
-    except (wrong, require('yaml', 'pyyaml').YAMLError, AttributeError, RecursionError, ValueError):
+    except (
+        wrong,
+        require('yaml', 'pyyaml').YAMLError,
+        AttributeError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ):
         return False
 
 
@@ -973,7 +1041,8 @@ def stated(config, overrides=()) -> dict:  # {'train.lr': 0.02}
     Returns:
         {'train.lr': 0.02}
     """
-    config = _source(config)[0]
+    text = text_named(config)
+    config = dict(data=dict(corpus=text)) if text else _source(config)[0]
     omega = require('omegaconf').OmegaConf
     data = omega.to_container(omega.create(config))
     if not isinstance(data, dict):
@@ -1000,7 +1069,7 @@ def origin(config) -> tuple:  # ('my', 'experiments/my.yaml')
     _, name = _source(config)
     path = _file_of(str(config))
     if path is None:
-        return name, name
+        return name, text_named(config) or name
     path = path.resolve()
     top = home().resolve()
     if path.is_relative_to(top):

@@ -178,7 +178,9 @@ _DECLARED = dict(  # slot: CHAPTER:NAME, of this book where no module is said
         'corpora:tiny_shakespeare tales:tiny_tales hubdata:tinystories hubdata:dolly hubdata:pg19'
     ),
     tokenizer='chars:CharTokenizer bpe:BPETokenizer bpe:ForeignTokenizer',
+    format='hub:from_hf',  # folders of other libraries that `load` opens
 )
+_NO_PARTS = 'corpus', 'tokenizer', 'format'  # slots of what is no part of a model
 
 
 def _named(words):
@@ -314,7 +316,7 @@ def address(
     """
     if isinstance(name, str) and name in REGISTERED:
         return name
-    slots = [slot] if slot else [s for s in SLOTS if s not in ('corpus', 'tokenizer')]
+    slots = [slot] if slot else [s for s in SLOTS if s not in _NO_PARTS]
     if isinstance(name, str):
         for s in slots:
             if name in SLOTS[s]:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['END_OF_TEXT', 'KINDS', 'CORPORA', 'Reiterable', 'digest', 'Corpus', 'apart', 'letters_of', 'read_text',
-           'parse_documents', 'split_text', 'split_documents', 'from_path', 'records_in', 'fetch', 'hash_fraction',
-           'assign_split', 'subsample', 'tiny_shakespeare', 'found_path', 'kept_path', 'at_home', 'load_corpus',
-           'corpus_of']
+           'parse_documents', 'split_text', 'split_documents', 'check_splits', 'from_path', 'records_in', 'fetch',
+           'hash_fraction', 'assign_split', 'subsample', 'tiny_shakespeare', 'found_path', 'kept_path', 'at_home',
+           'kept_splits', 'splits_at_home', 'load_corpus', 'corpus_of']
 
 # %% ../nbs/04_corpora.ipynb #f6166ced
 import bisect
@@ -180,6 +180,31 @@ def split_documents(documents: list[str], share=0.9) -> tuple[list[str], list[st
     ends = list(itertools.accumulate(map(len, documents)))
     n = max(1, bisect.bisect_right(ends, share * ends[-1]))
     return documents[:n], documents[n:]
+
+
+_SAY_SPLITS = 'give shares, as in {val: 0.05, test: 0.05}, or files, as in {val: val.txt}'
+
+
+def check_splits(splits: dict, path='splits') -> dict:  # `splits`
+    """Raises `LabError` unless these are shares of val and test that leave something, or files
+
+    Returns:
+        `splits`
+    """
+    if not isinstance(splits, dict):
+        raise LabError(f'{path}={short(splits)}: {_SAY_SPLITS}')
+    left = 1.0
+    for split, given in splits.items():
+        is_file = isinstance(given, (str, Path)) and str(given)
+        is_share = type(given) in (int, float) and 0 < given < 1
+        if split not in ('val', 'test') or not (is_file or is_share):
+            raise LabError(
+                f'{path}.{" ".join(str(split).split()):.20}={short(given)}: {_SAY_SPLITS}'
+            )
+        left -= given if is_share else 0
+    if left <= 0:
+        raise LabError(f'{path}={short(splits)} leaves nothing for training: give less')
+    return splits
 
 # %% ../nbs/04_corpora.ipynb #f4601eb5
 KINDS = {
@@ -523,13 +548,57 @@ def _halves(held, joined, marked):
     return split_text(joined)  # one document is cut by position
 
 
-def from_path(path, field='text') -> Corpus:
+def _with_files(path, texts, records, field, splits):
+    "The texts of `_read`, and those of the files that `splits` names"
+    for split in splits:
+        if split in texts:
+            raise LabError(f'{path} has a {split} part of its own: leave splits.{split} out')
+    files = {s: name for s, name in splits.items() if isinstance(name, (str, Path))}
+    if files and '' in texts:
+        texts = dict(train=texts[''])  # what we were given is for training
+    for split, name in files.items():
+        held, also = _read(Path(_need_path(str(name))), field)
+        if also != records:
+            raise LabError(
+                f'splits.{split}={name}: one of it and {path} holds records, the other running '
+                'text; give two of one kind'
+            )
+        if '' not in held:
+            raise LabError(f'splits.{split}={name} has splits itself: name one file of it')
+        texts = texts | {split: held['']}
+    return texts
+
+
+def _shares_to_cut(texts, splits, path) -> dict:  # {'val': 0.1}
+    "The shares of its text that validation and test get; none where they have files"
+    cuts = {s: splits[s] for s in ('val', 'test') if s in splits and s not in texts}
+    has_val = any(text.strip() for text in texts.get('val', ()))
+    if not has_val and 'val' not in cuts:
+        cuts = dict(val=0.1) | cuts
+    if sum(cuts.values()) >= 1:
+        raise LabError(f'{path}: splits={short(cuts)} leaves nothing for training: give less')
+    return cuts
+
+
+def from_path(
+    path: str | Path,  # a file, or a folder
+    field: str = 'text',  # of records: the one that holds the text
+    splits: dict | None = None,  # shares or files of val and test, as `load_corpus` takes them
+) -> Corpus:
     """A corpus from a file or folder of texts; or of records, each a document with its text in
     `field`.
 
-    Raises `LabError` where there is no text, or where it is not clear which files are the text"""
+    Raises `LabError` where there is no text, or where it is not clear which files are the text
+
+    Args:
+        path: a file, or a folder
+        field: of records: the one that holds the text
+        splits: shares or files of val and test, as `load_corpus` takes them
+    """
     path = Path(path)
+    splits = check_splits(splits or {})
     texts, records = _read(path, field)  # {split: texts}, or {'': texts} where there are none
+    texts = _with_files(path, texts, records, field, splits)
     docs = {}
     for split, held in texts.items():
         docs[split] = [d for text in held for d in parse_documents(text)]
@@ -541,18 +610,22 @@ def from_path(path, field='text') -> Corpus:
     # a text in which we know no documents is kept to the letter, with all its space
     held = docs if marked or records else texts
     joined = {s: separator.join(held[s]) for s in ('', 'train', 'val', 'test') if s in held}
-    splits = {s: t for s, t in joined.items() if s}
-    if not splits.get('val'):  # we cut: the whole text, or its train part; a test part stays
+    cuts = _shares_to_cut(held, splits, path)
+    parts = {s: t for s, t in joined.items() if s}
+    if cuts:  # we cut: the whole text, or its train part; what has a file stays
         source = '' if '' in held else 'train'
-        cut = _halves(held[source], joined[source], marked)
-        splits = cut | {s: t for s, t in splits.items() if s == 'test'}
-    _hint(path, splits, cut='val' not in held)
+        if {*cuts} & {*splits}:
+            cut = _cut_by_shares(held[source] if marked else joined[source], cuts, path)
+        else:
+            cut = _halves(held[source], joined[source], marked)
+        parts = cut | {s: t for s, t in parts.items() if s not in cut}
+    _hint(path, parts, cut='val' in cuts)
     # what is hashed: the text, where it came as one; else the digest of each split
     known = joined.get('', json.dumps({s: digest(held[s]) for s in joined}))
     name = path.stem if path.is_file() else path.resolve().name
     return Corpus(
         name,
-        splits,
+        parts,
         separator,
         'your own',
         str(path),
@@ -673,6 +746,28 @@ def assign_split(text: str, cuts: dict) -> str:  # a key of `cuts`, or 'train'
         x -= share
     return 'train'
 
+# %% ../nbs/04_corpora.ipynb #a04c5b02
+def _cut_by_shares(held, cuts, path) -> dict:  # {'train': …, 'val': …, 'test': …}
+    "Documents drawn by their hashes, or a text cut by position; `cuts` are the shares"
+    if isinstance(held, str):
+        shares = [1 - sum(cuts.values()), *cuts.values()]
+        # shares .8, .1, .1 of 50 characters end at 40, 45, 50
+        ends = [round(share * len(held)) for share in itertools.accumulate(shares)]
+        bounds = zip(('train', *cuts), [0, *ends], ends)
+        parts = {split: held[begin:end] for split, begin, end in bounds}
+    else:
+        drawn = {s: [] for s in ('train', *cuts)}
+        for d in held:
+            drawn[assign_split(d, cuts)].append(d)
+        parts = {s: f'\n{END_OF_TEXT}\n'.join(docs) for s, docs in drawn.items()}
+    for split, text in parts.items():
+        if not text.strip():
+            raise LabError(
+                f'{path}: splits={short(cuts)} leaves nothing for {split}: give other shares, or '
+                'files'
+            )
+    return parts
+
 # %% ../nbs/04_corpora.ipynb #610b883b
 def _counted(documents, label):
     "The documents; whoever waits longer than two seconds is told how many were read"
@@ -754,6 +849,21 @@ def at_home(name: str) -> str:
     there = os.path.join(home(), name)
     return there if name not in CORPORA and os.path.exists(there) else name
 
+
+def _each_file(splits, change):
+    "The same splits, and the path of each file changed"
+    return {s: change(str(x)) if isinstance(x, (str, Path)) else x for s, x in splits.items()}
+
+
+def kept_splits(splits: dict) -> dict:
+    "The same splits, with paths that hold from anywhere, see `kept_path`"
+    return _each_file(splits, kept_path)
+
+
+def splits_at_home(splits: dict) -> dict:
+    "What `kept_splits` has kept, with paths from here"
+    return _each_file(splits, at_home)
+
 # %% ../nbs/04_corpora.ipynb #54ce7527
 def _need_path(name):
     "Where a path leads; raises `LabError`, with what was meant perhaps, if nowhere"
@@ -774,6 +884,10 @@ def load_corpus(
     seed: int = 0,  # of that draw; the cut between the splits does not depend on it
     stream: bool = False,  # read over the network, keep nothing: for corpora of the hub
     field: str = 'text',  # of records: the one that holds the text
+    # of your own text: the shares of val and test, as {'val': 0.05, 'test': 0.05}, or a file in the
+    # place of a share; a tenth is val if none. Documents are drawn by their hashes, and a running
+    # text is cut by position: train, val, test
+    splits: dict | None = None,
 ) -> Corpus:
     """The corpus of that name or path, never another one; raises `LabError` when there is none
 
@@ -784,6 +898,9 @@ def load_corpus(
         seed: of that draw; the cut between the splits does not depend on it
         stream: read over the network, keep nothing: for corpora of the hub
         field: of records: the one that holds the text
+        splits: of your own text: the shares of val and test, as {'val': 0.05, 'test':
+            0.05}, or a file in the place of a share; a tenth is val if none. Documents are
+            drawn by their hashes, and a running text is cut by position: train, val, test
     """
     name = str(name_or_path)
     make = from_path
@@ -797,8 +914,10 @@ def load_corpus(
         )
     if make is not from_path and field != 'text':
         raise LabError(f'{name} is a corpus with fields of its own: leave data.field (--field) out')
+    if make is not from_path and splits:
+        raise LabError(f'{name} is a corpus with splits of its own: leave splits (data.splits) out')
     if make is from_path:
-        corpus = from_path(path, field)
+        corpus = from_path(path, field, splits)
     else:
         corpus = make(stream=True) if stream else make()
     return corpus if limit is None else subsample(corpus, limit, seed)
@@ -814,6 +933,7 @@ def corpus_of(about: dict) -> Corpus:
     for said, what in ((name, 'corpus'), (field, 'field')):
         if not isinstance(said, str):
             raise LabError(f'the model names {short(said)} as its {what}: say which corpus to use')
+    splits = splits_at_home(check_splits(about.get('splits') or {}))
     if name in CORPORA:
         return load_corpus(name)
     places = [p for p in dict.fromkeys((at_home(name), name)) if found_path(p)]
@@ -825,7 +945,7 @@ def corpus_of(about: dict) -> Corpus:
     # of a text that was drawn from, see `subsample`, the hash is another one
     drawn = re.search(r'-(\d{1,9})-seed(\d{1,9})$', str(about.get('corpus')))
     for place in places or [name]:
-        corpus = load_corpus(place, field=field)
+        corpus = load_corpus(place, field=field, splits=splits)
         known = [corpus.sha256]
         if drawn:
             limit, seed = drawn.groups()

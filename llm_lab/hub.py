@@ -20,7 +20,7 @@ from .files import bytes_in, check_size, file_in, is_name, json_of, replaceable,
 from .hardware import must_fit
 from .chars import CharTokenizer, begins, load_tokenizer, Tokenizer
 from .gpt import MiniGPT
-from .package import Opened, require_faithful, meta_model
+from .package import Opened, require_faithful, meta_model, model_card
 from .sampling import require_next_token
 from .families import config_from_hf, hf_config, least_tensors, hf_views
 from copy import copy
@@ -101,9 +101,11 @@ def to_hf(
     model: MiniGPT,
     # of the model; it goes along, with its marks and what a prompt begins with
     tokenizer: Tokenizer | None = None,
+    about: dict | None = None,  # as `save` takes it: README.md, the model card, tells it
     family: str | None = None,  # a key of `TENSOR_NAMES`; the first that fits if none
 ) -> Path:  # `folder`
-    """Write a folder that transformers can open, with a list of its files beside them.
+    """Write a folder that transformers can open, with a list of its files beside them:
+    `to_hf('x', *load('y'))`.
 
     Raises `LabError` where it would not be exactly this model, or where the folder holds anything
     that is not ours
@@ -111,12 +113,15 @@ def to_hf(
     Args:
         folder: made, or replaced as a whole if all in it was written by `to_hf`
         tokenizer: of the model; it goes along, with its marks and what a prompt begins with
+        about: as `save` takes it: README.md, the model card, tells it
         family: a key of `TENSOR_NAMES`; the first that fits if none
 
     Returns:
         `folder`
     """
     folder = Path(folder)
+    if about is not None and not isinstance(about, dict):
+        raise LabError(f'about={short(about)} is no dict: a family is given by its name, family=…')
     require_next_token(model)  # Hugging Face would write with it from left to right
     require_faithful(model)  # else its file would be another model's
     replaceable(folder)  # before the tensors are made ready
@@ -129,6 +134,9 @@ def to_hf(
         if tokenizer is not None:
             config |= _add_tokenizer(new, tokenizer, model.cfg)
         (new / 'config.json').write_text(json.dumps(config, indent=1), encoding='utf-8')
+        if about is not None:
+            card = model_card(folder.name, model, about)
+            (new / 'README.md').write_text(card, encoding='utf-8', errors='replace')
         save_file(state, new / 'model.safetensors', metadata={'format': 'pt'})
     return folder
 

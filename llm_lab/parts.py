@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['part', 'Part', 'hook', 'needs_in', 'has_hook', 'Aux', 'mask_hooks', 'mask_hook', 'Objective', 'objective_of',
-           'register', 'PartsFile', 'load_parts']
+           'register', 'PartsFile', 'load_parts', 'load_all_parts', 'parts_file_of']
 
 # %% ../nbs/20_parts.ipynb #ab3111a7
 import hashlib
 import re
 import sys
 import torch
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from inspect import Parameter, signature
 from pathlib import Path
@@ -543,3 +543,32 @@ def load_parts(
     file, own = _PARTS_FILES[known]
     REGISTERED.update(own)  # another file may have taken a name meanwhile
     return file
+
+
+def load_all_parts(
+    paths: str | Path | Iterable[str | Path],  # one file, or several
+) -> dict:  # {name: `PartsFile`}
+    """Run the files that `--parts` names. Raises `LabError` where two have the same name
+
+    Args:
+        paths: one file, or several
+
+    Returns:
+        {name: `PartsFile`}
+    """
+    files = {}
+    for path in [paths] if isinstance(paths, (str, Path)) else paths:
+        file = load_parts(path)
+        other = files.setdefault(file.path.name, file)
+        if other.sha256 != file.sha256:
+            raise LabError(f'--parts {path}: {other.path} has the same name; rename one of the two')
+    return files
+
+
+def parts_file_of(name: str) -> PartsFile | None:
+    """The file whose part is registered by that name now; None where a program has registered it
+    itself"""
+    for file, own in reversed(_PARTS_FILES.values()):
+        if name in own and own[name] is REGISTERED.get(name):
+            return file
+    return None

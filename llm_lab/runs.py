@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['GoingOn', 'load_data', 'kept_corpus', 'require_corpus', 'make_batches', 'document_begins', 'within_documents',
            'SingleProcess', 'make_engine', 'all_gather_json', 'model_config', 'schedule_of', 'loss_of', 'callbacks_of',
-           'load_model', 'config_of_start', 'start_weights', 'set_threads', 'set_precision', 'TrainingRun',
-           'peak_memory', 'run_lock', 'told_of', 'load_all_parts', 'require_parts', 'use_parts', 'run_to_go_on',
-           'differing_keys', 'resolve_resume', 'train_run']
+           'config_of_start', 'start_weights', 'set_threads', 'set_precision', 'TrainingRun', 'peak_memory', 'run_lock',
+           'told_of', 'require_parts', 'use_parts', 'run_to_go_on', 'differing_keys', 'resolve_resume', 'train_run']
 
 # %% ../nbs/82_runs.ipynb #aedce895
 TYPE_CHECKING = False  # a type checker takes it for True
@@ -70,15 +69,24 @@ from llm_lab.hardware import (
     usable_device,
 )
 from .onednn import peak_flops
-from .corpora import CORPORA, at_home, found_path, kept_path, letters_of, load_corpus
+from llm_lab.corpora import (
+    CORPORA,
+    at_home,
+    found_path,
+    kept_path,
+    kept_splits,
+    letters_of,
+    load_corpus,
+    splits_at_home,
+)
 from .chars import CharTokenizer, load_tokenizer
 from .batching import BatchStream
 from .packing import PackedTokens, pack
-from .parts import load_parts, part
+from .parts import load_all_parts, part
 from .gpt import MiniGPT
 from .package import config_from, own_in, meta_model, check_parts
 from .onednn import onednn_linears
-from .package import Opened, find_model, is_run, load, resolve, runs_folder, runs_of, to_data
+from .package import find_model, is_run, load, resolve, runs_folder, runs_of, to_data
 from llm_lab.train import (
     TrainState,
     span_losses,
@@ -99,7 +107,6 @@ from llm_lab.optim import (
     short_precision,
 )
 from .efficient import PRECISIONS, StepRunner, apply_activation_checkpointing, step_memory
-from .hub import from_hf
 from .sparse import and_masks, same_document
 from llm_lab.checkpoint import (
     COLUMNS,
@@ -154,7 +161,8 @@ def load_data(
         corpus, tokenizer, train and val (`PackedTokens`)
     """
     d = cfg.data
-    corpus = load_corpus(at_home(d.corpus), limit=d.limit, field=d.field)
+    splits = splits_at_home(d.splits)
+    corpus = load_corpus(at_home(d.corpus), limit=d.limit, field=d.field, splits=splits)
     if sha256 and corpus.sha256 != sha256:
         raise LabError(
             f'data.corpus={d.corpus} is not the text that this run has read, or was '
@@ -175,7 +183,8 @@ def load_data(
 
 def kept_corpus(cfg: RunConfig) -> RunConfig:
     "The config with paths to text, tokenizer and start that hold from anywhere"
-    data = replace(cfg.data, corpus=kept_path(cfg.data.corpus))
+    splits = kept_splits(cfg.data.splits)
+    data = replace(cfg.data, corpus=kept_path(cfg.data.corpus), splits=splits)
     if data.tokenizer not in ('chars', 'bpe'):
         path = kept_path(str(find_model(data.tokenizer)))
         # with a /, it is a path also where nothing is there any more
@@ -533,34 +542,11 @@ def _affordable(cfg, device='cpu'):
     return cfg
 
 # %% ../nbs/82_runs.ipynb #d5b0e002
-def load_model(
-    # a package, a run (a path or its name), a checkpoint, or a Hugging Face folder
-    path: str | Path,
-    device: str = 'cpu',
-) -> Opened:  # (model, tokenizer, about); the model is in eval mode
-    """Open whatever a path or a name stands for, looked for from here, then from `home()`
-
-    Args:
-        path: a package, a run (a path or its name), a checkpoint, or a Hugging Face folder
-
-    Returns:
-        (model, tokenizer, about); the model is in eval mode
-    """
-    place = find_model(path)
-    ours = (place / 'package.json').exists()
-    if ours or not (place / 'config.json').is_file():
-        return load(place, device)
-    opened = from_hf(place, device=device)
-    if opened.tokenizer is None:
-        raise LabError(f'{place} has no tokenizer that can be used: {opened.about["tokenizer"]}')
-    return opened
-
-
 def config_of_start(cfg: RunConfig, given) -> RunConfig:
     """The config whose model, context and tokenizer are those of what `train.start_from` names, but
     for the keys that are `given`"""
     start = cfg.train.start_from
-    there = to_data(load_model(start).model.cfg)
+    there = to_data(load(start).model.cfg)
     data = as_data(cfg)
     names = [f.name for f in fields(ModelConfig)]
     preset = f'model.{names[0]}' in given  # then recipes that are left out are the preset's
@@ -583,7 +569,7 @@ def start_weights(model, start) -> str:  # SHA-256 of the weights
     Returns:
         SHA-256 of the weights
     """
-    there = load_model(start).model.state_dict()
+    there = load(start).model.state_dict()
     here = model.state_dict()
     for name in {**here, **there}:
         shapes = [' × '.join(map(str, s[name].shape)) if name in s else '' for s in (there, here)]
@@ -750,6 +736,8 @@ def _about(cfg, folder, corpus) -> dict:
     )
     if corpus.field:
         about['field'] = corpus.field
+    if cfg.data.splits:
+        about['splits'] = cfg.data.splits
     return about
 
 
@@ -1665,21 +1653,6 @@ def _track(job):
         ) from None
 
 # %% ../nbs/82_runs.ipynb #f7a9e002
-def load_all_parts(paths) -> dict:  # {name: `PartsFile`}
-    """Run the files that `--parts` names. Raises `LabError` where two have the same name
-
-    Returns:
-        {name: `PartsFile`}
-    """
-    files = {}
-    for path in [paths] if isinstance(paths, (str, Path)) else paths:
-        file = load_parts(path)
-        other = files.setdefault(file.path.name, file)
-        if other.sha256 != file.sha256:
-            raise LabError(f'--parts {path}: {other.path} has the same name; rename one of the two')
-    return files
-
-
 def _kept_parts(folder, told) -> dict:  # {name: {'sha256': …, 'names': […]}}
     "The files of parts with which a run was made, as its run.json says; {} for an older one"
     kept = told.get('parts', {})
@@ -2040,8 +2013,8 @@ def _train_and_evaluate(job, begins, is_main, max_tokens):
 
 
 def train_run(
-    # a .yaml file, a folder that holds one, a name, {section: {key: value}}, or a `RunConfig`;
-    # `smoke` if none. `help(read_config)` lists every key
+    # a text of your own, a .yaml file, a folder that holds one, a name, {section: {key: value}}, or
+    # a `RunConfig`; `smoke` if none. `help(read_config)` lists every key
     config: str | Path | dict | RunConfig | None = None,
     *overrides: str,  # 'train.lr=0.02', …
     # '': the newest run of this config, or `run`; a path: that run or checkpoint
@@ -2058,8 +2031,9 @@ def train_run(
     Ctrl-C, SIGTERM and SIGHUP save and end it: `job.run.stopped` says which.
 
     Args:
-        config: a .yaml file, a folder that holds one, a name, {section: {key: value}}, or a
-            `RunConfig`; `smoke` if none. `help(read_config)` lists every key
+        config: a text of your own, a .yaml file, a folder that holds one, a name, {section:
+            {key: value}}, or a `RunConfig`; `smoke` if none. `help(read_config)` lists
+            every key
         overrides: 'train.lr=0.02', …
         resume: '': the newest run of this config, or `run`; a path: that run or checkpoint
         run: name of the new run's folder; date, time and hash if none

@@ -687,6 +687,8 @@ def another(path, f, now, luck):
     words, kind = f.metadata.get('of'), str(f.type)
     if path == 'data.corpus':
         return 'other.txt'
+    if path == 'data.splits':
+        return {'val': 0.2}
     if words:
         others = [w for w in words if w not in (now, 'auto')]
         return luck.choice(others or ['Mine'])  # that nobody has registered
@@ -699,6 +701,7 @@ def another(path, f, now, luck):
             lm_head='SoftcapHead',
             init='gpt2_init',
             block='ParallelBlock',
+            objective='MaskedDiffusion',
         )
         return {'part': part[path.partition('.')[2]]}
     if 'bool' in kind:
@@ -1290,7 +1293,7 @@ def test_every_command_knows_a_run_by_its_name(world):
     shutil.copytree(world.runs.parent, world.runs.parent.with_name('our'))
     for argv in (['sample', 'x'], ['eval', 'x'], ['runs', 'x'], ['train', '--resume', 'x']):
         code, out, err = world.life(*argv)
-        assert code == 1 and err == 'llm-lab: 2 runs are called x: write my/x or our/x\n', err
+        assert code == 1 and err == 'llm-lab: x is the name of 2 models: write my/x or our/x\n', err
     assert world.life('sample', 'our/x', '--tokens', '3')[0] == 0
     code, out, err = world.life('sample', 'our/y')
     assert code == 1 and err.count('\n') == 1 and 'our/y' in err

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from llm_lab import core
-from llm_lab.core import HOLDS, SLOTS, LabError, address, check_recipe, lookup
+from llm_lab.core import HOLDS, SLOTS, LabError, _NO_PARTS, address, check_recipe, lookup
 
 ROOT = Path(__file__).resolve().parent.parent
 CHAPTERS = sorted(p.stem for p in (ROOT / 'llm_lab').glob('*.py') if p.stem[0] != '_')
@@ -842,7 +842,7 @@ def honest(folder):
         mixtral=llama(**size, mlp=moe),
         qwen3_moe=llama(**size, mlp=moe, attn=qk),
     ).items():
-        to_hf(folder / 'hub' / name, MiniGPT(cfg), tok, name)
+        to_hf(folder / 'hub' / name, MiniGPT(cfg), tok, family=name)
     text = 'abc\n' * 99
     pack(Corpus('tiny', dict(train=text, val=text)), tok, folder / 'packed', processes=1)
     return run
@@ -1175,7 +1175,7 @@ def test_every_keyword_that_holds_recipes_is_declared():
     from llm_lab.parts import part
 
     for slot, _, a in entries():
-        if slot in ('corpus', 'tokenizer'):
+        if slot in _NO_PARTS:
             continue
         for k, p in signature(lookup(a, slot)).parameters.items():
             if isinstance(p.default, part):
@@ -1223,7 +1223,7 @@ def everything():
     }
     size = dict(vocab_size=4, max_len=8, d_model=8, n_layers=2, n_heads=2)
     for slot, name, a in entries():
-        if slot in ('corpus', 'tokenizer') or name == 'same_document':
+        if slot in _NO_PARTS or name == 'same_document':
             continue  # a pattern that asks for a word
         x = dict(part=a, **more.get(name, {}))
         if (slot, name) == ('mlp', 'alternate'):

@@ -3,6 +3,7 @@
 import ast
 import inspect
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -119,6 +120,14 @@ def readme_blocks():
     return blocks
 
 
+def write_book(path):
+    "A text of a few thousand words that a tokenizer has something to learn from"
+    words = [f'{a}{b}{c}' for a in 'blmst' for b in ('a', 'ee', 'o') for c in ('t', 'n', 'rd')]
+    draw = random.Random(0)
+    lines = ['It was ' + ' '.join(draw.choices(words, k=9)) + '.\n' for _ in range(900)]
+    path.write_text(''.join(lines))
+
+
 def smaller(block):
     "The same calls with a model and a run that take a second"
     sizes = {
@@ -126,7 +135,6 @@ def smaller(block):
         'd_model=128, n_layers=4': 'd_model=32, n_layers=1',
         'vocab_size=1024': 'vocab_size=300',
         'max_new_tokens=200': 'max_new_tokens=5',
-        "lab.load('artifacts/tour')": "lab.load('artifacts/mine')",
         'model, tok, corpus)': 'model, tok, corpus, max_tokens=2000)',
     }
     for old, new in sizes.items():
@@ -162,6 +170,8 @@ def test_the_wheel_holds_all_that_is_no_module(installed):
 def test_the_readmes_script_runs_where_only_the_wheel_is_installed(installed, tmp_path):
     code = '\n'.join(map(smaller, readme_blocks()))
     assert 'steps=4' in code and 'd_model=32' in code and 'max_tokens=2000' in code
+    write_book(tmp_path / 'my_book.txt')
+    write_book(tmp_path / 'letters.txt')
     code += '\nprint(lab.__file__, len(texts), likely.tolist(), type(model).__name__)'
     done = subprocess.run(
         [sys.executable, '-c', code],
@@ -178,7 +188,7 @@ def test_the_readmes_script_runs_where_only_the_wheel_is_installed(installed, tm
     assert last.startswith(str(installed))
     assert re.search(r' 2 \[-[\d.]+, -[\d.]+\] MiniGPT$', last)
     assert (tmp_path / 'artifacts' / 'mine_hf' / 'model.safetensors').is_file()
-    assert {p.name for p in (tmp_path / 'artifacts').iterdir()} == {'mine', 'mine_hf'}
+    assert {p.name for p in (tmp_path / 'artifacts').iterdir()} == {'mine', 'mine_hf', 'book_model'}
 
 
 def test_the_docstring_shows_the_readmes_script():

@@ -1,0 +1,104 @@
+"What the README says of a book of one's own: the commands, the config and the page of keys."
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from helpers import printed
+from test_root import smaller, write_book
+
+import llm_lab as lab
+from llm_lab.config import SECTIONS, section_keys
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+ROOT = Path(__file__).resolve().parent.parent
+# what makes a run one of seconds; what the README says itself is left as it is
+LITTLE = {
+    'model.n_layers': 1,
+    'model.d_model': 16,
+    'train.steps': 4,
+    'eval.every': 4,
+    'eval.tokens': 300,
+    'eval.sample_every': 99,
+}
+
+
+def own_book():
+    "The README's section of that name: [(language, code)]"
+    text = (ROOT / 'README.md').read_text(encoding='utf-8')
+    section = text.partition('## Your own book')[2].partition('\n## ')[0]
+    return re.findall(r'^```(\w+)\n(.*?)^```', section, re.M | re.S)
+
+
+def little(words):
+    "The words of a command, and what makes it one of seconds"
+    said = {word.partition('=')[0] for word in words if '=' in word}
+    if words[0] == 'train':
+        start = 'train.start_from' in said
+        more = {k: v for k, v in LITTLE.items() if k not in said}
+        words = words + [f'{k}={v}' for k, v in more.items() if not (start and 'model.' in k)]
+    if words[0] == 'sample':
+        words = words + ['--tokens', '5']
+    return words
+
+
+def test_a_book_of_ones_own_goes_from_start_to_end_as_the_readme_says(home):
+    write_book(home / 'my_book.txt')
+    write_book(home / 'letters.txt')
+    space = {}
+    outputs = []
+    for language, code in own_book():
+        if language == 'python':
+            exec(smaller(code), space)
+        if language == 'sh':
+            for line in code.splitlines():
+                program, *words = shlex.split(line)
+                assert program == '.venv/bin/llm-lab'
+                outputs.append(printed(*little(words))[0])
+    assert len(outputs) == 6 and 'It was' in outputs[1] and 'val loss' in outputs[2]
+    assert 'model.d_model: 16 (first); 192 (wider)' in outputs[4]
+    # of the script: the package knows its text, and its test part
+    assert 'test loss' in printed('eval', 'book_model', '--split', 'test')[0]
+    # it went on where the package stood
+    run = lab.find_model('letters')
+    assert json.loads((run / 'run.json').read_text())['config']['decided']['train'][
+        'start_from'
+    ].endswith('artifacts/book_model')
+    assert lab.load(run).model.cfg == lab.load('book_model').model.cfg
+
+
+def test_the_readmes_config_says_what_its_script_says(home):
+    (home / 'my_book.txt').write_text('a book\n' * 9)
+    (code,) = (code for language, code in own_book() if language == 'yaml')
+    assert 8 <= len(code.splitlines()) <= 12
+    (home / 'my_book.yaml').write_text(code)
+    cfg = lab.read_config('my_book.yaml')
+    assert cfg.name == 'my_book' and cfg.data.splits == dict(val=0.05, test=0.05)
+    script = next(code for language, code in own_book() if language == 'python')
+    m, d, t = cfg.model, cfg.data, cfg.train
+    for said in (
+        f"'{d.corpus}', splits=splits",
+        f'vocab_size={d.vocab_size}',
+        f'd_model={m.d_model}, n_layers={m.n_layers}, n_heads={m.n_heads}, max_len={d.length}',
+        f'batch_size={t.batch_size}, length={d.length}), steps={t.steps}, lr=4e-3',
+    ):
+        assert said in script, said
+    assert t.lr == 4e-3 and m.preset == 'llama'
+
+
+def test_the_page_of_keys_is_that_of_the_help():
+    nb = json.loads((ROOT / 'nbs' / 'keys.ipynb').read_text(encoding='utf-8'))
+    (output,) = (o for c in nb['cells'] for o in c.get('outputs', []))
+    shown = ''.join(output['data']['text/markdown'])
+    help_page = printed('train', '--help')[0]
+    parts = re.split(r'^## (\w+)\n', shown, flags=re.M)[1:]
+    assert parts[::2] == [*SECTIONS]
+    for section, table in zip(parts[::2], parts[1::2]):
+        rows = re.findall(r'^\| `(\w+)` \| (.*) \|$', table, re.M)
+        want = [(key, ' | '.join(rest)) for key, *rest in section_keys(section)]
+        assert rows == want, f'{section}: run python tools/book.py nbs/keys.ipynb'
+        for key, _ in rows:
+            assert f'  {section}.{key}=' in help_page
+    assert '](nbs/keys.ipynb)' in (ROOT / 'README.md').read_text(encoding='utf-8')
