@@ -6,13 +6,13 @@ One JupyterLab server and one browser serve all tests; each notebook gets a page
 its own."""
 
 import ast
+import json
 import os
 import re
 import symtable
 import sys
 from pathlib import Path
 
-import nbformat
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,34 +73,38 @@ def upto(name, words, folder, less=None, shows=''):
 
     Of the cells before it, it has those of the module, those that the last one needs, and one
     that begins with `shows`; `test_notebooks.py` runs them all. `less` is (old, new)"""
-    nb = nbformat.read(ROOT / 'nbs' / f'{name}.ipynb', 4)
-    cells = [c for c in nb.cells if c.cell_type == 'code']
+    nb = json.loads((ROOT / 'nbs' / f'{name}.ipynb').read_text(encoding='utf-8'))
+    cells = [''.join(c['source']) for c in nb['cells'] if c['cell_type'] == 'code']
 
-    def begins(cell, words):  # a call may be laid out on several lines
-        text = re.sub(r'\(\n +', '(', cell.source)
+    def begins(source, words):  # a call may be laid out on several lines
+        text = re.sub(r'\(\n +', '(', source)
         return any(line.startswith(words) for line in text.splitlines())
 
     last = next(n for n, c in enumerate(cells) if begins(c, words))
-    nb.cells, (_, needed) = [cells[last]], uses(cells[last].source)
-    for c in reversed(cells[:last]):
-        bound, read = uses(c.source)
-        shown = shows and begins(c, shows)
-        if (
-            not shown
-            and not bound & needed
-            and not re.search(r'^#\| ?(export|hide)', c.source, re.M)
-        ):
+    kept, (_, needed) = [cells[last]], uses(cells[last])
+    for source in reversed(cells[:last]):
+        bound, read = uses(source)
+        shown = shows and begins(source, shows)
+        if not shown and not bound & needed and not re.search(r'^#\| ?(export|hide)', source, re.M):
             continue
-        nb.cells.insert(0, c)
+        kept.insert(0, source)
         needed = needed - bound | read
-    for c in nb.cells:
-        c.outputs = []
     if less:
-        assert sum(less[0] in c.source for c in nb.cells) == 1, less
-        for c in nb.cells:
-            c.source = c.source.replace(*less)
-    nbformat.write(nb, folder / f'{name}.ipynb')
-    return folder / f'{name}.ipynb'
+        assert sum(less[0] in source for source in kept) == 1, less
+        kept = [source.replace(*less) for source in kept]
+    return notebook(folder / f'{name}.ipynb', kept)
+
+
+def notebook(path, sources):
+    "Write a notebook of these code cells. (To import nbformat would cost each worker seconds.)"
+    cells = [
+        dict(cell_type='code', source=s, metadata={}, outputs=[], execution_count=None, id=f'c{n}')
+        for n, s in enumerate(sources)
+    ]
+    kernel = dict(name='python3', display_name='python3', language='python')
+    nb = dict(cells=cells, metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5)
+    path.write_text(json.dumps(nb), encoding='utf-8')
+    return path
 
 
 @pytest.mark.parametrize('name', NOTEBOOKS)
@@ -123,10 +127,7 @@ def test_the_check_sees_an_error(opened, tmp_path):
     """The run above can fail: a cell that raises is seen, and the run does not wait for the cells
     after it"""
     sources = '1 + 1', 'raise ValueError("on purpose")', 'print("never")'
-    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(o) for o in sources])
-    nb.metadata['kernelspec'] = dict(name='python3', display_name='python3', language='python')
-    nbformat.write(nb, tmp_path / 'bad.ipynb')
-    with opened(tmp_path / 'bad.ipynb', tmp_path) as page:
+    with opened(notebook(tmp_path / 'bad.ipynb', sources), tmp_path) as page:
         shot.run_all(page, WAIT)
         assert 'on purpose' in shot.seen(page)['error'][0]
 

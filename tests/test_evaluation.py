@@ -5,6 +5,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from functools import cache
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -45,10 +46,24 @@ from llm_lab.train import (
 )
 
 pytestmark = pytest.mark.usefixtures('one_thread')
-TALES = load_corpus('tiny_tales')
-TOK = CharTokenizer.train(TALES.text('val'))
-PAIRS = BPETokenizer.train(TALES.documents('val')[:100], 300, special_tokens=['<|endoftext|>'])
 BIT = math.log(2)
+
+
+# made when the first test asks: each worker reads this file, and one of them runs its tests
+@cache
+def the_tales():
+    return load_corpus('tiny_tales')
+
+
+@cache
+def char_tok():
+    return CharTokenizer.train(the_tales().text('val'))
+
+
+@cache
+def pair_tok():
+    some = the_tales().documents('val')[:100]
+    return BPETokenizer.train(some, 300, special_tokens=['<|endoftext|>'])
 
 
 def fresh(tokenizer, length=64):
@@ -130,48 +145,53 @@ def test_letters_of_two_bytes():
             f'wide: its val text of {n} tokens has',
         )
     refuses(
-        lambda: evaluate(fresh(TOK), TOK, TALES, max_tokens=2),
+        lambda: evaluate(fresh(char_tok()), char_tok(), the_tales(), max_tokens=2),
         'tiny_tales: its val text of 2 tokens has no next',
     )
 
 
 def test_the_loss_does_not_depend_on_how_many_windows_are_read_together():
-    model = fresh(TOK)
-    want = evaluate(model, TOK, TALES, max_tokens=3000).nats
+    model = fresh(char_tok())
+    want = evaluate(model, char_tok(), the_tales(), max_tokens=3000).nats
     for size in (1, 5, 200):
-        close(evaluate(model, TOK, TALES, max_tokens=3000, batch_size=size).nats, want, eps=1e-3)
+        close(
+            evaluate(model, char_tok(), the_tales(), max_tokens=3000, batch_size=size).nats,
+            want,
+            eps=1e-3,
+        )
 
 
 # ---- a file
 
 
-@pytest.mark.parametrize('tokenizer', [TOK, PAIRS])
-def test_a_file_with_marks_is_a_split_without_a_floor(tokenizer, tmp_path):
+@pytest.mark.parametrize('made', ['characters', 'pairs'])
+def test_a_file_with_marks_is_a_split_without_a_floor(made, tmp_path):
+    tokenizer = char_tok() if made == 'characters' else pair_tok()
     model = fresh(tokenizer)
-    few = TALES.documents('test')[:30]
-    split = replace(TALES, splits=dict(test='\n\n'.join(few)), floor=None)
+    few = the_tales().documents('test')[:30]
+    split = replace(the_tales(), splits=dict(test='\n\n'.join(few)), floor=None)
     as_split = evaluate(model, tokenizer, split, 'test')
     mine = tmp_path / 'my.txt'
     mine.write_text(f'\n{END_OF_TEXT}\n'.join(few) + f'\n{END_OF_TEXT}\n', encoding='utf-8')
     as_file = evaluate_file(model, tokenizer, mine)
     assert replace(as_file, chars=0) == replace(as_split, chars=0)
     # a mark that is written counts as it is written
-    mark_too = 0 if tokenizer is TOK else 13 * len(few)
+    mark_too = 0 if made == 'characters' else 13 * len(few)
     assert as_file.chars == as_split.chars + mark_too
 
 
 def test_a_running_file_is_scored_but_for_its_first_character(tmp_path):
-    model = fresh(TOK)
-    text = '\n\n'.join(TALES.documents('test')[:30])
+    model = fresh(char_tok())
+    text = '\n\n'.join(the_tales().documents('test')[:30])
     mine = tmp_path / 'my.txt'
     mine.write_text(text, encoding='utf-8')
-    one = evaluate_file(model, TOK, mine, stride=20)
+    one = evaluate_file(model, char_tok(), mine, stride=20)
     assert (one.chars, one.floor) == (len(text) - 1, None)
-    ids = torch.tensor(TOK.encode(text))
+    ids = torch.tensor(char_tok().encode(text))
     want = token_losses(model, ids, strided_spans(len(ids), 64, 20)).nanmean().item()
     close(one.loss, want, eps=1e-6)
     mine.write_text('Once upon a time Zoe met Tom.', encoding='utf-8')
-    assert evaluate_file(model, TOK, mine).as_dict()['interval'] is None
+    assert evaluate_file(model, char_tok(), mine).as_dict()['interval'] is None
 
 
 @pytest.mark.parametrize(
@@ -186,7 +206,7 @@ def test_a_running_file_is_scored_but_for_its_first_character(tmp_path):
 def test_a_file_that_cannot_be_scored(text, words, tmp_path):
     if text is not None:
         (tmp_path / 'my.txt').write_text(text, encoding='utf-8')
-    refuses(lambda: evaluate_file(fresh(TOK), TOK, tmp_path / 'my.txt'), words)
+    refuses(lambda: evaluate_file(fresh(char_tok()), char_tok(), tmp_path / 'my.txt'), words)
 
 
 # ---- runs in folders
@@ -235,14 +255,14 @@ def test_a_broken_line_in_the_middle_is_an_error(wrong, steps):
 def trained():
     "A short run with byte pairs in memory, and the score of its model"
     some = tiny_tales(300)
-    ids = torch.tensor(PAIRS.encode(some.text('train')))
+    ids = torch.tensor(pair_tok().encode(some.text('train')))
 
     def note(run):
-        s = evaluate(run.model, PAIRS, some)
+        s = evaluate(run.model, pair_tok(), some)
         return dict(val=s.loss, val_bits_per_byte=s.bits_per_byte)
 
-    run = fit(fresh(PAIRS), random_crops(ids, 4, 64), 20, callbacks={3: note})
-    return run, evaluate(run.model, PAIRS, some)
+    run = fit(fresh(pair_tok()), random_crops(ids, 4, 64), 20, callbacks={3: note})
+    return run, evaluate(run.model, pair_tok(), some)
 
 
 def test_a_run_in_memory_and_in_a_folder_are_the_same_line(trained, tmp_path):
@@ -400,7 +420,7 @@ def test_texts_without_an_ngram():
 
 @pytest.fixture(scope='module')
 def small():
-    return MiniGPT(GPTConfig(TOK.vocab_size, 24, d_model=16, n_layers=1, n_heads=2))
+    return MiniGPT(GPTConfig(char_tok().vocab_size, 24, d_model=16, n_layers=1, n_heads=2))
 
 
 def log_p(model, given, ids):
@@ -415,42 +435,50 @@ def log_p(model, given, ids):
 
 def test_a_text_is_scored_as_one_would_write_it_down(small):
     texts = ['Mia', 'a red cat. ', 'T']
-    want = [log_p(small, TOK.encode('\n'), TOK.encode(t)) for t in texts]
-    close(scored(small, TOK, texts), torch.tensor(want, dtype=torch.float64), eps=1e-4)
+    want = [log_p(small, char_tok().encode('\n'), char_tok().encode(t)) for t in texts]
+    close(scored(small, char_tok(), texts), torch.tensor(want, dtype=torch.float64), eps=1e-4)
     # the order and the company of texts change nothing
     close(
-        scored(small, TOK, texts[::-1]).flip(0), scored(small, TOK, texts, batch_size=1), eps=1e-4
+        scored(small, char_tok(), texts[::-1]).flip(0),
+        scored(small, char_tok(), texts, batch_size=1),
+        eps=1e-4,
     )
 
 
 def test_a_prompt_is_read_and_not_scored(small):
     prompts, texts = ['Once ', 'A '], ['upon', 'time']
-    want = [log_p(small, TOK.encode(p), TOK.encode(t)) for p, t in zip(prompts, texts)]
-    close(scored(small, TOK, texts, prompts), torch.tensor(want, dtype=torch.float64), eps=1e-4)
+    want = [
+        log_p(small, char_tok().encode(p), char_tok().encode(t)) for p, t in zip(prompts, texts)
+    ]
+    close(
+        scored(small, char_tok(), texts, prompts), torch.tensor(want, dtype=torch.float64), eps=1e-4
+    )
 
 
 def test_a_text_longer_than_the_context_goes_through_in_windows(small):
-    text = TALES.documents('val')[0][:60]
-    ids = torch.tensor([*TOK.encode('\n'), *TOK.encode(text)])
+    text = the_tales().documents('val')[0][:60]
+    ids = torch.tensor([*char_tok().encode('\n'), *char_tok().encode(text)])
     for stride in (None, 5):
         windows = strided_spans(len(ids), 24, stride) if stride else spans(len(ids), 24)
         want = -token_losses(small, ids, windows).double().nansum()
-        close(scored(small, TOK, [text, 'Mia'], stride=stride)[0], want, eps=1e-4)
+        close(scored(small, char_tok(), [text, 'Mia'], stride=stride)[0], want, eps=1e-4)
 
 
 def test_one_text_may_stand_without_a_list(small):
-    assert torch.equal(scored(small, TOK, 'Mia'), scored(small, TOK, ['Mia']))
-    assert torch.equal(scored(small, TOK, 'cat', 'A red '), scored(small, TOK, ['cat'], ['A red ']))
+    assert torch.equal(scored(small, char_tok(), 'Mia'), scored(small, char_tok(), ['Mia']))
+    assert torch.equal(
+        scored(small, char_tok(), 'cat', 'A red '), scored(small, char_tok(), ['cat'], ['A red '])
+    )
 
 
 def test_what_cannot_be_scored_is_one_line(small):
     with pytest.raises(LabError, match='1 prompts for 2 texts: give one for each'):
-        scored(small, TOK, ['a', 'b'], ['c'])
+        scored(small, char_tok(), ['a', 'b'], ['c'])
     with pytest.raises(LabError, match='text 1 is empty: leave it out'):
-        scored(small, TOK, ['a', ''])
+        scored(small, char_tok(), ['a', ''])
     with pytest.raises(LabError, match='text 0 has nothing before its first token.*give prompts'):
         scored(small, CharTokenizer('ab'), ['a'])
-    assert scored(small, TOK, []).shape == (0,)
+    assert scored(small, char_tok(), []).shape == (0,)
 
 
 def test_a_score_prints_its_units_interval_and_floor():
@@ -465,11 +493,11 @@ def test_a_score_prints_its_units_interval_and_floor():
 
 
 def test_a_corpus_may_be_given_by_its_name():
-    model = fresh(TOK)
-    by_name = evaluate(model, TOK, 'tiny_tales', max_tokens=2000)
-    assert by_name == evaluate(model, TOK, TALES, max_tokens=2000)
+    model = fresh(char_tok())
+    by_name = evaluate(model, char_tok(), 'tiny_tales', max_tokens=2000)
+    assert by_name == evaluate(model, char_tok(), the_tales(), max_tokens=2000)
     with pytest.raises(LabError, match="did you mean 'tiny_tales'"):
-        evaluate(model, TOK, 'tiny_tails')
+        evaluate(model, char_tok(), 'tiny_tails')
 
 
 # ---- what a guess gets wrong
@@ -477,24 +505,26 @@ def test_a_corpus_may_be_given_by_its_name():
 
 def test_another_models_tokenizer_is_one_line_wherever_a_text_is_read():
     few = fresh(CharTokenizer('abc'))
-    words = f'the tokenizer has {TOK.vocab_size} ids, the model 3: give the tokenizer of this model'
-    refuses(lambda: evaluate(few, TOK, TALES), words)
-    refuses(lambda: scored(few, TOK, 'a'), words)
-    refuses(lambda: excess_by_kind(few, TOK, TALES), words)
-    with pytest.warns(UserWarning, match=f'has {TOK.vocab_size} ids, the model 300: if it belongs'):
-        evaluate(fresh(PAIRS), TOK, TALES, max_tokens=500)
+    words = f'the tokenizer has {char_tok().vocab_size} ids, the model 3: give the tokenizer of this model'
+    refuses(lambda: evaluate(few, char_tok(), the_tales()), words)
+    refuses(lambda: scored(few, char_tok(), 'a'), words)
+    refuses(lambda: excess_by_kind(few, char_tok(), the_tales()), words)
+    with pytest.warns(
+        UserWarning, match=f'has {char_tok().vocab_size} ids, the model 300: if it belongs'
+    ):
+        evaluate(fresh(pair_tok()), char_tok(), the_tales(), max_tokens=500)
 
 
 def test_a_callback_may_return_a_score(tmp_path):
     some = tiny_tales(300)
-    ids = torch.tensor(PAIRS.encode(some.text('train')))
+    ids = torch.tensor(pair_tok().encode(some.text('train')))
     run = fit(
-        fresh(PAIRS),
+        fresh(pair_tok()),
         random_crops(ids, 4, 64),
         6,
-        callbacks={3: lambda s: evaluate(s.model, PAIRS, some)},
+        callbacks={3: lambda s: evaluate(s.model, pair_tok(), some)},
     )
-    score = evaluate(run.model, PAIRS, some)
+    score = evaluate(run.model, pair_tok(), some)
     assert run.notes[-1] == dict(step=6, val=score.loss, val_bits_per_byte=score.bits_per_byte)
     line = _line('x', run)
     assert (line['loss'], line['bits_per_byte']) == (score.loss, score.bits_per_byte)
@@ -538,5 +568,5 @@ def test_the_axis_is_called_by_what_is_drawn(trained, made):
     noted = replace(run, notes=[dict(step=n['step'], val=n['val']) for n in run.notes])
     noted.history = run.history
     assert axis(dict(a=noted, b=bare)) == ('loss (nats per token)', ['a', 'b, training'])
-    own = fit(fresh(PAIRS), random_crops(torch.arange(300), 2, 64), 3, loss_fn=squared)
+    own = fit(fresh(pair_tok()), random_crops(torch.arange(300), 2, 64), 3, loss_fn=squared)
     assert axis([own]) == ('training of squared loss', ['model 1, training of squared'])

@@ -37,7 +37,7 @@ def poem(tmp_path):
 
 
 def test_a_tour_leaves_a_package_and_nothing_else(tmp_path, poem):
-    r = llm_lab(tmp_path, 'tour', '--corpus', str(poem), '--minutes', '0.1', *SMALL)
+    r = llm_lab(tmp_path, 'tour', '--corpus', str(poem), '--minutes', '0.05', *SMALL)
     assert r.returncode == 0, r.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ['artifacts', 'poem.txt']
     assert [p.name for p in (tmp_path / 'artifacts').iterdir()] == ['tour']

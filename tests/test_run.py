@@ -396,15 +396,22 @@ LONG = dict(
 )
 
 
+@pytest.fixture(scope='module')
+def long_whole(desk, nursery, text):
+    "The bits of a long run that nothing interrupts"
+    (home := desk / 'long').mkdir()
+    life = nursery.live(home, 'train', *settings(text, **LONG), '--run', 'x')
+    assert life['code'] == 0, life
+    return bits(folder_of(home))
+
+
 @pytest.mark.parametrize(
     'number,code,word', [(signal.SIGTERM, 143, 'by SIGTERM'), (signal.SIGINT, 130, 'by hand')]
 )
 def test_who_asks_for_an_end_gets_a_checkpoint_and_a_line_that_goes_on(
-    number, code, word, home, text, nursery, desk
+    number, code, word, home, text, nursery, long_whole
 ):
     "The real command line; the line that it prints is typed, and the bits are those of one run"
-    (calm := home / 'calm').mkdir()
-    one = nursery.start(calm, 'train', *settings(text, **LONG), '--run', 'x')
     ended, said = asked(home, settings(text, **LONG), number, '--run', 'x')
     assert ended == code, said
     line = said.splitlines()[-1]
@@ -413,8 +420,7 @@ def test_who_asks_for_an_end_gets_a_checkpoint_and_a_line_that_goes_on(
     words = line.split('go on with: python -m llm_lab.cli ')[1].split()
     assert words == ['train', '--resume', str(folder_of(home))]
     assert nursery.live(home, *words)['code'] == 0
-    assert nursery.wait(one)['code'] == 0
-    assert_same(folder_of(home), bits(folder_of(calm)))
+    assert_same(folder_of(home), long_whole)
 
 
 def test_an_end_is_asked_for_in_the_middle_of_everything(home, text, nursery, whole):

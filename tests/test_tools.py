@@ -108,6 +108,15 @@ def test_shares(dear, n): note('shares ' + WORKER)
 def test_alone(n): note(f'alone {n} {WORKER}')
 def test_long(): note('long ' + WORKER); time.sleep(3)
 """
+# as in test_notebooks.py: one test trains the model that others open
+SHARING = """
+import time, pytest
+from pathlib import Path
+from test_a import WORKER, note
+def test_the_model_that_chapters_share_is_trained(): time.sleep(1); note('trained ' + WORKER)
+@pytest.mark.parametrize('path', sorted(Path('chapters').glob('*.ipynb')), ids=lambda p: p.stem)
+def test_a_chapter_runs(path): note(f'chapter {path.stem} {WORKER}')
+"""
 
 
 def test_time_left_is_the_table_until_more_is_known():
@@ -128,13 +137,63 @@ def test_time_left_is_the_table_until_more_is_known():
     assert p.left(now=250) == (0 + 120 + 120) / 2
 
 
+def opens_it_by_name():
+    return tales_model()  # noqa: F821
+
+
+def opens_a_chapter():
+    return 'code', 'prose'
+
+
+def opens_nothing():
+    return 'prose', "my_tales_model"
+
+
+def test_what_opens_the_shared_model_is_found_in_its_source(tmp_path):
+    "A chapter by its code, not by its prose; a test by its words, or by the chapter it is given"
+    import plan
+
+    code = notebook(tmp_path / 'code.ipynb', 'model = load_or_train("tales", tales_model)')
+    prose = notebook(tmp_path / 'prose.ipynb', '# About `tales_model`', 'my_tales_model = 1')
+    assert plan.chapters(tmp_path) == dict(code=True, prose=False)
+
+    def needs(function, name='test_x.py::test_x', **params):
+        call = SimpleNamespace(params=params)
+        item = SimpleNamespace(nodeid=name, function=function, callspec=call)
+        return plan.needs_shared(item, tmp_path)
+
+    assert needs(opens_it_by_name) and needs(opens_a_chapter)
+    assert not needs(opens_it_by_name, plan.FIRST)  # it makes the model
+    assert needs(opens_nothing, path=code) and needs(opens_nothing, chapter='code')
+    assert not needs(opens_nothing, path=prose, chapter='prose')
+
+
+def test_the_chapters_that_open_the_shared_model_are_found():
+    "Those of the book in whose syntax tree the name stands"
+    import plan
+
+    for stem, opens in plan.chapters(ROOT / 'nbs').items():
+        cells = json.loads((ROOT / 'nbs' / f'{stem}.ipynb').read_text(encoding='utf-8'))['cells']
+        sources = [''.join(c['source']) for c in cells if c['cell_type'] == 'code']
+        nodes = [o for s in sources if 'tales_model' in s for o in ast.walk(ast.parse(s))]
+        named = {o.id for o in nodes if isinstance(o, ast.Name)}
+        assert opens == ('tales_model' in named), stem
+
+
 def test_the_longest_runs_first_and_a_dear_fixture_is_made_once(tmp_path):
+    """And what opens the shared model is not begun before it is trained, although the table says
+    that it takes longest"""
     (tmp_path / 'conftest.py').write_text(
         f'import sys\nsys.path.insert(0, {str(ROOT / "tools")!r})\nimport plan\n'
-        'plan.hints = lambda: {"test_a.py::test_long": 9, "test_a.py::test_alone[3]": 8}\n'
+        'plan.hints = lambda: {"test_a.py::test_long": 9, "test_a.py::test_alone[3]": 8,'
+        ' "test_notebooks.py::test_a_chapter_runs[opens]": 99}\n'
         'def pytest_configure(config): config.pluginmanager.register(plan.Plan(config, every=.5))\n'
     )
     (tmp_path / 'test_a.py').write_text(TESTS)
+    (tmp_path / 'test_notebooks.py').write_text(SHARING)
+    (tmp_path / 'chapters').mkdir()
+    notebook(tmp_path / 'chapters' / 'opens.ipynb', 'tales_model()')
+    notebook(tmp_path / 'chapters' / 'plain.ipynb', '1')
     (tmp_path / 'pytest.ini').write_text('[pytest]\n')
     run = lambda *args: subprocess.run(
         [
@@ -154,14 +213,18 @@ def test_the_longest_runs_first_and_a_dear_fixture_is_made_once(tmp_path):
     )
     out = run()
     notes = (tmp_path / 'notes').read_text().splitlines()
-    assert out.returncode == 0 and '13 passed' in out.stdout, out.stdout + out.stderr
+    assert out.returncode == 0 and '16 passed' in out.stdout, out.stdout + out.stderr
     assert notes.count('made') == 1 and len({o for o in notes if o.startswith('shares')}) == 1
-    # what each worker ran first
-    begins = {o.split()[-1]: o for o in reversed(notes) if o != 'made'}
-    assert {o.rsplit(' ', 1)[0] for o in begins.values()} == {'long', 'alone 3'}, notes
-    assert 'of 13 tests in 0:' in out.stdout and 'still running: test_a.py::test_long' in out.stdout
+    # what each worker ran first, and what the one that trained ran next
+    told = [o.rsplit(' ', 1) for o in notes if o != 'made']
+    by_worker = {who: [what for what, w in told if w == who] for _, who in told}
+    assert {names[0] for names in by_worker.values()} == {'trained', 'long'}, notes
+    assert ['trained', 'alone 3'] in [names[:2] for names in by_worker.values()], notes
+    order = [what for what, _ in told]
+    assert order.index('trained') < order.index('chapter opens'), notes
+    assert 'of 16 tests in 0:' in out.stdout and 'still running: test_a.py::test_long' in out.stdout
     kept = json.loads((tmp_path / '.pytest_cache' / 'v' / 'llm_lab' / 'seconds').read_text())
-    assert len(kept) == 13 and kept['test_a.py::test_long'] >= 3
+    assert len(kept) == 16 and kept['test_a.py::test_long'] >= 3
     assert '1 passed' in run('-k', 'long').stdout
 
 

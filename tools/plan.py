@@ -2,29 +2,32 @@
 
 With `-n 2 --dist loadgroup --no-loadscope-reorder`, as `make test` calls it, two workers take
 chapters and tests from one queue. Tests that share a dear fixture stay together, so that it is
-made once; then the longest come first, so that no core idles at the end. How long each took is
-kept in .pytest_cache; for the first run on a machine, `tools/seconds.json` says it roughly. Only
-its order matters.
+made once; then the longest come first, so that no core idles at the end. Whatever opens the model
+that chapters share is left in the queue until the test that trains it has ended: a worker that
+took it before would only wait. How long each took is kept in .pytest_cache; for the first run on a
+machine, `tools/seconds.json` says it roughly. Only its order matters.
 
     python tools/plan.py      write what the last run measured into tools/seconds.json
 """
 
+import inspect
 import json
+import re
 import threading
 import time
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 HINTS = ROOT / 'tools' / 'seconds.json'
-KEPT, GROUPS = 'llm_lab/seconds', 'llm_lab/groups'  # in pytest's cache
+KEPT, GROUPS, NEED = 'llm_lab/seconds', 'llm_lab/groups', 'llm_lab/need'  # in pytest's cache
 UNKNOWN = 1.0  # seconds for a test that nobody has measured
-FIRST = (
-    'test_notebooks.py::test_the_model_that_chapters_share_is_trained'  # who needs it would wait
-)
-LATER = 'test_browser.py'  # a long group that needs it in its middle: not at once
+FIRST = 'test_notebooks.py::test_the_model_that_chapters_share_is_trained'
+SHARED = re.compile(r'\btales_model\b')  # who names it in code opens that model, or trains it
+QUOTED = re.compile(r"""['"](\w+)['"]""")
 
 
 def short(nodeid):
@@ -67,31 +70,79 @@ def groups(items):
     return [*found.values()]
 
 
+source_of = cache(inspect.getsource)  # a test with parameters is one function, and many items
+
+
+@cache
+def opens_shared(notebook):
+    "Does a code cell of the notebook name the model that chapters share?"
+    cells = json.loads(Path(notebook).read_text(encoding='utf-8'))['cells']
+    return any(SHARED.search(''.join(c['source'])) for c in cells if c['cell_type'] == 'code')
+
+
+@cache
+def chapters(folder):
+    "{stem: does it open the shared model?} of the notebooks in `folder`"
+    return {p.stem: opens_shared(p) for p in sorted(folder.glob('*.ipynb'))}
+
+
+def needs_shared(item, folder=ROOT / 'nbs'):
+    """Does the test open the model that chapters share? It names the model, or it is given, or
+    names in quotes, a chapter that opens it"""
+    if short(item.nodeid) == FIRST:
+        return False
+    if SHARED.search(source := source_of(item.function)):
+        return True
+    given = [*getattr(getattr(item, 'callspec', None), 'params', {}).values()]
+    if any(isinstance(o, Path) and o.suffix == '.ipynb' and opens_shared(o) for o in given):
+        return True
+    stems = {o for o in given if isinstance(o, str)} | {*QUOTED.findall(source)}
+    return any(opens for stem, opens in chapters(folder).items() if stem in stems)
+
+
 def in_order(items, seconds):
     "The items, group by group: first what others wait for, then the longest group"
 
     def rank(group):
         cost = sum(seconds.get(short(o.nodeid), UNKNOWN) for o in group)
-        if any(short(o.nodeid).startswith(LATER) for o in group):
-            cost /= 3
         return not any(short(o.nodeid) == FIRST for o in group), -cost
 
     return [item for group in sorted(groups(items), key=rank) for item in group]
 
 
 def scheduler(config, log):
-    """Hands out whole groups. xdist's own way to tell groups, a suffix of a test's name, does
-    nothing since pytest 9.2"""
+    """Hands out whole groups, and those that need the shared model when it is there. xdist's own
+    way to tell groups, a suffix of a test's name, does nothing since pytest 9.2"""
     from xdist.scheduler import LoadScopeScheduling
 
     class Groups(LoadScopeScheduling):
         def schedule(self):
             if self.collection is None:
-                self.known = config.cache.get(GROUPS, {}) if getattr(config, 'cache', None) else {}
-            super().schedule()  # all workers have collected, and so have written the same groups
+                # all workers have collected, and so have written the same
+                kept = getattr(config, 'cache', None)
+                self.known = kept.get(GROUPS, {}) if kept else {}
+                self.need = {*kept.get(NEED, [])} if kept else set()
+            super().schedule()
 
         def _split_scope(self, nodeid):
             return str(self.known.get(nodeid, nodeid))
+
+        def in_training(self):
+            "Has a worker the test that trains the shared model, and has it not ended?"
+            return any(
+                short(nodeid) == FIRST and not ended
+                for units in self.assigned_work.values()
+                for unit in units.values()
+                for nodeid, ended in unit.items()
+            )
+
+        def _assign_work_unit(self, node):
+            if self.need and self.in_training():
+                # the first that can begin now; where all need the model, they wait
+                ready = (o for o, unit in self.workqueue.items() if not self.need & unit.keys())
+                if (scope := next(ready, None)) is not None:
+                    self.workqueue.move_to_end(scope, last=False)
+            super()._assign_work_unit(node)
 
     return Groups(config, log)
 
@@ -126,6 +177,7 @@ class Plan:
             config.cache.set(
                 GROUPS, {o.nodeid: n for n, group in enumerate(groups(items)) for o in group}
             )
+            config.cache.set(NEED, [o.nodeid for o in items if needs_shared(o)])
         return done
 
     @pytest.hookimpl(optionalhook=True)
