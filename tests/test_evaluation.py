@@ -505,7 +505,8 @@ def test_a_corpus_may_be_given_by_its_name():
 
 def test_another_models_tokenizer_is_one_line_wherever_a_text_is_read():
     few = fresh(CharTokenizer('abc'))
-    words = f'the tokenizer has {char_tok().vocab_size} ids, the model 3: give the tokenizer of this model'
+    n = char_tok().vocab_size
+    words = f'the tokenizer has {n} ids, the model 3: give the tokenizer of this model'
     refuses(lambda: evaluate(few, char_tok(), the_tales()), words)
     refuses(lambda: scored(few, char_tok(), 'a'), words)
     refuses(lambda: excess_by_kind(few, char_tok(), the_tales()), words)
