@@ -107,9 +107,9 @@ def spread_noise(
     number: Tensor,  # int64, of each row, (B,)
     n: int = 1,  # so many for each row
 ) -> Tensor:  # (B, n), in [0, 1)
-    """Numbers that fill [0, 1) evenly, those of a row and those of rows in a row: they go around a
-    circle in steps of an irrational length (a low-discrepancy sequence). One of them by itself is
-    as good as random
+    """Numbers that fill [0, 1) evenly, both the n of one row and those of consecutive rows: they go
+    around a circle in steps of an irrational length (a low-discrepancy sequence). Products of 64
+    bits wrap around, as the circle does
 
     Args:
         number: int64, of each row, (B,)
@@ -184,9 +184,9 @@ def mask_rate(
     """
     if schedule == 'log_linear':  # Sahoo et al. 2024, §3.4; called linear in Nie et al. 2025
         return 1.0 * t
-    if schedule == 'cosine':  # Chang et al. 2022, §3.3
-        return 1 - torch.cos(torch.as_tensor(t) * math.pi / 2)
-    if schedule == 'linear':
+    if schedule == 'cosine':  # Chang et al. 2022, §3.3: few tokens first, many at the end
+        return torch.sin(torch.as_tensor(t) * math.pi / 2)
+    if schedule == 'linear':  # the noise climbs in a line, here up to 5
         return (1 - torch.exp(torch.as_tensor(-5.0 * t))) / (1 - math.exp(-5.0))
     raise LabError(f'schedule={schedule!r}: choose from log_linear, cosine, linear')
 
@@ -264,8 +264,10 @@ class MaskedDiffusion(Objective):
         if order not in _ORDERS:
             raise LabError(f'order={order!r}: choose from {", ".join(_ORDERS)}')
         want = part(block_causal, size=block_size) if block_size else part(block_causal)
+        same = part(block_causal, size=block_size)
         for mask in _masks_in(cfg.attn):
-            if mask is None or part(mask) not in (want, part(block_causal, size=block_size)):
+            # {part: block_causal} and {part: block_causal, size: null} say the same
+            if mask is None or part(mask, size=mask.keywords.get('size')) != same:
                 raise LabError(f'attn={cfg.attn!r} must have mask={want!r}, to see whole blocks')
         if cfg.pos is not None and cfg.pos.func is LearnedPositions:
             raise LabError(
@@ -279,7 +281,7 @@ class MaskedDiffusion(Objective):
         S = blanks.shape[1]
         i = torch.arange(S, device=blanks.device)
         if hidden is not None:
-            i = i.expand_as(blanks).masked_fill(hidden, -1)
+            i = i.expand_as(blanks).masked_fill(hidden, -1)  # attention hides keys at −1
         ids = blanks
         context = {}
         if self.block_size is not None:  # else no block stands before the first
@@ -295,7 +297,7 @@ class MaskedDiffusion(Objective):
         "weight · −ln P at each blank of noise drawn from `number`; 0 elsewhere, (B, S)"
         blanks = make_blanks(ids, unknown, number, self.mask_id, self.block_size)
         logits = self.logits(model, ids, blanks.ids, hidden)
-        nats = F.cross_entropy(logits.transpose(1, 2).float(), ids, reduction='none')
+        nats = F.cross_entropy(logits.transpose(1, 2), ids, reduction='none')
         return blanks.weight * nats
 
     def loss(self, model, rows, number):
@@ -403,12 +405,14 @@ def score(self: MaskedDiffusion, model, ids, windows, batch_size=None, live=None
         begin, first, end = windows[which].split(1, dim=1)  # (B, 1) each
         read = begin + torch.arange(int((end - begin).max()))  # (B, S)
         unknown = (read >= first) & (read < end)
+        unknown[:, 0] = False  # it has nothing before it
         rows = ids[read.clamp_max(n - 1)].to(device)
         seen = [rows, unknown.to(device)]
         hidden = (read >= end).to(device)
         cost = torch.zeros(rows.shape, device=device)
         for draw in range(draws):
-            number = (which * draws + draw).to(device)
+            # a start of its own for each window, and from there on evenly spread
+            number = (_scrambled(which) + draw).to(device)
             cost += self.costs(model, *seen, number, hidden) / draws
         out[read[unknown]] = cost.cpu()[unknown]
     model.train(training)
@@ -417,7 +421,7 @@ def score(self: MaskedDiffusion, model, ids, windows, batch_size=None, live=None
 # %% ../nbs/61_diffusion.ipynb #d1f00072
 def _likeliest(blank, liking, count):
     "Of the blanks of each row, bool (B, n), so many with the highest `liking`"
-    rank = liking.masked_fill(~blank, -1.0).argsort(-1, descending=True).argsort(-1)
+    rank = liking.masked_fill(~blank, -math.inf).argsort(-1, descending=True).argsort(-1)
     return blank & (rank < count)
 
 

@@ -1,8 +1,10 @@
 """Every chapter runs from its first cell to its last, in a process of its own (`make test` runs
 them beside the other tests)"""
 
+import json
 import math
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -34,8 +36,35 @@ def test_the_model_that_chapters_share_is_trained():
     assert floor < about['val_loss'] < 2 * floor
 
 
+@pytest.fixture(scope='session')
+def warm():
+    "A process that runs notebooks in forks of itself; None where there are no forks"
+    if not hasattr(os, 'fork'):
+        yield None
+        return
+    backend = 'module://matplotlib_inline.backend_inline'
+    env = dict(os.environ, PYTHONUTF8='1', MPLBACKEND=backend)
+    env.setdefault('OMP_NUM_THREADS', '1')
+    with subprocess.Popen(
+        [sys.executable, ROOT / 'tools' / 'warm.py'],
+        env=env,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as process:
+        yield process
+        process.stdin.close()
+
+
 @pytest.mark.parametrize('path', [*chapters()])
-def test_a_chapter_runs(path):
-    ok, _, log = run_notebooks.run(path, FLAGS)
+def test_a_chapter_runs(path, warm, tmp_path):
+    if warm is None:
+        ok, _, log = run_notebooks.run(path, FLAGS)
+    else:
+        file = tmp_path / 'log'
+        job = dict(notebook=str(path.resolve()), flags=FLAGS, log=str(file))
+        print(json.dumps(job), file=warm.stdin, flush=True)
+        ok = json.loads(warm.stdout.readline())['code'] == 0
+        log = file.read_text(encoding='utf-8', errors='replace')
     if not ok:
         pytest.fail(log, pytrace=False)
