@@ -103,7 +103,8 @@ class ModelConfig:
         objective: what it is trained for; null: to predict the next token
     """
 
-    preset: str = _key('gpt2', of=('gpt2', 'llama'))  # recipes for what is not given below
+    # recipes for what is not given below
+    preset: str = _key('gpt2', of=('gpt2', 'llama', 'diffusion_llama'))
     d_model: int = _key(128, 1, 1 << 17)  # width of the residual stream
     n_layers: int = _key(4, 1, 1 << 10)  # blocks
     n_heads: int = _key(4, 1, 1 << 14)  # attention heads of a block
@@ -459,15 +460,30 @@ def describe_keys() -> str:
     return '\n'.join(lines).lstrip()
 
 # %% ../nbs/06_config.ipynb #6011d29c
+_LLAMA = dict(
+    attn=dict(part='Attention', transforms=[dict(part='RoPE')], bias=False),
+    mlp=dict(part='SwiGLU'),
+    norm=dict(part='RMSNorm'),
+    pos=None,
+)
 PRESETS = dict(
     gpt2={},
-    llama=dict(
-        attn=dict(part='Attention', transforms=[dict(part='RoPE')], bias=False),
-        mlp=dict(part='SwiGLU'),
-        norm=dict(part='RMSNorm'),
-        pos=None,
+    llama=_LLAMA,
+    diffusion_llama=_LLAMA
+    | dict(
+        attn=_LLAMA['attn'] | dict(mask=dict(part='block_causal')),
+        objective=dict(part='MaskedDiffusion'),
     ),
 )
+
+
+def _with_block_size(made):
+    "Recipes, those of text diffusion with the mask of attention as wide as the objective's blocks"
+    size = (made.get('objective') or {}).get('block_size')
+    mask = dict(part='block_causal')
+    if size is None or made['attn'].get('mask') != mask:
+        return made
+    return made | dict(attn=made['attn'] | dict(mask=mask | dict(size=size)))
 
 
 def _with_preset(x, preset):
@@ -496,7 +512,7 @@ def model_data(m: ModelConfig) -> dict:
         made['attn'] = _with_preset(made.get('attn', {}), preset.get('attn', {}))
     if m.n_kv_heads:
         made['attn'] |= dict(part=_GQA, n_kv_heads=m.n_kv_heads)
-    return made
+    return _with_block_size(made)
 
 # %% ../nbs/06_config.ipynb #7564f8c4
 def _line(x):

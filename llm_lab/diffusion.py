@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typing import Unpack
-from .core import LabError, rng
+from .core import LabError, check_keywords, rng
 from .chars import Tokenizer
 from .parts import Objective, needs_in, objective_of, part
 from .self_attention import Attention
@@ -360,7 +360,7 @@ def diffusion_llama(
     vocab_size: int = 65,  # how many ids the tokenizer has
     block_size: int | None = None,  # tokens of a block; the whole text if none
     attn: part = part(Attention),  # a mixer that takes a mask
-    draws: int = 4,  # how often the noise of a text is drawn when it is scored
+    draws: int | None = None,  # of noise, for a text that is scored; 4 if none
     **settings: Unpack[LlamaSettings],  # as of `llama`
 ) -> GPTConfig:
     """Llama's block, trained to fill in blanks: `llama` with the mask and the objective of diffusion
@@ -369,15 +369,16 @@ def diffusion_llama(
         vocab_size: how many ids the tokenizer has
         block_size: tokens of a block; the whole text if none
         attn: a mixer that takes a mask
-        draws: how often the noise of a text is drawn when it is scored
+        draws: of noise, for a text that is scored; 4 if none
         settings: as of `llama`
     """
     size = {} if block_size is None else dict(size=block_size)
-    blocks = {} if block_size is None else dict(block_size=block_size)
+    given = dict(block_size=block_size, draws=draws)
+    given = {k: v for k, v in given.items() if v is not None}
     return llama(
         vocab_size,
         attn=part(attn, mask=part(block_causal, **size)),
-        objective=part(MaskedDiffusion, **blocks, draws=draws),
+        objective=part(MaskedDiffusion, **given),
         **settings,
     )
 
@@ -573,10 +574,14 @@ def fill_blanks(
         (B, S), without a blank; all other tokens are as they were
     """
     objective = require_diffusion(model)
+    check_keywords(fill_blanks, sampling, SamplingSettings.__annotations__)
     check_sampling(**sampling)
     S = ids.shape[1]
     if S > model.cfg.max_len + 1:
-        raise LabError(f'a text of {S} tokens: this model reads {model.cfg.max_len + 1} at most')
+        raise LabError(
+            f'a text of {S} tokens, blanks included: this model reads {model.cfg.max_len + 1} at '
+            'most, max_len and the one before; give a shorter one'
+        )
     steps = objective.steps if steps is None else steps
     order = WritingOrder(order or objective.order, steps, schedule)
     x = ids.to(next(model.parameters()).device, copy=True)
@@ -616,6 +621,7 @@ def infill(
         what is filled in
     """
     objective = require_diffusion(model)
+    check_keywords(infill, sampling, SamplingSettings.__annotations__)
     first = prompt_ids(model, tokenizer, before)  # (1, T)
     last = first.new_tensor(tokenizer.encode(after))[None]
     blanks = first.new_full((1, n_blanks), objective.mask_id)

@@ -32,6 +32,7 @@ from llm_lab.train import loss_and_feed, spans, token_losses
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 SIZES = [None, 1, 3, 4]  # tokens of a block; None: the whole text
+SMALL = dict(d_model=16, n_layers=1, n_heads=2)
 
 
 def model_of(block_size, vocab_size=7, seed=0, by=0.4, **more):
@@ -425,3 +426,50 @@ def test_what_does_not_go_together_is_one_line():
     one_line(lambda: fill_blanks(model, blank_first), 'the first token')
     one_line(lambda: fill_blanks(model, some_ids(), order='left'), "order='left'", 'ancestral')
     one_line(lambda: fill_blanks(model, some_ids(), steps=0), 'steps=0')
+
+
+def test_a_config_says_what_the_function_says(home):
+    from llm_lab.config import config_from_dict
+    from llm_lab.runs import model_config
+
+    for size in (None, 4):
+        blocks = {} if size is None else dict(block_size=size)
+        model = dict(preset='diffusion_llama', d_model=16, n_layers=1, n_heads=2)
+        if blocks:
+            model['objective'] = dict(part='MaskedDiffusion', **blocks)
+        cfg = config_from_dict(dict(model=model, data=dict(length=12)))
+        assert model_config(cfg, 7) == diffusion_llama(7, size, max_len=12, **SMALL)
+
+
+def test_a_run_of_it_goes_on_bit_for_bit_and_says_what_is_a_bound(home):
+    from llm_lab.runs import train_run
+
+    little = [
+        'model.preset=diffusion_llama',
+        'model.objective={part: MaskedDiffusion, block_size: 4}',
+        'data.length=12',
+        'train.schedule=constant',
+        'train.threads=1',
+        'eval.every=4',
+        'eval.tokens=64',
+        'log.checkpoint_every=2',
+    ]
+    whole = train_run('smoke', *little, 'train.steps=8', run='whole')
+    train_run('smoke', *little, 'train.steps=4', run='a')
+    went_on = train_run(None, 'train.steps=8', resume='experiments/smoke/runs/a')
+    for a, b in zip(whole.run.model.parameters(), went_on.run.model.parameters()):
+        assert torch.equal(a, b)
+    assert whole.result['scores']['val']['is_bound']
+    table = repr(lab.compare({'whole': whole.folder}))
+    assert '≤ ' in table and 'upper bound' in table
+
+
+def test_the_playground_writes_with_it():
+    from llm_lab.play import Playground, _still
+
+    tok = lab.CharTokenizer('abcdef\n')
+    model = model_of(3)
+    assert 'next' in _still(model, tok, 'abc')
+    board = Playground(model, tok, 'abc')
+    board.write(board.halt, 'abc', 6, 0, temperature=1.0)
+    assert len(board.pieces) == 6 and 'done: 6 tokens' in board.status.value
