@@ -70,7 +70,8 @@ def require(
     except ModuleNotFoundError as e:
         if (e.name or '').partition('.')[0] != module.partition('.')[0]:
             raise  # it is there, but broken
-        raise LabError(f'{name} is not installed, and this needs it: pip install {name}') from None
+        remedy = _remedy(name, module)
+        raise LabError(f'{name} is not installed, and this needs it: {remedy}') from None
 
 # %% ../nbs/01_core.ipynb #02c03de2
 def home() -> Path:  # data/, experiments/ and artifacts/ hang here

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -70,7 +71,7 @@ def test_a_figure_becomes_a_png_with_its_title_as_words():
     assert plt.get_fignums() == []
 
 
-def test_what_is_missing_names_the_extra_that_has_it():
+def test_what_is_missing_names_the_extra_that_has_it(monkeypatch):
     "The table of extras is that of settings.ini, but for what comes along with these"
     from configparser import ConfigParser
 
@@ -92,4 +93,8 @@ def test_what_is_missing_names_the_extra_that_has_it():
     with pytest.raises(LabError, match=r"pip install missing$"):
         core.require('missing')
     assert core._remedy('pyyaml', 'yaml.events').startswith('pip install pyyaml, or ')
+    # of what comes with an extra, the error itself names it
+    monkeypatch.setitem(sys.modules, 'omegaconf', None)
+    with pytest.raises(LabError, match=r"pip install omegaconf, or this book's extra \[train\]"):
+        core.require('omegaconf')
     assert '[train]' in core._remedy('omegaconf', 'omegaconf.errors')
