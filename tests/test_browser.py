@@ -268,6 +268,8 @@ def test_an_expert_is_left_out_and_a_text_typed(opened, tmp_path):
         ('31_positions', 'explore(clock'),
         ('34_gqa', 'explore(sharing'),
         ('35_kv_cache', 'explore(bytes_picture'),
+        # it trains three models first
+        pytest.param('61_diffusion', 'explore(film_strip', marks=pytest.mark.slow),
     ],
 )
 def test_the_knobs_of_a_chapter_redraw_its_picture(opened, name, knobs, tmp_path):
