@@ -266,9 +266,9 @@ def test_an_expert_is_left_out_and_a_text_typed(opened, tmp_path):
     'name,knobs',
     [
         ('31_positions', 'explore(clock'),
-        ('34_gqa', 'explore(sharing'),
-        ('35_kv_cache', 'explore(bytes_picture'),
-        # it trains three models first
+        # one function makes the knobs of all chapters: the others are pressed by night
+        pytest.param('34_gqa', 'explore(sharing', marks=pytest.mark.slow),
+        pytest.param('35_kv_cache', 'explore(bytes_picture', marks=pytest.mark.slow),
         pytest.param('61_diffusion', 'explore(film_strip', marks=pytest.mark.slow),
     ],
 )
