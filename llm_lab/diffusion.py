@@ -260,9 +260,9 @@ class MaskedDiffusion(Objective):
         "Raises `LabError` on counts that cannot be, and where the mixers do not see whole blocks"
         for name, n in dict(block_size=block_size, draws=draws, steps=steps).items():
             if n is not None and (type(n) is not int or n < 1):
-                raise LabError(f'{name}={n!r}: give a whole number of at least 1')
+                raise LabError(f'objective.{name}={n!r}: give a whole number of at least 1')
         if order not in _ORDERS:
-            raise LabError(f'order={order!r}: choose from {", ".join(_ORDERS)}')
+            raise LabError(f'objective.order={order!r}: choose from {", ".join(_ORDERS)}')
         want = part(block_causal, size=block_size) if block_size else part(block_causal)
         same = part(block_causal, size=block_size)
         for mask in _masks_in(cfg.attn):
