@@ -263,8 +263,11 @@ def _wanted(f):
 
 # %% ../nbs/06_config.ipynb #a3ff19ba
 def _is_path(text) -> bool:
-    "Is this meant as a path, and no mistyped word? Whether anything is there is seen later"
-    return '/' in text or os.sep in text or os.path.exists(text) or (home() / text).exists()
+    """Is this meant as a path or as the name of a model, and no mistyped word? Whether a path leads
+    to anything is seen later"""
+    named = home() / 'artifacts' / text, home() / 'experiments' / text / 'runs'
+    places = Path(text), home() / text, *named
+    return '/' in text or os.sep in text or any(place.exists() for place in places)
 
 
 def _check_named(path, f, value):

@@ -195,6 +195,51 @@ def kept_corpus(cfg: RunConfig) -> RunConfig:
     return replace(cfg, data=data, train=train)
 
 
+# the keys that hold a path, or the name of something on the disk; and the words that are neither
+_ON_DISK = {
+    'data.corpus': CORPORA,
+    'data.splits': (),
+    'data.tokenizer': ('chars', 'bpe'),
+    'train.start_from': (),
+}
+
+
+def _place(path, said, kept=False):
+    """Where the value of such a key leads: one path, however it is spelled; a word as it is.
+
+    What a run has kept is looked for from `home()`, what is typed from here first"""
+    if isinstance(said, dict):  # {'val': 'v.txt', 'test': 0.1}
+        return {split: _place(path, x, kept) for split, x in said.items()}
+    if not isinstance(said, str) or said in _ON_DISK[path]:
+        return said
+    there = at_home(said) if kept else said
+    if path in ('data.tokenizer', 'train.start_from'):
+        there = find_model(there)
+        if there.name == 'tokenizer.json':
+            there = there.parent
+    else:
+        there = found_path(there)
+    if there and os.path.exists(there):
+        return os.path.realpath(there)
+    return os.path.realpath(os.path.join(home(), said))
+
+
+def _spelled_alike(old: RunConfig, new: RunConfig, names=()) -> RunConfig:
+    """`new`, where all that leads to the same thing on the disk as in `old` is spelled as there.
+
+    `names` {path of a key: name} were typed when the run began: a name may mean another run by
+    now, but whoever repeats it means what it meant then"""
+    for path in _ON_DISK:
+        section, key = path.split('.')
+        before, now = (getattr(getattr(cfg, section), key) for cfg in (old, new))
+        if now == before or now is None or before is None:
+            continue
+        repeated = isinstance(now, str) and dict(names).get(path) == now
+        if repeated or _place(path, now) == _place(path, before, kept=True):
+            new = replace(new, **{section: replace(getattr(new, section), **{key: before})})
+    return new
+
+
 def require_corpus(cfg: RunConfig):
     "Raises `LabError` where the text that a run goes on with is gone"
     name = cfg.data.corpus
@@ -1834,9 +1879,17 @@ def _own_config(path):
         raise LabError(f'{path} cannot be read, {e}: {remedy}') from None
 
 
-def _record(config):
-    "What run.json keeps of a config's file, by which a later edit is seen"
-    return dict(source=origin(config)[1], stated=stated(config))
+def _record(config, overrides=()):
+    """What run.json keeps of a config's file, by which a later edit is seen; and the names of
+    models that it and `key=value` give, which may mean others later"""
+    said = stated(config, overrides)
+    names = {}
+    for path in ('data.tokenizer', 'train.start_from'):
+        name = said.get(path)
+        if isinstance(name, str) and name not in _ON_DISK[path] and not found_path(name):
+            names[path] = name
+    record = dict(source=origin(config)[1], stated=stated(config))
+    return record | dict(names=names) if names else record
 
 
 def _as_edited(folder, told, written, config, overrides):
@@ -1851,6 +1904,7 @@ def _as_edited(folder, told, written, config, overrides):
             f'{folder} was made from {record.get("source")}, not from {now["source"]}: '
             'leave that out, or name the other one'
         )
+    now['names'] = record.get('names', {})  # as they were meant when the run began
     then = record.get('stated', {})  # an old run does not say: all counts
     return now, edited(written, then, now['stated'], overrides)
 
@@ -1886,13 +1940,15 @@ def _resumed_config(folder, told, trained, written, config, overrides) -> tuple:
     """(what run.json keeps of the config's file, the config to go on with). Raises `LabError` where
     a change reaches back, to steps that were made already"""
     try:
-        check_resumable(trained, written)
+        check_resumable(trained, _spelled_alike(trained, written))
     except LabError as e:
         raise LabError(f'{folder / "config.yaml"} was edited: {e}') from None
     record, cfg = _as_edited(folder, told, written, config, overrides)
+    cfg = _spelled_alike(written, cfg, record.get('names', {}))
     if cfg.data.corpus != written.data.corpus:
         cfg = kept_corpus(cfg)
-    cfg = check_resumable(trained, replace(cfg, name=written.name))
+    alike = _spelled_alike(trained, replace(cfg, name=written.name))
+    cfg = _spelled_alike(written, check_resumable(trained, alike))
     require_corpus(cfg)
     return record, cfg
 
@@ -1943,7 +1999,7 @@ def resolve_resume(
             f'{state["step"]:,}; give at least that'
         )
     sha256 = state['about'].get('corpus_sha256') or told.get('hashes', {}).get('corpus')
-    changes = differences(trained, cfg)
+    changes = differences(trained, _spelled_alike(trained, cfg))
     goes_to = _new_folder(cfg) if branch else folder
     return GoingOn(cfg, goes_to, start, sha256, record, changes, told)
 
@@ -2062,7 +2118,7 @@ def train_run(
                 _clear_smoke_run(folder)
         job = TrainingRun(cfg, folder, engine, tune and not on, on)
         use_parts(job, files, on.told if on else {})
-        job.origin = on.record if on else _record('smoke' if config is None else config)
+        job.origin = on.record if on else _record('smoke' if config is None else config, overrides)
         # a smoke run only tries: a few tokens are enough
         _train_and_evaluate(job, begins, bool(lock), cfg.eval.tokens if smoke else None)
         _end(engine, cfg.log.tracker)

@@ -1,0 +1,123 @@
+"A job that is started again by the very same command, and what stands around it on a cluster."
+
+import json
+from dataclasses import replace
+
+import pytest
+from helpers import one_line, printed
+
+import llm_lab as lab
+from llm_lab.runs import resolve_resume
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+SHORT = dict(
+    model=dict(d_model=16, n_layers=1, n_heads=2),
+    train=dict(steps=2, batch_size=4, threads=1, warmup=0),
+    eval=dict(every=2, tokens=200, sample_every=99),
+    log=dict(every=2, checkpoint_every=2),
+)
+TEXT = 'The cat sat on the mat. A dog ran to the cat.\n' * 60
+
+
+def records(path, bodies, field='body'):
+    "A file of records at `path`, one for each body"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(''.join(json.dumps({field: b}) + '\n' for b in bodies))
+
+
+# ---- the very same command
+
+
+@pytest.fixture(scope='module')
+def begun(tmp_path_factory):
+    "A home with a package `first`, a run of it `small/one`, and a run `plant/main` that uses all"
+    home = tmp_path_factory.mktemp('begun')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('LLM_LAB_HOME', str(home))
+        patch.chdir(home)
+        (home / 'own.txt').write_text(TEXT)
+        (home / 'val.txt').write_text(TEXT[:400])
+        data = dict(corpus='own.txt', length=16, splits=dict(val='val.txt'))
+        small = lab.read_config(SHORT | dict(data=data))
+        lab.train_run(replace(small, name='small'), run='one')
+        opened = lab.load('small/one')
+        lab.save('artifacts/first', opened.model, opened.tokenizer)
+        more = dict(data=data, train=SHORT['train'], eval=SHORT['eval'], log=SHORT['log'])
+        cfg = lab.read_config(more, ['data.tokenizer=first', 'train.start_from=small'])
+        lab.train_run(replace(cfg, name='plant'), run='main')
+    return home
+
+
+@pytest.fixture
+def there(begun, monkeypatch):
+    "In that home"
+    monkeypatch.setenv('LLM_LAB_HOME', str(begun))
+    monkeypatch.chdir(begun)
+    return begun
+
+
+SPELLED = {
+    'data.corpus': ['own.txt', './own.txt', '{home}/own.txt', '{home}/artifacts/../own.txt'],
+    'data.splits.val': ['val.txt', './val.txt', '{home}/val.txt', 'link/val.txt'],
+    'data.tokenizer': [
+        'first',
+        'artifacts/first',
+        './artifacts/first/',
+        '{home}/artifacts/first',
+        'artifacts/first/tokenizer.json',
+        'link/artifacts/first',
+    ],
+    'train.start_from': [
+        'small',
+        'small/one',
+        './experiments/small/runs/one/',
+        '{home}/experiments/small/runs/one',
+        'experiments/small/runs/latest',
+        'link/experiments/small/runs/one',
+    ],
+}
+
+
+@pytest.mark.parametrize('path, said', [(p, s) for p, many in SPELLED.items() for s in many])
+def test_the_same_thing_on_disk_is_no_change_however_it_is_spelled(there, path, said):
+    if not (there / 'link').exists():
+        (there / 'link').symlink_to(there)
+    run = there / 'experiments/plant/runs/main'
+    before = resolve_resume(run)
+    on = resolve_resume(run, [f'{path}={said.format(home=there)}'])
+    assert on.cfg == before.cfg and not on.changes and on.folder == run
+    kept = before.cfg
+    assert (kept.data.corpus, kept.data.splits) == ('own.txt', dict(val='val.txt'))
+    assert kept.data.tokenizer == 'artifacts/first'
+    assert kept.train.start_from == 'experiments/small/runs/one'
+
+
+def test_another_thing_on_disk_is_a_change(there):
+    run = there / 'experiments/plant/runs/main'
+    (there / 'other.txt').write_text(TEXT[:300])
+    for said in (
+        'data.splits.val=other.txt',
+        'data.tokenizer=small/one',
+        'train.start_from=first',
+        'train.start_from=small/one/checkpoints/step-000002',
+        'train.start_from=gone/one',
+    ):
+        key = said.partition('=')[0].removesuffix('.val')
+        one_line(lambda: resolve_resume(run, [said]), f'{key}=', ': it was ', 'leave it out')
+
+
+def test_the_very_same_command_goes_on_also_where_its_name_means_another_run_by_now(home):
+    (home / 'own.txt').write_text(TEXT)
+    few = [f'{s}.{k}={v}' for s in ('train', 'eval', 'log') for k, v in SHORT[s].items()]
+    sizes = [f'model.{k}={v}' for k, v in SHORT['model'].items()]
+    printed('train', 'own.txt', *sizes, *few, '--run', 'one')
+    (home / 'more.txt').write_text(TEXT[:2000])
+    (home / 'plant.yaml').write_text('data: {corpus: more.txt}\n')
+    again = ['train', 'plant.yaml', *few, 'train.start_from=own', '--run', 'main', '--resume']
+    assert 'a new one begins' in printed(*again)[0]
+    printed('train', 'own.txt', *sizes, *few, 'train.seed=1', '--run', 'two')  # `own` is this now
+    for _ in range(2):  # each start keeps what the first one meant
+        assert 'nothing is left to do' in printed(*again)[0]
+    decided = json.loads((home / 'experiments/plant/runs/main/run.json').read_text())['config']
+    assert decided['decided']['train']['start_from'] == 'experiments/own/runs/one'
