@@ -310,7 +310,10 @@ def _train(a):
     named = [w for w in words if '=' not in w]
     settings = [w for w in words if '=' in w]
     if len(named) > 1:
-        raise LabError(f'{named[1]!r} is too much: give one config, and key=value')
+        raise LabError(
+            f'{named[1]!r} is too much: give one config or text (several texts: their folder), and '
+            'key=value'
+        )
     if not named and not resume:
         raise LabError(
             'no config is named: give a text, a .yaml file, golden or smoke, or --resume PATH'

@@ -697,6 +697,9 @@ def _text_config(text) -> dict:
 
 def _no_config(config) -> LabError:
     "What to say where no config has this name"
+    if '*' in config and Path(config).suffix.lower() in KINDS:
+        folder = os.path.dirname(config) or '.'
+        return LabError(f'{config} is a pattern, and no text: give the folder, {folder}')
     if Path(config).suffix.lower() in KINDS:
         return LabError(f'{config}: there is no such file, neither here nor in {home()}')
     names = [*CONFIGS, *(p.parent.name for p in (home() / 'experiments').glob('*/config.yaml'))]

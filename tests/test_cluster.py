@@ -121,3 +121,53 @@ def test_the_very_same_command_goes_on_also_where_its_name_means_another_run_by_
         assert 'nothing is left to do' in printed(*again)[0]
     decided = json.loads((home / 'experiments/plant/runs/main/run.json').read_text())['config']
     assert decided['decided']['train']['start_from'] == 'experiments/own/runs/one'
+
+
+# ---- a folder with texts and records
+
+
+def test_of_texts_and_records_in_one_folder_a_field_says_that_the_records_are_meant(home):
+    records(home / 'corpus/a.jsonl', ['one of them', 'two of them', 'three of them'])
+    records(home / 'corpus/b.jsonl', ['four of them'])
+    (home / 'corpus/note.txt').write_text('a note ' * 20)
+    (home / 'corpus/README.md').write_text('# about')
+    with pytest.warns(UserWarning) as notes:
+        corpus = lab.load_corpus('corpus', field='body')
+    (note,) = (str(n.message) for n in notes)
+    assert 'the text is 2 .jsonl files' in note and '1 .txt' in note and 'one kind' in note
+    assert note.endswith('left out: note.txt')
+    held = [d for s in corpus.splits for d in corpus.documents(s)]
+    assert held == ['one of them', 'two of them', 'three of them', 'four of them']
+    with pytest.warns(UserWarning) as notes:
+        assert 'a note' in lab.load_corpus('corpus').text('train')
+    (note,) = (str(n.message) for n in notes)
+    assert 'the text is 1 .txt files' in note and '2 .jsonl' in note and '\n' not in note
+    assert 'data.field=body takes the records instead, or make one kind of all' in note
+
+
+@pytest.mark.parametrize('name', ['train', 'val'])
+def test_where_records_are_meant_the_names_of_texts_tell_no_splits(home, name):
+    records(home / 'corpus/a.jsonl', ['one of them', 'two of them'])
+    for split in ('train', 'val'):
+        (home / f'corpus/{split}.txt').write_text(f'{split} ' * 20)
+    with pytest.warns(UserWarning):
+        assert 'of them' in lab.load_corpus('corpus', field='body').text(name)
+
+
+@pytest.mark.parametrize('field', ['text', ''])
+def test_a_field_that_is_the_default_or_unknown_has_a_remedy_that_works(home, field):
+    records(home / 'corpus/a.jsonl', ['one', 'two'] if field else [3, 4], field or 'n')
+    (home / 'corpus/note.txt').write_text('a note ' * 20)
+    with pytest.warns(UserWarning) as notes:
+        lab.load_corpus('corpus')
+    said = 'a folder of their own' if field else 'data.field=NAME'
+    assert said in str(notes[0].message)
+
+
+def test_a_pattern_is_no_text_and_says_what_to_give(home):
+    records(home / 'corpus/a.jsonl', ['one', 'two'])
+    one_line(lambda: lab.load_corpus('corpus/*.jsonl'), 'a pattern', 'give the folder, corpus;')
+    said = printed('train', 'smoke', 'data.corpus=corpus/*.jsonl', code=1)[1]
+    assert 'give the folder, corpus' in said and 'data.field=NAME' in said
+    assert 'give the folder, corpus' in printed('train', 'corpus/*.jsonl', code=1)[1]
+    assert 'their folder' in printed('train', 'corpus/a.jsonl', 'corpus/b.jsonl', code=1)[1]
