@@ -57,7 +57,8 @@ class DataConfig:
         length: context, in tokens
         rows: where sequences begin: side by side, or at documents
         mask_documents: documents in one sequence do not attend to each other, and each
-            begins at position 0
+            begins at position 0. A document is a record, or what stands between two lines
+            <|endoftext|>; a text without such lines is one running text, and has none
     """
 
     corpus: str = 'tiny_tales'  # a name, or a file or folder of texts or records
@@ -72,7 +73,9 @@ class DataConfig:
     length: int = _key(128, 1, 1 << 24)  # context, in tokens
     # where sequences begin: side by side, or at documents
     rows: str = _key('blocks', of=('blocks', 'documents'))
-    # documents in one sequence do not attend to each other, and each begins at position 0
+    # documents in one sequence do not attend to each other, and each begins at position 0. A
+    # document is a record, or what stands between two lines <|endoftext|>; a text without such
+    # lines is one running text, and has none
     mask_documents: bool = False
 
 # %% ../nbs/06_config.ipynb #4f33eab3
@@ -144,7 +147,7 @@ class TrainConfig:
         recompute: keep less for the backward pass (`efficient`)
         start_from: begin with the weights of a package, a run, a checkpoint or a Hugging
             Face folder, by path or name; what is left out of model, data.length and
-            data.tokenizer is as there
+            data.tokenizer is as there, and all else as this config says
         seed: of weights, order of the text, dropout, samples
         threads: on the CPU; auto is the fastest number; if none, as many as the process has
     """
@@ -171,7 +174,8 @@ class TrainConfig:
     compile: bool = False  # the step, by torch.compile
     recompute: bool = False  # keep less for the backward pass (`efficient`)
     # begin with the weights of a package, a run, a checkpoint or a Hugging Face folder, by path or
-    # name; what is left out of model, data.length and data.tokenizer is as there
+    # name; what is left out of model, data.length and data.tokenizer is as there, and all else as
+    # this config says
     start_from: str | None = None
     seed: int = _key(0, 0, 2**31)  # of weights, order of the text, dropout, samples
     # on the CPU; auto is the fastest number; if none, as many as the process has

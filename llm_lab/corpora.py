@@ -987,8 +987,9 @@ def corpus_of(about: dict) -> Corpus:
     places = [p for p in dict.fromkeys((at_home(name), name)) if found_path(p)]
     if not places and os.path.basename(name):
         raise LabError(
-            f'{short(name)}, on which this model was trained, is gone: put it back, '
-            'or say which corpus or text to use'
+            f'{short(name)}, on which this model was trained, is gone: put it back, set '
+            f'LLM_LAB_HOME to the home in which it lies (it is {home()} now), or say which corpus '
+            'or text to use'
         )
     # of a text that was drawn from, see `subsample`, the hash is another one
     drawn = re.search(r'-(\d{1,9})-seed(\d{1,9})$', str(about.get('corpus')))

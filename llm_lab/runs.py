@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['GoingOn', 'load_data', 'kept_corpus', 'require_corpus', 'make_batches', 'document_begins', 'within_documents',
            'SingleProcess', 'make_engine', 'all_gather_json', 'model_config', 'schedule_of', 'loss_of', 'callbacks_of',
-           'config_of_start', 'start_weights', 'set_threads', 'set_precision', 'TrainingRun', 'peak_memory', 'run_lock',
-           'told_of', 'require_parts', 'use_parts', 'run_to_go_on', 'differing_keys', 'resolve_resume', 'train_run']
+           'config_of_start', 'describe_start', 'start_weights', 'set_threads', 'set_precision', 'TrainingRun',
+           'peak_memory', 'run_lock', 'told_of', 'require_parts', 'use_parts', 'run_to_go_on', 'differing_keys',
+           'resolve_resume', 'train_run']
 
 # %% ../nbs/82_runs.ipynb #aedce895
 TYPE_CHECKING = False  # a type checker takes it for True
@@ -240,13 +241,25 @@ def _spelled_alike(old: RunConfig, new: RunConfig, names=()) -> RunConfig:
     return new
 
 
-def require_corpus(cfg: RunConfig):
-    "Raises `LabError` where the text that a run goes on with is gone"
+def require_corpus(
+    cfg: RunConfig,
+    folder: Path | None = None,  # of the run: it lies in the home that it was made in
+):
+    """Raises `LabError` where the text that a run goes on with is gone
+
+    Args:
+        folder: of the run: it lies in the home that it was made in
+    """
     name = cfg.data.corpus
     if name not in CORPORA and not found_path(at_home(name)):
+        remedy = 'put it back'
+        if folder and folder.parent.name == 'runs' and len(folder.parents) > 3:
+            made_in = folder.absolute().parents[3]  # HOME/experiments/NAME/runs/ID
+            if made_in.resolve() != home().resolve():
+                remedy = f'it was made in the home {made_in}: set LLM_LAB_HOME={made_in}'
         raise LabError(
             f'data.corpus={name}: the text of this run is gone, '
-            f'it is neither here nor in {home()}; put it back'
+            f'it is neither here nor in {home()}; {remedy}'
         )
 
 # %% ../nbs/82_runs.ipynb #2d11575e
@@ -255,6 +268,15 @@ def _starts(corpus, tokens):
     if not corpus.independent:
         return None
     return document_starts(tokens.ids, tokens.meta['tokenizer']['end'])
+
+
+def _one_text(said, corpus) -> LabError:
+    "The error of a key that asks for documents, where a corpus has none"
+    return LabError(
+        f'{said}: {corpus.name} is one running text, in which nothing says where a document ends; '
+        'put a line <|endoftext|> between its documents, give records (.jsonl, .csv, .parquet), '
+        'or leave it out'
+    )
 
 
 def make_batches(cfg: RunConfig, corpus, train, rank=0, world_size=1, device='cpu') -> BatchStream:
@@ -271,7 +293,7 @@ def make_batches(cfg: RunConfig, corpus, train, rank=0, world_size=1, device='cp
     if cfg.data.rows == 'documents':
         starts = _starts(corpus, train)
         if starts is None:
-            raise LabError(f'data.rows=documents: {corpus.name} is one running text; leave it out')
+            raise _one_text('data.rows=documents', corpus)
     return BatchStream(
         train, batch_size, cfg.data.length, cfg.train.seed, rank, world_size, device, starts
     )
@@ -606,6 +628,20 @@ def config_of_start(cfg: RunConfig, given) -> RunConfig:
     return config_from_dict(data, cfg.name)
 
 
+def describe_start(cfg: RunConfig, given) -> str:
+    """One line: what a run has of what `train.start_from` names, and what is left to its config, of
+    which the keys `given` are written out"""
+    own = [key for key in given if key.startswith('model.')]
+    model = f'model (but for {", ".join(own)})' if own else 'model'
+    keys = [key for key in ('data.length', 'data.tokenizer') if key not in given]
+    return (
+        f'starts with the weights of {cfg.train.start_from}; '
+        f'as there: {", ".join([model, *keys])}; '
+        f'all else is of this config: data.mask_documents={str(cfg.data.mask_documents).lower()}, '
+        f'train.batch_size={cfg.train.batch_size}, train.lr={cfg.train.lr:g}, …'
+    )
+
+
 def start_weights(model, start) -> str:  # SHA-256 of the weights
     """Give a model the weights of a package, run, checkpoint or Hugging Face folder.
 
@@ -827,7 +863,7 @@ def _reader_of(job):
         )
     corpus = job.texts['corpus']
     if not corpus.independent:
-        raise LabError(f'data.mask_documents=true: {corpus.name} is one running text; leave it out')
+        raise _one_text('data.mask_documents=true', corpus)
     form = within_documents(model, job.texts['train'].meta['tokenizer']['end'])
     apply_activation_checkpointing(form, job.cfg.train.recompute)
     return form
@@ -1012,6 +1048,10 @@ def __repr__(self: TrainingRun):
         f'{engine.num_processes} × {engine.device.type}, {torch.get_num_threads()} threads, '
         f'{c.train.precision}',
     ]
+    if c.data.mask_documents:
+        lines.append(
+            '        data.mask_documents: documents in one row do not attend to each other'
+        )
     if self.why:
         lines.append(f'        {c.train.precision}: {self.why}')
     return '\n'.join(lines)
@@ -1949,7 +1989,7 @@ def _resumed_config(folder, told, trained, written, config, overrides) -> tuple:
         cfg = kept_corpus(cfg)
     alike = _spelled_alike(trained, replace(cfg, name=written.name))
     cfg = _spelled_alike(written, check_resumable(trained, alike))
-    require_corpus(cfg)
+    require_corpus(cfg, folder)
     return record, cfg
 
 
@@ -2015,6 +2055,20 @@ def _raise_lost(error, engine, folder):
     ) from None
 
 
+def _resolve_newest(found, overrides, config, run, parts) -> GoingOn:
+    "As `resolve_resume`, of a run that nobody may have named: what it refuses says which one it is"
+    try:
+        return resolve_resume(found, overrides, config, parts)
+    except LabError as e:
+        if run is not None:
+            raise
+        named = f'{found.parent.parent.name}/{found.name}'
+        raise LabError(
+            f'{e} (the newest run is {named}; another one starts, or goes on, by --run NAME '
+            '--resume)'
+        ) from None
+
+
 def _requested_run(config, overrides, resume, run, smoke, parts) -> tuple:
     "(config, `GoingOn` or None for a new run, a line to print first): what `train_run` shall do"
     begins = ''
@@ -2026,7 +2080,7 @@ def _requested_run(config, overrides, resume, run, smoke, parts) -> tuple:
     if resume == '':
         found, begins = run_to_go_on(named, run)
         if found:
-            on = resolve_resume(found, overrides, named, parts)
+            on = _resolve_newest(found, overrides, named, run, parts)
     elif resume:
         if run is not None:
             raise LabError(f'--run {run} names a run of its own: leave it out, or {resume}')
@@ -2035,7 +2089,10 @@ def _requested_run(config, overrides, resume, run, smoke, parts) -> tuple:
         return on.cfg, on, begins
     cfg = read_config(named, overrides)
     if cfg.train.start_from:
-        cfg = config_of_start(cfg, stated(named, overrides))
+        given = stated(named, overrides)
+        cfg = config_of_start(cfg, given)
+        line = describe_start(kept_corpus(cfg), given)
+        begins = f'{begins}\n{line}' if begins else line
     if smoke:
         cfg = smoke_config(cfg)
     return kept_corpus(cfg), None, begins

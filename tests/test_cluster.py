@@ -171,3 +171,106 @@ def test_a_pattern_is_no_text_and_says_what_to_give(home):
     assert 'give the folder, corpus' in said and 'data.field=NAME' in said
     assert 'give the folder, corpus' in printed('train', 'corpus/*.jsonl', code=1)[1]
     assert 'their folder' in printed('train', 'corpus/a.jsonl', 'corpus/b.jsonl', code=1)[1]
+
+
+# ---- documents, starts, and what a line of help says
+
+
+def train_words(**more):
+    "The words of a command that make a run one of seconds"
+    said = {f'{s}.{k}': v for s, keys in SHORT.items() for k, v in keys.items()} | more
+    return [f'{k}={v}' for k, v in said.items()]
+
+
+def help_of(command):
+    "What `--help` says, as one line"
+    return ' '.join(printed(command, '--help')[0].split())
+
+
+def test_a_running_text_says_how_it_gets_documents_and_help_says_what_one_is(home):
+    (home / 'own.txt').write_text(TEXT)
+    short = train_words(**{'data.length': 16})
+    for key in ('data.mask_documents=true', 'data.rows=documents'):
+        said = printed('train', 'own.txt', *short, key, code=1)[1]
+        assert f'{key}: own is one running text' in said and 'or leave it out' in said
+        assert 'a line <|endoftext|>' in said and '.jsonl' in said
+    # the remedy is one
+    (home / 'own.txt').write_text(TEXT.replace('. ', '.\n<|endoftext|>\n'))
+    said = printed('train', 'own.txt', *short, 'data.mask_documents=true', '--run', 'masked')[0]
+    assert 'documents in one row do not attend to each other' in said
+    assert 'attend to each other' not in printed('train', 'own.txt', *short)[0]
+    said = help_of('train')
+    assert 'A document is a record, or what stands between two lines <|endoftext|>' in said
+
+
+def test_the_plan_says_what_a_start_gives_and_what_is_left_to_the_config(there):
+    few = [w for w in train_words() if not w.startswith('model.')]
+    words = ['own.txt', *few, 'train.start_from=first', 'train.batch_size=2']
+    lines = printed('train', *words, '--run', 'taken')[0].splitlines()
+    (line,) = (line for line in lines if line.startswith('starts with the weights of'))
+    assert 'artifacts/first; as there: model, data.length, data.tokenizer; all else is' in line
+    assert 'data.mask_documents=false' in line and 'train.batch_size=2' in line
+    more = 'model.dropout=0.1', 'data.length=16'
+    lines = printed('train', *words, *more, '--run', 'given')[0].splitlines()
+    (line,) = (line for line in lines if line.startswith('starts with the weights of'))
+    assert 'as there: model (but for model.dropout), data.tokenizer;' in line
+    assert 'and all else as this config says' in help_of('train')
+
+
+def test_resume_starts_or_goes_on_and_says_so(home):
+    assert 'starts, or goes on' in help_of('train')
+    (home / 'own.txt').write_text(TEXT)
+    (home / 'plant.yaml').write_text('data: {corpus: own.txt, length: 16}\n')
+    again = ['train', 'plant.yaml', *train_words(), '--run', 'main', '--resume']
+    assert 'a new one begins' in printed(*again)[0]
+    assert 'nothing is left to do' in printed(*again)[0]
+    # what the newest run refuses names it, and how to have another one; a run that was named, no
+    said = printed('train', 'plant.yaml', '--resume', 'train.lr=0.5', code=1)[1]
+    assert 'train.lr=0.5: it was' in said and 'plant/main' in said and '--run NAME --resume' in said
+    said = printed(*again, 'train.lr=0.5', code=1)[1]
+    assert 'train.lr=0.5: it was' in said and 'newest' not in said
+    # the flag takes the word after it
+    for word in ('plant.yaml', 'own.txt', 'gone.yaml', 'golden'):
+        said = printed('train', '--resume', word, code=1)[1]
+        assert 'write the config first, as in' in said and f'train {word} --resume' in said
+    assert 'write the config first' in printed('train', 'smoke', '--resume', 'own.txt', code=1)[1]
+    latest = home / 'experiments/plant/runs/latest'
+    assert 'nothing is left to do' in printed('train', '--resume', latest)[0]
+
+
+def test_eval_and_sample_say_which_run_they_took(there):
+    out, err = printed('sample', 'plant', '--prompt', 'The cat', '--tokens', '3')
+    newest = (
+        there / 'experiments/plant/runs' / (there / 'experiments/plant/runs/latest').read_text()
+    )
+    assert err == f'plant/{newest.name.strip()}, step 2\n' and out.startswith('The cat')
+    assert '\nplant/main, step 2\n' in printed('eval', 'plant/main')[0]
+    assert printed('sample', 'first', '--tokens', '3')[1] == ''  # a package is what was named
+
+
+def test_prepare_prepares_what_train_uses(home):
+    records(home / 'd.jsonl', [f'story {n} of {n * n} cats' for n in range(200)], 'text')
+    printed(
+        'prepare', 'd.jsonl', '--vocab-size', 270, '--splits', 'val=0.2', '--splits', 'test=0.1'
+    )
+    said = printed('prepare', 'd.jsonl', '--vocab-size', 270, '--splits', '{val: 0.2, test: 0.1}')[
+        0
+    ]
+    assert 'already there' in said
+    words = ['data.tokenizer=bpe', 'data.vocab_size=270', 'data.length=16']
+    cut = ['data.splits={val: 0.2, test: 0.1}']
+    assert 'packed' not in printed('train', 'd.jsonl', *train_words(), *words, *cut)[0]
+    assert 'packed' in printed('train', 'd.jsonl', *train_words(), *words)[0]  # another cut
+    said = printed('prepare', 'd.jsonl', '--splits', 'dev=0.2', code=1)[1]
+    assert 'data.splits.dev=0.2: give shares' in said
+
+
+def test_from_another_folder_the_home_and_its_variable_are_named(begun, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('LLM_LAB_HOME', str(tmp_path))
+    run = begun / 'experiments/small/runs/one'
+    said = printed('train', '--resume', run, code=1)[1]
+    assert 'the text of this run is gone' in said and f'set LLM_LAB_HOME={begun}' in said
+    assert 'set LLM_LAB_HOME to the home' in printed('eval', run, code=1)[1]
+    monkeypatch.setenv('LLM_LAB_HOME', str(begun))
+    assert 'nothing is left to do' in printed('train', '--resume', run)[0]
