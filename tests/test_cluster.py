@@ -1,14 +1,20 @@
 "A job that is started again by the very same command, and what stands around it on a cluster."
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from cases import HANG
 from helpers import one_line, printed
 
 import llm_lab as lab
 from llm_lab.runs import resolve_resume
 
+ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 SHORT = dict(
@@ -274,3 +280,39 @@ def test_from_another_folder_the_home_and_its_variable_are_named(begun, tmp_path
     assert 'set LLM_LAB_HOME to the home' in printed('eval', run, code=1)[1]
     monkeypatch.setenv('LLM_LAB_HOME', str(begun))
     assert 'nothing is left to do' in printed('train', '--resume', run)[0]
+
+
+# ---- several processes
+
+
+def by_torchrun(home, *words):
+    "What `torchrun` leaves of `llm-lab` with these words on two processes"
+    clean = {k: v for k, v in os.environ.items() if k != 'LLM_LAB_DATA'}
+    launch = 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', '-m', 'llm_lab', '--'
+    return subprocess.run(
+        [sys.executable, '-m', *launch, *map(str, words)],
+        env=clean | dict(LLM_LAB_HOME=str(home), PYTHONPATH=str(ROOT)),
+        cwd=home,
+        capture_output=True,
+        text=True,
+        timeout=HANG,
+    )
+
+
+@pytest.mark.parametrize('words', [['train', 'smoke', 'stepz=1'], ['train', '--lr']])
+def test_a_mistake_under_torchrun_is_told_once(home, words):
+    said = by_torchrun(home, *words)
+    told = [line for line in said.stderr.splitlines() if line.startswith('llm-lab')]
+    assert said.returncode and len(told) == 1, said.stderr
+
+
+def test_who_is_not_the_first_process_tells_an_error_of_its_own(home, monkeypatch):
+    from llm_lab import cli
+
+    waited = []
+    monkeypatch.setattr(cli.time, 'sleep', waited.append)
+    monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'x')
+    for rank in '01':
+        monkeypatch.setenv('LOCAL_RANK', rank)
+        assert 'did you mean train.steps?' in printed('train', 'smoke', 'stepz=1', code=1)[1]
+    assert waited == [cli._WAIT]  # the second one alone, and then it spoke
