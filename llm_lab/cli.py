@@ -489,6 +489,13 @@ def _score_of_corpus(a, model, tokenizer, about):
     return score
 
 
+def _counted_apart(score):
+    "A clause where the two units of a score count different texts: '' where they do not"
+    if not score.n_ends:
+        return ''
+    return ' (characters are counted with what separates documents, bytes without)'
+
+
 def _eval(a):
     "Judge a saved model on a whole split, or on a text of your own"
     from llm_lab.evaluation import evaluate_file
@@ -507,7 +514,7 @@ def _eval(a):
     ends = f' of the documents, {score.end_bits:.3f} bits for each end mark' if score.n_ends else ''
     print(
         f'perplexity {score.perplexity:.3f} per token, {score.bits_per_byte:.3f} bits per '
-        f'byte{ends}'
+        f'byte{ends}{_counted_apart(score)}'
     )
 
 # %% ../nbs/89_cli.ipynb #77a3965a

@@ -2,8 +2,12 @@
 
 import json
 import os
+import re
+import shlex
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -316,3 +320,113 @@ def test_who_is_not_the_first_process_tells_an_error_of_its_own(home, monkeypatc
         monkeypatch.setenv('LOCAL_RANK', rank)
         assert 'did you mean train.steps?' in printed('train', 'smoke', 'stepz=1', code=1)[1]
     assert waited == [cli._WAIT]  # the second one alone, and then it spoke
+
+
+# ---- the README's section
+
+
+def cluster_lines():
+    "The commands of the README's section, as words behind `.venv/bin/`"
+    section = (ROOT / 'README.md').read_text(encoding='utf-8').partition('## On a cluster')[2]
+    code = section.partition('\n## ')[0].partition('```sh\n')[2].partition('```')[0]
+    return [shlex.split(line.removeprefix('.venv/bin/')) for line in code.splitlines()]
+
+
+def started(home, words):
+    "`llm-lab` with these words as a process that runs while we look"
+    return subprocess.Popen(
+        [sys.executable, '-m', 'llm_lab', *words],
+        env=os.environ | dict(LLM_LAB_HOME=str(home), PYTHONPATH=str(ROOT)),
+        cwd=home,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for(path, process):
+    "Until a file or folder is there"
+    end = time.monotonic() + HANG
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < end, process.stdout.read()
+        time.sleep(0.005)
+
+
+def test_the_readmes_line_survives_kills_and_refuses_a_second_start(home):
+    records(home / 'corpus/a.jsonl', [f'story {n} of {n * n} cats' for n in range(300)])
+    steps = dict(train=SHORT['train'] | dict(steps=200), eval=SHORT['eval'] | dict(every=200))
+    config = SHORT | steps | dict(log=dict(every=20, checkpoint_every=20))
+    config['data'] = dict(corpus='corpus', field='body', length=16, mask_documents=True)
+    (home / 'plant.yaml').write_text(json.dumps(config))
+    (program, *words), torchrun = cluster_lines()
+    assert program == 'llm-lab' and '--resume' in words
+    runs = home / 'experiments/plant/runs'
+    job = started(home, words)
+    wait_for(runs / 'main/checkpoints/step-000020', job)
+    assert f'is held by process {job.pid}' in printed(*words, code=1)[1]
+    job.send_signal(signal.SIGKILL)
+    assert job.wait(HANG) == -signal.SIGKILL
+    job = started(home, words)
+    wait_for(runs / 'main/checkpoints/step-000060', job)
+    job.send_signal(signal.SIGTERM)
+    said, _ = job.communicate(timeout=HANG)
+    assert job.returncode == 143 and 'goes on from step' in said and 'stopped by SIGTERM' in said
+    assert 'goes on from step' in printed(*words)[0]  # to its end
+    printed('train', 'plant.yaml', '--run', 'whole')
+    a, b = (lab.load(f'plant/{run}').model.state_dict() for run in ('main', 'whole'))
+    assert all(a[name].equal(b[name]) for name in a)
+    told = json.loads((runs / 'main/run.json').read_text())
+    assert [s['step'] for s in told['starts']][0] == 0 and len(told['starts']) == 3
+    # the other line, as far as one machine can
+    assert torchrun[0] == 'torchrun' and torchrun[torchrun.index('--') - 1] == 'llm_lab'
+    said = by_torchrun(home, *torchrun[torchrun.index('--') + 1 :], 'train.steps=8')
+    assert said.returncode == 0 and 'on 2 × cpu' in said.stdout, said.stderr
+    assert (runs / 'two/checkpoints/step-000008').is_dir()
+
+
+def test_the_exit_codes_are_those_of_the_help_and_the_readme():
+    from llm_lab.cli import STOPPED
+
+    assert STOPPED == {'by hand': 130, 'by SIGTERM': 143, 'by SIGHUP': 129}
+    assert '130, 143 and 129 where Ctrl-C, SIGTERM or SIGHUP' in help_of('train')
+    readme = (ROOT / 'README.md').read_text(encoding='utf-8')
+    assert (
+        'SIGTERM, SIGHUP and Ctrl-C end the step, write a checkpoint and end with 143, 129'
+        in readme
+    )
+
+
+def test_the_card_of_an_exported_model_opens_it_in_both_ways(home):
+    transformers = pytest.importorskip('transformers')
+    import torch
+
+    tok = lab.BPETokenizer.train([TEXT], vocab_size=270)
+    cfg = lab.llama(vocab_size=tok.vocab_size, d_model=16, n_layers=1, n_heads=2, max_len=16)
+    model = lab.MiniGPT(cfg)
+    lab.to_hf('mine_hf', model, tok, dict(corpus='own'))
+    card = (home / 'mine_hf/README.md').read_text()
+    ours, theirs = re.findall(r'^```python\n(.*?)^```', card, re.M | re.S)
+    assert 'llm_lab' in ours and 'transformers' in theirs and card.index('own') < card.index(ours)
+    os.chdir(home / 'mine_hf')
+    spaces = {}, {}
+    for code, space in zip((ours, theirs), spaces):
+        exec(code, space)
+    assert isinstance(spaces[1]['model'], transformers.PreTrainedModel)
+    ids = torch.tensor([tok.encode('The cat sat')])
+    plain = spaces[1]['tokenizer'].encode('The cat sat', add_special_tokens=False)
+    assert plain == ids[0].tolist()
+    with torch.no_grad():
+        torch.testing.assert_close(spaces[1]['model'](ids).logits, spaces[0]['model'](ids))
+    os.chdir(home)
+    lab.to_hf('bare_hf', model, None, dict(corpus='own'))
+    assert 'AutoTokenizer' not in (home / 'bare_hf/README.md').read_text()
+
+
+def test_eval_says_that_its_two_units_count_different_texts(home):
+    records(home / 'd.jsonl', [f'story {n} of {n * n} cats' for n in range(200)], 'text')
+    printed('train', 'd.jsonl', *train_words(), 'data.length=16')
+    clause = '(characters are counted with what separates documents, bytes without)'
+    assert clause in printed('eval', 'd')[0]
+    (home / 'own.txt').write_text(TEXT)
+    printed('train', 'own.txt', *train_words(), 'data.length=16')
+    assert clause not in printed('eval', 'own')[0]
