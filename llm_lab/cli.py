@@ -10,6 +10,7 @@ import argparse
 import os
 import re
 import sys
+import time
 import warnings
 from glob import glob
 from pathlib import Path
@@ -28,11 +29,25 @@ def _say(line):
         print(line, file=sys.stderr, flush=True)
 
 
+_WAIT = 10  # seconds in which torchrun sees that the first process has ended
+
+
+def _say_error(line):
+    """As `_say`; of the processes that torchrun starts, the first one of a machine says it.
+
+    The same mistake meets all of them, and torchrun ends the others when that one has ended. Who is
+    still there after a while has met an error of its own, and says it"""
+    if 'TORCHELASTIC_RUN_ID' in os.environ and os.environ.get('LOCAL_RANK', '0') != '0':
+        sys.stdout.flush()
+        time.sleep(_WAIT)
+    _say(line)
+
+
 class _Parser(argparse.ArgumentParser):
     "A parser whose errors are one line"
 
     def error(self, message):
-        _say(f'{self.prog}: {message}; see {self.prog} --help')
+        _say_error(f'{self.prog}: {message}; see {self.prog} --help')
         self.exit(2)
 
     def _print_message(self, message, file=None):
@@ -104,6 +119,27 @@ def _best_and_last(path):
     best, last = _checkpoint_named_in(path / 'best'), _checkpoint_named_in(path / 'latest')
     return best or last, last or best
 
+
+def _step(checkpoint):
+    "'step 10' of `step-000010`; another name as it is"
+    number = checkpoint.removeprefix('step-')
+    return f'step {int(number):,}' if number.isdecimal() else checkpoint
+
+
+def _opened_run(place, judged=False) -> str:
+    """Which run and which of its models is opened: `my/one, step 10`, and which is the last one;
+    with `judged` also whether result.json is of that; '' where it is no run"""
+    best, last = _best_and_last(place)
+    if not best:
+        return ''
+    place = Path(place)
+    config = f'{place.parent.parent.name}/' if place.parent.name == 'runs' else ''
+    said = f'{config}{place.name}, {_step(best)}'
+    if best == last:
+        return said
+    of_last = ', which result.json judges' if judged and _scores_last(place) else ''
+    return f'{said}: the best; the last is {_step(last)}{of_last}'
+
 # %% ../nbs/89_cli.ipynb #ebac8df8
 def _find_model(path):
     "The folder that a path or a name means, as everywhere"
@@ -136,9 +172,9 @@ def write_from(
 
     place = _find_model(path)
     model, tokenizer, _ = load(place, usable_device(), parts)
-    best, last = _best_and_last(place)
-    if best != last:
-        _say(f'the best model of this run writes, {best}; {last} is the last')
+    opened = _opened_run(place)
+    if opened:
+        _say(opened)  # on stderr, because stdout is the text
     with warnings.catch_warnings(record=True, action='always') as notes:
         pieces = stream(
             with_kv_cache(model, strict=False),
@@ -273,7 +309,10 @@ def _prepare(a):
     from llm_lab.corpora import load_corpus
     from llm_lab.packing import pack
 
-    corpus = load_corpus(a.corpus, limit=a.limit, field=a.field)
+    # read as the key of a config is: `{val: 0.05}` is all of it, `val=0.05` one of its own keys
+    given = [f'data.splits{"=" if s.startswith("{") else "."}{s}' for s in a.splits]
+    splits = read_config({}, given).data.splits
+    corpus = load_corpus(a.corpus, limit=a.limit, field=a.field, splits=splits)
     print(pack(corpus, a.vocab_size, None, a.force, a.verify))
 
 
@@ -295,10 +334,30 @@ def _prepare_options(p):
     p.add_argument(
         '--verify', action='store_true', help='read every byte of a folder that is there'
     )
+    p.add_argument(
+        '--splits',
+        action='append',
+        default=[],
+        metavar='val=SHARE',
+        help='of a text of your own, as data.splits of a config: val=0.05 or val=val.txt, and test '
+        "in the same way; may be given twice, or once as '{val: 0.05, test: 0.05}'",
+    )
     p.add_argument('--limit', type=_whole, help='take so many documents only')
     p.set_defaults(run=_prepare)
 
 # %% ../nbs/89_cli.ipynb #a1c59b2b
+def _require_no_config(path):
+    "Raises `LabError` where the word after --resume is a config or a text: it comes before"
+    swallowed = Path(path).suffix.lower() in ('.yaml', '.yml') or Path(path).is_file()
+    if not swallowed and path in CONFIGS:
+        swallowed = not _find_model(path).is_dir()  # it has no run that this could be
+    if swallowed and Path(path).name != 'latest':  # `runs/latest` is a file that names a run
+        raise LabError(
+            f'--resume {path} takes {path} for a run: write the config first, as in '
+            f'{command()} train {path} --resume'
+        )
+
+
 def _train(a):
     "Do what a config says"
     words, resume = a.words, a.resume
@@ -307,10 +366,15 @@ def _train(a):
         words = [*words, resume]
         resume = ''
     _load_parts(a.parts)
+    if resume:
+        _require_no_config(resume)
     named = [w for w in words if '=' not in w]
     settings = [w for w in words if '=' in w]
     if len(named) > 1:
-        raise LabError(f'{named[1]!r} is too much: give one config, and key=value')
+        raise LabError(
+            f'{named[1]!r} is too much: give one config or text (several texts: their folder), and '
+            'key=value'
+        )
     if not named and not resume:
         raise LabError(
             'no config is named: give a text, a .yaml file, golden or smoke, or --resume PATH'
@@ -344,6 +408,16 @@ def _train(a):
     return STOPPED.get(why, 0)
 
 
+_ABOUT_JOBS = """\
+As a job that may be killed at any time: train CONFIG --run ID --resume. On several processes,
+with -- before our words, because torchrun would take --run for an option of its own:
+
+  torchrun --nproc_per_node 2 -m llm_lab -- train CONFIG --run ID --resume
+
+Exit codes: 0 done, 1 an error, 2 bad usage; 130, 143 and 129 where Ctrl-C, SIGTERM or SIGHUP has
+stopped the run, which is kept and goes on by the same line (torchrun itself then ends with 1)."""
+
+
 def _train_options(t):
     "Tell the parser `t` what a run can be asked"
     t.add_argument(
@@ -361,7 +435,9 @@ def _train_options(t):
         nargs='?',
         const='',
         metavar='PATH',
-        help='go on with the newest run of CONFIG, or with the run or checkpoint at PATH',
+        help='starts, or goes on: with the run --run of CONFIG, or its newest one, and where there '
+        'is none a new one begins; with PATH, that run or checkpoint goes on. So one line with '
+        '--run ID --resume can be typed again and again',
     )
     t.add_argument(
         '--run',
@@ -375,7 +451,7 @@ def _train_options(t):
     )
     _parts_option(t)
     t.formatter_class = argparse.RawDescriptionHelpFormatter
-    t.epilog = f'The keys of a config, section by section:\n\n{describe_keys()}'
+    t.epilog = f'{_ABOUT_JOBS}\n\nThe keys of a config, section by section:\n\n{describe_keys()}'
     t.set_defaults(run=_train)
 
 # %% ../nbs/89_cli.ipynb #58421a4a
@@ -413,6 +489,13 @@ def _score_of_corpus(a, model, tokenizer, about):
     return score
 
 
+def _counted_apart(score):
+    "A clause where the two units of a score count different texts: '' where they do not"
+    if not score.n_ends:
+        return ''
+    return ' (characters are counted with what separates documents, bytes without)'
+
+
 def _eval(a):
     "Judge a saved model on a whole split, or on a text of your own"
     from llm_lab.evaluation import evaluate_file
@@ -424,17 +507,14 @@ def _eval(a):
         score = evaluate_file(model, tokenizer, a.text, a.stride, a.batch_size, field=a.field)
     else:
         score = _score_of_corpus(a, model, tokenizer, about)
-    best, last = _best_and_last(place)
-    if best:
-        more = ''
-        if best != last and _scores_last(place):
-            more = f'; result.json judges the last one, {last}'
-        print(f'the best model of this run, {best}{more}')
+    opened = _opened_run(place, judged=True)
+    if opened:
+        print(opened)
     print(describe_score(score, of=Path(a.text).name if a.text else a.split))
     ends = f' of the documents, {score.end_bits:.3f} bits for each end mark' if score.n_ends else ''
     print(
         f'perplexity {score.perplexity:.3f} per token, {score.bits_per_byte:.3f} bits per '
-        f'byte{ends}'
+        f'byte{ends}{_counted_apart(score)}'
     )
 
 # %% ../nbs/89_cli.ipynb #77a3965a
@@ -621,7 +701,7 @@ def _run_command(args):
     except BrokenPipeError:
         raise  # the reader has gone: see `main`
     except LabError as e:
-        _say(f'llm-lab: {e}')
+        _say_error(f'llm-lab: {e}')
         return 1
     except (MemoryError, RuntimeError) as e:
         if not re.search('memory', f'{type(e).__name__} {e}', re.I):

@@ -57,7 +57,8 @@ class DataConfig:
         length: context, in tokens
         rows: where sequences begin: side by side, or at documents
         mask_documents: documents in one sequence do not attend to each other, and each
-            begins at position 0
+            begins at position 0. A document is a record, or what stands between two lines
+            <|endoftext|>; a text without such lines is one running text, and has none
     """
 
     corpus: str = 'tiny_tales'  # a name, or a file or folder of texts or records
@@ -72,7 +73,9 @@ class DataConfig:
     length: int = _key(128, 1, 1 << 24)  # context, in tokens
     # where sequences begin: side by side, or at documents
     rows: str = _key('blocks', of=('blocks', 'documents'))
-    # documents in one sequence do not attend to each other, and each begins at position 0
+    # documents in one sequence do not attend to each other, and each begins at position 0. A
+    # document is a record, or what stands between two lines <|endoftext|>; a text without such
+    # lines is one running text, and has none
     mask_documents: bool = False
 
 # %% ../nbs/06_config.ipynb #4f33eab3
@@ -145,7 +148,7 @@ class TrainConfig:
         recompute: keep less for the backward pass (`efficient`)
         start_from: begin with the weights of a package, a run, a checkpoint or a Hugging
             Face folder, by path or name; what is left out of model, data.length and
-            data.tokenizer is as there
+            data.tokenizer is as there, and all else as this config says
         seed: of weights, order of the text, dropout, samples
         threads: on the CPU; auto is the fastest number; if none, as many as the process has
     """
@@ -172,7 +175,8 @@ class TrainConfig:
     compile: bool = False  # the step, by torch.compile
     recompute: bool = False  # keep less for the backward pass (`efficient`)
     # begin with the weights of a package, a run, a checkpoint or a Hugging Face folder, by path or
-    # name; what is left out of model, data.length and data.tokenizer is as there
+    # name; what is left out of model, data.length and data.tokenizer is as there, and all else as
+    # this config says
     start_from: str | None = None
     seed: int = _key(0, 0, 2**31)  # of weights, order of the text, dropout, samples
     # on the CPU; auto is the fastest number; if none, as many as the process has
@@ -264,8 +268,11 @@ def _wanted(f):
 
 # %% ../nbs/06_config.ipynb #a3ff19ba
 def _is_path(text) -> bool:
-    "Is this meant as a path, and no mistyped word? Whether anything is there is seen later"
-    return '/' in text or os.sep in text or os.path.exists(text) or (home() / text).exists()
+    """Is this meant as a path or as the name of a model, and no mistyped word? Whether a path leads
+    to anything is seen later"""
+    named = home() / 'artifacts' / text, home() / 'experiments' / text / 'runs'
+    places = Path(text), home() / text, *named
+    return '/' in text or os.sep in text or any(place.exists() for place in places)
 
 
 def _check_named(path, f, value):
@@ -710,6 +717,9 @@ def _text_config(text) -> dict:
 
 def _no_config(config) -> LabError:
     "What to say where no config has this name"
+    if '*' in config and Path(config).suffix.lower() in KINDS:
+        folder = os.path.dirname(config) or '.'
+        return LabError(f'{config} is a pattern, and no text: give the folder, {folder}')
     if Path(config).suffix.lower() in KINDS:
         return LabError(f'{config}: there is no such file, neither here nor in {home()}')
     names = [*CONFIGS, *(p.parent.name for p in (home() / 'experiments').glob('*/config.yaml'))]

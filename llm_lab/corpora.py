@@ -283,10 +283,17 @@ def _divided(folder, files) -> dict:
     return {}
 
 
-def _one_kind(folder, files, divided) -> str:
+_RECORDS = 'jsonl', 'csv', 'parquet', 'json'
+
+
+def _one_kind(folder, files, divided, field='text') -> str:
     """The kind of file that is the text of a folder; raises `LabError` unless it is one kind.
 
-    `files` is {kind: files}, `divided` those kinds whose names tell splits"""
+    `files` is {kind: files}, `divided` those kinds whose names tell splits. Whoever names a `field`
+    means records"""
+    if field != 'text' and any(kind in files for kind in _RECORDS):
+        divided = [kind for kind in divided if kind in _RECORDS]
+        files = {kind: fs for kind, fs in files.items() if kind in _RECORDS}
     # the first of these ranks of which there is a kind counts
     for rank in ([*divided], ['txt'], ['jsonl', 'csv', 'parquet'], ['md']):
         kinds = [kind for kind in rank if kind in files]
@@ -305,6 +312,36 @@ def _one_kind(folder, files, divided) -> str:
     return kinds[0]
 
 
+def _likely_field(file) -> str:
+    "The field of the first record that holds most text; '' where it cannot be seen"
+    try:
+        with open(file, encoding='utf-8-sig') as lines:
+            record = json.loads(next(filter(str.strip, lines)))
+        texts = {k: v for k, v in record.items() if isinstance(v, str)}
+        return max(texts, key=lambda k: len(texts[k]))
+    except (OSError, ValueError, AttributeError, StopIteration):
+        return ''  # no JSON lines, no record, or nothing in them: `max` of nothing, too
+
+
+def _other_kinds(files, kind) -> str:
+    "What to do about files of another kind than the text of a folder: '' where there are none"
+    texts = kind not in _RECORDS
+    counts = [
+        f'{len(files[k]):,} .{k}'
+        for k in files
+        if k != kind and (k in _RECORDS if texts else k == 'txt')
+    ]
+    if not counts:
+        return ''
+    said = f', for kinds are not mixed with {" and ".join(counts)}: '
+    if not texts:
+        return f'{said}to have both, make one kind of them'
+    field = next((f for f in map(_likely_field, files.get('jsonl', ())) if f), 'NAME')
+    if field == 'text':  # the default, which does not say that records are meant
+        return f'{said}give the records a folder of their own, or make one kind of all'
+    return f'{said}data.field={field} takes the records instead, or make one kind of all'
+
+
 def _warn_of_left_out(folder, files, kind, taken):
     "Name the first files of other kinds, and of this one, that are no part of the text"
     left = []
@@ -317,10 +354,16 @@ def _warn_of_left_out(folder, files, kind, taken):
     few = ', '.join(left[:3])
     if len(left) > 3:
         few += f' and {len(left) - 3:,} more'
-    warnings.warn(f'{folder}: the text is {len(taken):,} .{kind} files; left out: {few}')
+    warnings.warn(
+        f'{folder}: the text is {len(taken):,} .{kind} files{_other_kinds(files, kind)}; '
+        f'left out: {few}'
+    )
 
 
-def _chosen(folder) -> tuple:  # (kind of the files, {split: files}); '' where there are no splits
+def _chosen(
+    folder,
+    field='text',  # another name says that records are meant
+) -> tuple:  # (kind of the files, {split: files}); '' where there are no splits
     "The files of a folder that are its text; what is left out is told in a warning"
     files = {}  # {kind: its files}
     for f in _visible(folder):
@@ -332,7 +375,7 @@ def _chosen(folder) -> tuple:  # (kind of the files, {split: files}); '' where t
         parts = _divided(folder, fs)
         if parts:
             divided[kind] = parts
-    kind = _one_kind(folder, files, divided)
+    kind = _one_kind(folder, files, divided, field)
     parts = divided.get(kind) or {'': files[kind]}
     _warn_of_left_out(folder, files, kind, {f for held in parts.values() for f in held})
     return kind, parts
@@ -515,7 +558,7 @@ def _read(path, field) -> tuple:  # ({split: texts}, are they records?)
     kind = KINDS.get(path.suffix.lower(), 'txt')
     parts = {'': [path]}
     if path.is_dir():
-        kind, parts = _chosen(path)
+        kind, parts = _chosen(path, field)
     texts = {}
     if kind in _ROWS:
         for split, files in parts.items():
@@ -870,6 +913,11 @@ def _need_path(name):
     path = found_path(name)
     if path:
         return path
+    if re.search(r'[*?]|\[.*\]', name):
+        raise LabError(
+            f'{name!r} is a pattern, and no text: give the folder, {os.path.dirname(name) or "."}; '
+            'of a folder with texts and records, data.field=NAME (--field) takes the records'
+        )
     close = difflib.get_close_matches(name, CORPORA, 1, 0.5)
     remedy = f'choose from {", ".join(CORPORA)}, or give a path'
     if close:
@@ -939,8 +987,9 @@ def corpus_of(about: dict) -> Corpus:
     places = [p for p in dict.fromkeys((at_home(name), name)) if found_path(p)]
     if not places and os.path.basename(name):
         raise LabError(
-            f'{short(name)}, on which this model was trained, is gone: put it back, '
-            'or say which corpus or text to use'
+            f'{short(name)}, on which this model was trained, is gone: put it back, set '
+            f'LLM_LAB_HOME to the home in which it lies (it is {home()} now), or say which corpus '
+            'or text to use'
         )
     # of a text that was drawn from, see `subsample`, the hash is another one
     drawn = re.search(r'-(\d{1,9})-seed(\d{1,9})$', str(about.get('corpus')))

@@ -96,6 +96,19 @@ def _add_tokenizer(new, tokenizer, cfg) -> dict:  # {key of config.json: id}
     return ids
 
 # %% ../nbs/72_hub.ipynb #e79e0209
+def _card_with_transformers(card, has_tokenizer) -> str:
+    "A model card that says how transformers opens the folder, beside how we do"
+    names = ['AutoModelForCausalLM']
+    code = ["model = AutoModelForCausalLM.from_pretrained('.')"]
+    if has_tokenizer:
+        names.append('AutoTokenizer')
+        code.append("tokenizer = AutoTokenizer.from_pretrained('.')")
+    lines = [f'from transformers import {", ".join(names)}', *code]
+    block = '\n'.join(['Or with transformers:', '', '```python', *lines, '```', '', ''])
+    before, words, after = card.rpartition('Architecture: ')
+    return before + block + words + after
+
+
 def to_hf(
     folder: str | Path,  # made, or replaced as a whole if all in it was written by `to_hf`
     model: MiniGPT,
@@ -136,6 +149,7 @@ def to_hf(
         (new / 'config.json').write_text(json.dumps(config, indent=1), encoding='utf-8')
         if about is not None:
             card = model_card(folder.name, model, about)
+            card = _card_with_transformers(card, tokenizer is not None)
             (new / 'README.md').write_text(card, encoding='utf-8', errors='replace')
         save_file(state, new / 'model.safetensors', metadata={'format': 'pt'})
     return folder

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['GoingOn', 'load_data', 'kept_corpus', 'require_corpus', 'make_batches', 'document_begins', 'within_documents',
            'SingleProcess', 'make_engine', 'all_gather_json', 'model_config', 'schedule_of', 'loss_of', 'callbacks_of',
-           'config_of_start', 'start_weights', 'set_threads', 'set_precision', 'TrainingRun', 'peak_memory', 'run_lock',
-           'told_of', 'require_parts', 'use_parts', 'run_to_go_on', 'differing_keys', 'resolve_resume', 'train_run']
+           'config_of_start', 'describe_start', 'start_weights', 'set_threads', 'set_precision', 'TrainingRun',
+           'peak_memory', 'run_lock', 'told_of', 'require_parts', 'use_parts', 'run_to_go_on', 'differing_keys',
+           'resolve_resume', 'train_run']
 
 # %% ../nbs/82_runs.ipynb #aedce895
 TYPE_CHECKING = False  # a type checker takes it for True
@@ -195,13 +196,70 @@ def kept_corpus(cfg: RunConfig) -> RunConfig:
     return replace(cfg, data=data, train=train)
 
 
-def require_corpus(cfg: RunConfig):
-    "Raises `LabError` where the text that a run goes on with is gone"
+# the keys that hold a path, or the name of something on the disk; and the words that are neither
+_ON_DISK = {
+    'data.corpus': CORPORA,
+    'data.splits': (),
+    'data.tokenizer': ('chars', 'bpe'),
+    'train.start_from': (),
+}
+
+
+def _place(path, said, kept=False):
+    """Where the value of such a key leads: one path, however it is spelled; a word as it is.
+
+    What a run has kept is looked for from `home()`, what is typed from here first"""
+    if isinstance(said, dict):  # {'val': 'v.txt', 'test': 0.1}
+        return {split: _place(path, x, kept) for split, x in said.items()}
+    if not isinstance(said, str) or said in _ON_DISK[path]:
+        return said
+    there = at_home(said) if kept else said
+    if path in ('data.tokenizer', 'train.start_from'):
+        there = find_model(there)
+        if there.name == 'tokenizer.json':
+            there = there.parent
+    else:
+        there = found_path(there)
+    if there and os.path.exists(there):
+        return os.path.realpath(there)
+    return os.path.realpath(os.path.join(home(), said))
+
+
+def _spelled_alike(old: RunConfig, new: RunConfig, names=()) -> RunConfig:
+    """`new`, where all that leads to the same thing on the disk as in `old` is spelled as there.
+
+    `names` {path of a key: name} were typed when the run began: a name may mean another run by
+    now, but whoever repeats it means what it meant then"""
+    for path in _ON_DISK:
+        section, key = path.split('.')
+        before, now = (getattr(getattr(cfg, section), key) for cfg in (old, new))
+        if now == before or now is None or before is None:
+            continue
+        repeated = isinstance(now, str) and dict(names).get(path) == now
+        if repeated or _place(path, now) == _place(path, before, kept=True):
+            new = replace(new, **{section: replace(getattr(new, section), **{key: before})})
+    return new
+
+
+def require_corpus(
+    cfg: RunConfig,
+    folder: Path | None = None,  # of the run: it lies in the home that it was made in
+):
+    """Raises `LabError` where the text that a run goes on with is gone
+
+    Args:
+        folder: of the run: it lies in the home that it was made in
+    """
     name = cfg.data.corpus
     if name not in CORPORA and not found_path(at_home(name)):
+        remedy = 'put it back'
+        if folder and folder.parent.name == 'runs' and len(folder.parents) > 3:
+            made_in = folder.absolute().parents[3]  # HOME/experiments/NAME/runs/ID
+            if made_in.resolve() != home().resolve():
+                remedy = f'it was made in the home {made_in}: set LLM_LAB_HOME={made_in}'
         raise LabError(
             f'data.corpus={name}: the text of this run is gone, '
-            f'it is neither here nor in {home()}; put it back'
+            f'it is neither here nor in {home()}; {remedy}'
         )
 
 # %% ../nbs/82_runs.ipynb #2d11575e
@@ -210,6 +268,15 @@ def _starts(corpus, tokens):
     if not corpus.independent:
         return None
     return document_starts(tokens.ids, tokens.meta['tokenizer']['end'])
+
+
+def _one_text(said, corpus) -> LabError:
+    "The error of a key that asks for documents, where a corpus has none"
+    return LabError(
+        f'{said}: {corpus.name} is one running text, in which nothing says where a document ends; '
+        'put a line <|endoftext|> between its documents, give records (.jsonl, .csv, .parquet), '
+        'or leave it out'
+    )
 
 
 def make_batches(cfg: RunConfig, corpus, train, rank=0, world_size=1, device='cpu') -> BatchStream:
@@ -226,7 +293,7 @@ def make_batches(cfg: RunConfig, corpus, train, rank=0, world_size=1, device='cp
     if cfg.data.rows == 'documents':
         starts = _starts(corpus, train)
         if starts is None:
-            raise LabError(f'data.rows=documents: {corpus.name} is one running text; leave it out')
+            raise _one_text('data.rows=documents', corpus)
     return BatchStream(
         train, batch_size, cfg.data.length, cfg.train.seed, rank, world_size, device, starts
     )
@@ -561,6 +628,20 @@ def config_of_start(cfg: RunConfig, given) -> RunConfig:
     return config_from_dict(data, cfg.name)
 
 
+def describe_start(cfg: RunConfig, given) -> str:
+    """One line: what a run has of what `train.start_from` names, and what is left to its config, of
+    which the keys `given` are written out"""
+    own = [key for key in given if key.startswith('model.')]
+    model = f'model (but for {", ".join(own)})' if own else 'model'
+    keys = [key for key in ('data.length', 'data.tokenizer') if key not in given]
+    return (
+        f'starts with the weights of {cfg.train.start_from}; '
+        f'as there: {", ".join([model, *keys])}; '
+        f'all else is of this config: data.mask_documents={str(cfg.data.mask_documents).lower()}, '
+        f'train.batch_size={cfg.train.batch_size}, train.lr={cfg.train.lr:g}, …'
+    )
+
+
 def start_weights(model, start) -> str:  # SHA-256 of the weights
     """Give a model the weights of a package, run, checkpoint or Hugging Face folder.
 
@@ -782,7 +863,7 @@ def _reader_of(job):
         )
     corpus = job.texts['corpus']
     if not corpus.independent:
-        raise LabError(f'data.mask_documents=true: {corpus.name} is one running text; leave it out')
+        raise _one_text('data.mask_documents=true', corpus)
     form = within_documents(model, job.texts['train'].meta['tokenizer']['end'])
     apply_activation_checkpointing(form, job.cfg.train.recompute)
     return form
@@ -967,6 +1048,10 @@ def __repr__(self: TrainingRun):
         f'{engine.num_processes} × {engine.device.type}, {torch.get_num_threads()} threads, '
         f'{c.train.precision}',
     ]
+    if c.data.mask_documents:
+        lines.append(
+            '        data.mask_documents: documents in one row do not attend to each other'
+        )
     if self.why:
         lines.append(f'        {c.train.precision}: {self.why}')
     return '\n'.join(lines)
@@ -1834,9 +1919,17 @@ def _own_config(path):
         raise LabError(f'{path} cannot be read, {e}: {remedy}') from None
 
 
-def _record(config):
-    "What run.json keeps of a config's file, by which a later edit is seen"
-    return dict(source=origin(config)[1], stated=stated(config))
+def _record(config, overrides=()):
+    """What run.json keeps of a config's file, by which a later edit is seen; and the names of
+    models that it and `key=value` give, which may mean others later"""
+    said = stated(config, overrides)
+    names = {}
+    for path in ('data.tokenizer', 'train.start_from'):
+        name = said.get(path)
+        if isinstance(name, str) and name not in _ON_DISK[path] and not found_path(name):
+            names[path] = name
+    record = dict(source=origin(config)[1], stated=stated(config))
+    return record | dict(names=names) if names else record
 
 
 def _as_edited(folder, told, written, config, overrides):
@@ -1851,6 +1944,7 @@ def _as_edited(folder, told, written, config, overrides):
             f'{folder} was made from {record.get("source")}, not from {now["source"]}: '
             'leave that out, or name the other one'
         )
+    now['names'] = record.get('names', {})  # as they were meant when the run began
     then = record.get('stated', {})  # an old run does not say: all counts
     return now, edited(written, then, now['stated'], overrides)
 
@@ -1886,14 +1980,16 @@ def _resumed_config(folder, told, trained, written, config, overrides) -> tuple:
     """(what run.json keeps of the config's file, the config to go on with). Raises `LabError` where
     a change reaches back, to steps that were made already"""
     try:
-        check_resumable(trained, written)
+        check_resumable(trained, _spelled_alike(trained, written))
     except LabError as e:
         raise LabError(f'{folder / "config.yaml"} was edited: {e}') from None
     record, cfg = _as_edited(folder, told, written, config, overrides)
+    cfg = _spelled_alike(written, cfg, record.get('names', {}))
     if cfg.data.corpus != written.data.corpus:
         cfg = kept_corpus(cfg)
-    cfg = check_resumable(trained, replace(cfg, name=written.name))
-    require_corpus(cfg)
+    alike = _spelled_alike(trained, replace(cfg, name=written.name))
+    cfg = _spelled_alike(written, check_resumable(trained, alike))
+    require_corpus(cfg, folder)
     return record, cfg
 
 
@@ -1943,7 +2039,7 @@ def resolve_resume(
             f'{state["step"]:,}; give at least that'
         )
     sha256 = state['about'].get('corpus_sha256') or told.get('hashes', {}).get('corpus')
-    changes = differences(trained, cfg)
+    changes = differences(trained, _spelled_alike(trained, cfg))
     goes_to = _new_folder(cfg) if branch else folder
     return GoingOn(cfg, goes_to, start, sha256, record, changes, told)
 
@@ -1959,6 +2055,20 @@ def _raise_lost(error, engine, folder):
     ) from None
 
 
+def _resolve_newest(found, overrides, config, run, parts) -> GoingOn:
+    "As `resolve_resume`, of a run that nobody may have named: what it refuses says which one it is"
+    try:
+        return resolve_resume(found, overrides, config, parts)
+    except LabError as e:
+        if run is not None:
+            raise
+        named = f'{found.parent.parent.name}/{found.name}'
+        raise LabError(
+            f'{e} (the newest run is {named}; another one starts, or goes on, by --run NAME '
+            '--resume)'
+        ) from None
+
+
 def _requested_run(config, overrides, resume, run, smoke, parts) -> tuple:
     "(config, `GoingOn` or None for a new run, a line to print first): what `train_run` shall do"
     begins = ''
@@ -1970,7 +2080,7 @@ def _requested_run(config, overrides, resume, run, smoke, parts) -> tuple:
     if resume == '':
         found, begins = run_to_go_on(named, run)
         if found:
-            on = resolve_resume(found, overrides, named, parts)
+            on = _resolve_newest(found, overrides, named, run, parts)
     elif resume:
         if run is not None:
             raise LabError(f'--run {run} names a run of its own: leave it out, or {resume}')
@@ -1979,7 +2089,10 @@ def _requested_run(config, overrides, resume, run, smoke, parts) -> tuple:
         return on.cfg, on, begins
     cfg = read_config(named, overrides)
     if cfg.train.start_from:
-        cfg = config_of_start(cfg, stated(named, overrides))
+        given = stated(named, overrides)
+        cfg = config_of_start(cfg, given)
+        line = describe_start(kept_corpus(cfg), given)
+        begins = f'{begins}\n{line}' if begins else line
     if smoke:
         cfg = smoke_config(cfg)
     return kept_corpus(cfg), None, begins
@@ -2062,7 +2175,7 @@ def train_run(
                 _clear_smoke_run(folder)
         job = TrainingRun(cfg, folder, engine, tune and not on, on)
         use_parts(job, files, on.told if on else {})
-        job.origin = on.record if on else _record('smoke' if config is None else config)
+        job.origin = on.record if on else _record('smoke' if config is None else config, overrides)
         # a smoke run only tries: a few tokens are enough
         _train_and_evaluate(job, begins, bool(lock), cfg.eval.tokens if smoke else None)
         _end(engine, cfg.log.tracker)

@@ -494,7 +494,9 @@ def test_a_run_with_masked_documents_trains_and_is_an_ordinary_model(home, text)
     assert torch.equal(model.lm_head.weight, job.run.model.lm_head.weight)
     one_line(
         lambda: train_run(short(data=dict(mask_documents=True, corpus=text))),
-        'data.mask_documents=true: own is one running text; leave it out',
+        'data.mask_documents=true: own is one running text, in which nothing says',
+        'put a line <|endoftext|> between its documents, give records',
+        'or leave it out',
     )
 
 

@@ -1055,7 +1055,7 @@ def test_every_command_takes_a_run(nursery, desk, text, whole, home):
 
     def said(*words):
         life = nursery.live(desk / 'whole', *words)
-        assert life['code'] == 0 and life['err'] == '', life
+        assert life['code'] == 0 and life['err'] in ('', 'smoke/x, step 30\n'), life
         return life['out']
 
     for path in (run, 'experiments/smoke/runs/x', run / 'checkpoints' / 'step-000030'):
