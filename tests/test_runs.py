@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import llm_lab as lab
 from llm_lab.config import config_from_dict, read_config
 from llm_lab.core import LabError, require
 from llm_lab.gpt import MiniGPT
+from llm_lab.package import find_runs
 from llm_lab.runs import (
     SingleProcess,
     TrainingRun,
@@ -252,6 +254,15 @@ def test_runs_takes_patterns_and_says_what_differs(home, monkeypatch):
     out, err = printed('runs', *sorted(there.iterdir()))
     assert out.count('finished') == 2 and 'left out' in err
     assert 'no run is at nothing/*' in printed('runs', 'nothing/*', code=1)[1]
+    # a config is all of its runs, by its name, by a pattern, and by its folder
+    for named in ('run', 'run/*', 'ru?', 'experiments/run'):
+        out, err = printed('runs', named)
+        assert err == '' and out.count('finished') == 2, named
+    assert [*map(Path, find_runs('run'))] == [there / 'one', there / 'two']
+    for named in (['run'], ['run/one', 'run/two'], ['run/*']):
+        assert {line['name'] for line in lab.compare(named).lines} == {'one', 'two'}
+    out = printed('runs', 'run', '--plot', 'both.png')[0]
+    assert out.endswith('their curves are in both.png\n') and Path('both.png').exists()
 
 
 # ---- the printed plan
