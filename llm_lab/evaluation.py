@@ -536,7 +536,9 @@ def evaluate_file(
     if unknown:
         line = text[: text.index(unknown)].count('\n') + 1
         raise LabError(
-            f'{path}, line {line}: the model does not know the character {unknown!r}: leave it out'
+            f'{path}, line {line}: the model does not know the character {unknown!r}: leave it '
+            'out, or, where there are many, train a model on byte pairs, which write any text '
+            '(tokenizer=bpe)'
         )
     corpus = Corpus(str(path), dict(whole=held), end, independent=marked)
     return evaluate(model, tokenizer, corpus, 'whole', None, stride, batch_size, live)

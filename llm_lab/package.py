@@ -832,7 +832,8 @@ def save(
     model: MiniGPT,
     tokenizer: Tokenizer,
     # where it comes from, for the card: anything that JSON can hold. `data` (a name, or a path)
-    # or `corpus` (a name), with `corpus_sha256` and `field`, tell `llm-lab eval` on which text
+    # or `corpus` (a name), with `corpus_sha256`, `field` and `splits` as `load_corpus` got them,
+    # tell `llm-lab eval` on which text
     about: dict | None = None,
     name: str | None = None,  # on the card; the folder's name if none
 ) -> Path:  # `folder`
@@ -844,8 +845,8 @@ def save(
     Args:
         folder: made, or replaced as a whole if all in it is by this library
         about: where it comes from, for the card: anything that JSON can hold. `data` (a
-            name, or a path) or `corpus` (a name), with `corpus_sha256` and `field`, tell
-            `llm-lab eval` on which text
+            name, or a path) or `corpus` (a name), with `corpus_sha256`, `field` and
+            `splits` as `load_corpus` got them, tell `llm-lab eval` on which text
         name: on the card; the folder's name if none
 
     Returns:

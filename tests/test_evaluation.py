@@ -97,6 +97,11 @@ def test_each_token_is_scored_once_and_none_sees_more_than_the_context(starts, s
 # ---- units
 
 
+def test_a_text_of_other_characters_wants_byte_pairs():
+    refuses(lambda: char_tok().encode('Größe'), 'byte pairs, which write any text: tokenizer=bpe')
+    refuses(lambda: char_tok().encode('Größe'), "the character 'ö' at place 2")
+
+
 def test_a_score_as_plain_data():
     s = Score(nats=200 * BIT, tokens=50, chars=100, bytes=125, error=10 * BIT, floor=1.6)
     assert replace(s, floor=None).above is None  # on most texts nobody knows
@@ -201,6 +206,7 @@ def test_a_running_file_is_scored_but_for_its_first_character(tmp_path):
     'text, words',
     [
         ('One day,\nZoe paid 5 €.', "line 2: the model does not know the character '5': leave it"),
+        ('Größe', '(tokenizer=bpe)'),
         ('Z', 'my.txt: its whole text of 1 tokens has'),
         (f'{END_OF_TEXT}\n{END_OF_TEXT}', 'my.txt: its whole text of 2 tokens has'),
         (None, 'my.txt: No such file or directory; check'),
