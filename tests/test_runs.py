@@ -249,6 +249,7 @@ def test_runs_takes_patterns_and_says_what_differs(home, monkeypatch):
     monkeypatch.chdir(home / 'data')
     out, err = printed('runs', 'experiments/*/runs/*')
     assert err == '' and '\n  train.lr: 0.01 (one); 0.02 (two)\n' in out
+    assert 'pieces of the same text' in out  # `result.json` keeps the sums of the documents
     assert "model.mlp: {} (one); {'d_ff': 24, 'part': 'MLP'} (two)" in out
     assert 'train.steps' not in out and '\n\n' in out
     assert 'what differs' not in printed('runs', 'one')[0]
@@ -282,6 +283,8 @@ def as_run(folder, **sections):
     [
         (dict(preset='llama'), dict(preset='gpt2', **PRESETS['llama']), []),
         (dict(mlp=dict(part='MLP')), {}, []),
+        (dict(mlp=dict(part='MLP', bias=True)), {}, []),
+        (dict(mlp=dict(part='MLP', bias=False)), {}, ['model.mlp']),
         (dict(d_head=32), {}, []),
         (dict(n_heads=2), {}, ['model.n_heads']),
         (dict(preset='llama'), {}, ['model.preset']),
