@@ -9,7 +9,7 @@
     state = lab.fit(model, lab.batches(corpus, tok, batch_size=16, length=128), steps=500, lr=4e-3)
     print(lab.evaluate(model, tok, corpus))  # loss, perplexity, bits per byte, 95 % interval
     print(lab.sample(model, tok, 'One day', max_new_tokens=200, temperature=0.8))
-    lab.save('artifacts/mine', model, tok)
+    lab.save('artifacts/mine', model, tok, dict(data='tiny_tales', corpus_sha256=corpus.sha256))
     model, tok, about = lab.load('artifacts/mine')
     lab.to_hf('artifacts/mine_hf', model, tok)
 

@@ -94,7 +94,9 @@ def encode(self: CharTokenizer, text: str) -> list[int]:
         at = int((ids < 0).argmax())
         raise LabError(
             f'the character {text[at]!r} at place {at} is not among '
-            f'the {self.vocab_size} of this vocabulary: leave it out'
+            f'the {self.vocab_size} of this vocabulary: leave it out, or, for other texts than '
+            'those it was made from, use byte pairs, which write any text: tokenizer=bpe, in a '
+            'script BPETokenizer'
         )
     return ids.tolist()
 

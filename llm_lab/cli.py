@@ -12,7 +12,6 @@ import re
 import sys
 import time
 import warnings
-from glob import glob
 from pathlib import Path
 from . import __version__
 from .core import LabError, home, require, short
@@ -546,21 +545,6 @@ def _comparable(found) -> list:
     return good
 
 
-def _runs_at(path) -> list:
-    """The runs that a path, a name or a pattern stands for. What else a pattern such as
-    'experiments/*/runs/*' matches is passed over"""
-    is_pattern = any(sign in path for sign in '*?[') and not Path(path).exists()
-    if not is_pattern:
-        return [_find_model(path)]
-    from llm_lab.package import is_run
-
-    for pattern in (path, str(home() / path)):
-        runs = [Path(p) for p in sorted(glob(pattern)) if is_run(Path(p))]
-        if runs:
-            return runs
-    raise LabError(f'no run is at {path}: give folders of runs, or see all by {command()} runs')
-
-
 def _heading_of_differences(runs, found) -> str:
     "What is said before the keys in which runs differ, or in their place; '' for one run"
     from llm_lab.runs import told_of
@@ -596,10 +580,11 @@ def _print_differences(runs):
 def _runs(a):
     "Compare all runs, or those that are named"
     from llm_lab.evaluation import _named, compare
+    from llm_lab.package import find_runs
 
     if a.plot:
         _check_picture(a.plot)
-    found = [run for path in a.paths for run in _runs_at(path)] or sorted(
+    found = [run for path in a.paths for run in find_runs(path)] or sorted(
         p.parent for p in home().glob('experiments/*/runs/*/metrics.jsonl')
     )
     if not found:
@@ -610,7 +595,7 @@ def _runs(a):
     print(table)
     _print_differences(runs)
     if a.plot:
-        save_picture(table.picture(), a.plot)
+        print(f'\ntheir curves are in {save_picture(table.picture(), a.plot)}')
 
 
 def _eval_options(e, r):
@@ -630,7 +615,8 @@ def _eval_options(e, r):
         'paths',
         nargs='*',
         metavar='RUN',
-        help="folders or names of runs, or a pattern such as 'experiments/*/runs/*'; all if none",
+        help="""a config, whose runs all are meant, CONFIG/RUN, a pattern such as 'tiny/*', or the
+            folder of a run; all if none""",
     )
     r.add_argument('--plot', metavar='FILE.png', help='draw their curves')
     _parts_option(e)

@@ -606,7 +606,7 @@ def _picture(setup, run, result):
     try:
         from llm_lab.train import plot_loss
 
-        fig = plot_loss(run, floor, title)
+        fig = plot_loss(run, floor=floor, title=title, token='character')
         fig.savefig(png, format='png')
         pyplot().close(fig)
     except Exception as e:  # no matplotlib, a broken one, …

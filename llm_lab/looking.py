@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from .chars import Tokenizer
-from .core import SEQUENTIAL, LabError, require, pyplot, rng, widgets_live
+from .core import SEQUENTIAL, LabError, require, pyplot, rng, short, widgets_live
 from .files import atomic_write
 from .gpt import check_vocabulary
 from .self_attention import Attention
@@ -61,6 +61,11 @@ def intervene(model, f):  # f: (attn, q, k, v, i, j, **ctx) → (q, k, v, i, j)
 @torch.no_grad()
 def _read(model, ids, i=None, **ctx):  # ids (T,) or (B, T)
     "The logits of the model in evaluation mode; afterwards it is in the mode it was in"
+    if isinstance(ids, str) or hasattr(ids, 'encode'):  # a text, or a tokenizer
+        raise LabError(
+            f'ids={short(ids, 40)}: give the ids of a text, as in '
+            'logit_lens(model, tok.encode(text))'
+        )
     training = model.training
     ids = torch.as_tensor(ids, device=next(model.parameters()).device)
     try:
@@ -130,6 +135,11 @@ def attention_of(
         ctx: as of `attention_maps`
     """
     check_vocabulary(model, tokenizer)
+    if not isinstance(text, str):
+        raise LabError(
+            f'text={short(text, 80)}: give one text; the maps of several are those of '
+            'attention_maps(model, ids), for ids of one length, (B, T)'
+        )
     ids = tokenizer.encode(text)
     return attention_maps(model, ids, **ctx), [tokenizer.decode([i]) for i in ids]
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FORMAT', 'write_manifest', 'registered_in', 'parts_files', 'model_card', 'to_data', 'config_from', 'own_in',
            'meta_model', 'check_parts', 'cast_like', 'require_faithful', 'write_package', 'save', 'read_verified',
-           'runs_folder', 'is_run', 'runs_of', 'find_model', 'is_hf_folder', 'resolve', 'parse_json', 'load_weights',
-           'Opened', 'load', 'load_or_train', 'tales_model']
+           'runs_folder', 'is_run', 'runs_of', 'find_model', 'find_runs', 'is_hf_folder', 'resolve', 'parse_json',
+           'load_weights', 'Opened', 'load', 'load_or_train', 'tales_model']
 
 # %% ../nbs/24_package.ipynb #fa8d025d
 import hashlib
@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from functools import partial
+from glob import glob
 from inspect import Parameter, getclosurevars, getsource, signature
 from pathlib import Path
 from types import NoneType, SimpleNamespace
@@ -831,7 +832,8 @@ def save(
     model: MiniGPT,
     tokenizer: Tokenizer,
     # where it comes from, for the card: anything that JSON can hold. `data` (a name, or a path)
-    # or `corpus` (a name), with `corpus_sha256` and `field`, tell `llm-lab eval` on which text
+    # or `corpus` (a name), with `corpus_sha256`, `field` and `splits` as `load_corpus` got them,
+    # tell `llm-lab eval` on which text
     about: dict | None = None,
     name: str | None = None,  # on the card; the folder's name if none
 ) -> Path:  # `folder`
@@ -843,8 +845,8 @@ def save(
     Args:
         folder: made, or replaced as a whole if all in it is by this library
         about: where it comes from, for the card: anything that JSON can hold. `data` (a
-            name, or a path) or `corpus` (a name), with `corpus_sha256` and `field`, tell
-            `llm-lab eval` on which text
+            name, or a path) or `corpus` (a name), with `corpus_sha256`, `field` and
+            `splits` as `load_corpus` got them, tell `llm-lab eval` on which text
         name: on the card; the folder's name if none
 
     Returns:
@@ -969,7 +971,9 @@ def _runs_called(words) -> list:
         among = [experiments / words[0] / 'runs']
     else:
         among = sorted(experiments.glob('*/runs'))
-    return [runs / words[-1] for runs in among if (runs / words[-1]).is_dir()]
+    named = [runs / words[-1] for runs in among]
+    # an empty folder, as a run leaves that was killed while it began, is no run
+    return [folder for folder in named if (folder / 'config.yaml').is_file() or _is_place(folder)]
 
 
 def _packages_called(words) -> list:
@@ -980,8 +984,17 @@ def _packages_called(words) -> list:
     return [place for place in places if _is_place(place)][:1]
 
 
+def _can_be_sampled(folder) -> bool:
+    "Does a folder hold a whole model, as a package does, or a run from its first checkpoint on?"
+    names = ('package.json', 'config.json', 'best', 'latest')
+    return any((folder / name).is_file() for name in names)
+
+
 def _only(found, path) -> Path:
     "The one model that a name means; raises `LabError` where there are several"
+    if len(found) > 1 and any(place.parent.name != 'runs' for place in found):
+        # a package beside a run that has no checkpoint yet: only one of them can be opened
+        found = [*filter(_can_be_sampled, found)] or found
     if len(found) == 1:
         return found[0]
     names = []
@@ -1031,6 +1044,43 @@ def find_model(
     if not found and is_config:
         found = runs_of(words[0], smoke=True)[:1]
     return _only(found, path) if found else Path(path)
+
+
+def _runs_like(pattern) -> list:
+    "The runs whose path, or whose name CONFIG/RUN, is of a pattern; `LabError` where none is"
+    config, _, run = pattern.partition('/')
+    by_name = f'{config}/runs/{run or "*"}'
+    for place in (pattern, str(home() / pattern), str(home() / 'experiments' / by_name)):
+        runs = [Path(p) for p in sorted(glob(place)) if is_run(Path(p))]
+        if runs:
+            return runs
+    raise LabError(f'no run is at {pattern}: give folders of runs, or see all by llm-lab runs')
+
+
+def find_runs(
+    path: str | Path,  # a path, a name, or a pattern of either
+) -> list[Path]:  # the one that was started first stands first
+    """The runs that are meant: CONFIG is every run of that config, and so is its folder; CONFIG/RUN
+    is one, 'CONFIG/*' those that match. What is no run is given as `find_model` finds it
+
+    Args:
+        path: a path, a name, or a pattern of either
+
+    Returns:
+        the one that was started first stands first
+    """
+    if any(sign in str(path) for sign in '*?[') and not Path(path).exists():
+        return _runs_like(str(path))
+    places = Path(path), home() / path
+    name = Path(path).name
+    if is_name(name) and not any(map(_is_place, places)):
+        folder = runs_folder(name)
+        # the name alone, or a path to the folder that the runs of the config lie in
+        is_config = len(Path(path).parts) == 1 or folder.parent in [p.absolute() for p in places]
+        runs = (runs_of(name) or runs_of(name, smoke=True)) if is_config else []
+        if runs:
+            return runs[::-1]
+    return [find_model(path)]
 
 # %% ../nbs/24_package.ipynb #b26468da
 def is_hf_folder(folder) -> bool:

@@ -25,7 +25,7 @@ import textwrap
 import warnings
 import torch
 from collections.abc import Iterable
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import fields, replace
 from datetime import timedelta
 from functools import partial
@@ -92,6 +92,7 @@ from llm_lab.train import (
     TrainState,
     span_losses,
     spans,
+    warmup_steps,
     document_starts,
     fit,
     loss_and_feed,
@@ -102,6 +103,8 @@ from .sampling import sample
 from llm_lab.optim import (
     CALLBACKS,
     LOSSES,
+    OPTIMIZERS,
+    SCHEDULES,
     find_named,
     make_optimizer,
     make_schedule,
@@ -870,8 +873,10 @@ def _reader_of(job):
 
 
 class TrainingRun:
-    """A config made real: texts, model, optimizer, batches, checkpoints, on the processes of an
-    engine
+    """What `train_run` returns: a config made real, with texts, model, optimizer, batches and
+    checkpoints, on the processes of an engine.
+
+    The model is `job.run.model`; `load('CONFIG/RUN')` opens the best that was kept
 
     Args:
         tune: measure how many threads are fastest?
@@ -1809,29 +1814,89 @@ def run_to_go_on(config, run=None) -> tuple:  # (folder, or None; what to say wh
     return None, f'there is no run of {source or name} to go on with: a new one begins'
 
 # %% ../nbs/82_runs.ipynb #d5b0e003
+def _written_out(x):
+    """A value in one form: of a recipe, or of what a name stands for, all keywords, also those that
+    are left at their defaults"""
+    if isinstance(x, (list, tuple)):
+        return [_written_out(value) for value in x]
+    if not callable(x):
+        return x
+    f = getattr(x, 'func', x)  # of a recipe
+    try:
+        parameters = signature(f).parameters.values()
+    except (TypeError, ValueError):  # of a function in C nobody knows them
+        parameters = ()
+    known = {p.name: p.default for p in parameters if p.default is not p.empty}
+    keywords = known | getattr(x, 'keywords', {})
+    name = f'{f.__module__}.{getattr(f, "__qualname__", f)}'
+    return [name, {key: _written_out(keywords[key]) for key in sorted(keywords)}]
+
+
+def _meanings(cfg: RunConfig) -> dict:
+    """{key: what it comes to}, where two ways to say the same come to the same. `LabError` where
+    the config names what is not registered here"""
+    meant = {f'{s}.{key}': value for s, keys in as_data(cfg).items() for key, value in keys.items()}
+    # what these two say shows in the recipes
+    del meant['model.preset'], meant['model.n_kv_heads']
+    made = model_config(cfg, 512)  # any vocabulary: it is the text's, and no key of the model
+    for f in fields(made):
+        meant[f'model.{f.name}'] = _written_out(getattr(made, f.name))
+    meant['model.d_head'] = made.head_dim
+    del meant['model.vocab_size'], meant['model.max_len']
+    named = dict(optimizer=OPTIMIZERS, schedule=SCHEDULES, loss=LOSSES)
+    for key, table in named.items():
+        path = f'train.{key}'
+        meant[path] = _written_out(find_named(meant[path], table, path))
+    meant['train.warmup'] = warmup_steps(cfg.train.steps, cfg.train.warmup)
+    return meant
+
+
+def _differing(values: dict) -> list:
+    "The keys in which the dicts of {run: {key: value}} differ"
+    paths = dict.fromkeys(path for keys in values.values() for path in keys)
+
+    def several(path):
+        plain = partial(json.dumps, sort_keys=True, default=repr)
+        return len({plain(keys.get(path)) for keys in values.values()}) > 1
+
+    return [path for path in paths if several(path)]
+
+
+def _really_differing(configs: dict, stated: list) -> list:
+    "Those of the `stated` keys in which runs {name: `RunConfig`} differ by more than their wording"
+    differ = _differing({name: _meanings(cfg) for name, cfg in configs.items()})
+    real = [path for path in stated if path in differ]
+    # a preset is another where a recipe is, of which no key of its own says so
+    recipes = {f'model.{key}' for key in HOLDS['config']}
+    rest = [path for path in differ if path in recipes and path not in real]
+    by_word = {'model.preset': bool(rest), 'model.n_kv_heads': 'model.attn' in differ}
+    return [path for path in stated if path in real or by_word.get(path)]
+
+
 def differing_keys(runs: dict) -> dict:  # {'train.lr': {'one': 0.01, 'two': 0.02}}
     """The keys of the config in which runs {name: folder} differ, with what each was decided to be;
-    a run that keeps no config is left out
+    a run that keeps no config is left out.
+
+    A recipe that is written out is the preset's that it equals; where a config names what is not
+    registered here, the wording decides
 
     Returns:
         {'train.lr': {'one': 0.01, 'two': 0.02}}
     """
     said = {}
+    configs = {}
     for name, folder in runs.items():
         decided = told_of(Path(folder)).get('config', {}).get('decided')
         if isinstance(decided, dict):
-            said[name] = {
-                f'{section}.{key}': value
-                for section, keys in decided.items()
-                for key, value in keys.items()
-            }
-    paths = dict.fromkeys(path for keys in said.values() for path in keys)
-    found = {}
-    for path in paths:
-        values = {name: keys.get(path) for name, keys in said.items()}
-        if len({json.dumps(v, sort_keys=True) for v in values.values()}) > 1:
-            found[path] = values
-    return found
+            with suppress(LabError):  # an older one lacks keys: they are at their defaults
+                configs[name] = config_from_dict(decided)
+                decided = as_data(configs[name])
+            said[name] = {f'{s}.{key}': v for s, keys in decided.items() for key, v in keys.items()}
+    found = _differing(said)
+    if len(configs) == len(said):
+        with suppress(LabError):
+            found = _really_differing(configs, found)
+    return {path: {name: keys.get(path) for name, keys in said.items()} for path in found}
 
 # %% ../nbs/82_runs.ipynb #4534592f
 def _run_at(path) -> tuple:  # (folder of a run, a checkpoint of it or None)
@@ -2114,6 +2179,25 @@ def _lock_folder(folder, engine, smoke):
     return run_lock(folder)
 
 
+def _unmade(folder) -> list:
+    "The folders that are not there yet of a path, the innermost first"
+    return [place for place in (folder, *folder.parents) if not place.exists()]
+
+
+def _remove_unbegun(folder, made):
+    """Remove the folder of a run that ended before its config.yaml was written, and those above it
+    that were made for it: an empty folder would only make a name mean two things"""
+    kept = any((folder / name).exists() for name in ('config.yaml', 'run.json'))
+    if kept or folder not in made:
+        return
+    with suppress(OSError):  # something else came to lie there: then it stays
+        for file in folder.iterdir():
+            if _BEGUN.fullmatch(file.name):
+                file.unlink()
+        for place in made:
+            place.rmdir()
+
+
 def _train_and_evaluate(job, begins, is_main, max_tokens):
     "From the first step to result.json; the first process prints and evaluates"
     job.foresee()
@@ -2141,6 +2225,9 @@ def train_run(
 ) -> TrainingRun:
     """From a config to a trained model; missing data are prepared.
 
+    The model is `job.run.model` as its last step left it, and `load('CONFIG/RUN')` opens the best
+    that was kept, with its tokenizer; `job.result` has the scores, `job.folder` all files.
+
     Ctrl-C, SIGTERM and SIGHUP save and end it: `job.run.stopped` says which.
 
     Args:
@@ -2166,6 +2253,7 @@ def train_run(
     engine = make_engine(cfg.log.tracker)
     # its name holds the time: all processes take that of the first one's clock
     folder = Path(all_gather_json(engine, str(folder))[0])
+    made = _unmade(folder)
     lock = _lock_folder(folder, engine, smoke)
     threads = torch.get_num_threads()
     try:
@@ -2185,4 +2273,5 @@ def train_run(
         torch.set_num_threads(threads)  # they were the run's, not the caller's
         if lock:
             lock.release()
+            _remove_unbegun(folder, made)
     return job

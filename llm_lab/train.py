@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from numbers import Integral
+from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 from torch.nn import functional as F
 from llm_lab.core import (
@@ -33,7 +34,7 @@ from .hardware import keep_freed_memory, memory_left, must_fit
 from .files import warn_once
 from .corpora import Corpus, load_corpus
 from .chars import Tokenizer
-from .batching import BatchStream
+from .batching import BatchStream, token_word
 from .packing import document_end_ids
 from .parts import Aux, hook, objective_of
 from .gpt import GPTConfig, LearnedPositions, check_vocabulary
@@ -362,6 +363,11 @@ def _is_score(note) -> bool:
     return 'val_bits_per_byte' in note
 
 
+# {model: what a token of the batches is that it was trained on}: noted with the first batch, and
+# forgotten with the model
+_TOKEN_WORDS = WeakKeyDictionary()
+
+
 @dataclass
 class TrainState:
     """What a training run has done so far
@@ -394,6 +400,11 @@ class TrainState:
         # model: to read a number there would make each step wait for the GPU.
         device = next(self.model.parameters()).device
         self.history = torch.full((2, self.steps), math.nan, device=device)
+
+    @property
+    def token(self) -> str:
+        "What a token is: 'character' or 'token', as the batches said; '' where they did not know"
+        return _TOKEN_WORDS.get(_bare(self.model), '')
 
     @property
     def losses(self):
@@ -761,6 +772,7 @@ def _check_first_batch(model, batches, rows, loss_fn):
     longer than its context"""
     core = _bare(model)
     check_vocabulary(core, batches)
+    _TOKEN_WORDS[core] = getattr(batches, 'token', '')
     cfg = getattr(core, 'cfg', None)
     if not isinstance(cfg, GPTConfig) or rows.dim() != 2 or rows.is_floating_point():
         return
@@ -952,9 +964,11 @@ def batches(
     if not isinstance(corpus, Corpus):
         corpus = load_corpus(corpus)
     ids, starts = read_split(corpus, tokenizer, split)
-    return BatchStream(
+    stream = BatchStream(
         ids, batch_size, length, seed, starts=starts, vocab_size=tokenizer.vocab_size
     )
+    stream.token = token_word(tokenizer)  # by which `plot_loss` names its unit
+    return stream
 
 # %% ../nbs/23_train.ipynb #c33d8f11
 def moving_average(values, width=25):
@@ -966,27 +980,45 @@ def moving_average(values, width=25):
     return ((sums[n] - sums[low]) / (n - low)).tolist()
 
 
+def _check_curve(run, floor):
+    "Raises `LabError` unless there is a curve to draw, and a floor, if any, is a number"
+    if not isinstance(run, TrainState):
+        raise LabError(f'run={short(run)}: give what `fit` returned, as in plot_loss(state)')
+    if not run.losses:
+        raise LabError('no step was made, so there is no curve: train first')
+    if floor is not None and not isinstance(floor, (int, float)):
+        raise LabError(
+            f'floor={short(floor)}: give bits per character, a number, or leave it out; '
+            "a picture is kept by plot_loss(state).savefig('loss.png')"
+        )
+
+
 def plot_loss(
     run: TrainState,  # what `fit` returned
+    *,
     # in bits per character, where it is known; then the plot is in bits
     floor: float | None = None,
     title: str | None = None,  # how far the loss falls, if none
-    # what a token of the run is: 'token' where it is more than a character
-    token: str = 'character',
+    # what a token of the run is, 'character' or 'token'; as its batches say, if none
+    token: str | None = None,
 ):  # a matplotlib figure
-    """Training loss, the noted validation losses, and the floor
+    """Training loss, the noted validation losses, and the floor.
+
+    To keep the picture: `plot_loss(run).savefig('loss.png')`
 
     Args:
         run: what `fit` returned
         floor: in bits per character, where it is known; then the plot is in bits
         title: how far the loss falls, if none
-        token: what a token of the run is: 'token' where it is more than a character
+        token: what a token of the run is, 'character' or 'token'; as its batches say, if
+            none
 
     Returns:
         a matplotlib figure
     """
-    if not run.losses:
-        raise LabError('no step was made, so there is no curve: train first')
+    _check_curve(run, floor)
+    # a floor is known per character, so it stands where a token is one
+    token = token or run.token or ('character' if floor else 'token')
     if floor and token != 'character':
         raise LabError('the floor is known per character: leave it out where tokens are longer')
     unit = math.log(2) if floor else 1.0  # nats in the unit of the plot

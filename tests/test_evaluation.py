@@ -21,6 +21,7 @@ from llm_lab.corpora import END_OF_TEXT, Corpus, load_corpus
 from llm_lab.evaluation import (
     UNITS,
     Comparison,
+    DocumentSums,
     Score,
     _line,
     _remarks,
@@ -29,12 +30,14 @@ from llm_lab.evaluation import (
     evaluate,
     evaluate_file,
     excess_by_kind,
+    ratio_error,
     read_metrics,
     repetition,
     score as scored,
     strided_spans,
 )
 from llm_lab.gpt import GPTConfig, MiniGPT
+from llm_lab.package import save
 from llm_lab.tales import tiny_tales
 from llm_lab.train import (
     fit,
@@ -92,6 +95,11 @@ def test_each_token_is_scored_once_and_none_sees_more_than_the_context(starts, s
 
 
 # ---- units
+
+
+def test_a_text_of_other_characters_wants_byte_pairs():
+    refuses(lambda: char_tok().encode('Größe'), 'byte pairs, which write any text: tokenizer=bpe')
+    refuses(lambda: char_tok().encode('Größe'), "the character 'ö' at place 2")
 
 
 def test_a_score_as_plain_data():
@@ -198,6 +206,7 @@ def test_a_running_file_is_scored_but_for_its_first_character(tmp_path):
     'text, words',
     [
         ('One day,\nZoe paid 5 €.', "line 2: the model does not know the character '5': leave it"),
+        ('Größe', '(tokenizer=bpe)'),
         ('Z', 'my.txt: its whole text of 1 tokens has'),
         (f'{END_OF_TEXT}\n{END_OF_TEXT}', 'my.txt: its whole text of 2 tokens has'),
         (None, 'my.txt: No such file or directory; check'),
@@ -371,6 +380,74 @@ def test_the_order_and_the_names(made, tmp_path):
     assert compare([tmp_path / 'a', c]).remarks[0] == 'a has 2.000 bits per byte'
 
 
+def test_two_kept_models_are_compared_by_their_scores():
+    some = tiny_tales(300)
+    a, b = (evaluate(fresh(tok), tok, some) for tok in (char_tok(), pair_tok()))
+    table = compare({'chars': a, 'pairs': b})
+    assert {line['name']: line['loss'] for line in table.lines} == {
+        'chars': a.loss,
+        'pairs': b.loss,
+    }
+    assert 'scored' in str(table) and 'so far' not in table.remarks[0]
+    assert any('the tokenizers differ' in r for r in table.remarks)
+    refuses(lambda: compare([a]).picture(), 'scores alone have no curve')
+
+
+@pytest.mark.parametrize('independent', [True, False])
+@pytest.mark.parametrize('made', [char_tok, pair_tok])
+def test_the_sums_of_the_documents_are_the_score(independent, made):
+    some = replace(tiny_tales(300), independent=independent)
+    score = evaluate(fresh(made()), made(), some)
+    sums = score.documents
+    close(sum(sums.nats), score.nats - score.end_nats, eps=1e-6)
+    # of a running text the separators are between the documents, so they count as its text
+    assert sum(sums.bytes) == score.bytes
+    again = DocumentSums.from_dict(json.loads(json.dumps(sums.as_dict())))
+    assert (again.sha256, again.bytes) == (sums.sha256, sums.bytes)
+    close(again.nats, sums.nats, eps=1e-5)
+    assert DocumentSums.from_dict(dict(sha256='x', nats='1 2', bytes='1')) is None
+
+
+def documents_of(nats, sizes, sha256='same'):
+    "A score of some documents, as `tally` makes it"
+    error = ratio_error(nats, sizes)
+    n = int(sum(sizes))
+    sums = DocumentSums(sha256, tuple(map(float, nats)), tuple(map(int, sizes)))
+    return Score(float(sum(nats)), n, n, n, error, documents=sums)
+
+
+def test_a_paired_difference_is_sharper_than_two_intervals(tmp_path):
+    g = np.random.default_rng(0)
+    sizes = g.integers(50, 150, 200)
+    hard = sizes * g.normal(1.0, 0.3, 200)  # what a document costs any model
+
+    def remark(shift, **more):
+        b = hard + sizes * g.normal(shift, 0.02, 200)
+        scores = dict(a=documents_of(hard, sizes), b=documents_of(b, sizes, **more))
+        return b, compare(scores).remarks[0], scores
+
+    b, said, scores = remark(0.01)
+    assert said.startswith('a is lowest') and 'b needs 0.01' in said
+    assert remark(0.01, sha256='other')[1].endswith('their intervals overlap')
+    # the interval, by resampling documents
+    drawn = g.integers(0, 200, (4000, 200))
+    apart = (b - hard)[drawn].sum(1) / sizes[drawn].sum(1) / BIT
+    half = float(re.search(r'± ([\d.]+)', said)[1])
+    assert half == pytest.approx(1.96 * apart.std(), rel=0.1)
+    nothing = remark(0.0)[1]
+    assert 'not told apart: paired, over 200 pieces' in nothing
+    same = compare(dict(a=scores['a'], b=scores['a'])).remarks[0]
+    assert '0.0000 ± 0.0000' in same and 'not told apart' in same
+    # a run keeps them, unless they are many
+    kept = [
+        write_run(tmp_path / name, ROWS, result=dict(steps=7, scores=dict(val=score.as_dict())))
+        for name, score in scores.items()
+    ]
+    assert compare(kept).remarks[0] == said
+    many = documents_of([1.0] * 5000, [1] * 5000)
+    assert 'documents' not in many.as_dict() and many.documents
+
+
 def test_the_best_of_runs_under_way_is_best_so_far(made, trained, tmp_path):
     rows = _line('x', trained[0])['rows']
     killed = write_run(tmp_path / 'two', rows[:13], '{"st', params=7)
@@ -380,9 +457,16 @@ def test_the_best_of_runs_under_way_is_best_so_far(made, trained, tmp_path):
 
 def test_what_cannot_be_compared(made, tmp_path):
     refuses(lambda: compare([]), 'there is no run to compare: give the folder of at least one')
-    for bad in (tmp_path / 'nowhere', write_run(tmp_path / 'empty', [])):
-        words = f'{bad.name} has no metrics: give the folder of a run that has made'
-        refuses(lambda: compare([bad]), words)
+    empty = write_run(tmp_path / 'empty', [])
+    refuses(
+        lambda: compare([empty]), 'empty has no metrics: give the folder of a run that has made'
+    )
+    for named in ([tmp_path / 'nowhere'], ['nowhere/base'], {'a': 'nowhere'}):
+        refuses(lambda: compare(named), 'does not exist: give the folder or the name of a run')
+    save(tmp_path / 'book', fresh(char_tok()), char_tok())
+    refuses(
+        lambda: compare([tmp_path / 'book']), 'is a saved model, which keeps no losses: evaluate'
+    )
     broken = made('a', 1.0)
     (broken / 'result.json').write_text('{"na')
     refuses(lambda: compare([broken]), 'result.json is no JSON object: mend or delete it')

@@ -33,6 +33,7 @@ from llm_lab.looking import (
     describe_row,
     head_scores,
     heads_html,
+    hidden_states,
     intervene,
     lens_html,
     logit_lens,
@@ -482,3 +483,15 @@ def test_maps_of_another_models_tokenizer_are_refused(model):
         lambda: attention_of(model, more, 'On'),
         f'the tokenizer has {more.vocab_size} ids, the model {TOK.vocab_size}: give',
     )
+
+
+def test_a_text_in_the_place_of_ids_is_told_in_one_line():
+    model = MiniGPT(GPTConfig(vocab_size=TOK.vocab_size, d_model=16, n_layers=1, n_heads=2))
+    for call in (
+        lambda: logit_lens(model, TOK, TEXT),
+        lambda: logit_lens(model, TEXT),
+        lambda: hidden_states(model, TOK, TEXT),
+        lambda: attention_maps(model, TEXT),
+    ):
+        refuses(call, 'give the ids of a text, as in logit_lens(model, tok.encode(text))')
+    refuses(lambda: attention_of(model, TOK, [TEXT]), 'give one text; the maps of several are')

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 from helpers import printed
-from test_root import smaller, write_book
+from test_root import readme_blocks, smaller, write_book
 
 import llm_lab as lab
 from llm_lab.config import SECTIONS, section_keys
+from llm_lab.corpora import corpus_of
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,9 +84,39 @@ def test_the_readmes_config_says_what_its_script_says(home):
         f'vocab_size={d.vocab_size}',
         f'd_model={m.d_model}, n_layers={m.n_layers}, n_heads={m.n_heads}, max_len={d.length}',
         f'batch_size={t.batch_size}, length={d.length}), steps={t.steps}, lr=4e-3',
+        "special_tokens=[mark]",
     ):
         assert said in script, said
-    assert t.lr == 4e-3 and m.preset == 'llama'
+    assert t.lr == 4e-3 and m.preset == 'llama' and t.optimizer == 'adamw'
+    text = (ROOT / 'README.md').read_text(encoding='utf-8')
+    assert text.count('optimizer=lab.muon(model, lr=0.01)') == 2
+
+
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+def test_a_config_and_its_script_end_with_the_same_weights(home, optimizer):
+    write_book(home / 'my_book.txt')
+    (config,) = (code for language, code in own_book() if language == 'yaml')
+    script = next(code for language, code in own_book() if language == 'python')
+    if optimizer == 'muon':
+        config = config.replace('lr: 0.004', 'lr: 0.01').replace('adamw', 'muon')
+        script = script.replace('lr=4e-3', 'optimizer=lab.muon(model, lr=0.01)')
+    (home / 'my_book.yaml').write_text(config)
+    little = ('train.steps=4', 'd_model=32', 'n_layers=1', 'vocab_size=300', 'eval.every=2')
+    run = lab.train_run(home / 'my_book.yaml', *little, 'eval.tokens=300').run.model.cpu()
+    space = {}
+    exec(smaller(script), space)
+    mine = space['model'].state_dict()
+    assert all(mine[name].equal(weight) for name, weight in run.state_dict().items())
+
+
+def test_the_first_script_saves_what_eval_needs(home):
+    block = next(b for b in readme_blocks() if 'lab.save(' in b)
+    said = re.search(r"lab\.save\('artifacts/mine', model, tok, (dict\(.*\))\)\n", block)[1]
+    about = eval(said, dict(corpus=lab.load_corpus('tiny_tales')))
+    assert corpus_of(about).name == 'tiny_tales'
+    # and the help of `save` lists all that may be said
+    for key in ('data', 'corpus', 'corpus_sha256', 'field', 'splits'):
+        assert f'`{key}`' in lab.save.__doc__, key
 
 
 def test_the_page_of_keys_is_that_of_the_help():

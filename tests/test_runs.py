@@ -1,6 +1,7 @@
 """`runs`: the odd cases of its parts: what goes to stderr, engines, models that a file describes,
 choices that are measured, and folders with their locks."""
 
+import json
 import math
 import os
 import tempfile
@@ -11,16 +12,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm_lab.config import config_from_dict, read_config
+import llm_lab as lab
+from llm_lab.config import PRESETS, as_data, config_from_dict, read_config
 from llm_lab.core import LabError, require
 from llm_lab.gpt import MiniGPT
+from llm_lab.package import find_runs
 from llm_lab.runs import (
     SingleProcess,
     TrainingRun,
+    _hash,
     _new_folder,
     _no_better,
     _without_lookups,
     all_gather_json,
+    differing_keys,
     find_model,
     make_engine,
     model_config,
@@ -244,6 +249,7 @@ def test_runs_takes_patterns_and_says_what_differs(home, monkeypatch):
     monkeypatch.chdir(home / 'data')
     out, err = printed('runs', 'experiments/*/runs/*')
     assert err == '' and '\n  train.lr: 0.01 (one); 0.02 (two)\n' in out
+    assert 'pieces of the same text' in out  # `result.json` keeps the sums of the documents
     assert "model.mlp: {} (one); {'d_ff': 24, 'part': 'MLP'} (two)" in out
     assert 'train.steps' not in out and '\n\n' in out
     assert 'what differs' not in printed('runs', 'one')[0]
@@ -252,6 +258,105 @@ def test_runs_takes_patterns_and_says_what_differs(home, monkeypatch):
     out, err = printed('runs', *sorted(there.iterdir()))
     assert out.count('finished') == 2 and 'left out' in err
     assert 'no run is at nothing/*' in printed('runs', 'nothing/*', code=1)[1]
+    # a config is all of its runs, by its name, by a pattern, and by its folder
+    for named in ('run', 'run/*', 'ru?', 'experiments/run'):
+        out, err = printed('runs', named)
+        assert err == '' and out.count('finished') == 2, named
+    assert [*map(Path, find_runs('run'))] == [there / 'one', there / 'two']
+    for named in (['run'], ['run/one', 'run/two'], ['run/*']):
+        assert {line['name'] for line in lab.compare(named).lines} == {'one', 'two'}
+    out = printed('runs', 'run', '--plot', 'both.png')[0]
+    assert out.endswith('their curves are in both.png\n') and Path('both.png').exists()
+
+
+def as_run(folder, **sections):
+    "The folder of a run that was decided so"
+    decided = as_data(config_from_dict(sections))
+    told = dict(starts=[], config=dict(decided=decided))
+    folder.mkdir(parents=True)
+    (folder / 'run.json').write_text(json.dumps(told | dict(sha256=_hash(told))))
+    return folder
+
+
+@pytest.mark.parametrize(
+    'one, two, keys',
+    [
+        (dict(preset='llama'), dict(preset='gpt2', **PRESETS['llama']), []),
+        (dict(mlp=dict(part='MLP')), {}, []),
+        (dict(mlp=dict(part='MLP', bias=True)), {}, []),
+        (dict(mlp=dict(part='MLP', bias=False)), {}, ['model.mlp']),
+        (dict(d_head=32), {}, []),
+        (dict(n_heads=2), {}, ['model.n_heads']),
+        (dict(preset='llama'), {}, ['model.preset']),
+        (dict(preset='llama', d_model=64), dict(**PRESETS['llama']), ['model.d_model']),
+        (dict(mlp=dict(part='MLP', d_ff=24)), {}, ['model.mlp']),
+        (dict(n_kv_heads=2), {}, ['model.n_kv_heads']),
+        (
+            dict(preset='llama', norm=dict(part='LayerNorm')),
+            dict(preset='gpt2', **PRESETS['llama']),
+            ['model.norm'],
+        ),
+    ],
+)
+def test_only_what_differs_is_said_to_differ(tmp_path, one, two, keys):
+    runs = dict(a=as_run(tmp_path / 'a', model=one), b=as_run(tmp_path / 'b', model=two))
+    assert [*differing_keys(runs)] == keys
+
+
+def test_what_is_left_out_is_the_default_that_is_written_down(tmp_path):
+    def differ(one, two):
+        folder = tmp_path / f'{len([*tmp_path.iterdir()])}'
+        runs = dict(a=as_run(folder / 'a', train=one), b=as_run(folder / 'b', train=two))
+        return [*differing_keys(runs)]
+
+    assert differ(dict(optimizer=dict(part='muon')), dict(optimizer='muon')) == []
+    assert differ(dict(steps=3000, warmup=100), dict(steps=3000)) == []
+    assert differ(dict(steps=3000, warmup=90), dict(steps=3000)) == ['train.warmup']
+    assert differ(dict(optimizer='adamw'), dict(optimizer='muon')) == ['train.optimizer']
+
+
+# ---- what a failed beginning leaves
+
+
+def test_a_run_that_cannot_begin_leaves_nothing(home, monkeypatch):
+    from helpers import one_line
+
+    monkeypatch.chdir(home)
+
+    def left():
+        return sorted(p for p in home.rglob('*') if 'experiments' in p.parts)
+
+    wrong = dict(data=dict(corpus='nowhere.txt')), dict(eval=dict(prompt='ж'), train=dict(steps=2))
+    before = left()
+    for said in wrong:
+        one_line(lambda: lab.train_run(said, run='first'), '')
+    assert left() == before
+    small_run(home, 'one')
+    before = left()
+    one_line(lambda: small_run(home, 'two', 'eval.prompt=ж'), 'eval.prompt')
+    assert left() == before
+
+
+def test_an_empty_folder_is_no_second_meaning_of_a_name(home, monkeypatch):
+    from helpers import one_line
+
+    monkeypatch.chdir(home)
+    job = small_run(home, 'first')
+    (home / 'experiments' / 'other' / 'runs' / 'first').mkdir(parents=True)
+    (home / 'experiments' / 'other' / 'runs' / 'first' / '.lock').touch()
+    assert find_model('first') == job.folder
+    # a package is meant, where the run beside it has no checkpoint yet
+    model, tokenizer, _ = lab.load('first')
+    lab.save('artifacts/run', model, tokenizer)
+    one_line(lambda: find_model('run'), 'is the name of 2 models')
+    for name in ('best', 'latest'):
+        (job.folder / name).unlink()
+    assert find_model('run') == Path('artifacts/run')
+
+
+def test_the_help_says_where_the_model_of_a_run_is():
+    for said in (lab.train_run.__doc__, TrainingRun.__doc__):
+        assert '`job.run.model`' in said and "load('CONFIG/RUN')" in said
 
 
 # ---- the printed plan

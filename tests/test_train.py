@@ -18,6 +18,7 @@ from fastcore.test import test_eq as equal
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import llm_lab.files
+from llm_lab.bpe import BPETokenizer
 from llm_lab.chars import CharTokenizer
 from llm_lab.core import LabError, rng
 from llm_lab.corpora import Corpus, load_corpus
@@ -315,6 +316,32 @@ def test_a_curve_has_steps_and_one_unit(monkeypatch):
     fig = plot_loss(run, token='token')
     assert fig.axes[0].get_ylabel() == 'loss (nats per token)'
     matplotlib.pyplot.close(fig)
+
+
+def test_a_curve_knows_what_a_token_is():
+    def label(run, **more):
+        fig = plot_loss(run, **more)
+        matplotlib.pyplot.close(fig)
+        return fig.axes[0].get_ylabel()
+
+    pairs = BPETokenizer.train(SOME.documents('train'), 300)
+    of_chars = fit(MiniGPT(SMALL), batches(SOME, TOK, batch_size=4, length=32), 2)
+    cfg = replace(SMALL, vocab_size=pairs.vocab_size)
+    of_pairs = fit(MiniGPT(cfg), batches(SOME, pairs, batch_size=4, length=32), 2)
+    unknown = fit(MiniGPT(SMALL), BATCH, 2)
+    assert label(of_chars) == 'loss (nats per character)'
+    assert label(of_pairs) == label(unknown) == 'loss (nats per token)'
+    assert label(unknown, floor=0.26) == 'loss (bits per character)'
+    refuses(lambda: plot_loss(of_pairs, floor=0.26), 'the floor is known per character')
+
+
+def test_a_path_is_no_floor():
+    run = fit(MiniGPT(SMALL), BATCH, 2)
+    with pytest.raises(TypeError, match='positional'):
+        plot_loss(run, 'loss.png')
+    refuses(lambda: plot_loss(run, floor='loss.png'), ".savefig('loss.png')")
+    refuses(lambda: plot_loss('x'), "run='x': give what `fit` returned")
+    assert ".savefig('loss.png')" in plot_loss.__doc__
 
 
 # ---- what a guess gets wrong is told in one line
