@@ -61,7 +61,17 @@ from llm_lab.parts import (
     part,
     parts_file_of,
 )
-from .gpt import Block, GPTConfig, MiniGPT, _allclose, _eval_mode, _probe_ids, is_own
+from llm_lab.gpt import (
+    _check_shape,
+    _raise_cannot_read,
+    Block,
+    GPTConfig,
+    MiniGPT,
+    _allclose,
+    _eval_mode,
+    _probe_ids,
+    is_own,
+)
 from .train import fit, mean_loss, random_crops, read_split, spans
 
 # %% ../nbs/24_package.ipynb #e5a18245
@@ -356,17 +366,6 @@ def meta_model(cfg: GPTConfig) -> MiniGPT:
         ) from e
 
 # %% ../nbs/24_package.ipynb #c51b7e90
-# {name: how the model calls the part}, for the message
-_CALLED_AS = dict(
-    attn='(x, i, **ctx)',
-    mlp='(x, i=i, **ctx)',
-    norm='(x)',
-    pos='(x, i)',
-    block='(x, i, **ctx)',
-    lm_head='(x)',
-)
-
-
 def _probe_part(cfg, name, layer, fake):
     """Let one part read a few tokens; returns the shape of its answer, and the shape it should
     have"""
@@ -411,16 +410,8 @@ def _check_output_shape(cfg, name, layer):
     except LabError:
         raise
     except Exception as e:
-        raise LabError(
-            f'{name}={short(getattr(cfg, name), 200)} cannot read: {type(e).__name__}: '
-            f'{short(str(e), 200)}; '
-            f'it is called with {_CALLED_AS[name]}'
-        ) from e
-    if got != want:
-        raise LabError(
-            f'{name}={short(getattr(cfg, name), 200)} makes {got} of {want[:2] + (cfg.d_model,)}: '
-            f'give a part that makes {want}'
-        )
+        _raise_cannot_read(cfg, name, e)
+    _check_shape(cfg, name, got, want)
 
 
 def check_parts(cfg: GPTConfig) -> GPTConfig:  # `cfg`

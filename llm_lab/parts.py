@@ -12,6 +12,7 @@ import re
 import sys
 import torch
 from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from functools import partial
 from inspect import Parameter, signature
 from pathlib import Path
@@ -315,6 +316,31 @@ def hook(owner, name: str):
 def needs_in(module: nn.Module) -> set:
     "All keywords of the context that a module, or a part inside it, reads"
     return {word for m in module.modules() for word in hook(m, 'needs')}
+
+
+# the keywords that this book gives, each where a model is used so: decoding, auxiliary losses,
+# masks of documents, diffusion
+_GIVEN = ('cache', 'aux', 'doc', 'noisy', 'rate')
+
+
+def _check_needs(m):
+    """Raises `LabError` where a part asks for a cache and would never be given it; warns of a word
+    in its `needs` that is a slip of one that this book gives"""
+    name = type(m).__name__
+    needs = hook(m, 'needs')
+    if isinstance(needs, str):  # the comma is missing: each letter would be a word
+        raise LabError(f'{name}: needs={needs!r} is a text: write needs = ({needs!r},)')
+    if has_hook(m, 'cache') and 'cache' not in needs_in(m):
+        raise LabError(
+            f"{name} has a cache(…), but needs={tuple(needs)} lacks 'cache': "
+            f'write needs = {(*needs, "cache")}'
+        )
+    for word in needs:
+        # a word of the reader's own is as good as any: only one that is nearly ours is doubtful
+        if word not in _GIVEN and get_close_matches(str(word), _GIVEN, 1, 0.8):
+            warn_once(
+                f'{name} needs {word!r}, which nothing in this book gives: {nearest(word, _GIVEN)}'
+            )
 
 
 def has_hook(owner, name: str) -> bool:

@@ -36,7 +36,7 @@ from .chars import Tokenizer
 from .batching import BatchStream
 from .packing import document_end_ids
 from .parts import Aux, hook, objective_of
-from .gpt import GPTConfig, LearnedPositions, check_vocabulary
+from .gpt import GPTConfig, LearnedPositions, check_own_parts, check_vocabulary
 from .onednn import onednn_linears
 from itertools import chain
 from pathlib import Path
@@ -883,6 +883,7 @@ def fit(
             rows = batches(state.step).to(device)
             if not state.step:
                 _check_first_batch(model, batches, rows, loss_fn)
+                check_own_parts(_bare(model), causal=usual)
             fed = feed(rows, state.step)
             value, grad_norm = step_fn(model, optimizer, fed, clip, loss_fn)
             state._add_step(rows, value, grad_norm)
