@@ -17,6 +17,7 @@ from .core import HOLDS, LabError, preserve_rng, rng, short
 from .files import warn_once
 from llm_lab.parts import (
     Aux,
+    _build_objective,
     _build_part,
     _check_needs,
     _check_recipe,
@@ -231,7 +232,7 @@ class MiniGPT(nn.Module):
     ):
         super().__init__()
         self.cfg = cfg
-        self.objective = cfg.objective(cfg) if cfg.objective else None
+        self.objective = _build_objective(cfg)
         extra_ids = self.objective.extra_ids if self.objective else 0
         with torch.random.fork_rng(devices=[]):  # PyTorch's generator is restored afterwards
             # for parts that draw weights of their own, such as nn.Linear

@@ -35,7 +35,7 @@ from .corpora import Corpus, load_corpus
 from .chars import Tokenizer
 from .batching import BatchStream
 from .packing import document_end_ids
-from .parts import Aux, hook, objective_of
+from .parts import Aux, hook, objective_loss, objective_of, objective_score
 from .gpt import GPTConfig, LearnedPositions, check_own_parts, check_vocabulary
 from .onednn import onednn_linears
 from itertools import chain
@@ -189,7 +189,7 @@ def token_losses(
     """
     objective = objective_of(model)
     if objective:
-        return objective.score(model, ids, windows, batch_size, live)
+        return objective_score(objective, model, ids, windows, batch_size, live)
     training = model.training
     device = next(model.parameters()).device
     n = len(ids)
@@ -799,7 +799,7 @@ def loss_and_feed(model, batches, loss_fn=None) -> tuple:
         return loss_fn or next_token_loss, lambda rows, step: rows
 
     def loss(model, rows):
-        return objective.loss(model, rows[:, :-1], rows[:, -1])
+        return objective_loss(objective, model, rows[:, :-1], rows[:, -1])
 
     return loss, partial(_with_numbers, batches=batches)
 
@@ -866,6 +866,8 @@ def fit(
     state = state or TrainState(model.train(), steps)
     usual = loss_fn in (None, next_token_loss)
     state.unit = 'nats/token' if usual else _unit_of(loss_fn)
+    if usual and objective_of(model):
+        state.unit = objective_of(model).unit
     loss_fn, feed = loss_and_feed(model, batches, loss_fn)
     # a run that goes on keeps its optimizer, with the averages that it has by now
     optimizer = optimizer or state.optimizer or adamw(model.train(), **given)

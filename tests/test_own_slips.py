@@ -1,5 +1,8 @@
 """Slips with parts and objectives of one's own, each answered in one line that names the part."""
 
+import inspect
+import math
+import textwrap
 import warnings
 
 import pytest
@@ -11,6 +14,8 @@ import llm_lab as lab
 from llm_lab.core import rng
 from llm_lab.gpt import check_causal
 from llm_lab.parts import Part, part
+from llm_lab.sampling import next_logits
+from llm_lab.train import token_losses
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -202,3 +207,97 @@ def test_the_check_leaves_no_trace():
     assert first.training
     a, b = (lab.fit(m, rows_of, steps=3).losses for m in (first, second))
     assert a == b
+
+
+# ---- objectives
+
+
+class Skip(lab.Objective):
+    "Predicts the token after the next one; a token without one before the last costs ln V"
+
+    unit = 'of Skip'
+
+    def loss(self, model, rows, number):
+        logits = model(rows[:, :-2])
+        return nn.functional.cross_entropy(logits.transpose(1, 2), rows[:, 2:])
+
+    def score(self, model, ids, windows, batch_size=None, live=None):
+        out = torch.full((len(ids),), torch.nan)
+        for _, first, end in windows.tolist():
+            out[first:end] = math.log(self.cfg.vocab_size)
+        return out
+
+
+def skipping(**methods):
+    kind = type('Skip', (Skip,), methods)
+    return tiny_model(vocab_size=5, objective=part(kind))
+
+
+IDS = torch.arange(20) % 5
+WINDOWS = torch.tensor([[0, 1, 9], [8, 9, 17]])
+
+
+def test_what_an_objective_lacks_is_told():
+    model, tok = skipping(), lab.CharTokenizer('abcde')
+    bare = tiny_model(vocab_size=5, objective=part(type('Bare', (lab.Objective,), {})))
+    one_line(fitted(bare), 'Bare has no loss', 'loss(self, model, rows, number)')
+    one_line(lambda: token_losses(bare, IDS, WINDOWS), 'Bare has no score')
+    one_line(lambda: lab.sample(model, tok, 'ab'), 'Skip has no generate', 'writes no text')
+    one_line(lambda: next_logits(model, IDS[None]), 'Skip has no next_logits')
+    # no remedy that would fail as well
+    assert 'use sample' not in one_line(lambda: lab.complete(model, tok, 'ab'), 'no generate')
+    assert not token_losses(model, IDS, WINDOWS)[1:17].isnan().any()
+
+
+def test_a_wrong_loss_is_told():
+    one_line(
+        lambda: skipping(loss=lambda self, model, rows: 0.0),
+        'Skip.loss(model, rows)',
+        'called as loss(model, rows, number)',
+    )
+    rows = skipping(loss=lambda self, model, rows, number: model(rows[:, :-1]).mean((1, 2)))
+    one_line(fitted(rows), 'Skip.loss gives a tensor of shape (4,)', 'scalar')
+    one_line(fitted(skipping(loss=lambda *args: 0.5)), 'Skip.loss gives a float', 'scalar')
+    one_line(
+        lambda: tiny_model(objective=part(type('No', (nn.Identity,), {}))), 'makes a', 'Objective'
+    )
+
+
+def test_a_token_without_a_score_is_told():
+    def without_seven(self, *args):
+        out = Skip.score(self, *args)
+        out[7] = torch.nan
+        return out
+
+    model = skipping(score=without_seven)
+    one_line(lambda: token_losses(model, IDS, WINDOWS), 'Skip.score', 'NaN', 'token 7')
+    short = skipping(score=lambda self, *args: Skip.score(self, *args)[1:])
+    one_line(lambda: token_losses(short, IDS, WINDOWS), '(19,)', '(20,)')
+
+
+def test_a_loss_of_something_else_bears_its_name():
+    state = lab.fit(skipping(), rows_of, steps=1)
+    assert state.unit == 'of Skip' and 'of Skip' in repr(state)
+
+
+def test_the_help_of_parts_and_objectives_says_their_contract():
+    said = inspect.getdoc(Part)
+    for word in ('forward(x, i, **ctx)', 'needs', 'sizes', 'share', 'cache[self]', 'register'):
+        assert word in said, word
+    assert 'model.objective' in lab.register.__doc__
+    for word in ('begin', 'first', 'end', 'NaN'):
+        assert word in lab.Objective.score.__doc__, word
+    # the example is one that runs
+    code = said[said.index('    class ') : said.index('    lab.register')]
+    space = dict(lab=lab, nn=nn)
+    exec(textwrap.dedent(code), space)
+    model = model_of(space['Sums'])
+    assert model.cache(1, 8) and check_causal(model) is model
+
+
+def test_a_mixer_of_ones_own_learns_how_it_becomes_visible():
+    one_line(
+        lambda: lab.attention_of(model_of(Plain), lab.CharTokenizer('abcde'), 'abc'),
+        'Plain',
+        'inherits from Attention',
+    )
