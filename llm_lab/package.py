@@ -1179,12 +1179,15 @@ def _read_weights(folder, manifest, shapes) -> bytes:
     return _read_hashed(folder, manifest, path.name, _REMEDY, most)
 
 
-def _missing_parts(about) -> str:
-    """The files of the reader's own with which a model was made, for the end of a message; '' where
-    there are none. They are named, and never run"""
+def _missing_parts(about, error) -> str:
+    """For the end of the message `error`: the files of the reader's own with which a model was
+    made. They are named, and never run. Where none are known and a part has no name here, how one
+    would be given; else ''"""
     kept = about.get('parts')  # {file: its SHA-256}
     if not isinstance(kept, dict) or not kept:
-        return ''
+        if 'register it before loading' not in str(error):
+            return ''
+        return ": load(path, parts='mine.py'), where mine.py is the file that registers it"
     files = ' '.join(f'--parts {" ".join(str(name).split())[:100]}' for name in kept)
     return f'. It was made with parts of a file: give {files}, or load(path, parts=file)'
 
@@ -1259,7 +1262,7 @@ def load(
     try:
         shapes = meta_model(config_from(json_of(cfg, folder / 'llm_lab.json')))
     except LabError as e:
-        raise LabError(f'{folder}/llm_lab.json: {e}{_missing_parts(about)}') from None
+        raise LabError(f'{folder}/llm_lab.json: {e}{_missing_parts(about, e)}') from None
     # then the weights: their shapes are compared before memory is taken for a model
     weights = _read_weights(folder, manifest, shapes)
     name = folder / 'model.safetensors'

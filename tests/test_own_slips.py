@@ -11,7 +11,7 @@ from helpers import one_line, tiny_model
 from torch import nn
 
 import llm_lab as lab
-from llm_lab.core import rng
+from llm_lab.core import REGISTERED, rng
 from llm_lab.gpt import check_causal
 from llm_lab.parts import Part, part
 from llm_lab.sampling import next_logits
@@ -301,3 +301,34 @@ def test_a_mixer_of_ones_own_learns_how_it_becomes_visible():
         'Plain',
         'inherits from Attention',
     )
+
+
+# ---- files
+
+
+@pytest.fixture
+def registered(tmp_path):
+    "A package of a model with a part that this program has registered, and a file that has it"
+    before = dict(REGISTERED)
+    lab.register(Plain, 'OwnMixer')
+    lab.save(tmp_path / 'own', model_of(Plain), lab.CharTokenizer('abcde'))
+    (tmp_path / 'mine.py').write_text(
+        'import llm_lab as lab\nfrom test_own_slips import Plain\nlab.register(Plain, "OwnMixer")\n'
+    )
+    yield tmp_path
+    REGISTERED.clear()
+    REGISTERED.update(before)
+
+
+def test_a_package_whose_part_is_not_registered_says_how_it_is_given(registered):
+    REGISTERED.clear()
+    one_line(lambda: lab.load(registered / 'own'), "'OwnMixer'", "load(path, parts='mine.py')")
+    assert lab.load(registered / 'own', parts=registered / 'mine.py').model.cfg.n_layers == 1
+
+
+def test_a_name_where_a_recipe_belongs_is_told_where_it_goes(registered):
+    for key, name in (('attn', 'OwnMixer'), ('attn', 'Attention'), ('mlp', 'SwiGLU')):
+        said = f'did you mean model.{key}.part={name}?'
+        one_line(lambda k=key, n=name: lab.read_config('golden', [f'model.{k}={n}']), said)
+        assert getattr(lab.read_config('golden', [f'model.{key}.part={name}']).model, key)
+    one_line(lambda: lab.read_config('golden', ['model.attn=Nothing']), 'give a recipe such as')
