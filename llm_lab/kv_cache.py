@@ -339,6 +339,8 @@ def _pad_left(prompts):  # [(T,), …] → (B, T), (B,) or None where nothing is
 def select_rows(reader, rows):
     """Let a reader go on with these of its sequences, by number: fewer of them, or one several
     times"""
+    if list(rows) == list(range(len(reader.ids))):
+        return  # all of them, as they are: also a cache that cannot `pick` goes on
     reader.ids = reader.ids[rows]
     if reader.pad is not None:
         reader.pad = reader.pad[rows]

@@ -162,6 +162,18 @@ def test_a_mixer_without_a_cache_learns_what_it_lacks():
     )
 
 
+def test_a_cache_that_cannot_pick_goes_on_with_all_of_its_rows():
+    from llm_lab.kv_cache import select_rows
+    from llm_lab.sampling import DecodingState
+
+    reader = DecodingState(model_of(Sums), 8)
+    reader(rows_of(0)[:, :3])
+    select_rows(reader, [0, 1, 2, 3])
+    assert reader.cache
+    select_rows(reader, [0, 2])
+    assert reader.cache is None and len(reader.ids) == 2
+
+
 # ---- shapes, signatures and the future, before the first step
 
 
