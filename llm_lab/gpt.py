@@ -728,3 +728,4 @@ def check_own_parts(
             check_causal(model)
         except LabError as e:
             warn_once(str(e))
+    model.metrics()  # what parts have noted of these tokens belongs to no run

@@ -221,6 +221,23 @@ def test_the_check_leaves_no_trace():
     assert a == b
 
 
+def test_what_a_part_notes_of_the_check_is_not_of_the_run():
+    class Counts(Plain):
+        n = 0
+
+        def forward(self, x, i, **ctx):
+            self.n += len(x)
+            return x
+
+        def metrics(self):
+            n, self.n = self.n, 0
+            return dict(n=n)
+
+    callbacks = {2: lambda state: state.model.metrics()}
+    state = lab.fit(model_of(Counts), rows_of, steps=2, callbacks=callbacks)
+    assert state.notes[-1]['n'] == 2 * 4
+
+
 # ---- objectives
 
 
