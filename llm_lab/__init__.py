@@ -103,7 +103,13 @@ if TYPE_CHECKING:
         dense_mask as dense_mask,
         scaled_dot_product as scaled_dot_product,
     )
-    from .gpt import Block as Block, GPTConfig as GPTConfig, MiniGPT as MiniGPT, MLP as MLP
+    from .gpt import (
+        Block as Block,
+        check_causal as check_causal,
+        GPTConfig as GPTConfig,
+        MiniGPT as MiniGPT,
+        MLP as MLP,
+    )
     from .train import (
         adamw as adamw,
         batches as batches,

@@ -317,7 +317,11 @@ def _checked(path, f, value):
     if good and m.get('of'):
         good = value in m['of'] or (m.get('path') and _is_path(value))
     if not good:
-        raise LabError(f'{path}={short(value, 200)}: {_wanted(f)}')
+        remedy = _wanted(f)
+        # a part by its name alone: the recipe that is meant is known
+        if dict in kinds and value in (*SLOTS[HOLDS['config'][f.name]], *REGISTERED):
+            remedy = f'did you mean {path}.part={value}? In a file the recipe is {{part: {value}}}'
+        raise LabError(f'{path}={short(value, 200)}: {remedy}')
     if isinstance(value, dict):  # a recipe; its keys are checked, and nothing is imported
         check_recipe(value, HOLDS['config'][f.name], path)
     return value

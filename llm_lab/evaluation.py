@@ -777,6 +777,12 @@ def _remarks(lines, unit):
         '~ was noted on the way; it is no final score': on_the_way,
         '≤ is an upper bound of what the model needs, as its objective gives it': bounds,
     }
+    for line in lines:
+        if line['final'] and line['own_loss']:
+            told = (
+                f'{line["name"]} is trained for something else, its losses are {line["own_loss"]}'
+            )
+            remarks[told] = True
     return [_finding(lines, unit), *(text for text, true in remarks.items() if true)]
 
 # %% ../nbs/25_evaluation.ipynb #8d150dea

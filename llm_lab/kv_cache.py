@@ -254,17 +254,29 @@ def _with_caches(model):
     if cfg == model.cfg:
         if model.cache(1, 1):
             return model
-        if not any(isinstance(m, CacheTransform) for m in model.modules()):
+        if any(type(m) is Attention for m in model.modules()):
             raise LabError(
                 f'no attention is found in attn={cfg.attn}: give its recipe, part(Attention, …), '
                 'as a keyword'
             )
+        if not any(isinstance(m, CacheTransform) for m in model.modules()):
+            raise _no_cache(model)
     new = _copy_with_transforms(model, cfg)
     if new.cache(1, 1):
         return new
-    _, why = caches_of(new, 1, 1)
-    why = why or 'a part reads tokens one by one otherwise than at once'
-    raise LabError(f'this model can have no cache: {why}; use it as it is')
+    raise _no_cache(new)
+
+
+def _no_cache(model):
+    "The `LabError` of a model that can have no cache: the part, and what it lacks"
+    _, why = caches_of(model, 1, 1)
+    if not why:
+        why = 'a part reads tokens one by one otherwise than at once'
+        return LabError(f'this model can have no cache: {why}; use it as it is')
+    return LabError(
+        f"this model can have no cache: {why}; give it cache(batch, length) and needs = ('cache',) "
+        'as in `Part`, or use the model as it is'
+    )
 
 
 def _copy_with_transforms(model, cfg):
@@ -327,6 +339,8 @@ def _pad_left(prompts):  # [(T,), …] → (B, T), (B,) or None where nothing is
 def select_rows(reader, rows):
     """Let a reader go on with these of its sequences, by number: fewer of them, or one several
     times"""
+    if list(rows) == list(range(len(reader.ids))):
+        return  # all of them, as they are: also a cache that cannot `pick` goes on
     reader.ids = reader.ids[rows]
     if reader.pad is not None:
         reader.pad = reader.pad[rows]

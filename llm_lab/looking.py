@@ -48,7 +48,14 @@ def intervene(model, f):  # f: (attn, q, k, v, i, j, **ctx) → (q, k, v, i, j)
     """
     found = [m for m in model.modules() if isinstance(m, Attention)]
     if not found:
-        raise LabError('this model has no attention to look at: make one with attn=part(Attention)')
+        mixers = dict.fromkeys(
+            type(getattr(b, 'attn', b)).__name__ for b in getattr(model, 'blocks', [model])
+        )
+        raise LabError(
+            f'this model has no attention to look at, only {", ".join(mixers)}: make one with '
+            'attn=part(Attention); an attention of your own is seen if it inherits from Attention, '
+            'or holds one, and keeps its forward'
+        )
     for attn in found:  # `f` is told which attention calls it
         attn.transforms.append(_FunctionTransform(partial(f, attn)))
     try:

@@ -62,7 +62,17 @@ from llm_lab.parts import (
     part,
     parts_file_of,
 )
-from .gpt import Block, GPTConfig, MiniGPT, _allclose, _eval_mode, _probe_ids, is_own
+from llm_lab.gpt import (
+    _check_shape,
+    _raise_cannot_read,
+    Block,
+    GPTConfig,
+    MiniGPT,
+    _allclose,
+    _eval_mode,
+    _probe_ids,
+    is_own,
+)
 from .train import fit, mean_loss, random_crops, read_split, spans
 
 # %% ../nbs/24_package.ipynb #e5a18245
@@ -357,17 +367,6 @@ def meta_model(cfg: GPTConfig) -> MiniGPT:
         ) from e
 
 # %% ../nbs/24_package.ipynb #c51b7e90
-# {name: how the model calls the part}, for the message
-_CALLED_AS = dict(
-    attn='(x, i, **ctx)',
-    mlp='(x, i=i, **ctx)',
-    norm='(x)',
-    pos='(x, i)',
-    block='(x, i, **ctx)',
-    lm_head='(x)',
-)
-
-
 def _probe_part(cfg, name, layer, fake):
     """Let one part read a few tokens; returns the shape of its answer, and the shape it should
     have"""
@@ -412,16 +411,8 @@ def _check_output_shape(cfg, name, layer):
     except LabError:
         raise
     except Exception as e:
-        raise LabError(
-            f'{name}={short(getattr(cfg, name), 200)} cannot read: {type(e).__name__}: '
-            f'{short(str(e), 200)}; '
-            f'it is called with {_CALLED_AS[name]}'
-        ) from e
-    if got != want:
-        raise LabError(
-            f'{name}={short(getattr(cfg, name), 200)} makes {got} of {want[:2] + (cfg.d_model,)}: '
-            f'give a part that makes {want}'
-        )
+        _raise_cannot_read(cfg, name, e)
+    _check_shape(cfg, name, got, want)
 
 
 def check_parts(cfg: GPTConfig) -> GPTConfig:  # `cfg`
@@ -1238,12 +1229,15 @@ def _read_weights(folder, manifest, shapes) -> bytes:
     return _read_hashed(folder, manifest, path.name, _REMEDY, most)
 
 
-def _missing_parts(about) -> str:
-    """The files of the reader's own with which a model was made, for the end of a message; '' where
-    there are none. They are named, and never run"""
+def _missing_parts(about, error) -> str:
+    """For the end of the message `error`: the files of the reader's own with which a model was
+    made. They are named, and never run. Where none are known and a part has no name here, how one
+    would be given; else ''"""
     kept = about.get('parts')  # {file: its SHA-256}
     if not isinstance(kept, dict) or not kept:
-        return ''
+        if 'register it before loading' not in str(error):
+            return ''
+        return ": load(path, parts='mine.py'), where mine.py is the file that registers it"
     files = ' '.join(f'--parts {" ".join(str(name).split())[:100]}' for name in kept)
     return f'. It was made with parts of a file: give {files}, or load(path, parts=file)'
 
@@ -1318,7 +1312,7 @@ def load(
     try:
         shapes = meta_model(config_from(json_of(cfg, folder / 'llm_lab.json')))
     except LabError as e:
-        raise LabError(f'{folder}/llm_lab.json: {e}{_missing_parts(about)}') from None
+        raise LabError(f'{folder}/llm_lab.json: {e}{_missing_parts(about, e)}') from None
     # then the weights: their shapes are compared before memory is taken for a model
     weights = _read_weights(folder, manifest, shapes)
     name = folder / 'model.safetensors'

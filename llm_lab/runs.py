@@ -83,7 +83,7 @@ from llm_lab.corpora import (
 from .chars import CharTokenizer, load_tokenizer
 from .batching import BatchStream
 from .packing import PackedTokens, pack
-from .parts import load_all_parts, part
+from .parts import Objective, load_all_parts, part
 from .gpt import MiniGPT
 from .package import config_from, own_in, meta_model, check_parts
 from .onednn import onednn_linears
@@ -1151,8 +1151,11 @@ def record(self: TrainingRun, run) -> dict:
 
 
 def _keep_sample(job, run):
-    "Let the model write a text, and put it into samples.jsonl"
+    "Let the model write a text, if it can, and put it into samples.jsonl"
     c = job.cfg
+    objective = run.model.objective
+    if objective and type(objective).generate is Objective.generate:
+        return
     text = sample(
         run.model, job.texts['tokenizer'], c.eval.prompt, c.eval.sample_tokens, c.train.seed
     )
@@ -1488,6 +1491,9 @@ def finish(self: TrainingRun, max_tokens=None):
         best_step=best,
         scores=dict(val=score.as_dict()),
     )
+    objective = run.model.objective
+    if objective and objective.unit.startswith('of '):
+        result['own_loss'] = objective.unit  # it is no −ln P of the next token, nor a bound
     with atomic_write(path) as f:
         f.write_text(json.dumps(result, indent=1) + '\n', encoding='utf-8')
     return result

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from typing import TypedDict, Unpack
 from .chars import begins, Tokenizer
-from .parts import objective_of
+from .parts import Objective, objective_of
 from .gpt import MiniGPT, check_vocabulary
 from .core import LabError, check_keywords, rng
 
@@ -102,9 +102,13 @@ def require_next_token(model):
     "Raises `LabError` where a model is trained for something else than the next token"
     objective = objective_of(model)
     if objective:
+        writes = type(objective).generate is not Objective.generate
+        way = (
+            'use sample, stream or generate' if writes else 'it has no generate, and writes no text'
+        )
         raise LabError(
             f'this model is trained for {type(objective).__name__} and is not read token by token: '
-            'use sample, stream or generate'
+            f'{way}'
         )
 
 

@@ -36,8 +36,8 @@ from .corpora import Corpus, load_corpus
 from .chars import Tokenizer
 from .batching import BatchStream, token_word
 from .packing import document_end_ids
-from .parts import Aux, hook, objective_of
-from .gpt import GPTConfig, LearnedPositions, check_vocabulary
+from .parts import Aux, hook, objective_loss, objective_of, objective_score
+from .gpt import GPTConfig, LearnedPositions, check_own_parts, check_vocabulary
 from .onednn import onednn_linears
 from itertools import chain
 from pathlib import Path
@@ -190,7 +190,7 @@ def token_losses(
     """
     objective = objective_of(model)
     if objective:
-        return objective.score(model, ids, windows, batch_size, live)
+        return objective_score(objective, model, ids, windows, batch_size, live)
     training = model.training
     device = next(model.parameters()).device
     n = len(ids)
@@ -811,7 +811,7 @@ def loss_and_feed(model, batches, loss_fn=None) -> tuple:
         return loss_fn or next_token_loss, lambda rows, step: rows
 
     def loss(model, rows):
-        return objective.loss(model, rows[:, :-1], rows[:, -1])
+        return objective_loss(objective, model, rows[:, :-1], rows[:, -1])
 
     return loss, partial(_with_numbers, batches=batches)
 
@@ -878,6 +878,8 @@ def fit(
     state = state or TrainState(model.train(), steps)
     usual = loss_fn in (None, next_token_loss)
     state.unit = 'nats/token' if usual else _unit_of(loss_fn)
+    if usual and objective_of(model):
+        state.unit = objective_of(model).unit
     loss_fn, feed = loss_and_feed(model, batches, loss_fn)
     # a run that goes on keeps its optimizer, with the averages that it has by now
     optimizer = optimizer or state.optimizer or adamw(model.train(), **given)
@@ -895,6 +897,7 @@ def fit(
             rows = batches(state.step).to(device)
             if not state.step:
                 _check_first_batch(model, batches, rows, loss_fn)
+                check_own_parts(_bare(model), causal=usual)
             fed = feed(rows, state.step)
             value, grad_norm = step_fn(model, optimizer, fed, clip, loss_fn)
             state._add_step(rows, value, grad_norm)

@@ -182,7 +182,7 @@ def test_a_block_in_a_config_and_in_data_that_have_none():
     one_line(lambda: read_config('smoke', ['model.block=llama']), 'write model.preset=llama')
     one_line(
         lambda: read_config('smoke', ['model.block=ParallelBlock']),
-        "model.block='ParallelBlock': give a recipe such as {part: \"Block\"}",
+        "model.block='ParallelBlock': did you mean model.block.part=ParallelBlock?",
     )
     one_line(lambda: GPTConfig(block=part(MLP)), 'MLP can be mlp, not block')
 

@@ -144,6 +144,8 @@ class Pair(nn.Module):
 class Unread(nn.Module):
     "A step that says it keeps something, and never reads it"
 
+    needs = ('cache',)
+
     def __init__(self, cfg, layer=0):
         super().__init__()
 

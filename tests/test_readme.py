@@ -3,15 +3,18 @@
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
-from helpers import printed
+from helpers import printed, shake
 from test_root import readme_blocks, smaller, write_book
 
 import llm_lab as lab
 from llm_lab.config import SECTIONS, section_keys
-from llm_lab.corpora import corpus_of
+from llm_lab.core import REGISTERED
+from llm_lab.corpora import corpus_of, letters_of
+from llm_lab.gpt import check_causal
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,8 +31,13 @@ LITTLE = {
 
 def own_book():
     "The README's section of that name: [(language, code)]"
+    return blocks_of('## Your own book')
+
+
+def blocks_of(heading):
+    "The blocks of one of the README's sections: [(language, code)]"
     text = (ROOT / 'README.md').read_text(encoding='utf-8')
-    section = text.partition('## Your own book')[2].partition('\n## ')[0]
+    section = text.partition(heading)[2].partition('\n## ')[0]
     return re.findall(r'^```(\w+)\n(.*?)^```', section, re.M | re.S)
 
 
@@ -68,6 +76,37 @@ def test_a_book_of_ones_own_goes_from_start_to_end_as_the_readme_says(home):
         'start_from'
     ].endswith('artifacts/book_model')
     assert lab.load(run).model.cfg == lab.load('book_model').model.cfg
+
+
+def test_a_part_of_ones_own_goes_from_its_file_to_a_text_as_the_readme_says(home, monkeypatch):
+    (_, mine), (_, script), (_, commands) = blocks_of('## A part of your own')
+    (home / 'mine.py').write_text(mine)
+    monkeypatch.syspath_prepend(str(home))
+    monkeypatch.delitem(sys.modules, 'mine', raising=False)
+    before = dict(REGISTERED)
+    corpus = lab.load_corpus('tiny_tales')
+    space = dict(lab=lab, corpus=corpus, tok=lab.CharTokenizer.train(letters_of(corpus)))
+    try:
+        exec(smaller(script), space)
+        model, tok = space['model'], space['tok']
+        assert type(model.blocks[0].attn).__name__ == 'AFT' and model.cache(1, 9)
+        assert check_causal(shake(model)) is model
+        # with its cache, in a batch with padding, it writes what it writes without
+        prompts = ['One day', 'A']
+        texts = [
+            lab.complete(model, tok, prompts, 9, cache=c, temperature=0) for c in (True, False)
+        ]
+        assert [c.text for (c,) in texts[0]] == [c.text for (c,) in texts[1]]
+        outputs = []
+        for line in commands.splitlines():
+            words = shlex.split(line.replace('golden', 'smoke'))[1:]
+            outputs.append(printed(*little(words))[0])
+        assert outputs[1].startswith('ROMEO:')
+        run = lab.load('smoke/aft', parts='mine.py')
+        assert type(run.model.blocks[0].attn).__name__ == 'AFT' and run.model.cache(1, 9)
+    finally:
+        REGISTERED.clear()
+        REGISTERED.update(before)
 
 
 def test_the_readmes_config_says_what_its_script_says(home):

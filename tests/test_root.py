@@ -172,6 +172,8 @@ def test_the_readmes_script_runs_where_only_the_wheel_is_installed(installed, tm
     assert 'steps=4' in code and 'd_model=32' in code and 'max_tokens=2000' in code
     write_book(tmp_path / 'my_book.txt')
     write_book(tmp_path / 'letters.txt')
+    (mine,) = (block for block in readme_blocks() if 'lab.register(' in block)
+    (tmp_path / 'mine.py').write_text(mine)
     code += '\nprint(lab.__file__, len(texts), likely.tolist(), type(model).__name__)'
     done = subprocess.run(
         [sys.executable, '-c', code],
@@ -188,7 +190,12 @@ def test_the_readmes_script_runs_where_only_the_wheel_is_installed(installed, tm
     assert last.startswith(str(installed))
     assert re.search(r' 2 \[-[\d.]+, -[\d.]+\] MiniGPT$', last)
     assert (tmp_path / 'artifacts' / 'mine_hf' / 'model.safetensors').is_file()
-    assert {p.name for p in (tmp_path / 'artifacts').iterdir()} == {'mine', 'mine_hf', 'book_model'}
+    assert {p.name for p in (tmp_path / 'artifacts').iterdir()} == {
+        'mine',
+        'mine_hf',
+        'book_model',
+        'aft',
+    }
 
 
 def test_the_docstring_shows_the_readmes_script():

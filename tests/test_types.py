@@ -20,7 +20,9 @@ def checked(tmp_path_factory):
     "A function: what mypy says of some code"
     folder = tmp_path_factory.mktemp('types')
 
-    def run(code):
+    def run(code, **beside):
+        for module, text in beside.items():
+            (folder / f'{module}.py').write_text(text, encoding='utf-8')
         # a name of its own: mypy takes a file of the same second and size for the one it knows
         name = f'script{len([*folder.glob("script*.py")])}.py'
         (folder / name).write_text(code, encoding='utf-8')
@@ -40,7 +42,11 @@ def checked(tmp_path_factory):
 
 
 def test_the_readmes_scripts_have_no_error(checked):
-    assert checked('\n'.join(readme_blocks())) == []
+    blocks = readme_blocks()
+    # one of them is the reader's own file, which the next one imports
+    (mine,) = (block for block in blocks if 'class AFT(lab.Part)' in block)
+    blocks.remove(mine)
+    assert checked('\n'.join(blocks), mine=mine) == []
 
 
 def test_no_name_of_the_root_is_any(checked):
