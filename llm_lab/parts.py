@@ -451,9 +451,8 @@ class Objective:
     """What a model is trained for, where that is not the next token. A recipe of one stands in
     `GPTConfig.objective`; it is made once for each model, by f(cfg), and has no weights of its own.
 
-    `loss` is needed to train, `score` to evaluate, `generate` in a run of a config, which writes
-    samples. An objective without `generate` writes no text, and one without `next_logits` has no
-    bars in the playground: each says so in one line"""
+    `loss` is needed to train, `score` to evaluate. An objective without `generate` writes no text,
+    and one without `next_logits` has no bars in the playground: each says so in one line"""
 
     # ids that the model reads and never writes, beyond the `vocab_size` of the tokenizer
     extra_ids: int = 0

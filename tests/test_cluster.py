@@ -352,6 +352,7 @@ def wait_for(path, process):
         time.sleep(0.005)
 
 
+@pytest.mark.slow  # half a minute of starts; test_run kills runs at every place by day
 def test_the_readmes_line_survives_kills_and_refuses_a_second_start(home):
     records(home / 'corpus/a.jsonl', [f'story {n} of {n * n} cats' for n in range(300)])
     steps = dict(train=SHORT['train'] | dict(steps=200), eval=SHORT['eval'] | dict(every=200))

@@ -129,3 +129,13 @@ def test_rows_have_numbers_of_their_own():
             assert torch.equal(share(step), whole(step)[r::2])
     seen += BatchStream(ids, 6, 8, seed=4).row_numbers(0).tolist()
     assert len(set(seen)) == len(seen)
+
+
+def test_a_run_without_texts_and_with_a_loss_of_its_own_says_so(home):
+    little = ['model.objective.part=LastToken', *SHORT, 'train.steps=4']
+    job = train_run('smoke', *little, run='last', parts=OWN)
+    assert not (job.folder / 'samples.jsonl').exists()  # it has no `generate`
+    assert 'its losses are of the last token' in repr(lab.compare({'last': job.folder}))
+    usual = train_run('smoke', *SHORT, 'train.steps=4', run='usual')
+    assert (usual.folder / 'samples.jsonl').exists()
+    assert 'its losses are' not in repr(lab.compare({'usual': usual.folder}))

@@ -48,3 +48,21 @@ class RightToLeft(lab.Objective):
 
     def next_logits(self, model, ids):
         return model(ids[:, -1:])[:, -1]
+
+
+@lab.register
+class LastToken(lab.Objective):
+    "−ln P of the last token of each row alone: no likelihood of a text, and it writes none"
+
+    unit = 'of the last token'
+
+    def loss(self, model, rows, number):
+        return F.cross_entropy(model(rows[:, :-1])[:, -1], rows[:, -1])
+
+    @torch.no_grad()
+    def score(self, model, ids, windows, batch_size=None, live=None):
+        out = torch.full((len(ids),), torch.nan)
+        for begin, first, end in windows.tolist():
+            nats = F.cross_entropy(model(ids[None, begin : end - 1])[0, -1:], ids[end - 1 : end])
+            out[first:end] = nats
+        return out
