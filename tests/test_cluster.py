@@ -355,7 +355,7 @@ def wait_for(path, process):
 @pytest.mark.slow  # half a minute of starts; test_run kills runs at every place by day
 def test_the_readmes_line_survives_kills_and_refuses_a_second_start(home):
     records(home / 'corpus/a.jsonl', [f'story {n} of {n * n} cats' for n in range(300)])
-    steps = dict(train=SHORT['train'] | dict(steps=200), eval=SHORT['eval'] | dict(every=200))
+    steps = dict(train=SHORT['train'] | dict(steps=600), eval=SHORT['eval'] | dict(every=600))
     config = SHORT | steps | dict(log=dict(every=20, checkpoint_every=20))
     config['data'] = dict(corpus='corpus', field='body', length=16, mask_documents=True)
     (home / 'plant.yaml').write_text(json.dumps(config))
@@ -367,8 +367,10 @@ def test_the_readmes_line_survives_kills_and_refuses_a_second_start(home):
     assert f'is held by process {job.pid}' in printed(*words, code=1)[1]
     job.send_signal(signal.SIGKILL)
     assert job.wait(HANG) == -signal.SIGKILL
+    # however far it came before the kill, the next one is a step of this start
+    newest = max(int(p.name[5:]) for p in (runs / 'main/checkpoints').glob('step-*'))
     job = started(home, words)
-    wait_for(runs / 'main/checkpoints/step-000060', job)
+    wait_for(runs / f'main/checkpoints/step-{newest + 20:06d}', job)
     job.send_signal(signal.SIGTERM)
     said, _ = job.communicate(timeout=HANG)
     assert job.returncode == 143 and 'goes on from step' in said and 'stopped by SIGTERM' in said
