@@ -290,6 +290,21 @@ def _check_named(path, f, value):
     return word if [*keywords] == ['part'] else keywords
 
 
+def _fits(value, f, kinds) -> bool:
+    "Is a value of one of the kinds of its key, within its bounds, and one of its words?"
+    m = f.metadata
+    if type(value) not in kinds:  # not isinstance: True would pass for a whole number
+        return False
+    if isinstance(value, float) and not math.isfinite(value):
+        return False
+    if isinstance(value, (int, float)) and m.get('least') is not None:
+        if not m['least'] <= value <= (m['most'] or math.inf):
+            return False
+    if m.get('of'):
+        return value in m['of'] or bool(m.get('path') and _is_path(value))
+    return True
+
+
 def _checked(path, f, value):
     "The value of a key; raises `LabError` that names its path"
     m = f.metadata
@@ -309,14 +324,7 @@ def _checked(path, f, value):
     # lr=1 means 1.0; an int beyond 1e300 would not fit into a float, and is refused below
     if float in kinds and type(value) is int and abs(value) < 1e300:
         value = float(value)
-    good = type(value) in kinds  # not isinstance: True would pass for a whole number
-    if good and isinstance(value, float):
-        good = math.isfinite(value)
-    if good and isinstance(value, (int, float)) and m.get('least') is not None:
-        good = m['least'] <= value <= (m['most'] or math.inf)
-    if good and m.get('of'):
-        good = value in m['of'] or (m.get('path') and _is_path(value))
-    if not good:
+    if not _fits(value, f, kinds):
         remedy = _wanted(f)
         # a part by its name alone: the recipe that is meant is known
         if dict in kinds and value in (*SLOTS[HOLDS['config'][f.name]], *REGISTERED):

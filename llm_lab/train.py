@@ -702,6 +702,12 @@ def _unit_of(loss_fn) -> str:
     return f'of {name}' if name.isidentifier() else 'of the loss_fn'
 
 
+def _usual_unit(model) -> str:
+    "The unit of the loss that a model is trained with where no other is given"
+    objective = objective_of(model)
+    return objective.unit if objective else 'nats/token'
+
+
 def _check_steps(steps, state):
     "Raises `LabError` unless a run, perhaps one that goes on, can have so many steps"
     if not isinstance(steps, int) or steps < 0:
@@ -871,15 +877,14 @@ def fit(
         state: a `TrainState` of this model that goes on where it stands
     """
     given = {k: v for k, v in dict(lr=lr, weight_decay=weight_decay).items() if v is not None}
+    shape = {k: v for k, v in dict(warmup=warmup, min_lr=min_lr).items() if v}
     _check_steps(steps, state)
     _check_optimizer(optimizer, given)
-    _check_schedule(schedule, {k: v for k, v in dict(warmup=warmup, min_lr=min_lr).items() if v})
+    _check_schedule(schedule, shape)
     _check_callbacks(callbacks)
     state = state or TrainState(model.train(), steps)
     usual = loss_fn in (None, next_token_loss)
-    state.unit = 'nats/token' if usual else _unit_of(loss_fn)
-    if usual and objective_of(model):
-        state.unit = objective_of(model).unit
+    state.unit = _usual_unit(model) if usual else _unit_of(loss_fn)
     loss_fn, feed = loss_and_feed(model, batches, loss_fn)
     # a run that goes on keeps its optimizer, with the averages that it has by now
     optimizer = optimizer or state.optimizer or adamw(model.train(), **given)
@@ -898,8 +903,7 @@ def fit(
             if not state.step:
                 _check_first_batch(model, batches, rows, loss_fn)
                 check_own_parts(_bare(model), causal=usual)
-            fed = feed(rows, state.step)
-            value, grad_norm = step_fn(model, optimizer, fed, clip, loss_fn)
+            value, grad_norm = step_fn(model, optimizer, feed(rows, state.step), clip, loss_fn)
             state._add_step(rows, value, grad_norm)
             watch()
         state.random = rng_state(device)  # for whoever goes on with this run
