@@ -900,9 +900,9 @@ def _named(runs):
 
 
 def compare(
-    # several, or {name: run}: folders or names of runs, as `find_runs` takes them, what `fit`
-    # returned, or a `Score` of each (model 1, model 2, …)
-    runs,
+    # one after the other, in a list, or {name: run}: folders or names of runs, as `find_runs`
+    # takes them, what `fit` returned, or a `Score` of each (model 1, model 2, …)
+    *runs,
 ) -> Comparison:
     """Runs side by side, sorted by bits per byte, or by loss where not all have that.
 
@@ -912,9 +912,12 @@ def compare(
     Raises `LabError` on no run, and on what is none
 
     Args:
-        runs: several, or {name: run}: folders or names of runs, as `find_runs` takes them,
-            what `fit` returned, or a `Score` of each (model 1, model 2, …)
+        runs: one after the other, in a list, or {name: run}: folders or names of runs, as
+            `find_runs` takes them, what `fit` returned, or a `Score` of each (model 1,
+            model 2, …)
     """
+    if len(runs) == 1:
+        runs = runs[0]
     if not runs:
         raise LabError('there is no run to compare: give the folder of at least one')
     lines = [_line(name, run) for name, run in _named(runs).items()]

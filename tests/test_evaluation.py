@@ -655,3 +655,9 @@ def test_the_axis_is_called_by_what_is_drawn(trained, made):
     assert axis(dict(a=noted, b=bare)) == ('loss (nats per token)', ['a', 'b, training'])
     own = fit(fresh(pair_tok()), random_crops(torch.arange(300), 2, 64), 3, loss_fn=squared)
     assert axis([own]) == ('training of squared loss', ['model 1, training of squared'])
+
+
+def test_runs_are_compared_one_after_the_other_or_in_a_list(made):
+    a, b = made('a', 1.0), made('b', 2.0)
+    names = [line['name'] for line in compare(a, b).lines]
+    assert names == [line['name'] for line in compare([a, b]).lines] == ['a', 'b']
