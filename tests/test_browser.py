@@ -227,6 +227,7 @@ def test_a_clicked_token_shows_its_receptive_field(opened, tmp_path):
         assert box.locator('canvas').count() == 3
 
 
+@pytest.mark.slow  # its knobs are made by the function that `test_a_knob_redraws_its_picture` tries
 def test_an_expert_is_left_out_and_a_text_typed(opened, tmp_path):
     """The microscope of `experts`: a layer's expert is forbidden and nobody goes there, then
     another text is typed"""
@@ -265,8 +266,8 @@ def test_an_expert_is_left_out_and_a_text_typed(opened, tmp_path):
 @pytest.mark.parametrize(
     'name,knobs',
     [
-        ('31_positions', 'explore(clock'),
-        # one function makes the knobs of all chapters: the others are pressed by night
+        # one function makes the knobs of all chapters: by day those of 01_core are pressed
+        pytest.param('31_positions', 'explore(clock', marks=pytest.mark.slow),
         pytest.param('34_gqa', 'explore(sharing', marks=pytest.mark.slow),
         pytest.param('35_kv_cache', 'explore(bytes_picture', marks=pytest.mark.slow),
         pytest.param('61_diffusion', 'explore(film_strip', marks=pytest.mark.slow),
