@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrize import (
     is_parametrized,
     register_parametrization,
-    remove_parametrizations,
+    type_before_parametrizations,
 )
 from .core import LabError, nearest, rng, short
 from .files import atomic_write
@@ -78,6 +78,10 @@ class LoRALinear(Adapter):
 
     def trained(self):
         return [self.A, self.B]
+
+    def extra_repr(self):
+        rank = self.A.shape[-2]
+        return f'rank={rank}, alpha={self.scale * rank:g}'
 
     def update(self, x):  # (…, C) → (…, r) → (…, F)
         """B A x: two thin matmuls, and never the matrix B A
@@ -194,6 +198,8 @@ def add_lora(
     """
     _check_settings(rank, alpha, dropout)
     targets = [targets] if isinstance(targets, str) else [*targets]
+    if not targets:
+        raise LabError("targets=(): name some linear layers, such as 'attn' or 'mlp'")
     adapters = {}  # {layer: adapter}: a layer that stands in two places has one adapter
     for name, layer in _layers_named(model, targets):
         if layer not in adapters:
@@ -272,7 +278,7 @@ def train_rows(
     tables = [model.tok]
     if isinstance(getattr(model.lm_head, 'weight', None), Tensor):
         tables.append(model.lm_head)
-    if any(is_parametrized(table, 'weight') for table in tables):
+    if any(map(is_parametrized, tables)):
         raise LabError('rows of this model are trained already: give merge_lora(model)')
     made = {}  # {id of a weight: its rows}: a table with two names, as `tie` makes it, has one
     for table in tables:
@@ -296,10 +302,20 @@ def remove_lora(model: nn.Module) -> nn.Module:  # `model`
         if isinstance(m, LoRALinear):
             _put(model, name, m.base)
     for m in _tables_with_rows(model):
-        remove_parametrizations(m, 'weight', leave_parametrized=False)
+        _take_rows_off(m)
     for p in model.parameters():
         p.requires_grad_(True)
     return model
+
+
+def _take_rows_off(m):
+    """The module without `TrainedRows`. PyTorch's `remove_parametrizations` would also change the
+    class of `m`, which is that of each deepcopy of it, too"""
+    kind = type_before_parametrizations(m)
+    weight = m.parametrizations.weight.original
+    del m.parametrizations
+    m.__class__ = kind
+    m.weight = weight
 
 
 def _rows_of(m):
