@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Adapter', 'LoRALinear', 'LoRAExperts', 'add_lora', 'lora_parameters', 'TrainedRows', 'train_rows', 'remove_lora',
-           'merge_lora', 'without_lora', 'base_sha256', 'save_lora', 'load_lora']
+           'merge_lora', 'without_lora', 'base_state', 'base_sha256', 'adapter_state', 'save_lora', 'restore_adapters',
+           'load_lora']
 
 # %% ../nbs/60_lora.ipynb #60a00005
 import copy
@@ -381,22 +382,41 @@ def _base_name(model, name) -> str:
     return name
 
 
+def base_state(model: nn.Module) -> dict:  # {name: tensor}
+    """As `state_dict()` of the model without its adapters, by the names there. The tensors are
+    those of the model, not copies
+
+    Returns:
+        {name: tensor}
+    """
+    trained = {id(p) for p in lora_parameters(model)}
+    state = {}
+    for name, t in model.state_dict(keep_vars=True).items():
+        if id(t) not in trained and not name.endswith('.parametrizations.weight.0.ids'):
+            state[_base_name(model, name)] = t
+    return state
+
+
 def base_sha256(model: nn.Module) -> str:
     """The SHA-256 of the parameters under the adapters: names, shapes, precision and bytes. It is
     that of the model before `add_lora`"""
-    trained = {id(p) for p in lora_parameters(model)}
-    named = {_base_name(model, n): p for n, p in model.named_parameters() if id(p) not in trained}
     digest = hashlib.sha256()
-    for name in sorted(named):
-        t = named[name].detach().cpu().contiguous()
+    for name, p in sorted(base_state(model).items()):
+        if not isinstance(p, nn.Parameter):
+            continue  # a buffer may move while adapters are trained
+        t = p.detach().cpu().contiguous()
         digest.update(f'{name} {tuple(t.shape)} {t.dtype}\n'.encode())
         digest.update(t.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
-def _adapter_state(model) -> dict:
-    """{name: tensor} of all that training moves: A and B, trained rows, and buffers, such as the
-    bias by which a router keeps its experts in balance"""
+def adapter_state(model: nn.Module) -> dict:  # {name: tensor}
+    """All that training moves: A and B, trained rows, and buffers, such as the bias by which a
+    router keeps its experts in balance. The tensors are those of the model, not copies
+
+    Returns:
+        {name: tensor}
+    """
     trained = {id(p) for p in lora_parameters(model)}
     state = {}
     for name, t in model.state_dict(keep_vars=True).items():
@@ -435,7 +455,7 @@ def save_lora(
         `folder`
     """
     _require_adapters(model)
-    state = {name: t.detach().contiguous() for name, t in _adapter_state(model).items()}
+    state = {name: t.detach().contiguous() for name, t in adapter_state(model).items()}
     facts = dict(base_sha256=base_sha256(model), **_facts(model))
     with atomic_write(Path(folder)) as new:
         new.mkdir()
@@ -457,17 +477,30 @@ def _check_base(folder, facts, model):
         )
 
 
-def _check_state(folder, model, state):
-    "Raises `LabError` unless a file holds just the tensors that the adapters of a model need"
-    want = {name: tuple(t.shape) for name, t in _adapter_state(model).items()}
+@torch.no_grad()
+def restore_adapters(
+    model: nn.Module,  # with adapters of the same settings; changed in place
+    state: dict,  # as `adapter_state` gives it
+    where,  # the file that it was read from, for the message
+):
+    """Give the adapters of a model these values. Raises `LabError` where they are those of others
+
+    Args:
+        model: with adapters of the same settings; changed in place
+        state: as `adapter_state` gives it
+        where: the file that it was read from, for the message
+    """
+    mine = adapter_state(model)
+    want = {name: tuple(t.shape) for name, t in mine.items()}
     have = {name: tuple(t.shape) for name, t in state.items()}
     odd = [name for name in (*want, *have) if want.get(name) != have.get(name)]
     if odd:
         name = odd[0]
         raise LabError(
-            f'{folder}/{_FILE}: {short(name)} is {have.get(name)}, it should be {want.get(name)}: '
-            f'{_REMEDY}'
+            f'{where}: {short(name)} is {have.get(name)}, it should be {want.get(name)}: {_REMEDY}'
         )
+    for name, t in mine.items():
+        t.copy_(state[name])
 
 
 def load_lora(
@@ -499,11 +532,8 @@ def load_lora(
             add_lora(model, **settings, targets=facts['layers'])
         if facts.get('ids'):
             train_rows(model, facts['ids'])
-        _check_state(folder, model, state)
+        restore_adapters(model, state, folder / _FILE)
     except LabError:
         remove_lora(model)
         raise
-    with torch.no_grad():
-        for name, t in _adapter_state(model).items():
-            t.copy_(state[name])
     return model

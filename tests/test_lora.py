@@ -6,9 +6,11 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import near, one_line, shake, shaken
+from helpers import near, one_line, shake, shaken, tiny_model
 from torch import nn
 
+from llm_lab.chars import CharTokenizer
+from llm_lab.config import check_resumable, config_from_dict, read_config
 from llm_lab.core import rng
 from llm_lab.efficient import StepRunner, apply_activation_checkpointing
 from llm_lab.experts import active_params
@@ -36,12 +38,14 @@ from llm_lab.optim import muon, sgd
 from llm_lab.package import load, require_faithful, save
 from llm_lab.parts import part
 from llm_lab.positions import RoPE
+from llm_lab.runs import train_run
 from llm_lab.train import adamw, fit, next_token_loss, train_step
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 SIZED = dict(vocab_size=40, d_model=16, n_heads=4, n_layers=2, max_len=24)
 IDS = torch.randint(40, (3, 20), generator=rng(0, 'ids'))
+LETTERS = CharTokenizer(''.join(sorted({*'\n<|endoftext|>'})) + ''.join(map(chr, range(65, 94))))
 EXPERTS = part(MoE, n_experts=4, top_k=2)
 BALANCED = part(MoE, n_experts=4, router=part(Router, choose=part(sigmoid_top_k), bias_rate=0.1))
 KINDS = dict(
@@ -399,10 +403,6 @@ def test_a_manifest_that_does_not_fit_its_tensors_leaves_the_model_alone(
 
 
 def test_no_folder_of_another_kind_is_read(tmp_path):
-    from helpers import tiny_model
-
-    from llm_lab.chars import CharTokenizer
-
     save(tmp_path / 'p', tiny_model(), CharTokenizer('abc'))
     one_line(lambda: load_lora(tmp_path / 'p', shaken(KINDS['gpt'])), 'manifest.json')
     save_lora(tmp_path / 'a', adapted())
@@ -444,19 +444,13 @@ def test_what_cannot_be_merged_is_not_adapted(tmp_path):
     one_line(lambda: train_rows(train_rows(plain, [1]), [2]), 'trained already')
     for ids in ([], [40], [-1], [True], ['a']):
         one_line(lambda: train_rows(shaken(KINDS['gpt']), ids), 'ids')
-    from llm_lab.chars import CharTokenizer
-
-    letters = CharTokenizer(''.join(map(chr, range(65, 105))))
-    one_line(lambda: save(tmp_path / 'y', adapted(), letters), 'LoRALinear')
+    one_line(lambda: save(tmp_path / 'y', adapted(), LETTERS), 'LoRALinear')
 
 
 def test_it_writes_with_adapters_as_merged():
-    from llm_lab.chars import CharTokenizer
-
-    letters = CharTokenizer(''.join(map(chr, range(65, 105))))
     model = adapted()
     said = [
-        complete(m, letters, ['ABC', 'D'], max_new_tokens=8, temperature=0)
+        complete(m, LETTERS, ['ABC', 'D'], max_new_tokens=8, temperature=0)
         for m in (model, with_kv_cache(model), merge_lora(model))
     ]
     texts = [[c.text for samples in of_one for c in samples] for of_one in said]
@@ -507,3 +501,62 @@ def _give(theirs, model):
                 with torch.no_grad():
                     their.lora_A.default.weight.copy_(adapter.A)
                     their.lora_B.default.weight.copy_(rows)
+
+
+# ---- by a config
+
+START = dict(start_from='artifacts/start')
+
+
+@pytest.mark.parametrize(
+    'lora, words',
+    [
+        ('8', ("train.lora='8'", 'rank: 8')),
+        ({'rnak': 8}, ('train.lora', 'rnak', 'rank')),
+        ({'rank': 8.5}, ('train.lora.rank=8.5', 'a whole number')),
+        ({'rank': True}, ('train.lora.rank=True',)),
+        ({'targets': ['qkv', 3]}, ('train.lora.targets=', 'a list of texts')),
+    ],
+)
+def test_a_config_names_the_setting_that_is_wrong(lora, words):
+    one_line(lambda: config_from_dict(dict(train=dict(START, lora=lora))), *words)
+
+
+def test_adapters_need_a_start_and_keep_their_settings():
+    one_line(lambda: config_from_dict(dict(train=dict(lora=dict(rank=2)))), 'train.start_from')
+    cfg = config_from_dict(dict(train=dict(START, lora={})))
+    assert cfg.train.lora == {}  # all as `add_lora` has it
+    other = config_from_dict(dict(train=dict(START, lora=dict(rank=4))))
+    one_line(lambda: check_resumable(cfg, other), "train.lora={'rank': 4}: it was {}")
+    said = read_config(dict(train=dict(START)), ['train.lora.rank=3', 'train.lora.targets=[qkv]'])
+    assert said.train.lora == dict(rank=3, targets=['qkv'])
+
+
+@pytest.mark.parametrize(
+    'lora, words',
+    [
+        (dict(rank=0), ('train.lora: rank=0', 'at least 1')),
+        (dict(targets='qvk'), ("train.lora: targets='qvk'", 'qkv')),
+    ],
+)
+def test_what_no_adapter_can_have_is_said_before_anything_is_made(lora, words, home):
+    save('start', shaken(GPTConfig(**SIZED)), LETTERS)
+    (home / 'text.txt').write_text('ABCDEFGH' * 200)
+    data = dict(corpus='text.txt')
+    train = dict(start_from='start', lora=lora, steps=1, batch_size=2)
+    one_line(lambda: train_run(dict(data=data, train=train)), *words)
+    assert not (home / 'experiments').exists() and not (home / 'data').exists()
+
+
+def test_a_run_of_adapters_and_rows_that_read_within_documents(home):
+    save('start', shaken(GPTConfig(**SIZED)), LETTERS)
+    (home / 'text.txt').write_text('\n<|endoftext|>\n'.join(['ABCDEFG', 'HIJKLMNOP'] * 99))
+    data = dict(corpus='text.txt', mask_documents=True)
+    train = dict(start_from='start', lora=dict(rank=2), steps=3, batch_size=2, recompute=True)
+    more = dict(eval=dict(every=3, tokens=200), log=dict(every=1, checkpoint_every=2))
+    job = train_run(dict(data=data, train=train, **more))
+    near(logits(load(job.folder).model), logits(job.run.model))
+    assert (
+        'adapters' in repr(job)
+        and (load('start').model.tok.weight == job.run.model.tok.weight).all()
+    )
