@@ -1080,8 +1080,8 @@ def __repr__(self: TrainingRun):
     if c.train.lora is not None:
         trained = sum(p.numel() for p in lora_parameters(self.run.model))
         lines.append(
-            f'        train.lora: {trained:,} parameters of adapters are trained; the others are '
-            f'those of {c.train.start_from}'
+            f'        train.lora: {trained:,} of them, the adapters, are trained; the others stay '
+            f'as in {c.train.start_from}'
         )
     if self.why:
         lines.append(f'        {c.train.precision}: {self.why}')
