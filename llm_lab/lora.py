@@ -374,7 +374,7 @@ _REMEDY = 'copy or save the adapters again'
 
 def _base_name(model, name) -> str:
     "The name that a tensor has in the model without adapters"
-    for path, m in model.named_modules():
+    for path, m in model.named_modules(remove_duplicate=False):
         if isinstance(m, LoRALinear) and name.startswith(f'{path}.base.'):
             return f'{path}.{name[len(path) + 6 :]}'
         if _rows_of(m) is not None and name == f'{path}.parametrizations.weight.original':
@@ -429,7 +429,8 @@ def adapter_state(model: nn.Module) -> dict:  # {name: tensor}
 
 def _facts(model) -> dict:
     "How the adapters of a model are made again: what `add_lora` and `train_rows` are called with"
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
+    named = model.named_modules(remove_duplicate=False)  # a layer may stand in two places
+    layers = {name: m for name, m in named if isinstance(m, LoRALinear)}
     tables = _tables_with_rows(model)
     facts = dict(layers=[*layers], ids=_rows_of(tables[0]).ids.tolist() if tables else [])
     for m in layers.values():  # all alike: `add_lora` refuses a second call
@@ -466,14 +467,16 @@ def save_lora(
 
 def _check_base(folder, facts, model):
     "Raises `LabError` unless a model has the weights that the adapters were trained on"
-    known = facts.get('base_sha256') if isinstance(facts, dict) else None
-    if not isinstance(known, str) or not isinstance(facts.get('layers'), list):
+    facts = facts if isinstance(facts, dict) else {}
+    kinds = dict(base_sha256=str, layers=list, ids=list)
+    if not all(isinstance(facts.get(key), kind) for key, kind in kinds.items()):
         raise LabError(f'{folder} holds no adapters of save_lora: give the folder of one')
+    known = facts['base_sha256']
     mine = base_sha256(model)
     if known != mine:
         raise LabError(
-            f'{folder} was trained on other weights (SHA-256 {known[:12]}…, those of this model '
-            f'are {mine[:12]}…): give the model that add_lora was called on'
+            f'{folder} was trained on other weights (SHA-256 {short(known[:12])}…, this model has '
+            f'{mine[:12]}…): give the model that add_lora was called on'
         )
 
 
@@ -530,7 +533,7 @@ def load_lora(
     try:
         if facts['layers']:
             add_lora(model, **settings, targets=facts['layers'])
-        if facts.get('ids'):
+        if facts['ids']:
             train_rows(model, facts['ids'])
         restore_adapters(model, state, folder / _FILE)
     except LabError:

@@ -1,6 +1,7 @@
 """`lora`: models of all kinds with adapters, what moves and what must not, merging, files, and
 equality with peft."""
 
+import copy
 import json
 from functools import partial
 
@@ -25,6 +26,7 @@ from llm_lab.lora import (
     LoRALinear,
     add_lora,
     base_sha256,
+    base_state,
     load_lora,
     lora_parameters,
     merge_lora,
@@ -306,13 +308,17 @@ def test_compiled_it_computes_the_same():
             near(fast(IDS), model(IDS))
 
 
-def test_a_layer_in_two_places_has_one_adapter():
+def test_a_layer_in_two_places_has_one_adapter(tmp_path):
     model = shaken(KINDS['gpt'])
     model.blocks[1].mlp.up = model.blocks[0].mlp.up
     add_lora(model, 2)
     assert model.blocks[1].mlp.up is model.blocks[0].mlp.up
     shake(model)
     near(logits(merge_lora(model)), logits(model))
+    plain = remove_lora(copy.deepcopy(model))
+    assert [*base_state(model)] == [*plain.state_dict()]
+    again = load_lora(save_lora(tmp_path / 'a', model), plain)
+    assert torch.equal(logits(again), logits(model))
 
 
 def test_models_of_other_libraries_are_adapted_by_their_names():
@@ -384,6 +390,7 @@ def test_a_changed_file_is_refused(tmp_path):
         dict(layers=[]),
         dict(layers=['blocks.0.attn.qkv']),
         dict(ids=[3]),
+        dict(ids=5),
         dict(rank='2'),
     ],
 )
