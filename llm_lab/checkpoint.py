@@ -43,6 +43,7 @@ from llm_lab.package import (
     write_package,
 )
 from .evaluation import read_metrics
+from .lora import adapter_state, lora_parameters, merge_lora, restore_adapters
 
 # %% ../nbs/81_checkpoint.ipynb #634eaaa0
 def _is_plain(value):
@@ -279,6 +280,9 @@ def _diverged(model, tensors) -> str:  # '' if none has
     return ''
 
 
+_ADAPTERS = 'adapters.safetensors'
+
+
 def _there_already(manager, run) -> bool:
     "Is this step saved? Raises `LabError` where the newest checkpoint is of another run"
     last = max(manager.steps(), default=None)
@@ -297,7 +301,14 @@ def _write_checkpoint(manager, run, folder, state, tensors):
     "Fill an empty folder: the package, optimizer.safetensors, state.json, and last the manifest"
     about = {**manager.about, 'step': run.step, 'tokens': run.tokens}
     title = f'{manager.folder.name}, step {run.step:,}'
-    write_package(folder, run.model, manager.tokenizer, about, title)
+    model = run.model
+    if lora_parameters(model):
+        # whoever opens the package wants one model; whoever goes on, the adapters beside it
+        adapters = {name: t.detach().contiguous() for name, t in adapter_state(model).items()}
+        model = merge_lora(model)
+    write_package(folder, model, manager.tokenizer, about, title)
+    if model is not run.model:
+        (folder / _ADAPTERS).write_bytes(tensor_bytes(adapters))
     # (2, steps): the loss and the gradient norm of each step so far
     tensors['history'] = run.history[:, : run.step].contiguous()
     (folder / 'optimizer.safetensors').write_bytes(tensor_bytes(tensors))
@@ -431,6 +442,16 @@ def _read_whole(path) -> tuple:  # (files as bytes, state, tensors of the optimi
     return data, state, tensors
 
 
+def _load_model(model, data, path):
+    """Bring the weights to where they were. Of a model with adapters these are the adapters: the
+    weights under them do not move, and whoever made the model has given it those"""
+    if lora_parameters(model):
+        state = parse_json(data.get(_ADAPTERS, b''), path / _ADAPTERS, tensors_from)
+        restore_adapters(model, state, path / _ADAPTERS)
+    else:
+        load_weights(model, data.get('model.safetensors', b''), path / 'model.safetensors')
+
+
 def _require_fitting(manager, run, path, state, own):
     "Raises `LabError` unless a checkpoint stands under its name, and fits what is planned"
     # a copy in another place may have any name; among this run's, the name says the step
@@ -473,7 +494,7 @@ def load(
     data, state, tensors = _read_whole(path)
     own = path.parent.resolve() == self.folder_of(0).parent.resolve()  # else a branch begins here
     _require_fitting(self, run, path, state, own)
-    load_weights(run.model, data.get('model.safetensors', b''), path / 'model.safetensors')
+    _load_model(run.model, data, path)
     odd = _diverged(run.model, tensors)
     if odd:
         why = f'{path}: {odd} is not finite'

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import get_args
 from .core import FORMAT_1, HOLDS, REGISTERED, SLOTS, LabError, _refuse_format_1
-from .core import address, check_recipe, home, plain, require, short
+from .core import address, check_recipe, home, nearest, plain, require, short
 from .files import require_ours, atomic_write
 from .corpora import KINDS, check_splits, found_path, kept_path
 
@@ -34,6 +34,11 @@ def _key(default, least=None, most=None, of=None, also=None, path=False):
 def _named(default, *of):
     "A key that takes a function by name: one `of` these words, or what you have registered"
     return field(default=default, metadata=dict(of=of, named=True))
+
+
+def _settings(**kinds):
+    "A key that takes settings by name, each of one of these kinds, or null; see `_check_settings`"
+    return field(default=None, metadata=dict(settings=kinds))
 
 
 def _shares():
@@ -149,6 +154,8 @@ class TrainConfig:
         start_from: begin with the weights of a package, a run, a checkpoint or a Hugging
             Face folder, by path or name; what is left out of model, data.length and
             data.tokenizer is as there, and all else as this config says
+        lora: train adapters on those weights, and freeze the weights: {rank: 8, alpha: 16},
+            and perhaps targets and dropout, as `add_lora` takes them
         seed: of weights, order of the text, dropout, samples
         threads: on the CPU; auto is the fastest number; if none, as many as the process has
     """
@@ -178,6 +185,11 @@ class TrainConfig:
     # name; what is left out of model, data.length and data.tokenizer is as there, and all else as
     # this config says
     start_from: str | None = None
+    # train adapters on those weights, and freeze the weights: {rank: 8, alpha: 16}, and perhaps
+    # targets and dropout, as `add_lora` takes them
+    lora: dict | None = _settings(
+        rank=(int,), alpha=(int, float), targets=(str, list), dropout=(int, float)
+    )
     seed: int = _key(0, 0, 2**31)  # of weights, order of the text, dropout, samples
     # on the CPU; auto is the fastest number; if none, as many as the process has
     threads: int | None = _key(None, 1, 1024, also='auto')
@@ -231,6 +243,7 @@ _KINDS = {
     bool: 'true or false',
     str: 'a text, in quotes',
     dict: 'a recipe',
+    list: 'a list of texts',
 }
 
 
@@ -239,6 +252,8 @@ def _wanted(f):
     m = f.metadata
     if m.get('shares'):
         return 'give shares such as {val: 0.05, test: 0.05}, or files such as {val: val.txt}'
+    if m.get('settings'):
+        return 'give settings such as {rank: 8, alpha: 16}, or null'
     if m.get('named'):
         several = ', one or a list' if f.type is list else ''
         return (
@@ -290,6 +305,23 @@ def _check_named(path, f, value):
     return word if [*keywords] == ['part'] else keywords
 
 
+def _check_settings(path, f, value):
+    """Settings by name, or None. What a number may be is known to whoever takes it, in a later
+    chapter"""
+    if value is None:
+        return None
+    kinds = f.metadata['settings']
+    if not isinstance(value, dict):
+        raise LabError(f'{path}={short(value, 200)}: {_wanted(f)}')
+    for k, v in value.items():
+        if k not in kinds:
+            raise LabError(f'{path} has no {short(k)}: {nearest(k, kinds)}')
+        if type(v) not in kinds[k] or (type(v) is list and not all(type(x) is str for x in v)):
+            known = ' or '.join(_KINDS[kind] for kind in kinds[k])
+            raise LabError(f'{path}.{k}={short(v, 200)}: give {known}')
+    return value
+
+
 def _fits(value, f, kinds) -> bool:
     "Is a value of one of the kinds of its key, within its bounds, and one of its words?"
     m = f.metadata
@@ -310,6 +342,8 @@ def _checked(path, f, value):
     m = f.metadata
     if m.get('shares'):
         return check_splits(value, path)
+    if m.get('settings'):
+        return _check_settings(path, f, value)
     if m.get('named') and f.type is not list:
         return _check_named(path, f, value)
     if m.get('named'):
@@ -345,6 +379,10 @@ _PATHS = {f'{s}.{f.name}': f for s, kind in SECTIONS.items() for f in fields(kin
 
 def _check_training(t: TrainConfig):
     "Raises `LabError` on keys of training that do not go together"
+    if t.lora is not None and not t.start_from:
+        raise LabError(
+            f'train.lora={short(t.lora)}: adapters need a trained model; give train.start_from, too'
+        )
     if t.batch_size % t.accumulate:
         raise LabError(
             f'train.accumulate={t.accumulate} does not divide '
@@ -963,7 +1001,7 @@ def _as_yaml(data):
 
 
 # keys that older files do not have
-_NEWER = 'data.splits', 'model.block', 'model.objective'
+_NEWER = 'data.splits', 'model.block', 'model.objective', 'train.lora'
 
 
 def _left_out(said) -> list:

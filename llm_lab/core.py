@@ -36,7 +36,7 @@ _EXTRAS = dict(
     lab='matplotlib ipywidgets anywidget IPython traitlets',
     train='pooch filelock accelerate omegaconf yaml tensorboard dotenv psutil',
     data='datasets pyarrow tiktoken huggingface_hub',
-    verify='transformers hypothesis',
+    verify='transformers hypothesis peft',
 )
 
 

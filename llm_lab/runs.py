@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['GoingOn', 'load_data', 'kept_corpus', 'require_corpus', 'make_batches', 'document_begins', 'within_documents',
-           'SingleProcess', 'make_engine', 'all_gather_json', 'model_config', 'schedule_of', 'loss_of', 'callbacks_of',
-           'config_of_start', 'describe_start', 'start_weights', 'set_threads', 'set_precision', 'TrainingRun',
-           'peak_memory', 'run_lock', 'told_of', 'require_parts', 'use_parts', 'run_to_go_on', 'differing_keys',
-           'resolve_resume', 'train_run']
+           'SingleProcess', 'make_engine', 'all_gather_json', 'model_config', 'schedule_of', 'add_adapters', 'loss_of',
+           'callbacks_of', 'config_of_start', 'describe_start', 'start_weights', 'set_threads', 'set_precision',
+           'TrainingRun', 'peak_memory', 'run_lock', 'told_of', 'require_parts', 'use_parts', 'run_to_go_on',
+           'differing_keys', 'resolve_resume', 'train_run']
 
 # %% ../nbs/82_runs.ipynb #aedce895
 TYPE_CHECKING = False  # a type checker takes it for True
@@ -112,6 +112,7 @@ from llm_lab.optim import (
 )
 from .efficient import PRECISIONS, StepRunner, apply_activation_checkpointing, step_memory
 from .sparse import and_masks, same_document
+from .lora import add_lora, base_state, lora_parameters
 from llm_lab.checkpoint import (
     COLUMNS,
     CheckpointManager,
@@ -561,6 +562,20 @@ def schedule_of(t):
     return make_schedule(t.schedule, t.warmup, t.min_lr / t.lr)
 
 
+def add_adapters(model, t):  # `model`
+    """The adapters that the section `train` of a config describes, put on a model in place, if any
+
+    Returns:
+        `model`
+    """
+    if t.lora is None:
+        return model
+    try:
+        return add_lora(model, **t.lora, seed=t.seed)
+    except LabError as e:
+        raise LabError(f'train.lora: {e}') from None
+
+
 def loss_of(t):
     """The loss that the section `train` of a config names, a function of (model, rows); None for
     the usual one, which is the objective's, if the model has one"""
@@ -599,7 +614,8 @@ def _try_parts(cfg: RunConfig):
         check_parts(made)
     except LabError as e:
         raise LabError(f'model.{str(e).removeprefix("model.")}') from None
-    make_optimizer(t.optimizer, meta_model(made), t.lr, t.weight_decay)  # of shapes: no memory
+    shapes = add_adapters(meta_model(made), t)
+    make_optimizer(t.optimizer, shapes, t.lr, t.weight_decay)  # of shapes: no memory
 
 
 def _affordable(cfg, device='cpu'):
@@ -654,7 +670,7 @@ def start_weights(model, start) -> str:  # SHA-256 of the weights
         SHA-256 of the weights
     """
     there = load(start).model.state_dict()
-    here = model.state_dict()
+    here = base_state(model)  # under the adapters, if it has some
     for name in {**here, **there}:
         shapes = [' × '.join(map(str, s[name].shape)) if name in s else '' for s in (there, here)]
         if shapes[0] != shapes[1]:
@@ -679,7 +695,7 @@ def _trial(cfg: RunConfig, vocab_size: int, precision: str):
     norm]"""
     t = cfg.train
     model = MiniGPT(_affordable(model_config(cfg, vocab_size)), t.seed)
-    apply_activation_checkpointing(model, t.recompute)
+    apply_activation_checkpointing(add_adapters(model, t), t.recompute)
     opt = make_optimizer(t.optimizer, model, lr=1e-6, weight_decay=t.weight_decay)
     step = StepRunner(t.accumulate, precision, t.compile)
     rows = torch.randint(
@@ -784,10 +800,12 @@ def _texts_of(cfg, engine, on) -> dict:
 
 
 def _begin_with_start(job):
-    "The weights of `train.start_from` for a run at step 0; '' where a checkpoint has others"
+    """The weights of `train.start_from` for a run at step 0; '' where a checkpoint has others.
+    Under adapters they never move, so a run that goes on has them from there, too"""
     on = job.on
     start = job.cfg.train.start_from
-    if not start or (on and (on.start or steps_in(on.folder))):
+    has_others = on and (on.start or steps_in(on.folder)) and job.cfg.train.lora is None
+    if not start or has_others:
         return on.told.get('hashes', {}).get('start', '') if on else ''
     found = start_weights(job.run.model, start)
     known = on.told.get('hashes', {}).get('start') if on else None
@@ -803,7 +821,7 @@ def _train_state(cfg, vocab_size, device) -> TrainState:
     "Model and optimizer of a config, on the device, before the first step"
     t = cfg.train
     model = MiniGPT(_affordable(model_config(cfg, vocab_size), device.type), t.seed).to(device)
-    apply_activation_checkpointing(model, t.recompute)
+    apply_activation_checkpointing(add_adapters(model, t), t.recompute)
     opt = make_optimizer(t.optimizer, model, t.lr, t.weight_decay)
     return TrainState(model, t.steps, optimizer=opt)
 
@@ -1014,7 +1032,9 @@ def _memory_line(job) -> list:
                 cfg,
                 rows,
                 lambda model: make_optimizer(t.optimizer, model, t.lr, t.weight_decay),
-                prepare=lambda model: apply_activation_checkpointing(model, t.recompute),
+                prepare=lambda model: apply_activation_checkpointing(
+                    add_adapters(model, t), t.recompute
+                ),
             )
     except (LabError, RuntimeError):  # an optimizer of the reader's own may, too
         return []
@@ -1056,6 +1076,12 @@ def __repr__(self: TrainingRun):
     if c.data.mask_documents:
         lines.append(
             '        data.mask_documents: documents in one row do not attend to each other'
+        )
+    if c.train.lora is not None:
+        trained = sum(p.numel() for p in lora_parameters(self.run.model))
+        lines.append(
+            f'        train.lora: {trained:,} of them, the adapters, are trained; the others stay '
+            f'as in {c.train.start_from}'
         )
     if self.why:
         lines.append(f'        {c.train.precision}: {self.why}')

@@ -689,6 +689,8 @@ def another(path, f, now, luck):
         return 'other.txt'
     if path == 'data.splits':
         return {'val': 0.2}
+    if path == 'train.lora':
+        return {'rank': 2}
     if words:
         others = [w for w in words if w not in (now, 'auto')]
         return luck.choice(others or ['Mine'])  # that nobody has registered

@@ -185,7 +185,7 @@ def bits(folder):
         step=place.name,
         names=[(folder / k).read_text() for k in ('latest', 'best')],
     )
-    assert sorted(found['files']) == ['model.safetensors', 'optimizer.safetensors']
+    assert {'model.safetensors', 'optimizer.safetensors'} <= found['files'].keys()
     result = json.loads((folder / 'result.json').read_text())
     return dict(found, result={k: v for k, v in timeless(result).items() if k != 'run'})
 
@@ -716,6 +716,88 @@ def test_torchrun_starts_two(home, text, nursery, whole_by_two):
     said = python(home, *launch, 'train', *settings(text))
     assert said.returncode == 0 and 'on 2 × cpu' in said.stdout, said.stderr
     assert_same(folder_of(home, folder_of(home, 'latest').read_text().strip()), whole_by_two[0])
+
+
+# ---- a run that trains adapters
+
+
+@pytest.fixture(scope='module')
+def base(desk, nursery, text):
+    "The folder of a finished run, whose weights others adapt"
+    (home := desk / 'base').mkdir()
+    life = nursery.live(home, 'train', *settings(text, train__steps=12), '--run', 'x')
+    assert life['code'] == 0, life
+    return folder_of(home)
+
+
+def adapting(text, base, **change):
+    "Settings of a run that trains adapters, with dropout, on the weights of another run"
+    lora = '{rank: 3, alpha: 6, dropout: 0.1, targets: [qkv, mlp]}'
+    return settings(text, train__start_from=base, train__lora=lora, **change)
+
+
+def test_a_run_of_adapters_ends_with_the_same_bits_wherever_it_is_killed(
+    nursery, desk, home, text, base
+):
+    from llm_lab.package import load, require_faithful
+
+    (calm := home / 'calm').mkdir()
+    (killed := home / 'killed').mkdir()
+    words = [*adapting(text, base), '--run', 'x', '--resume']
+    assert nursery.live(calm, 'train', *words)['code'] == 0
+    for fate in (
+        dict(place='stepping', when='before', k=2),  # before its first checkpoint
+        dict(place='saving', when='after', k=3),
+        dict(place='stepping', when='after', k=7),
+        dict(place='committing', when='after', k=2),
+    ):
+        life = nursery.live(killed, 'train', *words, fate=fate)
+        assert life['code'] == -signal.SIGKILL, life
+    assert nursery.live(killed, 'train', *words)['code'] == 0
+    assert_same(folder_of(killed), bits(folder_of(calm)))
+    assert 'adapters.safetensors' in bits(folder_of(calm))['files']
+    # whoever opens the run has one plain model, other than that which it began with
+    opened = load(folder_of(calm)).model
+    require_faithful(opened)
+    start = load(base).model.state_dict()
+    moved = {n for n, t in opened.state_dict().items() if (t != start[n]).any()}
+    assert {n.split('.')[-2] for n in moved} == {'qkv', 'up', 'out'}
+    assert not any('attn.out' in n or n.endswith('bias') for n in moved)
+    life = nursery.live(calm, 'eval', folder_of(calm))
+    assert life['code'] == 0 and 'bits' in life['out'], life
+
+
+def test_adapters_go_on_only_over_the_weights_that_they_began_with(nursery, home, text, base):
+    mine = home / 'mine'
+    shutil.copytree(base, mine)
+    words = [*adapting(text, mine, train__steps=9), '--run', 'x', '--resume']
+    fate = dict(place='stepping', when='before', k=8)
+    assert nursery.live(home, 'train', *words, fate=fate)['code'] == -signal.SIGKILL
+    (mine / 'best').write_text('step-000003\n')
+    if not (mine / 'checkpoints' / 'step-000003').exists():
+        first = min((mine / 'checkpoints').glob('step-*')).name
+        (mine / 'best').write_text(f'{first}\n')
+    life = nursery.live(home, 'train', *words)
+    assert life['code'] == 1 and 'has other weights than when this run began' in life['err'], life
+    shutil.rmtree(mine)
+    assert nursery.live(home, 'train', *words)['code'] == 1
+    shutil.copytree(base, mine)
+    assert nursery.live(home, 'train', *words)['code'] == 0
+    other = [*words[:-1], 'train.lora.rank=4', '--resume']
+    life = nursery.live(home, 'train', *other)
+    assert life['code'] == 1 and 'train.lora=' in life['err'] and 'it was' in life['err'], life
+
+
+def test_two_processes_adapt_as_one(nursery, home, text, base):
+    (alone := home / 'alone').mkdir()
+    (both := home / 'both').mkdir()
+    words = [*adapting(text, base, **ADAMW | dict(train__steps=10)), '--run', 'x']
+    words = [w.replace(', dropout: 0.1', '') for w in words]
+    one = nursery.live(alone, 'train', *words)
+    lives = ended(nursery, two(nursery, both, *words))
+    assert [one['code'], *(o['code'] for o in lives)] == [0, 0, 0], (one, lives)
+    a, b = ([r['loss'] for r in rows_of(folder_of(h)) if 'loss' in r] for h in (alone, both))
+    assert len(a) == len(b) == 10 and max(abs(x - y) for x, y in zip(a, b)) < 1e-5
 
 
 # ---- a run that gets no better ends early
@@ -1418,6 +1500,7 @@ def test_what_is_odd_but_right_is_taken(home):
         'train.min_lr': {'train.lr': None},
         'train.warmup': {'train.steps': None},
         'data.length': {'eval.tokens': 10**9},
+        'train.lora': {'train.start_from': 'x'},
     }
     for path, f in _PATHS.items():
         section, _, key = path.partition('.')
