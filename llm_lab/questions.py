@@ -440,6 +440,7 @@ class Share(NamedTuple):
 
     @property
     def share(self) -> float:
+        "From 0 to 1"
         return self.right / self.n
 
     @property
