@@ -76,10 +76,25 @@ class Story:
 
 # %% ../nbs/16_questions.ipynb #16a00013
 _SEEN = (
-    'Kate|Emil|Rosa|Paul|Clara|Otto|Lucy|Theo|Erik|Greta|Felix|Hanna|Karl|Olga|Peter|Edith|'
-    'Bruno|Dora|Viktor|Nina|Oscar|Julia|Simon|Agnes|Robin|Stella|Walter|Iris|Gus|Pia|Henry|Flora'
+    'Kate|Emil|Rosa|Paul|Clara|Otto|Lucy|Theo|Erik|Greta|Felix|Hanna|Karl|Olga|Peter|'
+    'Edith|Bruno|Dora|Viktor|Nina|Oscar|Julia|Simon|Agnes|Robin|Stella|Walter|Iris|Gus|'
+    'Pia|Henry|Flora|Adam|Alice|Amy|Arthur|Astrid|Basil|Bert|Boris|Caspar|Cecil|Celia|'
+    'Claude|Cora|Cyril|Daisy|David|Diana|Diego|Edgar|Edmund|Elena|Eliza|Emma|Enzo|Ernst|'
+    'Esther|Eva|Fanny|Fabian|Fiona|Frank|Freya|Fritz|Gemma|George|Gina|Gloria|Gordon|'
+    'Grace|Gregor|Gwen|Harald|Hazel|Heidi|Helga|Hilda|Holly|Homer|Ida|Igor|Ines|Ingo|'
+    'Irma|Isaac|Jakob|Jane|Jasper|Jenny|Jesse|Joan|Jonas|Josef|June|Kai|Kira|Klara|Knut|'
+    'Kurt|Lara|Lars|Laura|Lena|Liam|Linus|Lisa|Lola|Lorenz|Lotte|Louis|Ludwig|Luna|Mabel|'
+    'Magda|Malte|Mara|Marco|Margot|Maud|Melvin|Mila|Milo|Miriam|Mona|Moritz|Nadia|Nelly|'
+    'Nico|Nils|Odette|Oliver|Omar|Opal|Oswald|Pablo|Pamela|Pearl|Philip|Quinn|Rachel|'
+    'Raul|Regina|Renate|Rhea|Rolf|Romeo|Rupert|Sara|Selma|Sigrid|Silas|Silvia|Sonja|'
+    'Stefan|Susan|Sven|Tamara|Tara|Ted|Tilda|Timo|Toby|Trudi|Udo|Ulla|Ursula|Violet|'
+    'Wanda|Wilma|Wim|Xaver|Yara|Yuri|Zelda|Ziggy|Zita'
 )
-_UNSEEN = 'Noah|Tina|Bella|Fred|Alma|Martin|Sandra|Hector|Lina|Ingrid|Elsa|Dennis|Vera|Conrad'
+_UNSEEN = (
+    'Noah|Tina|Bella|Fred|Alma|Martin|Sandra|Hector|Lina|Ingrid|Elsa|Dennis|Vera|Conrad|'
+    'Dagmar|Eugen|Flavia|Gerda|Hubert|Lukas|Monika|Nathan|Roland|Sofie|Tobias|Ulrich|'
+    'Viola|Yvonne|Agatha|Jorge|Pascal|Kaspar'
+)
 # {which names: the names}; to train on seen ones only leaves the others for a test
 NAME_SETS = dict(seen=[*POOLS['name'], *_SEEN.split('|')], unseen=_UNSEEN.split('|'))
 NAME_SETS['all'] = NAME_SETS['seen'] + NAME_SETS['unseen']

@@ -2,6 +2,7 @@
 edges, and readers who see too little."""
 
 import json
+import math
 import re
 from collections import Counter
 from dataclasses import replace
@@ -183,7 +184,7 @@ def test_a_text_that_contradicts_its_state_is_no_story():
 
 
 def test_recalls_are_what_the_state_decides():
-    "Who is named after 'from' or 'by' is certain, and costs who forgot log₂ 48 bits"
+    "Who is named after 'from' or 'by' is certain, and costs who forgot log₂ 193 bits"
     for seed in range(50):
         pieces = write_story(seed).pieces
         for before, piece in zip(pieces, pieces[1:]):
@@ -191,7 +192,7 @@ def test_recalls_are_what_the_state_decides():
                 assert (
                     piece.kind == 'recall'
                     and piece.bits == 0
-                    and piece.worth == pytest.approx(5.585, abs=1e-3)
+                    and piece.worth == pytest.approx(math.log2(193))
                 )
                 assert piece.distance > 0
 
@@ -214,7 +215,7 @@ def test_settings_that_no_story_can_have(wrong, message):
 
 def test_names_that_are_held_out_can_be_spelled_and_are_met_nowhere():
     seen, unseen, both = (NAME_SETS[k] for k in ('seen', 'unseen', 'all'))
-    assert len(seen) == len({*seen}) == 48 and len(unseen) == len({*unseen}) == 14
+    assert len(seen) == len({*seen}) == 193 and len(unseen) == len({*unseen}) == 32
     assert seen + unseen == both and not {*seen} & {*unseen}
     others = {word for pool, words in POOLS.items() if pool != 'name' for word in words}
     assert not others & {*both}  # a name is nothing but a name
