@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NAME_SETS', 'QUESTION_KINDS', 'Gift', 'Story', 'QuestionsConfig', 'Narrator', 'write_story', 'parse_story',
-           'Question', 'questions_about', 'ask', 'exam', 'wilson_interval', 'Share', 'ExactMatch', 'exact_match',
-           'candidates', 'question_only', 'most_mentioned', 'last_mentioned', 'first_mentioned', 'random_candidate',
-           'baselines', 'conversation', 'tale_questions', 'tale_stories']
+           'answer_with', 'Question', 'questions_about', 'ask', 'exam', 'wilson_interval', 'Share', 'ExactMatch',
+           'exact_match', 'candidates', 'question_only', 'most_mentioned', 'last_mentioned', 'first_mentioned',
+           'random_candidate', 'baselines', 'conversation', 'tale_questions', 'tale_stories']
 
 # %% ../nbs/16_questions.ipynb #16a00005
 import hashlib
@@ -354,8 +354,16 @@ def parse_story(text: str, cfg=QuestionsConfig()) -> Story:
     return story
 
 # %% ../nbs/16_questions.ipynb #16a00026
+# {kind of question: the pool of the word that answers it}
 QUESTION_KINDS = dict(holder='name', thing='thing', colour='colour', place='place', giver='name')
-# {kind of question: the pool of its answer}
+_SENTENCES = dict(
+    holder='It is {}.', thing='A {}.', colour='It is {}.', place='At the {}.', giver='It was {}.'
+)
+
+
+def answer_with(kind: str, word: str) -> str:
+    "The answer to a question of a kind (a key of `QUESTION_KINDS`) with a word, right or wrong"
+    return _SENTENCES[kind].format(word)
 
 
 class Question(NamedTuple):
@@ -363,10 +371,15 @@ class Question(NamedTuple):
 
     story: str
     question: str
-    answer: str  # one word
+    answer: str  # a sentence, see `answer_with`
     kind: str  # a key of `QUESTION_KINDS`
     distance: int  # characters between where the answer was last told and the end of the story
     hops: int  # how often the fact had changed until then
+
+    @property
+    def word(self) -> str:
+        "The word of the answer that decides: its last one"
+        return self.answer.rstrip('.').split()[-1]
 
 
 def _holders(story):
@@ -411,7 +424,8 @@ def questions_about(story: Story) -> list[Question]:
     text = story.text
     found = []
     for ask_all in (_holders, _belongs, _colours, _places, _givers):
-        for kind, asked, (told_at, answer), hops in ask_all(story):
+        for kind, asked, (told_at, word), hops in ask_all(story):
+            answer = answer_with(kind, word)
             found.append(Question(text, asked, answer, kind, len(text) - told_at, hops))
     return found
 
@@ -558,25 +572,29 @@ def question_only(training: Iterable[Question]) -> Callable[[Question], str]:
     return lambda question: best.get(question.kind, '')
 
 
+def _with_word(question, word):
+    return answer_with(question.kind, word)
+
+
 def most_mentioned(question: Question) -> str:
-    "The candidate that the story mentions most often; of several, the first"
-    return Counter(candidates(question)).most_common(1)[0][0]
+    "The answer with the candidate that the story mentions most often; of several, the first"
+    return _with_word(question, Counter(candidates(question)).most_common(1)[0][0])
 
 
 def last_mentioned(question: Question) -> str:
-    "The candidate that the story mentions last"
-    return candidates(question)[-1]
+    "The answer with the candidate that the story mentions last"
+    return _with_word(question, candidates(question)[-1])
 
 
 def first_mentioned(question: Question) -> str:
-    "The candidate that the story mentions first"
-    return candidates(question)[0]
+    "The answer with the candidate that the story mentions first"
+    return _with_word(question, candidates(question)[0])
 
 
 def random_candidate(question: Question) -> str:
-    "Any candidate; the same question gets the same one"
+    "The answer with any candidate; the same question gets the same one"
     different = sorted({*candidates(question)})
-    return Random(repr(question)).choices(different)[0]
+    return _with_word(question, Random(repr(question)).choices(different)[0])
 
 
 def baselines(training: Iterable[Question]) -> dict[str, Callable[[Question], str]]:
