@@ -436,7 +436,7 @@ def ask(seed, cfg=QuestionsConfig()) -> list[Question]:
     `seed` is anything with a repr; the story is that of `write_story(seed, cfg)`"""
     random = Random(repr(('ask', seed)))
     left = questions_about(write_story(seed, cfg))
-    chosen = []
+    chosen: list[Question] = []
     for _ in range(cfg.questions):
         kinds = [kind for kind in QUESTION_KINDS if any(q.kind == kind for q in left)]
         new = [kind for kind in kinds if all(q.kind != kind for q in chosen)]
@@ -565,7 +565,7 @@ def candidates(question: Question) -> list[str]:
 
 def question_only(training: Iterable[Question]) -> Callable[[Question], str]:
     "A reader that knows how often each answer was right in training, and sees no story"
-    counts = defaultdict(Counter)
+    counts: dict[str, Counter] = defaultdict(Counter)
     for q in training:
         counts[q.kind][q.answer] += 1
     best = {kind: counter.most_common(1)[0][0] for kind, counter in counts.items()}
