@@ -140,19 +140,26 @@ _ACTS = dict(  # {what a person may do: the ways to tell it, after the name}
     go=(' went to the {goal}.', ' ran to the {goal}.'),
     look=(' looked at the {seen}. "How {shade}!"',),
     rest=(' sat down at the {here}.',),
-    speak=(' spoke of the {*place}.',),  # a place at which nobody is: to mention is not to go
+    speak=(' spoke of the {*place}.',),  # whoever mentions a place is not there
     wave=(' waved to {other}.',),
 )
 _OFTEN = dict(give=3, get=3, go=2, look=1, rest=1, speak=2, wave=1)  # their weights
 _EVENTS = 'give', 'get', 'go'  # what changes the state; all else is an aside
-_ASIDES = (  # in which nobody acts; a colour is mentioned that no thing has
+_ASIDES = (  # in which nobody acts; their colour is an animal's, and answers nothing
     ' It grew {*sky}.',
     ' A {*size} {*colour} {*animal} came by.',
     ' For lunch there was {*food} with {*food}.',
 )
 _FILLED_BY_STATE = dict(  # {variable of an act: its pool}
-    own='thing', theirs='thing', seen='thing', other='name', giver='name', shade='colour'
-) | dict(goal='place', here='place')
+    own='thing',  # what somebody has
+    theirs='thing',  # what others have who are there
+    seen='thing',  # either of the two
+    other='name',  # who is there
+    giver='name',  # who has what is to be given
+    shade='colour',  # of what is seen
+    goal='place',  # another place
+    here='place',
+)
 
 
 class Narrator(Teller):
