@@ -176,7 +176,8 @@ _DECLARED = dict(  # slot: CHAPTER:NAME, of this book where no module is said
     router='moe:Router',
     choice='moe:softmax_top_k moe:top_k_softmax moe:sigmoid_top_k',
     corpus=(
-        'corpora:tiny_shakespeare tales:tiny_tales hubdata:tinystories hubdata:dolly hubdata:pg19'
+        'corpora:tiny_shakespeare tales:tiny_tales questions:tale_stories questions:tale_questions '
+        'hubdata:tinystories hubdata:dolly hubdata:pg19'
     ),
     tokenizer='chars:CharTokenizer bpe:BPETokenizer bpe:ForeignTokenizer',
     format='hub:from_hf',  # folders of other libraries that `load` opens
