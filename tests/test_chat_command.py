@@ -12,17 +12,14 @@ import time
 import pytest
 
 from cases import HANG
-from helpers import in_a_process, json_lines, one_line, printed, shaken, typed
+from helpers import chat_model, in_a_process, json_lines, one_line, printed, typed
 from llm_lab import cli
-from llm_lab.chars import CharTokenizer
-from llm_lab.chat import CHAT, Chat, with_marks
+from llm_lab.chat import CHAT, Chat
 from llm_lab.cli import ChatSession, open_chat, run_chat, run_chat_command, take_line
 from llm_lab.core import LabError
 from llm_lab.hub import to_hf
-from llm_lab.llama_block import llama
 from llm_lab.package import load, save
 
-LETTERS = 'abcdefghijklmnopqrstuvwxyz .?/\n'
 CHATML = (
     '{% for message in messages %}'
     "{{ '[' + message['role'] + ']' + message['content'] + '.' }}{% endfor %}"
@@ -31,21 +28,12 @@ CHATML = (
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}a"
 
 
-def talker(max_len=400, marks=True, seed=0):
-    "A model that has learned nothing, and a tokenizer of letters, with the marks of a chat"
-    tokenizer = CharTokenizer(LETTERS + '[]', ['<|endoftext|>'])
-    if marks:
-        tokenizer = with_marks(tokenizer)
-    size = dict(d_model=16, n_layers=2, n_heads=2, max_len=max_len)
-    return shaken(llama(vocab_size=tokenizer.vocab_size, **size), seed), tokenizer
-
-
 @pytest.fixture(scope='module')
 def place(tmp_path_factory):
     "A folder with models: `artifacts/talker`, and one without marks"
     home = tmp_path_factory.mktemp('home')
-    save(home / 'artifacts' / 'talker', *talker())
-    save(home / 'artifacts' / 'plain', *talker(marks=False))
+    save(home / 'artifacts' / 'talker', *chat_model())
+    save(home / 'artifacts' / 'plain', *chat_model(marks=False))
     return home
 
 
@@ -62,7 +50,7 @@ def session(at_home, tmp_path):
 
 def answers(questions, system=None, seed=3, tokens=12, **sampling):
     "What the library's own `Chat` answers, without a cache"
-    chat = Chat(*talker(), system=system, seed=seed)
+    chat = Chat(*chat_model(), system=system, seed=seed)
     return [''.join(chat.send(q, tokens, **dict(temperature=0.8) | sampling)) for q in questions]
 
 
@@ -107,7 +95,7 @@ def test_commands_come_from_a_pipe_too(at_home, monkeypatch):
     text = 'who\n/temperature 0\nwho\n/quit\nnever'
     out, err = piped(text, 'talker', '--tokens', '12', '--seed', '3', monkeypatch=monkeypatch)
     assert len(re.findall('never', out + err)) == 0
-    chat = Chat(*talker(), seed=3)
+    chat = Chat(*chat_model(), seed=3)
     want = [''.join(chat.send('who', 12, temperature=t)) for t in (0.8, 0)]
     assert out == ''.join(f'{answer}\n' for answer in want) and err == '/temperature 0.0\n'
 
@@ -154,7 +142,7 @@ def chat_prompt(chat, question):
 
 
 def test_a_hugging_face_folder_brings_its_template_and_its_end_marks(tmp_path):
-    model, tokenizer = talker()
+    model, tokenizer = chat_model()
     folder = tmp_path / 'hf'
     to_hf(folder, model, tokenizer)
     about = json.loads((folder / 'tokenizer_config.json').read_text())
@@ -302,7 +290,7 @@ def test_ctrl_c_ends_an_answer_and_the_conversation_goes_on(session, monkeypatch
     assert 0 < len(written['content']) < len(want)
     assert json_lines(session.history.path)[-1]['messages'] == session.chat.messages
     take_line(session, 'where')
-    again = Chat(*talker(), seed=3)
+    again = Chat(*chat_model(), seed=3)
     again.messages = session.chat.messages[:-2]
     assert ''.join(again.send('where', 12, temperature=0)) == session.chat.messages[-1]['content']
 
@@ -395,7 +383,7 @@ class Terminal:
 def endless(place):
     "A model whose greedy answer to 'who' is long"
     for seed in range(40):
-        model, tokenizer = talker(60_000, seed=seed)
+        model, tokenizer = chat_model(60_000, seed=seed)
         answer = ''.join(Chat(model, tokenizer).send('who', 300, temperature=0))
         if len(answer) == 300:
             save(place / 'artifacts' / 'endless', model, tokenizer)
@@ -465,4 +453,4 @@ def test_a_loaded_model_is_the_one_that_was_saved(at_home):
     "The oracle of these tests, `answers`, asks the model itself"
     model, _, _ = load(at_home / 'artifacts' / 'talker')
     kept = model.state_dict()
-    assert all(kept[name].equal(tensor) for name, tensor in talker()[0].state_dict().items())
+    assert all(kept[name].equal(tensor) for name, tensor in chat_model()[0].state_dict().items())
