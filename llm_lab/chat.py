@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHAT', 'CHAT_MARKS', 'check_messages', 'ChatTemplate', 'Encoded', 'encode_chat', 'AnswerMarks', 'answer_marks',
-           'answer_targets', 'answer_loss', 'template_of', 'load_template', 'with_marks', 'grown_state', 'add_marks',
-           'end_of_turn', 'Chat', 'write_conversations']
+           'answer_targets', 'answer_loss', 'template_of', 'load_template', 'carried_source', 'with_marks',
+           'grown_state', 'add_marks', 'end_of_turn', 'Chat', 'write_conversations']
 
 # %% ../nbs/62_chat.ipynb #c4a70010
 TYPE_CHECKING = False  # a type checker takes it for True
@@ -864,6 +864,28 @@ def load_template(
         )
     return ChatTemplate(source, **special)
 
+
+def carried_source(
+    template: ChatTemplate,
+    tokenizer: Tokenizer,
+    begin: str = '',  # what is written before everything
+) -> str:
+    """The source of a template that can do without what stood beside it: it sets the texts of
+    special tokens that are others than the tokenizer's own
+
+    Args:
+        begin: what is written before everything
+    """
+    own = _special_texts(tokenizer)
+    sets = [
+        f'{{%- set {name} = {json.dumps(text, ensure_ascii=False)} %}}'
+        for name, text in template.special.items()
+        if name in template.source and own.get(name) != text
+    ]
+    # without the second, a line end at the beginning of the source would go with the tag before it
+    before = [*sets, f'{{{{- {json.dumps(begin, ensure_ascii=False)} }}}}'] if sets or begin else []
+    return ''.join(before) + template.source
+
 # %% ../nbs/62_chat.ipynb #c4a71020
 def with_marks(
     tokenizer: Tokenizer,
@@ -963,7 +985,7 @@ def end_of_turn(template: ChatTemplate, tokenizer: Tokenizer) -> list[int]:
     "The ids at which an answer ends: what the template writes after one, and the tokenizer's end"
     found = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     special = getattr(tokenizer, 'special_tokens', {})
-    if template.source == CHAT:  # no mark of ours belongs into an answer
+    if template.source.endswith(CHAT):  # no mark of ours belongs into an answer
         return [*dict.fromkeys(found + [special[m] for m in CHAT_MARKS if m in special])]
     probe = 'Yes'
     turns = [dict(role='user', content='?'), dict(role='assistant', content=probe)]

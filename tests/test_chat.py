@@ -935,3 +935,47 @@ def test_a_validation_text_without_answers_is_refused(home, tmp_path):
     )
     with pytest.raises(LabError, match='there is no answer in the first tokens'):
         train_run(config(path), run='a')
+
+
+# ---- to Hugging Face and back
+
+
+@pytest.mark.parametrize('name', ['CHAT', 'CHATML', 'ZEPHYR', 'LLAMA3'])
+def test_a_template_goes_to_hugging_face_and_comes_back(name, tmp_path):
+    from llm_lab.hub import from_hf, to_hf
+
+    transformers = pytest.importorskip('transformers')
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = None if name == 'CHAT' else TEMPLATES[name]
+    model = tiny(tokenizer)
+    to_hf(tmp_path / 'm', model, tokenizer)
+    fast = transformers.AutoTokenizer.from_pretrained(tmp_path / 'm')
+    opened = from_hf(tmp_path / 'm')
+    r = random.Random(name)
+    for _ in range(10):
+        messages = conversation(r, ['red', ' ball', 'a'])
+        chat = Chat(model, tokenizer)
+        chat.messages = messages
+        back = Chat(opened.model, opened.tokenizer)
+        back.messages = messages
+        theirs = fast.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        assert chat.prompt() == back.prompt() == theirs['input_ids']
+    said = json.loads((tmp_path / 'm' / 'generation_config.json').read_text())
+    end = {'CHAT': '<|end|>', 'CHATML': '<|im_end|>', 'ZEPHYR': '</s>', 'LLAMA3': '<|eot_id|>'}
+    ends = said['eos_token_id']
+    assert tokenizer.special_tokens[end[name]] in ends and chat.stops == ends
+    assert {*ends} <= {*back.stops}
+
+
+def test_texts_of_marks_that_a_folder_names_stay_with_its_template(tmp_path):
+    "Qwen's end mark is another one than the first that its tokenizer.json suggests"
+    from llm_lab.chat import carried_source
+
+    tokenizer = byte_tokenizer()
+    source = '\n{{ messages[0].content + eos_token }}é'
+    template = ChatTemplate(source, eos_token='<|im_end|>')
+    carried = carried_source(template, tokenizer)
+    messages = [dict(role='user', content='a')]
+    assert template.render(messages) == '\na<|im_end|>é'
+    assert ChatTemplate(carried, tokenizer).render(messages) == '\na<|im_end|>é'
+    assert carried_source(ChatTemplate(source, tokenizer), tokenizer) == source
