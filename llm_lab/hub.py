@@ -23,7 +23,8 @@ from .gpt import MiniGPT
 from .package import Opened, require_faithful, meta_model, model_card
 from .sampling import require_next_token
 from .families import config_from_hf, hf_config, least_tensors, hf_views
-from .chat import CHAT_MARKS, carried_source, end_of_turn, load_template, template_of
+from .templates import CHAT_MARKS, carried_source, load_template, template_of
+from .chat import end_of_turn
 from copy import copy
 from unicodedata import category
 from .bpe import BPETokenizer, bytes_to_printable
