@@ -180,7 +180,7 @@ _DECLARED = dict(  # slot: CHAPTER:NAME, of this book where no module is said
     ),
     tokenizer='chars:CharTokenizer bpe:BPETokenizer bpe:ForeignTokenizer',
     format='hub:from_hf',  # folders of other libraries that `load` opens
-    conversation='chat:write_conversations',  # records of conversations that become documents
+    conversation='templates:write_conversations',  # records of conversations that become documents
 )
 _NO_PARTS = 'corpus', 'tokenizer', 'format', 'conversation', 'loss'  # what is no part of a model
 

@@ -117,7 +117,8 @@ from llm_lab.optim import (
 )
 from .efficient import PRECISIONS, StepRunner, apply_activation_checkpointing, step_memory
 from .sparse import and_masks, same_document
-from .chat import answer_loss, answer_marks, answer_targets, grown_state, with_marks
+from .templates import with_marks
+from .chat import answer_loss, answer_marks, answer_targets, grown_state
 from llm_lab.checkpoint import (
     COLUMNS,
     CheckpointManager,

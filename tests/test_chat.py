@@ -14,19 +14,12 @@ from llm_lab.batching import BatchStream
 from llm_lab.bpe import BPETokenizer, ForeignTokenizer
 from llm_lab.chars import CharTokenizer, load_tokenizer
 from llm_lab.chat import (
-    CHAT,
-    CHAT_MARKS,
     AnswerMarks,
     Chat,
-    ChatTemplate,
     add_marks,
     answer_loss,
     answer_marks,
     answer_targets,
-    encode_chat,
-    load_template,
-    template_of,
-    with_marks,
 )
 from llm_lab.core import LabError
 from llm_lab.corpora import END_OF_TEXT, corpus_of, letters_of, load_corpus
@@ -37,6 +30,17 @@ from llm_lab.llama_block import llama
 from llm_lab.package import load
 from llm_lab.packing import PackedTokens, pack
 from llm_lab.runs import train_run
+from llm_lab.templates import (
+    CHAT,
+    CHAT_MARKS,
+    ChatTemplate,
+    carried_source,
+    chat_ids,
+    encode_chat,
+    load_template,
+    template_of,
+    with_marks,
+)
 from llm_lab.train import document_starts, read_split, span_losses
 
 # ---- templates in the forms that are published, in our own words
@@ -341,7 +345,7 @@ def test_ids_are_those_of_transformers(name, tmp_path):
             return_assistant_tokens_mask=has,
         )
         got = encode_chat(template, tokenizer, messages, prompt)
-        assert got.ids == want['input_ids']
+        assert got.ids == want['input_ids'] == chat_ids(template, tokenizer, messages, prompt)
         if has:
             assert [int(x) for x in got.is_answer] == want['assistant_masks']
 
@@ -935,3 +939,45 @@ def test_a_validation_text_without_answers_is_refused(home, tmp_path):
     )
     with pytest.raises(LabError, match='there is no answer in the first tokens'):
         train_run(config(path), run='a')
+
+
+# ---- to Hugging Face and back
+
+
+@pytest.mark.parametrize('name', ['CHAT', 'CHATML', 'ZEPHYR', 'LLAMA3'])
+def test_a_template_goes_to_hugging_face_and_comes_back(name, tmp_path):
+    from llm_lab.hub import from_hf, to_hf
+
+    transformers = pytest.importorskip('transformers')
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = None if name == 'CHAT' else TEMPLATES[name]
+    model = tiny(tokenizer)
+    to_hf(tmp_path / 'm', model, tokenizer)
+    fast = transformers.AutoTokenizer.from_pretrained(tmp_path / 'm')
+    opened = from_hf(tmp_path / 'm')
+    r = random.Random(name)
+    for _ in range(10):
+        messages = conversation(r, ['red', ' ball', 'a'])
+        chat = Chat(model, tokenizer)
+        chat.messages = messages
+        back = Chat(opened.model, opened.tokenizer)
+        back.messages = messages
+        theirs = fast.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        assert chat.prompt() == back.prompt() == theirs['input_ids']
+    said = json.loads((tmp_path / 'm' / 'generation_config.json').read_text())
+    end = {'CHAT': '<|end|>', 'CHATML': '<|im_end|>', 'ZEPHYR': '</s>', 'LLAMA3': '<|eot_id|>'}
+    ends = said['eos_token_id']
+    assert tokenizer.special_tokens[end[name]] in ends and chat.stops == ends
+    assert {*ends} <= {*back.stops}
+
+
+def test_texts_of_marks_that_a_folder_names_stay_with_its_template(tmp_path):
+    "Qwen's end mark is another one than the first that its tokenizer.json suggests"
+    tokenizer = byte_tokenizer()
+    source = '\n{{ messages[0].content + eos_token }}é'
+    template = ChatTemplate(source, eos_token='<|im_end|>')
+    carried = carried_source(template, tokenizer)
+    messages = [dict(role='user', content='a')]
+    assert template.render(messages) == '\na<|im_end|>é'
+    assert ChatTemplate(carried, tokenizer).render(messages) == '\na<|im_end|>é'
+    assert carried_source(ChatTemplate(source, tokenizer), tokenizer) == source
