@@ -320,25 +320,14 @@ def _published_ends(folder) -> list[int]:
     return [n for n in dict.fromkeys(found) if type(n) is int]
 
 
-def _has_template(folder) -> bool:
-    "Does a Hugging Face folder hold a chat template?"
-    if (folder / 'chat_template.jinja').is_file():
-        return True
-    about = folder / 'tokenizer_config.json'
-    return about.is_file() and b'"chat_template"' in bytes_in(folder, about.name)
-
-
 def _template_for(
-    folder: Path,  # of the model
+    folder: Path,  # of the model, for the message
     tokenizer,
     given: str | Path = '',  # a file of Jinja that is taken instead, or a folder with one
 ):
     "The chat template of a model. Raises `LabError` where there is none"
-    from llm_lab.chat import CHAT_MARKS, ChatTemplate, load_template, template_of
-    from llm_lab.package import is_hf_folder
+    from llm_lab.templates import CHAT_MARKS, ChatTemplate, load_template, template_of
 
-    if not given and not tokenizer.chat_template and is_hf_folder(folder):
-        given = folder if _has_template(folder) else ''
     if given:
         template = load_template(given)
         # the texts of its begin and end marks: the tokenizer's, or those that stand beside the file
@@ -522,6 +511,7 @@ def _undo(session, text):
     question = session.chat.undo()
     if question is None:
         raise LabError('/undo: nothing was asked yet: type a question')
+    session.chat.left_out = 0  # turns that did not fit may fit again
     if session.history:
         session.history.write(session.chat)
     return f'taken back: {short(question)}'

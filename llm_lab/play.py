@@ -21,7 +21,8 @@ from .core import LabError, require, rng, short, widgets_live
 from .gpt import MiniGPT, check_vocabulary
 from .kv_cache import with_kv_cache
 from .sampling import _written, next_logits, sampling_probs, prompt_ids, truncation_note
-from .chat import Chat, ChatTemplate
+from .templates import ChatTemplate
+from .chat import Chat
 
 # %% ../nbs/85_play.ipynb #d1e3ea26
 def _likeliest(logits, k, **sampling):
@@ -674,6 +675,7 @@ def undo(self: ChatWindow, _=None):
     "Undo was pressed: take back the last question, which can be changed then, and its answer"
     self.finish()
     question = self.chat.undo()
+    self.chat.left_out = 0  # turns that did not fit may fit again
     if question is not None:
         self.question.value = self.question.value or question
     self.show('nothing was asked yet' if question is None else 'taken back')

@@ -53,8 +53,8 @@ def shaken(cfg, seed=0, by=0.15):
 def chat_model(max_len=400, marks=True, seed=0):
     "A model that has learned nothing, and a tokenizer of letters, with the marks of a chat"
     from llm_lab.chars import CharTokenizer
-    from llm_lab.chat import with_marks
     from llm_lab.llama_block import llama
+    from llm_lab.templates import with_marks
 
     tokenizer = CharTokenizer('abcdefghijklmnopqrstuvwxyz .?/[]\n', ['<|endoftext|>'])
     if marks:

@@ -14,11 +14,12 @@ import pytest
 from cases import HANG
 from helpers import chat_model, in_a_process, json_lines, one_line, printed, typed
 from llm_lab import cli
-from llm_lab.chat import CHAT, Chat
+from llm_lab.chat import Chat
 from llm_lab.cli import ChatSession, open_chat, run_chat, run_chat_command, take_line
 from llm_lab.core import LabError
 from llm_lab.hub import to_hf
 from llm_lab.package import load, save
+from llm_lab.templates import CHAT
 
 CHATML = (
     '{% for message in messages %}'
@@ -145,22 +146,18 @@ def test_a_hugging_face_folder_brings_its_template_and_its_end_marks(tmp_path):
     model, tokenizer = chat_model()
     folder = tmp_path / 'hf'
     to_hf(folder, model, tokenizer)
-    about = json.loads((folder / 'tokenizer_config.json').read_text())
-    if 'chat_template' in about:
-        pytest.skip('it wrote a template of its own')
-    assert open_chat(folder).template.source == CHAT  # its tokenizer has the marks
+    ours = open_chat(folder)
+    assert ours.template.source.endswith(CHAT)
+    saved = Chat(model, tokenizer)
+    assert chat_prompt(ours, 'who') == chat_prompt(saved, 'who') and ours.stops == saved.stops
     (folder / 'chat_template.jinja').write_text('{{ bos_token }}' + CHATML)
     ends = [tokenizer.special_tokens['<|user|>'], 4]
     generation = json.loads((folder / 'generation_config.json').read_text())
     (folder / 'generation_config.json').write_text(json.dumps(generation | dict(eos_token_id=ends)))
     chat = open_chat(folder)
-    assert chat.template.source == '{{ bos_token }}' + CHATML
-    assert {*ends, tokenizer.eos_id} <= {*chat.stops}
-    (folder / 'chat_template.jinja').unlink()
-    (folder / 'tokenizer_config.json').write_text(json.dumps(about | dict(chat_template=CHATML)))
-    assert open_chat(folder).template.source == CHATML
-    (folder / 'tokenizer_config.json').write_text(json.dumps(about | dict(chat_template='{{')))
-    one_line(lambda: open_chat(folder), 'cannot be read')
+    text = chat.tokenizer.decode(chat_prompt(chat, 'who'))
+    assert text == '<|endoftext|>[user]who.[assistant]'
+    assert {*ends, tokenizer.eos_id} == {*chat.stops}
 
 
 # ---- commands
@@ -241,6 +238,19 @@ def test_undo_again_reset_and_the_history(session, capsys):
     other = path.with_name('other.jsonl')
     take_line(session, f'/save {other}')
     assert json_lines(other) == [dict(messages=chat.messages)]
+
+
+def test_after_undo_turns_that_did_not_fit_are_read_again(at_home, tmp_path, recwarn):
+    save(tmp_path / 'short', *chat_model(max_len=64))
+    session = ChatSession(open_chat(tmp_path / 'short'), tokens=8, temperature=0)
+    for question in ('one', 'two', 'three', 'four', 'five', 'six', 'seven'):
+        take_line(session, question)
+    assert session.chat.left_out and 'oldest turns' in str(recwarn[0].message)
+    for _ in range(6):
+        take_line(session, '/undo')
+    assert session.chat.visible_messages() == session.chat.messages != []
+    take_line(session, 'two')
+    assert len(session.chat.messages) == 4
 
 
 def test_a_system_message_changes_and_what_was_said_stays(session):

@@ -211,6 +211,10 @@ def test_turns_that_are_left_out_are_told_in_the_status_line():
     assert {*said[:1], *said[-1:]} == {'<i>done</i>'} and len(contents(window)) == 14
     [note] = {*said} - {'<i>done</i>'}
     assert note.startswith('<i>done; ') and 'oldest turns are left out' in note
+    for _ in range(6):
+        window.undo()
+    ask(window, 'two')  # what did not fit is read again
+    assert contents(window)[::2] == ['one', 'two'] and window.chat.left_out == 0
 
 
 def test_enter_sends_the_text_that_comes_after_it(window):
