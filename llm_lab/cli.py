@@ -408,7 +408,7 @@ class _History:
     "A file of JSON lines whose last record is a conversation that goes on"
 
     def __init__(self, path):
-        self.path = Path(path)
+        self.path = Path(path).expanduser()  # what is typed while chatting meets no shell
         if self.path.suffix != '.jsonl' or self.path.is_dir():
             raise LabError(f'{path}: a history is a file of JSON lines: give FILE.jsonl')
         if not self.path.absolute().parent.is_dir():
@@ -420,13 +420,21 @@ class _History:
         self.begin = 0  # of our record, in bytes
         self.end = None  # of the file, as we left it
 
+    def _end_line(self, size):
+        "End the last line of the file, where an editor has not; returns how many bytes that took"
+        if not size:
+            return 0
+        with open(self.path, 'rb+') as file:
+            file.seek(size - 1)
+            return 0 if file.read(1) == b'\n' else file.write(b'\n')
+
     def write(self, chat):
         "Write the conversation, in place of what was written of it before"
         size = self.path.stat().st_size if self.path.exists() else 0
         if size == self.end:
             os.truncate(self.path, self.begin)
         else:  # nothing was written yet, or somebody else has written, too: ours comes after it
-            self.begin = size
+            self.begin = size + self._end_line(size)
         if any(message['role'] == 'assistant' for message in chat.messages):
             chat.save(self.path)
         self.end = self.path.stat().st_size if self.path.exists() else None
@@ -666,8 +674,7 @@ def run_chat(session: ChatSession) -> int:
 
 
 def _chat(a):
-    """Talk with a saved model: a question a line, typed or from a pipe; the answer is written as it
-    comes"""
+    "Talk with a saved model: each line is a question, whether it is typed or comes from a pipe"
     interactive = sys.stdin is not None and sys.stdin.isatty()
     if a.save:
         _History(a.save)  # a slip is answered before the model is read

@@ -236,8 +236,11 @@ def test_undo_again_reset_and_the_history(session, capsys):
     take_line(session, 'four')
     assert len(kept()) == 4 and kept()[2] == [] and kept()[-1] == chat.messages
     other = path.with_name('other.jsonl')
+    other.write_text('{}')  # an editor has left out the end of the line
     take_line(session, f'/save {other}')
-    assert json_lines(other) == [dict(messages=chat.messages)]
+    assert json_lines(other) == [{}, dict(messages=chat.messages)]
+    run_chat_command(session, '/undo')
+    assert json_lines(other)[1:] == [dict(messages=chat.messages)]
 
 
 def test_after_undo_turns_that_did_not_fit_are_read_again(at_home, tmp_path, recwarn):
