@@ -95,7 +95,7 @@ class _Meter:
         if n > 1 << 27:
             self.refuse('makes too long a text')
 
-# %% ../nbs/17_templates.ipynb #c4b70120
+# %% ../nbs/17_templates.ipynb #c4b70022
 def _metered(f, name, meter):
     "A filter that is counted by a meter"
 
@@ -186,7 +186,7 @@ def _generation_tag(brackets):
 
     return Generation
 
-# %% ../nbs/17_templates.ipynb #c4b70220
+# %% ../nbs/17_templates.ipynb #c4b70023
 def _counted(tree, env):
     "A template's syntax tree in which loops and macros count their steps, and ~ its characters"
     nodes = require('jinja2').nodes
@@ -285,7 +285,7 @@ def _environment(meter, brackets):
     )
     return env
 
-# %% ../nbs/17_templates.ipynb #c4b70320
+# %% ../nbs/17_templates.ipynb #c4b70025
 # The book's own: each turn stands between two marks, and nothing stands between the turns
 CHAT = (
     '{%- for message in messages %}'
@@ -302,7 +302,7 @@ CHAT = (
 )
 CHAT_MARKS = ('<|system|>', '<|user|>', '<|assistant|>', '<|end|>')
 
-# %% ../nbs/17_templates.ipynb #c4b70420
+# %% ../nbs/17_templates.ipynb #c4b70026
 _SPECIAL = ('bos_token', 'eos_token', 'pad_token', 'unk_token', 'sep_token', 'cls_token')
 
 
@@ -445,7 +445,7 @@ def _special_texts(tokenizer) -> dict:  # {'bos_token': '<s>'}
     )
     return {name: names[n] for name, n in ids.items() if n in names}
 
-# %% ../nbs/17_templates.ipynb #c4b70520
+# %% ../nbs/17_templates.ipynb #c4b70030
 class Encoded(NamedTuple):
     "A conversation in ids"
 
@@ -666,7 +666,7 @@ def encode_chat(
                 is_answer[n] = True
     return Encoded(ids, is_answer)
 
-# %% ../nbs/17_templates.ipynb #c4b70620
+# %% ../nbs/17_templates.ipynb #c4b70032
 def template_of(tokenizer: Tokenizer) -> ChatTemplate:
     """The chat template of a model, which its tokenizer carries; `CHAT` where it has those marks.
 
@@ -760,7 +760,7 @@ def carried_source(
     before = [*sets, f'{{{{- {json.dumps(begin, ensure_ascii=False)} }}}}'] if sets or begin else []
     return ''.join(before) + template.source
 
-# %% ../nbs/17_templates.ipynb #c4b70720
+# %% ../nbs/17_templates.ipynb #c4b70034
 def with_marks(
     tokenizer: Tokenizer,
     marks: tuple[str, ...] = CHAT_MARKS,  # texts that become special tokens
@@ -791,7 +791,7 @@ def with_marks(
     made.chat_template = getattr(tokenizer, 'chat_template', None)
     return made
 
-# %% ../nbs/17_templates.ipynb #c4b70820
+# %% ../nbs/17_templates.ipynb #c4b70037
 def _dolly_messages(record) -> list | None:
     "A record of Dolly's kind, instruction, context and response, as a conversation; else None"
     question, answer = (record.get(key) for key in ('instruction', 'response'))

@@ -5,10 +5,12 @@ import random
 import shutil
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from answers import chat as answers
 from helpers import near, shaken
 from llm_lab.batching import BatchStream
 from llm_lab.bpe import BPETokenizer, ForeignTokenizer
@@ -21,7 +23,7 @@ from llm_lab.chat import (
     answer_marks,
     answer_targets,
 )
-from llm_lab.core import LabError
+from llm_lab.core import LabError, check
 from llm_lab.corpora import END_OF_TEXT, corpus_of, letters_of, load_corpus
 from llm_lab.evaluation import read_metrics
 from llm_lab.gpt import MiniGPT
@@ -981,3 +983,32 @@ def test_texts_of_marks_that_a_folder_names_stay_with_its_template(tmp_path):
     assert template.render(messages) == '\na<|im_end|>é'
     assert ChatTemplate(carried, tokenizer).render(messages) == '\na<|im_end|>é'
     assert carried_source(ChatTemplate(source, tokenizer), tokenizer) == source
+
+
+# ---- the exercise of the lesson
+
+
+def exercise():
+    "What the notebook's own cells define: the slow answer, and its cases"
+    notebook = Path(__file__).parent.parent / 'nbs' / '62_chat.ipynb'
+    cells = [''.join(c['source']) for c in json.loads(notebook.read_text())['cells']]
+    spec = next(c for c in cells if c.startswith('def answers_spec'))
+    cases = next(c for c in cells if c.startswith('def my_targets'))
+    space = {}
+    exec(spec.partition('\n\nnames = ')[0], space)
+    exec(
+        cases.partition('\nexamples = ')[2].join(['examples = ', '']).partition('check(')[0], space
+    )
+    return space['answers_spec'], space['examples']
+
+
+@pytest.mark.parametrize('answer', answers.RIGHT)
+def test_a_right_answer_is_told_so(answer):
+    spec, cases = exercise()
+    assert check(answer, spec, *cases) == f'{answer.__name__}: right on {len(cases)} cases'
+
+
+@pytest.mark.parametrize('answer', answers.WRONG)
+def test_a_wrong_answer_meets_a_counter_example(answer):
+    spec, cases = exercise()
+    assert 'expected' in check(answer, spec, *cases)
