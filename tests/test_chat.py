@@ -494,6 +494,48 @@ def test_the_loss_is_that_of_labels_of_minus_100():
     near(theirs(logits, full, tokenizer.vocab_size), want, 1e-6)
 
 
+def test_other_tokens_may_count_a_little():
+    tokenizer = byte_tokenizer()
+    model = tiny(tokenizer)
+    rows = chat_rows(tokenizer)
+    counts = answer_targets(rows, answer_marks(tokenizer))
+    nats = torch.nn.functional.cross_entropy(
+        model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten(), reduction='none'
+    ).view(counts.shape)
+    want = nats[counts].mean() + 0.3 * nats[~counts].mean()
+    near(answer_loss(model, rows, tokenizer, rest=0.3), want, 1e-6)
+
+
+def half_a_batch(rank, folder):
+    "What one of two processes does: the loss of its rows, and the mean of both gradients"
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        'gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=2
+    )
+    tokenizer = byte_tokenizer()
+    model = tiny(tokenizer)
+    loss = answer_loss(model, chat_rows(tokenizer)[2 * rank : 2 * rank + 2], tokenizer, rest=0.1)
+    loss.backward()
+    found = torch.cat([loss.detach()[None], *(p.grad.flatten() for p in model.parameters())])
+    torch.distributed.all_reduce(found)
+    if rank == 0:
+        torch.save(found / 2, f'{folder}/found.pt')
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_are_one(tmp_path):
+    torch.multiprocessing.spawn(half_a_batch, (str(tmp_path),), nprocs=2)
+    tokenizer = byte_tokenizer()
+    model = tiny(tokenizer)
+    rows = chat_rows(tokenizer)
+    counts = answer_targets(rows, answer_marks(tokenizer)).sum(1)
+    assert counts[:2].sum() != counts[2:].sum()  # else a mean of means would do
+    loss = answer_loss(model, rows, tokenizer, rest=0.1)
+    loss.backward()
+    want = torch.cat([loss.detach()[None], *(p.grad.flatten() for p in model.parameters())])
+    near(torch.load(tmp_path / 'found.pt'), want, 1e-5)
+
+
 def test_a_batch_without_an_answer_is_refused():
     tokenizer = byte_tokenizer()
     with pytest.raises(LabError, match='holds no whole answer'):
@@ -996,9 +1038,7 @@ def exercise():
     cases = next(c for c in cells if c.startswith('def my_targets'))
     space = {}
     exec(spec.partition('\n\nnames = ')[0], space)
-    exec(
-        cases.partition('\nexamples = ')[2].join(['examples = ', '']).partition('check(')[0], space
-    )
+    exec(cases.partition('check(')[0], space)  # the exercise, not yet done, and its cases
     return space['answers_spec'], space['examples']
 
 
