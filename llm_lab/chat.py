@@ -176,8 +176,9 @@ def answer_loss(
     model: nn.Module,
     rows: Tensor,  # ids, (B, T+1)
     tokenizer: Tokenizer,  # which has the marks
-    header: str = '<|assistant|>',
-    end: str = '<|end|>',
+    header: str = '<|assistant|>',  # stands before an answer, as text
+    end: str = '<|end|>',  # ends it
+    rest: float = 0.0,  # weight of the mean over all other tokens; 0: they do not count
 ) -> Tensor:  # a scalar, in nats
     """Mean −ln P(next token) over the tokens of answers in a batch, see `answer_targets`.
 
@@ -186,6 +187,9 @@ def answer_loss(
     Args:
         rows: ids, (B, T+1)
         tokenizer: which has the marks
+        header: stands before an answer, as text
+        end: ends it
+        rest: weight of the mean over all other tokens; 0: they do not count
 
     Returns:
         a scalar, in nats
@@ -196,28 +200,32 @@ def answer_loss(
             'next token: leave train.loss out'
         )
     counts = answer_targets(rows, answer_marks(tokenizer, header, end))
-    ctx = {'aux': Aux()} if _has_aux(model) else {}
-    logits = model(rows[:, :-1], **ctx)  # (B, T, V)
-    # cross_entropy leaves out what is −100: so it is in other libraries, too
-    targets = rows[:, 1:].where(counts, -100)
-    total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction='sum')
-    loss = total / _count_of(counts)
-    return _for_gradient_alone(loss, ctx['aux']) if ctx else loss
-
-
-def _count_of(counts):
-    "How many answers a process has, on average: their gradients are averaged later"
-    n = counts.sum()
-    share = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if share:
-        n = n.float()
-        torch.distributed.all_reduce(n)
-        n /= torch.distributed.get_world_size()
+    n = _shared_count(counts)
     if not n:
         raise LabError(
             f'a batch of {counts.shape[0]} rows of {counts.shape[1]} tokens holds no whole answer: '
             'give longer rows (data.length), or more of them (train.batch_size)'
         )
+    ctx = {'aux': Aux()} if _has_aux(model) else {}
+    logits = model(rows[:, :-1], **ctx).flatten(0, 1)  # (B·T, V)
+
+    def total(counts):
+        "The sum over these targets: what is −100 counts for nothing, as in other libraries"
+        targets = rows[:, 1:].where(counts, -100)
+        return F.cross_entropy(logits, targets.flatten(), reduction='sum')
+
+    loss = total(counts) / n
+    if rest:
+        loss = loss + rest * total(~counts) / _shared_count(~counts)
+    return _for_gradient_alone(loss, ctx['aux']) if ctx else loss
+
+
+def _shared_count(counts):
+    "How many targets there are; of several processes their mean, because gradients are averaged"
+    n = counts.sum().float()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(n)
+        n /= torch.distributed.get_world_size()
     return n
 
 # %% ../nbs/62_chat.ipynb #c4a70050

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from functools import lru_cache, wraps
 from importlib.metadata import version
+from math import prod
 from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
@@ -95,7 +96,31 @@ class _Meter:
         if n > 1 << 27:
             self.refuse('makes too long a text')
 
-# %% ../nbs/17_templates.ipynb #c4b70120
+    def operate(self, operator, left, right):
+        "Raises `LabError` where `left operator right` would be too large: asked before it is done"
+        self.spend(1)
+        whole = isinstance(left, int) and isinstance(right, int)
+        if operator == '%' and isinstance(left, str):
+            self.product([left, *([right] if isinstance(right, _PLAIN) else [])])
+        elif operator == '**' and whole and left.bit_length() * right > 4096:
+            self.refuse('calculates too large a number')
+        elif operator == '*' and whole and left.bit_length() + right.bit_length() > 4096:
+            self.refuse('calculates too large a number')
+        elif operator in '*+' and not whole:
+            sizes = [len(x) if hasattr(x, '__len__') else x for x in (left, right)]
+            sizes = [n for n in sizes if isinstance(n, int)]
+            n = sum(sizes) if operator == '+' else prod(sizes)
+            if n > _MOST_TEXT:
+                self.refuse('makes too long a text')
+
+    def call(self, f, values):
+        "Count a call; a method of a text may make a longer one of its arguments"
+        self.spend(1)
+        bound = getattr(getattr(f, '__wrapped__', f), '__self__', None)
+        if isinstance(bound, (str, bytes)):
+            self.product([bound, *(x for x in values if isinstance(x, _PLAIN))])
+
+# %% ../nbs/17_templates.ipynb #c4b70022
 def _metered(f, name, meter):
     "A filter that is counted by a meter"
 
@@ -186,7 +211,7 @@ def _generation_tag(brackets):
 
     return Generation
 
-# %% ../nbs/17_templates.ipynb #c4b70220
+# %% ../nbs/17_templates.ipynb #c4b70023
 def _counted(tree, env):
     "A template's syntax tree in which loops and macros count their steps, and ~ its characters"
     nodes = require('jinja2').nodes
@@ -214,69 +239,67 @@ def _counted(tree, env):
     return tree.set_environment(env)
 
 
-def _environment(meter, brackets):
-    """Jinja's immutable sandbox as chat templates expect it, its work counted by a meter.
-
-    What a template makes of a conversation is the same as in transformers"""
-    jinja2 = require('jinja2')
+def _require_sandbox():
+    "Jinja's sandbox; raises `LabError` where it is an older one, out of which ways are known"
     sandbox = require('jinja2.sandbox').ImmutableSandboxedEnvironment
-    release = tuple(int(n) for n in re.findall(r'\d+', version('jinja2'))[:3])
-    if release < (3, 1, 6):
-        raise LabError(
-            f'jinja2 is {version("jinja2")}, out of whose sandbox there are known ways: '
-            'pip install -U jinja2'
-        )
+    said = version('jinja2')
+    if tuple(int(n) for n in re.findall(r'\d+', said)[:3]) < (3, 1, 6):
+        raise LabError(f'jinja2 {said} has known ways out of its sandbox: pip install -U jinja2')
+    return sandbox
 
-    class Environment(sandbox):
+
+def _counted_sandbox(meter):
+    "The class of a sandbox whose operators and calls are counted by a meter"
+
+    class Environment(_require_sandbox()):
         intercepted_binops = frozenset(['*', '**', '+', '%'])
 
         def call_binop(self, context, operator, left, right):
-            values = [x for x in (left, right) if isinstance(x, (*_PLAIN,))]
-            meter.spend(1)
-            if operator == '%' and isinstance(left, str):
-                meter.product(values)
-            elif operator == '**' or (operator == '*' and all(isinstance(x, int) for x in values)):
-                bits = [int(x).bit_length() for x in values if isinstance(x, int)]
-                if len(bits) == 2 and bits[0] * (right if operator == '**' else 1) > 4096:
-                    meter.refuse('calculates too large a number')
-            elif operator in '*+':
-                sizes = [len(x) if hasattr(x, '__len__') else x for x in values]
-                if sizes and (sum(sizes) if operator == '+' else sizes[0] * sizes[-1]) > _MOST_TEXT:
-                    if any(hasattr(x, '__len__') for x in values):
-                        meter.refuse('makes too long a text')
+            meter.operate(operator, left, right)
             return super().call_binop(context, operator, left, right)
 
         def call(self, context, f, *args, **keywords):
-            meter.spend(1)
-            bound = getattr(getattr(f, '__wrapped__', f), '__self__', None)
-            if isinstance(bound, (str, bytes)):
-                meter.product([bound, *[x for x in args if isinstance(x, _PLAIN)]])
-                meter.product([bound, *[x for x in keywords.values() if isinstance(x, _PLAIN)]])
+            meter.call(f, [*args, *keywords.values()])
             return super().call(context, f, *args, **keywords)
 
-    @jinja2.pass_context
-    def finalize(context, x):
-        return meter.write(x)
+    return Environment
 
-    @jinja2.pass_context  # so that it is not done beforehand, when the template is read
+
+def _hidden_filters(meter) -> dict:
+    "What `_counted` puts into a template; each wants the context, so that none is done beforehand"
+    with_context = require('jinja2').pass_context
+
+    @with_context
     def spend(context, n):
         meter.spend(n)
         return True
 
-    @jinja2.pass_context
+    @with_context
     def concat(context, values):
         meter.size(values, _MOST_TEXT)
         return ''.join(map(str, values))
 
-    env = Environment(
+    return dict(_tick=spend, _concat=concat)
+
+
+def _environment(meter, brackets):
+    """Jinja's immutable sandbox as chat templates expect it, its work counted by a meter.
+
+    What a template makes of a conversation is the same as in transformers"""
+
+    @require('jinja2').pass_context
+    def finalize(context, x):
+        return meter.write(x)
+
+    env = _counted_sandbox(meter)(
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=[_generation_tag(brackets), 'jinja2.ext.loopcontrols'],
         finalize=finalize,
     )
-    env.filters |= dict(tojson=_tojson(meter), _tick=spend, _concat=concat)
+    env.filters |= dict(tojson=_tojson(meter), **_hidden_filters(meter))
     env.filters = {name: _metered(f, name, meter) for name, f in env.filters.items()}
-    del env.globals['lipsum']
+    del env.globals['lipsum']  # it makes as much text as it is asked for
     env.globals |= dict(
         raise_exception=_raise_exception,
         strftime_now=_strftime_now,
@@ -285,7 +308,7 @@ def _environment(meter, brackets):
     )
     return env
 
-# %% ../nbs/17_templates.ipynb #c4b70320
+# %% ../nbs/17_templates.ipynb #c4b70025
 # The book's own: each turn stands between two marks, and nothing stands between the turns
 CHAT = (
     '{%- for message in messages %}'
@@ -302,7 +325,7 @@ CHAT = (
 )
 CHAT_MARKS = ('<|system|>', '<|user|>', '<|assistant|>', '<|end|>')
 
-# %% ../nbs/17_templates.ipynb #c4b70420
+# %% ../nbs/17_templates.ipynb #c4b70026
 _SPECIAL = ('bos_token', 'eos_token', 'pad_token', 'unk_token', 'sep_token', 'cls_token')
 
 
@@ -445,7 +468,7 @@ def _special_texts(tokenizer) -> dict:  # {'bos_token': '<s>'}
     )
     return {name: names[n] for name, n in ids.items() if n in names}
 
-# %% ../nbs/17_templates.ipynb #c4b70520
+# %% ../nbs/17_templates.ipynb #c4b70030
 class Encoded(NamedTuple):
     "A conversation in ids"
 
@@ -666,7 +689,7 @@ def encode_chat(
                 is_answer[n] = True
     return Encoded(ids, is_answer)
 
-# %% ../nbs/17_templates.ipynb #c4b70620
+# %% ../nbs/17_templates.ipynb #c4b70032
 def template_of(tokenizer: Tokenizer) -> ChatTemplate:
     """The chat template of a model, which its tokenizer carries; `CHAT` where it has those marks.
 
@@ -760,7 +783,7 @@ def carried_source(
     before = [*sets, f'{{{{- {json.dumps(begin, ensure_ascii=False)} }}}}'] if sets or begin else []
     return ''.join(before) + template.source
 
-# %% ../nbs/17_templates.ipynb #c4b70720
+# %% ../nbs/17_templates.ipynb #c4b70034
 def with_marks(
     tokenizer: Tokenizer,
     marks: tuple[str, ...] = CHAT_MARKS,  # texts that become special tokens
@@ -791,7 +814,7 @@ def with_marks(
     made.chat_template = getattr(tokenizer, 'chat_template', None)
     return made
 
-# %% ../nbs/17_templates.ipynb #c4b70820
+# %% ../nbs/17_templates.ipynb #c4b70037
 def _dolly_messages(record) -> list | None:
     "A record of Dolly's kind, instruction, context and response, as a conversation; else None"
     question, answer = (record.get(key) for key in ('instruction', 'response'))

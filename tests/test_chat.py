@@ -5,10 +5,12 @@ import random
 import shutil
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from answers import chat as answers
 from helpers import near, shaken
 from llm_lab.batching import BatchStream
 from llm_lab.bpe import BPETokenizer, ForeignTokenizer
@@ -21,7 +23,7 @@ from llm_lab.chat import (
     answer_marks,
     answer_targets,
 )
-from llm_lab.core import LabError
+from llm_lab.core import LabError, check
 from llm_lab.corpora import END_OF_TEXT, corpus_of, letters_of, load_corpus
 from llm_lab.evaluation import read_metrics
 from llm_lab.gpt import MiniGPT
@@ -490,6 +492,48 @@ def test_the_loss_is_that_of_labels_of_minus_100():
     full = torch.cat([torch.full((len(rows), 1), -100), labels], 1)
     logits = model(rows)  # one more: it predicts nothing
     near(theirs(logits, full, tokenizer.vocab_size), want, 1e-6)
+
+
+def test_other_tokens_may_count_a_little():
+    tokenizer = byte_tokenizer()
+    model = tiny(tokenizer)
+    rows = chat_rows(tokenizer)
+    counts = answer_targets(rows, answer_marks(tokenizer))
+    nats = torch.nn.functional.cross_entropy(
+        model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten(), reduction='none'
+    ).view(counts.shape)
+    want = nats[counts].mean() + 0.3 * nats[~counts].mean()
+    near(answer_loss(model, rows, tokenizer, rest=0.3), want, 1e-6)
+
+
+def half_a_batch(rank, folder):
+    "What one of two processes does: the loss of its rows, and the mean of both gradients"
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        'gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=2
+    )
+    tokenizer = byte_tokenizer()
+    model = tiny(tokenizer)
+    loss = answer_loss(model, chat_rows(tokenizer)[2 * rank : 2 * rank + 2], tokenizer, rest=0.1)
+    loss.backward()
+    found = torch.cat([loss.detach()[None], *(p.grad.flatten() for p in model.parameters())])
+    torch.distributed.all_reduce(found)
+    if rank == 0:
+        torch.save(found / 2, f'{folder}/found.pt')
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_are_one(tmp_path):
+    torch.multiprocessing.spawn(half_a_batch, (str(tmp_path),), nprocs=2)
+    tokenizer = byte_tokenizer()
+    model = tiny(tokenizer)
+    rows = chat_rows(tokenizer)
+    counts = answer_targets(rows, answer_marks(tokenizer)).sum(1)
+    assert counts[:2].sum() != counts[2:].sum()  # else a mean of means would do
+    loss = answer_loss(model, rows, tokenizer, rest=0.1)
+    loss.backward()
+    want = torch.cat([loss.detach()[None], *(p.grad.flatten() for p in model.parameters())])
+    near(torch.load(tmp_path / 'found.pt'), want, 1e-5)
 
 
 def test_a_batch_without_an_answer_is_refused():
@@ -981,3 +1025,30 @@ def test_texts_of_marks_that_a_folder_names_stay_with_its_template(tmp_path):
     assert template.render(messages) == '\na<|im_end|>é'
     assert ChatTemplate(carried, tokenizer).render(messages) == '\na<|im_end|>é'
     assert carried_source(ChatTemplate(source, tokenizer), tokenizer) == source
+
+
+# ---- the exercise of the lesson
+
+
+def exercise():
+    "What the notebook's own cells define: the slow answer, and its cases"
+    notebook = Path(__file__).parent.parent / 'nbs' / '62_chat.ipynb'
+    cells = [''.join(c['source']) for c in json.loads(notebook.read_text())['cells']]
+    spec = next(c for c in cells if c.startswith('def answers_spec'))
+    cases = next(c for c in cells if c.startswith('def my_targets'))
+    space = {}
+    exec(spec.partition('\n\nnames = ')[0], space)
+    exec(cases.partition('check(')[0], space)  # the exercise, not yet done, and its cases
+    return space['answers_spec'], space['examples']
+
+
+@pytest.mark.parametrize('answer', answers.RIGHT)
+def test_a_right_answer_is_told_so(answer):
+    spec, cases = exercise()
+    assert check(answer, spec, *cases) == f'{answer.__name__}: right on {len(cases)} cases'
+
+
+@pytest.mark.parametrize('answer', answers.WRONG)
+def test_a_wrong_answer_meets_a_counter_example(answer):
+    spec, cases = exercise()
+    assert 'expected' in check(answer, spec, *cases)
