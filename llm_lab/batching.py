@@ -101,6 +101,30 @@ def _document_rows(n, T, starts):
     return begins, room
 
 
+def _whole_rows(n, T, starts):
+    """(where sequences begin, room to move: none), int64, (R,); where the last document ends; and
+    how many are longer than a sequence.
+
+    Next fit, in the order of the text: a sequence takes documents as long as they fit into its T
+    predictions, and the next sequence begins with the first that did not. T = 4, documents at 0 2 4
+    7 of a text of 9: two fit, then 3 tokens stand alone, then 2"""
+    starts = np.asarray(starts, np.int64)
+    # where each one ends: with its mark, at which the next one begins; the text is a ring, unless a
+    # mark stands before its first document, too
+    last = n - 1 if starts[0] == 0 else starts[0] + n
+    ends = np.append(starts[1:], last)
+    # of each document, the first one that does not fit into a sequence which begins with it
+    after = np.searchsorted(ends, starts + T, 'right').tolist()
+    begins = []
+    first = 0
+    while first < len(starts):
+        begins.append(first)
+        first = max(after[first], first + 1)  # one that is too long stands alone, and is cut
+    too_long = int((ends - starts > T).sum())
+    begins = starts[begins]
+    return (begins, np.zeros_like(begins)), int(last), too_long
+
+
 def _check_sizes(n, batch_size, length, rank, world_size):
     "Raises `LabError` where no batch could be made of n tokens"
     for k, v in dict(batch_size=batch_size, length=length, world_size=world_size).items():
@@ -138,6 +162,8 @@ class BatchStream:
         device: where the rows go
         starts: where documents begin, ascending, (M,)
         vocab_size: ids of the tokenizer that made the tokens; `PackedTokens` know it
+        whole: each sequence holds as many whole documents as fit, and each document stands
+            in one; what is longer is cut, `too_long` of them
     """
 
     def __init__(
@@ -152,6 +178,9 @@ class BatchStream:
         starts=None,  # where documents begin, ascending, (M,)
         # ids of the tokenizer that made the tokens; `PackedTokens` know it
         vocab_size: int | None = None,
+        # each sequence holds as many whole documents as fit, and each document stands in one; what
+        # is longer is cut, `too_long` of them
+        whole: bool = False,
     ):
         import torch
 
@@ -165,6 +194,12 @@ class BatchStream:
         self.vocab_size = vocab_size or getattr(made_by, 'vocab_size', None)
         self.token = token_word(made_by) if made_by else ''  # what a token is, where it is known
         self.rows = None if starts is None else _document_rows(len(ids), length, starts)
+        self.too_long = 0
+        self.last = None  # no row reads on beyond it
+        if whole:
+            if starts is None or not len(starts):
+                raise LabError('whole=True: give starts, where documents begin')
+            self.rows, self.last, self.too_long = _whole_rows(len(ids), length, starts)
         self.per_epoch = len(ids) // length if starts is None else len(self.rows[0])
         self.made_of = dict(
             tokens=getattr(tokens, 'sha256', None),
@@ -294,6 +329,8 @@ def batch(self: BatchStream, step: int):  # ids (B / world_size, T+1), int64
         ids (B / world_size, T+1), int64
     """
     at = self.blocks_of(step)[:, None] + self.ahead  # positions on the ring, (B / world_size, T+1)
+    if self.last is not None:  # the first documents do not come again: marks fill the last row
+        at = at.clamp_max(self.last)
     rows = self.ids.take(at % len(self.ids)).long()
     return rows if self.device == 'cpu' else rows.to(self.device, non_blocking=True)
 

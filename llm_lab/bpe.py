@@ -258,6 +258,7 @@ class BPETokenizer:
         self.letter_ids = {c: self.ids[t] for t, c in self.letters.items()}
         self.bos_id, self.eos_id = _marks(self.special_tokens)
         self.begin = None  # ids before a prompt, from a file
+        self.chat_template = None  # how conversations are written, in Jinja
         self._find = [_finder(p) for p in self.patterns]
         self._chunks = _Chunks(self)
         self._rust = None  # `encode_batch` makes it when it is needed
@@ -376,7 +377,8 @@ def __reduce__(self: BPETokenizer):
         self.form,
         self.meta,
     )
-    return type(self), arguments, dict(begin=self.begin)
+    more = dict(begin=self.begin, chat_template=self.chat_template)
+    return type(self), arguments, more
 
 # %% ../nbs/12_bpe.ipynb #ffb7eeb9
 @patch
@@ -1076,6 +1078,7 @@ class ForeignTokenizer:
         _check_bounds(data)
         self.data = data
         self.begin = begin_of(data)
+        self.chat_template = None  # how conversations are written, in Jinja
         self.readers = {}  # allowed special tokens → the library's tokenizer that finds them
         model = data['model']
         self.added = data.get('added_tokens') or []
@@ -1100,7 +1103,8 @@ class ForeignTokenizer:
         )
 
     def __reduce__(self):
-        return type(self), (self.data,), dict(begin=self.begin)
+        more = dict(begin=self.begin, chat_template=self.chat_template)
+        return type(self), (self.data,), more
 
     @classmethod
     def from_json(cls, data: dict):

@@ -11,6 +11,7 @@ TYPE_CHECKING = False  # a type checker takes it for True
 import html
 import json
 import numpy as np
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -20,24 +21,32 @@ from .files import bytes_in, json_of, laid_out, require_ours, atomic_write
 
 # %% ../nbs/11_chars.ipynb #9d8ed0ac
 class CharTokenizer:
-    """Each character of `chars` is a token; its id is its place. No special tokens
+    """Each character of `chars` is a token; its id is its place. Special tokens, if any, follow
 
     Args:
         chars: its characters, in the order of their ids
+        special_tokens: texts that are one token each, where they are allowed
     """
 
     kind = 'chars'
-    bos_id = eos_id = begin = None
+    begin = chat_template = None
 
     def __init__(
         self,
         chars: str,  # its characters, in the order of their ids
+        special_tokens: Iterable[str] = (),  # texts that are one token each, where they are allowed
     ):
         self.chars = ''.join(chars)
         if len(set(self.chars)) < len(self.chars) or not self.chars:
             raise LabError(
                 f'a vocabulary needs distinct characters, at least one; got {self.chars[:20]!r}'
             )
+        special = enumerate(dict.fromkeys(special_tokens), len(self.chars))
+        self.special_tokens = {s: n for n, s in special}  # text → id
+        for s in self.special_tokens:
+            if len(s) < 2:
+                raise LabError(f'the special token {s!r} could be typed: choose another')
+        self.bos_id = self.eos_id = self.special_tokens.get('<|endoftext|>')
         points = _points(self.chars)
         # code point → id, −1 for none; the last place stands for all that lie beyond
         self.table = np.full(points.max() + 2, -1, dtype=np.int64)
@@ -51,14 +60,17 @@ class CharTokenizer:
 
     @property
     def vocab_size(self):
-        return len(self.chars)
+        return len(self.chars) + len(self.special_tokens)
 
     def __repr__(self):
-        return f'CharTokenizer({self.vocab_size} characters: {self.chars!r})'
+        special = f', special {[*self.special_tokens]}' if self.special_tokens else ''
+        return f'CharTokenizer({len(self.chars)} characters: {self.chars!r}{special})'
 
     if TYPE_CHECKING:
-        def encode(self, text: 'str') -> 'list[int]':
-            """Ids of a text. Raises `LabError` on a character outside the vocabulary"""
+        def encode(self, text: 'str', allowed_special=()) -> 'list[int]':
+            """Ids of a text; special tokens only if allowed, by name or 'all'.
+
+            Raises `LabError` on a character outside the vocabulary"""
             ...
 
         def decode(self, ids) -> 'str':
@@ -86,15 +98,36 @@ def _points(text):
 
 # %% ../nbs/11_chars.ipynb #4462694c
 @patch
-def encode(self: CharTokenizer, text: str) -> list[int]:
-    "Ids of a text. Raises `LabError` on a character outside the vocabulary"
+def encode(self: CharTokenizer, text: str, allowed_special=()) -> list[int]:
+    """Ids of a text; special tokens only if allowed, by name or 'all'.
+
+    Raises `LabError` on a character outside the vocabulary"""
+    if not allowed_special or not self.special_tokens:
+        return self._ordinary(text)
+    names = [allowed_special] if isinstance(allowed_special, str) else [*allowed_special]
+    names = [*self.special_tokens] if allowed_special == 'all' else names
+    unknown = [s for s in names if s not in self.special_tokens]
+    if unknown:
+        raise LabError(
+            f'{unknown[0]!r} is no special token here: choose from {[*self.special_tokens]}'
+        )
+    find = '|'.join(map(re.escape, sorted(names, key=len, reverse=True)))
+    ids = []
+    for n, part in enumerate(re.split(f'({find})', text)):  # ordinary, special, ordinary, …
+        ids += [self.special_tokens[part]] if n % 2 == 1 else self._ordinary(part)
+    return ids
+
+
+@patch
+def _ordinary(self: CharTokenizer, text) -> list[int]:
+    "Ids of a text in which nothing is special"
     points = _points(text)
     ids = self.table[np.minimum(points, len(self.table) - 1)]
     if (ids < 0).any():
         at = int((ids < 0).argmax())
         raise LabError(
             f'the character {text[at]!r} at place {at} is not among '
-            f'the {self.vocab_size} of this vocabulary: leave it out, or, for other texts than '
+            f'the {len(self.chars)} of this vocabulary: leave it out, or, for other texts than '
             'those it was made from, use byte pairs, which write any text: tokenizer=bpe, in a '
             'script BPETokenizer'
         )
@@ -111,7 +144,8 @@ def decode(self: CharTokenizer, ids) -> str:
             f'{self.vocab_size - 1}: '
             'use the tokenizer they come from'
         )
-    return ''.join([self.chars[i] for i in ids])
+    tokens = [*self.chars, *self.special_tokens]
+    return ''.join([tokens[i] for i in ids])
 
 # %% ../nbs/11_chars.ipynb #3665cbc8
 # of a tokenizer.json, in their order
@@ -143,6 +177,12 @@ def write_data(folder, data: dict, meta=None):
             f.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding='utf-8')
 
 
+def _special_token(id, content) -> dict:
+    "A special token as tokenizer.json lists it: found only where it is allowed, all of it"
+    flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+    return dict(id=id, content=content, **flags)
+
+
 def write_tokenizer(
     folder,
     model: dict,
@@ -158,8 +198,7 @@ def write_tokenizer(
     Args:
         begin: ids that stand before a prompt, where the tokenizer says which
     """
-    flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-    added = [dict(id=n, content=s, **flags) for s, n in (special_tokens or {}).items()]
+    added = [_special_token(n, s) for s, n in (special_tokens or {}).items()]
     names = {n: s for s, n in (model['vocab'] | (special_tokens or {})).items()}
     post = None if begin is None else template(begin, names)
     write_data(
@@ -253,7 +292,7 @@ def save(
     """
     vocab = {c: n for n, c in enumerate(self.chars)}
     model = dict(type='WordLevel', vocab=vocab, unk_token='<unknown>')
-    write_tokenizer(folder, model, **_EACH, begin=self.begin)
+    write_tokenizer(folder, model, **_EACH, special_tokens=self.special_tokens, begin=self.begin)
 
 # %% ../nbs/11_chars.ipynb #44ce9cdc
 @patch(cls_method=True)
@@ -265,15 +304,21 @@ def from_json(cls: CharTokenizer, data: dict):
     vocab = model.get('vocab') or {}
     if model.get('type') != 'WordLevel' or any(len(c) != 1 for c in vocab):
         return None
-    more = ('normalizer', 'added_tokens', 'truncation', 'padding')
+    more = ('normalizer', 'truncation', 'padding')
     if any(map(data.get, more)) or model.get('unk_token') in vocab:
         return None
+    special = data.get('added_tokens') or []
+    if any(t != _special_token(t['id'], t['content']) for t in special):
+        return None  # such a token may be found in what is typed
     if any(data.get(k) != v for k, v in _EACH.items()):
         return None
     ids = vocab.values()
     if any(type(n) is not int for n in ids) or {*ids} != {*range(len(vocab))}:
         raise ValueError('the ids are not 0, 1, 2, …')
-    tok = cls(''.join(sorted(vocab, key=vocab.get)))
+    marks = {t['content']: t['id'] for t in special}
+    tok = cls(''.join(sorted(vocab, key=vocab.get)), sorted(marks, key=marks.get))
+    if tok.special_tokens != marks or len(marks) < len(special):
+        raise ValueError('the ids of special tokens do not follow those of the characters')
     tok.begin = begin_of(data)
     return tok
 

@@ -56,11 +56,14 @@ class DataConfig:
         splits: of a text of your own: shares of val and test, or a file in the place of a
             share; a tenth is val if none
         limit: so many training documents; all if none
+        template: records are conversations, written by this chat template: 'chat', the
+            book's own, or the path of a file of Jinja or of a model's folder
         tokenizer: learned from the training text; or the path of a saved one,
             tokenizer.json or its folder
         vocab_size: of bpe; 8192 if none
         length: context, in tokens
-        rows: where sequences begin: side by side, or at documents
+        rows: where sequences begin: side by side, or at documents; or each holds as many
+            whole documents as fit
         mask_documents: documents in one sequence do not attend to each other, and each
             begins at position 0. A document is a record, or what stands between two lines
             <|endoftext|>; a text without such lines is one running text, and has none
@@ -72,12 +75,16 @@ class DataConfig:
     # val if none
     splits: dict = _shares()
     limit: int | None = _key(None, 1)  # so many training documents; all if none
+    # records are conversations, written by this chat template: 'chat', the book's own, or the path
+    # of a file of Jinja or of a model's folder
+    template: str | None = None
     # learned from the training text; or the path of a saved one, tokenizer.json or its folder
     tokenizer: str = _key('chars', of=('chars', 'bpe'), path=True)
     vocab_size: int | None = _key(None, 257, 1 << 22)  # of bpe; 8192 if none
     length: int = _key(128, 1, 1 << 24)  # context, in tokens
-    # where sequences begin: side by side, or at documents
-    rows: str = _key('blocks', of=('blocks', 'documents'))
+    # where sequences begin: side by side, or at documents; or each holds as many whole documents as
+    # fit
+    rows: str = _key('blocks', of=('blocks', 'documents', 'whole'))
     # documents in one sequence do not attend to each other, and each begins at position 0. A
     # document is a record, or what stands between two lines <|endoftext|>; a text without such
     # lines is one running text, and has none
@@ -169,7 +176,7 @@ class TrainConfig:
     weight_decay: float = _key(0.1, 0, 10)  # of matrices, times the learning rate, each step
     # how the rate climbs and comes down
     schedule: str | dict = _named('cosine', 'cosine', 'constant', 'wsd', 'step_decay')
-    loss: str | dict = _named('next_token', 'next_token')  # what the weights are moved along
+    loss: str | dict = _named('next_token', *SLOTS['loss'])  # what the weights are moved along
     # called every log.every steps, or as often as they say: {part: DivergenceMonitor, every: 50}
     callbacks: list = field(
         default_factory=list, metadata=dict(of=('DivergenceMonitor',), named=True)

@@ -34,7 +34,7 @@ class LabError(ValueError):
 # {extra of this book's package: the modules that come with it}
 _EXTRAS = dict(
     lab='matplotlib ipywidgets anywidget IPython traitlets',
-    train='pooch filelock accelerate omegaconf yaml tensorboard dotenv psutil',
+    train='pooch filelock accelerate omegaconf yaml tensorboard dotenv psutil jinja2',
     data='datasets pyarrow tiktoken huggingface_hub',
     verify='transformers hypothesis peft',
 )
@@ -181,8 +181,9 @@ _DECLARED = dict(  # slot: CHAPTER:NAME, of this book where no module is said
     ),
     tokenizer='chars:CharTokenizer bpe:BPETokenizer bpe:ForeignTokenizer',
     format='hub:from_hf',  # folders of other libraries that `load` opens
+    conversation='templates:write_conversations',  # records of conversations that become documents
 )
-_NO_PARTS = 'corpus', 'tokenizer', 'format'  # slots of what is no part of a model
+_NO_PARTS = 'corpus', 'tokenizer', 'format', 'conversation', 'loss'  # what is no part of a model
 
 
 def _named(words):
@@ -196,6 +197,9 @@ def _named(words):
 
 
 SLOTS = {slot: _named(words) for slot, words in _DECLARED.items()}  # {slot: {name: address}}
+SLOTS['loss'] = dict(  # what `train.loss` names
+    next_token='llm_lab.train:next_token_loss', answers='llm_lab.chat:answer_loss'
+)
 REGISTERED = {}  # what the reader's own program has added, by name
 
 # %% ../nbs/01_core.ipynb #49b3c38a

@@ -76,6 +76,8 @@ class Corpus:
             about it?
         citation: whom to name when you use it
         field: of the records that it was read from: which one holds the text
+        marks: texts that are special tokens where they stand in it; no others are
+        template: of conversations: the chat template in which they are written
     """
 
     name: str  # how it is called
@@ -89,6 +91,8 @@ class Corpus:
     independent: bool = False
     citation: str = ''  # whom to name when you use it
     field: str = ''  # of the records that it was read from: which one holds the text
+    marks: tuple = ()  # texts that are special tokens where they stand in it; no others are
+    template: str = ''  # of conversations: the chat template in which they are written
 
     def documents(self, split: str) -> Iterable[str]:
         "The split's separate texts: a list, or an iterable that begins anew for each `for`"
@@ -491,10 +495,24 @@ def _saved_rows(folder, field) -> dict:  # {split: [(where, record), …]}
     return rows
 
 
-def _texts_of(rows, field) -> list:
-    """What records hold in a field; null is no text.
+def _conversations(rows, template) -> tuple:  # (their texts, the marks in them, the template)
+    "Records as conversations, by the chapter that knows chat templates"
+    return lookup('write_conversations', 'conversation')(rows, template)
+
+
+def _chat_facts(template) -> dict:
+    "What a `Corpus` says of the chat template in which it is written"
+    _, marks, source = _conversations([], template)
+    return dict(marks=marks, template=source)
+
+
+def _texts_of(rows, field, template=None) -> list:
+    """What records hold in a field; null is no text. With a chat template, the text of each as a
+    conversation.
 
     `LabError` where the field is not there, or no text"""
+    if template:
+        return _conversations(rows, template)[0]
     texts = []
     for where, row in rows:
         if not isinstance(row, dict):
@@ -551,10 +569,13 @@ def _hint(path, splits, cut):
         )
 
 # %% ../nbs/04_corpora.ipynb #7babf47d
-def _read(path, field) -> tuple:  # ({split: texts}, are they records?)
+def _read(path, field, template=None) -> tuple:  # ({split: texts}, are they records?)
     "The texts at a path: the splits that are there, or '' for all"
+    if template and field == 'text':
+        field = 'messages'  # the column of conversations
     if path.is_dir() and _saved(path):
-        return {s: _texts_of(rows, field) for s, rows in _saved_rows(path, field).items()}, True
+        saved = _saved_rows(path, field)
+        return {s: _texts_of(rows, field, template) for s, rows in saved.items()}, True
     kind = KINDS.get(path.suffix.lower(), 'txt')
     parts = {'': [path]}
     if path.is_dir():
@@ -562,9 +583,14 @@ def _read(path, field) -> tuple:  # ({split: texts}, are they records?)
     texts = {}
     if kind in _ROWS:
         for split, files in parts.items():
-            each = [_texts_of(_ROWS[kind](f, field), field) for f in files]
+            each = [_texts_of(_ROWS[kind](f, field), field, template) for f in files]
             texts[split] = [*itertools.chain(*each)]
         return texts, True
+    if template:
+        raise LabError(
+            f'{path} is plain text, and data.template wants conversations: give .jsonl records, '
+            '{"messages": [{"role": "user", "content": "…"}, …]}, or leave it out'
+        )
     if field != 'text':
         raise LabError(
             f'{path} is plain text and has no field {field!r}: leave data.field (--field) out'
@@ -591,7 +617,7 @@ def _halves(held, joined, marked):
     return split_text(joined)  # one document is cut by position
 
 
-def _with_files(path, texts, records, field, splits):
+def _with_files(path, texts, records, field, splits, template=None):
     "The texts of `_read`, and those of the files that `splits` names"
     for split in splits:
         if split in texts:
@@ -600,7 +626,7 @@ def _with_files(path, texts, records, field, splits):
     if files and '' in texts:
         texts = dict(train=texts[''])  # what we were given is for training
     for split, name in files.items():
-        held, also = _read(Path(_need_path(str(name))), field)
+        held, also = _read(Path(_need_path(str(name))), field, template)
         if also != records:
             raise LabError(
                 f'splits.{split}={name}: one of it and {path} holds records, the other running '
@@ -627,6 +653,7 @@ def from_path(
     path: str | Path,  # a file, or a folder
     field: str = 'text',  # of records: the one that holds the text
     splits: dict | None = None,  # shares or files of val and test, as `load_corpus` takes them
+    template: str | None = None,  # records are conversations, see `load_corpus`
 ) -> Corpus:
     """A corpus from a file or folder of texts; or of records, each a document with its text in
     `field`.
@@ -637,11 +664,13 @@ def from_path(
         path: a file, or a folder
         field: of records: the one that holds the text
         splits: shares or files of val and test, as `load_corpus` takes them
+        template: records are conversations, see `load_corpus`
     """
     path = Path(path)
     splits = check_splits(splits or {})
-    texts, records = _read(path, field)  # {split: texts}, or {'': texts} where there are none
-    texts = _with_files(path, texts, records, field, splits)
+    # {split: texts}, or {'': texts} where there are none
+    texts, records = _read(path, field, template)
+    texts = _with_files(path, texts, records, field, splits, template)
     docs = {}
     for split, held in texts.items():
         docs[split] = [d for text in held for d in parse_documents(text)]
@@ -674,7 +703,8 @@ def from_path(
         str(path),
         hashlib.sha256(known.encode()).hexdigest(),
         independent=marked,
-        field=field if records else '',
+        field=field if records and not template else '',
+        **(_chat_facts(template) if template else {}),
     )
 
 
@@ -936,6 +966,9 @@ def load_corpus(
     # place of a share; a tenth is val if none. Documents are drawn by their hashes, and a running
     # text is cut by position: train, val, test
     splits: dict | None = None,
+    # records are conversations, {"messages": [{"role": …, "content": …}, …]}, or Dolly's, and are
+    # written by this chat template: 'chat', the book's own, or the path of one
+    template: str | None = None,
 ) -> Corpus:
     """The corpus of that name or path, never another one; raises `LabError` when there is none
 
@@ -949,6 +982,9 @@ def load_corpus(
         splits: of your own text: the shares of val and test, as {'val': 0.05, 'test':
             0.05}, or a file in the place of a share; a tenth is val if none. Documents are
             drawn by their hashes, and a running text is cut by position: train, val, test
+        template: records are conversations, {"messages": [{"role": …, "content": …}, …]},
+            or Dolly's, and are written by this chat template: 'chat', the book's own, or
+            the path of one
     """
     name = str(name_or_path)
     make = from_path
@@ -964,10 +1000,13 @@ def load_corpus(
         raise LabError(f'{name} is a corpus with fields of its own: leave data.field (--field) out')
     if make is not from_path and splits:
         raise LabError(f'{name} is a corpus with splits of its own: leave splits (data.splits) out')
+    if template and 'template' not in inspect.signature(make).parameters:
+        raise LabError(f'{name} holds no records of conversations: leave data.template out')
+    given = dict(template=template) if template else {}
     if make is from_path:
-        corpus = from_path(path, field, splits)
+        corpus = from_path(path, field, splits, **given)
     else:
-        corpus = make(stream=True) if stream else make()
+        corpus = make(stream=True, **given) if stream else make(**given)
     return corpus if limit is None else subsample(corpus, limit, seed)
 
 # %% ../nbs/04_corpora.ipynb #7ecf326e
@@ -978,12 +1017,13 @@ def corpus_of(about: dict) -> Corpus:
     name = about.get('data') or about.get('corpus') or ''
     want = about.get('corpus_sha256')
     field = about.get('field') or 'text'
-    for said, what in ((name, 'corpus'), (field, 'field')):
+    template = about.get('template')
+    for said, what in ((name, 'corpus'), (field, 'field'), (template or '', 'template')):
         if not isinstance(said, str):
             raise LabError(f'the model names {short(said)} as its {what}: say which corpus to use')
     splits = splits_at_home(check_splits(about.get('splits') or {}))
     if name in CORPORA:
-        return load_corpus(name)
+        return load_corpus(name, template=template)
     places = [p for p in dict.fromkeys((at_home(name), name)) if found_path(p)]
     if not places and os.path.basename(name):
         raise LabError(
@@ -994,7 +1034,7 @@ def corpus_of(about: dict) -> Corpus:
     # of a text that was drawn from, see `subsample`, the hash is another one
     drawn = re.search(r'-(\d{1,9})-seed(\d{1,9})$', str(about.get('corpus')))
     for place in places or [name]:
-        corpus = load_corpus(place, field=field, splits=splits)
+        corpus = load_corpus(place, field=field, splits=splits, template=template)
         known = [corpus.sha256]
         if drawn:
             limit, seed = drawn.groups()

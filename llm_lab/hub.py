@@ -23,6 +23,8 @@ from .gpt import MiniGPT
 from .package import Opened, require_faithful, meta_model, model_card
 from .sampling import require_next_token
 from .families import config_from_hf, hf_config, least_tensors, hf_views
+from .templates import CHAT_MARKS, carried_source, load_template, template_of
+from .chat import end_of_turn
 from copy import copy
 from unicodedata import category
 from .bpe import BPETokenizer, bytes_to_printable
@@ -63,6 +65,22 @@ def _pad(tokenizer):  # (token, its id), or (token, None) where a typed text may
     return max(tokenizer.chars, key=_oddness), None
 
 
+def _add_template(new, tokenizer) -> list:  # the ids that end an answer; [] where there is none
+    "Write the chat template of a model that has one, as transformers reads it"
+    special = getattr(tokenizer, 'special_tokens', {})
+    if not getattr(tokenizer, 'chat_template', None) and not {*CHAT_MARKS[1:]} <= {*special}:
+        return []
+    template = template_of(tokenizer)
+    # our prompts begin with a mark, whether the template writes it or not; theirs do as it says
+    names = {id: text for text, id in special.items()}
+    first = ''.join(names.get(id, '') for id in begins(tokenizer))
+    turns = [dict(role='user', content='?'), dict(role='assistant', content='!')]
+    begin = '' if template.render(turns).startswith(first) else first
+    source = carried_source(template, tokenizer, begin)
+    (new / 'chat_template.jinja').write_text(source, encoding='utf-8', newline='')
+    return end_of_turn(template, tokenizer)
+
+
 def _add_tokenizer(new, tokenizer, cfg) -> dict:  # {key of config.json: id}
     """Write a tokenizer into the folder `new`, and what transformers must know to do as we do.
 
@@ -90,7 +108,13 @@ def _add_tokenizer(new, tokenizer, cfg) -> dict:  # {key of config.json: id}
         if n is not None:
             how[f'{mark}_token'] = special.get(n) or tokenizer.decode([n])
     how['pad_token'], pad = _pad(tokenizer)
-    files = dict(tokenizer_config=how, generation_config=ids | dict(pad_token_id=pad))
+    generation = ids | dict(pad_token_id=pad)
+    if ends := _add_template(new, tokenizer):
+        generation['eos_token_id'] = ends  # each of them ends an answer
+        # transformers writes a conversation as text and looks for its marks there, those of a
+        # user too: `Chat` keeps them apart
+        how['split_special_tokens'] = False
+    files = dict(tokenizer_config=how, generation_config=generation)
     for name, said in files.items():
         (new / f'{name}.json').write_text(json.dumps(said, indent=1), encoding='utf-8')
     return ids
@@ -339,6 +363,14 @@ def _matched(want, found, tie, where):
 _OTHERS = 'tokenizer.model', 'vocab.json', 'merges.txt', 'vocab.txt', 'spiece.model', 'tekken.json'
 
 
+def _template_in(folder, tokenizer) -> str | None:
+    "The source of the chat template in a folder; None where there is none that can be read"
+    try:
+        return carried_source(load_template(folder), tokenizer)
+    except LabError:
+        return None
+
+
 def _tokenizer_of(folder, cfg):
     "The tokenizer in a folder, or None; raises `LabError` where it cannot be followed"
     if not (folder / 'tokenizer.json').is_file():
@@ -360,6 +392,7 @@ def _tokenizer_of(folder, cfg):
     # be older than `begin`; then the default of our tokenizers holds.
     if tokenizer.begin is None and not ours:
         tokenizer.begin = []
+    tokenizer.chat_template = _template_in(folder, tokenizer)
     return tokenizer
 
 # %% ../nbs/72_hub.ipynb #da5f4475

@@ -19,6 +19,7 @@ from pathlib import Path
 from textwrap import shorten
 from tqdm import tqdm
 from .corpora import Reiterable, Corpus, END_OF_TEXT, assign_split, parse_documents
+from .corpora import _chat_facts, _conversations
 from .core import LabError, StatusLine, home, require, require_inside, require_name
 from .files import json_of, made_folder, require_ours, atomic_write
 
@@ -296,13 +297,19 @@ class HubData:
         "The publisher's records of a split, as dicts"
         return Reiterable(self._picked, split, _opened(self, stream)[1])
 
-    def __call__(self, stream=False) -> Corpus:
-        "The corpus; its files fetched, checked and read from disk, or streamed"
+    def __call__(self, stream=False, template=None) -> Corpus:
+        """The corpus; its files fetched, checked and read from disk, or streamed.
+
+        With a chat template, see `load_corpus`, its records are conversations"""
         listing, at = _opened(self, stream)
+        known = _chat_facts(template) if template else {}
 
         def documents(split):
-            for record in self._picked(split, at):
-                yield from parse_documents(self.text(record))
+            for n, record in enumerate(self._picked(split, at)):
+                if template:
+                    yield from _conversations([(f'{self.name}, record {n}', record)], template)[0]
+                else:
+                    yield from parse_documents(self.text(record))
 
         sha256 = hashlib.sha256(json.dumps([listing['files'], self.cuts]).encode()).hexdigest()
         return Corpus(
@@ -314,6 +321,7 @@ class HubData:
             sha256,
             independent=True,
             citation=self.citation,
+            **known,
         )
 
 # %% ../nbs/05_hubdata.ipynb #7ff690ed

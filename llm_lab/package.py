@@ -78,6 +78,7 @@ from .train import fit, mean_loss, random_crops, read_split, spans
 # %% ../nbs/24_package.ipynb #e5a18245
 FORMAT = 2
 _FILES = ('llm_lab.json', 'tokenizer.json', 'model.safetensors')
+_TEMPLATE = 'chat_template.jinja'  # only of a model whose tokenizer has one
 
 
 def _sha(data) -> str:
@@ -774,6 +775,9 @@ def write_package(new: Path, model: MiniGPT, tokenizer, about: dict, name: str):
         about = about | dict(parts=files | (about.get('parts') or {}))
     new.mkdir()
     tokenizer.save(new)
+    template = getattr(tokenizer, 'chat_template', None)
+    if template:
+        (new / _TEMPLATE).write_text(template, encoding='utf-8', newline='')
     (new / 'llm_lab.json').write_text(json.dumps(config, indent=1), encoding='utf-8')
     state = {k: v.contiguous() for k, v in model.state_dict().items()}
     if model.cfg.tie:
@@ -1309,6 +1313,9 @@ def load(
     cfg = _read_hashed(folder, manifest, 'llm_lab.json', _REMEDY, max_bytes=1 << 22)
     tok = _read_hashed(folder, manifest, 'tokenizer.json', _REMEDY, max_bytes=1 << 26)
     tokenizer = tokenizer_from_json(json_of(tok, folder / 'tokenizer.json'), folder)
+    if _TEMPLATE in manifest['files']:
+        source = _read_hashed(folder, manifest, _TEMPLATE, _REMEDY, max_bytes=1 << 20)
+        tokenizer.chat_template = source.decode('utf-8', 'replace')
     try:
         shapes = meta_model(config_from(json_of(cfg, folder / 'llm_lab.json')))
     except LabError as e:

@@ -225,9 +225,12 @@ def _between(tok, separator):
     return tok.encode(separator)
 
 
-def _ids(tokenizer, documents, end):
-    "The ids of all documents, each followed by the ids `end`: int32, (n,)"
-    if hasattr(tokenizer, 'encode_batch'):
+def _ids(tokenizer, documents, end, marks=()):
+    """The ids of all documents, each followed by the ids `end`: int32, (n,). `marks` are special
+    tokens where they stand in a document"""
+    if marks:
+        each = [tokenizer.encode(d, allowed_special=marks) for d in documents]
+    elif hasattr(tokenizer, 'encode_batch'):
         each = tokenizer.encode_batch(documents)
     else:
         each = map(tokenizer.encode, documents)
@@ -250,7 +253,7 @@ def _receive(pipe):
     return data
 
 
-def _serve(folder, end):
+def _serve(folder, end, marks=()):
     "A worker's life: read documents, write their ids, until nobody sends any more"
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is not for us, where sessions are unknown
     out = sys.stdout.buffer
@@ -259,7 +262,7 @@ def _serve(folder, end):
         tokenizer = load_tokenizer(folder)
         while documents := json.loads(_receive(sys.stdin.buffer)):
             try:
-                answer = b'+' + _ids(tokenizer, documents, end).tobytes()
+                answer = b'+' + _ids(tokenizer, documents, end, marks).tobytes()
             except LabError as e:
                 answer = b'-' + str(e).encode()
             _send(out, answer)
@@ -284,13 +287,13 @@ def _ask(worker, documents):
 # (spawn) or copy a process that has threads (fork); they get our Ctrl-C; and where we are killed,
 # nothing tells them, since each holds the queue's other end. Ours see the end of their input.
 @contextmanager
-def _workers(folder, end, processes):
+def _workers(folder, end, processes, marks=()):
     "Yield a function that hands documents to a free worker and returns a future of their ids"
     code = (
         'import json, sys; sys.path, *a = json.loads(sys.argv[1]); '
         'from llm_lab.packing import _serve; _serve(*a)'
     )
-    call = [sys.executable, '-c', code, json.dumps([sys.path, str(folder), end])]
+    call = [sys.executable, '-c', code, json.dumps([sys.path, str(folder), end, marks])]
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'RAYON_NUM_THREADS': '1'}
     team = []
     free = []
@@ -324,17 +327,17 @@ PIECE = 1 << 19  # characters sent at a time
 ALONE = 4  # fewer pieces are packed without workers
 
 
-def _encode(pieces, folder, end, processes):
+def _encode(pieces, folder, end, processes, marks=()):
     "The ids of each piece (a list of documents), in order; at most `2*processes` are on their way"
     tokenizer = load_tokenizer(folder)
     pieces = iter(pieces)
     head = list(islice(pieces, ALONE))
     if processes < 2 or len(head) < ALONE:
         for piece in chain(head, pieces):
-            yield _ids(tokenizer, piece, end)
+            yield _ids(tokenizer, piece, end, marks)
         return
     waiting = []  # answers, in the order of the questions
-    with _workers(folder, end, processes) as ask:
+    with _workers(folder, end, processes, marks) as ask:
         for piece in chain(head, pieces):
             waiting.append(ask(piece))
             if len(waiting) == 2 * processes:
@@ -364,7 +367,7 @@ def _counted_pieces(documents, n, text):
         yield piece
 
 
-def _write(documents, path, end, processes, live):
+def _write(documents, path, end, processes, live, marks=()):
     """Encode the documents into the file `path`; returns what meta.json will hold of the text, and
     of the file"""
     n = dict(documents=0, tokens=0, bytes=0)
@@ -374,7 +377,7 @@ def _write(documents, path, end, processes, live):
     with (
         open(path, 'wb') as f,
         # closed also where writing fails: the workers end
-        closing(_encode(pieces, path.parent / 'tokenizer', end, processes)) as parts,
+        closing(_encode(pieces, path.parent / 'tokenizer', end, processes, marks)) as parts,
     ):
         for ids in parts:
             f.write(ids)
@@ -384,12 +387,18 @@ def _write(documents, path, end, processes, live):
     return dict(**n, sha256=text.hexdigest()), dict(size=4 * n['tokens'], sha256=data.hexdigest())
 
 # %% ../nbs/15_packing.ipynb #83d84c20
+def _marks_of(corpus) -> dict:
+    "What meta.json says of the special tokens that stand in the documents; {} where none do"
+    return dict(marks=[*corpus.marks]) if corpus.marks else {}
+
+
 def _build(new, corpus, tokenizer, digests, processes):
     "Make the packed folder `new`; returns what stands in its meta.json"
     asked = tokenizer if isinstance(tokenizer, int) else None
     if asked:
         documents = corpus.documents('train')
-        tokenizer = BPETokenizer.train(documents, asked, special_tokens=['<|endoftext|>'])
+        special = dict.fromkeys(['<|endoftext|>', *corpus.marks])
+        tokenizer = BPETokenizer.train(documents, asked, special_tokens=[*special])
     tokenizer.save(new / 'tokenizer')
     files = {
         f'tokenizer/{f.name}': dict(size=f.stat().st_size, sha256=_sha(f.read_bytes()))
@@ -400,7 +409,9 @@ def _build(new, corpus, tokenizer, digests, processes):
     live = StatusLine()
     for s, said in digests.items():
         path = new / f'{s}.bin'
-        splits[s], files[path.name] = _write(corpus.documents(s), path, end, processes, live)
+        splits[s], files[path.name] = _write(
+            corpus.documents(s), path, end, processes, live, corpus.marks
+        )
         what = f'{s} of {corpus.name}'
         _agree(what, splits[s]['sha256'], 'a minute ago', said, 'pack it when it is at rest')
     tokens = sum(v['tokens'] for v in splits.values())
@@ -412,6 +423,7 @@ def _build(new, corpus, tokenizer, digests, processes):
         asked=asked or None,
         sha256=files['tokenizer/tokenizer.json']['sha256'],
         trained_on=getattr(tokenizer, 'meta', {}).get('sha256'),
+        **_marks_of(corpus),
     )
     meta = dict(
         format=_FORMAT,
@@ -431,11 +443,13 @@ def _wanted(corpus, tokenizer):
     trained on"""
     digests = {s: corpus.digest(s) for s in corpus.splits}
     if isinstance(tokenizer, int):
-        return digests, dict(asked=tokenizer, trained_on=digests.get('train'))
+        marks = [*corpus.marks] or None
+        return digests, dict(asked=tokenizer, trained_on=digests.get('train'), marks=marks)
     with tempfile.TemporaryDirectory() as t:
         tokenizer.save(t)
         sha256 = _sha(Path(t, 'tokenizer.json').read_bytes())
-    return digests, dict(sha256=sha256, end=document_end_ids(corpus, tokenizer))
+    end = document_end_ids(corpus, tokenizer)
+    return digests, dict(sha256=sha256, end=end, marks=[*corpus.marks] or None)
 
 
 def _usable(folder, corpus, digests, tokenizer, verify):
@@ -452,7 +466,7 @@ def _usable(folder, corpus, digests, tokenizer, verify):
         name = f'{s} of {meta["corpus"]["name"]} in {folder}'
         _agree(name, there, f'{s} of {corpus.name}', digests.get(s), other)
     for k, v in tokenizer.items():
-        _agree(f'tokenizer {k} in {folder}', meta['tokenizer'][k], 'asked for', v, other)
+        _agree(f'tokenizer {k} in {folder}', meta['tokenizer'].get(k), 'asked for', v, other)
     for file in meta['files']:
         small = not file.endswith('.bin')  # is always read
         _opened(folder, file, meta, verify or small).close()
@@ -471,7 +485,9 @@ def _beside(folder, digests, tokenizer):
     same = {s: v.get('sha256') for s, v in meta['splits'].items()} == digests
     if same and all(meta['tokenizer'].get(k) == v for k, v in tokenizer.items()):
         return folder
-    mine = _sha(json.dumps([digests, tokenizer], sort_keys=True).encode())
+    # documents without marks have the name that they had before there were any
+    named = {k: v for k, v in tokenizer.items() if k != 'marks' or v}
+    mine = _sha(json.dumps([digests, named], sort_keys=True).encode())
     return folder.with_name(f'{folder.name}-{mine[:10]}')
 
 # %% ../nbs/15_packing.ipynb #da712cd9

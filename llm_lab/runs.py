@@ -24,8 +24,10 @@ import time
 import textwrap
 import warnings
 import torch
+import tempfile
 from collections.abc import Iterable
 from contextlib import contextmanager, nullcontext, suppress
+from copy import copy
 from dataclasses import fields, replace
 from datetime import timedelta
 from functools import partial
@@ -35,13 +37,16 @@ from pathlib import Path
 from threading import Thread
 from fastcore.basics import patch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
 from . import __version__
 from llm_lab.core import (
     HOLDS,
     REGISTERED,
+    SLOTS,
     LabError,
     StatusLine,
     home,
+    lookup,
     preserve_rng,
     require,
     require_name,
@@ -72,6 +77,7 @@ from llm_lab.hardware import (
 from .onednn import peak_flops
 from llm_lab.corpora import (
     CORPORA,
+    END_OF_TEXT,
     at_home,
     found_path,
     kept_path,
@@ -102,7 +108,6 @@ from .evaluation import evaluate, read_metrics, tally
 from .sampling import sample
 from llm_lab.optim import (
     CALLBACKS,
-    LOSSES,
     OPTIMIZERS,
     SCHEDULES,
     find_named,
@@ -113,6 +118,8 @@ from llm_lab.optim import (
 from .efficient import PRECISIONS, StepRunner, apply_activation_checkpointing, step_memory
 from .sparse import and_masks, same_document
 from .lora import add_lora, base_state, lora_parameters
+from .templates import with_marks
+from .chat import answer_loss, answer_marks, answer_targets, grown_state
 from llm_lab.checkpoint import (
     COLUMNS,
     CheckpointManager,
@@ -167,7 +174,10 @@ def load_data(
     """
     d = cfg.data
     splits = splits_at_home(d.splits)
-    corpus = load_corpus(at_home(d.corpus), limit=d.limit, field=d.field, splits=splits)
+    template = at_home(d.template) if d.template else None
+    corpus = load_corpus(
+        at_home(d.corpus), limit=d.limit, field=d.field, splits=splits, template=template
+    )
     if sha256 and corpus.sha256 != sha256:
         raise LabError(
             f'data.corpus={d.corpus} is not the text that this run has read, or was '
@@ -178,18 +188,25 @@ def load_data(
         tokenizer = d.vocab_size or 8192  # a number: `pack` learns so many tokens
     elif d.tokenizer == 'chars':
         tokenizer = CharTokenizer.train(letters_of(corpus))
+        if corpus.marks:  # so what ends a document must be one, too
+            tokenizer = with_marks(tokenizer, (END_OF_TEXT, *corpus.marks))
     else:
         tokenizer = load_tokenizer(kept) if kept else _saved_tokenizer(d.tokenizer)
+        tokenizer = with_marks(tokenizer, corpus.marks)
     folder = pack(corpus, tokenizer).folder
     train = PackedTokens(folder, 'train')
     val = PackedTokens(folder, 'val')
+    train.tokenizer.chat_template = corpus.template or None  # saved with each checkpoint
     return dict(corpus=corpus, tokenizer=train.tokenizer, train=train, val=val)
 
 
 def kept_corpus(cfg: RunConfig) -> RunConfig:
     "The config with paths to text, tokenizer and start that hold from anywhere"
     splits = kept_splits(cfg.data.splits)
-    data = replace(cfg.data, corpus=kept_path(cfg.data.corpus), splits=splits)
+    template = cfg.data.template
+    if template and template != 'chat':
+        template = kept_path(template)
+    data = replace(cfg.data, corpus=kept_path(cfg.data.corpus), splits=splits, template=template)
     if data.tokenizer not in ('chars', 'bpe'):
         path = kept_path(str(find_model(data.tokenizer)))
         # with a /, it is a path also where nothing is there any more
@@ -204,6 +221,7 @@ def kept_corpus(cfg: RunConfig) -> RunConfig:
 _ON_DISK = {
     'data.corpus': CORPORA,
     'data.splits': (),
+    'data.template': ('chat',),
     'data.tokenizer': ('chars', 'bpe'),
     'train.start_from': (),
 }
@@ -294,12 +312,20 @@ def make_batches(cfg: RunConfig, corpus, train, rank=0, world_size=1, device='cp
             f'{accumulate} parts: give a multiple of {share}'
         )
     starts = None
-    if cfg.data.rows == 'documents':
+    if cfg.data.rows != 'blocks':
         starts = _starts(corpus, train)
         if starts is None:
-            raise _one_text('data.rows=documents', corpus)
+            raise _one_text(f'data.rows={cfg.data.rows}', corpus)
     return BatchStream(
-        train, batch_size, cfg.data.length, cfg.train.seed, rank, world_size, device, starts
+        train,
+        batch_size,
+        cfg.data.length,
+        cfg.train.seed,
+        rank,
+        world_size,
+        device,
+        starts,
+        whole=cfg.data.rows == 'whole',
     )
 
 # %% ../nbs/82_runs.ipynb #a4d0c002
@@ -576,11 +602,21 @@ def add_adapters(model, t):  # `model`
         raise LabError(f'train.lora: {e}') from None
 
 
-def loss_of(t):
+def _losses() -> dict:  # {word: function}
+    "What `train.loss` may name, from the table of `core`"
+    return {name: lookup(name, 'loss') for name in SLOTS['loss']}
+
+
+def loss_of(t, tokenizer=None):
     """The loss that the section `train` of a config names, a function of (model, rows); None for
-    the usual one, which is the objective's, if the model has one"""
-    found = find_named(t.loss, LOSSES, 'train.loss')
-    return None if found is next_token_loss else found
+    the usual one, which is the objective's, if the model has one.
+
+    A loss that declares `tokenizer` gets the one of the run"""
+    found = find_named(t.loss, _losses(), 'train.loss')
+    if found is next_token_loss:
+        return None
+    wants = 'tokenizer' in signature(found).parameters
+    return partial(found, tokenizer=tokenizer) if wants else found
 
 
 def callbacks_of(cfg: RunConfig) -> list:  # (how often, a function of the `TrainState`), …
@@ -661,16 +697,43 @@ def describe_start(cfg: RunConfig, given) -> str:
     )
 
 
-def start_weights(model, start) -> str:  # SHA-256 of the weights
-    """Give a model the weights of a package, run, checkpoint or Hugging Face folder.
+def _saved_bytes(tokenizer) -> bytes:
+    "A tokenizer as its file says it, but for what stands before a prompt"
+    bare = copy(tokenizer)
+    bare.begin = None
+    with tempfile.TemporaryDirectory() as folder:
+        bare.save(folder)
+        return Path(folder, 'tokenizer.json').read_bytes()
+
+
+def _is_grown(new, old) -> bool:
+    "Is one tokenizer the other with more special tokens, and nothing else?"
+    known = getattr(old, 'special_tokens', {})
+    more = [mark for mark in getattr(new, 'special_tokens', {}) if mark not in known]
+    return bool(more) and _saved_bytes(with_marks(old, more)) == _saved_bytes(new)
+
+
+def start_weights(
+    model: MiniGPT,
+    start: str,
+    tokenizer=None,  # of the run: its marks may be more than those of the start
+) -> str:  # SHA-256 of the weights
+    """Give a model the weights of a package, run, checkpoint or Hugging Face folder. Where the
+    tokenizer has grown by marks, their rows are made as `add_marks` makes them.
 
     Raises `LabError` unless each tensor has its place, and each place its tensor
+
+    Args:
+        tokenizer: of the run: its marks may be more than those of the start
 
     Returns:
         SHA-256 of the weights
     """
-    there = load(start).model.state_dict()
+    opened = load(start)
+    there = opened.model.state_dict()
     here = base_state(model)  # under the adapters, if it has some
+    if tokenizer is not None and _is_grown(tokenizer, opened.tokenizer):
+        there = grown_state(there, {name: tensor.shape for name, tensor in here.items()})
     for name in {**here, **there}:
         shapes = [' × '.join(map(str, s[name].shape)) if name in s else '' for s in (there, here)]
         if shapes[0] != shapes[1]:
@@ -807,7 +870,7 @@ def _begin_with_start(job):
     has_others = on and (on.start or steps_in(on.folder)) and job.cfg.train.lora is None
     if not start or has_others:
         return on.told.get('hashes', {}).get('start', '') if on else ''
-    found = start_weights(job.run.model, start)
+    found = start_weights(job.run.model, start, job.texts['tokenizer'])
     known = on.told.get('hashes', {}).get('start') if on else None
     if known not in (None, '', found):
         raise LabError(
@@ -840,6 +903,8 @@ def _about(cfg, folder, corpus) -> dict:
         about['field'] = corpus.field
     if cfg.data.splits:
         about['splits'] = cfg.data.splits
+    if cfg.data.template:
+        about['template'] = cfg.data.template
     return about
 
 
@@ -850,6 +915,23 @@ def _starts_within(ids, corpus, val):
         return None
     starts = starts[starts < len(ids) - 1]  # with at least one token to predict
     return starts if len(starts) else None  # one long document: as one text
+
+
+def _answers_in(job):
+    """Which tokens of the validation text are answers, where only those are learned; else None.
+
+    Raises `LabError` where there are none"""
+    if getattr(job.loss, 'func', job.loss) is not answer_loss:
+        return None
+    texts = {k: v for k, v in job.loss.keywords.items() if k in ('header', 'end')}
+    marks = answer_marks(job.texts['tokenizer'], **texts)
+    targets = answer_targets(job.ids[None], marks)[0]
+    if not targets.any():
+        raise LabError(
+            f'eval.tokens={len(job.ids):,}: there is no answer in the first tokens of the '
+            'validation text; give more, or leave train.loss out'
+        )
+    return F.pad(targets, (1, 0))  # the first token is predicted by none
 
 
 def _checkpoints_of(job) -> CheckpointManager:
@@ -945,6 +1027,8 @@ class TrainingRun:
         self.starts = _starts_within(self.ids, corpus, val)
         self.metrics = MetricsLog(folder)
         self.callbacks = callbacks_of(cfg)
+        self.loss = loss_of(cfg.train, self.texts['tokenizer'])
+        self.answers = _answers_in(self)  # bool, (n,): of `ids`; None where all tokens count
         self.saved = _checkpoints_of(self)
 
     def facts(self):  # what a checkpoint keeps beside its state
@@ -1073,6 +1157,11 @@ def __repr__(self: TrainingRun):
         f'{engine.num_processes} × {engine.device.type}, {torch.get_num_threads()} threads, '
         f'{c.train.precision}',
     ]
+    if self.stream.too_long:
+        lines.append(
+            f'        data.rows=whole: {self.stream.too_long:,} documents are longer than a row: '
+            'each is cut'
+        )
     if c.data.mask_documents:
         lines.append(
             '        data.mask_documents: documents in one row do not attend to each other'
@@ -1204,10 +1293,14 @@ def validate(self: TrainingRun, run) -> dict:
     if self.starts is not None:
         ends = document_starts(self.ids, val.meta['tokenizer']['end'])
     score = tally(losses, windows, self.ids, ends, val.tokenizer, corpus)
-    run.notes.append(dict(step=run.step, val=score.loss, of=len(self.ids)))
+    val_loss = score.loss
+    if self.answers is not None:  # what is trained is what decides which model is the best
+        val_loss = losses[self.answers & ~losses.isnan()].mean().item()
+        parts['val_text'] = score.loss
+    run.notes.append(dict(step=run.step, val=val_loss, of=len(self.ids)))
     if run.step % c.eval.sample_every == 0 or run.step == run.steps:
         _keep_sample(self, run)
-    return dict(val=score.loss, val_bits_per_byte=score.bits_per_byte, **parts)
+    return dict(val=val_loss, val_bits_per_byte=score.bits_per_byte, **parts)
 
 # %% ../nbs/82_runs.ipynb #7b6456bb
 @patch
@@ -1413,7 +1506,7 @@ def go(self: TrainingRun, start=None):
         seed=c.train.seed + 7919 * engine.process_index,  # a dropout of its own in each process
         state=run,
         schedule=schedule_of(c.train),
-        loss_fn=loss_of(c.train),
+        loss_fn=self.loss,
         step_fn=step,
         callbacks={every: self.tick, (c.train.steps,): self.tick} | expectation,
     )
@@ -1875,7 +1968,7 @@ def _meanings(cfg: RunConfig) -> dict:
         meant[f'model.{f.name}'] = _written_out(getattr(made, f.name))
     meant['model.d_head'] = made.head_dim
     del meant['model.vocab_size'], meant['model.max_len']
-    named = dict(optimizer=OPTIMIZERS, schedule=SCHEDULES, loss=LOSSES)
+    named = dict(optimizer=OPTIMIZERS, schedule=SCHEDULES, loss=_losses())
     for key, table in named.items():
         path = f'train.{key}'
         meant[path] = _written_out(find_named(meant[path], table, path))

@@ -920,8 +920,11 @@ def document_starts(ids: Tensor, mark) -> Tensor:
     return found.nonzero()[:, 0] + len(mark) - 1
 
 # %% ../nbs/23_train.ipynb #a120d730
-def _encode_all(tokenizer, documents):
-    "The ids of each document; together where the tokenizer can, which is quicker"
+def _encode_all(tokenizer, documents, marks=()):
+    """The ids of each document; together where the tokenizer can, which is quicker. `marks` are
+    special tokens where they stand in a document"""
+    if marks:
+        return [tokenizer.encode(d, allowed_special=marks) for d in documents]
     if hasattr(tokenizer, 'encode_batch'):
         return tokenizer.encode_batch(documents)
     return map(tokenizer.encode, documents)
@@ -933,7 +936,7 @@ def read_split(corpus, tokenizer, split) -> tuple:
     documents = [*corpus.documents(split)]
     # a text of one paragraph may be without the separator's characters
     mark = document_end_ids(corpus, tokenizer) if corpus.independent or len(documents) > 1 else []
-    marked = [[*ids, *mark] for ids in _encode_all(tokenizer, documents)]
+    marked = [[*ids, *mark] for ids in _encode_all(tokenizer, documents, corpus.marks)]
     if not corpus.independent:  # the marks stand between, as in a packed folder
         ids = torch.tensor([*chain.from_iterable(marked)], dtype=torch.int64)
         return ids[: len(ids) - len(mark)], None
@@ -951,6 +954,8 @@ def batches(
     length: int = 128,  # T, the context in tokens: a row has one more, its last answer
     split: str = 'train',  # train, val or test
     seed: int = 0,  # of the order
+    # each row holds as many whole documents as fit, so that none is cut that need not be
+    whole: bool = False,
 ) -> BatchStream:  # a function of the step: ids, int64, (batch_size, length + 1)
     """Batches of a split, in memory: each epoch reads all of it once, in a new order.
 
@@ -964,6 +969,8 @@ def batches(
         length: T, the context in tokens: a row has one more, its last answer
         split: train, val or test
         seed: of the order
+        whole: each row holds as many whole documents as fit, so that none is cut that need
+            not be
 
     Returns:
         a function of the step: ids, int64, (batch_size, length + 1)
@@ -972,8 +979,13 @@ def batches(
         corpus = load_corpus(corpus)
     ids, starts = read_split(corpus, tokenizer, split)
     stream = BatchStream(
-        ids, batch_size, length, seed, starts=starts, vocab_size=tokenizer.vocab_size
+        ids, batch_size, length, seed, starts=starts, vocab_size=tokenizer.vocab_size, whole=whole
     )
+    if stream.too_long:
+        warn_once(
+            f'{stream.too_long:,} documents of {corpus.name} are longer than {length} tokens: each '
+            'is cut; give a larger length'
+        )
     stream.token = token_word(tokenizer)  # by which `plot_loss` names its unit
     return stream
 

@@ -50,6 +50,19 @@ def shaken(cfg, seed=0, by=0.15):
     return shake(MiniGPT(cfg, seed).eval(), seed, by)
 
 
+def chat_model(max_len=400, marks=True, seed=0):
+    "A model that has learned nothing, and a tokenizer of letters, with the marks of a chat"
+    from llm_lab.chars import CharTokenizer
+    from llm_lab.llama_block import llama
+    from llm_lab.templates import with_marks
+
+    tokenizer = CharTokenizer('abcdefghijklmnopqrstuvwxyz .?/[]\n', ['<|endoftext|>'])
+    if marks:
+        tokenizer = with_marks(tokenizer)
+    size = dict(d_model=16, n_layers=2, n_heads=2, max_len=max_len)
+    return shaken(llama(vocab_size=tokenizer.vocab_size, **size), seed), tokenizer
+
+
 def near(a, b, eps=1e-5):
     "The largest difference is small beside the largest value of `b`, or beside 1"
     worst = (a - b).abs().max().item()

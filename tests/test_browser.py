@@ -517,3 +517,48 @@ def test_the_playground_writes_stops_and_tells(opened, words, tmp_path):
         box.get_by_text("the character '€' at place 0 is not among").wait_for()
         assert shot.seen(page)['error'] == [] and shot.seen(page)['stderr'] == []
         assert 'Error displaying widget' not in page.content()
+
+
+@pytest.mark.slow
+def test_the_chat_window_answers_and_takes_back(opened, tmp_path):
+    """The real chat window of `play`: a question is typed, Send answers it, Enter another one,
+    Undo gives it back, Again asks once more, an error stands in the status line"""
+    from playwright.sync_api import expect
+
+    with opened(upto('85_play', 'chat_window(talker', tmp_path), width=760, height=900) as page:
+        shot.run_all(page, WAIT)
+        box = page.locator(
+            '.jp-OutputArea-output .widget-vbox', has=page.get_by_role('button', name='Send')
+        ).first
+        box.scroll_into_view_if_needed()
+        field = box.locator('input[type=text]')
+        text = box.locator('.widget-html').first
+        press = lambda name: box.get_by_role('button', name=name).click()
+        expect(field).to_have_value('What colour is snow?')
+
+        field.fill('What colour is grass?')
+        press('Send')
+        expect(text).to_contain_text('Grass is green.')
+        box.get_by_text('done').wait_for()
+        expect(field).to_have_value('')
+        field.fill('What colour is coal?')
+        field.press('Enter')
+        expect(text).to_contain_text('Coal is black.')
+        box.get_by_text('done').wait_for()
+        box.screenshot(path=str(OUT / '85_play.chat.png'))
+
+        press('Undo')
+        expect(text).not_to_contain_text('coal')
+        expect(text).to_contain_text('Grass is green.')
+        expect(field).to_have_value('What colour is coal?')
+        press('Again')
+        expect(text).to_contain_text('Grass is green.')
+        box.get_by_text('done').wait_for()
+        field.fill('€ <b>')
+        press('Send')
+        box.get_by_text("the character '€' at place 0 is not among").wait_for()
+        expect(field).to_have_value('€ <b>')
+        press('Reset')
+        expect(text).to_have_text('')
+        assert shot.seen(page)['error'] == [] and shot.seen(page)['stderr'] == []
+        assert 'Error displaying widget' not in page.content()

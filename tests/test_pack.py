@@ -428,7 +428,7 @@ def test_a_text_that_changes_while_it_is_read(tmp_path):
         sha256 = ''
         separator = '\n\n'
         splits = {'train': None}
-        reads, independent = 0, False
+        reads, independent, marks = 0, False, ()
 
         def documents(self, split):
             self.reads += 1
