@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from .core import LabError, StatusLine, rng
 from .gpt import MiniGPT, _eval_mode
-from .train import adamw, update
+from .train import adamw, train_step
 from .sampling import DecodingState, check_sampling, sample_next
 
 # %% ../nbs/63_reward.ipynb #63a0000d
@@ -231,6 +231,26 @@ def _rewards_of(answers, prompts, reward, group):  # (N, G)
     return found
 
 
+def _learn(model, reference, optimizer, answers, advantage, clip, beta, updates):  # nats
+    "Steps with a batch of answers; returns how far the model had strayed before the first of them"
+    ids = answers.ids.to(advantage.device)
+    where = answers.is_answer[:, 1:].to(advantage.device)
+    with torch.no_grad():
+        old = token_logprobs(model, ids)
+        before = token_logprobs(reference, ids)
+    strayed = []
+
+    def loss_fn(model, ids):
+        logp = token_logprobs(model, ids)
+        loss, kl = grpo_loss(logp, old, before, advantage, where, clip, beta)
+        strayed.append(kl)
+        return loss
+
+    for _ in range(updates):
+        train_step(model, optimizer, ids, loss_fn=loss_fn)
+    return strayed[0].item()
+
+
 def grpo(
     model: MiniGPT,  # it is trained in place
     reference: MiniGPT,  # the model at the start; it stays as it is
@@ -248,8 +268,8 @@ def grpo(
     seed: int = 0,  # of the answers
     optimizer: torch.optim.Optimizer | None = None,  # one that is made; adamw if none
 ) -> list:  # a dict for each batch: step, reward, kl (nats an answer), length (tokens an answer)
-    """Group relative policy optimization (Shao et al. 2024): draw answers, mark them, and make those
-    likelier that are better than their group
+    """Group relative policy optimization (Shao et al. 2024): draw answers, mark them, and make
+    those likelier that are better than their group
 
     Args:
         model: it is trained in place
@@ -285,18 +305,9 @@ def grpo(
         )
         rewards = _rewards_of(answers, asked, reward, group_size)
         advantage = group_advantages(rewards).flatten().to(device)
-        ids = answers.ids.to(device)
-        where = answers.is_answer[:, 1:].to(device)
-        with torch.no_grad():
-            old = token_logprobs(model, ids)
-            before = token_logprobs(reference, ids)
-        for _ in range(updates):
-            logp = token_logprobs(model, ids)
-            loss, kl = grpo_loss(logp, old, before, advantage, where, clip, beta)
-            loss.backward()
-            update(model, optimizer)
-        length = where.sum(1).float().mean().item()
-        notes.append(dict(step=step, reward=rewards.mean().item(), kl=kl.item(), length=length))
+        kl = _learn(model, reference, optimizer, answers, advantage, clip, beta, updates)
+        length = sum(map(len, answers.texts)) / len(answers.texts)
+        notes.append(dict(step=step, reward=rewards.mean().item(), kl=kl, length=length))
         live(f'step {step + 1} of {steps} | reward {rewards.mean():.3f} | KL {kl:.2f} nats')
     live.close(f'{steps} steps | reward {notes[-1]["reward"]:.3f} | KL {notes[-1]["kl"]:.2f} nats')
     return notes
