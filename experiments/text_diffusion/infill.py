@@ -1,10 +1,11 @@
 """Holes in stories: who reads both sides, and what does a text cost in time?
 
-python experiments/text_diffusion/infill.py [--steps 4000] [--save]
+python experiments/text_diffusion/infill.py [--save]
 
 Two models of Tiny Tales, of equal size (3 layers of width 96, 4 heads, 256 characters, 16 rows a
-step, Muon at 0.02, equal batches, one seed): one predicts the next character, one is text diffusion
-in one block. They are kept in runs/.
+step, Muon at 0.02, one seed): one predicts the next character, one is text diffusion in one block,
+which learns more slowly and is trained for longer (`LEGS`; each leg warms up and comes down anew).
+They are kept in runs/.
 
 Holes: in unseen tales one word that was drawn (a name, a colour, a thing, a size, an animal) is
 blank. The program that tells the tales knows which words could stand there, of the same length,
@@ -43,17 +44,21 @@ from llm_lab.train import batches, fit
 
 HERE = Path(__file__).parent
 SIZE = dict(d_model=96, n_layers=3, n_heads=4, max_len=256)
+LEGS = dict(next=(2000,), diffusion=(2000, 5000))  # steps; the first legs have equal batches
 DRAWN = 'name', 'colour', 'thing', 'size', 'animal'
 
 
-def trained(name, cfg, tok, corpus, steps):
-    "A model of tales, trained once"
-    place = HERE / 'runs' / f'infill-{name}-{steps}'
-    if not place.exists():
-        model = MiniGPT(cfg)
-        fit(model, batches(corpus, tok, 16, 256), steps, optimizer=muon(model, 0.02))
-        save(place, model, tok)
-    return load(place).model.eval()
+def trained(name, cfg, tok, corpus):
+    "A model of tales, trained once; after each leg it is kept"
+    model = MiniGPT(cfg)
+    for leg, steps in enumerate(LEGS[name]):
+        place = HERE / 'runs' / f'infill-{name}-{sum(LEGS[name][: leg + 1])}'
+        if not place.exists():
+            rows = batches(corpus, tok, 16, 256, seed=leg)
+            fit(model.train(), rows, steps, optimizer=muon(model, 0.02))
+            save(place, model, tok)
+        model = load(place).model
+    return model.eval()
 
 
 def holes(tale):
@@ -148,7 +153,7 @@ def writing(models, tok, rounds=3):
     return found
 
 
-def main(steps):
+def main():
     torch.set_num_threads(1)
     keep_freed_memory()
     corpus = load_corpus('tiny_tales')
@@ -157,7 +162,7 @@ def main(steps):
         'next': llama(tok.vocab_size, **SIZE),
         'diffusion': diffusion_llama(tok.vocab_size, **SIZE),
     }
-    models = {k: trained(k, cfg, tok, corpus, steps) for k, cfg in configs.items()}
+    models = {k: trained(k, cfg, tok, corpus) for k, cfg in configs.items()}
     shares = fill_holes(models, tok, corpus.documents('val')[:150])
     for name, share in shares.items():
         print(f'{name:12}{share:8.3f}')
@@ -165,10 +170,10 @@ def main(steps):
     for name, said in written.items():
         print(f'{name:20}{said["seconds"]:8.2f} s{said["valid"]:8.1%} of the characters are a tale')
     assert math.isfinite(shares['diffusion'])
-    return dict(shares=shares, writing=written, steps=steps, **bench.one_thread())
+    return dict(shares=shares, writing=written, legs=LEGS, **bench.one_thread())
 
 
 if __name__ == '__main__':
-    ap = bench.parser(__doc__, steps=4000)
+    ap = bench.parser(__doc__)
     a = ap.parse_args()
-    bench.report(__file__, main(a.steps), a.save, 'infill.json')
+    bench.report(__file__, main(), a.save, 'infill.json')
