@@ -6,7 +6,7 @@
 __all__ = ['NAME_SETS', 'QUESTION_KINDS', 'Gift', 'Story', 'QuestionsConfig', 'Narrator', 'write_story', 'parse_story',
            'answer_with', 'Question', 'questions_about', 'ask', 'exam', 'wilson_interval', 'Share', 'ExactMatch',
            'exact_match', 'candidates', 'question_only', 'most_mentioned', 'last_mentioned', 'first_mentioned',
-           'random_candidate', 'baselines', 'conversation', 'tale_questions', 'tale_stories']
+           'random_candidate', 'baselines', 'story_entropy', 'conversation', 'tale_questions', 'tale_stories']
 
 # %% ../nbs/16_questions.ipynb #16a00005
 import hashlib
@@ -614,6 +614,19 @@ def baselines(training: Iterable[Question]) -> dict[str, Callable[[Question], st
         'most mentioned': most_mentioned,
     }
 
+# %% ../nbs/16_questions.ipynb #16a00059
+@cache
+def story_entropy(cfg=QuestionsConfig(), n: int = 2000) -> float:  # bits per character
+    """The entropy of stories per character, end marks included, estimated from n of them: no
+    model's expected loss is lower
+
+    Returns:
+        bits per character
+    """
+    told = [write_story(f'entropy/{k}', cfg) for k in range(n)]
+    bits = sum(piece.bits for story in told for piece in story.pieces)
+    return bits / sum(len(story.text) + len(END) for story in told)
+
 # %% ../nbs/16_questions.ipynb #16a00043
 _MARKS = '<|user|>', '<|assistant|>', '<|end|>'  # who speaks, and where a message ends
 
@@ -638,7 +651,7 @@ def _rendered(messages):
     return ''.join(f'<|{m["role"]}|>{m["content"]}<|end|>' for m in messages)
 
 # %% ../nbs/16_questions.ipynb #16a00046
-def _corpus(name, document, n):
+def _corpus(name, document, n, floor=None):
     "A corpus of n training documents and a fiftieth to validate and to test; `document(seed)`"
     if type(n) is not int or n < 50:
         raise LabError(f'n={n!r}: give a whole number of at least 50 documents')
@@ -649,7 +662,7 @@ def _corpus(name, document, n):
     }
     digest = hashlib.sha256(END.join(splits.values()).encode()).hexdigest()
     source = 'llm_lab.questions'
-    return Corpus(name, splits, END, 'Apache-2.0', source, digest, independent=True)
+    return Corpus(name, splits, END, 'Apache-2.0', source, digest, floor, independent=True)
 
 
 @cache
@@ -660,5 +673,6 @@ def tale_questions(n: int = 20_000, cfg=QuestionsConfig()) -> Corpus:
 
 @cache
 def tale_stories(n: int = 20_000, cfg=QuestionsConfig()) -> Corpus:
-    "The stories of `tale_questions` alone: a text to learn the language from"
-    return _corpus('tale_stories', lambda seed: write_story(seed, cfg).text, n)
+    "The stories of `tale_questions` alone, to learn the language from; the floor is estimated"
+    floor = story_entropy(cfg)
+    return _corpus('tale_stories', lambda seed: write_story(seed, cfg).text, n, floor)

@@ -4,6 +4,7 @@ edges, and readers who see too little."""
 import json
 import math
 import re
+import statistics
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -33,12 +34,13 @@ from llm_lab.questions import (
     question_only,
     questions_about,
     random_candidate,
+    story_entropy,
     tale_questions,
     tale_stories,
     wilson_interval,
     write_story,
 )
-from llm_lab.tales import POOLS
+from llm_lab.tales import END, POOLS
 
 NOTEBOOK = Path(__file__).resolve().parent.parent / 'nbs' / '16_questions.ipynb'
 
@@ -388,6 +390,20 @@ def test_the_corpora_hold_the_same_stories():
     held_out = tale_stories(50, QuestionsConfig(names='unseen')).text('train')
     assert any(name in held_out for name in NAME_SETS['unseen'])
     refused(lambda: tale_stories(49), 'n=49: give a whole number of at least 50 documents')
+
+
+@pytest.mark.parametrize('cfg', [QuestionsConfig(), QuestionsConfig(names='unseen', events=1)])
+def test_the_floor_is_what_other_stories_cost(cfg, n=1000):
+    "The code lengths of stories that were not used to estimate it, within four standard errors"
+    floor = story_entropy(cfg)
+    above = []
+    for k in range(n):
+        story = parse_story(write_story(f'other/{k}', cfg).text, cfg)
+        bits = sum(piece.bits for piece in story.pieces)
+        above.append(bits - floor * (len(story.text) + len(END)))
+    error = (statistics.variance(above) * (1 / n + 1 / 2000)) ** 0.5
+    assert abs(statistics.mean(above)) < 4 * error < 0.02 * floor * 300
+    assert tale_stories(50, cfg).floor == floor and tale_questions(50, cfg).floor is None
 
 
 def test_the_corpora_have_names(monkeypatch):
