@@ -651,7 +651,7 @@ def _rendered(messages):
     return ''.join(f'<|{m["role"]}|>{m["content"]}<|end|>' for m in messages)
 
 # %% ../nbs/16_questions.ipynb #16a00046
-def _corpus(name, document, n, floor=None):
+def _corpus(name, document, n, **facts):
     "A corpus of n training documents and a fiftieth to validate and to test; `document(seed)`"
     if type(n) is not int or n < 50:
         raise LabError(f'n={n!r}: give a whole number of at least 50 documents')
@@ -662,17 +662,18 @@ def _corpus(name, document, n, floor=None):
     }
     digest = hashlib.sha256(END.join(splits.values()).encode()).hexdigest()
     source = 'llm_lab.questions'
-    return Corpus(name, splits, END, 'Apache-2.0', source, digest, floor, independent=True)
+    return Corpus(name, splits, END, 'Apache-2.0', source, digest, independent=True, **facts)
 
 
 @cache
 def tale_questions(n: int = 20_000, cfg=QuestionsConfig()) -> Corpus:
     "n conversations for training, each `cfg.questions` questions about one story, with marks"
-    return _corpus('tale_questions', lambda seed: _rendered(conversation(ask(seed, cfg))), n)
+    document = lambda seed: _rendered(conversation(ask(seed, cfg)))
+    return _corpus('tale_questions', document, n, marks=_MARKS)
 
 
 @cache
 def tale_stories(n: int = 20_000, cfg=QuestionsConfig()) -> Corpus:
     "The stories of `tale_questions` alone, to learn the language from; the floor is estimated"
     floor = story_entropy(cfg)
-    return _corpus('tale_stories', lambda seed: write_story(seed, cfg).text, n, floor)
+    return _corpus('tale_stories', lambda seed: write_story(seed, cfg).text, n, floor=floor)
