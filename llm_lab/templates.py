@@ -11,6 +11,7 @@ import copy
 import json
 import re
 import time
+from bisect import bisect_left, bisect_right
 from contextlib import contextmanager
 from datetime import datetime
 from functools import lru_cache, wraps
@@ -41,7 +42,7 @@ class _Meter:
 
     def begin(self, messages):
         "A new conversation: so many steps, and so many characters, may be made of it"
-        self.left = 1_000_000 + 10_000 * len(messages)
+        self.left = 1_000_000 + 1_000 * len(messages)
         self.room = 1 << 24  # while these messages are counted
         self.end = time.monotonic() + _MOST_SECONDS
         self.room += 16 * self.size(messages)
@@ -682,11 +683,11 @@ def encode_chat(
     text = writer.render(prompt=add_generation_prompt)
     ids, ends = _encode_text(tokenizer, text, writer.letter)
     is_answer = [False] * len(ids)
-    starts = [0, *ends[:-1]]
     for begin, end in writer.spans(add_generation_prompt):
-        for n, (a, b) in enumerate(zip(starts, ends)):
-            if a < end and b > begin:
-                is_answer[n] = True
+        if begin < end:  # all tokens that hold a character of the span
+            first = bisect_right(ends, begin)
+            last = bisect_left(ends, end)
+            is_answer[first : last + 1] = [True] * (last + 1 - first)
     return Encoded(ids, is_answer)
 
 # %% ../nbs/17_templates.ipynb #c4b70032
