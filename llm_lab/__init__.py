@@ -21,6 +21,8 @@ Models       MiniGPT, GPTConfig, llama, part, register; parts to put in: Attenti
 Training     batches, fit, adamw, muon, train_step, plot_loss; from a config: train_run, RunConfig
 Evaluation   evaluate, score, compare
 Writing      sample, stream, complete, infill; sooner: for_inference, with_kv_cache
+Tuning       add_lora, merge_lora, DPO, grpo; a conversation: Chat, ChatTemplate, load_template,
+             add_marks, chat_window
 Looking      attention_maps, hidden_states, logit_lens, attention_map, plot_attention, playground
 Keeping      save, load, load_or_train, to_hf, from_hf, find_model
 
@@ -49,6 +51,7 @@ _ROOT = dict(
     tales='tiny_tales',
     batching='BatchStream',
     packing='pack',
+    templates='ChatTemplate load_template',
     parts='Aux load_parts Objective Part part register',
     self_attention='Attention causal dense_mask scaled_dot_product',
     gpt='Block check_causal GPTConfig MiniGPT MLP',
@@ -66,10 +69,13 @@ _ROOT = dict(
     sparse='attention_sinks same_document',
     kernels='SparseAttention',
     moe='MoE Router',
+    lora='add_lora merge_lora',
     diffusion='diffusion_llama fill_blanks infill MaskedDiffusion',
+    chat='add_marks Chat',
+    reward='DPO grpo',
     hub='from_hf to_hf',
     runs='train_run',
-    play='playground',
+    play='chat_window playground',
     first_tour='tour',
 )
 _HOME = {name: module for module, names in _ROOT.items() for name in names.split()}
@@ -89,6 +95,7 @@ if TYPE_CHECKING:
     from .tales import tiny_tales as tiny_tales
     from .batching import BatchStream as BatchStream
     from .packing import pack as pack
+    from .templates import ChatTemplate as ChatTemplate, load_template as load_template
     from .parts import (
         Aux as Aux,
         load_parts as load_parts,
@@ -156,15 +163,18 @@ if TYPE_CHECKING:
     from .sparse import attention_sinks as attention_sinks, same_document as same_document
     from .kernels import SparseAttention as SparseAttention
     from .moe import MoE as MoE, Router as Router
+    from .lora import add_lora as add_lora, merge_lora as merge_lora
     from .diffusion import (
         diffusion_llama as diffusion_llama,
         fill_blanks as fill_blanks,
         infill as infill,
         MaskedDiffusion as MaskedDiffusion,
     )
+    from .chat import add_marks as add_marks, Chat as Chat
+    from .reward import DPO as DPO, grpo as grpo
     from .hub import from_hf as from_hf, to_hf as to_hf
     from .runs import train_run as train_run
-    from .play import playground as playground
+    from .play import chat_window as chat_window, playground as playground
     from .first_tour import tour as tour
 
 

@@ -333,6 +333,7 @@ def undo(self: Chat):
         return None
     question = self.messages[users[-1]]['content']
     del self.messages[users[-1] :]
+    self.left_out = 0  # turns that did not fit may fit again
     return question
 
 

@@ -528,7 +528,6 @@ def _undo(session, text):
     question = session.chat.undo()
     if question is None:
         raise LabError('/undo: nothing was asked yet: type a question')
-    session.chat.left_out = 0  # turns that did not fit may fit again
     if session.history:
         session.history.write(session.chat)
     return f'taken back: {short(question)}'

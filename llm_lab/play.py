@@ -675,7 +675,6 @@ def undo(self: ChatWindow, _=None):
     "Undo was pressed: take back the last question, which can be changed then, and its answer"
     self.finish()
     question = self.chat.undo()
-    self.chat.left_out = 0  # turns that did not fit may fit again
     if question is not None:
         self.question.value = self.question.value or question
     self.show('nothing was asked yet' if question is None else 'taken back')
