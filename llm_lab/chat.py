@@ -72,7 +72,7 @@ def grown_state(
 def add_marks(
     model: MiniGPT,
     tokenizer: Tokenizer,
-    marks: tuple[str, ...] = CHAT_MARKS,
+    marks: tuple[str, ...] = CHAT_MARKS,  # texts that become special tokens
     seed: int = 0,  # of the noise in the new rows
 ) -> tuple:  # (model, tokenizer), copies
     """A model and its tokenizer with more special tokens. What the model says of other texts hardly
@@ -81,6 +81,7 @@ def add_marks(
     Raises `LabError` on a model with an objective, whose own ids stand after those of texts
 
     Args:
+        marks: texts that become special tokens
         seed: of the noise in the new rows
 
     Returns:

@@ -73,7 +73,12 @@ def sample_answers(
     """
     check_sampling(**sampling)
     each = [prompt for prompt in prompts for _ in range(n)]
-    written = _draw(model, each, max_new_tokens, end_id, rng(seed, 'answers'), **sampling)
+    return _drawn_answers(model, each, max_new_tokens, end_id, rng(seed, 'answers'), **sampling)
+
+
+def _drawn_answers(model, each, max_new_tokens, end_id, generator, **sampling) -> Answers:
+    "One answer to each prompt; a question that is asked several times stands there several times"
+    written = _draw(model, each, max_new_tokens, end_id, generator, **sampling)
     texts = []
     for ids in written.tolist():
         length = ids.index(end_id) + 1 if end_id in ids else len(ids)
@@ -235,20 +240,31 @@ def _learn(model, reference, optimizer, answers, advantage, clip, beta, updates)
     "Steps with a batch of answers; returns how far the model had strayed before the first of them"
     ids = answers.ids.to(advantage.device)
     where = answers.is_answer[:, 1:].to(advantage.device)
-    with torch.no_grad():
+    with torch.no_grad(), _eval_mode(reference):
         old = token_logprobs(model, ids)
-        before = token_logprobs(reference, ids)
+        reference_logp = token_logprobs(reference, ids)
     strayed = []
 
     def loss_fn(model, ids):
         logp = token_logprobs(model, ids)
-        loss, kl = grpo_loss(logp, old, before, advantage, where, clip, beta)
+        loss, kl = grpo_loss(logp, old, reference_logp, advantage, where, clip, beta)
         strayed.append(kl)
         return loss
 
     for _ in range(updates):
         train_step(model, optimizer, ids, loss_fn=loss_fn)
     return strayed[0].item()
+
+
+def _check_settings(model, reference, steps, group_size, updates):
+    "Raises `LabError` on settings with which nothing can be learned"
+    if group_size < 2:
+        raise LabError(f'group_size={group_size}: give 2 answers or more, to compare')
+    for name, value in dict(steps=steps, updates=updates).items():
+        if value < 1:
+            raise LabError(f'{name}={value}: give 1 or more')
+    if reference is model:
+        raise LabError('the reference is the model itself, which moves: give deepcopy(model)')
 
 
 def grpo(
@@ -291,18 +307,16 @@ def grpo(
     Returns:
         a dict for each batch: step, reward, kl (nats an answer), length (tokens an answer)
     """
-    if group_size < 2:
-        raise LabError(f'group_size={group_size}: give 2 answers or more, to compare')
+    _check_settings(model, reference, steps, group_size, updates)
     optimizer = optimizer or adamw(model, lr)
-    reference.eval()
     device = next(model.parameters()).device
     notes = []
     live = StatusLine()
     for step in range(steps):
         asked = prompts(step)
-        answers = sample_answers(
-            model, asked, group_size, max_new_tokens, end_id, seed + step, temperature=1.0
-        )
+        each = [prompt for prompt in asked for _ in range(group_size)]
+        draw = rng(seed, f'answers/{step}')
+        answers = _drawn_answers(model, each, max_new_tokens, end_id, draw, temperature=1.0)
         rewards = _rewards_of(answers, asked, reward, group_size)
         advantage = group_advantages(rewards).flatten().to(device)
         kl = _learn(model, reference, optimizer, answers, advantage, clip, beta, updates)
@@ -319,8 +333,7 @@ def kl_from(
     reference: MiniGPT,
     answers: Answers,  # drawn from `model` at temperature 1
 ) -> float:  # nats for an answer
-    """An estimate of KL(model ‖ reference): how many nats more the answers of the model cost the
-    reference (Schulman 2020, the estimator that is never negative)
+    """An estimate of KL(model ‖ reference): how many nats more its answers cost the reference
 
     Args:
         answers: drawn from `model` at temperature 1
@@ -328,7 +341,9 @@ def kl_from(
     Returns:
         nats for an answer
     """
-    where = answers.is_answer[:, 1:]
+    device = next(model.parameters()).device
+    ids = answers.ids.to(device)
+    where = answers.is_answer.to(device)
     with _eval_mode(model), _eval_mode(reference):
-        apart = token_logprobs(reference, answers.ids) - token_logprobs(model, answers.ids)
-    return ((apart.exp() - apart - 1) * where).sum(1).mean().item()
+        more = answer_logprobs(model, ids, where) - answer_logprobs(reference, ids, where)
+    return more.mean().item()
