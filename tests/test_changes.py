@@ -1097,7 +1097,7 @@ KINDS = {
     files_of_a_checkpoint: 70,
     checkpoints: 48,
     folders: 54,
-    the_file_is_edited: 70,
+    the_file_is_edited: 96,
     something_is_typed: 60,
     the_run_s_config_is_edited: 40,
     the_text: 24,

@@ -222,9 +222,7 @@ def options():
     "(command, words that it needs, option) for each option with a value"
     commands = next(a for a in cli._parser()._actions if a.choices and a.dest == 'command').choices
     for name, parser in commands.items():
-        needs = (
-            ['x'] if any(not a.option_strings and a.nargs is None for a in parser._actions) else []
-        )
+        needs = ['x'] * sum(not a.option_strings and a.nargs is None for a in parser._actions)
         for a in parser._actions:
             if a.option_strings and a.nargs in (None, '?'):
                 yield name, needs, a.option_strings[-1]
