@@ -367,9 +367,9 @@ def test_wrong_recipes_are_refused():
 class Marked(CharTokenizer):
     "Characters, one of which ends a text"
 
-    @property
-    def eos_id(self):
-        return 5
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.eos_id = 5
 
 
 @pytest.mark.filterwarnings('ignore:the prompt has')

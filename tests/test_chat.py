@@ -12,6 +12,7 @@ import torch
 
 from answers import chat as answers
 from helpers import near, shaken
+from safetensors.torch import load_file, save_file
 from llm_lab.batching import BatchStream
 from llm_lab.bpe import BPETokenizer, ForeignTokenizer
 from llm_lab.chars import CharTokenizer, load_tokenizer
@@ -519,7 +520,7 @@ def half_a_batch(rank, folder):
     found = torch.cat([loss.detach()[None], *(p.grad.flatten() for p in model.parameters())])
     torch.distributed.all_reduce(found)
     if rank == 0:
-        torch.save(found / 2, f'{folder}/found.pt')
+        save_file(dict(found=found / 2), f'{folder}/found.safetensors')
     torch.distributed.destroy_process_group()
 
 
@@ -533,7 +534,7 @@ def test_two_processes_are_one(tmp_path):
     loss = answer_loss(model, rows, tokenizer, rest=0.1)
     loss.backward()
     want = torch.cat([loss.detach()[None], *(p.grad.flatten() for p in model.parameters())])
-    near(torch.load(tmp_path / 'found.pt'), want, 1e-5)
+    near(load_file(tmp_path / 'found.safetensors')['found'], want, 1e-5)
 
 
 def test_a_batch_without_an_answer_is_refused():

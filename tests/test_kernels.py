@@ -350,7 +350,7 @@ def test_a_run_reads_its_gauges_in_validation_only(tmp_path):
         asks = dict(sample_every=1, prompt='a', sample_tokens=30, at_once=None)
         cfg = type('', (), dict(eval=type('', (), asks), train=type('', (), dict(seed=0))))
         ids = torch.randint(29, (500,), generator=rng(0, 'val'))
-        starts = None
+        starts = answers = None
         texts = dict(tokenizer=TOK, val=None)
         metrics = type('', (), dict(keep=staticmethod(lambda row: None)))
 
