@@ -417,6 +417,7 @@ def endless(place):
     pytest.fail('each of these models comes to an end')
 
 
+@pytest.mark.slow  # a terminal and its waits; by day the pipe is stopped in the same way
 @pytest.mark.skipif(os.name == 'nt', reason='Windows has no terminals of this kind')
 def test_ctrl_c_in_a_terminal(place, endless, tmp_path):
     "It ends an answer, then a question is answered, then it ends the conversation at the prompt"
