@@ -190,6 +190,7 @@ def test_merges_can_be_scrubbed_and_texts_typed(opened, tmp_path):
         assert shot.seen(page)['error'] == []
 
 
+@pytest.mark.slow  # by day the live map of `looking` is touched, another widget of the same kind
 def test_a_clicked_token_shows_its_receptive_field(opened, tmp_path):
     """The live graph of `sparse`: a click on a token, or into the graph, changes lines and words;
     the numbers are those of `receptive_field`"""

@@ -86,6 +86,7 @@ def weights(job):
     return torch.cat([p.detach().flatten() for p in job.run.model.parameters()])
 
 
+@pytest.mark.slow  # by day a run of parts of one's own, and one of diffusion, go on bit for bit
 def test_a_run_with_an_objective_of_ones_own_goes_on_bit_for_bit(home):
     own = ['model.objective.part=RightToLeft', *SHORT]
     whole = train_run('smoke', *own, 'train.steps=8', run='whole', parts=OWN)

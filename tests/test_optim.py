@@ -318,6 +318,7 @@ def test_fp16_scaling_of_a_run_can_be_seen_and_goes_on():
     )
 
 
+@pytest.mark.slow  # it measures the memory of five trainings
 def test_memory_is_a_line_in_the_batch_and_the_search_finds_its_end():
     sizes = [step_memory(SMALL, n) for n in (16, 32, 48)]
     assert sizes[1] - sizes[0] == sizes[2] - sizes[1] > 0

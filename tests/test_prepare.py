@@ -98,7 +98,8 @@ def test_from_the_hub_to_three_steps(home):
     assert run.step == 3 and run.tokens == 3 * 4 * 32 and all(map(math.isfinite, run.losses))
 
 
-@pytest.mark.parametrize('name', ['dolly', 'pg19'])
+# one corpus by day: they differ in their layout only, which test_hub knows
+@pytest.mark.parametrize('name', ['dolly', pytest.param('pg19', marks=pytest.mark.slow)])
 def test_other_corpora_of_the_hub(home, name):
     pytest.importorskip('datasets', reason='datasets is not installed: pip install datasets')
     import hubstub

@@ -406,7 +406,12 @@ def long_whole(desk, nursery, text):
 
 
 @pytest.mark.parametrize(
-    'number,code,word', [(signal.SIGTERM, 143, 'by SIGTERM'), (signal.SIGINT, 130, 'by hand')]
+    'number,code,word',
+    [
+        (signal.SIGTERM, 143, 'by SIGTERM'),
+        # by day Ctrl-C ends a tour (test_process)
+        pytest.param(signal.SIGINT, 130, 'by hand', marks=pytest.mark.slow),
+    ],
 )
 def test_who_asks_for_an_end_gets_a_checkpoint_and_a_line_that_goes_on(
     number, code, word, home, text, nursery, long_whole

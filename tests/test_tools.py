@@ -180,6 +180,7 @@ def test_the_chapters_that_open_the_shared_model_are_found():
         assert opens == ('tales_model' in named), stem
 
 
+@pytest.mark.slow  # a suite within the suite
 def test_the_longest_runs_first_and_a_dear_fixture_is_made_once(tmp_path):
     """And what opens the shared model is not begun before it is trained, although the table says
     that it takes longest"""
