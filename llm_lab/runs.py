@@ -188,11 +188,12 @@ def load_data(
         tokenizer = d.vocab_size or 8192  # a number: `pack` learns so many tokens
     elif d.tokenizer == 'chars':
         tokenizer = CharTokenizer.train(letters_of(corpus))
-        if corpus.marks:  # so what ends a document must be one, too
-            tokenizer = with_marks(tokenizer, (END_OF_TEXT, *corpus.marks))
     else:
         tokenizer = load_tokenizer(kept) if kept else _saved_tokenizer(d.tokenizer)
-        tokenizer = with_marks(tokenizer, corpus.marks)
+    if corpus.marks and not isinstance(tokenizer, int):
+        # characters have no end mark: what ends a document must be one, too
+        ends = () if tokenizer.eos_id is not None else (END_OF_TEXT,)
+        tokenizer = with_marks(tokenizer, (*ends, *corpus.marks))
     folder = pack(corpus, tokenizer).folder
     train = PackedTokens(folder, 'train')
     val = PackedTokens(folder, 'val')

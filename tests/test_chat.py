@@ -978,6 +978,25 @@ def test_marks_that_a_start_does_not_have_get_rows(home, tmp_path):
         train_run(said, run='b')
 
 
+def test_a_start_of_characters_gets_an_end_mark_too(home, tmp_path):
+    "Characters that the start never saw, such as <, are no part of its marks"
+    from llm_lab.package import save
+
+    conversations = chats(80)
+    path = write_chats(tmp_path / 'c.jsonl', conversations)
+    letters = {c for chat in conversations for m in chat['messages'] for c in m['content']}
+    tokenizer = CharTokenizer(''.join(sorted(letters - {'<', '|', '>'})))
+    model = MiniGPT(llama(tokenizer.vocab_size, d_model=16, n_layers=1, n_heads=2, max_len=64), 1)
+    save(tmp_path / 'start', model, tokenizer)
+    said = config(path, train__start_from=str(tmp_path / 'start'), train__steps=1, train__lr=1e-9)
+    said['model'] = {}
+    del said['data']['vocab_size'], said['data']['tokenizer'], said['data']['length']
+    job = train_run(said, run='a')
+    made = job.texts['tokenizer']
+    assert made.vocab_size == tokenizer.vocab_size + 5 and made.eos_id is not None
+    near(job.run.model.tok.weight[: tokenizer.vocab_size], model.tok.weight, 1e-6)
+
+
 def test_a_validation_text_without_answers_is_refused(home, tmp_path):
     path = write_chats(
         tmp_path / 'c.jsonl', [dict(messages=[dict(role='user', content='hi ' * 9)])] * 90
