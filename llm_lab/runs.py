@@ -734,6 +734,11 @@ def start_weights(
     there = opened.model.state_dict()
     here = base_state(model)  # under the adapters, if it has some
     if tokenizer is not None and _is_grown(tokenizer, opened.tokenizer):
+        if {*here} != {*model.state_dict()}:  # there are adapters, and all else is frozen
+            raise LabError(
+                f'train.lora: {start} has no marks of a chat yet, and the rows of new ones would '
+                'stay as they are drawn: tune it once without train.lora, and start from that'
+            )
         there = grown_state(there, {name: tensor.shape for name, tensor in here.items()})
     for name in {**here, **there}:
         shapes = [' × '.join(map(str, s[name].shape)) if name in s else '' for s in (there, here)]
