@@ -2,16 +2,19 @@
 loops; a model read block by block; each text scored alone."""
 
 import itertools
+import json
 import math
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
+from answers import diffusion as answers
 
 import llm_lab as lab
 from helpers import near, one_line, shaken
 from llm_lab.batching import BatchStream
-from llm_lab.core import rng
+from llm_lab.core import check, rng
 from llm_lab.diffusion import (
     RateBlock,
     WritingOrder,
@@ -476,3 +479,48 @@ def test_the_playground_writes_with_it():
     board = Playground(model, tok, 'abc')
     board.write(board.halt, 'abc', 6, 0, temperature=1.0)
     assert len(board.pieces) == 6 and 'done: 6 tokens' in board.status.value
+
+
+# ---- the exercises
+
+
+def cell(beginning):
+    "The one code cell of the notebook that begins so"
+    notebook = Path(__file__).parent.parent / 'nbs' / '61_diffusion.ipynb'
+    cells = [''.join(c['source']) for c in json.loads(notebook.read_text('utf-8'))['cells']]
+    (found,) = [c for c in cells if c.startswith(beginning)]
+    return found
+
+
+def verdict(answer):
+    "What the notebook's own check says of it"
+    space = dict(itertools=itertools, torch=torch, rng=rng, check=check)
+    exec(cell('def bound_by_sets'), space)
+    return check(answer, space['bound_by_orders'], *space['cases'])
+
+
+@pytest.mark.parametrize('answer', answers.RIGHT)
+def test_the_answer_to_the_first_exercise_is_right(answer):
+    assert verdict(answer) == f'{answer.__name__}: right on 5 cases'
+
+
+@pytest.mark.parametrize('answer', answers.WRONG)
+def test_a_wrong_answer_to_it_gets_a_counter_example(answer):
+    assert 'expected' in verdict(answer)
+
+
+def test_the_answer_to_the_second_exercise_is_the_best_of_all_guesses():
+    "Every story with words 1 and 10 blank: of each rest, the first name that fits most often"
+    space = dict(itertools=itertools)
+    exec(cell('NAMES = ').partition('WORDS = ')[0], space)
+    stories = space['STORIES']
+    fits = {}
+    for words in stories:
+        assert words[0] == words[9]  # counted from 1 in the notebook, whose rows begin with an end
+        rest = tuple(words[1:9] + words[10:])
+        fits.setdefault(rest, Counter())[words[0]] += 1
+    best = sum(max(counter.values()) for counter in fits.values()) / len(stories)
+    for answer in answers.RIGHT_SHARES:
+        assert answer(space['NAMES']) == pytest.approx(best)
+    for answer in answers.WRONG_SHARES:
+        assert abs(answer(space['NAMES']) - best) > 0.01

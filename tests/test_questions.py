@@ -229,6 +229,24 @@ def test_names_that_are_held_out_can_be_spelled_and_are_met_nowhere():
     assert not {*re.findall(r'\w+', write_story(1, cfg).text)} & {*seen}
 
 
+@pytest.mark.parametrize('cfg', [QuestionsConfig(), QuestionsConfig(people=9, things=9, events=20)])
+def test_other_names_leave_the_story_as_it_was(cfg):
+    "Of one seed, seen and unseen names make one exam: the same questions, about other people"
+    for k in range(200):
+        pair = []
+        for names in ('seen', 'unseen'):
+            numbers = {}
+            texts = []
+            for q in ask(k, replace(cfg, names=names)):
+                texts += [q.story, q.question, q.answer, q.kind, str(q.hops)]
+            for word in re.findall(r'\w+', ' '.join(texts)):
+                if word in NAME_SETS[names]:
+                    numbers.setdefault(word, f'#{len(numbers)}')
+            assert len(numbers) == cfg.people
+            pair.append(re.sub(r'\w+', lambda m: numbers.get(m[0], m[0]), ' '.join(texts)))
+        assert pair[0] == pair[1]
+
+
 def test_an_exam_has_one_question_a_story_and_all_kinds():
     questions = exam(1000)
     assert len({q.story for q in questions}) == 1000 and questions == exam(1000)
