@@ -1,0 +1,250 @@
+"""From stories to answers: how much of 16's questions does a small model answer after ten minutes?
+
+    python experiments/tales_chat/run.py [--seeds 3] [--save]
+
+A base model (llama's block, 4 layers of width 128, byte pairs) learns stories alone, `tale_stories`,
+each of which it reads once; how long that takes and how far it stays above the stories' floor is
+printed. Then it is tuned on conversations about other stories, with the loss on the answers and,
+at weight 0.3, on the rest; all of its weights, or adapters of several ranks (LoRA), which train the
+rows of the marks, too. Exams of `--exam` questions each: on stories that nobody trained on, with the
+names of training and with names that no training knew. An answer is right if it is the whole
+answer, exactly, and ended; it is written greedily. Beside it the readers of 16 who see too little.
+What is forgotten: bits per character on held-out stories, before and after.
+
+Then, for each seed, from a model whose tuning was stopped early: GRPO with the exam's own marking
+as its reward, and further tuning for as long. All on one thread each; times are the processor's.
+
+Cells are kept in runs/, and an interrupted experiment goes on. One line of JSON at the end."""
+
+import copy
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from random import Random
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import bench
+
+from llm_lab.bpe import BPETokenizer
+from llm_lab.chat import CHAT_MARKS, add_marks, answer_loss
+from llm_lab.core import rng
+from llm_lab.evaluation import evaluate
+from llm_lab.gpt import MiniGPT
+from llm_lab.hardware import keep_freed_memory
+from llm_lab.llama_block import llama
+from llm_lab.lora import add_lora, lora_parameters, merge_lora, train_rows
+from llm_lab.optim import muon
+from llm_lab.package import load, save
+from llm_lab.questions import (
+    QuestionsConfig,
+    ask,
+    baselines,
+    conversation,
+    exact_match,
+    exam,
+    tale_questions,
+    tale_stories,
+    write_story,
+)
+from llm_lab.reward import grpo, sample_answers
+from llm_lab.templates import CHAT, ChatTemplate, chat_ids
+from llm_lab.train import batches, fit
+
+HERE = Path(__file__).parent
+RUNS = HERE / 'runs'
+STORIES, TALKS = 60_000, 20_000
+# Words of few letters that share their pieces are copied sooner than words that are one token each
+VOCAB_SIZE = 320
+LENGTH = 384  # a story has about 170 tokens, and with five questions 340
+SIZE = dict(d_model=128, n_layers=4, n_heads=4, max_len=LENGTH, tie=True)
+RATES = 0.006, 0.1, 0.003  # of Muon: matrices of the blocks, weight decay, and all else
+REST = 0.15  # weight of what is no answer
+CFG = QuestionsConfig()
+FIVE = QuestionsConfig(questions=5)  # more of what counts in the same time
+ASKED = 8  # questions of a step of GRPO
+REWARD_RATE = 0.0003
+
+
+def clock(work):
+    "(what some work returns, the processor's minutes that it took)"
+    start = time.process_time()
+    found = work()
+    return found, (time.process_time() - start) / 60
+
+
+# ---- the base model
+
+
+def base(steps):
+    "Learn stories; the package is kept. Returns what it cost, and how good it is"
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    corpus = tale_stories(STORIES)
+    some = [write_story(f'train/{k}').text for k in range(2000)]
+    tok = BPETokenizer.train(some, VOCAB_SIZE, special_tokens=['<|endoftext|>'])
+    model = MiniGPT(llama(tok.vocab_size, **SIZE), seed=0)
+    rows = batches(corpus, tok, 8, LENGTH, whole=True)
+    curve = []
+
+    def look(run):
+        score = evaluate(model, tok, corpus, max_tokens=10_000)
+        curve.append([run.step, round(score.bits, 4)])
+        save(RUNS / f'base-{steps}', model, tok, about=dict(corpus='tale_stories', step=run.step))
+        print(curve[-1], flush=True)
+
+    run, minutes = clock(
+        lambda: fit(
+            model, rows, steps, optimizer=muon(model, *RATES), callbacks={min(500, steps): look}
+        )
+    )
+    save(RUNS / f'base-{steps}', model, tok, about=dict(corpus='tale_stories', step=steps))
+    score = evaluate(model, tok, corpus)
+    return dict(
+        minutes=round(minutes, 1),
+        params=model.n_params,
+        rows=run.step * 8,
+        bits=score.bits,
+        floor=corpus.floor,
+        curve=curve,
+    )
+
+
+# ---- exams
+
+
+def exams(n):
+    "{names: questions}, each about another story of the test split"
+    return {names: exam(n, replace(CFG, names=names)) for names in ('seen', 'unseen')}
+
+
+def prompt(tok, question):
+    "The ids of a question with its story, up to where the answer begins"
+    return chat_ids(ChatTemplate(CHAT), tok, conversation([question])[:-1])
+
+
+def answers(model, tok, questions):
+    "What a model answers, greedily; an answer that does not end is none"
+    end = tok.special_tokens['<|end|>']
+    found = []
+    for k in range(0, len(questions), 50):
+        prompts = [prompt(tok, q) for q in questions[k : k + 50]]
+        written = sample_answers(model, prompts, 1, 16, end, temperature=0)
+        for ids in written.texts:
+            found.append(tok.decode(ids[:-1]) if ids and ids[-1] == end else '')
+    return found
+
+
+def marked(model, tok, n):
+    "The exams, marked: {names: {'total': [right, n], 'kind': …, 'hops': …, 'distance': …}}"
+    found = {}
+    for names, questions in exams(n).items():
+        match = exact_match(answers(model, tok, questions), questions)
+        print(f'{names} names\n{match}', flush=True)
+        found[names] = as_numbers(match)
+    return found
+
+
+def as_numbers(match):
+    "An `ExactMatch` as lists of numbers"
+    groups = {name: getattr(match, name) for name in ('kind', 'hops', 'distance')}
+    return dict(
+        total=[match.total.right, match.total.n],
+        **{g: {str(k): [s.right, s.n] for k, s in some.items()} for g, some in groups.items()},
+    )
+
+
+def without_reading(n):
+    "The readers of 16 who see too little, in the same exams"
+    training = [q for k in range(3000) for q in ask(f'train/{k}', CFG)]
+    return {
+        name: {
+            names: as_numbers(exact_match(map(reader, questions), questions))['total']
+            for names, questions in exams(n).items()
+        }
+        for name, reader in baselines(training).items()
+    }
+
+
+# ---- tuning
+
+
+def started(base_steps, rank=0):
+    "The base model with the marks of a chat: all of it to be trained, or adapters of a rank"
+    model, tok, _ = load(RUNS / f'base-{base_steps}')
+    old = tok.vocab_size
+    model, tok = add_marks(model, tok, CHAT_MARKS)
+    if rank:
+        add_lora(model, rank, alpha=2 * rank)
+        train_rows(model, range(old, tok.vocab_size))
+    return model, tok
+
+
+def practise(model, tok, steps, seed=0, rate=1.0):
+    "Train on conversations, with the loss on the answers and a little on the rest"
+    rows = batches(tale_questions(TALKS, FIVE), tok, 8, LENGTH, seed=seed, whole=True)
+    loss = partial(answer_loss, tokenizer=tok, rest=REST)
+    lr, decay, rest_lr = RATES
+    optimizer = muon(model, rate * lr, decay, rate * rest_lr)
+    return fit(model, rows, steps, optimizer=optimizer, loss_fn=loss, seed=seed)
+
+
+def tune(base_steps, rank, steps, seed, n):
+    "Tune all weights (rank 0), or adapters; exams before and after; what is forgotten, in bits"
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    model, tok = started(base_steps, rank)
+    corpus = tale_stories(2000)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    before = evaluate(model, tok, corpus).bits
+    _, minutes = clock(lambda: practise(model, tok, steps, seed))
+    if rank:
+        model = merge_lora(model)
+    model.eval()
+    save(RUNS / f'tuned-{base_steps}-{rank}-{steps}-{seed}', model, tok)
+    return dict(
+        minutes=round(minutes, 1),
+        trained=trained,
+        params=model.n_params,
+        exams=marked(model, tok, n),
+        stories=[before, evaluate(model, tok, corpus).bits],
+    )
+
+
+# ---- a reward in the place of answers
+
+
+def with_reward(model, tok, steps, seed):
+    "GRPO on stories that nobody has seen; the reward is the exam's marking: exactly right, or not"
+    end = tok.special_tokens['<|end|>']
+    right = {}  # {ids of a question: ids of its answer}
+
+    def prompts(step):
+        right.clear()
+        for k in range(ASKED):
+            q = ask(f'reward/{seed}/{step}/{k}', CFG)[0]
+            right[tuple(prompt(tok, q))] = [*tok.encode(q.answer), end]
+        return [*map(list, right)]
+
+    def reward(asked, answer):
+        return float(list(answer) == right[tuple(asked)])
+
+    reference = copy.deepcopy(model).eval()
+    return grpo(model, reference, prompts, reward, steps, end, lr=REWARD_RATE, seed=seed)
+
+
+def further(base_steps, start_steps, way, steps, seed, n):
+    "From a tuning that stopped early: for some steps more of the same, or the reward"
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    model, tok, _ = load(RUNS / f'tuned-{base_steps}-0-{start_steps}-{seed}')
+    if way == 'reward':
+        notes, minutes = clock(lambda: with_reward(model, tok, steps, seed))
+        found = dict(reward=[round(note['reward'], 3) for note in notes], kl=notes[-1]['kl'])
+    else:
+        _, minutes = clock(lambda: practise(model, tok, steps, seed + 100, rate=0.5))
+        found = {}
+    return dict(minutes=round(minutes, 1), exams=marked(model.eval(), tok, n), **found)
