@@ -117,7 +117,9 @@ from llm_lab.optim import (
 )
 from .efficient import PRECISIONS, StepRunner, apply_activation_checkpointing, step_memory
 from .sparse import and_masks, same_document
-from .lora import add_lora, base_state, lora_parameters
+from .lora import add_lora, base_state, lora_parameters, train_rows, trained_row_ids
+
+
 from .templates import with_marks
 from .chat import answer_loss, answer_marks, answer_targets, grown_state
 from llm_lab.checkpoint import (
@@ -707,11 +709,14 @@ def _saved_bytes(tokenizer) -> bytes:
         return Path(folder, 'tokenizer.json').read_bytes()
 
 
-def _is_grown(new, old) -> bool:
-    "Is one tokenizer the other with more special tokens, and nothing else?"
+def _new_marks(new, old) -> list[int]:
+    """The ids of the special tokens that one tokenizer has more than the other; none where
+    something else differs, too"""
     known = getattr(old, 'special_tokens', {})
-    more = [mark for mark in getattr(new, 'special_tokens', {}) if mark not in known]
-    return bool(more) and _saved_bytes(with_marks(old, more)) == _saved_bytes(new)
+    now = getattr(new, 'special_tokens', {})
+    more = [mark for mark in now if mark not in known]
+    is_grown = more and _saved_bytes(with_marks(old, more)) == _saved_bytes(new)
+    return [now[mark] for mark in more] if is_grown else []
 
 
 def start_weights(
@@ -720,7 +725,8 @@ def start_weights(
     tokenizer=None,  # of the run: its marks may be more than those of the start
 ) -> str:  # SHA-256 of the weights
     """Give a model the weights of a package, run, checkpoint or Hugging Face folder. Where the
-    tokenizer has grown by marks, their rows are made as `add_marks` makes them.
+    tokenizer has grown by marks, their rows are made as `add_marks` makes them; under adapters,
+    these rows are trained, too: an optimizer is made afterwards.
 
     Raises `LabError` unless each tensor has its place, and each place its tensor
 
@@ -733,12 +739,8 @@ def start_weights(
     opened = load(start)
     there = opened.model.state_dict()
     here = base_state(model)  # under the adapters, if it has some
-    if tokenizer is not None and _is_grown(tokenizer, opened.tokenizer):
-        if {*here} != {*model.state_dict()}:  # there are adapters, and all else is frozen
-            raise LabError(
-                f'train.lora: {start} has no marks of a chat yet, and the rows of new ones would '
-                'stay as they are drawn: tune it once without train.lora, and start from that'
-            )
+    marks = [] if tokenizer is None else _new_marks(tokenizer, opened.tokenizer)
+    if marks:
         there = grown_state(there, {name: tensor.shape for name, tensor in here.items()})
     for name in {**here, **there}:
         shapes = [' × '.join(map(str, s[name].shape)) if name in s else '' for s in (there, here)]
@@ -755,6 +757,8 @@ def start_weights(
         for name, tensor in here.items():
             tensor.copy_(there[name])
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    if marks and lora_parameters(model):  # nothing has taught the model what they mean
+        train_rows(model, marks)
     return digest.hexdigest()
 
 # %% ../nbs/82_runs.ipynb #8dc5a762
@@ -868,15 +872,16 @@ def _texts_of(cfg, engine, on) -> dict:
     return texts
 
 
-def _begin_with_start(job):
-    """The weights of `train.start_from` for a run at step 0; '' where a checkpoint has others.
-    Under adapters they never move, so a run that goes on has them from there, too"""
+def _begin_with_start(job, model) -> str:
+    """Give the model the weights of `train.start_from`, for a run at step 0; their SHA-256, or ''
+    where a checkpoint has others. Under adapters they never move, so a run that goes on has them
+    from there, too"""
     on = job.on
     start = job.cfg.train.start_from
     has_others = on and (on.start or steps_in(on.folder)) and job.cfg.train.lora is None
     if not start or has_others:
         return on.told.get('hashes', {}).get('start', '') if on else ''
-    found = start_weights(job.run.model, start, job.texts['tokenizer'])
+    found = start_weights(model, start, job.texts['tokenizer'])
     known = on.told.get('hashes', {}).get('start') if on else None
     if known not in (None, '', found):
         raise LabError(
@@ -886,13 +891,18 @@ def _begin_with_start(job):
     return found
 
 
-def _train_state(cfg, vocab_size, device) -> TrainState:
-    "Model and optimizer of a config, on the device, before the first step"
-    t = cfg.train
-    model = MiniGPT(_affordable(model_config(cfg, vocab_size), device.type), t.seed).to(device)
+def _train_state(job) -> tuple:
+    """(model and optimizer of a run, on its device, before the first step; the SHA-256 of weights
+    that were not drawn)"""
+    t = job.cfg.train
+    device = job.engine.device
+    made = _affordable(model_config(job.cfg, job.texts['tokenizer'].vocab_size), device.type)
+    model = MiniGPT(made, t.seed).to(device)
     apply_activation_checkpointing(add_adapters(model, t), t.recompute)
+    start = _begin_with_start(job, model)
+    # only now: under adapters, the rows of marks that the start does not have are trained, too
     opt = make_optimizer(t.optimizer, model, t.lr, t.weight_decay)
-    return TrainState(model, t.steps, optimizer=opt)
+    return TrainState(model, t.steps, optimizer=opt), start
 
 
 def _about(cfg, folder, corpus) -> dict:
@@ -1025,9 +1035,9 @@ class TrainingRun:
             engine.num_processes,
             str(engine.device),
         )
-        self.run = _train_state(cfg, vocab_size, engine.device)
+        # start: SHA-256 of weights that were not drawn
+        self.run, self.start = _train_state(self)
         self.reader = _reader_of(self)  # shares its weights with the model
-        self.start = _begin_with_start(self)  # SHA-256 of weights that were not drawn
         self.step = StepRunner(cfg.train.accumulate, cfg.train.precision, cfg.train.compile)
         self.ids = val.ids[: cfg.eval.tokens].long()
         self.starts = _starts_within(self.ids, corpus, val)
@@ -1174,10 +1184,13 @@ def __repr__(self: TrainingRun):
         )
     if c.train.lora is not None:
         trained = sum(p.numel() for p in lora_parameters(self.run.model))
+        marks = len(trained_row_ids(self.run.model))
+        rows = f' and the rows of {marks} new marks' if marks else ''
         lines.append(
-            f'        train.lora: {trained:,} of them, the adapters, are trained; the others stay '
-            f'as in {c.train.start_from}'
+            f'        train.lora: {trained:,} of them, the adapters{rows}, are trained; the '
+            f'others stay as in {c.train.start_from}'
         )
+
     if self.why:
         lines.append(f'        {c.train.precision}: {self.why}')
     return '\n'.join(lines)

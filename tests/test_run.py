@@ -112,6 +112,19 @@ def text(desk):
     return path
 
 
+@pytest.fixture(scope='module')
+def talk(desk):
+    "90 conversations of a word or two, which a row of 16 tokens holds"
+    luck, path = random.Random(1), desk / 'talk.jsonl'
+    short = [word for word in WORDS if len(word) < 4]
+    with open(path, 'w', encoding='utf-8') as file:
+        for _ in range(90):
+            asked, answer = luck.choices(short, k=2)
+            turns = [dict(role='user', content=asked), dict(role='assistant', content=answer)]
+            file.write(json.dumps(dict(messages=turns)) + '\n')
+    return path
+
+
 @pytest.fixture
 def home(desk):
     "An empty home"
@@ -741,15 +754,26 @@ def adapting(text, base, **change):
     return settings(text, train__start_from=base, train__lora=lora, **change)
 
 
+def tuning(talk, base, **change):
+    "Settings of a run that learns answers, in rows of whole conversations, from another run"
+    own = dict(data__template='chat', data__tokenizer=base, data__rows='whole')
+    return dict(**own, train__loss='answers', eval__every=3, **change)
+
+
+@pytest.mark.parametrize('of', ['stories', 'talk'] if ALL else ['talk'])
 def test_a_run_of_adapters_ends_with_the_same_bits_wherever_it_is_killed(
-    nursery, desk, home, text, base
+    of, nursery, desk, home, text, talk, base
 ):
+    from llm_lab.chars import load_tokenizer
     from llm_lab.package import load, require_faithful
 
     (calm := home / 'calm').mkdir()
     (killed := home / 'killed').mkdir()
-    words = [*adapting(text, base), '--run', 'x', '--resume']
-    assert nursery.live(calm, 'train', *words)['code'] == 0
+    words = adapting(text, base) if of == 'stories' else adapting(talk, base, **tuning(talk, base))
+    words += ['--run', 'x', '--resume']
+    life = nursery.live(calm, 'train', *words)
+    assert life['code'] == 0, life
+    assert ('rows of 5 new marks' in life['out']) == (of == 'talk'), life
     for fate in (
         dict(place='stepping', when='before', k=2),  # before its first checkpoint
         dict(place='saving', when='after', k=3),
@@ -765,9 +789,16 @@ def test_a_run_of_adapters_ends_with_the_same_bits_wherever_it_is_killed(
     opened = load(folder_of(calm)).model
     require_faithful(opened)
     start = load(base).model.state_dict()
-    moved = {n for n, t in opened.state_dict().items() if (t != start[n]).any()}
-    assert {n.split('.')[-2] for n in moved} == {'qkv', 'up', 'out'}
+    tables = {'tok', 'lm_head'} if of == 'talk' else set()
+    moved = {
+        n
+        for n, t in opened.state_dict().items()
+        if t.shape != start[n].shape or (t != start[n]).any()
+    }
+    assert {n.split('.')[-2] for n in moved} == {'qkv', 'up', 'out'} | tables
     assert not any('attn.out' in n or n.endswith('bias') for n in moved)
+    for n in (n for n in moved if n.split('.')[-2] in tables):  # the rows of before stay
+        assert (opened.state_dict()[n][: len(start[n])] == start[n]).all(), n
     life = nursery.live(calm, 'eval', folder_of(calm))
     assert life['code'] == 0 and 'bits' in life['out'], life
 
