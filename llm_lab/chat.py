@@ -180,10 +180,13 @@ def answer_loss(
     header: str = '<|assistant|>',  # stands before an answer, as text
     end: str = '<|end|>',  # ends it
     rest: float = 0.0,  # weight of the mean over all other tokens; 0: they do not count
+    whole: Tensor | None = None,  # the batch of which `rows` are a part; `rows` if none
 ) -> Tensor:  # a scalar, in nats
     """Mean −ln P(next token) over the tokens of answers in a batch, see `answer_targets`.
 
-    Of several processes, the mean over all their answers. Raises `LabError` where there is none
+    Of a batch in parts, and of several processes, no part has a mean of its own: the sum over its
+    answers is divided by what all have on average. Then the mean of the parts is that of all
+    answers. Raises `LabError` where there is none
 
     Args:
         rows: ids, (B, T+1)
@@ -191,6 +194,7 @@ def answer_loss(
         header: stands before an answer, as text
         end: ends it
         rest: weight of the mean over all other tokens; 0: they do not count
+        whole: the batch of which `rows` are a part; `rows` if none
 
     Returns:
         a scalar, in nats
@@ -200,11 +204,14 @@ def answer_loss(
             f'answers: this model is trained for {type(objective_of(model)).__name__}, not for the '
             'next token: leave train.loss out'
         )
-    counts = answer_targets(rows, answer_marks(tokenizer, header, end))
-    n = _shared_count(counts)
+    marks = answer_marks(tokenizer, header, end)
+    counts = answer_targets(rows, marks)
+    all_counts = counts if whole is None else answer_targets(whole, marks)
+    share = len(rows) / len(all_counts)
+    n = share * _shared_count(all_counts)
     if not n:
         raise LabError(
-            f'a batch of {counts.shape[0]} rows of {counts.shape[1]} tokens holds no whole answer: '
+            f'a batch of {len(all_counts)} rows of {counts.shape[1]} tokens holds no whole answer: '
             'give longer rows (data.length), or more of them (train.batch_size)'
         )
     ctx = {'aux': Aux()} if _has_aux(model) else {}
@@ -217,7 +224,8 @@ def answer_loss(
 
     loss = total(counts) / n
     if rest:
-        loss = loss + rest * total(~counts) / _shared_count(~counts)
+        loss = loss + rest * total(~counts) / (share * _shared_count(~all_counts))
+
     return _for_gradient_alone(loss, ctx['aux']) if ctx else loss
 
 

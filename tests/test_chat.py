@@ -5,6 +5,7 @@ import random
 import shutil
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from llm_lab.chat import (
 )
 from llm_lab.core import LabError, check
 from llm_lab.corpora import END_OF_TEXT, corpus_of, letters_of, load_corpus
+from llm_lab.efficient import StepRunner
 from llm_lab.evaluation import read_metrics
 from llm_lab.gpt import MiniGPT
 from llm_lab.kv_cache import with_kv_cache
@@ -535,6 +537,24 @@ def test_two_processes_are_one(tmp_path):
     loss.backward()
     want = torch.cat([loss.detach()[None], *(p.grad.flatten() for p in model.parameters())])
     near(load_file(tmp_path / 'found.safetensors')['found'], want, 1e-5)
+
+
+@pytest.mark.parametrize('rest', [0.0, 0.1])
+def test_a_batch_in_parts_learns_what_it_learns_as_a_whole(rest):
+    tokenizer = byte_tokenizer()
+    rows = torch.cat([chat_rows(tokenizer, 3), torch.full((1, 65), 5)])  # the last has no answer
+    counts = answer_targets(rows, answer_marks(tokenizer)).sum(1)
+    assert len({*counts.tolist()}) == 4 and not counts[3]  # else a mean of means would do
+    loss = partial(answer_loss, tokenizer=tokenizer, rest=rest)
+    made = []
+    for parts in (1, 2, 4):
+        model = tiny(tokenizer)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        step = StepRunner(accumulate=parts)
+        said = torch.stack(step(model, optimizer, rows, 1e9, loss))
+        made.append(torch.cat([said, *(p.detach().flatten() for p in model.parameters())]))
+    near(made[1], made[0], 1e-6)
+    near(made[2], made[0], 1e-6)
 
 
 def test_a_batch_without_an_answer_is_refused():
