@@ -886,8 +886,24 @@ def _scores_last(run) -> bool:
     return isinstance(result, dict) and result.get('judged') == 'the last model'
 
 
+def _answers_of(about, tokenizer):
+    """Which tokens of its own corpus a model was trained on, a function of ids; None: all.
+
+    Raises `LabError` where the model says something odd of that"""
+    from llm_lab.chat import answer_tokens
+
+    marks = about.get('answers')
+    if marks is None:
+        return None
+    names = {'header', 'end'}
+    if not isinstance(marks, dict) or {*marks} != names or {*map(type, marks.values())} != {str}:
+        raise LabError(f'the model says answers={short(marks)}: give --corpus, or --text FILE')
+    return answer_tokens(tokenizer, **marks)
+
+
 def _score_of_corpus(a, model, tokenizer, about):
-    "The `Score` on a split of the model's own corpus, or of that which is named"
+    """The `Score` on a split of the model's own corpus, or of that which is named. A model that was
+    trained on the answers of its own is judged by these"""
     from llm_lab.corpora import corpus_of, load_corpus
     from llm_lab.evaluation import evaluate
     from llm_lab.core import StatusLine
@@ -904,9 +920,11 @@ def _score_of_corpus(a, model, tokenizer, about):
     if same_name and not same_text:
         print(f'{corpus.name} is not the text it was trained on, or has changed', file=sys.stderr)
     live = None if a.json else StatusLine()
-    score = evaluate(model, tokenizer, corpus, a.split, None, a.stride, a.batch_size, live)
+    only = None if a.corpus else _answers_of(about, tokenizer)
+    score = evaluate(model, tokenizer, corpus, a.split, None, a.stride, a.batch_size, live, only)
     if live:
-        live.close(f'{score.tokens:,} tokens of {corpus.name}, each scored once')
+        what = f'{score.only} in {corpus.name}' if only else corpus.name
+        live.close(f'{score.tokens:,} tokens of {what}, each scored once')
     return score
 
 

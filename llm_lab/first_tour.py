@@ -546,9 +546,10 @@ def describe_score(score, parts=None, of='validation'):
     letters = score.tokens == score.chars
     token, bits = ('character', 'bits') if letters else ('token', 'bits per character')
     at_most = 'at most ' if score.is_bound else ''
+    only = f'of {score.only} ' if score.only else ''
     line = (
-        f'{of} loss {at_most}{score.loss:.3f} nats per {token} = {score.bits:.3f} {bits} ({sure}), '
-        f'every {token} scored once'
+        f'{of} loss {only}{at_most}{score.loss:.3f} nats per {token} = {score.bits:.3f} {bits} '
+        f'({sure}), every {token} {only}scored once'
     )
     if score.floor:
         line += (

@@ -438,7 +438,6 @@ def _facts(model) -> dict:
     named = model.named_modules(remove_duplicate=False)  # a layer may stand in two places
     layers = {name: m for name, m in named if isinstance(m, LoRALinear)}
     facts = dict(layers=[*layers], ids=trained_row_ids(model))
-
     for m in layers.values():  # all alike: `add_lora` refuses a second call
         rank = m.A.shape[-2]
         facts |= dict(rank=rank, alpha=m.scale * rank, dropout=m.drop.p)

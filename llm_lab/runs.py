@@ -37,7 +37,6 @@ from pathlib import Path
 from threading import Thread
 from fastcore.basics import patch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn import functional as F
 from . import __version__
 from llm_lab.core import (
     HOLDS,
@@ -118,10 +117,8 @@ from llm_lab.optim import (
 from .efficient import PRECISIONS, StepRunner, apply_activation_checkpointing, step_memory
 from .sparse import and_masks, same_document
 from .lora import add_lora, base_state, lora_parameters, train_rows, trained_row_ids
-
-
 from .templates import with_marks
-from .chat import answer_loss, answer_marks, answer_targets, grown_state
+from .chat import answer_loss, answer_tokens, grown_state
 from llm_lab.checkpoint import (
     COLUMNS,
     CheckpointManager,
@@ -905,8 +902,11 @@ def _train_state(job) -> tuple:
     return TrainState(model, t.steps, optimizer=opt), start
 
 
-def _about(cfg, folder, corpus) -> dict:
+def _about(job) -> dict:
     "What each checkpoint says of its origin"
+    cfg = job.cfg
+    folder = job.folder
+    corpus = job.texts['corpus']
     about = dict(
         config=cfg.name,
         run=folder.name,
@@ -921,6 +921,8 @@ def _about(cfg, folder, corpus) -> dict:
         about['splits'] = cfg.data.splits
     if cfg.data.template:
         about['template'] = cfg.data.template
+    if job.only:
+        about['answers'] = _answer_marks_of(job.loss)
     return about
 
 
@@ -933,21 +935,28 @@ def _starts_within(ids, corpus, val):
     return starts if len(starts) else None  # one long document: as one text
 
 
+def _answer_marks_of(loss) -> dict:  # {header: …, end: …}; {} of another loss
+    "Between which texts the answers stand that a loss of `loss_of` counts"
+    if getattr(loss, 'func', loss) is not answer_loss:
+        return {}
+    known = signature(loss).parameters  # a keyword that is filled in is its default
+    return {name: known[name].default for name in ('header', 'end')}
+
+
 def _answers_in(job):
-    """Which tokens of the validation text are answers, where only those are learned; else None.
+    """Which tokens of the validation text are scored, where only answers are learned; else None.
 
     Raises `LabError` where there are none"""
-    if getattr(job.loss, 'func', job.loss) is not answer_loss:
+    if job.only is None:
         return None
-    texts = {k: v for k, v in job.loss.keywords.items() if k in ('header', 'end')}
-    marks = answer_marks(job.texts['tokenizer'], **texts)
-    targets = answer_targets(job.ids[None], marks)[0]
-    if not targets.any():
+    found = job.only(job.ids)
+    first = 0 if job.starts is None else int(job.starts[0])  # nothing before it is scored
+    if not found[first + 1 :].any():
         raise LabError(
             f'eval.tokens={len(job.ids):,}: there is no answer in the first tokens of the '
             'validation text; give more, or leave train.loss out'
         )
-    return F.pad(targets, (1, 0))  # the first token is predicted by none
+    return found
 
 
 def _checkpoints_of(job) -> CheckpointManager:
@@ -962,7 +971,7 @@ def _checkpoints_of(job) -> CheckpointManager:
         job.folder,
         job.texts['tokenizer'],
         keep=job.cfg.log.keep,
-        about=_about(job.cfg, job.folder, job.texts['corpus']),
+        about=_about(job),
         rank=job.engine.process_index,
         gather=partial(all_gather_json, job.engine),
         facts=job.facts,
@@ -1044,6 +1053,9 @@ class TrainingRun:
         self.metrics = MetricsLog(folder)
         self.callbacks = callbacks_of(cfg)
         self.loss = loss_of(cfg.train, self.texts['tokenizer'])
+        marks = _answer_marks_of(self.loss)
+        # which tokens of a text are scored, a function of its ids; None: all
+        self.only = answer_tokens(self.texts['tokenizer'], **marks) if marks else None
         self.answers = _answers_in(self)  # bool, (n,): of `ids`; None where all tokens count
         self.saved = _checkpoints_of(self)
 
@@ -1190,7 +1202,6 @@ def __repr__(self: TrainingRun):
             f'        train.lora: {trained:,} of them, the adapters{rows}, are trained; the '
             f'others stay as in {c.train.start_from}'
         )
-
     if self.why:
         lines.append(f'        {c.train.precision}: {self.why}')
     return '\n'.join(lines)
@@ -1311,15 +1322,13 @@ def validate(self: TrainingRun, run) -> dict:
     ends = None
     if self.starts is not None:
         ends = document_starts(self.ids, val.meta['tokenizer']['end'])
-    score = tally(losses, windows, self.ids, ends, val.tokenizer, corpus)
-    val_loss = score.loss
+    score = tally(losses, windows, self.ids, ends, val.tokenizer, corpus, counts=self.answers)
     if self.answers is not None:  # what is trained is what decides which model is the best
-        val_loss = losses[self.answers & ~losses.isnan()].mean().item()
-        parts['val_text'] = score.loss
-    run.notes.append(dict(step=run.step, val=val_loss, of=len(self.ids)))
+        parts['val_text'] = losses[~losses.isnan()].mean().item()
+    run.notes.append(dict(step=run.step, val=score.loss, of=len(self.ids)))
     if run.step % c.eval.sample_every == 0 or run.step == run.steps:
         _keep_sample(self, run)
-    return dict(val=val_loss, val_bits_per_byte=score.bits_per_byte, **parts)
+    return dict(val=score.loss, val_bits_per_byte=score.bits_per_byte, **parts)
 
 # %% ../nbs/82_runs.ipynb #7b6456bb
 @patch
@@ -1585,6 +1594,7 @@ def _final_score(job, model, max_tokens, live):
             max_tokens=max_tokens,
             batch_size=job.cfg.eval.at_once,
             live=live,
+            only=job.only,
         )
     except Exception as e:
         why = (str(e).splitlines() or [type(e).__name__])[0]
@@ -1617,7 +1627,8 @@ def finish(self: TrainingRun, max_tokens=None):
     model, best = _model_to_evaluate(self)
     live = StatusLine()
     score = _final_score(self, model, max_tokens, live)
-    live.close(f'validated on {score.tokens:,} tokens{_which_model(self, which, best)}')
+    only = f' of {score.only}' if score.only else ''
+    live.close(f'validated on {score.tokens:,} tokens{only}{_which_model(self, which, best)}')
     result = dict(
         name=self.cfg.name,
         run=self.folder.name,
@@ -1857,6 +1868,8 @@ def _describe(job, came_from):
         config=job.origin | dict(decided=as_data(job.cfg)),
         parts=job.parts,
     )
+    if job.only:
+        about['only'] = job.only.__name__  # what its losses are of, for `compare`
     _keep_config(job)
     _keep_parts(job)
     files = {path: json.dumps(about | dict(sha256=_hash(about)), indent=1)}
