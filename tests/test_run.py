@@ -754,26 +754,22 @@ def adapting(text, base, **change):
     return settings(text, train__start_from=base, train__lora=lora, **change)
 
 
-def tuning(talk, base, **change):
+CHATTING = dict(data__template='chat', data__rows='whole', train__loss='answers', eval__every=3)
+
+
+def tuning(base):
     "Settings of a run that learns answers, in rows of whole conversations, from another run"
-    own = dict(data__template='chat', data__tokenizer=base, data__rows='whole')
-    return dict(**own, train__loss='answers', eval__every=3, **change)
+    return dict(CHATTING, data__tokenizer=base)
 
 
-@pytest.mark.parametrize('of', ['stories', 'talk'] if ALL else ['talk'])
-def test_a_run_of_adapters_ends_with_the_same_bits_wherever_it_is_killed(
-    of, nursery, desk, home, text, talk, base
-):
-    from llm_lab.chars import load_tokenizer
-    from llm_lab.package import load, require_faithful
-
+def calm_and_killed(nursery, home, words):
+    """Whether a run with these settings that is killed at four places leaves the same bits as one
+    that is not; (how the latter ended, its home)"""
     (calm := home / 'calm').mkdir()
     (killed := home / 'killed').mkdir()
-    words = adapting(text, base) if of == 'stories' else adapting(talk, base, **tuning(talk, base))
-    words += ['--run', 'x', '--resume']
-    life = nursery.live(calm, 'train', *words)
-    assert life['code'] == 0, life
-    assert ('rows of 5 new marks' in life['out']) == (of == 'talk'), life
+    words = [*words, '--run', 'x', '--resume']
+    whole = nursery.live(calm, 'train', *words)
+    assert whole['code'] == 0, whole
     for fate in (
         dict(place='stepping', when='before', k=2),  # before its first checkpoint
         dict(place='saving', when='after', k=3),
@@ -784,6 +780,28 @@ def test_a_run_of_adapters_ends_with_the_same_bits_wherever_it_is_killed(
         assert life['code'] == -signal.SIGKILL, life
     assert nursery.live(killed, 'train', *words)['code'] == 0
     assert_same(folder_of(killed), bits(folder_of(calm)))
+    return whole, calm
+
+
+@pytest.mark.slow  # by day, the run of adapters below learns answers
+def test_a_run_that_learns_answers_in_whole_rows_ends_with_the_same_bits_wherever_it_is_killed(
+    nursery, home, talk
+):
+    _, calm = calm_and_killed(nursery, home, settings(talk, **CHATTING))
+    result = json.loads((folder_of(calm) / 'result.json').read_text())
+    assert result['scores']['val']['only'] == 'answers'
+
+
+@pytest.mark.parametrize('of', ['stories', 'talk'] if ALL else ['talk'])
+def test_a_run_of_adapters_ends_with_the_same_bits_wherever_it_is_killed(
+    of, nursery, home, text, talk, base
+):
+    from llm_lab.chars import load_tokenizer
+    from llm_lab.package import load, require_faithful
+
+    words = adapting(text, base) if of == 'stories' else adapting(talk, base, **tuning(base))
+    life, calm = calm_and_killed(nursery, home, words)
+    assert ('rows of 5 new marks' in life['out']) == (of == 'talk'), life
     assert 'adapters.safetensors' in bits(folder_of(calm))['files']
     # whoever opens the run has one plain model, other than that which it began with
     opened = load(folder_of(calm)).model
