@@ -473,6 +473,25 @@ class ChatSession:
         self.history = _History(save) if save else None
         self.interactive = interactive
         self.over = False
+        self.told = False  # that the beginning of this conversation is not read any more
+
+
+def _tell_left_out(session):
+    """Say once in a conversation that it does not fit any more, and what the model does not read
+    from now on"""
+    from llm_lab.sampling import max_context
+
+    chat = session.chat
+    if session.told or not chat.left_out:
+        return
+    session.told = True
+    first = int(chat.messages[0]['role'] == 'system')  # which stays
+    left_out = chat.messages[first : first + chat.left_out]
+    questions = [short(m['content'], 40) for m in left_out if m['role'] == 'user']
+    _say(
+        f'the model reads {max_context(chat.model):,} tokens at once: from now on the oldest turns '
+        f'are left out, so far {", ".join(questions)}; /reset begins anew'
+    )
 
 
 def print_answer(session: ChatSession, question: str):
@@ -482,10 +501,16 @@ def print_answer(session: ChatSession, question: str):
     chat = session.chat
     sampling = dict(session.settings)
     tokens = sampling.pop('tokens')
+    left_out = chat.left_out
     try:
-        with closing(chat.send(question, tokens, **sampling)) as pieces:
+        with warnings.catch_warnings(), closing(chat.send(question, tokens, **sampling)) as pieces:
+            # `_tell_left_out` says which turns they are
+            warnings.filterwarnings('ignore', 'the conversation is longer')
             for piece in pieces:
                 print(piece, end='', flush=True)
+    except LabError:
+        chat.left_out = left_out  # a message that is refused crowds out no other
+        raise
     except KeyboardInterrupt:
         print(flush=True)
         if not session.interactive:
@@ -493,6 +518,7 @@ def print_answer(session: ChatSession, question: str):
         _say('stopped: what is written stays; /again asks once more')
     else:
         print(flush=True)
+        _tell_left_out(session)
     finally:
         if chat.messages and chat.messages[-1]['role'] == 'user':
             chat.undo()  # Ctrl-C came while the answer was put into the conversation
@@ -552,6 +578,7 @@ def _again(session, text):
 
 def _reset(session, text):
     session.chat.reset()
+    session.told = False
     if session.history:
         session.history.close()
     return 'a new conversation'
