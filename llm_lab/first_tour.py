@@ -80,7 +80,10 @@ def _tour_config(settings, corpus) -> RunConfig:
     # a validation reads more than a context; the default is 20,000 tokens
     T = data['length']
     looks = dict(tokens=T + 1) if T in range(20_000, 1 << 24) else {}
-    return config_from_dict(dict(data=data, model=model, train=train | given['train'], eval=looks))
+    train |= given['train']
+    if train['batch_size'] == 'auto':
+        raise LabError('train.batch_size=auto: the tour does not search for one; give a number')
+    return config_from_dict(dict(data=data, model=model, train=train, eval=looks))
 
 # %% ../nbs/86_first_tour.ipynb #6a891332
 def _time_step(setup):

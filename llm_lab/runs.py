@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['GoingOn', 'load_data', 'kept_corpus', 'require_corpus', 'make_batches', 'document_begins', 'within_documents',
            'SingleProcess', 'make_engine', 'all_gather_json', 'model_config', 'schedule_of', 'add_adapters', 'loss_of',
-           'callbacks_of', 'config_of_start', 'describe_start', 'start_weights', 'set_threads', 'set_precision',
-           'TrainingRun', 'peak_memory', 'run_lock', 'told_of', 'require_parts', 'use_parts', 'run_to_go_on',
-           'differing_keys', 'resolve_resume', 'train_run']
+           'callbacks_of', 'config_of_start', 'describe_start', 'start_weights', 'set_threads', 'set_batch_size',
+           'set_precision', 'TrainingRun', 'peak_memory', 'run_lock', 'told_of', 'require_parts', 'use_parts',
+           'run_to_go_on', 'differing_keys', 'resolve_resume', 'train_run']
 
 # %% ../nbs/82_runs.ipynb #aedce895
 TYPE_CHECKING = False  # a type checker takes it for True
@@ -114,7 +114,13 @@ from llm_lab.optim import (
     make_schedule,
     short_precision,
 )
-from .efficient import PRECISIONS, StepRunner, apply_activation_checkpointing, step_memory
+from llm_lab.efficient import (
+    PRECISIONS,
+    StepRunner,
+    apply_activation_checkpointing,
+    largest_batch,
+    step_memory,
+)
 from .sparse import and_masks, same_document
 from .lora import add_lora, base_state, lora_parameters, train_rows, trained_row_ids
 from .templates import with_marks
@@ -837,6 +843,56 @@ def _measured_precision(cfg: RunConfig, vocab_size: int) -> tuple:  # (precision
     return chosen, f'a step in bf16 is {faster:.2f} times as fast, {_MARGIN} is required'
 
 
+def _require_cuda(cfg: RunConfig, engine):
+    "Raises `LabError` where a batch size would be searched for and cannot be"
+    if cfg.train.batch_size == 'auto' and engine.device.type != 'cuda':
+        raise LabError(
+            f'train.batch_size=auto: what fits is found on CUDA alone, and this is '
+            f'{engine.device.type}; give a number, such as 16'
+        )
+
+
+def set_batch_size(
+    cfg: RunConfig,
+    vocab_size: int,
+    engine,
+    end=(),  # ids of the mark after each document, for `data.mask_documents`
+) -> RunConfig:
+    """The config with its batch size decided: where it says `auto`, the largest power of 2 that a
+    forward and a backward pass can take, times the parts of a batch and the processes.
+
+    Raises `LabError` where that is not known, or where a single row does not fit
+
+    Args:
+        end: ids of the mark after each document, for `data.mask_documents`
+    """
+    t = cfg.train
+    if t.batch_size != 'auto':
+        return cfg
+    _require_cuda(cfg, engine)
+
+    def prepare(model):
+        apply_activation_checkpointing(add_adapters(model, t), t.recompute)
+        if not cfg.data.mask_documents:
+            return model
+        return apply_activation_checkpointing(within_documents(model, end), t.recompute)
+
+    with preserve_rng(engine.device):
+        rows = largest_batch(
+            model_config(cfg, vocab_size),
+            device=engine.device,
+            optimizer=lambda model: make_optimizer(t.optimizer, model, t.lr, t.weight_decay),
+            step=StepRunner(1, t.precision),
+            prepare=prepare,
+        )
+    torch.cuda.empty_cache()  # what the search has held is for the run
+    # each process has a device of its own, and all take as much as the smallest holds
+    rows = min(all_gather_json(engine, rows))
+    power = 1 << (rows.bit_length() - 1)  # 1 2 4 8 …: 21 rows are 16
+    batch_size = power * t.accumulate * engine.num_processes
+    return replace(cfg, train=replace(t, batch_size=batch_size))
+
+
 def set_precision(cfg: RunConfig, vocab_size: int, engine) -> tuple:
     """(the config with its precision decided, why): where it says `auto`, what this device trains
     it best in; else the config as it is, and ''"""
@@ -1027,6 +1083,7 @@ class TrainingRun:
         self.early = False  # has it ended because nothing got better?
 
         _try_parts(cfg)  # a slip in a recipe costs no packing
+        _require_cuda(cfg, engine)
         self.texts = _texts_of(cfg, engine, on)
         corpus = self.texts['corpus']
         val = self.texts['val']
@@ -1034,6 +1091,7 @@ class TrainingRun:
         # what was measured is written into the config, so that a resumed run obeys it
         cfg = set_threads(cfg, vocab_size, engine, tune)
         cfg, self.why = set_precision(cfg, vocab_size, engine)  # why this precision
+        cfg = set_batch_size(cfg, vocab_size, engine, self.texts['train'].meta['tokenizer']['end'])
         self.cfg = cfg
 
         self.stream = make_batches(
