@@ -842,10 +842,11 @@ def test_adapters_go_on_only_over_the_weights_that_they_began_with(nursery, home
     assert life['code'] == 1 and 'train.lora=' in life['err'] and 'it was' in life['err'], life
 
 
-def test_two_processes_adapt_as_one(nursery, home, text, base):
+def test_two_processes_adapt_as_one(nursery, home, talk, base):
+    "Their adapters and the rows of new marks; each answer counts alike, in whichever part it is"
     (alone := home / 'alone').mkdir()
     (both := home / 'both').mkdir()
-    words = [*adapting(text, base, **ADAMW | dict(train__steps=10)), '--run', 'x']
+    words = [*adapting(talk, base, **ADAMW | tuning(base) | dict(train__steps=10)), '--run', 'x']
     words = [w.replace(', dropout: 0.1', '') for w in words]
     one = nursery.live(alone, 'train', *words)
     lives = ended(nursery, two(nursery, both, *words))
