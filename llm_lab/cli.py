@@ -473,6 +473,25 @@ class ChatSession:
         self.history = _History(save) if save else None
         self.interactive = interactive
         self.over = False
+        self.told = False  # that the beginning of this conversation is not read any more
+
+
+def _tell_left_out(session):
+    """Say once in a conversation that it does not fit any more, and what the model does not read
+    from now on"""
+    from llm_lab.sampling import max_context
+
+    chat = session.chat
+    if session.told or not chat.left_out:
+        return
+    session.told = True
+    first = int(chat.messages[0]['role'] == 'system')  # which stays
+    left_out = chat.messages[first : first + chat.left_out]
+    questions = [short(m['content'], 40) for m in left_out if m['role'] == 'user']
+    _say(
+        f'the model reads {max_context(chat.model):,} tokens at once: from now on the oldest turns '
+        f'are left out, so far {", ".join(questions)}; /reset begins anew'
+    )
 
 
 def print_answer(session: ChatSession, question: str):
@@ -482,10 +501,16 @@ def print_answer(session: ChatSession, question: str):
     chat = session.chat
     sampling = dict(session.settings)
     tokens = sampling.pop('tokens')
+    left_out = chat.left_out
     try:
-        with closing(chat.send(question, tokens, **sampling)) as pieces:
+        with warnings.catch_warnings(), closing(chat.send(question, tokens, **sampling)) as pieces:
+            # `_tell_left_out` says which turns they are
+            warnings.filterwarnings('ignore', 'the conversation is longer')
             for piece in pieces:
                 print(piece, end='', flush=True)
+    except LabError:
+        chat.left_out = left_out  # a message that is refused crowds out no other
+        raise
     except KeyboardInterrupt:
         print(flush=True)
         if not session.interactive:
@@ -493,6 +518,7 @@ def print_answer(session: ChatSession, question: str):
         _say('stopped: what is written stays; /again asks once more')
     else:
         print(flush=True)
+        _tell_left_out(session)
     finally:
         if chat.messages and chat.messages[-1]['role'] == 'user':
             chat.undo()  # Ctrl-C came while the answer was put into the conversation
@@ -552,6 +578,7 @@ def _again(session, text):
 
 def _reset(session, text):
     session.chat.reset()
+    session.told = False
     if session.history:
         session.history.close()
     return 'a new conversation'
@@ -886,8 +913,24 @@ def _scores_last(run) -> bool:
     return isinstance(result, dict) and result.get('judged') == 'the last model'
 
 
+def _answers_of(about, tokenizer):
+    """Which tokens of its own corpus a model was trained on, a function of ids; None: all.
+
+    Raises `LabError` where the model says something odd of that"""
+    from llm_lab.chat import answer_tokens
+
+    marks = about.get('answers')
+    if marks is None:
+        return None
+    names = {'header', 'end'}
+    if not isinstance(marks, dict) or {*marks} != names or {*map(type, marks.values())} != {str}:
+        raise LabError(f'the model says answers={short(marks)}: give --corpus, or --text FILE')
+    return answer_tokens(tokenizer, **marks)
+
+
 def _score_of_corpus(a, model, tokenizer, about):
-    "The `Score` on a split of the model's own corpus, or of that which is named"
+    """The `Score` on a split of the model's own corpus, or of that which is named. A model that was
+    trained on the answers of its own is judged by these"""
     from llm_lab.corpora import corpus_of, load_corpus
     from llm_lab.evaluation import evaluate
     from llm_lab.core import StatusLine
@@ -904,9 +947,11 @@ def _score_of_corpus(a, model, tokenizer, about):
     if same_name and not same_text:
         print(f'{corpus.name} is not the text it was trained on, or has changed', file=sys.stderr)
     live = None if a.json else StatusLine()
-    score = evaluate(model, tokenizer, corpus, a.split, None, a.stride, a.batch_size, live)
+    only = None if a.corpus else _answers_of(about, tokenizer)
+    score = evaluate(model, tokenizer, corpus, a.split, None, a.stride, a.batch_size, live, only)
     if live:
-        live.close(f'{score.tokens:,} tokens of {corpus.name}, each scored once')
+        what = f'{score.only} in {corpus.name}' if only else corpus.name
+        live.close(f'{score.tokens:,} tokens of {what}, each scored once')
     return score
 
 

@@ -143,7 +143,8 @@ class TrainConfig:
 
     Args:
         steps: updates of the weights
-        batch_size: sequences of a step, of all processes together
+        batch_size: sequences of a step, of all processes together; auto is the largest
+            power of 2 that fits, on CUDA
         accumulate: parts of a batch that go through the model one after the other
         optimizer: what moves the weights
         lr: the learning rate at its highest
@@ -168,7 +169,9 @@ class TrainConfig:
     """
 
     steps: int = _key(1000, 1, 10**8)  # updates of the weights
-    batch_size: int = _key(16, 1, 1 << 20)  # sequences of a step, of all processes together
+    # sequences of a step, of all processes together; auto is the largest power of 2 that fits, on
+    # CUDA
+    batch_size: int = _key(16, 1, 1 << 20, also='auto')
     # parts of a batch that go through the model one after the other
     accumulate: int = _key(1, 1, 1 << 20)
     optimizer: str | dict = _named('muon', 'adamw', 'muon', 'sgd')  # what moves the weights
@@ -390,7 +393,7 @@ def _check_training(t: TrainConfig):
         raise LabError(
             f'train.lora={short(t.lora)}: adapters need a trained model; give train.start_from, too'
         )
-    if t.batch_size % t.accumulate:
+    if t.batch_size != 'auto' and t.batch_size % t.accumulate:
         raise LabError(
             f'train.accumulate={t.accumulate} does not divide '
             f'train.batch_size={t.batch_size}: give a divisor'

@@ -11,6 +11,7 @@ import torch
 import weakref
 from contextlib import nullcontext
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -202,15 +203,17 @@ def try_compile(
     fast = torch.compile(f, **kw)
     chosen = None  # `fast` or `f`, from the first call on: only then PyTorch compiles
 
-    def call(*args):
+    def call(*args, **more):
         nonlocal chosen
         if chosen is not None:
-            return chosen(*args)
+            return chosen(*args, **more)
         try:
-            out = fast(*args)
+            out = fast(*args, **more)
             chosen = fast
         except Exception as e:  # no compiler, an operation that is not known, …
-            out = f(*args)  # a mistake of the caller's is raised here, and nothing is chosen
+            out = f(
+                *args, **more
+            )  # a mistake of the caller's is raised here, and nothing is chosen
             chosen = f
             why = str(e).strip().splitlines()[0][:100]
             print(f'not compiled, as fast as before: {type(e).__name__}: {why}')
@@ -224,7 +227,10 @@ PRECISIONS = dict(float32=None, bf16=torch.bfloat16, fp16=torch.float16)
 
 class StepRunner:
     """A training step with accumulated, low-precision or compiled gradients, for
-    `fit(…, step_fn=StepRunner(…))`
+    `fit(…, step_fn=StepRunner(…))`.
+
+    A part of a batch counts by its rows. A loss in which rows do not count alike, such as a mean
+    over some tokens, declares `whole`: it gets the whole batch beside each part
 
     Args:
         accumulate: parts of a batch that go through the model one after the other
@@ -263,6 +269,8 @@ class StepRunner:
         clip=1.0,
         loss_fn=next_token_loss,
     ):  # (loss, gradient norm)
+        in_parts = self.accumulate > 1 and 'whole' in signature(loss_fn).parameters
+        more = dict(whole=rows) if in_parts else {}
         loss_fn = self._ready(loss_fn)
         total = 0.0
         dtype = PRECISIONS[self.precision]
@@ -274,7 +282,7 @@ class StepRunner:
             with quiet():
                 with torch.autocast(rows.device.type, dtype, enabled=dtype is not None):
                     # the mean over the batch: a part counts by its rows
-                    value = loss_fn(model, part) * (len(part) / len(rows))
+                    value = loss_fn(model, part, **more) * (len(part) / len(rows))
                 self.scaler.scale(value).backward()
             total += value.detach()
         if not self.scaler.is_enabled():

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import torch
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from html import escape
@@ -140,6 +141,7 @@ class Score:
         end_nats: what they cost, a part of `nats`
         bare_error: standard error of the rest, `nats − end_nats`; `error` if none
         is_bound: are `nats` only an upper bound of −ln P?
+        only: which tokens alone were scored, such as 'answers'; '': all
         documents: of each document, where they are known: `compare` pairs them with another
             model's
     """
@@ -155,6 +157,7 @@ class Score:
     # standard error of the rest, `nats − end_nats`; `error` if none
     bare_error: float | None = None
     is_bound: bool = False  # are `nats` only an upper bound of −ln P?
+    only: str = ''  # which tokens alone were scored, such as 'answers'; '': all
     # of each document, where they are known: `compare` pairs them with another model's
     documents: DocumentSums | None = field(default=None, repr=False, compare=False)
 
@@ -219,7 +222,7 @@ class Score:
         """Its numbers, plain, as a run keeps them in `result.json`, and their units; what is not
         known is None"""
         values = {}
-        for key in (*UNITS, 'tokens', 'chars', 'bytes', 'n_ends', 'is_bound'):
+        for key in (*UNITS, 'tokens', 'chars', 'bytes', 'n_ends', 'is_bound', 'only'):
             value = getattr(self, key)
             # a tuple would come back from JSON as a list, so that the two would not be equal
             values[key] = list(value) if isinstance(value, tuple) else value
@@ -240,8 +243,9 @@ def __str__(self: Score) -> str:
     if self.interval_per_byte:
         sure = '95 % {:.3f} to {:.3f}'.format(*self.interval_per_byte)
     at_most = 'at most: ' if self.is_bound else ''
+    only = f'{self.only}: ' if self.only else ''
     line = (
-        f'{at_most}loss {self.loss:.3f} nats per token, perplexity {self.perplexity:.2f}, '
+        f'{only}{at_most}loss {self.loss:.3f} nats per token, perplexity {self.perplexity:.2f}, '
         f'{self.bits_per_byte:.3f} bits per byte ({sure})'
     )
     if self.floor:
@@ -327,6 +331,8 @@ def tally(
     tokenizer,
     corpus,
     is_bound: bool = False,  # are they upper bounds of −ln P?
+    counts: Tensor | None = None,  # which tokens alone count, bool, (n,); all if none
+    only: str = '',  # what these are called
 ) -> Score:
     """What the losses of a text add up to: in all, over documents, and what their end marks cost
 
@@ -337,41 +343,47 @@ def tally(
         end_marks: the last position of each end mark in it, ascending; None: one running
             text
         is_bound: are they upper bounds of −ln P?
+        counts: which tokens alone count, bool, (n,); all if none
+        only: what these are called
     """
     # Of '|ab|c|', whose end marks | stand at 0, 3 and 5, the tokens a b | c | are scored. The
     # documents are 'ab|' and 'c|', (first, end) = (1, 4) and (4, 6)
     starts = None if end_marks is None else end_marks[end_marks < len(ids) - 1]
     width = 0 if end_marks is None else len(document_end_ids(corpus, tokenizer))
     is_end = _in_end_marks(len(ids), end_marks, width)  # (n,)
+    whole = counts is None
+    counts = torch.ones(len(ids), dtype=torch.bool) if whole else counts.clone()
     decode = getattr(tokenizer, 'decode_bytes', lambda ids: tokenizer.decode(ids).encode())
     # of each document: its text as bytes, what its tokens cost, and how many they are
     texts = []
     nats = []
-    counts = []
+    lengths = []
     # the same without its end mark
     bare_nats = []
-    bare_counts = []
+    bare_lengths = []
     for first, end in _in_documents(windows, starts).tolist():
-        cost = losses[first:end]
-        is_text = ~is_end[first:end]
-        texts.append(decode(ids[first:end][is_text].tolist()))
+        scored = counts[first:end]
+        cost = losses[first:end][scored]
+        is_text = ~is_end[first:end][scored]
+        texts.append(decode(ids[first:end][scored][is_text].tolist()))
         nats.append(cost.sum())
-        counts.append(len(cost))
+        lengths.append(len(cost))
         bare_nats.append(cost[is_text].sum())
-        bare_counts.append(int(is_text.sum()))
-    scored = int(windows[0, 1])  # the first token that is
-    chars, size = _sizes(ids[scored:], is_end[scored:], tokenizer, corpus.separator)
+        bare_lengths.append(int(is_text.sum()))
+    counts[: windows[0, 1]] = False  # nothing comes before the first token that is scored
+    chars, size = _sizes(ids[counts], is_end[counts], tokenizer, corpus.separator)
     return Score(
         nats=float(sum(nats)),
-        tokens=sum(counts),
+        tokens=sum(lengths),
         chars=chars,
         bytes=size,
-        error=ratio_error(nats, counts),
-        floor=corpus.floor,
-        n_ends=0 if end_marks is None else int((end_marks >= scored).sum()),
+        error=ratio_error(nats, lengths),
+        floor=corpus.floor if whole else None,
+        n_ends=0 if end_marks is None else int(counts[end_marks].sum()),
         end_nats=float(sum(nats) - sum(bare_nats)),
-        bare_error=ratio_error(bare_nats, bare_counts),
+        bare_error=ratio_error(bare_nats, bare_lengths),
         is_bound=is_bound,
+        only=only,
         documents=_sums_of(texts, bare_nats),
     )
 
@@ -391,9 +403,12 @@ def evaluate(
     stride: int | None = None,  # new tokens in each window; the context if none: blocks
     batch_size: int | None = None,  # windows read together; as many as fit if none
     live=None,  # called with how far it is
+    # of a text's ids (n,): which of them are scored, bool (n,); its name goes into the score. All
+    # if none
+    only: Callable[[Tensor], Tensor] | None = None,
 ) -> Score:
     """Loss of a model on a split: every token scored once, document by document where they stand
-    alone.
+    alone; or some of them, such as `only=answer_tokens(tokenizer)`.
 
     Raises `LabError` on a tokenizer that is not the model's, as far as its size tells
 
@@ -404,6 +419,8 @@ def evaluate(
         stride: new tokens in each window; the context if none: blocks
         batch_size: windows read together; as many as fit if none
         live: called with how far it is
+        only: of a text's ids (n,): which of them are scored, bool (n,); its name goes into
+            the score. All if none
     """
     check_vocabulary(model, tokenizer)
     if not isinstance(corpus, Corpus):
@@ -425,8 +442,16 @@ def evaluate(
             'longer one'
         )
     windows = strided_spans(len(ids), T, stride, starts) if stride else spans(len(ids), T, starts)
+    counts = None
+    name = ''
+    if only is not None:
+        counts = only(ids)
+        name = only.__name__
+        if not counts[windows[0, 1] :].any():
+            raise LabError(f'{corpus.name}: its {split} text has no {name}: give another corpus')
     losses = token_losses(model, ids, windows, batch_size, live).double()
-    return tally(losses, windows, ids, ends, tokenizer, corpus, scores_are_bounds(model))
+    is_bound = scores_are_bounds(model)
+    return tally(losses, windows, ids, ends, tokenizer, corpus, is_bound, counts, name)
 
 # %% ../nbs/25_evaluation.ipynb #b47c1e13
 def _require_ids(ids, what):
@@ -635,7 +660,10 @@ def _read_run(run):
     _require_run(Path(run))
     about = held('run.json')
     result = held('result.json')  # only a run that is done has one
-    known = dict(params=about.get('params'), tokenizer=_dict(about, 'hashes').get('tokenizer'))
+    hashes = _dict(about, 'hashes')
+    known = dict(
+        params=about.get('params'), tokenizer=hashes.get('tokenizer'), only=about.get('only')
+    )
     return read_metrics(Path(run) / 'metrics.jsonl'), known | result | dict(done=bool(result))
 
 
@@ -645,6 +673,11 @@ def _last_noted(rows):
         if math.isfinite(row.get('val') or math.nan):
             return row
     return {}
+
+
+def _word(x) -> str:
+    "A word that a file says; '' where it says none"
+    return x if isinstance(x, str) else ''
 
 
 def _line(name, run):
@@ -671,6 +704,7 @@ def _line(name, run):
         own_loss=known.get('own_loss'),  # 'of NAME': its training loss is not in nats
         rows=rows,
         is_bound=bool(losses.get('is_bound')),
+        only=_word(score.get('only') if score else facts.get('only')),
         # a score in memory knows its documents, however many
         documents=run.documents if isinstance(run, Score) else documents,
         final=bool(score),
@@ -724,6 +758,11 @@ def _told_apart(first, second, unit):
     return True, ''
 
 
+def _of_the_same(lines) -> bool:
+    "Were all that have a loss scored on the same tokens: all of a text, or only answers?"
+    return len({line['only'] for line in lines if line['loss'] is not None}) < 2
+
+
 def _finding(lines, unit):
     """One sentence: which run is lowest, and by how much.
 
@@ -735,6 +774,9 @@ def _finding(lines, unit):
     value = f'{first[unit]:.3f} {_UNITS[unit]}'
     if len(known) == 1:
         return f'{first["name"]} has {value}'
+    if not _of_the_same(known):
+        words = sorted({line['only'] or 'all tokens' for line in known})
+        return f'some losses are of {" and others of ".join(words)}: they cannot be compared'
     second = known[1]
     apart, why = _told_apart(first, second, unit)
     if not apart:
@@ -792,6 +834,7 @@ _COLUMNS = dict(
     steps=('steps', '{:,}'),
     tokens=('tokens', '{:,.0f}'),
     time=('time', '{}'),
+    only=('scored', '{}'),  # there only where some run is scored on some tokens alone
     loss=('nats/token', '{:.3f}'),
     bits_per_byte=('bits/byte', '{:.3f}'),
     interval_per_byte=('95 %, bits/byte', '{0[0]:.3f} to {0[1]:.3f}'),
@@ -802,6 +845,8 @@ _COLUMNS = dict(
 def _cell(line, key):
     "The text of a run in one column of the table; – for what is not known"
     _, form = _COLUMNS[key]
+    if key == 'only':
+        return line[key] or 'all tokens'
     if line[key] is None:
         return '–'
     on_the_way = key in _UNITS and not line['final']
@@ -829,10 +874,13 @@ class Comparison:
 
     def _table(self):
         "Rows of texts: the heads, then a row for each run, which begins with '*' for the best"
-        rows = [['', *(head for head, _ in _COLUMNS.values())]]
+        some = any(line['only'] for line in self.lines)
+        keys = [key for key in _COLUMNS if some or key != 'only']
+        compared = len(self.lines) > 1 and _of_the_same(self.lines)
+        rows = [['', *(_COLUMNS[key][0] for key in keys)]]
         for n, line in enumerate(self.lines):
-            best = n == 0 and len(self.lines) > 1 and line[self.unit] is not None
-            rows.append(['*' if best else '', *(_cell(line, key) for key in _COLUMNS)])
+            best = n == 0 and compared and line[self.unit] is not None
+            rows.append(['*' if best else '', *(_cell(line, key) for key in keys)])
         return rows
 
     def __repr__(self):

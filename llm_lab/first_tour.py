@@ -80,7 +80,10 @@ def _tour_config(settings, corpus) -> RunConfig:
     # a validation reads more than a context; the default is 20,000 tokens
     T = data['length']
     looks = dict(tokens=T + 1) if T in range(20_000, 1 << 24) else {}
-    return config_from_dict(dict(data=data, model=model, train=train | given['train'], eval=looks))
+    train |= given['train']
+    if train['batch_size'] == 'auto':
+        raise LabError('train.batch_size=auto: the tour does not search for one; give a number')
+    return config_from_dict(dict(data=data, model=model, train=train, eval=looks))
 
 # %% ../nbs/86_first_tour.ipynb #6a891332
 def _time_step(setup):
@@ -546,9 +549,10 @@ def describe_score(score, parts=None, of='validation'):
     letters = score.tokens == score.chars
     token, bits = ('character', 'bits') if letters else ('token', 'bits per character')
     at_most = 'at most ' if score.is_bound else ''
+    only = f'of {score.only} ' if score.only else ''
     line = (
-        f'{of} loss {at_most}{score.loss:.3f} nats per {token} = {score.bits:.3f} {bits} ({sure}), '
-        f'every {token} scored once'
+        f'{of} loss {only}{at_most}{score.loss:.3f} nats per {token} = {score.bits:.3f} {bits} '
+        f'({sure}), every {token} {only}scored once'
     )
     if score.floor:
         line += (

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Adapter', 'LoRALinear', 'LoRAExperts', 'add_lora', 'lora_parameters', 'TrainedRows', 'train_rows', 'remove_lora',
-           'merge_lora', 'without_lora', 'base_state', 'base_sha256', 'adapter_state', 'save_lora', 'restore_adapters',
-           'load_lora']
+           'trained_row_ids', 'merge_lora', 'without_lora', 'base_state', 'base_sha256', 'adapter_state', 'save_lora',
+           'restore_adapters', 'load_lora']
 
 # %% ../nbs/60_lora.ipynb #60a00005
 import copy
@@ -331,6 +331,12 @@ def _tables_with_rows(model) -> list:
     return [m for m in list(model.modules()) if _rows_of(m) is not None]
 
 
+def trained_row_ids(model: nn.Module) -> list[int]:
+    "The ids whose rows `train_rows` has made trainable, ascending; none where it was not called"
+    tables = _tables_with_rows(model)
+    return _rows_of(tables[0]).ids.tolist() if tables else []
+
+
 def _require_adapters(model):
     "Raises `LabError` where there is nothing to merge or to save"
     if not lora_parameters(model):
@@ -431,8 +437,7 @@ def _facts(model) -> dict:
     "How the adapters of a model are made again: what `add_lora` and `train_rows` are called with"
     named = model.named_modules(remove_duplicate=False)  # a layer may stand in two places
     layers = {name: m for name, m in named if isinstance(m, LoRALinear)}
-    tables = _tables_with_rows(model)
-    facts = dict(layers=[*layers], ids=_rows_of(tables[0]).ids.tolist() if tables else [])
+    facts = dict(layers=[*layers], ids=trained_row_ids(model))
     for m in layers.values():  # all alike: `add_lora` refuses a second call
         rank = m.A.shape[-2]
         facts |= dict(rank=rank, alpha=m.scale * rank, dropout=m.drop.p)

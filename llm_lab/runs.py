@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['GoingOn', 'load_data', 'kept_corpus', 'require_corpus', 'make_batches', 'document_begins', 'within_documents',
            'SingleProcess', 'make_engine', 'all_gather_json', 'model_config', 'schedule_of', 'add_adapters', 'loss_of',
-           'callbacks_of', 'config_of_start', 'describe_start', 'start_weights', 'set_threads', 'set_precision',
-           'TrainingRun', 'peak_memory', 'run_lock', 'told_of', 'require_parts', 'use_parts', 'run_to_go_on',
-           'differing_keys', 'resolve_resume', 'train_run']
+           'callbacks_of', 'config_of_start', 'describe_start', 'start_weights', 'set_threads', 'set_batch_size',
+           'set_precision', 'TrainingRun', 'peak_memory', 'run_lock', 'told_of', 'require_parts', 'use_parts',
+           'run_to_go_on', 'differing_keys', 'resolve_resume', 'train_run']
 
 # %% ../nbs/82_runs.ipynb #aedce895
 TYPE_CHECKING = False  # a type checker takes it for True
@@ -37,7 +37,6 @@ from pathlib import Path
 from threading import Thread
 from fastcore.basics import patch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn import functional as F
 from . import __version__
 from llm_lab.core import (
     HOLDS,
@@ -115,11 +114,17 @@ from llm_lab.optim import (
     make_schedule,
     short_precision,
 )
-from .efficient import PRECISIONS, StepRunner, apply_activation_checkpointing, step_memory
+from llm_lab.efficient import (
+    PRECISIONS,
+    StepRunner,
+    apply_activation_checkpointing,
+    largest_batch,
+    step_memory,
+)
 from .sparse import and_masks, same_document
-from .lora import add_lora, base_state, lora_parameters
+from .lora import add_lora, base_state, lora_parameters, train_rows, trained_row_ids
 from .templates import with_marks
-from .chat import answer_loss, answer_marks, answer_targets, grown_state
+from .chat import answer_loss, answer_tokens, grown_state
 from llm_lab.checkpoint import (
     COLUMNS,
     CheckpointManager,
@@ -707,11 +712,14 @@ def _saved_bytes(tokenizer) -> bytes:
         return Path(folder, 'tokenizer.json').read_bytes()
 
 
-def _is_grown(new, old) -> bool:
-    "Is one tokenizer the other with more special tokens, and nothing else?"
+def _new_marks(new, old) -> list[int]:
+    """The ids of the special tokens that one tokenizer has more than the other; none where
+    something else differs, too"""
     known = getattr(old, 'special_tokens', {})
-    more = [mark for mark in getattr(new, 'special_tokens', {}) if mark not in known]
-    return bool(more) and _saved_bytes(with_marks(old, more)) == _saved_bytes(new)
+    now = getattr(new, 'special_tokens', {})
+    more = [mark for mark in now if mark not in known]
+    is_grown = more and _saved_bytes(with_marks(old, more)) == _saved_bytes(new)
+    return [now[mark] for mark in more] if is_grown else []
 
 
 def start_weights(
@@ -720,7 +728,8 @@ def start_weights(
     tokenizer=None,  # of the run: its marks may be more than those of the start
 ) -> str:  # SHA-256 of the weights
     """Give a model the weights of a package, run, checkpoint or Hugging Face folder. Where the
-    tokenizer has grown by marks, their rows are made as `add_marks` makes them.
+    tokenizer has grown by marks, their rows are made as `add_marks` makes them; under adapters,
+    these rows are trained, too: an optimizer is made afterwards.
 
     Raises `LabError` unless each tensor has its place, and each place its tensor
 
@@ -733,12 +742,8 @@ def start_weights(
     opened = load(start)
     there = opened.model.state_dict()
     here = base_state(model)  # under the adapters, if it has some
-    if tokenizer is not None and _is_grown(tokenizer, opened.tokenizer):
-        if {*here} != {*model.state_dict()}:  # there are adapters, and all else is frozen
-            raise LabError(
-                f'train.lora: {start} has no marks of a chat yet, and the rows of new ones would '
-                'stay as they are drawn: tune it once without train.lora, and start from that'
-            )
+    marks = [] if tokenizer is None else _new_marks(tokenizer, opened.tokenizer)
+    if marks:
         there = grown_state(there, {name: tensor.shape for name, tensor in here.items()})
     for name in {**here, **there}:
         shapes = [' × '.join(map(str, s[name].shape)) if name in s else '' for s in (there, here)]
@@ -755,6 +760,8 @@ def start_weights(
         for name, tensor in here.items():
             tensor.copy_(there[name])
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    if marks and lora_parameters(model):  # nothing has taught the model what they mean
+        train_rows(model, marks)
     return digest.hexdigest()
 
 # %% ../nbs/82_runs.ipynb #8dc5a762
@@ -836,6 +843,56 @@ def _measured_precision(cfg: RunConfig, vocab_size: int) -> tuple:  # (precision
     return chosen, f'a step in bf16 is {faster:.2f} times as fast, {_MARGIN} is required'
 
 
+def _require_cuda(cfg: RunConfig, engine):
+    "Raises `LabError` where a batch size would be searched for and cannot be"
+    if cfg.train.batch_size == 'auto' and engine.device.type != 'cuda':
+        raise LabError(
+            f'train.batch_size=auto: what fits is found on CUDA alone, and this is '
+            f'{engine.device.type}; give a number, such as 16'
+        )
+
+
+def set_batch_size(
+    cfg: RunConfig,
+    vocab_size: int,
+    engine,
+    end=(),  # ids of the mark after each document, for `data.mask_documents`
+) -> RunConfig:
+    """The config with its batch size decided: where it says `auto`, the largest power of 2 that a
+    forward and a backward pass can take, times the parts of a batch and the processes.
+
+    Raises `LabError` where that is not known, or where a single row does not fit
+
+    Args:
+        end: ids of the mark after each document, for `data.mask_documents`
+    """
+    t = cfg.train
+    if t.batch_size != 'auto':
+        return cfg
+    _require_cuda(cfg, engine)
+
+    def prepare(model):
+        apply_activation_checkpointing(add_adapters(model, t), t.recompute)
+        if not cfg.data.mask_documents:
+            return model
+        return apply_activation_checkpointing(within_documents(model, end), t.recompute)
+
+    with preserve_rng(engine.device):
+        rows = largest_batch(
+            model_config(cfg, vocab_size),
+            device=engine.device,
+            optimizer=lambda model: make_optimizer(t.optimizer, model, t.lr, t.weight_decay),
+            step=StepRunner(1, t.precision),
+            prepare=prepare,
+        )
+    torch.cuda.empty_cache()  # what the search has held is for the run
+    # each process has a device of its own, and all take as much as the smallest holds
+    rows = min(all_gather_json(engine, rows))
+    power = 1 << (rows.bit_length() - 1)  # 1 2 4 8 …: 21 rows are 16
+    batch_size = power * t.accumulate * engine.num_processes
+    return replace(cfg, train=replace(t, batch_size=batch_size))
+
+
 def set_precision(cfg: RunConfig, vocab_size: int, engine) -> tuple:
     """(the config with its precision decided, why): where it says `auto`, what this device trains
     it best in; else the config as it is, and ''"""
@@ -868,15 +925,16 @@ def _texts_of(cfg, engine, on) -> dict:
     return texts
 
 
-def _begin_with_start(job):
-    """The weights of `train.start_from` for a run at step 0; '' where a checkpoint has others.
-    Under adapters they never move, so a run that goes on has them from there, too"""
+def _begin_with_start(job, model) -> str:
+    """Give the model the weights of `train.start_from`, for a run at step 0; their SHA-256, or ''
+    where a checkpoint has others. Under adapters they never move, so a run that goes on has them
+    from there, too"""
     on = job.on
     start = job.cfg.train.start_from
     has_others = on and (on.start or steps_in(on.folder)) and job.cfg.train.lora is None
     if not start or has_others:
         return on.told.get('hashes', {}).get('start', '') if on else ''
-    found = start_weights(job.run.model, start, job.texts['tokenizer'])
+    found = start_weights(model, start, job.texts['tokenizer'])
     known = on.told.get('hashes', {}).get('start') if on else None
     if known not in (None, '', found):
         raise LabError(
@@ -886,17 +944,25 @@ def _begin_with_start(job):
     return found
 
 
-def _train_state(cfg, vocab_size, device) -> TrainState:
-    "Model and optimizer of a config, on the device, before the first step"
-    t = cfg.train
-    model = MiniGPT(_affordable(model_config(cfg, vocab_size), device.type), t.seed).to(device)
+def _train_state(job) -> tuple:
+    """(model and optimizer of a run, on its device, before the first step; the SHA-256 of weights
+    that were not drawn)"""
+    t = job.cfg.train
+    device = job.engine.device
+    made = _affordable(model_config(job.cfg, job.texts['tokenizer'].vocab_size), device.type)
+    model = MiniGPT(made, t.seed).to(device)
     apply_activation_checkpointing(add_adapters(model, t), t.recompute)
+    start = _begin_with_start(job, model)
+    # only now: under adapters, the rows of marks that the start does not have are trained, too
     opt = make_optimizer(t.optimizer, model, t.lr, t.weight_decay)
-    return TrainState(model, t.steps, optimizer=opt)
+    return TrainState(model, t.steps, optimizer=opt), start
 
 
-def _about(cfg, folder, corpus) -> dict:
+def _about(job) -> dict:
     "What each checkpoint says of its origin"
+    cfg = job.cfg
+    folder = job.folder
+    corpus = job.texts['corpus']
     about = dict(
         config=cfg.name,
         run=folder.name,
@@ -911,6 +977,8 @@ def _about(cfg, folder, corpus) -> dict:
         about['splits'] = cfg.data.splits
     if cfg.data.template:
         about['template'] = cfg.data.template
+    if job.only:
+        about['answers'] = _answer_marks_of(job.loss)
     return about
 
 
@@ -923,21 +991,28 @@ def _starts_within(ids, corpus, val):
     return starts if len(starts) else None  # one long document: as one text
 
 
+def _answer_marks_of(loss) -> dict:  # {header: …, end: …}; {} of another loss
+    "Between which texts the answers stand that a loss of `loss_of` counts"
+    if getattr(loss, 'func', loss) is not answer_loss:
+        return {}
+    known = signature(loss).parameters  # a keyword that is filled in is its default
+    return {name: known[name].default for name in ('header', 'end')}
+
+
 def _answers_in(job):
-    """Which tokens of the validation text are answers, where only those are learned; else None.
+    """Which tokens of the validation text are scored, where only answers are learned; else None.
 
     Raises `LabError` where there are none"""
-    if getattr(job.loss, 'func', job.loss) is not answer_loss:
+    if job.only is None:
         return None
-    texts = {k: v for k, v in job.loss.keywords.items() if k in ('header', 'end')}
-    marks = answer_marks(job.texts['tokenizer'], **texts)
-    targets = answer_targets(job.ids[None], marks)[0]
-    if not targets.any():
+    found = job.only(job.ids)
+    first = 0 if job.starts is None else int(job.starts[0])  # nothing before it is scored
+    if not found[first + 1 :].any():
         raise LabError(
             f'eval.tokens={len(job.ids):,}: there is no answer in the first tokens of the '
             'validation text; give more, or leave train.loss out'
         )
-    return F.pad(targets, (1, 0))  # the first token is predicted by none
+    return found
 
 
 def _checkpoints_of(job) -> CheckpointManager:
@@ -952,7 +1027,7 @@ def _checkpoints_of(job) -> CheckpointManager:
         job.folder,
         job.texts['tokenizer'],
         keep=job.cfg.log.keep,
-        about=_about(job.cfg, job.folder, job.texts['corpus']),
+        about=_about(job),
         rank=job.engine.process_index,
         gather=partial(all_gather_json, job.engine),
         facts=job.facts,
@@ -1008,6 +1083,7 @@ class TrainingRun:
         self.early = False  # has it ended because nothing got better?
 
         _try_parts(cfg)  # a slip in a recipe costs no packing
+        _require_cuda(cfg, engine)
         self.texts = _texts_of(cfg, engine, on)
         corpus = self.texts['corpus']
         val = self.texts['val']
@@ -1015,6 +1091,7 @@ class TrainingRun:
         # what was measured is written into the config, so that a resumed run obeys it
         cfg = set_threads(cfg, vocab_size, engine, tune)
         cfg, self.why = set_precision(cfg, vocab_size, engine)  # why this precision
+        cfg = set_batch_size(cfg, vocab_size, engine, self.texts['train'].meta['tokenizer']['end'])
         self.cfg = cfg
 
         self.stream = make_batches(
@@ -1025,15 +1102,18 @@ class TrainingRun:
             engine.num_processes,
             str(engine.device),
         )
-        self.run = _train_state(cfg, vocab_size, engine.device)
+        # start: SHA-256 of weights that were not drawn
+        self.run, self.start = _train_state(self)
         self.reader = _reader_of(self)  # shares its weights with the model
-        self.start = _begin_with_start(self)  # SHA-256 of weights that were not drawn
         self.step = StepRunner(cfg.train.accumulate, cfg.train.precision, cfg.train.compile)
         self.ids = val.ids[: cfg.eval.tokens].long()
         self.starts = _starts_within(self.ids, corpus, val)
         self.metrics = MetricsLog(folder)
         self.callbacks = callbacks_of(cfg)
         self.loss = loss_of(cfg.train, self.texts['tokenizer'])
+        marks = _answer_marks_of(self.loss)
+        # which tokens of a text are scored, a function of its ids; None: all
+        self.only = answer_tokens(self.texts['tokenizer'], **marks) if marks else None
         self.answers = _answers_in(self)  # bool, (n,): of `ids`; None where all tokens count
         self.saved = _checkpoints_of(self)
 
@@ -1174,9 +1254,11 @@ def __repr__(self: TrainingRun):
         )
     if c.train.lora is not None:
         trained = sum(p.numel() for p in lora_parameters(self.run.model))
+        marks = len(trained_row_ids(self.run.model))
+        rows = f' and the rows of {marks} new marks' if marks else ''
         lines.append(
-            f'        train.lora: {trained:,} of them, the adapters, are trained; the others stay '
-            f'as in {c.train.start_from}'
+            f'        train.lora: {trained:,} of them, the adapters{rows}, are trained; the '
+            f'others stay as in {c.train.start_from}'
         )
     if self.why:
         lines.append(f'        {c.train.precision}: {self.why}')
@@ -1298,15 +1380,13 @@ def validate(self: TrainingRun, run) -> dict:
     ends = None
     if self.starts is not None:
         ends = document_starts(self.ids, val.meta['tokenizer']['end'])
-    score = tally(losses, windows, self.ids, ends, val.tokenizer, corpus)
-    val_loss = score.loss
+    score = tally(losses, windows, self.ids, ends, val.tokenizer, corpus, counts=self.answers)
     if self.answers is not None:  # what is trained is what decides which model is the best
-        val_loss = losses[self.answers & ~losses.isnan()].mean().item()
-        parts['val_text'] = score.loss
-    run.notes.append(dict(step=run.step, val=val_loss, of=len(self.ids)))
+        parts['val_text'] = losses[~losses.isnan()].mean().item()
+    run.notes.append(dict(step=run.step, val=score.loss, of=len(self.ids)))
     if run.step % c.eval.sample_every == 0 or run.step == run.steps:
         _keep_sample(self, run)
-    return dict(val=val_loss, val_bits_per_byte=score.bits_per_byte, **parts)
+    return dict(val=score.loss, val_bits_per_byte=score.bits_per_byte, **parts)
 
 # %% ../nbs/82_runs.ipynb #7b6456bb
 @patch
@@ -1572,6 +1652,7 @@ def _final_score(job, model, max_tokens, live):
             max_tokens=max_tokens,
             batch_size=job.cfg.eval.at_once,
             live=live,
+            only=job.only,
         )
     except Exception as e:
         why = (str(e).splitlines() or [type(e).__name__])[0]
@@ -1604,7 +1685,8 @@ def finish(self: TrainingRun, max_tokens=None):
     model, best = _model_to_evaluate(self)
     live = StatusLine()
     score = _final_score(self, model, max_tokens, live)
-    live.close(f'validated on {score.tokens:,} tokens{_which_model(self, which, best)}')
+    only = f' of {score.only}' if score.only else ''
+    live.close(f'validated on {score.tokens:,} tokens{only}{_which_model(self, which, best)}')
     result = dict(
         name=self.cfg.name,
         run=self.folder.name,
@@ -1844,6 +1926,8 @@ def _describe(job, came_from):
         config=job.origin | dict(decided=as_data(job.cfg)),
         parts=job.parts,
     )
+    if job.only:
+        about['only'] = job.only.__name__  # what its losses are of, for `compare`
     _keep_config(job)
     _keep_parts(job)
     files = {path: json.dumps(about | dict(sha256=_hash(about)), indent=1)}

@@ -596,16 +596,16 @@ def balanced(loss_fn):
     if loss_fn is next_token_loss:
         return loss_fn
 
-    def listening(model, rows):
+    def listening(model, rows, **more):
         if not _has_aux(model):
-            return loss_fn(model, rows)
+            return loss_fn(model, rows, **more)
         core = _bare(model)
         aux = Aux()
         before = getattr(core, 'default_aux', None)
         # read in `MiniGPT.features`, where a call passes no `aux` of its own
         core.default_aux = aux
         try:
-            value = loss_fn(model, rows)
+            value = loss_fn(model, rows, **more)
         finally:
             core.default_aux = before
         return _for_gradient_alone(value, aux)

@@ -7,7 +7,8 @@ import math
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from llm_lab.onednn import with_onednn, onednn_is_exact, onednn_is_faster
 from llm_lab.hardware import fastest_threads, race
 from llm_lab.optim import Muon, adamw, muon, short_precision
 from llm_lab.efficient import StepRunner, step_memory
-from llm_lab.runs import SingleProcess, set_precision, set_threads, train_run
+from llm_lab.runs import SingleProcess, set_batch_size, set_precision, set_threads, train_run
 from llm_lab.train import next_token_loss, train_step
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -313,6 +314,8 @@ def test_each_way_of_a_race_stands_in_its_own_context():
         ('threads', 2000),
         ('threads', 1.5),
         ('threads', True),
+        ('batch_size', 'all'),
+        ('batch_size', None),
         ('precision', 'fp8'),
         ('precision', None),
         ('precision', 16),
@@ -324,7 +327,7 @@ def test_a_wrong_choice_is_one_line(key, value):
     with pytest.raises(LabError, match=rf'^train\.{key}=') as e:
         config_from_dict(dict(train={key: value}))
     assert '\n' not in str(e.value) and ('auto' in str(e.value).partition(': ')[2]) == (
-        key in ('threads', 'precision')
+        key in ('threads', 'precision', 'batch_size')
     )
 
 
@@ -510,6 +513,50 @@ def test_auto_threads_are_raced_and_null_are_those_there_are(monkeypatch):
     two = SingleProcess()
     two.num_processes = 2
     assert of(dict(threads='auto'), engine=two) == (old, old)  # the others would be measured, too
+
+
+# --- the batch
+
+
+def test_a_batch_is_searched_for_on_cuda_alone(home):
+    (home / 'own.txt').write_text('the cat sat on the mat. ' * 200)
+    with pytest.raises(LabError, match='^train.batch_size=auto: .* on CUDA .* is cpu; give a num'):
+        train_run(None, *TINY, 'batch_size=auto')
+    assert sorted(p.name for p in home.rglob('*')) == ['own.txt']  # before anything is packed
+
+
+@pytest.mark.parametrize('masked', [False, True])
+def test_the_batch_is_the_largest_power_of_2_for_each_part_and_process(masked, monkeypatch):
+    "On a device that is none: what is searched with makes its steps, of shapes alone"
+    needed = []
+
+    def fits(cfg, device, **how):
+        needed.extend(step_memory(cfg, n, **how) for n in (1, 2))
+        return 21
+
+    monkeypatch.setattr(runs, 'largest_batch', fits)
+    monkeypatch.setattr(runs, 'preserve_rng', lambda device: nullcontext())
+    engine = SimpleNamespace(device=torch.device('cuda'), num_processes=2)
+    monkeypatch.setattr(runs, 'all_gather_json', lambda engine, rows: [rows, rows - 3])
+    train = dict(batch_size='auto', accumulate=3, recompute=True, precision='bf16')
+    train |= dict(start_from='x', lora=dict(rank=2))
+    asked = dict(ASKED, data=dict(length=16, mask_documents=masked), train=train)
+    cfg = set_batch_size(config_from_dict(asked), 65, engine, end=(3,))
+    assert cfg.train.batch_size == 16 * 3 * 2 and 0 < needed[0] < needed[1]
+    assert set_batch_size(cfg, 65, SingleProcess()) is cfg  # a number is left alone
+
+
+def test_the_batch_that_was_found_is_written_down_and_kept(home, monkeypatch):
+    (home / 'own.txt').write_text('the cat sat on the mat. ' * 200)
+    monkeypatch.setattr(runs, '_require_cuda', lambda cfg, engine: None)
+    monkeypatch.setattr(runs, 'largest_batch', lambda *a, **kw: 3)
+    words = [word for word in TINY if not word.startswith('batch_size')] + ['batch_size=auto']
+    job = train_run(None, *words, run='a')
+    assert job.cfg.train.batch_size == 2 and 'plan    4 steps of 2 × 16' in repr(job)
+    assert read_config(job.folder / 'config.yaml').train.batch_size == 2
+    monkeypatch.setattr(runs, 'largest_batch', None)  # nobody searches again
+    again = train_run(None, *words, 'train.steps=6', run='a', resume='')
+    assert again.run.step == 6 and again.cfg.train.batch_size == 2
 
 
 def test_whoever_sets_the_variable_decides(monkeypatch):

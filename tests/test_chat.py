@@ -5,13 +5,14 @@ import random
 import shutil
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from answers import chat as answers
-from helpers import near, shaken
+from helpers import near, printed, shaken
 from safetensors.torch import load_file, save_file
 from llm_lab.batching import BatchStream
 from llm_lab.bpe import BPETokenizer, ForeignTokenizer
@@ -23,14 +24,16 @@ from llm_lab.chat import (
     answer_loss,
     answer_marks,
     answer_targets,
+    answer_tokens,
 )
 from llm_lab.core import LabError, check
 from llm_lab.corpora import END_OF_TEXT, corpus_of, letters_of, load_corpus
-from llm_lab.evaluation import read_metrics
+from llm_lab.efficient import StepRunner
+from llm_lab.evaluation import compare, evaluate, read_metrics
 from llm_lab.gpt import MiniGPT
 from llm_lab.kv_cache import with_kv_cache
 from llm_lab.llama_block import llama
-from llm_lab.package import load
+from llm_lab.package import load, save
 from llm_lab.packing import PackedTokens, pack
 from llm_lab.runs import train_run
 from llm_lab.templates import (
@@ -537,6 +540,24 @@ def test_two_processes_are_one(tmp_path):
     near(load_file(tmp_path / 'found.safetensors')['found'], want, 1e-5)
 
 
+@pytest.mark.parametrize('rest', [0.0, 0.1])
+def test_a_batch_in_parts_learns_what_it_learns_as_a_whole(rest):
+    tokenizer = byte_tokenizer()
+    rows = torch.cat([chat_rows(tokenizer, 3), torch.full((1, 65), 5)])  # the last has no answer
+    counts = answer_targets(rows, answer_marks(tokenizer)).sum(1)
+    assert len({*counts.tolist()}) == 4 and not counts[3]  # else a mean of means would do
+    loss = partial(answer_loss, tokenizer=tokenizer, rest=rest)
+    made = []
+    for parts in (1, 2, 4):
+        model = tiny(tokenizer)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        step = StepRunner(accumulate=parts)
+        said = torch.stack(step(model, optimizer, rows, 1e9, loss))
+        made.append(torch.cat([said, *(p.detach().flatten() for p in model.parameters())]))
+    near(made[1], made[0], 1e-6)
+    near(made[2], made[0], 1e-6)
+
+
 def test_a_batch_without_an_answer_is_refused():
     tokenizer = byte_tokenizer()
     with pytest.raises(LabError, match='holds no whole answer'):
@@ -930,7 +951,7 @@ def config(path, **more):
 
 def test_a_run_learns_answers_and_is_resumed_exactly(home, tmp_path):
     path = write_chats(tmp_path / 'c.jsonl', chats(80))
-    job = train_run(config(path), run='a')
+    job = train_run(config(path, eval__tokens=100_000), run='a')
     rows = read_metrics(job.folder / 'metrics.jsonl')
     vals = [x for x in rows if 'val' in x]
     assert len(vals) == 2 and vals[-1]['val'] < vals[0]['val'] + 1
@@ -941,6 +962,28 @@ def test_a_run_learns_answers_and_is_resumed_exactly(home, tmp_path):
     losses = span_losses(job.run.model, ids, starts=job.starts)[1:]
     near(torch.tensor(vals[-1]['val']), losses[counts & ~losses.isnan()].mean().float(), 1e-5)
     assert corpus_of(about).sha256 == about['corpus_sha256']
+    # the command judges it by its answers, too: as the validation did, but for the first
+    # conversation, before which a packed text has no mark
+    score = evaluate(model, tokenizer, job.texts['corpus'], only=answer_tokens(tokenizer))
+    said = json.loads(printed('eval', job.folder, '--json')[0])
+    assert said['only'] == 'answers' and said['loss'] == score.loss
+    assert said['bits_per_byte'] == job.result['scores']['val']['bits_per_byte']
+    val = [*job.texts['corpus'].documents('val')]
+    later = replace(job.texts['corpus'], splits=dict(val=val[1:]))
+    score = evaluate(model, tokenizer, later, only=answer_tokens(tokenizer))
+    assert abs(vals[-1]['val'] - score.loss) < 1e-9
+    assert abs(vals[-1]['val_text'] - evaluate(model, tokenizer, later).loss) < 1e-9
+    assert abs(vals[-1]['val_bits_per_byte'] - score.bits_per_byte) < 1e-9
+    assert 'val loss of answers' in printed('eval', job.folder)[0]
+    assert 'answers  ' in printed('runs', job.folder)[0]
+    save(tmp_path / 'odd', model, tokenizer, about | dict(answers=dict(header=1, end='x')))
+    assert 'the model says answers=' in printed('eval', tmp_path / 'odd', code=1)[1]
+    (job.folder / 'result.json').unlink()  # on the way, its losses are of the answers, too
+    table = compare(job.folder)
+    assert table.lines[0]['only'] == 'answers' and table.lines[0]['loss'] == vals[-1]['val']
+    odd = replace(score, only='')
+    assert 'cannot be compared' in compare({'a': score, 'b': odd}).remarks[0]
+    assert '*' not in str(compare({'a': score, 'b': odd}))
     assert ''.join(Chat(model, tokenizer).send('red?', 5)) is not None
     short = train_run(
         config(path, train__steps=6, log__checkpoint_every=3), 'train.steps=6', run='b'
@@ -953,8 +996,6 @@ def test_a_run_learns_answers_and_is_resumed_exactly(home, tmp_path):
 
 
 def test_marks_that_a_start_does_not_have_get_rows(home, tmp_path):
-    from llm_lab.package import save
-
     path = write_chats(tmp_path / 'c.jsonl', chats(80))
     tokenizer = BPETokenizer.train(['red ball Anna sees'] * 9, 270, ['<|endoftext|>'])
     model = MiniGPT(llama(tokenizer.vocab_size, d_model=16, n_layers=1, n_heads=2, max_len=64), 1)
@@ -980,8 +1021,6 @@ def test_marks_that_a_start_does_not_have_get_rows(home, tmp_path):
 
 def test_a_start_of_characters_gets_an_end_mark_too(home, tmp_path):
     "Characters that the start never saw, such as <, are no part of its marks"
-    from llm_lab.package import save
-
     conversations = chats(80)
     path = write_chats(tmp_path / 'c.jsonl', conversations)
     letters = {c for chat in conversations for m in chat['messages'] for c in m['content']}
@@ -995,10 +1034,6 @@ def test_a_start_of_characters_gets_an_end_mark_too(home, tmp_path):
     made = job.texts['tokenizer']
     assert made.vocab_size == tokenizer.vocab_size + 5 and made.eos_id is not None
     near(job.run.model.tok.weight[: tokenizer.vocab_size], model.tok.weight, 1e-6)
-    # under adapters the rows of its marks could not be learned
-    said['train']['lora'] = dict(rank=2)
-    with pytest.raises(LabError, match='has no marks of a chat yet'):
-        train_run(said, run='b')
 
 
 def test_a_validation_text_without_answers_is_refused(home, tmp_path):

@@ -244,17 +244,32 @@ def test_undo_again_reset_and_the_history(session, capsys):
     assert json_lines(other)[1:] == [dict(messages=chat.messages)]
 
 
-def test_after_undo_turns_that_did_not_fit_are_read_again(at_home, tmp_path, recwarn):
+def test_turns_that_do_not_fit_are_told_once_and_read_again_after_undo(
+    at_home, tmp_path, recwarn, capsys
+):
     save(tmp_path / 'short', *chat_model(max_len=64))
     session = ChatSession(open_chat(tmp_path / 'short'), tokens=8, temperature=0)
-    for question in ('one', 'two', 'three', 'four', 'five', 'six', 'seven'):
+    asked = ['one', 'two', 'three', 'four', 'five', 'six', 'seven']
+    before = 0
+    for question in asked:
         take_line(session, question)
-    assert session.chat.left_out and 'oldest turns' in str(recwarn[0].message)
+        said = capsys.readouterr().err
+        left_out = session.chat.left_out
+        if left_out > before == 0:  # it is said when it happens, and once
+            gone = ', '.join(map(repr, asked[: left_out // 2]))
+            assert said.count('\n') == 1 and f'left out, so far {gone}; /reset' in said
+        else:
+            assert not said
+        before = left_out
+    assert before and not recwarn.list  # what `Chat` warns of is not said once more
     for _ in range(6):
         take_line(session, '/undo')
     assert session.chat.visible_messages() == session.chat.messages != []
     take_line(session, 'two')
     assert len(session.chat.messages) == 4
+    for question in ['/reset', *asked]:
+        take_line(session, question)
+    assert capsys.readouterr().err.count('are left out') == 1  # of a new conversation, too
 
 
 def test_a_system_message_changes_and_what_was_said_stays(session):

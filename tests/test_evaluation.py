@@ -124,6 +124,7 @@ def test_a_score_as_plain_data():
         bytes=125,
         n_ends=0,
         is_bound=False,
+        only='',
     )
     alone = replace(s, error=math.inf)  # one document shows nothing of others
     assert [alone.interval, alone.interval_per_byte, alone.as_dict()['interval']] == [None] * 3
@@ -155,6 +156,36 @@ def test_letters_of_two_bytes():
     refuses(
         lambda: evaluate(fresh(char_tok()), char_tok(), the_tales(), max_tokens=2),
         'tiny_tales: its val text of 2 tokens has no next',
+    )
+
+
+@pytest.mark.parametrize('made', ['characters', 'pairs'])
+def test_some_tokens_alone_may_be_scored(made):
+    tokenizer = char_tok() if made == 'characters' else pair_tok()
+    model = fresh(tokenizer)
+    text = dict(max_tokens=2000)
+    whole = evaluate(model, tokenizer, the_tales(), **text)
+    picked = torch.rand(2000, generator=torch.Generator().manual_seed(0)) < 0.3
+
+    def odd(ids):
+        return picked[: len(ids)]
+
+    def even(ids):
+        return ~picked[: len(ids)]
+
+    one, two = (evaluate(model, tokenizer, the_tales(), **text, only=f) for f in (odd, even))
+    assert (one.only, two.only, whole.only) == ('odd', 'even', '') and whole.floor and not one.floor
+    for name in ('nats', 'tokens', 'chars', 'end_nats', 'n_ends', 'bytes'):  # two halves of a whole
+        close(getattr(one, name) + getattr(two, name), getattr(whole, name), eps=1e-6)
+    assert one.tokens == picked[1:].sum() and str(one).startswith('odd: loss ')
+    assert 0 < one.error < whole.error  # of fewer tokens
+
+    def none(ids):
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    refuses(
+        lambda: evaluate(model, tokenizer, the_tales(), **text, only=none),
+        'tiny_tales: its val text has no none',
     )
 
 

@@ -118,6 +118,7 @@ def test_a_wrong_value_is_refused_with_its_path():
         ('n_heads', 7, 'model.n_heads=7 does not divide model.d_model=160'),
         ('length', '64', "data.length='64': give a whole number"),
         ('seed', -1, 'train.seed=-1: give a whole number'),
+        ('batch_size', 'auto', 'train.batch_size=auto: the tour does not search for one'),
     ):
         with pytest.raises(LabError) as e:
             chapter._tour_config([(key, value)], PROSE)

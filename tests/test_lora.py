@@ -7,10 +7,11 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import near, one_line, shake, shaken, tiny_model
+from helpers import near, one_line, printed, shake, shaken, tiny_model
 from torch import nn
 
 from llm_lab.chars import CharTokenizer
+from llm_lab.chat import Chat, add_marks
 from llm_lab.config import check_resumable, config_from_dict, read_config
 from llm_lab.core import rng
 from llm_lab.efficient import StepRunner, apply_activation_checkpointing
@@ -573,3 +574,49 @@ def test_a_run_of_adapters_and_rows_that_read_within_documents(home):
     train = dict(start_from=str(job.folder), steps=1, batch_size=2)
     after = train_run(dict(data=data, train=train | dict(lr=1e-9), **more))
     near(logits(after.run.model), logits(job.run.model))
+
+
+@pytest.mark.parametrize('tie', [False, True])
+def test_a_model_of_stories_learns_to_chat_by_adapters_and_the_rows_of_its_marks(tie, home):
+    start = MiniGPT(
+        llama(len(LETTERS.chars), d_model=16, n_layers=1, n_heads=2, max_len=32, tie=tie)
+    )
+    save('start', start, LETTERS)
+    turns = [('WHO', 'ANNA'), ('WHERE', 'HOME'), ('WHAT', 'BALL')]
+    records = [
+        dict(messages=[dict(role='user', content=q), dict(role='assistant', content=a)])
+        for q, a in turns * 30
+    ]
+    (home / 'talk.jsonl').write_text('\n'.join(map(json.dumps, records)))
+    train = dict(start_from='start', lora=dict(rank=2, targets='qkv'), loss='answers', steps=6)
+    train |= dict(batch_size=4, lr=0.02)
+    job = train_run(
+        dict(
+            data=dict(corpus='talk.jsonl', template='chat', rows='whole', mask_documents=True),
+            train=train,
+            eval=dict(every=3, tokens=200, sample_tokens=4),
+        ),
+        run='a',
+    )
+    n = len(LETTERS.chars)
+    model, tokenizer, about = load(job.folder)
+    new = sorted(set(tokenizer.special_tokens.values()))
+    assert new == [*range(n, n + 5)] and model.cfg.vocab_size == n + 5
+    assert 'the adapters and the rows of 5 new marks, are trained' in repr(job)
+    # the rows of its marks have moved from where they were drawn, all others not by a bit
+    drawn = base_state(job.run.model)
+    assert load(f'{job.folder}/checkpoints/step-000003').model.cfg == model.cfg
+    for name in ('tok.weight', 'lm_head.weight'):
+        after, before = model.state_dict()[name], start.state_dict()[name]
+        assert torch.equal(after[:n], before) and torch.equal(drawn[name][:n], before)
+        assert (after[n:] != drawn[name][n:]).any(1).sum() >= 3  # <|system|> is in no conversation
+    near(logits(model), logits(job.run.model))
+    # saved alone, the adapters go on the grown start
+    grown = add_marks(start, LETTERS, [m for m in tokenizer.special_tokens])[0]
+    again = load_lora(save_lora('alone', job.run.model), grown)
+    assert torch.equal(logits(again), logits(job.run.model))
+    # and every command takes the run
+    assert ''.join(Chat(model, tokenizer).send('WHO', 5)) is not None
+    assert printed('sample', job.folder, '--tokens', 3)[0]
+    assert 'written: hf' in printed('export', job.folder, 'hf')[0]
+    near(logits(load('hf').model), logits(model))

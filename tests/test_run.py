@@ -112,6 +112,19 @@ def text(desk):
     return path
 
 
+@pytest.fixture(scope='module')
+def talk(desk):
+    "90 conversations of a word or two, which a row of 16 tokens holds"
+    luck, path = random.Random(1), desk / 'talk.jsonl'
+    short = [word for word in WORDS if len(word) < 4]
+    with open(path, 'w', encoding='utf-8') as file:
+        for _ in range(90):
+            asked, answer = luck.choices(short, k=2)
+            turns = [dict(role='user', content=asked), dict(role='assistant', content=answer)]
+            file.write(json.dumps(dict(messages=turns)) + '\n')
+    return path
+
+
 @pytest.fixture
 def home(desk):
     "An empty home"
@@ -741,15 +754,22 @@ def adapting(text, base, **change):
     return settings(text, train__start_from=base, train__lora=lora, **change)
 
 
-def test_a_run_of_adapters_ends_with_the_same_bits_wherever_it_is_killed(
-    nursery, desk, home, text, base
-):
-    from llm_lab.package import load, require_faithful
+CHATTING = dict(data__template='chat', data__rows='whole', train__loss='answers', eval__every=3)
 
+
+def tuning(base):
+    "Settings of a run that learns answers, in rows of whole conversations, from another run"
+    return dict(CHATTING, data__tokenizer=base)
+
+
+def calm_and_killed(nursery, home, words):
+    """Whether a run with these settings that is killed at four places leaves the same bits as one
+    that is not; (how the latter ended, its home)"""
     (calm := home / 'calm').mkdir()
     (killed := home / 'killed').mkdir()
-    words = [*adapting(text, base), '--run', 'x', '--resume']
-    assert nursery.live(calm, 'train', *words)['code'] == 0
+    words = [*words, '--run', 'x', '--resume']
+    whole = nursery.live(calm, 'train', *words)
+    assert whole['code'] == 0, whole
     for fate in (
         dict(place='stepping', when='before', k=2),  # before its first checkpoint
         dict(place='saving', when='after', k=3),
@@ -760,14 +780,43 @@ def test_a_run_of_adapters_ends_with_the_same_bits_wherever_it_is_killed(
         assert life['code'] == -signal.SIGKILL, life
     assert nursery.live(killed, 'train', *words)['code'] == 0
     assert_same(folder_of(killed), bits(folder_of(calm)))
+    return whole, calm
+
+
+@pytest.mark.slow  # by day, the run of adapters below learns answers
+def test_a_run_that_learns_answers_in_whole_rows_ends_with_the_same_bits_wherever_it_is_killed(
+    nursery, home, talk
+):
+    _, calm = calm_and_killed(nursery, home, settings(talk, **CHATTING))
+    result = json.loads((folder_of(calm) / 'result.json').read_text())
+    assert result['scores']['val']['only'] == 'answers'
+
+
+@pytest.mark.parametrize('of', ['stories', 'talk'] if ALL else ['talk'])
+def test_a_run_of_adapters_ends_with_the_same_bits_wherever_it_is_killed(
+    of, nursery, home, text, talk, base
+):
+    from llm_lab.chars import load_tokenizer
+    from llm_lab.package import load, require_faithful
+
+    words = adapting(text, base) if of == 'stories' else adapting(talk, base, **tuning(base))
+    life, calm = calm_and_killed(nursery, home, words)
+    assert ('rows of 5 new marks' in life['out']) == (of == 'talk'), life
     assert 'adapters.safetensors' in bits(folder_of(calm))['files']
     # whoever opens the run has one plain model, other than that which it began with
     opened = load(folder_of(calm)).model
     require_faithful(opened)
     start = load(base).model.state_dict()
-    moved = {n for n, t in opened.state_dict().items() if (t != start[n]).any()}
-    assert {n.split('.')[-2] for n in moved} == {'qkv', 'up', 'out'}
+    tables = {'tok', 'lm_head'} if of == 'talk' else set()
+    moved = {
+        n
+        for n, t in opened.state_dict().items()
+        if t.shape != start[n].shape or (t != start[n]).any()
+    }
+    assert {n.split('.')[-2] for n in moved} == {'qkv', 'up', 'out'} | tables
     assert not any('attn.out' in n or n.endswith('bias') for n in moved)
+    for n in (n for n in moved if n.split('.')[-2] in tables):  # the rows of before stay
+        assert (opened.state_dict()[n][: len(start[n])] == start[n]).all(), n
     life = nursery.live(calm, 'eval', folder_of(calm))
     assert life['code'] == 0 and 'bits' in life['out'], life
 
@@ -793,10 +842,11 @@ def test_adapters_go_on_only_over_the_weights_that_they_began_with(nursery, home
     assert life['code'] == 1 and 'train.lora=' in life['err'] and 'it was' in life['err'], life
 
 
-def test_two_processes_adapt_as_one(nursery, home, text, base):
+def test_two_processes_adapt_as_one(nursery, home, talk, base):
+    "Their adapters and the rows of new marks; each answer counts alike, in whichever part it is"
     (alone := home / 'alone').mkdir()
     (both := home / 'both').mkdir()
-    words = [*adapting(text, base, **ADAMW | dict(train__steps=10)), '--run', 'x']
+    words = [*adapting(talk, base, **ADAMW | tuning(base) | dict(train__steps=10)), '--run', 'x']
     words = [w.replace(', dropout: 0.1', '') for w in words]
     one = nursery.live(alone, 'train', *words)
     lives = ended(nursery, two(nursery, both, *words))
