@@ -2,17 +2,17 @@
 
     python experiments/tales_chat/run.py [--seeds 3] [--save]
 
-A base model (llama's block, 4 layers of width 128, byte pairs) learns stories alone, `tale_stories`,
-each of which it reads once; how long that takes and how far it stays above the stories' floor is
-printed. Then it is tuned on conversations about other stories, with the loss on the answers and,
-at weight 0.3, on the rest; all of its weights, or adapters of several ranks (LoRA), which train the
-rows of the marks, too. Exams of `--exam` questions each: on stories that nobody trained on, with the
-names of training and with names that no training knew. An answer is right if it is the whole
-answer, exactly, and ended; it is written greedily. Beside it the readers of 16 who see too little.
-What is forgotten: bits per character on held-out stories, before and after.
+A base model (llama's block, 4 layers of width 128, byte pairs) learns stories alone, about one time
+each; how long that takes and how far it stays above the stories' floor is printed. Then it is tuned
+on conversations about other stories, with the loss on the answers and a little on the rest: all of
+its weights, or adapters of several ranks (LoRA), which train the rows of the marks, too. Exams of
+`--exam` questions each: on stories that nobody trained on, with the names of training and with
+names that no training knew. An answer is right if it is the whole answer, exactly, and ended; it is
+written greedily. Beside it the baselines of 16, which see too little. What is forgotten: bits per
+character on held-out stories, before and after.
 
-Then, for each seed, from a model whose tuning was stopped early: GRPO with the exam's own marking
-as its reward, and further tuning for as long. All on one thread each; times are the processor's.
+Then, for each seed, from a model with half the steps of tuning: GRPO with the exam's own grading as
+its reward, and further tuning for as long. All on one thread each; times are the processor's.
 
 Cells are kept in runs/, and an interrupted experiment goes on. One line of JSON at the end."""
 
@@ -22,7 +22,6 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from random import Random
 
 import torch
 
@@ -31,12 +30,11 @@ import bench
 
 from llm_lab.bpe import BPETokenizer
 from llm_lab.chat import CHAT_MARKS, add_marks, answer_loss
-from llm_lab.core import rng
 from llm_lab.evaluation import evaluate
 from llm_lab.gpt import MiniGPT
 from llm_lab.hardware import keep_freed_memory
 from llm_lab.llama_block import llama
-from llm_lab.lora import add_lora, lora_parameters, merge_lora, train_rows
+from llm_lab.lora import add_lora, merge_lora, train_rows
 from llm_lab.optim import muon
 from llm_lab.package import load, save
 from llm_lab.questions import (
@@ -200,7 +198,9 @@ def tune(base_steps, rank, steps, seed, n):
     corpus = tale_stories(2000)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     before = evaluate(model, tok, corpus).bits
-    _, minutes = clock(lambda: practise(model, tok, steps, seed))
+    minutes = 0.0
+    if steps:
+        _, minutes = clock(lambda: practise(model, tok, steps, seed))
     if rank:
         model = merge_lora(model)
     model.eval()
@@ -248,3 +248,62 @@ def further(base_steps, start_steps, way, steps, seed, n):
         _, minutes = clock(lambda: practise(model, tok, steps, seed + 100, rate=0.5))
         found = {}
     return dict(minutes=round(minutes, 1), exams=marked(model.eval(), tok, n), **found)
+
+
+# ---- all of it
+
+
+def kept(work, *job):
+    "What a cell returns, from runs/ where it was done before"
+    name = '-'.join(map(str, (work.__name__, *job)))
+    return bench.kept(RUNS / f'{name}.json', lambda: work(*job))
+
+
+def share(right_of_n):
+    "[right, n] → the share"
+    right, n = right_of_n
+    return right / n
+
+
+def show(label, cell):
+    "A line of the table of tunings"
+    exams = '  '.join(f'{names} {share(e["total"]):6.1%}' for names, e in cell['exams'].items())
+    print(f'{label:24}{cell["minutes"]:6.1f} min  {exams}')
+
+
+def main(seeds, base_steps, steps, extra, ranks, n):
+    found = dict(base=kept(base, base_steps), exam=n, steps=steps)
+    b = found['base']
+    print(f'base: {b["minutes"]} min, {b["bits"]:.4f} bits per character (floor {b["floor"]:.4f})')
+    found['before'] = kept(tune, base_steps, 0, 0, 0, n)['exams']
+    found['baselines'] = kept(without_reading, n)
+    for name, exams in found['baselines'].items():
+        print(f'{name:24}' + '  '.join(f'{k} {share(e):6.1%}' for k, e in exams.items()))
+    found['tuned'] = {}
+    for rank in (0, *ranks):
+        cell = found['tuned'][rank] = kept(tune, base_steps, rank, steps, 0, n)
+        show(f'rank {rank}' if rank else 'all weights', cell)
+        before, after = cell['stories']
+        print(f'{"":24}stories {before:.4f} → {after:.4f} bits; {cell["trained"]:,} trained')
+    found['further'] = {way: [] for way in extra}
+    for seed in range(seeds):
+        for way, more in extra.items():
+            kept(tune, base_steps, 0, steps // 2, seed, n)
+            cell = kept(further, base_steps, steps // 2, way, more, seed, n)
+            found['further'][way].append(cell)
+            show(f'{way}, seed {seed}', cell)
+    return found | bench.one_thread()
+
+
+if __name__ == '__main__':
+    ap = bench.parser(__doc__, seeds=3)
+    ap.add_argument('--base_steps', type=int, default=5000)
+    ap.add_argument('--steps', type=int, default=2500, help='of tuning')
+    ap.add_argument('--rewarded', type=int, default=100, help='steps of GRPO')
+    ap.add_argument('--further', type=int, default=400, help='steps of further tuning, as long')
+    ap.add_argument('--ranks', type=int, nargs='*', default=[1, 4, 16])
+    ap.add_argument('--exam', type=int, default=500, help='questions of an exam')
+    a = ap.parse_args()
+    extra = dict(reward=a.rewarded, practice=a.further)
+    result = main(a.seeds, a.base_steps, a.steps, extra, a.ranks, a.exam)
+    bench.report(__file__, result, a.save)
