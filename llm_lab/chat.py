@@ -9,6 +9,7 @@ __all__ = ['grown_state', 'add_marks', 'AnswerMarks', 'answer_marks', 'answer_ta
 # %% ../nbs/62_chat.ipynb #c4a70010
 TYPE_CHECKING = False  # a type checker takes it for True
 import json
+import math
 import torch
 import warnings
 from collections.abc import Iterator
@@ -100,6 +101,22 @@ def add_marks(
     grown.load_state_dict(state)
     return grown.train(model.training), made
 
+# %% ../nbs/62_chat.ipynb #9b0e6a01
+def _mark_ends(rows, mark):  # ids (B, S) → bool, (B, S)
+    "Where a mark of one id or several ends"
+    found = torch.zeros_like(rows, dtype=torch.bool)
+    n = len(mark)
+    if rows.shape[1] >= n:
+        ids = torch.tensor(mark, device=rows.device)
+        found[:, n - 1 :] = (rows.unfold(1, n, 1) == ids).all(-1)
+    return found
+
+
+def _last_seen(found):  # bool (B, S) → positions, (B, S)
+    "The last position up to here at which something was found; −1 where nothing was"
+    at = torch.arange(found.shape[1], device=found.device)
+    return torch.where(found, at, -1).cummax(1).values
+
 # %% ../nbs/62_chat.ipynb #c4a70040
 class AnswerMarks(NamedTuple):
     "By which ids an answer is known: header, answer, end of turn; and what ends a document"
@@ -133,16 +150,6 @@ def answer_marks(
     return AnswerMarks(**ids, document=ids['end'] if last is None else (last,))
 
 
-def _mark_ends(rows, mark):  # ids (B, S) → bool, (B, S)
-    "Where a mark of one id or several ends"
-    found = torch.zeros_like(rows, dtype=torch.bool)
-    n = len(mark)
-    if rows.shape[1] >= n:
-        ids = torch.tensor(mark, device=rows.device)
-        found[:, n - 1 :] = (rows.unfold(1, n, 1) == ids).all(-1)
-    return found
-
-
 def answer_targets(
     rows: Tensor,  # ids, (B, T+1)
     marks: AnswerMarks,
@@ -158,18 +165,13 @@ def answer_targets(
     Returns:
         bool, (B, T): does position t predict a token of an answer?
     """
-    at = torch.arange(rows.shape[1], device=rows.device)
-
-    def last(found):
-        "The last position up to here at which something was found; −1 where nothing was"
-        return torch.where(found, at, -1).cummax(1).values
-
     ends = _mark_ends(rows, marks.document)
-    headers = last(_mark_ends(rows, marks.header))
-    closed = last(_mark_ends(rows, marks.end) | ends)
+    headers = _last_seen(_mark_ends(rows, marks.header))
+    closed = _last_seen(_mark_ends(rows, marks.end) | ends)
     inside = headers > closed  # (B, T+1): after this token, an answer goes on
     # up to the last end of a document; a row without one counts as a whole
-    whole = at <= last(ends)[:, -1:]
+    at = torch.arange(rows.shape[1], device=rows.device)
+    whole = at <= _last_seen(ends)[:, -1:]
     whole |= ~ends.any(1, keepdim=True)
     return inside[:, :-1] & whole[:, 1:]
 
@@ -251,7 +253,7 @@ def answer_loss(
         loss = loss + rest * total(~counts) / (share * _shared_count(~all_counts))
     return _for_gradient_alone(loss, ctx['aux']) if ctx else loss
 
-
+# %% ../nbs/62_chat.ipynb #9b0e6a06
 def _shared_count(counts):
     "How many targets there are; of several processes their mean, because gradients are averaged"
     n = counts.sum().float()
@@ -276,7 +278,7 @@ def end_of_turn(template: ChatTemplate, tokenizer: Tokenizer) -> list[int]:
     marks = [mark for mark in special if after.startswith(mark)]
     return [*dict.fromkeys(found + [special[max(marks, key=len)]])] if marks else found
 
-
+# %% ../nbs/62_chat.ipynb #9b0e6a10
 class Chat:
     """A conversation with a model. The KV cache is kept from turn to turn, so only what is new is
     read. Raises `LabError` where there is no chat template, or the model is not trained for the
@@ -318,14 +320,6 @@ class Chat:
         return f'Chat({turns} questions, {len(self.messages)} messages)'
 
     if TYPE_CHECKING:
-        def undo(self):
-            """Take back the last question and its answer; returns the question, None if there is none"""
-            ...
-
-        def save(self, path: 'str | Path'):
-            """Add the conversation to a file of JSON lines, as one record: {'messages': […]}"""
-            ...
-
         def visible_messages(self) -> 'list[dict]':
             """The messages that the model reads: all, or the system's and the last ones"""
             ...
@@ -356,30 +350,21 @@ class Chat:
                 sampling: temperature, top_k, top_p, repetition_penalty"""
             ...
 
+        def undo(self):
+            """Take back the last question and its answer; returns the question, None if there is none"""
+            ...
 
-@patch
-def undo(self: Chat):
-    "Take back the last question and its answer; returns the question, None if there is none"
-    users = [n for n, message in enumerate(self.messages) if message['role'] == 'user']
-    if not users:
-        return None
-    question = self.messages[users[-1]]['content']
-    del self.messages[users[-1] :]
-    self.left_out = 0  # turns that did not fit may fit again
-    return question
+        def save(self, path: 'str | Path'):
+            """Add the conversation to a file of JSON lines, as one record: {'messages': […]}"""
+            ...
 
-
-@patch
-def save(self: Chat, path: str | Path):
-    "Add the conversation to a file of JSON lines, as one record: {'messages': […]}"
-    with open(path, 'a', encoding='utf-8') as file:
-        file.write(json.dumps(dict(messages=self.messages), ensure_ascii=False) + '\n')
-
-
+# %% ../nbs/62_chat.ipynb #9b0e6a12
 @patch
 def visible_messages(self: Chat) -> list[dict]:
     "The messages that the model reads: all, or the system's and the last ones"
-    first = int(self.messages[:1] != [] and self.messages[0]['role'] == 'system')
+    first = 0
+    if self.messages and self.messages[0]['role'] == 'system':
+        first = 1
     return self.messages[:first] + self.messages[first + self.left_out :]
 
 
@@ -390,7 +375,7 @@ def prompt(self: Chat) -> list[int]:
     first = begins(self.tokenizer)  # a template may write it itself
     return ids if ids[: len(first)] == first else first + ids
 
-
+# %% ../nbs/62_chat.ipynb #9b0e6a14
 @patch
 def _fitted(self: Chat, spare) -> list[int]:
     "The ids of the conversation, without its oldest turns where they leave no room for an answer"
@@ -415,6 +400,19 @@ def _fitted(self: Chat, spare) -> list[int]:
         )
     return ids
 
+# %% ../nbs/62_chat.ipynb #9b0e6a16
+@patch
+def _known(self: Chat, ids, spare) -> int:
+    "How many of these ids, from the first, need not be read again: 0 if all must be"
+    old = self.reader
+    if old is None or not old.cache or len(ids) + spare > old.length:
+        return 0
+    read = old.ids[0].tolist()
+    n = min(common_length(read, ids), len(ids) - 1)  # one is read anew: its logits are needed
+    if len(read) > n and any(type(cache) is not KVCache for cache in old.cache.values()):
+        return 0  # a cache of what is near has thrown away what stood before
+    return n
+
 
 @patch
 def read(self: Chat, ids: list[int], spare: int = 0) -> Tensor:  # (1, V), on the CPU
@@ -424,30 +422,25 @@ def read(self: Chat, ids: list[int], spare: int = 0) -> Tensor:  # (1, V), on th
     Returns:
         (1, V), on the CPU
     """
-    old = self.reader
-    known = []
-    if old is not None and old.cache and len(ids) + spare <= old.length:
-        known = old.ids[0].tolist()
-    n = min(common_length(known, ids), len(ids) - 1)  # one is read anew: its logits are needed
-    caches = list(old.cache.values()) if known else []
-    surplus = len(known) - n
-    if not n or (surplus and any(type(cache) is not KVCache for cache in caches)):
-        n = 0
-        # twice as much as is needed: the next turns have their place, too
-        self.reader = DecodingState(self.model, 2 * (len(ids) + spare))
-    else:
-        for cache in caches:
+    n = self._known(ids, spare)
+    if n:
+        surplus = self.reader.ids.shape[1] - n
+        for cache in self.reader.cache.values():
             cache.forget(surplus)
-        old.ids = old.ids[:, :n]
+        self.reader.ids = self.reader.ids[:, :n]
+    else:
+        # twice as much as is needed, as a list grows: the next turns have their place, too
+        self.reader = DecodingState(self.model, 2 * (len(ids) + spare))
     device = next(self.model.parameters()).device
     return self.reader(torch.tensor([ids[n:]], device=device))
 
-
+# %% ../nbs/62_chat.ipynb #9b0e6a19
 @patch
 def _write(self: Chat, max_new_tokens, sampling) -> Iterator[str]:
     "Yield the pieces of an answer, up to its end mark"
-    most = max_context(self.model)
-    ids = self._fitted(min(max_new_tokens, most // 4 if most < 1 << 40 else max_new_tokens))
+    most = max_context(self.model)  # ∞ if all caches keep only what is near
+    quarter = max_new_tokens if most == math.inf else most // 4
+    ids = self._fitted(min(max_new_tokens, quarter))  # old turns make room for that much, at most
     max_new_tokens = min(max_new_tokens, most - len(ids))
     decode = DecodeStream(self.tokenizer, ids)
     logits = self.read(ids, max_new_tokens)
@@ -463,6 +456,7 @@ def _write(self: Chat, max_new_tokens, sampling) -> Iterator[str]:
 
 @patch
 def _answer(self: Chat, text, max_new_tokens, sampling) -> Iterator[str]:
+    "Yield the pieces of an answer; question and answer are messages then"
     n = len(self.messages)
     self.messages.append(dict(role='user', content=text))
     written = []
@@ -478,7 +472,7 @@ def _answer(self: Chat, text, max_new_tokens, sampling) -> Iterator[str]:
         else:
             del self.messages[n:]
 
-
+# %% ../nbs/62_chat.ipynb #9b0e6a20
 @patch
 def send(
     self: Chat,
@@ -503,3 +497,22 @@ def send(
     if type(max_new_tokens) is not int or max_new_tokens < 1:
         raise LabError(f'max_new_tokens={max_new_tokens!r}: give a whole number of at least 1')
     return self._answer(text, max_new_tokens, sampling)
+
+# %% ../nbs/62_chat.ipynb #9b0e6a24
+@patch
+def undo(self: Chat):
+    "Take back the last question and its answer; returns the question, None if there is none"
+    users = [n for n, message in enumerate(self.messages) if message['role'] == 'user']
+    if not users:
+        return None
+    question = self.messages[users[-1]]['content']
+    del self.messages[users[-1] :]
+    self.left_out = 0  # turns that did not fit may fit again
+    return question
+
+
+@patch
+def save(self: Chat, path: str | Path):
+    "Add the conversation to a file of JSON lines, as one record: {'messages': […]}"
+    with open(path, 'a', encoding='utf-8') as file:
+        file.write(json.dumps(dict(messages=self.messages), ensure_ascii=False) + '\n')

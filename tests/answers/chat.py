@@ -2,6 +2,8 @@
 
 import torch
 
+# ---- 1. Build it: which positions predict a token of an answer?
+
 
 def _last(found):
     "The last position so far at which something was found; −1 where nothing was"
@@ -32,5 +34,73 @@ def with_headers(row, header, end):
     return [inside or id == header for inside, id in zip(found, row[1:])]
 
 
-RIGHT = [by_last_position]
-WRONG = [by_counting, without_end_marks, with_headers]
+# ---- 2. Predict, run, explain: the loss leaves the end marks out; how long is an answer?
+
+
+def up_to_the_limit(limit):
+    """Right: the answer never ends by itself.
+
+    The end mark is never a target, so no step makes it more likely; and each step that makes a word
+    more likely takes from all other tokens, the end mark among them. The first word is learned as
+    before. Of what comes after it the loss says nothing, so the model goes on with words that it
+    knows from answers, until somebody stops it."""
+    return limit
+
+
+def one_word(limit):
+    "Wrong: that an answer is one word was told by the end mark behind it, and by nothing else"
+    return 1
+
+
+def nothing(limit):
+    "Wrong: the first word is still a target"
+    return 0
+
+
+def as_long_as_a_question(limit):
+    "Wrong: the questions do not count, so their length is not learned either"
+    return min(limit, 5)
+
+
+# ---- 3. Break it: `headers >= closed`; which targets count now that must not?
+
+
+def before_any_mark(row, header, end):
+    """Right: all up to the first header or end mark, where both positions are −1.
+
+    In the chapter the comparison of `answer_targets` with the slow loop turns red, because that
+    conversation begins with `<|user|>`. The count of answers turns red in rows that are cut
+    anywhere: there are more than 4,000 now. The comparison of the losses would stay green: both of
+    its sides use `answer_targets`, so both are wrong alike. An oracle must not be made of what it
+    tests. And no training with rows of whole conversations tells: each begins with the tokenizer's
+    end mark, so nothing stands before the first mark. Such a slip waits until somebody changes the
+    rows."""
+    seen = False
+    wrong = []
+    for id in row[:-1]:
+        seen = seen or id in (header, end)
+        wrong.append(not seen)
+    return wrong
+
+
+def none(row, header, end):
+    "Wrong: no token is a header and an end mark, but both are missing at the beginning"
+    return [False] * (len(row) - 1)
+
+
+def before_the_header(row, header, end):
+    "Wrong: after an end mark its position is 0 or more, and that of no header is −1"
+    return [header not in row[: t + 1] for t in range(len(row) - 1)]
+
+
+def one_too_late(row, header, end):
+    "Wrong: a mark counts at its own position already"
+    return [not {header, end} & {*row[:t]} for t in range(len(row) - 1)]
+
+
+RIGHT = dict(my_targets=[by_last_position], my_guess=[up_to_the_limit], too_many=[before_any_mark])
+WRONG = dict(
+    my_targets=[by_counting, without_end_marks, with_headers],
+    my_guess=[one_word, nothing, as_long_as_a_question],
+    too_many=[none, before_the_header, one_too_late],
+)
