@@ -10,6 +10,7 @@ __all__ = ['Answers', 'sample_answers', 'token_logprobs', 'answer_logprobs', 'dp
 import torch
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from torch import Tensor, nn
 from torch.nn import functional as F
 from .core import LabError, StatusLine, rng
@@ -59,7 +60,7 @@ def sample_answers(
     n: int,  # answers to each
     max_new_tokens: int,  # of an answer, at most
     end_id: int,  # ends an answer
-    seed: int = 0,
+    seed: int | str = 0,
     **sampling: float,  # temperature, top_k, top_p
 ) -> Answers:
     """Draw n answers to each question, all side by side
@@ -72,24 +73,19 @@ def sample_answers(
         sampling: temperature, top_k, top_p
     """
     check_sampling(**sampling)
-    each = [prompt for prompt in prompts for _ in range(n)]
-    return _drawn_answers(model, each, max_new_tokens, end_id, rng(seed, 'answers'), **sampling)
-
-
-def _drawn_answers(model, each, max_new_tokens, end_id, generator, **sampling) -> Answers:
-    "One answer to each prompt; a question that is asked several times stands there several times"
-    written = _draw(model, each, max_new_tokens, end_id, generator, **sampling)
+    each = [list(prompt) for prompt in prompts for _ in range(n)]
+    generator = rng(0, f'answers/{seed}')
     texts = []
-    for ids in written.tolist():
+    for ids in _draw(model, each, max_new_tokens, end_id, generator, **sampling).tolist():
         length = ids.index(end_id) + 1 if end_id in ids else len(ids)
         texts.append(ids[:length])
-    width = max(len(p) + len(text) for p, text in zip(each, texts))
+    width = max(len(prompt) + len(text) for prompt, text in zip(each, texts))
     ids = torch.full((len(each), width), end_id)
     is_answer = torch.zeros(len(each), width, dtype=torch.bool)
-    for row, (p, text) in enumerate(zip(each, texts)):
-        end = len(p) + len(text)
-        ids[row, :end] = torch.tensor([*p, *text])
-        is_answer[row, len(p) : end] = True
+    for row, (prompt, text) in enumerate(zip(each, texts)):
+        end = len(prompt) + len(text)
+        ids[row, :end] = torch.tensor(prompt + text)
+        is_answer[row, len(prompt) : end] = True
     return Answers(ids, is_answer, texts)
 
 # %% ../nbs/63_reward.ipynb #63a00011
@@ -203,7 +199,7 @@ def grpo_loss(
     is_answer: Tensor,  # bool (N, T)
     clip: float = 0.2,  # ε
     beta: float = 0.04,  # what straying from the reference costs
-) -> tuple:  # (a scalar, nats that an answer has strayed: an estimate of the KL divergence)
+) -> Tensor:  # a scalar
     """−(clipped gain − β KL), on average over tokens, then answers (Shao et al. 2024, eq. 3)
 
     Args:
@@ -216,44 +212,43 @@ def grpo_loss(
         beta: what straying from the reference costs
 
     Returns:
-        (a scalar, nats that an answer has strayed: an estimate of the KL divergence)
+        a scalar
     """
     ratio = (logp - old).exp()
-    wanted = advantage[:, None]
-    gain = torch.minimum(ratio * wanted, ratio.clamp(1 - clip, 1 + clip) * wanted)
-    apart = reference - logp
-    kl = apart.exp() - apart - 1  # never negative, and on average the KL divergence
+    of_token = advantage[:, None]  # each token of an answer has the advantage of the answer
+    gain = torch.minimum(ratio * of_token, ratio.clamp(1 - clip, 1 + clip) * of_token)
+    apart = reference - logp  # ln x
+    kl = apart.exp() - 1 - apart
     each = ((gain - beta * kl) * is_answer).sum(1) / is_answer.sum(1)
-    return -each.mean(), (kl.detach() * is_answer).sum(1).mean()
+    return -each.mean()
 
 # %% ../nbs/63_reward.ipynb #63a0001b
-def _rewards_of(answers, prompts, reward, group):  # (N, G)
+def _rewards_of(answers, prompts, reward, group_size):  # (N, G)
     "The reward of each answer"
-    told = [reward(prompts[k // group], text) for k, text in enumerate(answers.texts)]
-    found = torch.tensor(told, dtype=torch.float32).view(len(prompts), group)
-    if not found.isfinite().all():
+    found = [reward(prompts[k // group_size], text) for k, text in enumerate(answers.texts)]
+    rewards = torch.tensor(found, dtype=torch.float32).view(len(prompts), group_size)
+    if not rewards.isfinite().all():
         raise LabError('the reward of an answer is NaN or infinite: give a finite number')
-    return found
+    return rewards
+
+
+def _loss_of_ids(model, ids, **batch):
+    "`grpo_loss` of some answers, as `train_step` asks for it"
+    return grpo_loss(token_logprobs(model, ids), **batch)
 
 
 def _learn(model, reference, optimizer, answers, advantage, clip, beta, updates):  # nats
-    "Steps with a batch of answers; returns how far the model had strayed before the first of them"
+    "Steps with a batch of answers; returns the KL divergence before the first of them"
     ids = answers.ids.to(advantage.device)
     where = answers.is_answer[:, 1:].to(advantage.device)
     with torch.no_grad(), _eval_mode(reference):
         old = token_logprobs(model, ids)
-        reference_logp = token_logprobs(reference, ids)
-    strayed = []
-
-    def loss_fn(model, ids):
-        logp = token_logprobs(model, ids)
-        loss, kl = grpo_loss(logp, old, reference_logp, advantage, where, clip, beta)
-        strayed.append(kl)
-        return loss
-
+        before = token_logprobs(reference, ids)
+    batch = dict(old=old, reference=before, advantage=advantage, is_answer=where)
+    loss_fn = partial(_loss_of_ids, **batch, clip=clip, beta=beta)
     for _ in range(updates):
         train_step(model, optimizer, ids, loss_fn=loss_fn)
-    return strayed[0].item()
+    return ((old - before) * where).sum(1).mean().item()
 
 
 def _check_settings(model, reference, steps, group_size, updates):
@@ -270,7 +265,7 @@ def _check_settings(model, reference, steps, group_size, updates):
 def grpo(
     model: MiniGPT,  # it is trained in place
     reference: MiniGPT,  # the model at the start; it stays as it is
-    prompts: Callable[[int], list[list[int]]],  # step → the ids of some questions
+    prompt_batches: Callable[[int], list[list[int]]],  # step → the ids of some questions
     # (ids of a question, ids of an answer) → a number; its end mark stands there if it wrote one
     reward: Callable[[list[int], list[int]], float],
     steps: int,  # batches of answers
@@ -290,7 +285,7 @@ def grpo(
     Args:
         model: it is trained in place
         reference: the model at the start; it stays as it is
-        prompts: step → the ids of some questions
+        prompt_batches: step → the ids of some questions
         reward: (ids of a question, ids of an answer) → a number; its end mark stands there
             if it wrote one
         steps: batches of answers
@@ -313,11 +308,11 @@ def grpo(
     notes = []
     live = StatusLine()
     for step in range(steps):
-        asked = prompts(step)
-        each = [prompt for prompt in asked for _ in range(group_size)]
-        draw = rng(seed, f'answers/{step}')
-        answers = _drawn_answers(model, each, max_new_tokens, end_id, draw, temperature=1.0)
-        rewards = _rewards_of(answers, asked, reward, group_size)
+        prompts = prompt_batches(step)
+        answers = sample_answers(
+            model, prompts, group_size, max_new_tokens, end_id, f'{seed}/{step}'
+        )
+        rewards = _rewards_of(answers, prompts, reward, group_size)
         advantage = group_advantages(rewards).flatten().to(device)
         kl = _learn(model, reference, optimizer, answers, advantage, clip, beta, updates)
         length = sum(map(len, answers.texts)) / len(answers.texts)

@@ -1,14 +1,18 @@
 """Learning from rewards: every loss beside a slow one written out, every estimate beside the exact
 value, and a small game that can only be won by learning."""
 
+import json
 import math
 from copy import deepcopy
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from answers import reward as answers
 from helpers import near, one_line, shaken
 
-from llm_lab.core import rng
+from llm_lab.core import check, rng
 from llm_lab.gpt import MiniGPT
 from llm_lab.kv_cache import with_kv_cache
 from llm_lab.llama_block import llama
@@ -139,7 +143,7 @@ def test_grpo_is_its_formula_token_by_token():
     where = torch.rand(5, 4, generator=draw) < 0.7
     where[:, 0] = True
     advantage = torch.randn(5, generator=draw).double()
-    total, strayed = 0.0, 0.0
+    total = 0.0
     for row in range(5):
         tokens = where[row].nonzero()[:, 0].tolist()
         for t in tokens:
@@ -150,13 +154,11 @@ def test_grpo_is_its_formula_token_by_token():
             )
             d = (ref[row, t] - logp[row, t]).item()
             total += (gain - 0.04 * (math.exp(d) - d - 1)) / len(tokens) / 5
-            strayed += (math.exp(d) - d - 1) / 5
-    loss, kl = grpo_loss(logp, old, ref, advantage, where)
+    loss = grpo_loss(logp, old, ref, advantage, where)
     assert loss.item() == pytest.approx(-total, abs=1e-9)
-    assert kl.item() == pytest.approx(strayed, abs=1e-6)
     # tokens that are no answer change nothing
     other = logp.masked_fill(~where, -9.0)
-    near(grpo_loss(other, old, ref, advantage, where)[0], loss, 1e-9)
+    near(grpo_loss(other, old, ref, advantage, where), loss, 1e-9)
 
 
 def test_the_first_gradient_is_the_policy_gradient():
@@ -164,7 +166,7 @@ def test_the_first_gradient_is_the_policy_gradient():
     logp = (-torch.ones(2, 3)).double().requires_grad_()
     where = torch.tensor([[True, True, True], [True, False, False]])
     advantage = torch.tensor([0.6, -2.0]).double()
-    grpo_loss(logp, logp.detach(), logp.detach(), advantage, where)[0].backward()
+    grpo_loss(logp, logp.detach(), logp.detach(), advantage, where).backward()
     want = -advantage[:, None] * where / where.sum(1, keepdim=True) / 2
     near(logp.grad, want, 1e-12)
 
@@ -173,8 +175,27 @@ def test_what_is_beyond_the_clip_has_no_gradient():
     logp = torch.zeros(2, 1).requires_grad_()
     old = torch.tensor([[-1.0], [1.0]])  # ratios e and 1/e
     advantage = torch.tensor([1.0, -1.0])  # better and likelier, worse and less likely
-    grpo_loss(logp, old, logp.detach(), advantage, torch.ones(2, 1).bool())[0].backward()
+    grpo_loss(logp, old, logp.detach(), advantage, torch.ones(2, 1).bool()).backward()
     assert not logp.grad.any()
+
+
+def test_the_pull_of_the_brake_is_that_of_the_other_divergence():
+    """Drawn in the proportions of the model, x − 1 − ln x has on average the value of
+    KL(model ‖ reference), and the gradient of KL(reference ‖ model)"""
+    p = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64)
+    q = torch.tensor([0.2, 0.7, 0.1], dtype=torch.float64)
+    drawn = torch.tensor([0, 0, 1, 2])  # each as often as the model says
+    where = torch.ones(4, 1).bool()
+
+    def brake(logits):
+        logp = logits.log_softmax(0)[drawn, None]
+        return grpo_loss(logp, logp.detach(), q.log()[drawn, None], torch.zeros(4), where, beta=1.0)
+
+    logits = p.log().requires_grad_()
+    value = brake(logits)
+    near(value.detach(), (p * (p / q).log()).sum(), 1e-12)
+    value.backward()
+    near(logits.grad, p - q, 1e-12)  # of −Σ q ln p, with respect to the logits
 
 
 def test_advantages_have_mean_zero_and_an_even_group_has_none():
@@ -253,6 +274,18 @@ def test_how_far_a_model_has_strayed_is_the_kl_divergence(model):
     assert kl_from(model, model, answers) == 0
 
 
+def test_a_run_notes_how_far_its_model_had_strayed(model):
+    other = shaken(CFG, seed=1, by=0.6)
+    before = deepcopy(model)
+    ask = lambda step: [[2, 4], [1]]
+    notes = grpo(model, other, ask, lambda ids, text: len(text), 2, END, max_new_tokens=4)
+    found = sample_answers(before, ask(0), 8, 4, END, seed='0/0')
+    assert notes[0]['kl'] == pytest.approx(kl_from(before, other, found), abs=1e-5)
+    assert notes[0]['length'] == sum(map(len, found.texts)) / 16
+    notes = grpo(before, deepcopy(before), ask, lambda ids, text: len(text), 2, END, lr=1e-2)
+    assert notes[0]['kl'] == 0 != notes[1]['kl']
+
+
 def test_log_probabilities_have_the_shape_of_what_is_predicted(model):
     assert token_logprobs(model, torch.ones(3, 6).long()).shape == (3, 5)
 
@@ -267,3 +300,40 @@ def test_a_model_of_several_experts_learns_from_rewards_too():
     reward = lambda ids, text: float(text == [3, END])
     grpo(learner, deepcopy(learner), lambda step: [[1]] * 8, reward, 60, END, lr=1e-2, beta=0.0)
     assert wins(learner) > max(0.8, before)
+
+
+# ---- the exercises of the lesson
+
+
+@pytest.fixture(scope='module')
+def lesson():
+    "What the notebook's own cells define for its exercises"
+    notebook = Path(__file__).parent.parent / 'nbs' / '63_reward.ipynb'
+    found = [''.join(c['source']) for c in json.loads(notebook.read_text())['cells']]
+    space = dict(torch=torch, dpo_loss=dpo_loss)
+    exec('from random import Random\nfrom fastcore.test import test_eq', space)
+    for begin in ('NAMES = ', 'def my_dpo', 'def repaired'):
+        cell = next(c for c in found if c.startswith(begin))
+        exec(cell.rpartition('check(')[0] if begin[0] == 'd' else cell, space)
+    return space
+
+
+@pytest.mark.parametrize('answer', answers.RIGHT)
+def test_a_right_answer_is_told_so(answer, lesson):
+    cases = lesson['dpo_cases']
+    said = check(answer, lesson['dpo_spec'], *cases)
+    assert said == f'{answer.__name__}: right on {len(cases)} cases'
+
+
+@pytest.mark.parametrize('answer', answers.WRONG)
+def test_a_wrong_answer_meets_a_counter_example(answer, lesson):
+    said = check(answer, lesson['dpo_spec'], *lesson['dpo_cases'])
+    assert 'expected' in said or 'OverflowError' in said
+
+
+@pytest.mark.parametrize('answer', answers.REPAIRED + answers.NOT_REPAIRED)
+def test_a_reward_is_repaired_or_not(answer, lesson):
+    lesson['repaired'] = partial(answer, solve=lesson['solve'], end=lesson['END'])
+    said = check(lesson['earnings'], lesson['earnings_spec'], *lesson['repair_cases'])
+    assert said.startswith('earnings: right on') == (answer in answers.REPAIRED)
+    assert 'expected' in said or answer in answers.REPAIRED
