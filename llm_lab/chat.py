@@ -439,8 +439,9 @@ def read(self: Chat, ids: list[int], spare: int = 0) -> Tensor:  # (1, V), on th
 @patch
 def _room(self: Chat, max_new_tokens) -> float:
     "So many tokens old turns leave free for an answer: twice the longest so far, within limits"
-    answers = [m['content'] for m in self.messages if m['role'] == 'assistant']
-    longest = max((len(self.tokenizer.encode(text)) for text in answers), default=0)
+    answers = [m.get('content') for m in self.messages if m['role'] == 'assistant']
+    texts = [text for text in answers if isinstance(text, str)]  # a call of a tool has none
+    longest = max((len(self.tokenizer.encode(text)) for text in texts), default=0)
     quarter = max_context(self.model) / 4  # ∞ if all caches keep only what is near
     return min(max_new_tokens, quarter, max(16, 2 * longest))
 

@@ -773,6 +773,8 @@ def test_old_turns_leave_as_much_as_the_longest_answer_so_far_lets_expect(longes
     chat.left_out -= 2
     assert len(chat.prompt()) + room > 256
     assert chat._room(5) == 5  # no more than may be written
+    chat.messages.append(dict(role='assistant', content=None))  # as where a tool is called
+    assert chat._room(500) == room
 
 
 def test_a_broken_off_answer_leaves_a_conversation_that_goes_on(monkeypatch):
