@@ -744,6 +744,39 @@ def test_the_oldest_turns_leave_and_the_system_stays():
     assert len(chat.messages) == 13
 
 
+def test_a_message_that_is_refused_crowds_out_no_other():
+    tokenizer = byte_tokenizer()
+    chat = Chat(tiny(tokenizer, max_len=96), tokenizer)
+    for n in range(2):
+        ''.join(chat.send(f'question {n}', 4, temperature=0))
+    assert chat.left_out == 0
+    before = chat.prompt()
+    with pytest.raises(LabError, match='send a shorter one'):
+        next(chat.send('x' * 200))
+    assert chat.left_out == 0 and chat.prompt() == before
+
+
+@pytest.mark.parametrize('longest,room', [(1, 16), (8, 16), (20, 40), (32, 64), (90, 64)])
+def test_old_turns_leave_as_much_as_the_longest_answer_so_far_lets_expect(longest, room):
+    "Neither more nor less of them: with one turn more there would not be `room`, of 256 ids"
+    tokenizer = byte_tokenizer()
+    chat = Chat(tiny(tokenizer, max_len=256), tokenizer)
+    turns = []
+    for n in range(40):
+        question = dict(role='user', content=f'{n}?')
+        turns += [question, dict(role='assistant', content='b' * (longest if n == 20 else 1))]
+    chat.messages = turns
+    pieces = chat.send('and?', temperature=0)
+    with pytest.warns(UserWarning, match='oldest turns are left out'):
+        next(pieces, None)
+    assert chat.left_out and len(chat.prompt()) + room <= 256
+    chat.left_out -= 2
+    assert len(chat.prompt()) + room > 256
+    assert chat._room(5) == 5  # no more than may be written
+    chat.messages.append(dict(role='assistant', content=None))  # as where a tool is called
+    assert chat._room(500) == room
+
+
 def test_a_broken_off_answer_leaves_a_conversation_that_goes_on(monkeypatch):
     tokenizer = byte_tokenizer()
     chat = Chat(with_kv_cache(tiny(tokenizer)), tokenizer)
@@ -1175,7 +1208,7 @@ def exercises(tune, **stubs):
         vars(chat_module),
         **dict(cache=functools.cache, median_low=statistics.median_low, check=noted, tune=tune),
         names=tokenizer.special_tokens,
-        marks=answer_marks(tokenizer),
+        marks_in_ids=answer_marks(tokenizer),
         special={*tokenizer.special_tokens.values()},
         encoded=encode_chat(world['template'], tokenizer, world['unseen'][0], False),
         test_eq=lambda a, b: None,

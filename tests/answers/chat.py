@@ -68,13 +68,13 @@ def as_long_as_a_question(limit):
 def before_any_mark(row, header, end):
     """Right: all up to the first header or end mark, where both positions are −1.
 
-    In the chapter the comparison of `answer_targets` with the slow loop turns red, because that
-    conversation begins with `<|user|>`. The count of answers turns red in rows that are cut
-    anywhere: there are more than 4,000 now. The comparison of the losses would stay green: both of
-    its sides use `answer_targets`, so both are wrong alike. An oracle must not be made of what it
-    tests. And no training with rows of whole conversations tells: each begins with the tokenizer's
-    end mark, so nothing stands before the first mark. Such a slip waits until somebody changes the
-    rows."""
+    In the chapter the comparisons of `answer_targets` and of `answer_loss` with the slow loop turn
+    red, because that conversation begins with `<|user|>`. Had the loss been compared with one that
+    takes its targets from `answer_targets`, both sides would be wrong alike, and green: an oracle
+    must not be made of what it tests. The count of answers turns red in rows that are cut anywhere:
+    there are more than 4,000 now. And no training with rows of complete conversations tells: each
+    begins with the tokenizer's end mark, so nothing stands before the first mark. Such a slip waits
+    until somebody changes the rows."""
     seen = False
     wrong = []
     for id in row[:-1]:
