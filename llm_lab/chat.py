@@ -145,10 +145,10 @@ def answer_targets(
     headers = _last_seen(_mark_ends(rows, marks.header))
     closed = _last_seen(_mark_ends(rows, marks.end) | ends)
     inside = headers > closed  # (B, T+1): after this token, an answer goes on
-    # our rule: up to the last end of a document; a row without one counts to its end
+    # our rule: up to the last end of a document; a row with one document counts to its end
     at = torch.arange(rows.shape[1], device=rows.device)
     complete = at <= _last_seen(ends)[:, -1:]
-    complete |= ~ends.any(1, keepdim=True)
+    complete |= ~ends[:, 1:].any(1, keepdim=True)  # an end at 0 is that of the document before
     return inside[:, :-1] & complete[:, 1:]  # position t predicts id t+1
 
 # %% ../nbs/62_chat.ipynb #9b0e6a06
@@ -168,8 +168,8 @@ def answer_marks(
     for name, text in dict(header=header, end=end).items():
         if not text or (text in (*CHAT_MARKS,) and text not in special):
             raise LabError(
-                f'answers: the tokenizer has no mark {text!r}: give data.chat, so that it gets '
-                f'them, or the texts of its own, as in train.loss={{part: answers, {name}: "…"}}'
+                f'answers: the tokenizer has no mark {text!r}: give data.template=chat, so '
+                f'that it gets them, or the texts of its own, as in train.loss={{part: answers, {name}: "…"}}'
             )
         ids[name] = tuple(tokenizer.encode(text, allowed_special='all' if special else ()))
     last = tokenizer.eos_id

@@ -450,7 +450,7 @@ def test_half_a_mark_at_the_end_is_not_completed_by_the_template():
 def targets_reference(row, header, end, document):
     "One row, token by token"
     inside, out = False, []
-    last = max((n for n, id in enumerate(row) if id == document), default=len(row) - 1)
+    last = max((n for n, id in enumerate(row) if n and id == document), default=len(row) - 1)
     for n, id in enumerate(row):
         if n:
             out.append(inside and n <= last)
@@ -469,6 +469,15 @@ def test_targets_are_the_answers_of_whole_documents():
     got = answer_targets(rows, marks)
     want = [targets_reference(row, 3, 4, 0) for row in rows.tolist()]
     assert got.tolist() == want
+
+
+def test_a_conversation_longer_than_its_row_teaches_the_answers_that_fit():
+    "Before it stands the mark of the one before; a beginning after a whole one does not count"
+    marks = AnswerMarks(header=(3,), end=(4,), document=(0,))
+    alone = torch.tensor([[0, 1, 3, 5, 4, 1, 3, 6, 6]])
+    assert answer_targets(alone, marks)[0].nonzero()[:, 0].tolist() == [2, 3, 6, 7]
+    second = torch.tensor([[0, 3, 5, 4, 0, 1, 3, 6, 6]])
+    assert answer_targets(second, marks)[0].nonzero()[:, 0].tolist() == [1, 2]
 
 
 def test_a_header_of_several_ids_is_found_whole():
