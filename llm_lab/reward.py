@@ -102,6 +102,7 @@ def token_logprobs(
         (N, T): of ids[:, 1:], in nats
     """
     logits = model(ids[:, :-1]).float()  # (N, T, V)
+    # cross_entropy wants the vocabulary in dimension 1: (N, V, T)
     return -F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction='none')
 
 
@@ -150,14 +151,14 @@ class DPO:
     preferred answers in its first half of rows, and the others, in the same order, in its second
 
     Args:
-        reference: the model before; it stays as it is
+        reference: the model at the start; it stays as it is
         is_answer: rows (2N, T+1) → bool, which tokens are answers
         beta: what straying from the reference costs
     """
 
     def __init__(
         self,
-        reference: nn.Module,  # the model before; it stays as it is
+        reference: nn.Module,  # the model at the start; it stays as it is
         is_answer: Callable[[Tensor], Tensor],  # rows (2N, T+1) → bool, which tokens are answers
         beta: float = 0.1,  # what straying from the reference costs
     ):
@@ -194,7 +195,7 @@ def group_advantages(
 def grpo_loss(
     logp: Tensor,  # ln P of each token, (N, T), by the model that learns
     old: Tensor,  # by the model that has drawn the answers, (N, T)
-    reference: Tensor,  # by the model at the start, (N, T)
+    reference: Tensor,  # by the reference, (N, T)
     advantage: Tensor,  # of each answer, (N,)
     is_answer: Tensor,  # bool (N, T)
     clip: float = 0.2,  # ε
@@ -205,7 +206,7 @@ def grpo_loss(
     Args:
         logp: ln P of each token, (N, T), by the model that learns
         old: by the model that has drawn the answers, (N, T)
-        reference: by the model at the start, (N, T)
+        reference: by the reference, (N, T)
         advantage: of each answer, (N,)
         is_answer: bool (N, T)
         clip: ε
@@ -242,13 +243,16 @@ def _learn(model, reference, optimizer, answers, advantage, clip, beta, updates)
     ids = answers.ids.to(advantage.device)
     where = answers.is_answer[:, 1:].to(advantage.device)
     with torch.no_grad(), _eval_mode(reference):
-        old = token_logprobs(model, ids)
-        before = token_logprobs(reference, ids)
-    batch = dict(old=old, reference=before, advantage=advantage, is_answer=where)
-    loss_fn = partial(_loss_of_ids, **batch, clip=clip, beta=beta)
+        logprobs = dict(
+            old=token_logprobs(model, ids),  # before the first step it is the one that has drawn
+            reference=token_logprobs(reference, ids),
+        )
+    loss_fn = partial(
+        _loss_of_ids, **logprobs, advantage=advantage, is_answer=where, clip=clip, beta=beta
+    )
     for _ in range(updates):
         train_step(model, optimizer, ids, loss_fn=loss_fn)
-    return ((old - before) * where).sum(1).mean().item()
+    return ((logprobs['old'] - logprobs['reference']) * where).sum(1).mean().item()
 
 
 def _check_settings(model, reference, steps, group_size, updates):

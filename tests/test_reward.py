@@ -310,25 +310,39 @@ def lesson():
     "What the notebook's own cells define for its exercises"
     notebook = Path(__file__).parent.parent / 'nbs' / '63_reward.ipynb'
     found = [''.join(c['source']) for c in json.loads(notebook.read_text())['cells']]
-    space = dict(torch=torch, dpo_loss=dpo_loss)
+    space = dict(torch=torch, group_advantages=group_advantages)
     exec('from random import Random\nfrom fastcore.test import test_eq', space)
-    for begin in ('NAMES = ', 'def my_dpo', 'def repaired'):
+    for begin in ('NAMES = ', 'def my_loss', 'def repaired'):
         cell = next(c for c in found if c.startswith(begin))
         exec(cell.rpartition('check(')[0] if begin[0] == 'd' else cell, space)
     return space
 
 
+def said_of(answer, lesson):
+    "What the lesson says of a loss"
+    lesson['my_loss'] = answer
+    return check(lesson['my_gradient'], lesson['gradient_spec'], *lesson['loss_cases'])
+
+
 @pytest.mark.parametrize('answer', answers.RIGHT)
 def test_a_right_answer_is_told_so(answer, lesson):
-    cases = lesson['dpo_cases']
-    said = check(answer, lesson['dpo_spec'], *cases)
-    assert said == f'{answer.__name__}: right on {len(cases)} cases'
+    assert said_of(answer, lesson) == f'my_gradient: right on {len(lesson["loss_cases"])} cases'
 
 
 @pytest.mark.parametrize('answer', answers.WRONG)
 def test_a_wrong_answer_meets_a_counter_example(answer, lesson):
-    said = check(answer, lesson['dpo_spec'], *lesson['dpo_cases'])
-    assert 'expected' in said or 'OverflowError' in said
+    said = said_of(answer, lesson)
+    assert 'expected' in said or 'does not require grad' in said
+
+
+def test_what_the_exercise_asks_for_is_the_loss_of_the_library(lesson):
+    for logits, drawn, rewards in lesson['loss_cases']:
+        logits = torch.tensor(logits, requires_grad=True)
+        logp = logits.log_softmax(0)[drawn, None]
+        advantage = group_advantages(torch.tensor([rewards]))[0]
+        where = torch.ones(len(drawn), 1).bool()
+        grpo_loss(logp, logp.detach(), logp.detach(), advantage, where, beta=0.0).backward()
+        near(logits.grad, lesson['gradient_spec'](logits.tolist(), drawn, rewards), 1e-6)
 
 
 @pytest.mark.parametrize('answer', answers.REPAIRED + answers.NOT_REPAIRED)

@@ -1,55 +1,84 @@
 "Answers to the exercises of `63_reward`, right and wrong ones; `test_reward.py` runs them."
 
-import math
+import torch
 
 
-def _margins(chosen, rejected, reference_chosen, reference_rejected):
-    "How much more the model prefers the chosen answers than its reference does, in nats"
-    for c, r, rc, rr in zip(chosen, rejected, reference_chosen, reference_rejected):
-        yield sum(c) - sum(rc) - sum(r) + sum(rr)
+def _advantages(rewards):
+    "How much better each reward is than the mean, in standard deviations"
+    r = torch.tensor(rewards)
+    return (r - r.mean()) / (r.std() + 1e-4)
 
 
-def in_two_halves(chosen, rejected, reference_chosen, reference_rejected, beta):
-    "Right: ln(1 + e^−m), written so that e is never raised to a large number"
-    total = 0.0
-    for margin in _margins(chosen, rejected, reference_chosen, reference_rejected):
-        m = beta * margin
-        total += max(-m, 0.0) + math.log(1 + math.exp(-abs(m)))
-    return total / len(chosen)
+def with_a_ratio(logits, drawn, rewards):
+    "Right: the ratio is 1, but not its gradient"
+    logp = logits.log_softmax(0)[drawn]
+    return -(_advantages(rewards) * (logp - logp.detach()).exp()).mean()
 
 
-def overflowing(chosen, rejected, reference_chosen, reference_rejected, beta):
-    "Wrong: e^800 is no number"
-    margins = _margins(chosen, rejected, reference_chosen, reference_rejected)
-    return sum(math.log(1 + math.exp(-beta * m)) for m in margins) / len(chosen)
+def with_logarithms(logits, drawn, rewards):
+    "Right: −A ln π, word by word"
+    total = torch.zeros(())
+    for word, advantage in zip(drawn, _advantages(rewards)):
+        total = total - advantage * (logits[word] - logits.logsumexp(0))
+    return total / len(drawn)
 
 
-def without_reference(chosen, rejected, reference_chosen, reference_rejected, beta):
-    "Wrong: an answer that was likely before counts as one that was learned"
-    none = [[0.0]] * len(chosen)
-    return in_two_halves(chosen, rejected, none, none, beta)
+def without_detach(logits, drawn, rewards):
+    "Wrong: 1 for all weights, so the gradient is 0"
+    logp = logits.log_softmax(0)[drawn]
+    return -(_advantages(rewards) * (logp - logp).exp()).mean()
 
 
-def mean_of_tokens(chosen, rejected, reference_chosen, reference_rejected, beta):
-    "Wrong: ln P of an answer is the sum over its tokens"
-    four = (chosen, rejected, reference_chosen, reference_rejected)
-    means = [[[sum(answer) / len(answer)] for answer in answers] for answers in four]
-    return in_two_halves(*means, beta)
+def all_detached(logits, drawn, rewards):
+    "Wrong: a number without a gradient"
+    logp = logits.log_softmax(0)[drawn].detach()
+    return -(_advantages(rewards) * logp).mean()
 
 
-def the_wrong_way_round(chosen, rejected, reference_chosen, reference_rejected, beta):
-    "Wrong: it makes the rejected answer likelier"
-    return in_two_halves(rejected, chosen, reference_rejected, reference_chosen, beta)
+def with_probabilities(logits, drawn, rewards):
+    "Wrong: A ∇π counts a likely word twice, once because it is drawn often"
+    return -(_advantages(rewards) * logits.softmax(0)[drawn]).mean()
 
 
-def sum_of_pairs(chosen, rejected, reference_chosen, reference_rejected, beta):
-    "Wrong: a larger batch would take larger steps"
-    loss = in_two_halves(chosen, rejected, reference_chosen, reference_rejected, beta)
-    return loss * len(chosen)
+def without_baseline(logits, drawn, rewards):
+    "Wrong: with few draws, a reward for all is noise"
+    r = torch.tensor(rewards)
+    return -(r / (r.std() + 1e-4) * logits.log_softmax(0)[drawn]).mean()
 
 
-RIGHT = [in_two_halves]
-WRONG = [overflowing, without_reference, mean_of_tokens, the_wrong_way_round, sum_of_pairs]
+def without_deviation(logits, drawn, rewards):
+    "Wrong: these advantages are not in standard deviations"
+    r = torch.tensor(rewards)
+    return -((r - r.mean()) * logits.log_softmax(0)[drawn]).mean()
+
+
+def without_the_small_number(logits, drawn, rewards):
+    "Wrong: where all rewards are the same, 0 / 0"
+    r = torch.tensor(rewards)
+    return -((r - r.mean()) / r.std() * logits.log_softmax(0)[drawn]).mean()
+
+
+def the_wrong_way_round(logits, drawn, rewards):
+    "Wrong: it makes good answers less likely"
+    return -with_a_ratio(logits, drawn, rewards)
+
+
+def sum_of_words(logits, drawn, rewards):
+    "Wrong: a larger group would take larger steps"
+    return with_a_ratio(logits, drawn, rewards) * len(drawn)
+
+
+RIGHT = [with_a_ratio, with_logarithms]
+WRONG = [
+    without_detach,
+    all_detached,
+    with_probabilities,
+    without_baseline,
+    without_deviation,
+    without_the_small_number,
+    the_wrong_way_round,
+    sum_of_words,
+]
 
 # ---- the reward that is to be repaired; `solve` and END are those of the notebook
 
