@@ -169,7 +169,8 @@ def answer_marks(
         if not text or (text in (*CHAT_MARKS,) and text not in special):
             raise LabError(
                 f'answers: the tokenizer has no mark {text!r}: give data.template=chat, so '
-                f'that it gets them, or the texts of its own, as in train.loss={{part: answers, {name}: "…"}}'
+                'that it gets them, or the texts of its own, as in '
+                f'train.loss={{part: answers, {name}: "…"}}'
             )
         ids[name] = tuple(tokenizer.encode(text, allowed_special='all' if special else ()))
     last = tokenizer.eos_id
