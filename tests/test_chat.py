@@ -1063,14 +1063,20 @@ def test_a_run_learns_answers_and_is_resumed_exactly(home, tmp_path):
         assert one.equal(two)
 
 
+def start_without_marks(folder, tokenizer, path):
+    "A small model, saved; and a config that hardly moves it, with all it can leave out left out"
+    model = MiniGPT(llama(tokenizer.vocab_size, d_model=16, n_layers=1, n_heads=2, max_len=64), 1)
+    save(folder / 'start', model, tokenizer)
+    said = config(path, train__start_from=str(folder / 'start'), train__steps=1, train__lr=1e-9)
+    said['model'] = {}
+    del said['data']['vocab_size'], said['data']['tokenizer'], said['data']['length']
+    return model, said
+
+
 def test_marks_that_a_start_does_not_have_get_rows(home, tmp_path):
     path = write_chats(tmp_path / 'c.jsonl', chats(80))
     tokenizer = BPETokenizer.train(['red ball Anna sees'] * 9, 270, ['<|endoftext|>'])
-    model = MiniGPT(llama(tokenizer.vocab_size, d_model=16, n_layers=1, n_heads=2, max_len=64), 1)
-    save(tmp_path / 'start', model, tokenizer)
-    said = config(path, train__start_from=str(tmp_path / 'start'), train__steps=1, train__lr=1e-9)
-    said['model'] = {}
-    del said['data']['vocab_size'], said['data']['tokenizer'], said['data']['length']
+    model, said = start_without_marks(tmp_path, tokenizer, path)
     job = train_run(said, run='a')
     grown = job.run.model
     n = tokenizer.vocab_size
@@ -1093,11 +1099,7 @@ def test_a_start_of_characters_gets_an_end_mark_too(home, tmp_path):
     path = write_chats(tmp_path / 'c.jsonl', conversations)
     letters = {c for chat in conversations for m in chat['messages'] for c in m['content']}
     tokenizer = CharTokenizer(''.join(sorted(letters - {'<', '|', '>'})))
-    model = MiniGPT(llama(tokenizer.vocab_size, d_model=16, n_layers=1, n_heads=2, max_len=64), 1)
-    save(tmp_path / 'start', model, tokenizer)
-    said = config(path, train__start_from=str(tmp_path / 'start'), train__steps=1, train__lr=1e-9)
-    said['model'] = {}
-    del said['data']['vocab_size'], said['data']['tokenizer'], said['data']['length']
+    model, said = start_without_marks(tmp_path, tokenizer, path)
     job = train_run(said, run='a')
     made = job.texts['tokenizer']
     assert made.vocab_size == tokenizer.vocab_size + 5 and made.eos_id is not None
