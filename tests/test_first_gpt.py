@@ -1,4 +1,5 @@
-"""The page `10_first_gpt`: its exercise, and its model beside the library's own pieces."""
+"""The page `10_first_gpt`: its exercises, what it says of its text, and its model beside the
+library's own pieces."""
 
 import json
 import math
@@ -25,15 +26,41 @@ def ready():
     return dict(math=math, re=re, torch=torch, nn=nn, F=F)
 
 
-# ---- the exercise
+def definition(name):
+    "The source of a class of the page"
+    (source,) = [text for text, _ in CELLS if text.startswith(f'class {name}(')]
+    return re.match(r'class .*?(?=\n\n\S|\Z)', source, re.S)[0]
+
+
+# ---- the text
+
+
+def test_a_name_or_thing_that_returns_is_never_drawn():
+    "So the best possible probability is 1, as *What it has not learned* says"
+    from llm_lab.tales import POOLS, parse_tale, write_tale
+
+    returned = 0
+    for seed in range(100):
+        seen = set()
+        for piece in parse_tale(write_tale(seed)):
+            words = re.findall(r'\w+', piece.text)
+            if piece.text in seen and piece.text in POOLS['name'] + POOLS['thing']:
+                assert piece.bits == 0, (seed, piece)
+                returned += 1
+            seen.update(words)
+    assert returned > 100
+
+
+# ---- the exercises
 
 
 @pytest.fixture(scope='module')
 def exercise():
-    (source,) = [text for text, kind in CELLS if text.startswith('def causal_head(')]
     space = ready()
     torch.manual_seed(0)
-    exec(source.rpartition('check(')[0], space)
+    for name in ('causal_head', 'missing_idea'):
+        (source,) = [text for text, _ in CELLS if f'def {name}(' in text]
+        exec(source.partition('print(check(')[0], space)
     return space
 
 
@@ -43,9 +70,39 @@ def test_a_right_answer_is_told_so(answer, exercise):
     assert said == f'{answer.__name__}: right on 4 cases'
 
 
-@pytest.mark.parametrize('answer', answers.WRONG)
-def test_a_wrong_answer_meets_a_counter_example(answer, exercise):
+@pytest.mark.parametrize('answer', answers.RIGHT)
+def test_a_right_answer_misses_no_idea(answer, exercise):
+    assert exercise['missing_idea'](answer) == ''
+
+
+@pytest.mark.parametrize('answer, idea', answers.WRONG.items())
+def test_a_wrong_answer_meets_a_counter_example_and_the_idea(answer, idea, exercise):
     assert 'expected' in check(answer, exercise['causal_head_spec'], *exercise['cases'])
+    assert exercise['missing_idea'](answer).startswith(idea)
+
+
+def test_no_answer_yet_misses_no_idea(exercise):
+    assert exercise['missing_idea'](exercise['causal_head']) == ''
+
+
+@pytest.mark.parametrize('start', ['class Head(', 'changed = '])
+def test_without_its_mask_the_assertions_of_the_page_turn_red(start):
+    "The third exercise: the line is there to be deleted, and these two cells see it"
+
+    def run(change):
+        space = ready()
+        torch.manual_seed(0)
+        for name in ('Head', 'Attention', 'Block', 'GPT'):
+            exec(change(definition(name)), space)
+        space.update(V=11, model=space['GPT'](V=11, T=6), inputs=torch.randint(11, (2, 6)))
+        far = [' ring', *['word'] * 43, ' Suddenly']  # as the first tale has it
+        space.update(tales=[''], split_tokens=lambda tale: far)
+        (source,) = [text for text, _ in CELLS if text.startswith(start)]
+        exec(change(source), space)
+
+    run(lambda source: source)
+    with pytest.raises(AssertionError):
+        run(lambda source: re.sub(r'.*masked_fill.*\n', '', source))
 
 
 # ---- the model
@@ -56,8 +113,7 @@ def page():
     "The classes of the page, without its text and its training"
     space = ready()
     for name in ('Head', 'Attention', 'Block', 'GPT'):
-        (source,) = [text for text, _ in CELLS if text.startswith(f'class {name}(')]
-        exec(re.match(r'class .*?(?=\n\n\S|\Z)', source, re.S)[0], space)
+        exec(definition(name), space)
     torch.manual_seed(0)
     return space
 

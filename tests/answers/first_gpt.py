@@ -67,12 +67,12 @@ def scaled_by_length(q, k, v):
 
 
 RIGHT = [in_three_lines, by_exponentials]
-WRONG = [
-    no_mask,
-    not_scaled,
-    over_queries,
-    masked_afterwards,
-    without_itself,
-    zero_for_the_future,
-    scaled_by_length,
-]
+WRONG = {  # and the idea that the page says is missing
+    no_mask: 'the mask',
+    not_scaled: 'the scale',
+    over_queries: 'the softmax',
+    masked_afterwards: 'the softmax',
+    without_itself: 'off by one',
+    zero_for_the_future: 'the mask',
+    scaled_by_length: 'the scale',
+}
