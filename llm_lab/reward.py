@@ -19,6 +19,7 @@ from .train import adamw, train_step
 from .sampling import DecodingState, check_sampling, sample_next
 
 # %% ../nbs/63_reward.ipynb #63a0000d
+#| code-fold: true
 @dataclass
 class Answers:
     """Answers to some questions, those to one question in a row
@@ -191,7 +192,8 @@ def group_advantages(
     centred = rewards - rewards.mean(-1, keepdim=True)
     return centred / (rewards.std(-1, keepdim=True) + 1e-4)
 
-
+# %% ../nbs/63_reward.ipynb #63a0001b
+#| code-fold: true
 def grpo_loss(
     logp: Tensor,  # ln P of each token, (N, T), by the model that learns
     old: Tensor,  # by the model that has drawn the answers, (N, T)
@@ -223,7 +225,7 @@ def grpo_loss(
     each = ((gain - beta * kl) * is_answer).sum(1) / is_answer.sum(1)
     return -each.mean()
 
-# %% ../nbs/63_reward.ipynb #63a0001b
+
 def _rewards_of(answers, prompts, reward, group_size):  # (N, G)
     "The reward of each answer"
     found = [reward(prompts[k // group_size], text) for k, text in enumerate(answers.texts)]
