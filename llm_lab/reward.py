@@ -19,7 +19,6 @@ from .train import adamw, train_step
 from .sampling import DecodingState, check_sampling, sample_next
 
 # %% ../nbs/63_reward.ipynb #63a0000d
-#| code-fold: true
 @dataclass
 class Answers:
     """Answers to some questions, those to one question in a row
@@ -193,7 +192,6 @@ def group_advantages(
     return centred / (rewards.std(-1, keepdim=True) + 1e-4)
 
 # %% ../nbs/63_reward.ipynb #63a0001b
-#| code-fold: true
 def grpo_loss(
     logp: Tensor,  # ln P of each token, (N, T), by the model that learns
     old: Tensor,  # by the model that has drawn the answers, (N, T)
