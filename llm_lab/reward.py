@@ -191,7 +191,7 @@ def group_advantages(
     centred = rewards - rewards.mean(-1, keepdim=True)
     return centred / (rewards.std(-1, keepdim=True) + 1e-4)
 
-
+# %% ../nbs/63_reward.ipynb #63a0001b
 def grpo_loss(
     logp: Tensor,  # ln P of each token, (N, T), by the model that learns
     old: Tensor,  # by the model that has drawn the answers, (N, T)
@@ -223,7 +223,7 @@ def grpo_loss(
     each = ((gain - beta * kl) * is_answer).sum(1) / is_answer.sum(1)
     return -each.mean()
 
-# %% ../nbs/63_reward.ipynb #63a0001b
+
 def _rewards_of(answers, prompts, reward, group_size):  # (N, G)
     "The reward of each answer"
     found = [reward(prompts[k // group_size], text) for k, text in enumerate(answers.texts)]

@@ -338,9 +338,11 @@ def test_a_wrong_answer_meets_a_counter_example(answer, lesson):
 def test_what_the_exercise_asks_for_is_the_loss_of_the_library(lesson):
     for logits, drawn, rewards in lesson['loss_cases']:
         logits = torch.tensor(logits, requires_grad=True)
-        logp = logits.log_softmax(0)[drawn, None]
+        T = len(logits)
+        words = torch.tensor([answer + [0] * (T - len(answer)) for answer in drawn])
+        where = torch.tensor([[t < len(answer) for t in range(T)] for answer in drawn])
+        logp = logits.log_softmax(1)[range(T), words]  # (N, T)
         advantage = group_advantages(torch.tensor([rewards]))[0]
-        where = torch.ones(len(drawn), 1).bool()
         grpo_loss(logp, logp.detach(), logp.detach(), advantage, where, beta=0.0).backward()
         near(logits.grad, lesson['gradient_spec'](logits.tolist(), drawn, rewards), 1e-6)
 
