@@ -93,9 +93,11 @@ def before_any_mark(row, header, end):
     without it (4,440 answers for 3,586, and 4,783 for 3,929); and the comparison of `answer_loss`
     with the plain loss (6.31 for 10.63). Had that plain loss taken its targets from
     `answer_targets`, both sides would be wrong alike, and green: an oracle must not be made of what
-    it tests. Green are both counts of complete conversations, and all that is tuned: such rows begin
-    with the tokenizer's end mark, so nothing stands before the first mark, and in rows that are cut
-    the few targets more change no score by a point. No training would have told."""
+    it tests.
+
+    Green are both counts of complete conversations, and all that is tuned: complete rows begin with
+    the tokenizer's end mark, so nothing stands before the first mark, and in rows that are cut the
+    few targets more change no score by a point. No training would have told."""
     seen = False
     wrong = []
     for id in row[:-1]:
