@@ -24,7 +24,7 @@ from .templates import CHAT, CHAT_MARKS, ChatTemplate, chat_ids, common_length
 from .templates import template_of, with_marks
 from .parts import Aux, objective_of
 from .gpt import MiniGPT
-from .train import _for_gradient_alone, _has_aux
+from .train import _for_gradient_alone, _has_aux  # for losses that parts of a model add
 from llm_lab.sampling import (
     DecodeStream,
     DecodingState,
@@ -69,7 +69,7 @@ def grown_state(
         grown[name] = tensor
     return grown
 
-
+# %% ../nbs/62_chat.ipynb #62c0de11
 def add_marks(
     model: MiniGPT,
     tokenizer: Tokenizer,
@@ -143,12 +143,14 @@ def answer_targets(
     """
     ends = _mark_ends(rows, marks.document)
     headers = _last_seen(_mark_ends(rows, marks.header))
+    # the end of a document closes an answer, too: one without an end mark must not go on
     closed = _last_seen(_mark_ends(rows, marks.end) | ends)
     inside = headers > closed  # (B, T+1): after this token, an answer goes on
-    # our rule: up to the last end of a document; a row with one document counts to its end
+    # our rule: up to the last end of a document …
     at = torch.arange(rows.shape[1], device=rows.device)
     complete = at <= _last_seen(ends)[:, -1:]
-    complete |= ~ends[:, 1:].any(1, keepdim=True)  # an end at 0 is that of the document before
+    # … unless the row has one document alone (an end at 0 is that of the document before)
+    complete |= ~ends[:, 1:].any(1, keepdim=True)
     return inside[:, :-1] & complete[:, 1:]  # position t predicts id t+1
 
 # %% ../nbs/62_chat.ipynb #9b0e6a06
@@ -199,7 +201,7 @@ def answer_tokens(
 
     return answers
 
-# %% ../nbs/62_chat.ipynb #9b0e6b03
+# %% ../nbs/62_chat.ipynb #62c0de12
 def _shared_count(counts):
     "How many targets there are; of several processes their mean, because gradients are averaged"
     n = counts.sum().float()
@@ -208,7 +210,7 @@ def _shared_count(counts):
         n /= torch.distributed.get_world_size()
     return n
 
-
+# %% ../nbs/62_chat.ipynb #9b0e6b03
 def answer_loss(
     model: nn.Module,
     rows: Tensor,  # ids, (B, T+1)
@@ -341,6 +343,7 @@ class Chat:
             self, text: 'str', max_new_tokens: 'int' = 500, **sampling: 'Unpack[SamplingSettings]'
         ) -> 'Iterator[str]':
             """Say something; iterate over the answer in pieces of text. `messages` has both afterwards.
+            Nothing is said or read before the first piece is asked for.
 
             Raises `LabError` on a message that is longer than the model reads; warns once where the oldest
             turns are left out
@@ -359,8 +362,8 @@ class Chat:
             """Add the conversation to a file of JSON lines, as one record: {'messages': […]}"""
             ...
 
-# %% ../nbs/62_chat.ipynb #9b0e6a12
-@patch
+# %% ../nbs/62_chat.ipynb #62c0de13
+@patch  # adds a method to the class
 def visible_messages(self: Chat) -> list[dict]:
     "The messages that the model reads: all, or the system's and the last ones"
     first = 0
@@ -376,7 +379,7 @@ def prompt(self: Chat) -> list[int]:
     first = begins(self.tokenizer)  # a template may write it itself
     return ids if ids[: len(first)] == first else first + ids
 
-
+# %% ../nbs/62_chat.ipynb #9b0e6a12
 @patch
 def _fitted(self: Chat, spare) -> list[int]:
     "The ids of the conversation, without its oldest turns where they leave no room for an answer"
@@ -401,6 +404,16 @@ def _fitted(self: Chat, spare) -> list[int]:
             stacklevel=4,
         )
     return ids
+
+# %% ../nbs/62_chat.ipynb #62c0de08
+@patch
+def _room(self: Chat, max_new_tokens) -> float:
+    "So many tokens old turns leave free for an answer: twice the longest so far, within limits"
+    answers = [m.get('content') for m in self.messages if m['role'] == 'assistant']
+    texts = [text for text in answers if isinstance(text, str)]  # a call of a tool has none
+    longest = max((len(self.tokenizer.encode(text)) for text in texts), default=0)
+    quarter = max_context(self.model) / 4  # ∞ if all caches keep only what is near
+    return min(max_new_tokens, quarter, max(16, 2 * longest))
 
 # %% ../nbs/62_chat.ipynb #9b0e6a16
 @patch
@@ -437,16 +450,6 @@ def read(self: Chat, ids: list[int], spare: int = 0) -> Tensor:  # (1, V), on th
     return self.reader(torch.tensor([ids[n:]], device=device))
 
 # %% ../nbs/62_chat.ipynb #9b0e6a19
-@patch
-def _room(self: Chat, max_new_tokens) -> float:
-    "So many tokens old turns leave free for an answer: twice the longest so far, within limits"
-    answers = [m.get('content') for m in self.messages if m['role'] == 'assistant']
-    texts = [text for text in answers if isinstance(text, str)]  # a call of a tool has none
-    longest = max((len(self.tokenizer.encode(text)) for text in texts), default=0)
-    quarter = max_context(self.model) / 4  # ∞ if all caches keep only what is near
-    return min(max_new_tokens, quarter, max(16, 2 * longest))
-
-
 @patch
 def _write(self: Chat, max_new_tokens, sampling) -> Iterator[str]:
     "Yield the pieces of an answer, up to its end mark"
@@ -491,6 +494,7 @@ def send(
     **sampling: Unpack[SamplingSettings],  # temperature, top_k, top_p, repetition_penalty
 ) -> Iterator[str]:
     """Say something; iterate over the answer in pieces of text. `messages` has both afterwards.
+    Nothing is said or read before the first piece is asked for.
 
     Raises `LabError` on a message that is longer than the model reads; warns once where the oldest
     turns are left out

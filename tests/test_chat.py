@@ -1194,7 +1194,7 @@ def small_world():
 
 
 def tuned_in_small(loss_fn, seed=0, steps=80):
-    "A small model, tuned on the small world; a curve of nothing"
+    "A small model, tuned on the small world"
     world = small_world()
     model = tiny(world['tokenizer'], seed)
     optimizer = torch.optim.Adam(model.parameters(), 0.02)
@@ -1202,13 +1202,13 @@ def tuned_in_small(loss_fn, seed=0, steps=80):
         optimizer.zero_grad()
         loss_fn(model, world['rows']).backward()
         optimizer.step()
-    return model, []
+    return model
 
 
 def exercises(tune, **stubs):
     "What `check` says of these answers in the chapter, {name: verdict}; and what its cells defined"
     said = {}
-    of_spec = dict(answers_spec='my_targets', measured='my_guess', too_many_spec='too_many')
+    of_spec = dict(last_answer_spec='my_targets', measured='my_guess', too_many_spec='too_many')
 
     def noted(f, spec, *cases):
         said[of_spec[spec.__name__]] = check(f, spec, *cases)
@@ -1218,7 +1218,7 @@ def exercises(tune, **stubs):
     space = world | dict(
         vars(chat_module),
         **dict(cache=functools.cache, median_low=statistics.median_low, check=noted, tune=tune),
-        names=tokenizer.special_tokens,
+        mark_ids=tokenizer.special_tokens,
         marks_in_ids=answer_marks(tokenizer),
         special={*tokenizer.special_tokens.values()},
         encoded=encode_chat(world['template'], tokenizer, world['unseen'][0], False),
@@ -1266,7 +1266,7 @@ def test_without_a_guess_no_model_is_tuned():
 def test_with_its_end_mark_in_the_loss_an_answer_ends():
     "The same small world, which can learn both: that the other loss does not end is no accident"
     _, space = exercises(tuned_once)
-    model, _ = tuned_in_small(lambda *a: answer_loss(*a, space['tokenizer']))
+    model = tuned_in_small(lambda *a: answer_loss(*a, space['tokenizer']))
     for messages in space['unseen']:
         said = space['greedy'](model, messages[:1], 12)
         assert space['tokenizer'].decode(said) == messages[1]['content']
