@@ -1,0 +1,170 @@
+"""How soon does a small model learn who is where, and who has what? One thread of a CPU.
+
+    python experiments/tales_chat/recall.py --minutes 10 --vocab_size 1280 --qk_norm
+
+Stories of chapter 16, each followed by its state in the end, one short sentence a fact, the key
+before the value: "Mia was at the pond. The kite looked red. The kite was with Ben. Ben had got the
+kite from Mia." That is some ten facts in sixty words, many more than the story itself recalls. In
+`--ordered` of the stories the facts stand in the order in which the story names people and things,
+in the others in any order. Every minute and at the end: of each kind of fact, the share of which
+every token is the most likely one, in 100 stories that nobody trained on. A vocabulary of 1280 has
+a token for each word, one of 320 nearly one for each letter."""
+
+import json
+import time
+from collections import Counter, defaultdict
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+import sys
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import bench
+
+from llm_lab.bpe import BPETokenizer
+from llm_lab.corpora import Corpus
+from llm_lab.gpt import MiniGPT
+from llm_lab.hardware import keep_freed_memory
+from llm_lab.llama_block import QKNorm, llama
+from llm_lab.optim import muon
+from llm_lab.parts import part
+from llm_lab.positions import RoPE
+from llm_lab.questions import QuestionsConfig, write_story
+from llm_lab.tales import END
+from llm_lab.train import batches, fit
+
+EXAM = 100  # stories
+
+
+def facts_of(story):
+    "(kind, what asks for it, the answer) of all that is true in the end"
+    for who in story.people:
+        yield 'place', f' {who} was at the', f' {story.now("place", who)}'
+    for thing in story.things:
+        yield 'colour', f' The {thing} looked', f' {story.now("colour", thing)}'
+        yield 'holder', f' The {thing} was with', f' {story.now("holder", thing)}'
+    times = Counter((gift.thing, gift.taker) for gift in story.gifts)
+    for gift in story.gifts:
+        if times[gift.thing, gift.taker] == 1:
+            yield 'giver', f' {gift.taker} had got the {gift.thing} from', f' {gift.giver}'
+
+
+def ending(story, ordered):
+    "Some facts of a story, in the story's order or in any"
+    random = Random(story.text)
+    facts = [*facts_of(story)]
+    givers = [fact for fact in facts if fact[0] == 'giver']
+    for fact in givers[3:]:  # of gifts, three are enough
+        facts.remove(fact)
+    if random.random() >= ordered:
+        random.shuffle(facts)
+    return facts
+
+
+def document(story, ordered):
+    "A story, and its ending"
+    told = ''.join(f'{asks}{answer}.' for _, asks, answer in ending(story, ordered))
+    return f'{story.text} In the end{told}'
+
+
+def corpus_of(cfg, n, ordered):
+    "n stories with endings"
+    texts = [document(write_story(f'train/{k}', cfg), ordered) for k in range(n)]
+    splits = dict(train=END.join(texts), val=texts[0], test=texts[0])
+    return Corpus('endings', splits, END, 'Apache-2.0', 'made here', '', independent=True)
+
+
+def marked(tok, story):
+    "(ids of a story with its ending in any order, [(kind, first, after the last) of the answers])"
+    ids = tok.encode(f'<|endoftext|>{story.text} In the end', allowed_special=['<|endoftext|>'])
+    places = []
+    for kind, asks, answer in ending(story, ordered=0.0):
+        ids += tok.encode(asks)
+        first = len(ids)
+        ids += tok.encode(answer)
+        places.append((kind, first, len(ids)))
+        ids += tok.encode('.')
+    return torch.tensor([ids]), places
+
+
+@torch.no_grad()
+def shares_right(model, exam):
+    "{kind: the share of facts that the model would have written}"
+    right = defaultdict(list)
+    model.eval()
+    for ids, places in exam:
+        likeliest = model(ids[:, :-1]).argmax(-1)[0]  # at position t, for t + 1
+        for kind, first, end in places:
+            right[kind].append(torch.equal(likeliest[first - 1 : end - 1], ids[0, first:end]))
+    model.train()
+    return {kind: round(sum(found) / len(found), 3) for kind, found in right.items()}
+
+
+def model_of(tok, a):
+    "Llama's block, with or without QK-norm"
+    cfg = llama(
+        tok.vocab_size,
+        d_model=a.d_model,
+        n_layers=a.n_layers,
+        n_heads=4,
+        max_len=a.length,
+        tie=True,
+    )
+    if a.qk_norm:
+        attn = part(cfg.attn.func, bias=False, transforms=(part(QKNorm), part(RoPE)))
+        cfg = replace(cfg, attn=attn)
+    return MiniGPT(cfg, seed=a.seed)
+
+
+def main(a):
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    cfg = QuestionsConfig(names='all', people=a.people, things=a.things, events=a.events)
+    corpus = corpus_of(cfg, a.stories, a.ordered)
+    some = [document(write_story(f'train/{k}', cfg), 0.0) for k in range(3000)]
+    tok = BPETokenizer.train(some, a.vocab_size, special_tokens=['<|endoftext|>'])
+    model = model_of(tok, a)
+    exam = [marked(tok, write_story(f'val/{k}', cfg)) for k in range(EXAM)]
+    start = time.process_time()
+    curve = []
+
+    def look(run):
+        minutes = (time.process_time() - start) / 60
+        if minutes < len(curve) + 1 and minutes < a.minutes:
+            return
+        curve.append(dict(minutes=round(minutes, 1), step=run.step, **shares_right(model, exam)))
+        print(json.dumps(curve[-1]), flush=True)
+        if minutes >= a.minutes:
+            run.stop('the time is up')
+
+    rows = batches(corpus, tok, a.batch_size, a.length, whole=True)
+    fit(
+        model,
+        rows,
+        100_000,
+        optimizer=muon(model, a.lr, 0.1, a.lr / 2),
+        callbacks={25: look},
+        schedule=lambda step, steps: min(1.0, (step + 1) / 100),
+    )
+    return dict(options=vars(a), curve=curve, params=model.n_params, **bench.one_thread())
+
+
+if __name__ == '__main__':
+    ap = bench.parser(__doc__)
+    ap.add_argument('--minutes', type=float, default=10, help='of the processor')
+    ap.add_argument('--vocab_size', type=int, default=1280)
+    ap.add_argument('--qk_norm', action='store_true')
+    ap.add_argument('--ordered', type=float, default=0.4, help='share of endings in order')
+    ap.add_argument('--d_model', type=int, default=128)
+    ap.add_argument('--n_layers', type=int, default=4)
+    ap.add_argument('--lr', type=float, default=0.01, help='of Muon')
+    ap.add_argument('--batch_size', type=int, default=14)
+    ap.add_argument('--length', type=int, default=216)
+    ap.add_argument('--stories', type=int, default=30_000)
+    ap.add_argument('--people', type=int, default=4)
+    ap.add_argument('--things', type=int, default=3)
+    ap.add_argument('--events', type=int, default=5)
+    ap.add_argument('--seed', type=int, default=0)
+    print(json.dumps(main(ap.parse_args())))
