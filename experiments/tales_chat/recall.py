@@ -8,7 +8,10 @@ kite from Mia." That is some ten facts in sixty words, many more than the story 
 `--ordered` of the stories the facts stand in the order in which the story names people and things,
 in the others in any order. Every minute and at the end: of each kind of fact, the share of which
 every token is the most likely one, in 100 stories that nobody trained on. A vocabulary of 1280 has
-a token for each word, one of 320 nearly one for each letter."""
+a token for each word, one of 320 nearly one for each letter.
+
+With --drills, the first minutes are no stories: three to six such facts that are told four times,
+each time in another order, so that one word of eight is a recall."""
 
 import json
 import time
@@ -29,13 +32,15 @@ from llm_lab.gpt import MiniGPT
 from llm_lab.hardware import keep_freed_memory
 from llm_lab.llama_block import QKNorm, llama
 from llm_lab.optim import muon
+from llm_lab.package import save
 from llm_lab.parts import part
 from llm_lab.positions import RoPE
-from llm_lab.questions import QuestionsConfig, write_story
-from llm_lab.tales import END
+from llm_lab.questions import NAME_SETS, QuestionsConfig, write_story
+from llm_lab.tales import END, POOLS
 from llm_lab.train import batches, fit
 
 EXAM = 100  # stories
+RUNS = Path(__file__).parent / 'runs'
 
 
 def facts_of(story):
@@ -65,8 +70,7 @@ def ending(story, ordered):
 
 def document(story, ordered):
     "A story, and its ending"
-    told = ''.join(f'{asks}{answer}.' for _, asks, answer in ending(story, ordered))
-    return f'{story.text} In the end{told}'
+    return f'{story.text} In the end{told(ending(story, ordered))}'
 
 
 def corpus_of(cfg, n, ordered):
@@ -76,17 +80,50 @@ def corpus_of(cfg, n, ordered):
     return Corpus('endings', splits, END, 'Apache-2.0', 'made here', '', independent=True)
 
 
-def marked(tok, story):
-    "(ids of a story with its ending in any order, [(kind, first, after the last) of the answers])"
-    ids = tok.encode(f'<|endoftext|>{story.text} In the end', allowed_special=['<|endoftext|>'])
+def drill(key):
+    "[(kind, what asks for it, the answer)] of a made-up state, told four times in four orders"
+    random = Random(key)
+    names = random.sample(NAME_SETS['all'], 6)
+    things = random.sample(POOLS['thing'], 6)
+    facts = [('drill', f' {who} was at the', f' {random.choice(POOLS["place"])}') for who in names]
+    for thing in things:
+        facts.append(('drill', f' The {thing} looked', f' {random.choice(POOLS["colour"])}'))
+        facts.append(('drill', f' The {thing} was with', f' {random.choice(names)}'))
+    some = random.sample(facts, random.randint(3, 6))
+    return [fact for _ in range(4) for fact in random.sample(some, len(some))]
+
+
+def told(facts):
+    "Facts as a text"
+    return ''.join(f'{asks}{answer}.' for _, asks, answer in facts)
+
+
+def drills(n):
+    "A corpus of n drills"
+    texts = [told(drill(f'drill/{k}')) for k in range(n)]
+    splits = dict(train=END.join(texts), val=texts[0], test=texts[0])
+    return Corpus('drills', splits, END, 'Apache-2.0', 'made here', '', independent=True)
+
+
+def marked(tok, text, facts, asked=None):
+    "(ids of a text and facts, [(kind, first, after the last) of the answers of the last `asked`])"
+    ids = tok.encode(f'<|endoftext|>{text}', allowed_special=['<|endoftext|>'])
     places = []
-    for kind, asks, answer in ending(story, ordered=0.0):
+    for kind, asks, answer in facts:
         ids += tok.encode(asks)
         first = len(ids)
         ids += tok.encode(answer)
         places.append((kind, first, len(ids)))
         ids += tok.encode('.')
-    return torch.tensor([ids]), places
+    return torch.tensor([ids]), places[-asked:] if asked else places
+
+
+def exam_of(tok, cfg):
+    "Endings of stories, and the last telling of drills"
+    stories = [write_story(f'val/{k}', cfg) for k in range(EXAM)]
+    found = [marked(tok, f'{s.text} In the end', ending(s, ordered=0.0)) for s in stories]
+    tests = [drill(f'exam/{k}') for k in range(EXAM)]
+    return found + [marked(tok, '', facts, len(facts) // 4) for facts in tests]
 
 
 @torch.no_grad()
@@ -124,36 +161,47 @@ def main(a):
     cfg = QuestionsConfig(names='all', people=a.people, things=a.things, events=a.events)
     corpus = corpus_of(cfg, a.stories, a.ordered)
     some = [document(write_story(f'train/{k}', cfg), 0.0) for k in range(3000)]
+    some += [told(drill(f'drill/{k}')) for k in range(300)]
     tok = BPETokenizer.train(some, a.vocab_size, special_tokens=['<|endoftext|>'])
     model = model_of(tok, a)
-    exam = [marked(tok, write_story(f'val/{k}', cfg)) for k in range(EXAM)]
+    exam = exam_of(tok, cfg)
     start = time.process_time()
     curve = []
 
-    def look(run):
-        minutes = (time.process_time() - start) / 60
-        if minutes < len(curve) + 1 and minutes < a.minutes:
-            return
-        curve.append(dict(minutes=round(minutes, 1), step=run.step, **shares_right(model, exam)))
-        print(json.dumps(curve[-1]), flush=True)
-        if minutes >= a.minutes:
-            run.stop('the time is up')
+    def train(corpus, minutes):
+        "Train for some minutes, with a warm-up of its own"
+        stop_at = time.process_time() + 60 * minutes
 
-    rows = batches(corpus, tok, a.batch_size, a.length, whole=True)
-    fit(
-        model,
-        rows,
-        100_000,
-        optimizer=muon(model, a.lr, 0.1, a.lr / 2),
-        callbacks={25: look},
-        schedule=lambda step, steps: min(1.0, (step + 1) / 100),
-    )
+        def look(run):
+            done = (time.process_time() - start) / 60
+            last = time.process_time() > stop_at
+            if last:
+                run.stop('the time is up')
+            if last or done >= len(curve) + 1:
+                loss = sum(run.losses[-25:]) / 25
+                right = shares_right(model, exam)
+                curve.append(
+                    dict(minutes=round(done, 1), step=run.step, loss=round(loss, 3), **right)
+                )
+                print(json.dumps(curve[-1]), flush=True)
+                save(RUNS / a.name, model, tok, about=dict(step=run.step))
+
+        rows = batches(corpus, tok, a.batch_size, a.length, whole=True)
+        optimizer = muon(model, a.lr, 0.1, a.lr / 2)
+        rising = lambda step, steps: min(1.0, (step + 1) / 100)
+        fit(model, rows, 100_000, optimizer=optimizer, callbacks={25: look}, schedule=rising)
+
+    if a.drills:
+        train(drills(a.stories), a.drills)
+    train(corpus, a.minutes)
     return dict(options=vars(a), curve=curve, params=model.n_params, **bench.one_thread())
 
 
 if __name__ == '__main__':
     ap = bench.parser(__doc__)
     ap.add_argument('--minutes', type=float, default=10, help='of the processor')
+    ap.add_argument('--drills', type=float, default=0, help='minutes of them before')
+    ap.add_argument('--name', default='recall', help='of the package in runs/')
     ap.add_argument('--vocab_size', type=int, default=1280)
     ap.add_argument('--qk_norm', action='store_true')
     ap.add_argument('--ordered', type=float, default=0.4, help='share of endings in order')
