@@ -160,6 +160,7 @@ def test_a_knob_redraws_its_picture(opened, tmp_path):
 
 
 @pytest.mark.data
+@pytest.mark.slow  # by day a knob is turned, and a text typed into the playground
 def test_merges_can_be_scrubbed_and_texts_typed(opened, tmp_path):
     "`bpe`: the slider cuts the words anew, and what is typed is shown under four tokenizers"
     from playwright.sync_api import expect

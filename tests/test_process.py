@@ -48,6 +48,7 @@ def test_a_tour_leaves_a_package_and_nothing_else(tmp_path, poem):
     assert s.returncode == 0 and s.stdout.startswith('the cat') and len(s.stdout) == 28
 
 
+@pytest.mark.slow  # by day `.ci/run` cuts the network and makes a tour
 def test_the_default_tour_needs_no_network(tmp_path):
     "Every attempt to open a connection ends the process"
     code = (
