@@ -41,12 +41,16 @@ from llm_lab.train import batches, fit
 
 EXAM = 100  # stories
 RUNS = Path(__file__).parent / 'runs'
+ONSETS = 'b br ch d dr f fl g gr h j k kl l m n p r s sh st t tr v w z'.split()
+CODAS = ['', '', *'dklmnrst']
 
 
 def facts_of(story):
     "(kind, what asks for it, the answer) of all that is true in the end"
     for who in story.people:
         yield 'place', f' {who} was at the', f' {story.now("place", who)}'
+        if len(story.held_by(who)) == 1:
+            yield 'thing', f' {who} had the', f' {story.held_by(who)[0]}'
     for thing in story.things:
         yield 'colour', f' The {thing} looked', f' {story.now("colour", thing)}'
         yield 'holder', f' The {thing} was with', f' {story.now("holder", thing)}'
@@ -73,17 +77,33 @@ def document(story, ordered):
     return f'{story.text} In the end{told(ending(story, ordered))}'
 
 
-def corpus_of(cfg, n, ordered):
-    "n stories with endings"
-    texts = [document(write_story(f'train/{k}', cfg), ordered) for k in range(n)]
+def shorter(cfg, key):
+    "Half of the stories have fewer people and things, and less happens in them"
+    random = Random(key)
+    if random.random() < 0.5:
+        return cfg
+    people = random.randint(2, cfg.people)
+    things = random.randint(1, min(people, cfg.things))
+    return replace(cfg, people=people, things=things, events=random.randint(0, cfg.events))
+
+
+def corpus_of(cfg, n, ordered, drilled):
+    "n documents: stories with endings, and a share of drills"
+    texts = []
+    for k in range(n):
+        if Random(f'kind/{k}').random() < drilled:
+            texts.append(told(drill(f'mixed/{k}', cfg.names)))
+        else:
+            key = f'train/{k}'
+            texts.append(document(write_story(key, shorter(cfg, key)), ordered))
     splits = dict(train=END.join(texts), val=texts[0], test=texts[0])
     return Corpus('endings', splits, END, 'Apache-2.0', 'made here', '', independent=True)
 
 
-def drill(key):
+def drill(key, who):
     "[(kind, what asks for it, the answer)] of a made-up state, told four times in four orders"
     random = Random(key)
-    names = random.sample(NAME_SETS['all'], 6)
+    names = random.sample(NAME_SETS[who], 6)
     things = random.sample(POOLS['thing'], 6)
     facts = [('drill', f' {who} was at the', f' {random.choice(POOLS["place"])}') for who in names]
     for thing in things:
@@ -98,9 +118,9 @@ def told(facts):
     return ''.join(f'{asks}{answer}.' for _, asks, answer in facts)
 
 
-def drills(n):
+def drills(n, who):
     "A corpus of n drills"
-    texts = [told(drill(f'drill/{k}')) for k in range(n)]
+    texts = [told(drill(f'drill/{k}', who)) for k in range(n)]
     splits = dict(train=END.join(texts), val=texts[0], test=texts[0])
     return Corpus('drills', splits, END, 'Apache-2.0', 'made here', '', independent=True)
 
@@ -122,7 +142,7 @@ def exam_of(tok, cfg):
     "Endings of stories, and the last telling of drills"
     stories = [write_story(f'val/{k}', cfg) for k in range(EXAM)]
     found = [marked(tok, f'{s.text} In the end', ending(s, ordered=0.0)) for s in stories]
-    tests = [drill(f'exam/{k}') for k in range(EXAM)]
+    tests = [drill(f'exam/{k}', cfg.names) for k in range(EXAM)]
     return found + [marked(tok, '', facts, len(facts) // 4) for facts in tests]
 
 
@@ -155,62 +175,72 @@ def model_of(tok, a):
     return MiniGPT(cfg, seed=a.seed)
 
 
+def made_up(n):
+    "n names that nobody has, of one or two syllables: Brol, Tim, Sera"
+    random, found = Random(0), {}
+    while len(found) < n:
+        name = ''
+        for _ in range(random.choice((1, 2, 2))):
+            name += random.choice(ONSETS) + random.choice('aeiou')
+        found[(name + random.choice(CODAS)).capitalize()] = None
+    real = {*NAME_SETS['all'], *(w.capitalize() for words in POOLS.values() for w in words)}
+    return [name for name in found if len(name) > 2 and name not in real]
+
+
 def main(a):
     torch.set_num_threads(1)
     keep_freed_memory()
-    cfg = QuestionsConfig(names='all', people=a.people, things=a.things, events=a.events)
-    corpus = corpus_of(cfg, a.stories, a.ordered)
+    NAME_SETS['made-up'] = made_up(4000)
+    cfg = QuestionsConfig(names=a.names, people=a.people, things=a.things, events=a.events)
+    corpus = corpus_of(cfg, a.stories, a.ordered, a.drilled)
     some = [document(write_story(f'train/{k}', cfg), 0.0) for k in range(3000)]
-    some += [told(drill(f'drill/{k}')) for k in range(300)]
+    some += [told(drill(f'drill/{k}', a.names)) for k in range(300)]
     tok = BPETokenizer.train(some, a.vocab_size, special_tokens=['<|endoftext|>'])
     model = model_of(tok, a)
     exam = exam_of(tok, cfg)
     start = time.process_time()
     curve = []
+    rising = lambda step, steps: min(1.0, (step + 1) / 100)
+    falling = lambda step, steps: min(rising(step, steps), 2 * (1 - step / steps))
 
-    def train(corpus, minutes):
-        "Train for some minutes, with a warm-up of its own"
-        stop_at = time.process_time() + 60 * minutes
+    def look(run):
+        minutes = (time.process_time() - start) / 60
+        loss = sum(run.losses[-25:]) / 25
+        right = shares_right(model, exam)
+        curve.append(dict(minutes=round(minutes, 1), step=run.step, loss=round(loss, 3), **right))
+        print(json.dumps(curve[-1]), flush=True)
+        save(RUNS / a.name, model, tok, about=dict(step=run.step))
 
-        def look(run):
-            done = (time.process_time() - start) / 60
-            last = time.process_time() > stop_at
-            if last:
-                run.stop('the time is up')
-            if last or done >= len(curve) + 1:
-                loss = sum(run.losses[-25:]) / 25
-                right = shares_right(model, exam)
-                curve.append(
-                    dict(minutes=round(done, 1), step=run.step, loss=round(loss, 3), **right)
-                )
-                print(json.dumps(curve[-1]), flush=True)
-                save(RUNS / a.name, model, tok, about=dict(step=run.step))
-
+    def train(corpus, steps, schedule):
+        "Train for some steps, with a warm-up of its own"
         rows = batches(corpus, tok, a.batch_size, a.length, whole=True)
         optimizer = muon(model, a.lr, 0.1, a.lr / 2)
-        rising = lambda step, steps: min(1.0, (step + 1) / 100)
-        fit(model, rows, 100_000, optimizer=optimizer, callbacks={25: look}, schedule=rising)
+        fit(model, rows, steps, optimizer=optimizer, callbacks={200: look}, schedule=schedule)
 
     if a.drills:
-        train(drills(a.stories), a.drills)
-    train(corpus, a.minutes)
-    return dict(options=vars(a), curve=curve, params=model.n_params, **bench.one_thread())
+        train(drills(a.stories, a.names), a.drills, rising)
+    train(corpus, a.steps, falling)
+    found = dict(options=vars(a), curve=curve, params=model.n_params, **bench.one_thread())
+    (RUNS / f'{a.name}.json').write_text(json.dumps(found))
+    return found
 
 
 if __name__ == '__main__':
     ap = bench.parser(__doc__)
-    ap.add_argument('--minutes', type=float, default=10, help='of the processor')
-    ap.add_argument('--drills', type=float, default=0, help='minutes of them before')
+    ap.add_argument('--steps', type=int, default=8000, help='on stories and drills')
+    ap.add_argument('--drills', type=int, default=1200, help='steps on drills alone, before')
+    ap.add_argument('--drilled', type=float, default=0.2, help='share of drills among stories')
+    ap.add_argument('--names', default='all', choices=['all', 'made-up'])
     ap.add_argument('--name', default='recall', help='of the package in runs/')
     ap.add_argument('--vocab_size', type=int, default=1280)
     ap.add_argument('--qk_norm', action='store_true')
-    ap.add_argument('--ordered', type=float, default=0.4, help='share of endings in order')
+    ap.add_argument('--ordered', type=float, default=0.2, help='share of endings in order')
     ap.add_argument('--d_model', type=int, default=128)
     ap.add_argument('--n_layers', type=int, default=4)
     ap.add_argument('--lr', type=float, default=0.01, help='of Muon')
     ap.add_argument('--batch_size', type=int, default=14)
     ap.add_argument('--length', type=int, default=216)
-    ap.add_argument('--stories', type=int, default=30_000)
+    ap.add_argument('--stories', type=int, default=100_000)
     ap.add_argument('--people', type=int, default=4)
     ap.add_argument('--things', type=int, default=3)
     ap.add_argument('--events', type=int, default=5)

@@ -2,8 +2,8 @@
 
     python experiments/tales_chat/run.py [--seeds 3] [--save]
 
-A base model (llama's block, 4 layers of width 128, byte pairs) learns stories alone, about one time
-each; how long that takes and how far it stays above the stories' floor is printed. Then it is tuned
+The base model is that of recall.py: it has read stories with their state in the end, and drills,
+but no question; how long that took, and what it looks up, is printed. Then it is tuned
 on conversations about other stories, with the loss on the answers and a little on the rest: all of
 its weights, or adapters of several ranks (LoRA), which train the rows of the marks, too. Exams of
 `--exam` questions each: on stories that nobody trained on, with the names of training and with
@@ -17,6 +17,7 @@ its reward, and further tuning for as long. All on one thread each; times are th
 Cells are kept in runs/, and an interrupted experiment goes on. One line of JSON at the end."""
 
 import copy
+import json
 import sys
 import time
 from dataclasses import replace
@@ -28,12 +29,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import bench
 
-from llm_lab.bpe import BPETokenizer
 from llm_lab.chat import CHAT_MARKS, add_marks, answer_loss
 from llm_lab.evaluation import evaluate
-from llm_lab.gpt import MiniGPT
 from llm_lab.hardware import keep_freed_memory
-from llm_lab.llama_block import llama
 from llm_lab.lora import add_lora, merge_lora, train_rows
 from llm_lab.optim import muon
 from llm_lab.package import load, save
@@ -46,7 +44,6 @@ from llm_lab.questions import (
     exam,
     tale_questions,
     tale_stories,
-    write_story,
 )
 from llm_lab.reward import grpo, sample_answers
 from llm_lab.templates import CHAT, ChatTemplate, chat_ids
@@ -54,12 +51,9 @@ from llm_lab.train import batches, fit
 
 HERE = Path(__file__).parent
 RUNS = HERE / 'runs'
-STORIES, TALKS = 60_000, 20_000
-# Words of few letters that share their pieces are copied sooner than words that are one token each
-VOCAB_SIZE = 320
-LENGTH = 384  # a story has about 170 tokens, and with five questions 340
-SIZE = dict(d_model=128, n_layers=4, n_heads=4, max_len=LENGTH, tie=True)
-RATES = 0.006, 0.1, 0.003  # of Muon: matrices of the blocks, weight decay, and all else
+TALKS = 20_000
+BATCH = 14
+RATES = 0.008, 0.1, 0.004  # of Muon: matrices of the blocks, weight decay, and all else
 REST = 0.15  # weight of what is no answer
 CFG = QuestionsConfig()
 FIVE = QuestionsConfig(questions=5)  # more of what counts in the same time
@@ -72,43 +66,6 @@ def clock(work):
     start = time.process_time()
     found = work()
     return found, (time.process_time() - start) / 60
-
-
-# ---- the base model
-
-
-def base(steps):
-    "Learn stories; the package is kept. Returns what it cost, and how good it is"
-    torch.set_num_threads(1)
-    keep_freed_memory()
-    corpus = tale_stories(STORIES)
-    some = [write_story(f'train/{k}').text for k in range(2000)]
-    tok = BPETokenizer.train(some, VOCAB_SIZE, special_tokens=['<|endoftext|>'])
-    model = MiniGPT(llama(tok.vocab_size, **SIZE), seed=0)
-    rows = batches(corpus, tok, 8, LENGTH, whole=True)
-    curve = []
-
-    def look(run):
-        score = evaluate(model, tok, corpus, max_tokens=10_000)
-        curve.append([run.step, round(score.bits, 4)])
-        save(RUNS / f'base-{steps}', model, tok, about=dict(corpus='tale_stories', step=run.step))
-        print(curve[-1], flush=True)
-
-    run, minutes = clock(
-        lambda: fit(
-            model, rows, steps, optimizer=muon(model, *RATES), callbacks={min(500, steps): look}
-        )
-    )
-    save(RUNS / f'base-{steps}', model, tok, about=dict(corpus='tale_stories', step=steps))
-    score = evaluate(model, tok, corpus)
-    return dict(
-        minutes=round(minutes, 1),
-        params=model.n_params,
-        rows=run.step * 8,
-        bits=score.bits,
-        floor=corpus.floor,
-        curve=curve,
-    )
 
 
 # ---- exams
@@ -170,9 +127,9 @@ def without_reading(n):
 # ---- tuning
 
 
-def started(base_steps, rank=0):
+def started(base, rank=0):
     "The base model with the marks of a chat: all of it to be trained, or adapters of a rank"
-    model, tok, _ = load(RUNS / f'base-{base_steps}')
+    model, tok, _ = load(RUNS / base)
     old = tok.vocab_size
     model, tok = add_marks(model, tok, CHAT_MARKS)
     if rank:
@@ -183,18 +140,20 @@ def started(base_steps, rank=0):
 
 def practise(model, tok, steps, seed=0, rate=1.0):
     "Train on conversations, with the loss on the answers and a little on the rest"
-    rows = batches(tale_questions(TALKS, FIVE), tok, 8, LENGTH, seed=seed, whole=True)
+    rows = batches(
+        tale_questions(TALKS, FIVE), tok, BATCH, model.cfg.max_len, seed=seed, whole=True
+    )
     loss = partial(answer_loss, tokenizer=tok, rest=REST)
     lr, decay, rest_lr = RATES
     optimizer = muon(model, rate * lr, decay, rate * rest_lr)
     return fit(model, rows, steps, optimizer=optimizer, loss_fn=loss, seed=seed)
 
 
-def tune(base_steps, rank, steps, seed, n):
+def tune(base, rank, steps, seed, n):
     "Tune all weights (rank 0), or adapters; exams before and after; what is forgotten, in bits"
     torch.set_num_threads(1)
     keep_freed_memory()
-    model, tok = started(base_steps, rank)
+    model, tok = started(base, rank)
     corpus = tale_stories(2000)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     before = evaluate(model, tok, corpus).bits
@@ -204,7 +163,7 @@ def tune(base_steps, rank, steps, seed, n):
     if rank:
         model = merge_lora(model)
     model.eval()
-    save(RUNS / f'tuned-{base_steps}-{rank}-{steps}-{seed}', model, tok)
+    save(RUNS / f'tuned-{base}-{rank}-{steps}-{seed}', model, tok)
     return dict(
         minutes=round(minutes, 1),
         trained=trained,
@@ -236,11 +195,11 @@ def with_reward(model, tok, steps, seed):
     return grpo(model, reference, prompts, reward, steps, end, lr=REWARD_RATE, seed=seed)
 
 
-def further(base_steps, start_steps, way, steps, seed, n):
+def further(base, start_steps, way, steps, seed, n):
     "From a tuning that stopped early: for some steps more of the same, or the reward"
     torch.set_num_threads(1)
     keep_freed_memory()
-    model, tok, _ = load(RUNS / f'tuned-{base_steps}-0-{start_steps}-{seed}')
+    model, tok, _ = load(RUNS / f'tuned-{base}-0-{start_steps}-{seed}')
     if way == 'reward':
         notes, minutes = clock(lambda: with_reward(model, tok, steps, seed))
         found = dict(reward=[round(note['reward'], 3) for note in notes], kl=notes[-1]['kl'])
@@ -271,25 +230,24 @@ def show(label, cell):
     print(f'{label:24}{cell["minutes"]:6.1f} min  {exams}')
 
 
-def main(seeds, base_steps, steps, extra, ranks, n):
-    found = dict(base=kept(base, base_steps), exam=n, steps=steps)
-    b = found['base']
-    print(f'base: {b["minutes"]} min, {b["bits"]:.4f} bits per character (floor {b["floor"]:.4f})')
-    found['before'] = kept(tune, base_steps, 0, 0, 0, n)['exams']
+def main(seeds, base, steps, extra, ranks, n):
+    found = dict(base=json.loads((RUNS / f'{base}.json').read_text()), exam=n, steps=steps)
+    print(f'base: {json.dumps(found["base"]["curve"][-1])}')
+    found['before'] = kept(tune, base, 0, 0, 0, n)['exams']
     found['baselines'] = kept(without_reading, n)
     for name, exams in found['baselines'].items():
         print(f'{name:24}' + '  '.join(f'{k} {share(e):6.1%}' for k, e in exams.items()))
     found['tuned'] = {}
     for rank in (0, *ranks):
-        cell = found['tuned'][rank] = kept(tune, base_steps, rank, steps, 0, n)
+        cell = found['tuned'][rank] = kept(tune, base, rank, steps, 0, n)
         show(f'rank {rank}' if rank else 'all weights', cell)
         before, after = cell['stories']
         print(f'{"":24}stories {before:.4f} → {after:.4f} bits; {cell["trained"]:,} trained')
     found['further'] = {way: [] for way in extra}
     for seed in range(seeds):
         for way, more in extra.items():
-            kept(tune, base_steps, 0, steps // 2, seed, n)
-            cell = kept(further, base_steps, steps // 2, way, more, seed, n)
+            kept(tune, base, 0, steps // 2, seed, n)
+            cell = kept(further, base, steps // 2, way, more, seed, n)
             found['further'][way].append(cell)
             show(f'{way}, seed {seed}', cell)
     return found | bench.one_thread()
@@ -297,13 +255,13 @@ def main(seeds, base_steps, steps, extra, ranks, n):
 
 if __name__ == '__main__':
     ap = bench.parser(__doc__, seeds=3)
-    ap.add_argument('--base_steps', type=int, default=5000)
-    ap.add_argument('--steps', type=int, default=2500, help='of tuning')
+    ap.add_argument('--base', default='words', help='what recall.py was told to name')
+    ap.add_argument('--steps', type=int, default=1600, help='of tuning')
     ap.add_argument('--rewarded', type=int, default=100, help='steps of GRPO')
     ap.add_argument('--further', type=int, default=400, help='steps of further tuning, as long')
     ap.add_argument('--ranks', type=int, nargs='*', default=[1, 4, 16])
     ap.add_argument('--exam', type=int, default=500, help='questions of an exam')
     a = ap.parse_args()
     extra = dict(reward=a.rewarded, practice=a.further)
-    result = main(a.seeds, a.base_steps, a.steps, extra, a.ranks, a.exam)
+    result = main(a.seeds, a.base, a.steps, extra, a.ranks, a.exam)
     bench.report(__file__, result, a.save)
