@@ -177,6 +177,7 @@ _DECLARED = dict(  # slot: CHAPTER:NAME, of this book where no module is said
     choice='moe:softmax_top_k moe:top_k_softmax moe:sigmoid_top_k',
     corpus=(
         'corpora:tiny_shakespeare tales:tiny_tales questions:tale_stories questions:tale_questions '
+        'questions:tale_states questions:tale_drills '
         'hubdata:tinystories hubdata:dolly hubdata:pg19'
     ),
     tokenizer='chars:CharTokenizer bpe:BPETokenizer bpe:ForeignTokenizer',

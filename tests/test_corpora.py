@@ -298,8 +298,8 @@ def test_a_text_is_used_again_only_where_its_hash_is_known(tmp_path):
 
 @pytest.mark.parametrize('wrong', ['no/such.txt', '', 'x' * 999])
 def test_what_leads_nowhere_is_answered_with_what_there_is(wrong):
-    names = 'tiny_tales, tale_stories, tale_questions, tinystories, dolly, pg19'
-    refused(lambda: load_corpus(wrong), f'{names}, or give a path')
+    names = 'tiny_tales, tale_stories, tale_questions, tale_states, tale_drills, tinystories, dolly'
+    refused(lambda: load_corpus(wrong), f'{names}, pg19, or give a path')
 
 
 def test_a_path_loads_and_a_corpus_of_ours_is_not_streamed(tmp_path):

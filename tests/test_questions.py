@@ -16,6 +16,7 @@ from llm_lab import questions as chapter
 from llm_lab.core import LabError, check
 from llm_lab.corpora import load_corpus
 from llm_lab.questions import (
+    FACT_WAYS,
     NAME_SETS,
     QUESTION_KINDS,
     Question,
@@ -25,8 +26,10 @@ from llm_lab.questions import (
     baselines,
     candidates,
     conversation,
+    drill,
     exact_match,
     exam,
+    final_facts,
     first_mentioned,
     last_mentioned,
     most_mentioned,
@@ -35,7 +38,9 @@ from llm_lab.questions import (
     questions_about,
     random_candidate,
     story_entropy,
+    tale_drills,
     tale_questions,
+    tale_states,
     tale_stories,
     wilson_interval,
     write_story,
@@ -424,12 +429,92 @@ def test_the_floor_is_what_other_stories_cost(cfg, n=1000):
     assert tale_stories(50, cfg).floor == floor and tale_questions(50, cfg).floor is None
 
 
+# ---- what is true in the end, told behind a story and on its way
+
+
+def read_fact(sentence):
+    "(kind, a, b, the word) of a sentence that tells a fact, by regular expressions; else None"
+    for kind, ways in FACT_WAYS.items():
+        for way in ways:
+            pattern = re.escape(way.strip()).replace(r'\{a\}', r'(?P<a>\w+)')
+            pattern = pattern.replace(r'\{b\}', r'(?P<b>\w+)') + r' (?P<word>\w+)\.'
+            if m := re.fullmatch(pattern, sentence):
+                return kind, m['a'], m.groupdict().get('b'), m['word']
+    return None
+
+
+def is_true(fact, second):
+    "By the second program"
+    kind, a, b, word = fact
+    if kind == 'giver':
+        return [g for x, to, g, *_ in second.gifts if (x, to) == (a, b)] == [word]
+    if kind == 'thing':
+        return [x for x, h in second.holder.items() if h[-1][1] == a] == [word]
+    return getattr(second, kind)[a][-1][1] == word
+
+
+def test_each_fact_is_true_where_it_is_told():
+    counted = Counter()
+    for k, document in enumerate(tale_states(300).documents('train')):
+        if ' met at the ' not in document:
+            continue  # a drill
+        read = ''
+        in_the_end = False
+        for sentence in re.findall(r'.*?[.!]"?(?: |$)', document.replace(' In the end:', ' @')):
+            in_the_end |= sentence.startswith('@')
+            sentence = sentence.removeprefix('@ ').strip()
+            fact = read_fact(sentence)
+            # 'Mia had the ball' is a fact; 'Mia had a red ball' belongs to the story
+            if fact is None:
+                assert not in_the_end
+                read += f'{sentence} '
+            else:
+                assert is_true(fact, Simulated(read.strip())), (k, sentence)
+                counted[fact[0], in_the_end] += 1
+    assert {kind for kind, at_the_end in counted if at_the_end} == {*QUESTION_KINDS}
+    assert {kind for kind, at_the_end in counted if not at_the_end} == {'holder', 'thing'}
+
+
+def test_facts_are_as_many_as_asked_for_and_follow_the_seed():
+    story = write_story(3)
+    assert len(final_facts(story, 0, most=4)) == 4
+    assert final_facts(story, 0) == final_facts(story, 0) != final_facts(story, 1)
+    everything = final_facts(story, 0, most=99)
+    assert Counter((f.kind, f.word.strip()) for f in everything) == Counter(
+        (q.kind, q.word) for q in questions_about(story)
+    )
+
+
+@pytest.mark.parametrize('names', ['seen', 'made-up'])
+def test_a_drill_tells_each_fact_four_times(names):
+    for seed in range(200):
+        told = [read_fact(fact.told.strip()) for fact in drill(seed, names)]
+        times = Counter(told)
+        assert 3 <= len(times) <= 5 and {*times.values()} == {4}
+        size = len(times)
+        for start in range(0, len(told), size):
+            assert {*told[start : start + size]} == {*times}  # each telling is of all
+        assert len({fact[:3] for fact in times}) == size  # nothing is said to be two things
+
+
+def test_names_that_are_made_up_belong_to_nobody():
+    made_up = NAME_SETS['made-up']
+    words = {word for pool in POOLS.values() for word in pool}
+    assert len({*made_up}) == len(made_up) == 4000
+    assert not {*made_up} & {*NAME_SETS['all']} and not {*map(str.lower, made_up)} & words
+    assert all(re.fullmatch('[A-Z][a-z]{2,}', name) for name in made_up)
+    for corpus in (tale_states(100), tale_drills(100)):
+        assert not {*re.findall(r'\w+', corpus.text('train'))} & {*NAME_SETS['all']}
+        assert corpus.independent and corpus.floor is None
+
+
 def test_the_corpora_have_names(monkeypatch):
     made = []
-    for name in ('tale_questions', 'tale_stories'):
+    names = ['tale_questions', 'tale_stories', 'tale_states', 'tale_drills']
+    for name in names:
         monkeypatch.setattr(chapter, name, lambda name=name: made.append(name))
         load_corpus(name)
-    assert made == ['tale_questions', 'tale_stories']
+    assert made == names
 
 
 # ---- the exercise

@@ -14,6 +14,7 @@ With --drills, the first minutes are no stories: three to six such facts that ar
 each time in another order, so that one word of eight is a recall."""
 
 import json
+import re
 import time
 from collections import Counter, defaultdict
 from dataclasses import replace
@@ -32,7 +33,7 @@ from llm_lab.gpt import MiniGPT
 from llm_lab.hardware import keep_freed_memory
 from llm_lab.llama_block import QKNorm, llama
 from llm_lab.optim import muon
-from llm_lab.package import save
+from llm_lab.package import load, save
 from llm_lab.parts import part
 from llm_lab.positions import RoPE
 from llm_lab.questions import NAME_SETS, QuestionsConfig, write_story
@@ -45,36 +46,89 @@ ONSETS = 'b br ch d dr f fl g gr h j k kl l m n p r s sh st t tr v w z'.split()
 CODAS = ['', '', *'dklmnrst']
 
 
+# {kind: ways to tell a fact; what comes last is its answer}. The first stands right beside what it
+# is about, the others a few words away; {a} and {b} are what the fact is about
+WAYS = dict(
+    place=(' {a} was at the', ' Where one found {a}: at the', ' As for {a}: at the'),
+    thing=(' {a} had the', ' What {a} had: a', ' In the hands of {a}: a'),
+    colour=(' The {a} looked', ' What colour the {a} had: it was', ' As for the {a}: it was'),
+    holder=(' The {a} was with', ' Who had the {a}: it was', ' The {a} was in the hands of'),
+    giver=(
+        ' {b} had got the {a} from',
+        ' Who had given the {a} to {b}: it was',
+        ' The {a} had come to {b} from',
+    ),
+)
+
+
 def facts_of(story):
-    "(kind, what asks for it, the answer) of all that is true in the end"
+    "(kind, a, b, the answer) of all that is true in the end"
     for who in story.people:
-        yield 'place', f' {who} was at the', f' {story.now("place", who)}'
+        yield 'place', who, None, story.now('place', who)
         if len(story.held_by(who)) == 1:
-            yield 'thing', f' {who} had the', f' {story.held_by(who)[0]}'
+            yield 'thing', who, None, story.held_by(who)[0]
     for thing in story.things:
-        yield 'colour', f' The {thing} looked', f' {story.now("colour", thing)}'
-        yield 'holder', f' The {thing} was with', f' {story.now("holder", thing)}'
+        yield 'colour', thing, None, story.now('colour', thing)
+        yield 'holder', thing, None, story.now('holder', thing)
     times = Counter((gift.thing, gift.taker) for gift in story.gifts)
     for gift in story.gifts:
         if times[gift.thing, gift.taker] == 1:
-            yield 'giver', f' {gift.taker} had got the {gift.thing} from', f' {gift.giver}'
+            yield 'giver', gift.thing, gift.taker, gift.giver
 
 
-def ending(story, ordered):
-    "Some facts of a story, in the story's order or in any"
+def said(fact, random, ways):
+    "(kind, what asks for it, the answer), in one of the first so many ways"
+    kind, a, b, answer = fact
+    return kind, random.choice(WAYS[kind][:ways]).format(a=a, b=b), f' {answer}'
+
+
+def ending(story, ways, most=10):
+    "At most so many facts of a story, in any order and in any of some ways; first, who has what"
     random = Random(story.text)
     facts = [*facts_of(story)]
-    givers = [fact for fact in facts if fact[0] == 'giver']
-    for fact in givers[3:]:  # of gifts, three are enough
-        facts.remove(fact)
-    if random.random() >= ordered:
-        random.shuffle(facts)
+    random.shuffle(facts)
+    facts.sort(key=lambda fact: random.random() - (fact[0] in ('holder', 'thing', 'giver')) / 2)
+    chosen = facts[:most]
+    random.shuffle(chosen)
+    return [said(f, random, ways) for f in chosen]
+
+
+def holders_at(story, end):
+    "Who has what after so many characters: facts"
+    held = {}
+    for thing in story.things:
+        held[thing] = [who for at, who in story.facts['holder', thing] if at <= end][-1]
+    facts = [('holder', thing, None, who) for thing, who in held.items()]
+    for who in story.people:
+        if [*held.values()].count(who) == 1:
+            (thing,) = [thing for thing, by in held.items() if by == who]
+            facts.append(('thing', who, None, thing))
     return facts
 
 
-def document(story, ordered):
+def as_it_goes(story, ways):
+    "A story that says after its sentences who has what: mostly what has just changed"
+    random = Random(story.text)
+    told_text, before, start = '', None, 0
+    ends = [m.end() for m in re.finditer(r'[.!]"?(?= |$)', story.text)]
+    for n, end in enumerate(ends):
+        told_text += story.text[start:end]
+        start = end
+        if n == 0:
+            continue  # until people have things
+        now = holders_at(story, end)
+        new = [fact for fact in now if before is not None and fact not in before]
+        before = now
+        some = random.sample(new, min(len(new), random.randint(0, 1)))
+        if random.random() < 0.3:
+            some.append(random.choice(now))
+        told_text += told([said(fact, random, ways) for fact in some])
+    return f'{told_text} In the end:{told(ending(story, ways, most=3))}'
+
+
+def document(story, ways):
     "A story, and its ending"
-    return f'{story.text} In the end{told(ending(story, ordered))}'
+    return f'{story.text} In the end:{told(ending(story, ways))}'
 
 
 def shorter(cfg, key):
@@ -87,30 +141,30 @@ def shorter(cfg, key):
     return replace(cfg, people=people, things=things, events=random.randint(0, cfg.events))
 
 
-def corpus_of(cfg, n, ordered, drilled):
+def corpus_of(cfg, n, ways, drilled, going):
     "n documents: stories with endings, and a share of drills"
     texts = []
     for k in range(n):
         if Random(f'kind/{k}').random() < drilled:
-            texts.append(told(drill(f'mixed/{k}', cfg.names)))
+            texts.append(told(drill(f'mixed/{k}', cfg.names, ways)))
         else:
             key = f'train/{k}'
-            texts.append(document(write_story(key, shorter(cfg, key)), ordered))
+            form = as_it_goes if Random(f'going/{k}').random() < going else document
+            texts.append(form(write_story(key, shorter(cfg, key)), ways))
     splits = dict(train=END.join(texts), val=texts[0], test=texts[0])
     return Corpus('endings', splits, END, 'Apache-2.0', 'made here', '', independent=True)
 
 
-def drill(key, who):
-    "[(kind, what asks for it, the answer)] of a made-up state, told four times in four orders"
+def drill(key, who, ways):
+    "Facts of a made-up state, told four times in four orders, as `said`"
     random = Random(key)
     names = random.sample(NAME_SETS[who], 6)
-    things = random.sample(POOLS['thing'], 6)
-    facts = [('drill', f' {who} was at the', f' {random.choice(POOLS["place"])}') for who in names]
-    for thing in things:
-        facts.append(('drill', f' The {thing} looked', f' {random.choice(POOLS["colour"])}'))
-        facts.append(('drill', f' The {thing} was with', f' {random.choice(names)}'))
-    some = random.sample(facts, random.randint(3, 6))
-    return [fact for _ in range(4) for fact in random.sample(some, len(some))]
+    facts = [('place', n, None, random.choice(POOLS['place'])) for n in names]
+    for thing in random.sample(POOLS['thing'], 6):
+        facts.append(('colour', thing, None, random.choice(POOLS['colour'])))
+        facts.append(('holder', thing, None, random.choice(names)))
+    some = random.sample(facts, random.randint(3, 5))
+    return [said(f, random, ways) for _ in range(4) for f in random.sample(some, len(some))]
 
 
 def told(facts):
@@ -118,9 +172,9 @@ def told(facts):
     return ''.join(f'{asks}{answer}.' for _, asks, answer in facts)
 
 
-def drills(n, who):
+def drills(n, who, ways):
     "A corpus of n drills"
-    texts = [told(drill(f'drill/{k}', who)) for k in range(n)]
+    texts = [told(drill(f'drill/{k}', who, ways)) for k in range(n)]
     splits = dict(train=END.join(texts), val=texts[0], test=texts[0])
     return Corpus('drills', splits, END, 'Apache-2.0', 'made here', '', independent=True)
 
@@ -138,12 +192,14 @@ def marked(tok, text, facts, asked=None):
     return torch.tensor([ids]), places[-asked:] if asked else places
 
 
-def exam_of(tok, cfg):
+def exam_of(tok, cfg, ways):
     "Endings of stories, and the last telling of drills"
     stories = [write_story(f'val/{k}', cfg) for k in range(EXAM)]
-    found = [marked(tok, f'{s.text} In the end', ending(s, ordered=0.0)) for s in stories]
-    tests = [drill(f'exam/{k}', cfg.names) for k in range(EXAM)]
-    return found + [marked(tok, '', facts, len(facts) // 4) for facts in tests]
+    found = [marked(tok, f'{s.text} In the end:', ending(s, ways)) for s in stories]
+    for k in range(EXAM):
+        facts = [('drill', *rest) for _, *rest in drill(f'exam/{k}', cfg.names, ways)]
+        found.append(marked(tok, '', facts, len(facts) // 4))
+    return found
 
 
 @torch.no_grad()
@@ -192,12 +248,15 @@ def main(a):
     keep_freed_memory()
     NAME_SETS['made-up'] = made_up(4000)
     cfg = QuestionsConfig(names=a.names, people=a.people, things=a.things, events=a.events)
-    corpus = corpus_of(cfg, a.stories, a.ordered, a.drilled)
-    some = [document(write_story(f'train/{k}', cfg), 0.0) for k in range(3000)]
-    some += [told(drill(f'drill/{k}', a.names)) for k in range(300)]
+    corpus = corpus_of(cfg, a.stories, a.ways, a.drilled, a.going)
+    some = [document(write_story(f'train/{k}', cfg), a.ways) for k in range(3000)]
+    some += [told(drill(f'drill/{k}', a.names, a.ways)) for k in range(300)]
     tok = BPETokenizer.train(some, a.vocab_size, special_tokens=['<|endoftext|>'])
     model = model_of(tok, a)
-    exam = exam_of(tok, cfg)
+    if a.start:
+        model, tok, _ = load(RUNS / a.start)
+        model.train()
+    exam = exam_of(tok, cfg, a.ways)
     start = time.process_time()
     curve = []
     rising = lambda step, steps: min(1.0, (step + 1) / 100)
@@ -218,7 +277,7 @@ def main(a):
         fit(model, rows, steps, optimizer=optimizer, callbacks={200: look}, schedule=schedule)
 
     if a.drills:
-        train(drills(a.stories, a.names), a.drills, rising)
+        train(drills(a.stories, a.names, a.ways), a.drills, rising)
     train(corpus, a.steps, falling)
     found = dict(options=vars(a), curve=curve, params=model.n_params, **bench.one_thread())
     (RUNS / f'{a.name}.json').write_text(json.dumps(found))
@@ -234,7 +293,9 @@ if __name__ == '__main__':
     ap.add_argument('--name', default='recall', help='of the package in runs/')
     ap.add_argument('--vocab_size', type=int, default=1280)
     ap.add_argument('--qk_norm', action='store_true')
-    ap.add_argument('--ordered', type=float, default=0.2, help='share of endings in order')
+    ap.add_argument('--going', type=float, default=0.4, help='share of stories told as they go')
+    ap.add_argument('--ways', type=int, default=3, help='to tell a fact')
+    ap.add_argument('--start', help='the package in runs/ from which to go on')
     ap.add_argument('--d_model', type=int, default=128)
     ap.add_argument('--n_layers', type=int, default=4)
     ap.add_argument('--lr', type=float, default=0.01, help='of Muon')
