@@ -737,7 +737,7 @@ def _fact(random, kind, word, a, b=None):
     return Fact(kind, random.choice(FACT_WAYS[kind]).format(a=a, b=b), f' {word}')
 
 
-def final_facts(story: Story, seed, most: int = 10) -> list[Fact]:
+def final_facts(story: Story, seed, limit: int = 10) -> list[Fact]:
     "At most so many facts that are true at a story's end, in an order and in ways by the seed"
     random = Random(str(seed))
     facts = []  # (kind, the word, what it is about, who got it)
@@ -752,7 +752,7 @@ def final_facts(story: Story, seed, most: int = 10) -> list[Fact]:
     for gift in story.gifts:
         if times[gift.thing, gift.taker] == 1:
             facts.append(('giver', gift.giver, gift.thing, gift.taker))
-    chosen = random.sample(facts, min(most, len(facts)))
+    chosen = random.sample(facts, min(limit, len(facts)))
     return [_fact(random, *fact) for fact in chosen]
 
 

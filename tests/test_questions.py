@@ -477,9 +477,9 @@ def test_each_fact_is_true_where_it_is_told():
 
 def test_facts_are_as_many_as_asked_for_and_follow_the_seed():
     story = write_story(3)
-    assert len(final_facts(story, 0, most=4)) == 4
+    assert len(final_facts(story, 0, limit=4)) == 4
     assert final_facts(story, 0) == final_facts(story, 0) != final_facts(story, 1)
-    everything = final_facts(story, 0, most=99)
+    everything = final_facts(story, 0, limit=99)
     assert Counter((f.kind, f.word.strip()) for f in everything) == Counter(
         (q.kind, q.word) for q in questions_about(story)
     )
