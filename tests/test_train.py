@@ -170,6 +170,7 @@ def test_rows_from_the_start_of_a_document_teach_more_than_rows_from_anywhere():
 def test_the_schedule_never_rises_again_and_may_end_above_zero():
     factors = [warmup_cosine(step, 1000) for step in range(1000)]
     assert all(a > b for a, b in zip(factors[100:], factors[101:]))
+    assert factors[-1] < 1e-5
     slow = [warmup_cosine(step, 1000, warmup=500, end=0.1) for step in range(1000)]
     close([slow[249], slow[499], slow[750]], [0.5, 1.0, 0.55])
     close(slow[-1], 0.1, eps=1e-4)
