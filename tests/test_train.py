@@ -1,6 +1,7 @@
 """What the loop promises and its notebook does not show: auxiliary losses and hooks, gradients that
 are not finite, a real interrupt, wrong arguments, and that no step waits for a number."""
 
+import json
 import math
 import re
 import signal
@@ -8,22 +9,25 @@ import sys
 import warnings
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pytest
 import torch
+from answers import train as answers
 from fastcore.test import test_close as close
 from fastcore.test import test_eq as equal
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import llm_lab.files
+from llm_lab import train as chapter
 from llm_lab.bpe import BPETokenizer
 from llm_lab.chars import CharTokenizer
-from llm_lab.core import LabError, rng
+from llm_lab.core import LabError, check, rng
 from llm_lab.corpora import Corpus, load_corpus
 from llm_lab.gpt import MLP, GPTConfig, MiniGPT
-from llm_lab.hardware import keep_freed_memory
+from llm_lab.hardware import flops, keep_freed_memory
 from llm_lab.parts import part
 from llm_lab.positions import SinusoidalPositions
 from llm_lab.train import (
@@ -31,6 +35,7 @@ from llm_lab.train import (
     _due_callbacks,
     adamw,
     batches,
+    document_starts,
     fit,
     mean_loss,
     moving_average,
@@ -38,7 +43,9 @@ from llm_lab.train import (
     plot_loss,
     random_crops,
     read_split,
+    spans,
     train_step,
+    warmup_cosine,
     warmup_steps,
     windows_at_once,
 )
@@ -97,7 +104,76 @@ def test_the_loss_of_a_text_is_that_of_its_positions_one_by_one(n):
     close(mean_loss(model, IDS[:n], batch_size=2), total / (n - 1), eps=1e-5)
 
 
+@torch.no_grad()
+def test_the_loss_of_documents_is_that_of_their_positions_one_by_one():
+    model = MiniGPT(SMALL)
+    starts = [3, 10, 90, 91, 140]
+    total = 0.0
+    for t in range(4, 150):
+        start = max(s for s in starts if s < t)
+        start += (t - 1 - start) // 64 * 64
+        total -= model(IDS[None, start:t]).log_softmax(-1)[0, -1, IDS[t]].item()
+    close(mean_loss(model, IDS[:150], batch_size=3, starts=starts), total / 146, eps=1e-5)
+
+
+@pytest.mark.parametrize('case', [(2, 5, None), (50, 7, None), (50, 7, [0, 3, 20, 21, 40])])
+def test_spans_score_every_token_but_the_first_once(case):
+    scored = torch.cat([torch.arange(first, end) for _, first, end in spans(*case)])
+    equal(scored, torch.arange(1, case[0]))
+
+
+def test_spans_leave_nothing_over():
+    equal(spans(7, 3), [[0, 1, 4], [3, 4, 7]])
+
+
 # ---- batches and schedule
+
+
+def test_random_crops_are_pieces_of_the_text_by_seed_and_step():
+    equal(BATCH(7), random_crops(IDS, 8, 64, seed=1)(7))
+    assert not BATCH(7).equal(BATCH(8))
+    assert not BATCH(7).equal(random_crops(IDS, 8, 64, seed=2)(7))
+    assert all(TOK.decode(row.tolist()) in TEXT for row in BATCH(0))
+
+
+MARK = TOK.encode(TALES.separator)
+
+
+def test_rows_may_begin_where_documents_do():
+    starts = document_starts(IDS, MARK)
+    texts = TEXT.split(TALES.separator)
+    equal(len(starts), len(texts) - 1)  # the first document has no mark before it
+    rows = random_crops(IDS, 8, 64, starts=starts)(0)
+    spec = {TEXT[s + 1 :][:64] for s in starts.tolist()}
+    assert all(TOK.decode(row[1:].tolist()) in spec for row in rows)
+
+
+def test_rows_from_the_start_of_a_document_teach_more_than_rows_from_anywhere():
+    text = TALES.text('train')[:1_000_000]
+    tok = CharTokenizer.train(text + TEXT)
+    mark = tok.encode(TALES.separator)
+    train_ids = torch.tensor(tok.encode(text))
+    ids = torch.tensor(tok.encode(TEXT))
+    starts = document_starts(train_ids, mark)
+    begins = document_starts(ids, mark)
+    cfg = replace(SMALL, vocab_size=tok.vocab_size, n_layers=1, max_len=288)
+
+    def loss_of_rows_from(starts):
+        "The better of reading on, and document by document"
+        model = MiniGPT(cfg)
+        fit(model, random_crops(train_ids, 4, 288, starts=starts), 150, lr=8e-3)
+        return min(mean_loss(model, ids), mean_loss(model, ids, starts=begins))
+
+    assert loss_of_rows_from(starts) < 0.95 * loss_of_rows_from(None)
+
+
+def test_the_schedule_never_rises_again_and_may_end_above_zero():
+    factors = [warmup_cosine(step, 1000) for step in range(1000)]
+    assert all(a > b for a, b in zip(factors[100:], factors[101:]))
+    assert factors[-1] < 1e-5
+    slow = [warmup_cosine(step, 1000, warmup=500, end=0.1) for step in range(1000)]
+    close([slow[249], slow[499], slow[750]], [0.5, 1.0, 0.55])
+    close(slow[-1], 0.1, eps=1e-4)
 
 
 def test_a_text_of_one_window_and_a_shorter_one():
@@ -111,6 +187,59 @@ def test_warmup_is_as_long_as_it_is_said_to_be():
 
 
 # ---- one step
+
+
+def test_the_first_step_of_adamw_is_its_rate_times_the_sign_and_only_matrices_decay():
+    model = MiniGPT(SMALL)
+    next_token_loss(model, BATCH(0)).backward()
+    block = model.blocks[0]
+    decays = [(block.mlp.up.weight, 0.1), (block.norm1.weight, 0), (model.tok.weight, 0)]
+
+    def one_step(p, lr, decay):
+        "The moments of one gradient, corrected, are that gradient and its square"
+        return p * (1 - lr * decay) - lr * p.grad / (p.grad.abs() + 1e-8)
+
+    want = [one_step(p, 0.01, decay).detach() for p, decay in decays]
+    adamw(model, lr=0.01).step()
+    for (p, _), new in zip(decays, want):
+        close(p, new, eps=1e-6)
+
+
+class WeightPenalty(MLP):
+    "An MLP that adds the size of its weights to the auxiliary loss"
+
+    needs = ('aux',)
+
+    def __init__(self, cfg, layer=0):
+        super().__init__(cfg)
+        self.layer = layer
+
+    def forward(self, x, aux=None, **ctx):
+        if aux is not None:
+            aux.add(self.layer, loss=self.out.weight.square().sum())
+        return super().forward(x)
+
+
+def test_an_auxiliary_loss_counts_for_the_gradient_alone():
+    def loss_and_gradient(model):
+        loss = next_token_loss(model, BATCH(0))
+        weight = model.blocks[0].mlp.out.weight
+        return loss.item(), torch.autograd.grad(loss, weight)[0], weight.detach()
+
+    with_penalty = MiniGPT(replace(SMALL, mlp=part(WeightPenalty)))
+    loss, gradient, weight = loss_and_gradient(with_penalty)
+    plain_loss, plain_gradient, _ = loss_and_gradient(MiniGPT(SMALL))
+    assert loss == plain_loss  # to the last bit
+    close(gradient - plain_gradient, 2 * weight, eps=1e-5)
+
+
+def test_the_operations_of_a_step_are_those_of_palms_formula():
+    "Chowdhery et al. 2022, appendix B"
+    model = MiniGPT(GPTConfig(max_len=64))
+    rows = torch.randint(65, (12, 65), generator=rng(0, 'rows'))
+    work = flops(lambda: next_token_loss(model, rows).backward())
+    weights = model.n_params - model.tok.weight.numel() - model.pos.table.weight.numel()
+    close(work, rows[:, 1:].numel() * (6 * weights + 12 * 64 * 128 * 4), eps=0.01 * work)
 
 
 class Counting(MLP):
@@ -250,6 +379,42 @@ def test_ctrl_c_ends_the_loop_and_keeps_what_was_learned(monkeypatch):
     assert (run.step, run.stopped, len(run.losses)) == (30, 'by hand', 30)
 
 
+def test_a_run_notes_what_it_did():
+    start = mean_loss(MiniGPT(SMALL), IDS[:5000])
+    callbacks = {20: lambda state: dict(val=mean_loss(state.model, IDS[:5000]))}
+    run = fit(MiniGPT(SMALL), BATCH, 100, callbacks=callbacks)
+    assert (run.step, run.tokens, len(run.losses)) == (100, 100 * 8 * 64, 100)
+    assert [note['step'] for note in run.notes] == [20, 40, 60, 80, 100]
+    assert run.notes[-1]['val'] < run.notes[0]['val'] < start
+
+
+def test_another_seed_is_another_dropout():
+    def trained(seed):
+        return weights_of(fit(MiniGPT(replace(SMALL, dropout=0.1)), BATCH, 5, seed=seed).model)
+
+    assert trained(0) == trained(0)
+    assert trained(0) != trained(1)
+
+
+def test_a_loss_that_is_not_finite_is_found_in_its_row_and_spoils_nothing():
+    def spoilt_loss(model, rows):
+        "NaN for a row that holds token 1"
+        spoil = torch.where(rows == 1, math.nan, 0.0).sum()
+        return next_token_loss(model, rows) + spoil * model.norm.bias.sum()
+
+    def one_bad(step):
+        "Rows of token 2; in step 7, the second row holds a token 1"
+        rows = torch.full((3, 9), 2)
+        if step == 7:
+            rows[1, 4] = 1
+        return rows
+
+    model = MiniGPT(SMALL)
+    words = 'the loss of step 7 is nan (row 1 of its batch, gradient of norm.bias): lower'
+    refuses(lambda: fit(model, one_bad, 40, loss_fn=spoilt_loss), words)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
 def test_no_steps_do_no_harm():
     assert fit(MiniGPT(SMALL), BATCH, 0).losses == []
 
@@ -302,6 +467,28 @@ def test_a_running_text_is_cut_anywhere():
     assert not first(0).equal(batches(running, TOK, batch_size=8, length=32, seed=2)(0))
     ring = torch.cat([ids, ids[:32]]).unfold(0, 33, 1)
     assert all((ring == row).all(1).any() for row in first(0))
+
+
+def test_each_document_of_a_split_has_its_mark():
+    ids, starts = read_split(SOME, TOK, 'train')
+    stories = [TOK.decode(ids[a + 1 : b + 1].tolist()) for a, b in zip(starts, starts[1:])]
+    equal(stories, [d + TALES.separator for d in SOME.documents('train')[:-1]])
+    spec = torch.tensor(TOK.encode(TALES.separator + SOME.text('train') + TALES.separator))
+    equal(ids, spec)
+    equal(starts, document_starts(spec, MARK)[:-1])  # as by search
+    running = read_split(replace(SOME, independent=False), TOK, 'train')
+    equal(running[0], torch.tensor(TOK.encode(SOME.text('train'))))
+    assert running[1] is None
+
+
+def test_byte_pairs_have_a_mark_that_no_text_can_form():
+    few = replace(TALES, splits=dict(val=['One.\n', '', '\nTwo <|endoftext|> three.']))
+    pairs = BPETokenizer.train(TALES.documents('val')[:50], 300, special_tokens=['<|endoftext|>'])
+    ids, starts = read_split(few, pairs, 'val')
+    equal(starts, (ids == pairs.eos_id).nonzero()[:-1, 0])
+    ends = [*starts[1:], -1]
+    texts = [pairs.decode(ids[a + 1 : b].tolist()) for a, b in zip(starts, ends)]
+    equal(texts, few.documents('val'))
 
 
 # ---- the curve
@@ -514,3 +701,54 @@ def test_a_loss_of_ones_own_is_named_and_no_curve_of_it_is_in_nats():
     axis, names, title = said(run)
     assert (axis, names) == ('loss', ['training, of squared', 'validation'])
     assert title == 'the loss falls to 9.00'
+
+
+# ---- the exercises
+
+NOTEBOOK = Path(__file__).resolve().parent.parent / 'nbs' / '23_train.ipynb'
+
+
+@pytest.fixture(scope='module')
+def lesson():
+    "The names of the chapter that its exercises use, and the cell of each exercise"
+    cells = json.loads(NOTEBOOK.read_text(encoding='utf-8'))['cells']
+    sources = [''.join(c['source']) for c in cells if c['cell_type'] == 'code']
+    names = dict(vars(chapter), check=check, MiniGPT=MiniGPT, read=BATCH)
+    names['tiny'] = replace(SMALL, d_model=32, n_layers=1, n_heads=2)
+    (helpers,) = [source for source in sources if 'def sgd(' in source]
+    exec(helpers[helpers.index('def sgd(') :], names)
+    for name in answers.ANSWERS:
+        (source,) = [source for source in sources if source.startswith(f'def {name}(')]
+        exec(source, names)
+    return names
+
+
+def verdict(name, answer, lesson):
+    "What the last line of the exercise's cell says of an answer"
+    spec, cases = {
+        'adamw_step': ('adamw_step_spec', lesson['step_cases']),
+        'wsd': ('wsd_spec', lesson['cases']),
+        'guess': ('factors_spec', [()]),
+    }[name]
+    return check(answer, lesson[spec], *cases), len(cases)
+
+
+RIGHT = [(name, f) for name, (right, _) in answers.ANSWERS.items() for f in right]
+WRONG = [(name, f) for name, (_, wrong) in answers.ANSWERS.items() for f in wrong]
+
+
+@pytest.mark.parametrize('name, answer', RIGHT)
+def test_a_right_answer_is_told_so(name, answer, lesson):
+    said, n = verdict(name, answer, lesson)
+    assert said == f'{answer.__name__}: right on {n} cases'
+
+
+@pytest.mark.parametrize('name, answer', WRONG)
+def test_a_wrong_answer_meets_a_counter_example(name, answer, lesson):
+    said, _ = verdict(name, answer, lesson)
+    assert 'expected' in said
+
+
+@pytest.mark.parametrize('name', answers.ANSWERS)
+def test_an_exercise_that_nobody_has_done_says_so(name, lesson):
+    assert verdict(name, lesson[name], lesson)[0] == f'{name}: not yet'
