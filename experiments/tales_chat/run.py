@@ -2,14 +2,14 @@
 
     python experiments/tales_chat/run.py [--seeds 3] [--save]
 
-The base model is that of recall.py: it has read stories with their state in the end, and drills, but
-no question; how long that took, and what it looks up, is printed. Then it is tuned on conversations
-about other stories, with the loss on the answers and a little on the rest: all of its weights, or
-adapters of several ranks (LoRA), which train the rows of the marks, too. Exams of `--exam` questions
-each: on stories that nobody trained on, with the names of the tuning and with names that no training
-knew. An answer is right if it is the whole answer, exactly, and ended; it is written greedily. Beside
-it the baselines of 16, which see too little. What is forgotten: bits per character on held-out
-stories, before and after; the base has never met a name of theirs.
+The base model is that of recall.py: it has read stories with their state in the end, and drills,
+but no question; how long that took, and what it looks up, is printed. Then it is tuned on
+conversations about other stories, with the loss on the answers and a little on the rest: all of
+its weights, or adapters of several ranks (LoRA), which train the rows of the marks, too. Exams of
+`--exam` questions each: on stories that nobody trained on, with the names of the tuning and with
+names that no training knew. An answer is right if it is the whole answer, exactly, and ended; it
+is written greedily. Beside it the baselines of 16, which see too little. What is forgotten: bits
+per character on held-out stories, before and after; the base has never met a name of theirs.
 
 Then, for each seed, from the tuned model: GRPO with the exam's own grading as its reward, and
 further tuning for as long. All on one thread each; times are the processor's.
