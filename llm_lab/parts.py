@@ -57,7 +57,7 @@ def _check_makes_parts(f):
         return
     raise LabError(f'part({name}): {why}; give a class or a function, such as part(MLP)')
 
-
+# %% ../nbs/20_parts.ipynb #20b00020
 class part(partial):
     """A recipe: a callable with some keywords filled in.
 
@@ -128,7 +128,7 @@ def _raise_no_recipe(value, name, slot):
         recipe = f'({recipe},)'  # these hold several
     raise LabError(f'{name}={said} is no recipe: write {advice}{name}={recipe}')
 
-
+# %% ../nbs/20_parts.ipynb #20b00021
 def _check_slot(x, name, slot):
     """Raises `LabError` unless `x` is a recipe of what may stand in a slot; a part of the reader's
     own may stand anywhere"""
@@ -545,7 +545,7 @@ def _build_objective(cfg) -> Objective | None:
             ) from None
     return made
 
-
+# %% ../nbs/20_parts.ipynb #20b00022
 def objective_loss(objective: Objective, model, rows, number) -> torch.Tensor:
     "`objective.loss`. Raises `LabError` unless it is a scalar tensor"
     value = objective.loss(model, rows, number)
@@ -676,7 +676,7 @@ def _run_file(path, data):
         why = f'{type(e).__name__}: {short(str(e), 200)}'
         raise LabError(f'--parts {path}, line {line}: {why}; mend it, it must stand alone') from e
 
-
+# %% ../nbs/20_parts.ipynb #20b00023
 def load_parts(
     path: str | Path,  # of a file that ends with register(MyPart)
 ) -> PartsFile:

@@ -1,6 +1,7 @@
 """Any parts together: whatever recipes a model is made of, it learns, keeps the future out, and
 comes back from its folder."""
 
+import json
 import random
 import re
 from pathlib import Path
@@ -8,6 +9,7 @@ from functools import partial
 
 import pytest
 import torch
+from answers import parts as answers
 from cases import covering
 from helpers import one_line
 from torch import nn
@@ -17,9 +19,10 @@ from llm_lab.gpt import MLP, GPTConfig, LearnedPositions, MiniGPT
 from llm_lab.package import config_from, to_data
 from llm_lab.onednn import onednn_linears
 from llm_lab.self_attention import Attention, causal, dense_mask
-from llm_lab.parts import Part, has_hook, hook, mask_hook, part
+from llm_lab.parts import Aux, Part, has_hook, hook, mask_hook, part
 from llm_lab.gqa import GQA
-from llm_lab.core import LabError, rng
+from llm_lab import parts
+from llm_lab.core import LabError, check, rng
 from llm_lab.llama_block import SoftcapHead, QKNorm, ReLU2, RMSNorm, SwiGLU, llama
 from llm_lab.positions import RoPE, SinusoidalPositions, linear_scaling, llama3_scaling
 from llm_lab.init import projections, scaled_init, spectral_init
@@ -345,3 +348,149 @@ def test_nothing_is_found_by_a_name_that_is_written_nowhere():
     assert [
         name for name in names if f'| **{name}**' not in page and f'| `{name}`' not in page
     ] == []
+
+
+NOTED = []  # which part was called
+
+
+def noting(name, base=nn.Identity):
+    "A part that notes its calls, under a name"
+
+    class Noting(base):
+        def forward(self, *args, **kw):
+            NOTED.append(name)
+            return super().forward(*args, **kw)
+
+    return Noting
+
+
+class NotedRoPE(noting('transforms', RoPE)):
+    pass
+
+
+class NotedNorm(noting('norm', nn.LayerNorm)):
+    pass
+
+
+class NotedMLP(noting('mlp', MLP)):
+    pass
+
+
+class NotedPos(noting('pos', LearnedPositions)):
+    pass
+
+
+class NotedHead(noting('lm_head', nn.Linear)):
+    pass
+
+
+def noted_mask(i, j):
+    NOTED.append('mask')
+    return causal(i, j)
+
+
+def noted_init(model, generator):
+    NOTED.append('init')
+
+
+def test_the_parts_of_a_forward_pass_are_called_in_the_order_of_the_picture():
+    cfg = GPTConfig(
+        vocab_size=20,
+        d_model=16,
+        n_layers=2,
+        n_heads=2,
+        max_len=8,
+        pos=part(NotedPos),
+        norm=part(NotedNorm),
+        attn=part(Attention, transforms=(part(NotedRoPE),), mask=part(noted_mask)),
+        mlp=part(NotedMLP),
+        lm_head=part(NotedHead, bias=False),
+        init=part(noted_init),
+    )
+    NOTED.clear()
+    model = MiniGPT(cfg)
+    assert NOTED == ['init']
+    NOTED.clear()
+    model(torch.zeros(1, 4, dtype=torch.long))
+    block = ['norm', 'transforms', 'mask', 'norm', 'mlp']
+    assert NOTED == ['pos', *block, *block, 'norm', 'lm_head']
+
+
+def window(i, j, size):
+    return i - j < size
+
+
+def test_a_recipe_is_equal_by_value_and_prints_as_typed():
+    assert repr(part(window, size=3)) == 'part(window, size=3)'
+    assert part(window, size=3) == part(window, size=3) != part(window, size=4)
+
+
+def test_a_second_run_of_a_layer_replaces_its_first():
+    aux = Aux()
+    assert aux.loss() == 0
+    for layer in (0, 1, 0):
+        aux.add(layer, loss=torch.tensor(1.0), busy=3)
+    assert aux.loss() == 2 and aux.terms[0]['busy'] == 3
+
+
+# ---- the exercises
+
+
+CELLS = [
+    ''.join(cell['source'])
+    for cell in json.loads(
+        (Path(__file__).resolve().parent.parent / 'nbs' / '20_parts.ipynb').read_text('utf-8')
+    )['cells']
+]
+
+
+def cell(text):
+    "The one cell of the chapter that holds a text"
+    (found,) = [source for source in CELLS if text in source]
+    return found
+
+
+def chapter():
+    "What the exercises find when they are reached"
+    space = dict(vars(parts), check=check)
+    exec('from fastcore.test import test_eq, test_fail', space)
+    exec(cell('def near(').partition('\n\n\n')[0], space)
+    return space
+
+
+@pytest.fixture(scope='module')
+def exercises():
+    space = chapter()
+    for text in ('def replaced(', 'def my_guess('):
+        exec(cell(text).rpartition('check(')[0], space)
+    return space
+
+
+def said_of(answer, spaces):
+    if answer in answers.RIGHT + answers.WRONG:
+        return check(answer, spaces['replaced_spec'], *spaces['cases'])
+    return check(answer, spaces['measured'], ())
+
+
+@pytest.mark.parametrize('answer', answers.RIGHT + answers.RIGHT_GUESSES)
+def test_a_right_answer_is_told_so(answer, exercises):
+    assert f'{answer.__name__}: right on ' in said_of(answer, exercises)
+
+
+@pytest.mark.parametrize('answer', answers.WRONG + answers.WRONG_GUESSES)
+def test_a_wrong_answer_meets_a_counter_example(answer, exercises):
+    said = said_of(answer, exercises)
+    assert 'expected' in said or 'LabError' in said or 'TypeError' in said
+
+
+def test_what_the_third_exercise_breaks_turns_red():
+    space = chapter()
+    right = cell('class part(partial):')
+    broken = right.replace('_lists_to_tuples(v)', 'v')
+    assert broken != right
+    red = cell('part(near, size=[3, 4])')
+    exec(right, space)
+    exec(red, space)
+    exec(broken, space)
+    with pytest.raises(AssertionError, match=r'size=\[3, 4\]'):
+        exec(red, space)
