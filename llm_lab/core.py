@@ -180,7 +180,7 @@ _DECLARED = dict(  # slot: CHAPTER:NAME, of this book where no module is said
         'questions:tale_states questions:tale_drills '
         'hubdata:tinystories hubdata:dolly hubdata:pg19'
     ),
-    tokenizer='chars:CharTokenizer bpe:BPETokenizer bpe:ForeignTokenizer',
+    tokenizer='chars:CharTokenizer bpe:BPETokenizer tokenizer_files:ForeignTokenizer',
     format='hub:from_hf',  # folders of other libraries that `load` opens
     conversation='templates:write_conversations',  # records of conversations that become documents
 )

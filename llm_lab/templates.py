@@ -24,7 +24,6 @@ from .core import LabError, require, short
 from .files import json_of
 from .corpora import END_OF_TEXT, found_path
 from .chars import Tokenizer, load_tokenizer
-from .bpe import ForeignTokenizer
 
 # %% ../nbs/17_templates.ipynb #c4b70020
 _MOST_SOURCE = 1 << 18  # characters of a template's source
@@ -540,7 +539,7 @@ def _encode_parts(tokenizer, text, marks, letter) -> tuple:  # (ids, where each 
         elif part:
             new = tokenizer.encode(part)
             ids += new
-            if isinstance(tokenizer, ForeignTokenizer):
+            if tokenizer.kind == 'foreign':
                 offsets = tokenizer.reader().encode(part, add_special_tokens=False).offsets
                 ends += [at + end for _, end in offsets]
             else:
@@ -552,7 +551,7 @@ def _encode_parts(tokenizer, text, marks, letter) -> tuple:  # (ids, where each 
 def _encode_text(tokenizer, text, letter) -> tuple:  # (ids, where each token ends)
     "As `_encode_parts`; by a tokenizer of another library in one piece, where nothing is broken"
     marks = getattr(tokenizer, 'special_tokens', {})
-    if isinstance(tokenizer, ForeignTokenizer) and letter not in text:
+    if tokenizer.kind == 'foreign' and letter not in text:
         # such a tokenizer may treat the beginning of a text in a way of its own
         reader = tokenizer.reader(frozenset(marks))
         ids = tokenizer.encode(text, allowed_special='all')
@@ -801,11 +800,11 @@ def with_marks(
     new = [mark for mark in dict.fromkeys(marks) if mark not in known]
     if not new:
         return tokenizer
-    if isinstance(tokenizer, ForeignTokenizer):
+    if tokenizer.kind == 'foreign':
         flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
         first = tokenizer.vocab_size
         added = [dict(id=first + n, content=mark, **flags) for n, mark in enumerate(new)]
-        made = ForeignTokenizer(tokenizer.data | dict(added_tokens=[*tokenizer.added, *added]))
+        made = type(tokenizer)(tokenizer.data | dict(added_tokens=[*tokenizer.added, *added]))
     elif tokenizer.kind == 'bpe':
         kept = (tokenizer.patterns, tokenizer.whole, tokenizer.form, tokenizer.meta)
         made = type(tokenizer)(tokenizer.vocab, tokenizer.merges, [*known, *new], *kept)

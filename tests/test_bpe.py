@@ -40,7 +40,6 @@ from llm_lab import bpe
 from llm_lab.bpe import (
     GPT2,
     BPETokenizer,
-    ForeignTokenizer,
     printable_to_bytes,
     bytes_to_printable,
 )
@@ -48,6 +47,7 @@ from llm_lab.chars import CharTokenizer, load_tokenizer
 from llm_lab.corpora import digest, load_corpus, read_text
 from llm_lab.core import LabError
 from llm_lab.tales import tiny_tales
+from llm_lab.tokenizer_files import ForeignTokenizer
 
 hypothesis = pytest.importorskip('hypothesis')
 from hypothesis import HealthCheck, example, given, settings, strategies as st

@@ -21,7 +21,7 @@ from helpers import near, printed, shaken
 from safetensors.torch import load_file, save_file
 from llm_lab import chat as chat_module
 from llm_lab.batching import BatchStream
-from llm_lab.bpe import BPETokenizer, ForeignTokenizer
+from llm_lab.bpe import BPETokenizer
 from llm_lab.chars import CharTokenizer, load_tokenizer
 from llm_lab.chat import (
     AnswerMarks,
@@ -55,6 +55,7 @@ from llm_lab.templates import (
     template_of,
     with_marks,
 )
+from llm_lab.tokenizer_files import ForeignTokenizer
 from llm_lab.train import document_starts, read_split, span_losses
 
 # ---- templates in the forms that are published, in our own words
