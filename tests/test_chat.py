@@ -22,16 +22,16 @@ from safetensors.torch import load_file, save_file
 from llm_lab import chat as chat_module
 from llm_lab.batching import BatchStream
 from llm_lab.bpe import BPETokenizer, ForeignTokenizer
-from llm_lab.chars import CharTokenizer, load_tokenizer
+from llm_lab.chars import CharTokenizer, begins, load_tokenizer
 from llm_lab.chat import (
     AnswerMarks,
-    Chat,
     add_marks,
     answer_loss,
     answer_marks,
     answer_targets,
     answer_tokens,
 )
+from llm_lab.conversations import Chat
 from llm_lab.core import LabError, check
 from llm_lab.corpora import END_OF_TEXT, corpus_of, letters_of, load_corpus
 from llm_lab.efficient import StepRunner
@@ -1220,6 +1220,8 @@ def exercises(tune, **stubs):
         **dict(cache=functools.cache, median_low=statistics.median_low, check=noted, tune=tune),
         mark_ids=tokenizer.special_tokens,
         marks_in_ids=answer_marks(tokenizer),
+        begins=begins,
+        chat_ids=chat_ids,
         special={*tokenizer.special_tokens.values()},
         encoded=encode_chat(world['template'], tokenizer, world['unseen'][0], False),
         test_eq=lambda a, b: None,
