@@ -143,6 +143,40 @@ def prompt(self: Chat) -> list[int]:
     first = begins(self.tokenizer)  # a template may write it itself
     return ids if ids[: len(first)] == first else first + ids
 
+# %% ../nbs/64_conversations.ipynb #9b0e6a16
+@patch
+def _known(self: Chat, ids, spare) -> int:
+    "How many of these ids, from the first, need not be read again: 0 if all must be"
+    old = self.reader
+    if old is None or not old.cache or len(ids) + spare > old.length:
+        return 0
+    read = old.ids[0].tolist()
+    n = min(common_length(read, ids), len(ids) - 1)  # one is read anew: its logits are needed
+    if len(read) > n and any(type(cache) is not KVCache for cache in old.cache.values()):
+        return 0  # a cache of what is near has thrown away what stood before
+    return n
+
+
+@patch
+def read(self: Chat, ids: list[int], spare: int = 0) -> Tensor:  # (1, V), on the CPU
+    """Logits of what may follow some ids. Of those that were read before, the common beginning
+    stays in the cache, with places for `spare` tokens more
+
+    Returns:
+        (1, V), on the CPU
+    """
+    n = self._known(ids, spare)
+    if n:
+        surplus = self.reader.ids.shape[1] - n
+        for cache in self.reader.cache.values():
+            cache.forget(surplus)
+        self.reader.ids = self.reader.ids[:, :n]
+    else:
+        # twice as much as is needed, as a list grows: the next turns have their place, too
+        self.reader = DecodingState(self.model, 2 * (len(ids) + spare))
+    device = next(self.model.parameters()).device
+    return self.reader(torch.tensor([ids[n:]], device=device))
+
 # %% ../nbs/64_conversations.ipynb #9b0e6a12
 @patch
 def _fitted(self: Chat, spare) -> list[int]:
@@ -178,40 +212,6 @@ def _room(self: Chat, max_new_tokens) -> float:
     longest = max((len(self.tokenizer.encode(text)) for text in texts), default=0)
     quarter = max_context(self.model) / 4  # ∞ if all caches keep only what is near
     return min(max_new_tokens, quarter, max(16, 2 * longest))
-
-# %% ../nbs/64_conversations.ipynb #9b0e6a16
-@patch
-def _known(self: Chat, ids, spare) -> int:
-    "How many of these ids, from the first, need not be read again: 0 if all must be"
-    old = self.reader
-    if old is None or not old.cache or len(ids) + spare > old.length:
-        return 0
-    read = old.ids[0].tolist()
-    n = min(common_length(read, ids), len(ids) - 1)  # one is read anew: its logits are needed
-    if len(read) > n and any(type(cache) is not KVCache for cache in old.cache.values()):
-        return 0  # a cache of what is near has thrown away what stood before
-    return n
-
-
-@patch
-def read(self: Chat, ids: list[int], spare: int = 0) -> Tensor:  # (1, V), on the CPU
-    """Logits of what may follow some ids. Of those that were read before, the common beginning
-    stays in the cache, with places for `spare` tokens more
-
-    Returns:
-        (1, V), on the CPU
-    """
-    n = self._known(ids, spare)
-    if n:
-        surplus = self.reader.ids.shape[1] - n
-        for cache in self.reader.cache.values():
-            cache.forget(surplus)
-        self.reader.ids = self.reader.ids[:, :n]
-    else:
-        # twice as much as is needed, as a list grows: the next turns have their place, too
-        self.reader = DecodingState(self.model, 2 * (len(ids) + spare))
-    device = next(self.model.parameters()).device
-    return self.reader(torch.tensor([ids[n:]], device=device))
 
 # %% ../nbs/64_conversations.ipynb #9b0e6a19
 @patch
