@@ -71,8 +71,9 @@ _ROOT = dict(
     moe='MoE Router',
     lora='add_lora merge_lora',
     diffusion='diffusion_llama fill_blanks infill MaskedDiffusion',
-    chat='add_marks Chat',
+    chat='add_marks',
     reward='DPO grpo',
+    conversations='Chat',
     hub='from_hf to_hf',
     runs='train_run',
     play='chat_window playground',
@@ -170,8 +171,9 @@ if TYPE_CHECKING:
         infill as infill,
         MaskedDiffusion as MaskedDiffusion,
     )
-    from .chat import add_marks as add_marks, Chat as Chat
+    from .chat import add_marks as add_marks
     from .reward import DPO as DPO, grpo as grpo
+    from .conversations import Chat as Chat
     from .hub import from_hf as from_hf, to_hf as to_hf
     from .runs import train_run as train_run
     from .play import chat_window as chat_window, playground as playground

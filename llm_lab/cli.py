@@ -374,7 +374,7 @@ def open_chat(
     Returns:
         -> Chat
     """
-    from llm_lab.chat import Chat
+    from llm_lab.conversations import Chat
     from llm_lab.kv_cache import with_kv_cache
     from llm_lab.package import is_hf_folder, load, resolve
 

@@ -24,7 +24,7 @@ from .package import Opened, require_faithful, meta_model, model_card
 from .sampling import require_next_token
 from .families import config_from_hf, hf_config, least_tensors, hf_views
 from .templates import CHAT_MARKS, carried_source, load_template, template_of
-from .chat import end_of_turn
+from .conversations import end_of_turn
 from copy import copy
 from unicodedata import category
 from .bpe import BPETokenizer, bytes_to_printable

@@ -22,7 +22,7 @@ from .gpt import MiniGPT, check_vocabulary
 from .kv_cache import with_kv_cache
 from .sampling import _written, next_logits, sampling_probs, prompt_ids, truncation_note
 from .templates import ChatTemplate
-from .chat import Chat
+from .conversations import Chat
 
 # %% ../nbs/85_play.ipynb #d1e3ea26
 def _likeliest(logits, k, **sampling):

@@ -1,4 +1,4 @@
-"""Chat templates, the marks in them, answers, and a conversation with a cache."""
+"""Chat templates, the marks in them, and answers."""
 
 import ast
 import functools
@@ -25,13 +25,13 @@ from llm_lab.bpe import BPETokenizer
 from llm_lab.chars import CharTokenizer, load_tokenizer
 from llm_lab.chat import (
     AnswerMarks,
-    Chat,
     add_marks,
     answer_loss,
     answer_marks,
     answer_targets,
     answer_tokens,
 )
+from llm_lab.conversations import Chat
 from llm_lab.core import LabError, check
 from llm_lab.corpora import END_OF_TEXT, corpus_of, letters_of, load_corpus
 from llm_lab.efficient import StepRunner
@@ -584,6 +584,15 @@ def test_a_batch_without_an_answer_is_refused():
         answer_loss(tiny(tokenizer), torch.full((2, 9), 5), BPETokenizer.train('abc', 256))
 
 
+def test_a_model_of_blanks_has_no_loss_on_answers():
+    from llm_lab.diffusion import diffusion_llama
+
+    tokenizer = byte_tokenizer()
+    model = MiniGPT(diffusion_llama(tokenizer.vocab_size, d_model=16, n_layers=1, n_heads=2))
+    with pytest.raises(LabError, match='answers: this model is trained for MaskedDiffusion'):
+        answer_loss(model, torch.zeros(2, 9, dtype=torch.int64), tokenizer)
+
+
 # ---- more marks
 
 
@@ -657,186 +666,6 @@ def test_a_package_keeps_its_template(tmp_path):
         load(tmp_path / 'b')
     with pytest.raises(LabError, match='no chat template'):
         template_of(byte_tokenizer(['[INST]']))
-
-
-# ---- a conversation
-
-
-SOURCES = dict(CHAT=CHAT, CHATML=CHATML, GEMMA=GEMMA, QWEN=QWEN)
-
-
-@pytest.mark.parametrize('cache', [True, False])
-@pytest.mark.parametrize('name', SOURCES)
-def test_turns_with_a_cache_are_those_that_are_read_anew(name, cache):
-    tokenizer = byte_tokenizer()
-    model = tiny(tokenizer, max_len=600)
-    if cache:
-        model = with_kv_cache(model)
-    template = ChatTemplate(SOURCES[name], tokenizer)
-    chat = Chat(model, tokenizer, template, system=None if name == 'GEMMA' else 'Say ab.')
-    for text in ('one', 'two </think>', 'a red ball', '<|im_end|>', 'five'):
-        answer = ''.join(chat.send(text, max_new_tokens=12, temperature=0))
-        again = Chat(model, tokenizer, template)
-        again.messages = chat.messages[:-2]
-        assert ''.join(again.send(text, max_new_tokens=12, temperature=0)) == answer
-        assert chat.messages[-1] == dict(role='assistant', content=answer)
-        ids = chat.prompt()
-        known = len(chat.reader.ids[0])
-        near(chat.read(ids), model(torch.tensor([ids]))[:, -1], 1e-5)
-        if cache and name == 'CHAT':
-            assert known > 20 and chat.reader.cache  # and it was not read anew
-
-
-def test_a_cache_of_what_is_near_reads_all_anew_after_undo():
-    "It has thrown away what stood before, so it cannot forget the last tokens"
-    tokenizer = byte_tokenizer()
-    attn = part(Attention, mask=part(sliding_window, size=8))
-    model = tiny(tokenizer, attn=attn)
-    chat = Chat(with_kv_cache(model), tokenizer)
-    for text in ('one', 'two'):
-        ''.join(chat.send(text, 12, temperature=0))
-        ids = chat.prompt()
-        near(chat.read(ids), model(torch.tensor([ids]))[:, -1], 1e-5)
-    assert not any(type(cache) is KVCache for cache in chat.reader.cache.values())
-    chat.undo()
-    answer = ''.join(chat.send('and three', 12, temperature=0))
-    again = Chat(model, tokenizer)
-    again.messages = chat.messages[:-2]
-    assert ''.join(again.send('and three', 12, temperature=0)) == answer
-
-
-def test_what_was_read_is_not_read_again(monkeypatch):
-    tokenizer = byte_tokenizer()
-    model = with_kv_cache(tiny(tokenizer, max_len=900))
-    chat = Chat(model, tokenizer, system='Long ' * 40)
-    ''.join(chat.send('one', 5, temperature=0))
-    read = []
-    features = type(model).features
-    monkeypatch.setattr(
-        type(model),
-        'features',
-        lambda self, ids, *a, **k: read.append(ids.shape[1]) or features(self, ids, *a, **k),
-    )
-    ''.join(chat.send('two', 5, temperature=0))
-    assert sum(read) < 30  # the system's 200 are in the cache
-
-
-def test_undo_reset_save(tmp_path):
-    tokenizer = byte_tokenizer()
-    chat = Chat(with_kv_cache(tiny(tokenizer)), tokenizer, system='S')
-    first = ''.join(chat.send('one', 5, temperature=0))
-    ''.join(chat.send('two', 5, temperature=0))
-    assert chat.undo() == 'two' and len(chat.messages) == 3
-    second = ''.join(chat.send('two', 5, temperature=0))
-    chat.save(tmp_path / 'h.jsonl')
-    chat.reset()
-    assert chat.messages == [dict(role='system', content='S')] and chat.undo() is None
-    assert ''.join(chat.send('one', 5, temperature=0)) == first
-    assert ''.join(chat.send('two', 5, temperature=0)) == second
-    chat.save(tmp_path / 'h.jsonl')
-    records = [json.loads(line) for line in (tmp_path / 'h.jsonl').read_text().splitlines()]
-    assert [len(x['messages']) for x in records] == [5, 5] and records[1][
-        'messages'
-    ] == chat.messages
-
-
-def test_the_oldest_turns_leave_and_the_system_stays():
-    tokenizer = byte_tokenizer()
-    chat = Chat(with_kv_cache(tiny(tokenizer, max_len=96)), tokenizer, system='System')
-    with pytest.warns(UserWarning, match='oldest turns are left out') as warned:
-        for n in range(6):
-            ''.join(chat.send(f'question {n}', 12, temperature=0))
-    assert len(warned) == 1 and len(chat.messages) == 13
-    read = chat.visible_messages()
-    assert read[0]['role'] == 'system' and read[1]['role'] == 'user' and len(read) < 13
-    with pytest.raises(LabError, match='send a shorter one'):
-        next(chat.send('x' * 200))
-    assert len(chat.messages) == 13
-
-
-def test_a_message_that_is_refused_crowds_out_no_other():
-    tokenizer = byte_tokenizer()
-    chat = Chat(tiny(tokenizer, max_len=96), tokenizer)
-    for n in range(2):
-        ''.join(chat.send(f'question {n}', 4, temperature=0))
-    assert chat.left_out == 0
-    before = chat.prompt()
-    with pytest.raises(LabError, match='send a shorter one'):
-        next(chat.send('x' * 200))
-    assert chat.left_out == 0 and chat.prompt() == before
-
-
-@pytest.mark.parametrize('longest,room', [(1, 16), (8, 16), (20, 40), (32, 64), (90, 64)])
-def test_old_turns_leave_as_much_as_the_longest_answer_so_far_lets_expect(longest, room):
-    "Neither more nor less of them: with one turn more there would not be `room`, of 256 ids"
-    tokenizer = byte_tokenizer()
-    chat = Chat(tiny(tokenizer, max_len=256), tokenizer)
-    turns = []
-    for n in range(40):
-        question = dict(role='user', content=f'{n}?')
-        turns += [question, dict(role='assistant', content='b' * (longest if n == 20 else 1))]
-    chat.messages = turns
-    pieces = chat.send('and?', temperature=0)
-    with pytest.warns(UserWarning, match='oldest turns are left out'):
-        next(pieces, None)
-    assert chat.left_out and len(chat.prompt()) + room <= 256
-    chat.left_out -= 2
-    assert len(chat.prompt()) + room > 256
-    assert chat._room(5) == 5  # no more than may be written
-    chat.messages.append(dict(role='assistant', content=None))  # as where a tool is called
-    assert chat._room(500) == room
-
-
-def test_a_broken_off_answer_leaves_a_conversation_that_goes_on(monkeypatch):
-    tokenizer = byte_tokenizer()
-    chat = Chat(with_kv_cache(tiny(tokenizer)), tokenizer)
-    pieces = chat.send('one', 20, temperature=0)
-    begun = next(pieces)
-    pieces.close()
-    assert chat.messages[-1] == dict(role='assistant', content=begun)
-    features = type(chat.model).features
-    calls = []
-
-    def interrupted(self, *a, **k):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return features(self, *a, **k)
-
-    monkeypatch.setattr(type(chat.model), 'features', interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        ''.join(chat.send('two', 20, temperature=0))
-    monkeypatch.undo()
-    assert len(chat.messages) == 4 and chat.messages[-1]['role'] == 'assistant'
-    answer = ''.join(chat.send('three', 10, temperature=0))
-    again = Chat(chat.model, tokenizer)
-    again.messages = chat.messages[:-2]
-    assert ''.join(again.send('three', 10, temperature=0)) == answer
-
-
-def test_an_answer_ends_at_the_end_mark():
-    tokenizer = byte_tokenizer()
-    model = tiny(tokenizer)
-    end = tokenizer.special_tokens['<|end|>']
-    model.lm_head.weight.data[end] += 0  # a model that says only this
-    chat = Chat(model, tokenizer)
-    chat.read = lambda ids, spare=0: torch.nn.functional.one_hot(
-        torch.tensor([end]), tokenizer.vocab_size
-    ).float()
-    chat.reader = type('Reader', (), dict(ids=torch.zeros(1, 1, dtype=torch.int64)))
-    assert ''.join(chat.send('one', temperature=0)) == ''
-    assert chat.messages[-1] == dict(role='assistant', content='')
-
-
-def test_a_model_of_blanks_is_refused():
-    from llm_lab.diffusion import diffusion_llama
-
-    tokenizer = byte_tokenizer()
-    model = MiniGPT(diffusion_llama(tokenizer.vocab_size, d_model=16, n_layers=1, n_heads=2))
-    with pytest.raises(LabError, match='is not read token by token'):
-        Chat(model, tokenizer)
-    with pytest.raises(LabError, match='answers: this model is trained for MaskedDiffusion'):
-        answer_loss(model, torch.zeros(2, 9, dtype=torch.int64), tokenizer)
 
 
 # ---- conversations as a corpus
@@ -1221,6 +1050,8 @@ def exercises(tune, **stubs):
         **dict(cache=functools.cache, median_low=statistics.median_low, check=noted, tune=tune),
         mark_ids=tokenizer.special_tokens,
         marks_in_ids=answer_marks(tokenizer),
+        begins=begins,
+        chat_ids=chat_ids,
         special={*tokenizer.special_tokens.values()},
         encoded=encode_chat(world['template'], tokenizer, world['unseen'][0], False),
         test_eq=lambda a, b: None,

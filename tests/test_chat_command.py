@@ -15,7 +15,7 @@ import pytest
 from cases import HANG
 from helpers import chat_model, in_a_process, json_lines, one_line, printed, typed
 from llm_lab import cli
-from llm_lab.chat import Chat
+from llm_lab.conversations import Chat
 from llm_lab.cli import ChatSession, open_chat, run_chat, run_chat_command, take_line
 from llm_lab.core import LabError
 from llm_lab.hub import to_hf

@@ -9,7 +9,7 @@ import torch
 
 from helpers import chat_model, one_line
 from llm_lab import play
-from llm_lab.chat import Chat
+from llm_lab.conversations import Chat
 from llm_lab.inference import for_inference
 from llm_lab.play import ChatWindow, chat_html, chat_window
 

@@ -11,7 +11,8 @@ from helpers import near, one_line, printed, shake, shaken, tiny_model
 from torch import nn
 
 from llm_lab.chars import CharTokenizer
-from llm_lab.chat import Chat, add_marks
+from llm_lab.chat import add_marks
+from llm_lab.conversations import Chat
 from llm_lab.config import check_resumable, config_from_dict, read_config
 from llm_lab.core import rng
 from llm_lab.efficient import StepRunner, apply_activation_checkpointing
