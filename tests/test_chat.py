@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from llm_lab import chat as chat_module
 from llm_lab.batching import BatchStream
 from llm_lab.bpe import BPETokenizer
-from llm_lab.chars import CharTokenizer, load_tokenizer
+from llm_lab.chars import CharTokenizer, begins, load_tokenizer
 from llm_lab.chat import (
     AnswerMarks,
     add_marks,
