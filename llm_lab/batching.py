@@ -124,7 +124,7 @@ def _whole_rows(n, T, starts):
     begins = starts[begins]
     return (begins, np.zeros_like(begins)), int(last), too_long
 
-
+# %% ../nbs/14_batching.ipynb #14b00005
 def _check_sizes(n, batch_size, length, rank, world_size):
     "Raises `LabError` where no batch could be made of n tokens"
     for k, v in dict(batch_size=batch_size, length=length, world_size=world_size).items():
@@ -145,7 +145,7 @@ def token_word(tokenizer) -> str:
     "What a token of a tokenizer is in words: 'character', or 'token' where it may be more than one"
     return 'character' if getattr(tokenizer, 'kind', None) == 'chars' else 'token'
 
-
+# %% ../nbs/14_batching.ipynb #14b00006
 class BatchStream:
     """Sequences of ids (B, T+1), int64, without end: in each epoch the text, a ring, is cut anew.
 
@@ -299,7 +299,7 @@ def row_numbers(self: BatchStream, step: int):  # int64, (B / world_size,)
 
     return torch.from_numpy(self._order(step, 1)[0] + (self.made_of['seed'] % (1 << 20) << 40))
 
-
+# %% ../nbs/14_batching.ipynb #14b00007
 @patch
 def _begins(self: BatchStream, step, steps):  # int64, (steps, B / world_size)
     "Where this rank's blocks begin, at a step and those that follow"

@@ -1,13 +1,18 @@
 "Batches: what is refused, and a position that is of another stream."
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from answers import batching as answers
+from fastcore.test import test_eq as equal
 
-from llm_lab.batching import BatchStream
-from llm_lab.core import LabError
+from llm_lab import batching
+from llm_lab.batching import BatchStream, permuted_index
+from llm_lab.core import LabError, check
 
 # fifty blocks of 64 tokens, and nine tokens more; each id is its own position
 IDS = torch.arange(64 * 50 + 9, dtype=torch.int32)
@@ -57,3 +62,83 @@ def test_a_stream_knows_the_size_of_its_tokenizer_and_does_not_save_it():
     assert named.vocab_size == 9
     # streams of older checkpoints go on
     assert named.state_dict() == BatchStream(IDS, 2, 64).state_dict()
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    first, second = permuted_index(np.arange(2000), 1000).reshape(2, 1000)
+    assert (first != second).any()
+    assert (first != permuted_index(np.arange(1000), 1000, seed=1)).any()
+    equal([permuted_index(k, 1000).item() for k in range(5)], first[:5])
+
+
+def test_sequences_are_pieces_of_the_ring_and_others_are_left_over_in_each_epoch():
+    stream = BatchStream(IDS, batch_size=12, length=64)
+    batches = [next(stream) for _ in range(25)]  # 25 × 12 sequences: six epochs
+    assert (batches[0].shape, batches[0].dtype) == ((12, 65), torch.int64)
+    rows = torch.cat(batches)
+    equal(rows, (rows[:, :1] + torch.arange(65)) % len(IDS))
+    left = set()
+    for epoch in rows.view(6, 50, 65):
+        predicted = epoch[:, 1:].unique()
+        assert len(predicted) == 50 * 64  # none twice
+        left.add(tuple(sorted({*range(len(IDS))} - {*predicted.tolist()})))
+    assert len(left) == 6
+
+
+# ---- the exercises
+
+
+CELLS = [
+    ''.join(cell['source'])
+    for cell in json.loads(
+        (Path(__file__).resolve().parent.parent / 'nbs' / '14_batching.ipynb').read_text('utf-8')
+    )['cells']
+]
+
+
+def cell(text):
+    "The one cell of the chapter that holds a text"
+    (found,) = [source for source in CELLS if text in source]
+    return found
+
+
+@pytest.fixture(scope='module')
+def exercises():
+    space = dict(vars(batching), torch=torch)
+    for text in ('def back(', 'def my_guess('):
+        exec(cell(text).rpartition('check(')[0], space)
+    return space
+
+
+def said_of(answer, exercises):
+    if answer in answers.RIGHT + answers.WRONG:
+        return check(answer, exercises['back_spec'], *exercises['cases'])
+    return check(answer, exercises['measured'], ())
+
+
+@pytest.mark.parametrize('answer', answers.RIGHT + answers.RIGHT_GUESSES)
+def test_a_right_answer_is_told_so(answer, exercises):
+    assert f'{answer.__name__}: right on ' in said_of(answer, exercises)
+
+
+@pytest.mark.parametrize('answer', answers.WRONG + answers.WRONG_GUESSES)
+def test_a_wrong_answer_meets_a_counter_example(answer, exercises):
+    assert 'expected' in said_of(answer, exercises)
+
+
+def test_what_the_third_exercise_breaks():
+    "Two rounds: each span still once, 16 of 24 orders, 18 neighbours"
+    right = cell('def _feistel(')
+    broken = right.replace('range(8)', 'range(2)')
+    assert broken != right
+    space = dict(vars(batching))
+    exec(broken, space)
+    index = space['permuted_index']
+    for n in (1, 2, 3, 10, 97, 1000):
+        equal(np.sort(index(np.arange(n), n)), np.arange(n))
+    assert index(range(9), 3).tolist() != [0, 1, 2, 0, 2, 1, 1, 2, 0]  # the first assertion
+    drawn = index(np.arange(4 * 24_000), 4, seed=3).reshape(-1, 4)
+    orders = len(np.unique(drawn, axis=0))
+    neighbours = (np.abs(np.diff(index(np.arange(300), 300, 0))) == 1).sum()
+    (told,) = [text for text in CELLS if 'range(2)' in text]
+    assert f'only {orders} ever' in told and f'and {neighbours} spans' in told

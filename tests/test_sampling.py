@@ -1,16 +1,21 @@
 """Sampling at its edges: settings that leave nothing, texts in pieces and in windows, characters of
 several bytes, prompts that are too long. The notebook shows the rest."""
 
+import json
+import math
 import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
+from answers import sampling as answers
 from fastcore.test import test_close as close
 from fastcore.test import test_eq as equal
 
 from llm_lab.chars import CharTokenizer
-from llm_lab.core import LabError, rng
+from llm_lab import sampling
+from llm_lab.core import LabError, check, rng
 from llm_lab.gpt import GPTConfig, MiniGPT
 from llm_lab.sampling import (
     DecodeStream,
@@ -20,6 +25,7 @@ from llm_lab.sampling import (
     prompt_ids,
     sample,
     sampling_probs,
+    stop_at,
     stream,
 )
 
@@ -218,3 +224,93 @@ def test_another_models_tokenizer_writes_nothing(model):
     more = Bytes()
     refuses(lambda: sample(model, more, 'Once', 5), words)
     refuses(lambda: stream(model, more, 'Once', 5), words)
+
+
+def test_the_cuts_by_hand():
+    close(sampling_probs(LOGITS), P, eps=1e-6)
+    close(sampling_probs(LOGITS, top_k=2), torch.tensor([2 / 3, 0, 1 / 3, 0]), eps=1e-6)
+    # .5 and .25 are just enough
+    close(sampling_probs(LOGITS, top_p=0.75), torch.tensor([2 / 3, 0, 1 / 3, 0]), eps=1e-6)
+    # now the third is needed
+    want = torch.tensor([5 / 9, 0, 2.5 / 9, 1.5 / 9])
+    close(sampling_probs(LOGITS, top_p=0.76), want, eps=1e-6)
+
+
+def columns(model, ids, n, **kw):
+    return torch.stack(list(generate(model, ids, n, **kw)), 1)
+
+
+def test_another_seed_draws_other_tokens(model):
+    assert (
+        columns(model, random_ids(1, 5), 20, seed=1) != columns(model, random_ids(1, 5), 20, seed=2)
+    ).any()
+
+
+def test_when_the_window_has_slid_only_the_end_counts(model):
+    long = random_ids(1, T + 9)
+    equal(columns(model, long, 5), columns(model, long[:, -T:], 5))
+
+
+def test_the_first_of_several_stops_ends_a_text():
+    def given(stops, *pieces):
+        return list(filter(None, stop_at(stops, pieces)))
+
+    equal(given(['END', 'Ex'], 'aE', 'N', 'Ex', 'b'), ['a', 'EN'])
+    equal(given([], 'a', 'b'), ['a', 'b'])
+
+
+# ---- the exercises
+
+
+CELLS = [
+    ''.join(cell['source'])
+    for cell in json.loads(
+        (Path(__file__).resolve().parent.parent / 'nbs' / '26_sampling.ipynb').read_text('utf-8')
+    )['cells']
+]
+
+
+def cell(text):
+    "The one cell of the chapter that holds a text"
+    (found,) = [source for source in CELLS if text in source]
+    return found
+
+
+@pytest.fixture(scope='module')
+def exercises():
+    space = dict(vars(sampling))
+    for text in ('def min_p(', 'def my_guess('):
+        exec(cell(text).rpartition('check(')[0], space)
+    return space
+
+
+def said_of(answer, exercises):
+    if answer in answers.RIGHT + answers.WRONG:
+        return check(answer, exercises['min_p_spec'], *exercises['cases'])
+    return check(answer, exercises['measured'], ())
+
+
+@pytest.mark.parametrize('answer', answers.RIGHT + answers.RIGHT_GUESSES)
+def test_a_right_answer_is_told_so(answer, exercises):
+    assert f'{answer.__name__}: right on ' in said_of(answer, exercises)
+
+
+@pytest.mark.parametrize('answer', answers.WRONG + answers.WRONG_GUESSES)
+def test_a_wrong_answer_meets_a_counter_example(answer, exercises):
+    assert 'expected' in said_of(answer, exercises)
+
+
+def test_what_the_third_exercise_breaks_turns_red():
+    right = cell('def sampling_probs(')
+    broken = right.replace('p.cumsum(-1) - p ', 'p.cumsum(-1) ')
+    assert broken != right
+    space = dict(vars(sampling), rng=rng, math=math, test_close=close, test_eq=equal)
+    exec(cell('def choices_spec('), space)
+    red = cell('samplers = [')
+    exec(right, space)
+    exec(red, space)
+    exec(broken, space)
+    with pytest.raises(AssertionError):
+        exec(red, space)
+    assert space['kw'] == dict(top_p=0.8)
+    assert space['sampling_probs'](LOGITS, top_p=0.4).isnan().any()
