@@ -466,8 +466,7 @@ class _Reader(Teller):
         return fits[0]
 
     def say(self, piece):
-        # literals and recalls, too, must stand in the text: one option that has to fit
-        self.pick([piece.text], [1])
+        self.pick([piece.text], [1])  # literals and recalls, too, must stand in the text
         super().say(piece)
 
 
