@@ -1,4 +1,4 @@
-"""`tales`: the odd cases: settings, texts that are no tales, chance, edges of the spans, exercises."""
+"""`tales`: the odd cases: settings, texts that are no tales, chance, edges of spans, exercises."""
 
 import json
 import math
