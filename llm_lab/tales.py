@@ -8,6 +8,7 @@ __all__ = ['POOLS', 'ATTRIBUTES', 'Anatomy', 'Expected', 'END', 'SPANS', 'parse'
            'recall_question', 'tiny_tales', 'split_excess']
 
 # %% ../nbs/13_tales.ipynb #07ba50f8
+TYPE_CHECKING = False  # a type checker takes it for True
 import hashlib
 import math
 import re
@@ -17,6 +18,7 @@ from functools import cache
 from random import Random
 from typing import NamedTuple
 import numpy as np
+from fastcore.basics import patch
 from .core import LabError
 from .corpora import Corpus
 
@@ -55,7 +57,7 @@ POOLS = {
     ).items()
 }
 
-
+# %% ../nbs/13_tales.ipynb #13a00013
 _GIRLS = {'Mia', 'Lily', 'Zoe', 'Anna', 'Ruby', 'Nora', 'Ella', 'Ivy'}
 
 
@@ -176,7 +178,7 @@ def entropy_of(words: tuple) -> float:  # bits
     counts = Counter(words).values()  # words that are spelled alike are one outcome
     return sum(n / len(words) * math.log2(len(words) / n) for n in counts)
 
-
+# %% ../nbs/13_tales.ipynb #13a00014
 class Teller:
     """Walks through a story and keeps its `pieces`.
 
@@ -195,7 +197,7 @@ class Teller:
         self.at += len(piece.text)
 
     def choose(self, label, options, weights=None):
-        "The only door to chance: says one of the options and returns which; none begins another"
+        "All chance is here: say one of the options, a prefix code, and return its index"
         options = tuple(options)
         weights = tuple(weights or (1,) * len(options))
         n = self.pick(options, weights)
@@ -212,40 +214,59 @@ class Teller:
         "The words of a pool that a variable holds"
         return {word for word, of_pool in self.cast.values() if of_pool == pool}
 
-    def draw(self, var, pool):
-        "Draw a word; with a variable, one that no variable of this pool holds, and remember it"
-        # so a hero never meets somebody of the same name
-        taken = self.known(pool) if var else ()
-        options = [word for word in self.words(pool) if word not in taken]
-        word = options[self.choose(pool, options)]
-        if var:
-            self.cast[var] = word, pool
-            self.mentioned[word] = self.at
+    if TYPE_CHECKING:
+        def draw(self, var, pool):
+            """Draw a word; with a variable, one that no variable of this pool holds, and remember it"""
+            ...
 
-    def recall(self, var, attr=None):
-        "Say a remembered word, or an attribute of it"
-        word, pool = self.cast[var]
-        text = ATTRIBUTES[attr][word] if attr else word
-        # Who forgot the word would have to guess among all of the pool. It costs who remembers
-        # nothing, so it is no choice
-        worth = entropy_of(tuple(self.words(pool, attr)))
-        distance = self.at - self.mentioned[word]
-        self.say(Piece('recall', var, text, worth=worth, distance=distance))
+        def recall(self, var, attr=None):
+            """Say a remembered word, or an attribute of it"""
+            ...
+
+        def tell(self, *templates, weights=None):
+            """Choose a template by its head and tell it; returns which"""
+            ...
+
+# %% ../nbs/13_tales.ipynb #13a00016
+@patch
+def draw(self: Teller, var, pool):
+    "Draw a word; with a variable, one that no variable of this pool holds, and remember it"
+    # so a hero never meets somebody of the same name
+    taken = self.known(pool) if var else ()
+    options = [word for word in self.words(pool) if word not in taken]
+    word = options[self.choose(pool, options)]
+    if var:
+        self.cast[var] = word, pool
         self.mentioned[word] = self.at
 
-    def tell(self, *templates, weights=None):
-        "Choose a template by its head and tell it; returns which"
-        parsed = [parse(template) for template in templates]
-        n = self.choose('way', [head for head, slots in parsed], weights)
-        _, slots = parsed[n]
-        for what, name, detail in slots:  # as `parse` returns them
-            if what == 'say':
-                self.say(Piece('literal', '', name))  # here the name is the text itself
-            elif what == 'draw':
-                self.draw(name, detail)
-            else:
-                self.recall(name, detail)
-        return n
+
+@patch
+def recall(self: Teller, var, attr=None):
+    "Say a remembered word, or an attribute of it"
+    word, pool = self.cast[var]
+    text = ATTRIBUTES[attr][word] if attr else word
+    # Who forgot the word would have to guess among all of the pool. It costs who remembers
+    # nothing, so it is no choice
+    worth = entropy_of(tuple(self.words(pool, attr)))
+    distance = self.at - self.mentioned[word]
+    self.say(Piece('recall', var, text, worth=worth, distance=distance))
+    self.mentioned[word] = self.at
+
+
+@patch
+def tell(self: Teller, *templates, weights=None):
+    "Choose a template by its head and tell it; returns which"
+    parsed = [parse(template) for template in templates]
+    n = self.choose('way', [head for head, slots in parsed], weights)
+    _, slots = parsed[n]
+    for what, name, detail in slots:  # as `parse` returns them
+        if what == 'say':
+            self.say(Piece('literal', '', name))  # here the name is the text itself
+        elif what == 'draw':
+            self.draw(name, detail)
+        else:
+            self.recall(name, detail)
+    return n
 
 # %% ../nbs/13_tales.ipynb #0154b19c
 def _opening(t):
@@ -294,7 +315,7 @@ _SCENES = dict(
 )
 _TROUBLE = ' Suddenly {it.trouble}.', ' But then {it.trouble}.', ' Oh dear, {it.trouble}!'
 
-
+# %% ../nbs/13_tales.ipynb #13a00018
 def _possible_scenes(state):
     "Scenes that may come now: never one twice in a row, and one animal at most"
     if not state['left']:
@@ -315,8 +336,7 @@ def _middle(t):
     t.cast['other'] = t.cast[t.state['other']]
     # the scenes come first, so an index beyond them is one of the ends
     n = t.tell(*scenes, *ends, weights=weights)
-    # nobody speaks of these again. Forgotten, they keep no two ways apart when we shall follow
-    # all ways at once
+    # nobody speaks of these again; without them, more ways agree when we follow all of them
     for variable in ('other', 'need', 'r', 's', 'sky'):
         t.cast.pop(variable, None)
     if n >= len(kinds):
@@ -436,10 +456,8 @@ class _Reader(Teller):
         self.text = text
 
     def fail(self):
-        raise LabError(
-            f'not a tale: nothing fits {self.text[self.at :][:20]!r} at {self.at}; give one '
-            'whole tale'
-        )
+        rest = self.text[self.at :][:20]
+        raise LabError(f'not a tale: nothing fits {rest!r} at {self.at}; give one whole tale')
 
     def pick(self, options, weights):
         fits = [n for n, option in enumerate(options) if self.text.startswith(option, self.at)]
@@ -448,8 +466,7 @@ class _Reader(Teller):
         return fits[0]
 
     def say(self, piece):
-        # each piece must stand in the text, also what is no choice: one option that has to fit
-        self.pick([piece.text], [1])
+        self.pick([piece.text], [1])  # literals and recalls, too, must stand in the text
         super().say(piece)
 
 
@@ -463,8 +480,7 @@ def parse_tale(text: str, cfg=TalesConfig()) -> list:
 
 
 def valid_prefix(text: str, cfg=TalesConfig()) -> int:  # a number of characters
-    """How many characters of `text` a tale can begin with, up to the piece where the first mistake
-    stands
+    """How much of `text` a tale can begin with: up to the piece with the first mistake
 
     Returns:
         a number of characters
@@ -476,12 +492,12 @@ def valid_prefix(text: str, cfg=TalesConfig()) -> int:  # a number of characters
         pass
     return reader.at
 
-# %% ../nbs/13_tales.ipynb #34b6d38f
+# %% ../nbs/13_tales.ipynb #b7b171ef
 def tale_bits(text: str, cfg=TalesConfig()) -> float:
     "−log₂ of the probability of a tale: its exact code length"
     return sum(piece.bits for piece in parse_tale(text, cfg))
 
-# %% ../nbs/13_tales.ipynb #b7b171ef
+
 Anatomy = namedtuple('Anatomy', 'bits kind distance')
 
 
@@ -541,23 +557,36 @@ class _Expecter(Teller):
     def say(self, piece):
         self.sums += piece.bits, len(piece.text), piece.worth
 
-    def draw(self, var, pool):
-        # nothing forks: a word's bits and its mean length are known without drawing it
-        words = self.words(pool)
-        taken = self.known(pool) if var else ()
-        length = np.mean([len(word) for word in words])
-        # the mean over the whole pool, although words that are taken cannot come: which ones are
-        # taken is not known here, and by symmetry each word is as likely as any other
-        self.sums += math.log2(len(words) - len(taken)), length, 0
-        if var:
-            self.cast[var] = var, pool  # the variable itself stands for its word
+    if TYPE_CHECKING:
+        def draw(self, var, pool):
+            """Nothing forks: a word's bits and its mean length are known without drawing it"""
+            ...
 
-    def recall(self, var, attr=None):
-        # the word is certain, so it costs nothing: but its length and its worth are means
-        _, pool = self.cast[var]
-        words = self.words(pool, attr)
-        length = np.mean([len(word) for word in words])
-        self.sums += 0, length, entropy_of(tuple(words))
+        def recall(self, var, attr=None):
+            """The word is certain, so it costs nothing: but its length and its worth are means"""
+            ...
+
+# %% ../nbs/13_tales.ipynb #13a00021
+@patch
+def draw(self: _Expecter, var, pool):
+    "Nothing forks: a word's bits and its mean length are known without drawing it"
+    words = self.words(pool)
+    taken = self.known(pool) if var else ()
+    length = np.mean([len(word) for word in words])
+    # the mean over the whole pool, although words that are taken cannot come: which ones are
+    # taken is not known here, and by symmetry each word is as likely as any other
+    self.sums += math.log2(len(words) - len(taken)), length, 0
+    if var:
+        self.cast[var] = var, pool  # the variable itself stands for its word
+
+
+@patch
+def recall(self: _Expecter, var, attr=None):
+    "The word is certain, so it costs nothing: but its length and its worth are means"
+    _, pool = self.cast[var]
+    words = self.words(pool, attr)
+    length = np.mean([len(word) for word in words])
+    self.sums += 0, length, entropy_of(tuple(words))
 
 # %% ../nbs/13_tales.ipynb #a81130b3
 @cache
@@ -583,7 +612,7 @@ def _ways(cfg, scene, cast, state):
             paths += [(*straight, k) for k in range(1, t.forks[n])]
     return sums, dict(after)
 
-
+# %% ../nbs/13_tales.ipynb #13a00024
 Expected = namedtuple('Expected', 'bits chars recall')
 
 

@@ -1,25 +1,34 @@
-"""`tales`: the odd cases: settings, texts that are no tales, chance, and edges of the spans."""
+"""`tales`: the odd cases: settings, texts that are no tales, chance, edges of spans, exercises."""
 
+import json
+import math
 from collections import Counter
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
+from answers import tales as answers
 
-from llm_lab.core import LabError
+from llm_lab import tales as chapter
+from llm_lab.core import LabError, check
 from llm_lab.tales import (
+    ATTRIBUTES,
     END,
+    POOLS,
     Piece,
     Teller,
     TalesConfig,
     _story,
     _Writer,
     char_surprisal,
+    entropy_of,
     entropy_rate,
     parse,
     parse_tale,
     recall_question,
     split_excess,
+    tale_bits,
     tiny_tales,
     valid_prefix,
     write_tale,
@@ -44,6 +53,26 @@ def test_a_template_of_nothing_but_a_head():
     assert parse('{it}') == ('', [('recall', 'it', '')])
 
 
+def test_a_template_is_read_slot_by_slot():
+    head, slots = parse('Once {hero=name} took {hero.his} {*size} {pet=animal}s.')
+    assert head == 'Once '
+    assert slots == [
+        ('draw', 'hero', 'name'),
+        ('say', ' took ', None),
+        ('recall', 'hero', 'his'),
+        ('say', ' ', None),
+        ('draw', '', 'size'),
+        ('say', ' ', None),
+        ('draw', 'pet', 'animal'),
+        ('say', 's.', None),
+    ]
+
+
+def test_the_entropy_of_words():
+    assert entropy_of(tuple(POOLS['name'])) == 4
+    assert entropy_of(tuple(ATTRIBUTES['he'].values())) == 1
+
+
 class First(Teller):
     "Always takes the first option"
 
@@ -57,6 +86,16 @@ def test_a_distance_is_counted_from_the_last_mention():
     t.tell(' Soon {hero.he} went home.')
     t.tell(' What did {hero.he} see?')
     assert t.pieces[-2].distance == len(' went home. What did ')
+
+
+def test_nobody_meets_himself():
+    t = First(TalesConfig())
+    t.tell('Once {hero=name} met {friend=name}.', 'The end.')
+    t.tell(' Soon {hero.he} went home.')
+    assert ''.join(p.text for p in t.pieces) == 'Once Mia met Tom. Soon she went home.'
+    assert [p.label for p in t.pieces if p.kind == 'choice'] == ['way', 'name', 'name']
+    she = next(p for p in t.pieces if p.kind == 'recall')
+    assert (she.text, she.worth, she.distance) == ('she', 1, len(' met Tom. Soon '))
 
 
 @pytest.mark.parametrize('weights,limit', [((1, 1, 1, 1), 16), ((3, 1, 4), 14)])
@@ -89,8 +128,15 @@ def test_what_is_no_tale():
 
 def test_a_mistake_is_found_at_its_piece():
     tale = next(t for t in map(write_tale, range(99)) if ' Soon she saw ' in t)
+    assert valid_prefix(tale) == len(tale)
     wrong = tale.replace('Soon she', 'Soon he')
     assert valid_prefix(wrong) == tale.index(' Soon she') + len(' Soon ')
+
+
+def test_the_bits_of_a_tale_are_those_of_its_probability():
+    chosen = [p for p in parse_tale(write_tale(27)) if p.options]
+    probabilities = [p.weights[p.options.index(p.text)] / sum(p.weights) for p in chosen]
+    assert 2 ** -tale_bits(write_tale(27)) == pytest.approx(math.prod(probabilities))
 
 
 def test_surprisal_is_there_for_each_character():
@@ -135,3 +181,51 @@ def test_a_recall_at_the_edge_of_a_span_belongs_to_it():
 def test_each_character_needs_a_loss():
     with pytest.raises(LabError, match='1 losses for a tale of 3 characters'):
         split_excess(['x'], [[1.0]])
+
+
+# ---- the exercises
+
+NOTEBOOK = Path(__file__).resolve().parent.parent / 'nbs' / '13_tales.ipynb'
+
+
+@pytest.fixture(scope='module')
+def lesson():
+    "The names that the exercises use: the small language, its entropy, and their own cells"
+    cells = json.loads(NOTEBOOK.read_text(encoding='utf-8'))['cells']
+    sources = [''.join(c['source']) for c in cells if c['cell_type'] == 'code']
+    names = dict(vars(chapter), check=check, product=product)
+    (language,) = [source for source in sources if 'def all_tales(' in source]
+    exec(language[: language.index('\n\ntiny = ')], names)
+    (entropy,) = [source for source in sources if 'def entropy(' in source]
+    exec(entropy[: entropy.index('\ntest_close')], names)
+    for name in answers.ANSWERS:
+        (source,) = [source for source in sources if source.startswith(f'def {name}(')]
+        exec(source, names)
+    return names
+
+
+def verdict(name, answer, lesson):
+    "What the last line of the exercise's cell says of an answer"
+    cases = lesson['share_cases'] if name == 'share_bits' else [()]
+    return check(answer, lesson[f'{name}_spec'], *cases), len(cases)
+
+
+RIGHT = [(name, f) for name, (right, _) in answers.ANSWERS.items() for f in right]
+WRONG = [(name, f) for name, (_, wrong) in answers.ANSWERS.items() for f in wrong]
+
+
+@pytest.mark.parametrize('name, answer', RIGHT)
+def test_a_right_answer_is_told_so(name, answer, lesson):
+    said, n = verdict(name, answer, lesson)
+    assert said == f'{answer.__name__}: right on {n} cases'
+
+
+@pytest.mark.parametrize('name, answer', WRONG)
+def test_a_wrong_answer_meets_a_counter_example(name, answer, lesson):
+    said, _ = verdict(name, answer, lesson)
+    assert 'expected' in said
+
+
+@pytest.mark.parametrize('name', answers.ANSWERS)
+def test_an_exercise_that_nobody_has_done_says_so(name, lesson):
+    assert verdict(name, lesson[name], lesson)[0] == f'{name}: not yet'
