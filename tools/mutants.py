@@ -30,7 +30,7 @@ DAMAGE = (
 MUTANTS = {  # name: (module, what stands there, what it becomes, the test that must turn red)
     'no RNG restore': (
         'train',
-        '        restore_rng_state(state.random or {})\n',
+        '        restore_rng_state(self.random or {})\n',
         '',
         RESUME,
     ),
