@@ -80,7 +80,6 @@ def scaled_dot_product(
     )
 
 # %% ../nbs/21_self_attention.ipynb #0f34f6f2
-#| code-fold: true
 def _is_required(parameter) -> bool:
     "Must an argument be given, and can it be given by name?"
     by_name = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
