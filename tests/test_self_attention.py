@@ -78,6 +78,14 @@ def test_the_loops_agree_with_pytorch(T, D):
     torch.testing.assert_close(space()['causal_head'](q, k, v), want)
 
 
+def test_equal_scores_are_the_mean_of_the_past():
+    names = dict(space())
+    exec(cell('def mean_of_past_spec('), names)
+    q, k, v = torch.randn(3, 6, 16, generator=rng(0, 'qkv'))
+    want = names['mean_of_past_spec'](v)
+    torch.testing.assert_close(names['causal_head'](q * 0, k, v), want)
+
+
 def test_hands_are_what_the_chapter_says():
     letters, digits, asked, answers = space()['draw_hands'](200, rng(0, 'hands'))
     assert all(len(set(hand)) == 8 for hand in letters.tolist())
@@ -106,6 +114,14 @@ def test_behind_a_deeper_layer_one_head_finds_much_of_both():
 
     assert right(deep=False) < 0.3
     assert right(deep=True) > 0.7
+
+
+def test_scores_as_weights_do_in_a_wide_head():
+    "So only a narrow head shows what the softmax is good for, as the chapter says"
+    names = dict(space())
+    exec(cell('class LinearReader(').partition('narrow_shares')[0], names)
+    model = names['train_recall'](lambda: names['LinearReader'](D=32), seed=0)
+    assert names['accuracy'](model, names['test_hands']) > 0.9
 
 
 # ---- the exercises

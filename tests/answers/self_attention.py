@@ -1,4 +1,4 @@
-"Answers to the exercises of `21_self_attention`, right and wrong; `test_self_attention.py` runs them."
+"Answers to the exercises of `21_self_attention`, right and wrong; for `test_self_attention.py`"
 
 import math
 
