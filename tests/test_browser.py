@@ -294,7 +294,12 @@ def test_a_touched_token_says_where_it_looks(opened, tmp_path):
     sys.path.insert(0, str(ROOT))
     asked = []
     with opened(
-        upto('27_looking', 'attention_map(*attention_of(model', tmp_path, shows='HTML(heads_html('),
+        upto(
+            '27_looking',
+            'attention_map(*attention_of(tales_gpt',
+            tmp_path,
+            shows='HTML(heads_html(',
+        ),
         width=700,
         height=900,
     ) as page:

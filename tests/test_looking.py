@@ -2,22 +2,27 @@
 against plain loops: the cases that the notebook leaves out."""
 
 import importlib.util
+import json
+import math
 import re
 import sys
 from base64 import b64decode
 from html.parser import HTMLParser
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from answers import looking as answers
 from fastcore.test import test_close as close
 from fastcore.test import test_eq as equal
 from torch import nn
 from torch.nn import functional as F
 
+from llm_lab import looking as chapter
 from llm_lab.chars import CharTokenizer
-from llm_lab.core import LabError, pyplot, rng
+from llm_lab.core import LabError, check, pyplot, rng
 from llm_lab.gpt import GPTConfig, MiniGPT
 from llm_lab.looking import (
     _INK,
@@ -31,6 +36,7 @@ from llm_lab.looking import (
     attention_maps,
     attention_of,
     describe_row,
+    head_outputs,
     head_scores,
     heads_html,
     hidden_states,
@@ -38,6 +44,8 @@ from llm_lab.looking import (
     lens_html,
     logit_lens,
     mean_distance,
+    patched,
+    patched_head,
     plot_attention,
     plot_heads,
     plot_scores,
@@ -107,8 +115,90 @@ def test_an_error_within_leaves_nothing_behind(model, ids):
     refuses(intervene(nn.Linear(2, 2), equally).__enter__, 'no attention to look at')
 
 
+def test_an_intervention_changes_the_answer_while_it_lasts(model, ids):
+    plain = logits(model, ids)
+    with intervene(model, equally):
+        assert (logits(model, ids) != plain).any()
+        maps = attention_maps(model, ids)
+    equal(n_transforms(model), 0)
+    equal(logits(model, ids), plain)
+    close(maps[0], uniform_attention(17).expand(2, 4, 17, 17), eps=1e-6)
+
+
+def test_an_ablated_head_adds_nothing_and_the_others_are_as_ever(model, ids):
+    plain, outputs = logits(model, ids), head_outputs(model, ids)
+    with ablate_head(model, 1, 2):
+        assert (logits(model, ids) != plain).any()
+        without = head_outputs(model, ids)
+    equal(logits(model, ids), plain)  # the head is back
+    assert (without[:, 1, 2] == 0).all()
+    others = [0, 1, 3]
+    equal(without[:, 1, others], outputs[:, 1, others])
+    equal(without[:, 0], outputs[:, 0])
+
+
 def test_a_head_that_is_not_there_cannot_be_ablated(model):
     refuses(lambda: ablate_head(model, 0, 4), 'head=4: choose from 0 to 3')
+
+
+def test_outputs_of_heads_are_weights_times_values(model, ids):
+    outputs = head_outputs(model, ids)
+    equal(outputs.shape, (1, 2, 4, 17, 8))
+    equal(head_outputs(model, ids[0]), outputs[0])
+    # the stream after a layer is the one before, the heads' outputs projected, and the MLP's answer
+    block, before = model.blocks[0], hidden_states(model, ids)[:, 0]
+    with torch.no_grad():
+        x = before + block.attn.out(outputs[:, 0].transpose(1, 2).flatten(2))
+        close(hidden_states(model, ids)[:, 1], x + block.mlp(block.norm2(x)), eps=1e-5)
+
+
+def test_a_patch_from_the_same_run_changes_no_bit(model, ids):
+    plain, states, outputs = logits(model, ids), hidden_states(model, ids), head_outputs(model, ids)
+    for layer in range(3):
+        with patched(model, states, layer, 5):
+            equal(logits(model, ids), plain)
+    with patched_head(model, outputs, 1, 3, 5):
+        equal(logits(model, ids), plain)
+
+
+def test_the_whole_stream_of_another_run_is_the_other_run():
+    model = MiniGPT(GPTConfig(n_layers=2))
+    one, other = IDS[:1], IDS[1:]
+    for layer in range(3):
+        with patched(model, hidden_states(model, other), layer, slice(None)):
+            close(logits(model, one), logits(model, other), eps=1e-5)
+    with patched(model, hidden_states(model, other[0]), 1, 4):  # no dimension of the batch
+        changed = logits(model, one)
+    equal(changed[:, :4], logits(model, one)[:, :4])  # nothing reaches earlier positions
+    assert (changed[:, 4:] != logits(model, one)[:, 4:]).any(-1).all()
+
+
+def test_a_patched_head_gives_what_it_is_given_and_zero_is_an_ablation():
+    model = MiniGPT(GPTConfig(n_layers=2))
+    outputs = head_outputs(model, IDS)
+    with patched_head(model, outputs.roll(1, 0), 0, 2, 7):
+        seen = head_outputs(model, IDS)
+    want = outputs.clone()
+    want[:, 0, 2, 7] = outputs[:, 0, 2, 7].roll(1, 0)
+    equal(seen[:, 0], want[:, 0])
+    with patched_head(model, outputs.mean(0), 0, 2):  # one mean for all sequences
+        seen = head_outputs(model, IDS)
+    close(seen[:, 0, 2], outputs[:, 0, 2].mean(0).expand(2, -1, -1), eps=1e-6)
+    with ablate_head(model, 1, 0):
+        ablated = logits(model, IDS)
+    with patched_head(model, outputs * 0, 1, 0):
+        close(logits(model, IDS), ablated, eps=1e-5)
+
+
+def test_what_cannot_be_patched_is_refused_and_leaves_nothing_behind(model, ids):
+    states, outputs = hidden_states(model, ids), head_outputs(model, ids)
+    refuses(patched(model, states, 3, 0).__enter__, 'layer=3: choose from 0 to 2')
+    refuses(patched_head(model, outputs, 2, 0).__enter__, 'layer=2: choose from 0 to 1')
+    refuses(patched_head(model, outputs, 0, -1).__enter__, 'head=-1: choose from 0 to 3')
+    for patch in (patched(model, states, 1, 99), patched_head(model, outputs, 0, 0, 99)):
+        with pytest.raises(IndexError), patch:
+            model(ids)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 # ---- attention maps
@@ -146,6 +236,15 @@ def test_one_sequence_or_several_and_the_mode_stays(model, ids):
     model.eval()
     refuses(lambda: attention_maps(model, ids[0].repeat(99)), 'max_len is')
     assert not model.training and not n_transforms(model)
+
+
+def test_being_watched_changes_no_bit(model, ids):
+    seen = []
+    hook = model.register_forward_hook(lambda m, args, out: seen.append(out))
+    attention_maps(model, ids)
+    hook.remove()
+    equal(seen[0], logits(model, ids))
+    close(*as_used(model, ids), eps=1e-5)
 
 
 def near(i, j, size):
@@ -254,6 +353,8 @@ def test_tokens_and_rows_in_words(model):
     weights, tokens = attention_of(model, TOK, 'Once Mia\n')
     equal((weights.shape[2:], ''.join(tokens)), ((9, 9), 'Once Mia\n'))
     equal(describe_row(TOY, 'abc', 0), '“a” looks at “a” 1.00')  # there is nothing else to see
+    want = '“↵” looks at “↵” 0.50, “␣” 0.30, “a” 0.20'
+    equal(describe_row(TOY, ['a', ' ', '\n']), want)
 
 
 def test_a_choice_that_is_not_there_is_refused(maps_of_text):
@@ -275,6 +376,7 @@ def test_a_choice_that_is_not_there_is_refused(maps_of_text):
 
 def test_heads_of_a_slice_and_of_the_last_row(maps_of_text):
     before = torch.eye(5)[[0, 0, 1, 2, 3]]  # each looks at the one before
+    close(mean_distance(torch.stack([torch.eye(5), before])), torch.tensor([0, 0.8]))
     close(mean_distance(before[-1:]), torch.tensor(1.0))  # of a text read in pieces, the last row
     fig = plot_heads(maps_of_text[0][:1, :2])
     equal(len(fig.axes), 2)
@@ -409,6 +511,13 @@ def test_scores_are_those_of_plain_loops():
     refuses(lambda: head_scores(noise[0], torch.arange(9)), 'no token of this text comes twice')
 
 
+def test_a_uniform_head_has_the_scores_that_can_be_written_down():
+    equal(uniform_attention(3), torch.tensor([[1, 0, 0], [1 / 2, 1 / 2, 0], [1 / 3] * 3]))
+    found = head_scores(uniform_attention(12)[None, None], repeated_ids(54, 6, 1)[0])
+    close(found['induction'].item(), sum(1 / (t + 1) for t in range(6, 12)) / 6, eps=1e-6)
+    close(found['previous'].item(), sum(1 / (t + 1) for t in range(1, 12)) / 11, eps=1e-6)
+
+
 def test_the_picture_of_scores_names_the_highest():
     looks_at = [[0, *range(11)], [5] * 6 + [*range(1, 7)], [5] * 6 + [*range(6)]]
     pure = torch.stack([torch.eye(12)[at] for at in looks_at] + [uniform_attention(12)])[None]
@@ -437,6 +546,16 @@ def test_the_lens_ends_in_the_models_own_answer_for_any_recipe(model, ids):
     equal(seen[:, -1], logits(odd.eval(), IDS, **ctx))
     assert (seen[:, :-1] != seen[:, -1:]).any(-1).all()
     assert (seen != logit_lens(odd, IDS, limit=9)).any()
+
+
+def test_the_lens_reads_what_the_parts_give_when_run_by_hand(model, ids):
+    lens, i = logit_lens(model, ids), torch.arange(17)
+    equal(lens.shape, (1, 3, 17, TOK.vocab_size))
+    equal(lens[:, -1], logits(model, ids))
+    with torch.no_grad():
+        x = model.pos(model.tok(ids), i)
+        equal(lens[:, 0], model.lm_head(model.norm(x)))
+        equal(lens[:, 1], model.lm_head(model.norm(model.blocks[0](x, i, contiguous=True))))
 
 
 def test_the_lens_leaves_no_hook_behind_after_an_error(model, ids):
@@ -495,3 +614,60 @@ def test_a_text_in_the_place_of_ids_is_told_in_one_line():
     ):
         refuses(call, 'give the ids of a text, as in logit_lens(model, tok.encode(text))')
     refuses(lambda: attention_of(model, TOK, [TEXT]), 'give one text; the maps of several are')
+
+
+# ---- the exercises
+
+NOTEBOOK = Path(__file__).resolve().parent.parent / 'nbs' / '27_looking.ipynb'
+
+
+def cell(text):
+    "The one code cell of the chapter in which this text stands"
+    cells = json.loads(NOTEBOOK.read_text(encoding='utf-8'))['cells']
+    sources = [''.join(c['source']) for c in cells if c['cell_type'] == 'code']
+    (source,) = [source for source in sources if text in source]
+    return source
+
+
+@pytest.fixture(scope='module')
+def lesson():
+    "One run of the chapter's model, which copies after 300 steps, and the cells of the exercises"
+    names = dict(vars(chapter), check=check, math=math, F=F, show=lambda fig: None)
+    for text in ('from string import', 'tok = CharTokenizer', 'def train_copier('):
+        source = cell(text).replace('for seed in range(3)', 'for seed in range(1)')
+        exec(source.replace('steps=400', 'steps=300'), names)
+    for text in ('def logit_difference(', 'def trace(model', 'def induction_map(', 'def my_path('):
+        exec(cell(text), names)
+    return names
+
+
+def verdict(name, answer, lesson):
+    "What the last line of the exercise's cell says of an answer"
+    spec, cases = {
+        'induction_map': ('induction_map_spec', lesson['cases']),
+        'my_path': ('measured_path', [()]),
+    }[name]
+    return check(answer, lesson[spec], *cases), len(cases)
+
+
+@pytest.mark.parametrize('name', answers.ANSWERS)
+def test_the_exercises_tell_right_from_wrong(name, lesson):
+    right, wrong = answers.ANSWERS[name]
+    for answer in right:
+        said, n = verdict(name, answer, lesson)
+        equal(said, f'{answer.__name__}: right on {n} cases')
+    for answer in wrong:
+        said, _ = verdict(name, answer, lesson)
+        assert 'expected' in said, said
+    equal(verdict(name, lesson[name], lesson)[0], f'{name}: not yet')
+
+
+def test_what_the_third_exercise_breaks_turns_red():
+    names = dict(vars(chapter), test_close=close)
+    red, right = cell('pure = torch.stack('), cell('def head_scores(')
+    broken = right.replace('same.roll(1, -1)', 'same')
+    assert broken != right
+    exec(red, names)
+    exec(broken, names)
+    with pytest.raises(AssertionError):
+        exec(red, names)
