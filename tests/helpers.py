@@ -3,6 +3,7 @@ line, files and folders compared, the command line.
 
 How many cases a test tries is in `cases`; fixtures that several files share are in `conftest`."""
 
+import ast
 import hashlib
 import io
 import json
@@ -10,11 +11,40 @@ import os
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
 
 import pytest
-
 from cases import HANG
+
 from llm_lab.core import LabError
+
+# ---- the cells of a chapter, for the tests of its exercises
+
+NOTEBOOKS = Path(__file__).resolve().parent.parent / 'nbs'
+
+
+def cells_of(chapter, kind='code'):
+    "The sources of a kind of cells, code or markdown, of a chapter such as '26_sampling'"
+    notebook = json.loads((NOTEBOOKS / f'{chapter}.ipynb').read_text(encoding='utf-8'))
+    return [''.join(c['source']) for c in notebook['cells'] if c['cell_type'] == kind]
+
+
+def code_cell(chapter, text):
+    "The one code cell of a chapter that holds a text"
+    (found,) = [source for source in cells_of(chapter) if text in source]
+    return found
+
+
+def run_cell(chapter, start, space, **answers):
+    "Run the cell that begins so, with these answers in place of the stubs of their names"
+    source = next(source for source in cells_of(chapter) if source.startswith(start))
+    for node in ast.parse(source).body:
+        name = getattr(node, 'name', None)
+        if name in answers:
+            space[name] = answers[name]
+        else:
+            exec(compile(ast.Module([node], []), chapter, 'exec'), space)
+
 
 # ---- models and numbers
 

@@ -1,7 +1,7 @@
 "Batches: what is refused, and a position that is of another stream."
 
 import json
-from pathlib import Path
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +9,7 @@ import pytest
 import torch
 from answers import batching as answers
 from fastcore.test import test_eq as equal
+from helpers import cells_of, code_cell
 
 from llm_lab import batching
 from llm_lab.batching import BatchStream, permuted_index
@@ -88,18 +89,7 @@ def test_sequences_are_pieces_of_the_ring_and_others_are_left_over_in_each_epoch
 # ---- the exercises
 
 
-CELLS = [
-    ''.join(cell['source'])
-    for cell in json.loads(
-        (Path(__file__).resolve().parent.parent / 'nbs' / '14_batching.ipynb').read_text('utf-8')
-    )['cells']
-]
-
-
-def cell(text):
-    "The one cell of the chapter that holds a text"
-    (found,) = [source for source in CELLS if text in source]
-    return found
+cell = partial(code_cell, '14_batching')
 
 
 @pytest.fixture(scope='module')
@@ -140,5 +130,5 @@ def test_what_the_third_exercise_breaks():
     drawn = index(np.arange(4 * 24_000), 4, seed=3).reshape(-1, 4)
     orders = len(np.unique(drawn, axis=0))
     neighbours = (np.abs(np.diff(index(np.arange(300), 300, 0))) == 1).sum()
-    (told,) = [text for text in CELLS if 'range(2)' in text]
+    (told,) = [text for text in cells_of('14_batching', 'markdown') if 'range(2)' in text]
     assert f'only {orders} ever' in told and f'and {neighbours} spans' in told

@@ -1,6 +1,5 @@
 """Chat templates, the marks in them, and answers."""
 
-import ast
 import functools
 import inspect
 import json
@@ -11,14 +10,13 @@ import statistics
 import time
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
-
 from answers import chat as answers
-from helpers import near, printed, shaken
+from helpers import cells_of, near, printed, run_cell, shaken
 from safetensors.torch import load_file, save_file
+
 from llm_lab import chat as chat_module
 from llm_lab.batching import BatchStream
 from llm_lab.bpe import BPETokenizer
@@ -989,22 +987,8 @@ def test_texts_of_marks_that_a_folder_names_stay_with_its_template(tmp_path):
 # ---- the exercises of the lesson
 
 
-def lesson():
-    "The code cells of the chapter"
-    notebook = Path(__file__).parent.parent / 'nbs' / '62_chat.ipynb'
-    cells = json.loads(notebook.read_text())['cells']
-    return [''.join(c['source']) for c in cells if c['cell_type'] == 'code']
-
-
-def run(start, space, **answers):
-    "Run the cell that begins so, with these answers in place of the stubs of their names"
-    source = next(cell for cell in lesson() if cell.startswith(start))
-    for node in ast.parse(source).body:
-        name = getattr(node, 'name', None)
-        if name in answers:
-            space[name] = answers[name]
-        else:
-            exec(compile(ast.Module([node], []), '62_chat', 'exec'), space)
+lesson = functools.partial(cells_of, '62_chat')
+run = functools.partial(run_cell, '62_chat')
 
 
 @functools.cache

@@ -1,17 +1,15 @@
 """A conversation with a cache: equal to one that is read anew, at every turn."""
 
-import ast
 import functools
 import json
 import random
 import re
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from answers import conversations as answers
-from helpers import near
+from helpers import cells_of, near, run_cell
 from test_chat import CHATML, GEMMA, QWEN, byte_tokenizer, tiny
 
 from llm_lab import conversations as module
@@ -205,22 +203,8 @@ def test_a_model_of_blanks_is_refused():
 # ---- the exercises of the lesson
 
 
-def lesson():
-    "The code cells of the chapter"
-    notebook = Path(__file__).parent.parent / 'nbs' / '64_conversations.ipynb'
-    cells = json.loads(notebook.read_text(encoding='utf-8'))['cells']
-    return [''.join(c['source']) for c in cells if c['cell_type'] == 'code']
-
-
-def run(start, space, **answers):
-    "Run the cell that begins so, with these answers in place of the stubs of their names"
-    source = next(cell for cell in lesson() if cell.startswith(start))
-    for node in ast.parse(source).body:
-        name = getattr(node, 'name', None)
-        if name in answers:
-            space[name] = answers[name]
-        else:
-            exec(compile(ast.Module([node], []), '64_conversations', 'exec'), space)
+lesson = functools.partial(cells_of, '64_conversations')
+run = functools.partial(run_cell, '64_conversations')
 
 
 @functools.cache

@@ -2,14 +2,13 @@
 against plain loops: the cases that the notebook leaves out."""
 
 import importlib.util
-import json
 import math
 import re
 import sys
 from base64 import b64decode
+from functools import partial
 from html.parser import HTMLParser
 from io import BytesIO
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ import torch
 from answers import looking as answers
 from fastcore.test import test_close as close
 from fastcore.test import test_eq as equal
+from helpers import code_cell
 from torch import nn
 from torch.nn import functional as F
 
@@ -618,15 +618,7 @@ def test_a_text_in_the_place_of_ids_is_told_in_one_line():
 
 # ---- the exercises
 
-NOTEBOOK = Path(__file__).resolve().parent.parent / 'nbs' / '27_looking.ipynb'
-
-
-def cell(text):
-    "The one code cell of the chapter in which this text stands"
-    cells = json.loads(NOTEBOOK.read_text(encoding='utf-8'))['cells']
-    sources = [''.join(c['source']) for c in cells if c['cell_type'] == 'code']
-    (source,) = [source for source in sources if text in source]
-    return source
+cell = partial(code_cell, '27_looking')
 
 
 @pytest.fixture(scope='module')

@@ -1,36 +1,34 @@
 """Any parts together: whatever recipes a model is made of, it learns, keeps the future out, and
 comes back from its folder."""
 
-import json
 import random
 import re
-from pathlib import Path
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from answers import parts as answers
 from cases import covering
-from helpers import one_line
+from helpers import code_cell, one_line
 from torch import nn
 
-from llm_lab.chars import CharTokenizer
-from llm_lab.gpt import MLP, GPTConfig, LearnedPositions, MiniGPT
-from llm_lab.package import config_from, to_data
-from llm_lab.onednn import onednn_linears
-from llm_lab.self_attention import Attention, causal, dense_mask
-from llm_lab.parts import Aux, Part, has_hook, hook, mask_hook, part
-from llm_lab.gqa import GQA
 from llm_lab import parts
+from llm_lab.chars import CharTokenizer
 from llm_lab.core import LabError, check, rng
-from llm_lab.llama_block import SoftcapHead, QKNorm, ReLU2, RMSNorm, SwiGLU, llama
-from llm_lab.positions import RoPE, SinusoidalPositions, linear_scaling, llama3_scaling
-from llm_lab.init import projections, scaled_init, spectral_init
-from llm_lab.looking import attention_maps
 from llm_lab.efficient import StepRunner, apply_activation_checkpointing
+from llm_lab.gpt import MLP, GPTConfig, LearnedPositions, MiniGPT
+from llm_lab.gqa import GQA
+from llm_lab.init import projections, scaled_init, spectral_init
+from llm_lab.llama_block import QKNorm, ReLU2, RMSNorm, SoftcapHead, SwiGLU, llama
+from llm_lab.looking import attention_maps
+from llm_lab.onednn import onednn_linears
 from llm_lab.optim import muon
-from llm_lab.package import load, save
+from llm_lab.package import config_from, load, save, to_data
+from llm_lab.parts import Aux, Part, has_hook, hook, mask_hook, part
+from llm_lab.positions import RoPE, SinusoidalPositions, linear_scaling, llama3_scaling
 from llm_lab.sampling import generate
+from llm_lab.self_attention import Attention, causal, dense_mask
 from llm_lab.train import next_token_loss, train_step
 
 T = 12
@@ -436,18 +434,7 @@ def test_a_second_run_of_a_layer_replaces_its_first():
 # ---- the exercises
 
 
-CELLS = [
-    ''.join(cell['source'])
-    for cell in json.loads(
-        (Path(__file__).resolve().parent.parent / 'nbs' / '20_parts.ipynb').read_text('utf-8')
-    )['cells']
-]
-
-
-def cell(text):
-    "The one cell of the chapter that holds a text"
-    (found,) = [source for source in CELLS if text in source]
-    return found
+cell = partial(code_cell, '20_parts')
 
 
 def chapter():

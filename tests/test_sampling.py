@@ -1,20 +1,20 @@
 """Sampling at its edges: settings that leave nothing, texts in pieces and in windows, characters of
 several bytes, prompts that are too long. The notebook shows the rest."""
 
-import json
 import math
 import re
 import warnings
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
 from answers import sampling as answers
 from fastcore.test import test_close as close
 from fastcore.test import test_eq as equal
+from helpers import code_cell
 
-from llm_lab.chars import CharTokenizer
 from llm_lab import sampling
+from llm_lab.chars import CharTokenizer
 from llm_lab.core import LabError, check, rng
 from llm_lab.gpt import GPTConfig, MiniGPT
 from llm_lab.sampling import (
@@ -262,18 +262,7 @@ def test_the_first_of_several_stops_ends_a_text():
 # ---- the exercises
 
 
-CELLS = [
-    ''.join(cell['source'])
-    for cell in json.loads(
-        (Path(__file__).resolve().parent.parent / 'nbs' / '26_sampling.ipynb').read_text('utf-8')
-    )['cells']
-]
-
-
-def cell(text):
-    "The one cell of the chapter that holds a text"
-    (found,) = [source for source in CELLS if text in source]
-    return found
+cell = partial(code_cell, '26_sampling')
 
 
 @pytest.fixture(scope='module')

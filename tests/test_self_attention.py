@@ -1,29 +1,20 @@
 """The chapter `21_self_attention`: its exercises, what it says of its small task, and cases of its
 functions that are not for its readers."""
 
-import json
 import math
-from functools import cache
-from pathlib import Path
+from functools import cache, partial
 
 import pytest
 import torch
 from answers import self_attention as answers
+from helpers import code_cell
 from torch import nn
 from torch.nn import functional as F
 
 from llm_lab.core import check, rng
 from llm_lab.self_attention import causal, scaled_dot_product
 
-NOTEBOOK = Path(__file__).parent.parent / 'nbs' / '21_self_attention.ipynb'
-
-
-def cell(words):
-    "The one code cell of the notebook that has these words"
-    cells = json.loads(NOTEBOOK.read_text(encoding='utf-8'))['cells']
-    codes = [''.join(c['source']) for c in cells if c['cell_type'] == 'code']
-    (found,) = [c for c in codes if words in c]
-    return found
+cell = partial(code_cell, '21_self_attention')
 
 
 @cache

@@ -1,14 +1,13 @@
 """`tales`: the odd cases: settings, texts that are no tales, chance, edges of spans, exercises."""
 
-import json
 import math
 from collections import Counter
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import pytest
 from answers import tales as answers
+from helpers import cells_of
 
 from llm_lab import tales as chapter
 from llm_lab.core import LabError, check
@@ -17,8 +16,8 @@ from llm_lab.tales import (
     END,
     POOLS,
     Piece,
-    Teller,
     TalesConfig,
+    Teller,
     _story,
     _Writer,
     char_surprisal,
@@ -185,14 +184,11 @@ def test_each_character_needs_a_loss():
 
 # ---- the exercises
 
-NOTEBOOK = Path(__file__).resolve().parent.parent / 'nbs' / '13_tales.ipynb'
-
 
 @pytest.fixture(scope='module')
 def lesson():
     "The names that the exercises use: the small language, its entropy, and their own cells"
-    cells = json.loads(NOTEBOOK.read_text(encoding='utf-8'))['cells']
-    sources = [''.join(c['source']) for c in cells if c['cell_type'] == 'code']
+    sources = cells_of('13_tales')
     names = dict(vars(chapter), check=check, product=product)
     (language,) = [source for source in sources if 'def all_tales(' in source]
     exec(language[: language.index('\n\ntiny = ')], names)

@@ -1,7 +1,6 @@
 """What the loop promises and its notebook does not show: auxiliary losses and hooks, gradients that
 are not finite, a real interrupt, wrong arguments, and that no step waits for a number."""
 
-import json
 import math
 import re
 import signal
@@ -9,7 +8,6 @@ import sys
 import warnings
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -18,6 +16,7 @@ import torch
 from answers import train as answers
 from fastcore.test import test_close as close
 from fastcore.test import test_eq as equal
+from helpers import cells_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import llm_lab.files
@@ -242,20 +241,10 @@ def test_the_operations_of_a_step_are_those_of_palms_formula():
     close(work, rows[:, 1:].numel() * (6 * weights + 12 * 64 * 128 * 4), eps=0.01 * work)
 
 
-class Counting(MLP):
-    "An MLP that adds to the auxiliary loss, and counts the steps"
+class Counting(WeightPenalty):
+    "It counts the steps, too"
 
-    needs = ('aux',)
     steps = 0
-
-    def __init__(self, cfg, layer=0):
-        super().__init__(cfg)
-        self.layer = layer
-
-    def forward(self, x, aux=None, **ctx):
-        if aux is not None:
-            aux.add(self.layer, loss=self.out.weight.square().sum())
-        return super().forward(x)
 
     def after_step(self):
         self.steps += 1
@@ -705,14 +694,11 @@ def test_a_loss_of_ones_own_is_named_and_no_curve_of_it_is_in_nats():
 
 # ---- the exercises
 
-NOTEBOOK = Path(__file__).resolve().parent.parent / 'nbs' / '23_train.ipynb'
-
 
 @pytest.fixture(scope='module')
 def lesson():
     "The names of the chapter that its exercises use, and the cell of each exercise"
-    cells = json.loads(NOTEBOOK.read_text(encoding='utf-8'))['cells']
-    sources = [''.join(c['source']) for c in cells if c['cell_type'] == 'code']
+    sources = cells_of('23_train')
     names = dict(vars(chapter), check=check, MiniGPT=MiniGPT, read=BATCH)
     names['tiny'] = replace(SMALL, d_model=32, n_layers=1, n_heads=2)
     (helpers,) = [source for source in sources if 'def sgd(' in source]
