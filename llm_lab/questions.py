@@ -103,7 +103,7 @@ NAME_SETS['all'] = NAME_SETS['seen'] + NAME_SETS['unseen']
 
 
 def _made_up_names(n):
-    "n names that nobody has, of one or two syllables: Fim, Stoda, Grelak"
+    "n names that nobody has: of syllables (Fim, Stoda), or of two real names' halves (Noris)"
     onsets = 'b br ch d dr f fl g gr h j k kl l m n p r s sh st t tr v w z'.split()
     endings = ['', '', *'dklmnrst']
     random = Random(0)
@@ -111,16 +111,20 @@ def _made_up_names(n):
     known = {*NAME_SETS['all'], *words}
     found = {}  # a set that keeps its order
     while len(found) < n:
-        syllables = random.choice((1, 2, 2))
-        parts = [random.choice(onsets) + random.choice('aeiou') for _ in range(syllables)]
-        name = ''.join([*parts, random.choice(endings)]).capitalize()
-        if len(name) > 2 and name not in known:
+        if len(found) % 2:
+            first, last = random.choices(NAME_SETS['seen'], k=2)
+            name = first[: (len(first) + 1) // 2] + last[len(last) // 2 :]
+        else:
+            syllables = random.choice((1, 2, 2))
+            parts = [random.choice(onsets) + random.choice('aeiou') for _ in range(syllables)]
+            name = ''.join([*parts, random.choice(endings)]).capitalize()
+        if 2 < len(name) < 9 and name not in known:
             found[name] = None
     return [*found]
 
 
 # names of a world of its own: whoever learned to read with these knows none of the others
-NAME_SETS['made-up'] = _made_up_names(4000)
+NAME_SETS['made-up'] = _made_up_names(8000)
 
 
 @dataclass(frozen=True)

@@ -500,9 +500,9 @@ def test_a_drill_tells_each_fact_four_times(names):
 def test_names_that_are_made_up_belong_to_nobody():
     made_up = NAME_SETS['made-up']
     words = {word for pool in POOLS.values() for word in pool}
-    assert len({*made_up}) == len(made_up) == 4000
+    assert len({*made_up}) == len(made_up) == 8000
     assert not {*made_up} & {*NAME_SETS['all']} and not {*map(str.lower, made_up)} & words
-    assert all(re.fullmatch('[A-Z][a-z]{2,}', name) for name in made_up)
+    assert all(re.fullmatch('[A-Z][a-z]{2,7}', name) for name in made_up)
     for corpus in (tale_states(100), tale_drills(100)):
         assert not {*re.findall(r'\w+', corpus.text('train'))} & {*NAME_SETS['all']}
         assert corpus.independent and corpus.floor is None
