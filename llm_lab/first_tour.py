@@ -593,6 +593,7 @@ def _result(setup, run, score, parts):
         seconds=round(run.seconds, 2),
         tokens_per_s=round(run.tokens / max(run.seconds, 1e-9)),
         stopped=run.stopped,
+        looks=run.notes,  # [{step, val: nats per character of a part}, …]
         **_score_result(score),
         **({'excess_bits': parts} if parts else {}),
     )
@@ -624,7 +625,8 @@ def _complete(keeper, setup, run, result):
     from llm_lab.package import write_package
 
     png = _picture(setup, run, result)
-    about = {**_about(setup, run, keeper.data), **result}
+    known = {key: value for key, value in result.items() if key != 'looks'}
+    about = {**_about(setup, run, keeper.data), **known}
     try:
         with atomic_write(keeper.folder) as new:
             write_package(new, setup.model, setup.tokenizer, about, keeper.folder.name)
