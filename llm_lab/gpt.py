@@ -131,7 +131,7 @@ def gpt2_init(
         elif name.endswith('bias'):
             nn.init.zeros_(p)
 
-# %% ../nbs/22_gpt.ipynb #3c961724
+# %% ../nbs/22_gpt.ipynb #22a00008
 # The largest sizes that are accepted. GPT-3 has 96 layers of 12,288 channels; what is far beyond is
 # a slip, or a file that wants to fill your memory.
 _LARGEST = dict(
@@ -144,6 +144,30 @@ _LARGEST = dict(
 )
 
 
+def _check_sizes(cfg):
+    "Raises `LabError` on a setting of a `GPTConfig` that is of another kind, or out of range"
+    for name, most in _LARGEST.items():
+        n = getattr(cfg, name)
+        # in Python, True is an int as well
+        if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+            raise LabError(f'{name}={short(n)}: give a whole number of at least 1')
+        if n > most:
+            raise LabError(f'{name}={short(n)}: give {most:,} at most')
+    if not isinstance(cfg.dropout, (int, float)) or not 0 <= cfg.dropout < 1:
+        raise LabError(f'dropout={short(cfg.dropout)}: give a share from 0 up to, not including, 1')
+    if not isinstance(cfg.tie, bool):
+        raise LabError(f'tie={short(cfg.tie)}: give True or False')
+
+
+def _check_recipes(cfg):
+    "Raises `LabError` on a recipe that cannot stand where it does"
+    for name, slot in HOLDS['config'].items():
+        recipe = getattr(cfg, name)
+        if name in ('pos', 'objective') and recipe is None:
+            continue  # a model without positions; one that predicts the next token
+        _check_recipe(recipe, cfg, name, slot)
+
+# %% ../nbs/22_gpt.ipynb #3c961724
 @dataclass(frozen=True)
 class GPTConfig:
     """What a model is made of: sizes and recipes. Compares by value.
@@ -188,33 +212,49 @@ class GPTConfig:
     objective: part | None = None  # recipe of what it is trained for; None: the next token
 
     def __post_init__(self):
-        self._check_sizes()
-        for name, slot in HOLDS['config'].items():
-            recipe = getattr(self, name)
-            if name in ('pos', 'objective') and recipe is None:
-                continue  # a model without positions; one that predicts the next token
-            _check_recipe(recipe, self, name, slot)
-
-    def _check_sizes(self):
-        "Raises `LabError` on a setting that is of another kind, or out of range"
-        for name, most in _LARGEST.items():
-            n = getattr(self, name)
-            # in Python, True is an int as well
-            if not isinstance(n, int) or isinstance(n, bool) or n < 1:
-                raise LabError(f'{name}={short(n)}: give a whole number of at least 1')
-            if n > most:
-                raise LabError(f'{name}={short(n)}: give {most:,} at most')
-        if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
-            raise LabError(
-                f'dropout={short(self.dropout)}: give a share from 0 up to, not including, 1'
-            )
-        if not isinstance(self.tie, bool):
-            raise LabError(f'tie={short(self.tie)}: give True or False')
+        _check_sizes(self)
+        _check_recipes(self)
 
     @property
     def head_dim(self) -> int:
         "Channels of one head"
         return self.d_head or self.d_model // self.n_heads
+
+# %% ../nbs/22_gpt.ipynb #22a00009
+def _tie_weights(model, extra_ids):
+    """Let `lm_head` use the token table: one tensor with two names, so its gradients add up.
+
+    Raises `LabError` where the two cannot be one"""
+    if extra_ids:
+        raise LabError(
+            f'tie=True: the token table has {extra_ids} ids more than lm_head writes; leave tie out'
+        )
+    if not isinstance(getattr(model.lm_head, 'weight', None), Tensor):
+        raise LabError(
+            f'tie=True: lm_head={model.cfg.lm_head!r} has no weight to share; leave tie out'
+        )
+    model.lm_head.weight = model.tok.weight
+
+
+def _check_context(model, ctx):
+    "Raises `LabError` on a keyword that no part reads: it would have no effect, unnoticed"
+    unread = ctx.keys() - model.needs
+    if unread:
+        raise LabError(
+            f'no part of this model reads {sorted(unread)[0]!r}; '
+            f'it reads {sorted(model.needs) or "nothing"}'
+        )
+
+
+def _lacks_aux(model, ctx) -> bool:
+    "Does a part add to a loss while training, and nobody collects it? Fills in `default_aux`"
+    # Three cases: no part adds to a loss, or the caller passes an `aux`: nothing is missing.
+    # `balanced` of `train` has set one: use it. Else the model learns without it.
+    missing = 'aux' in model.needs and 'aux' not in ctx and model.training
+    if missing and model.default_aux is not None:
+        ctx['aux'] = model.default_aux
+        return False
+    return missing
 
 # %% ../nbs/22_gpt.ipynb #5434f462
 class MiniGPT(nn.Module):
@@ -244,32 +284,19 @@ class MiniGPT(nn.Module):
             self.drop = nn.Dropout(cfg.dropout)
             self.norm = _build_part(cfg, 'norm', cfg.d_model)
             self.lm_head = _build_part(cfg, 'lm_head', cfg.d_model, cfg.vocab_size)
-        if cfg.tie and extra_ids:
-            raise LabError(
-                f'tie=True: the token table has {extra_ids} ids more than lm_head writes; '
-                'leave tie out'
-            )
-        if cfg.tie and not isinstance(getattr(self.lm_head, 'weight', None), Tensor):
-            raise LabError(
-                f'tie=True: lm_head={cfg.lm_head!r} has no weight to share; leave tie out'
-            )
         if cfg.tie:
-            self.lm_head.weight = self.tok.weight  # one tensor, two names: its gradients add up
+            _tie_weights(self, extra_ids)
         if seed is not None:
             cfg.init(self, generator=rng(seed, 'init'))
-        # The context, `**ctx`: keyword arguments that pass through the model to every part. A part
-        # declares in `needs` those that it reads; these are all that some part of this model reads.
-        self.needs = {w for m in self.children() for w in needs_in(m)}
+        self.needs = {w for m in self.children() for w in needs_in(m)}  # what some part reads
         for child in self.children():
             for m in child.modules():
                 _check_needs(m)
-        # An `Aux` for calls that pass none. A loss function need not know of auxiliary losses:
-        # `balanced` of `train` sets this while it calls one, and `features` hands it to the parts.
-        self.default_aux = None
+        self.default_aux = None  # collects auxiliary losses in calls that pass no `aux`
 
     def features(self, ids, i=None, **ctx):
         "All but the last projection: ids (B, T), positions (T,) or (B, T) → (B, T, C)"
-        self._check_context(ctx)
+        _check_context(self, ctx)
         if i is None:
             i = torch.arange(ids.shape[1], device=ids.device)
             # a promise: positions are 0, 1, 2, …, so attention can use PyTorch's causal kernel and
@@ -279,28 +306,14 @@ class MiniGPT(nn.Module):
         if self.pos:
             x = self.pos(x, i)
         x = self.drop(x)
-        aux_missing = 'aux' in self.needs and 'aux' not in ctx and self.training
-        # Three cases: no part adds to a loss, or the caller passes an `aux`: nothing is missing.
-        # `balanced` has set one: use it. Else the model learns without it: warn, see below.
-        if aux_missing and self.default_aux is not None:
-            ctx['aux'] = self.default_aux
-            aux_missing = False
+        lacks_aux = _lacks_aux(self, ctx)
         for block in self.blocks:
             x = self.run_block(block, x, i, **ctx)
-        if aux_missing and x.requires_grad and not torch.compiler.is_compiling():
+        if lacks_aux and x.requires_grad and not torch.compiler.is_compiling():
             # A loss without what parts add to `aux` is fine, but learning from it is a slip: so
             # the warning comes with the gradient, not with the call.
             x.register_hook(_warn_aux_unused)
         return self.norm(x)  # (B, T, C)
-
-    def _check_context(self, ctx):
-        "Raises `LabError` on a keyword that no part reads: it would have no effect, unnoticed"
-        unread = ctx.keys() - self.needs
-        if unread:
-            raise LabError(
-                f'no part of this model reads {sorted(unread)[0]!r}; '
-                f'it reads {sorted(self.needs) or "nothing"}'
-            )
 
     @staticmethod
     def run_block(block, x, i, **ctx):
