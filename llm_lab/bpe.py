@@ -220,6 +220,7 @@ class BPETokenizer:
 
     kind = 'bpe'
     vocab_size: int
+    tokens: list[bytes | None]  # id → bytes; None where an id is free
     special_tokens: dict[str, int]  # text → id
     bos_id: int | None  # what begins a text, and what ends it
     eos_id: int | None
