@@ -61,7 +61,18 @@ def printable_to_bytes(text: str) -> bytes:
     "What `bytes_to_printable` was given"
     return bytes([_BYTE[c] for c in text])
 
-# %% ../nbs/12_bpe.ipynb #d57413e1
+# %% ../nbs/12_bpe.ipynb #d342ca8b
+def _pairs_in(words, freq):
+    "How often each pair of letters occurs, and the numbers of the words that hold it"
+    pairs = defaultdict(int)
+    where = defaultdict(lambda: array('I'))
+    for i, word in enumerate(words):
+        for p in map(add, word, word[1:]):  # of 'abc': 'ab', 'bc'
+            pairs[p] += freq[i]
+            where[p].append(i)
+    return pairs, where
+
+
 def _changed_neighbours(parts, pair, new):
     """Yield (pair before, pair after) where `new` was joined between `parts` of a word.
 
@@ -78,7 +89,7 @@ def _changed_neighbours(parts, pair, new):
         if right:
             yield b + right, new + right
 
-
+# %% ../nbs/12_bpe.ipynb #d57413e1
 def _merge(pair, new, words, freq, pairs, where, least=1):
     """Write `new` for `pair` in every word, in place; returns the pairs that are new.
 
@@ -123,18 +134,7 @@ def _tie_key(ties, words, where, tokens):
         raise LabError(f'ties={ties!r}: choose from {", ".join(keys)}')
     return keys[ties]
 
-
-def _pairs_in(words, freq):
-    "How often each pair of letters occurs, and the numbers of the words that hold it"
-    pairs = defaultdict(int)
-    where = defaultdict(lambda: array('I'))
-    for i, word in enumerate(words):
-        for p in map(add, word, word[1:]):  # of 'abc': 'ab', 'bc'
-            pairs[p] += freq[i]
-            where[p].append(i)
-    return pairs, where
-
-
+# %% ../nbs/12_bpe.ipynb #89cf4b90
 def _pop_commonest(heap, pairs, least, aging=None):
     """Take the commonest pair off the heap; None if no pair is left that occurs `least` times.
 
@@ -154,7 +154,7 @@ def _pop_commonest(heap, pairs, least, aging=None):
         heapq.heappush(heap, now)
     return None
 
-
+# %% ../nbs/12_bpe.ipynb #49671a72
 def _learn(counts, n: int, least: int, ties='tokenizers') -> list:  # [(bytes, bytes), …]
     """The first `n` merges of these {chunk: how often}; fewer if no pair is left that occurs
     `least` times.
@@ -189,7 +189,7 @@ def _learn(counts, n: int, least: int, ties='tokenizers') -> list:  # [(bytes, b
             heapq.heappush(heap, entry(born))
     return merges
 
-# %% ../nbs/12_bpe.ipynb #c07ea964
+# %% ../nbs/12_bpe.ipynb #93ac5cfd
 def _marks(special):
     "(id of what begins a text, id of what ends it), from {text: id}; None where there is none"
 
@@ -200,7 +200,7 @@ def _marks(special):
     end = first('<|endoftext|>', '<|end_of_text|>', '</s>')
     return begin, end
 
-
+# %% ../nbs/12_bpe.ipynb #c07ea964
 class BPETokenizer:
     """Byte-level BPE (Sennrich et al. 2016, Radford et al. 2019): any text, no unknown characters,
     exact both ways.
@@ -219,6 +219,11 @@ class BPETokenizer:
     """
 
     kind = 'bpe'
+    vocab_size: int
+    tokens: list[bytes | None]  # id → bytes; None where an id is free
+    special_tokens: dict[str, int]  # text → id
+    bos_id: int | None  # what begins a text, and what ends it
+    eos_id: int | None
 
     def __init__(
         self,
@@ -236,29 +241,15 @@ class BPETokenizer:
         self.whole = whole
         self.form = form
         self.meta = dict(meta or {})
+        self.begin = None  # ids before a prompt, from a file
+        self.chat_template = None  # how conversations are written, in Jinja
         self.ids = {t: n for n, t in self.vocab.items()}  # bytes → id, without the special ones
         self.letters = {bytes([b]): c for b, c in _LETTER.items()}  # bytes → letter
         self.pairs = []  # rank → (pair, its letter)
         self.ranks = {}  # pair → rank
         for rank, (a, b) in enumerate(self.merges):
             self._add(rank, a, b)
-        missing = [t for t in self.letters if t not in self.ids]
-        if missing:
-            raise LabError(
-                f'the vocabulary lacks {len(missing)} tokens, among them {missing[0]!r}: '
-                'give all 256 bytes and what each merge makes'
-            )
-        # text → id
-        self.special_tokens = {s: self._special(s) for s in dict.fromkeys(special_tokens)}
-        self.vocab_size = max(self.vocab) + 1
-        self.tokens = [self.vocab.get(n) for n in range(self.vocab_size)]  # id → bytes
-        self.letter_ids = {c: self.ids[t] for t, c in self.letters.items()}
-        self.bos_id, self.eos_id = _marks(self.special_tokens)
-        self.begin = None  # ids before a prompt, from a file
-        self.chat_template = None  # how conversations are written, in Jinja
-        self._find = [_finder(p) for p in self.patterns]
-        self._chunks = _Chunks(self)
-        self._rust = None  # `encode_batch` makes it when it is needed
+        self._index(special_tokens)
 
     if TYPE_CHECKING:
         def __repr__(self): ...
@@ -327,7 +318,26 @@ class BPETokenizer:
             """The BPE tokenizer in a folder or a `tokenizer.json`; a `ForeignTokenizer` if it must be"""
             ...
 
+# %% ../nbs/12_bpe.ipynb #d4accdf7
+@patch
+def _index(self: BPETokenizer, special_tokens):
+    "Check that each byte has a token, give special tokens their ids, and make what looks ids up"
+    missing = [t for t in self.letters if t not in self.ids]
+    if missing:
+        raise LabError(
+            f'the vocabulary lacks {len(missing)} tokens, among them {missing[0]!r}: '
+            'give all 256 bytes and what each merge makes'
+        )
+    self.special_tokens = {s: self._special(s) for s in dict.fromkeys(special_tokens)}
+    self.vocab_size = max(self.vocab) + 1
+    self.tokens = [self.vocab.get(n) for n in range(self.vocab_size)]  # id → bytes
+    self.letter_ids = {c: self.ids[t] for t, c in self.letters.items()}
+    self.bos_id, self.eos_id = _marks(self.special_tokens)
+    self._find = [_finder(p) for p in self.patterns]
+    self._chunks = _Chunks(self)
+    self._rust = None  # `encode_batch` makes it when it is needed
 
+# %% ../nbs/12_bpe.ipynb #1e69952c
 @patch
 def _add(self: BPETokenizer, rank, a, b):
     "Take in one merge"
@@ -393,7 +403,7 @@ def _merged(self: BPETokenizer, word):
             return word
         word = word.replace(*self.pairs[best])
 
-
+# %% ../nbs/12_bpe.ipynb #45ebc3f4
 @patch
 def _merged_long(self: BPETokenizer, word):
     "As `_merged`; a heap gives the pair learned first, and each merge adds the pairs that it makes"
@@ -522,7 +532,7 @@ def _ordinary(self: BPETokenizer, text) -> list[int]:
         chunks = chain.from_iterable(map(find, chunks))
     return list(chain.from_iterable(map(self._chunks.__getitem__, chunks)))
 
-# %% ../nbs/12_bpe.ipynb #0020f31e
+# %% ../nbs/12_bpe.ipynb #f35568a0
 def _any_of(strs):
     "What finds these texts, the longest first; None if there are none"
     if not strs:
@@ -546,7 +556,7 @@ def _allowed(self: BPETokenizer, names):
         )
     return _any_of(names)
 
-
+# %% ../nbs/12_bpe.ipynb #0020f31e
 @patch
 def encode(self: BPETokenizer, text, allowed_special=()) -> list[int]:
     """Ids of a text (str or bytes); special tokens only if allowed, by name or 'all'.
@@ -570,7 +580,7 @@ def encode(self: BPETokenizer, text, allowed_special=()) -> list[int]:
             f'the text holds half a character, {e.object[e.start]!r}: mend it at its source'
         ) from None
 
-
+# %% ../nbs/12_bpe.ipynb #e080dfef
 @patch
 def decode_bytes(self: BPETokenizer, ids) -> bytes:
     "The exact bytes of some ids. Raises `LabError` on an id outside the vocabulary"
@@ -593,7 +603,7 @@ def decode(self: BPETokenizer, ids, errors='replace') -> str:
     'surrogateescape')"""
     return self.decode_bytes(ids).decode('utf-8', errors)
 
-
+# %% ../nbs/12_bpe.ipynb #9aa918d3
 @patch
 def _tiktoken(self: BPETokenizer):
     """(tiktoken's tokenizer, our id for each of its ids); () where it is not installed or would not
@@ -643,7 +653,7 @@ def encode_batch(self: BPETokenizer, texts, allowed_special=()) -> list[list[int
 
     return list(map(encode_one, texts))
 
-# %% ../nbs/12_bpe.ipynb #347bb4c5
+# %% ../nbs/12_bpe.ipynb #9745123c
 # Where a text may be cut, whatever comes after: before white space; (?r) searches from the end
 _SAFE = {
     True: regex.compile(r'(?r)(?<=\S)(?=\s)'),  # for GPT-2's pattern
@@ -737,7 +747,7 @@ def _count(sources, special, longest, meta, find=_finder(GPT2)):
     meta.update(sha256=seen.hexdigest(), documents=n, bytes=size)
     return counts
 
-
+# %% ../nbs/12_bpe.ipynb #347bb4c5
 @patch(cls_method=True)
 def train(
     cls: BPETokenizer,

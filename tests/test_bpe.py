@@ -17,6 +17,7 @@ import time
 import unicodedata
 import warnings
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,9 @@ from tokenizers import (
 
 sys.path.insert(0, str(Path(__file__).parent))
 import texts
+from answers import bpe as answers
 from cases import ALL, EXAMPLES, cases
+from helpers import code_cell
 
 from llm_lab import bpe
 from llm_lab.bpe import (
@@ -45,7 +48,7 @@ from llm_lab.bpe import (
 )
 from llm_lab.chars import CharTokenizer, load_tokenizer
 from llm_lab.corpora import digest, load_corpus, read_text
-from llm_lab.core import LabError
+from llm_lab.core import LabError, check
 from llm_lab.tales import tiny_tales
 from llm_lab.tokenizer_files import ForeignTokenizer
 
@@ -1340,3 +1343,61 @@ def test_the_name_of_a_file_is_not_learned_as_a_text(tmp_path, monkeypatch):
     assert by_path.encode('cat') == BPETokenizer.train(
         'a cat and a hat and a cat ' * 9, 260
     ).encode('cat')
+
+
+def test_typed_words_take_the_merges_and_a_third_of_a_character_is_no_text(hand):
+    tokens = [hand.tokens[n] for n in hand.encode('the thorn')]
+    assert tokens == [b'the', b' ', b'th', b'o', b'r', b'n']
+    assert 258 not in hand.encode('the end is <end>')
+    assert hand.decode(hand.encode('家')[:2]) == '\ufffd'
+
+
+# ---- the exercises
+
+
+def equal(a, b):
+    assert a == b, (a, b)
+
+
+@pytest.fixture(scope='module')
+def exercises():
+    space = dict(vars(bpe), test_eq=equal)
+    for text in ('def train_naive(', 'def encode_spec('):
+        exec(code_cell('12_bpe', text), space)
+    for text in ('def my_train(', 'def my_guess('):
+        exec(code_cell('12_bpe', text).rpartition('check(')[0], space)
+    return space
+
+
+def said_of(answer, exercises):
+    if answer in answers.RIGHT + answers.WRONG:
+        return check(answer, exercises['my_train_spec'], *exercises['cases'])
+    return check(answer, exercises['measured'], ())
+
+
+@pytest.mark.parametrize('answer', answers.RIGHT + answers.RIGHT_GUESSES)
+def test_a_right_answer_is_told_so(answer, exercises):
+    assert f'{answer.__name__}: right on ' in said_of(answer, exercises)
+
+
+@pytest.mark.parametrize('answer', answers.WRONG + answers.WRONG_GUESSES)
+def test_a_wrong_answer_meets_a_counter_example(answer, exercises):
+    assert 'expected' in said_of(answer, exercises)
+
+
+def test_what_the_third_exercise_breaks_turns_red():
+    cell = partial(code_cell, '12_bpe')
+    right = cell('def _changed_neighbours(')
+    at = right.index('        elif k > 1')
+    broken = right[:at] + right[right.index('        if right:') :]
+    space = dict(vars(bpe), test_eq=equal)
+    exec(cell('def _merge('), space)
+    exec(cell('def _learn('), space)
+    red = cell("words = ['ababab']")
+    exec(right, space)
+    exec(red, space)
+    assert len(space['_learn']({'ababab': 1}, 9, 1)) == 3
+    exec(broken, space)
+    with pytest.raises(AssertionError):
+        exec(red, space)
+    assert space['_learn']({'ababab': 1}, 9, 1) == [(b'a', b'b'), (b'b', b'a')]

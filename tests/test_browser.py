@@ -165,7 +165,8 @@ def test_merges_can_be_scrubbed_and_texts_typed(opened, tmp_path):
     "`bpe`: the slider cuts the words anew, and what is typed is shown under four tokenizers"
     from playwright.sync_api import expect
 
-    with opened(upto('12_bpe', 'explore(compare', tmp_path), width=1000, height=1000) as page:
+    short = upto('12_bpe', 'explore(compare', tmp_path, shows='explore(scrub')
+    with opened(short, width=1000, height=1000) as page:
         shot.run_all(page, WAIT)
         assert shot.seen(page)['error'] == []
         said = page.locator('.widget-output p', has_text='bytes a token').last
