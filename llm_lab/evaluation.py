@@ -992,7 +992,7 @@ def repetition(text, n=4) -> float:
     grams = _ngrams(text, n)
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
-# %% ../nbs/25_evaluation.ipynb #25b00017
+# %% ../nbs/25_evaluation.ipynb #25b00018
 def prompt_suite(
     write,  # a function: prompt → continuation
     prompts,
