@@ -39,7 +39,9 @@ def strided_spans(
     starts=None,  # where documents begin, ascending; the text as one if none
 ) -> Tensor:  # (begin, first, end) of each window, (W, 3)
     """Windows that move by `stride`: each token after the first start is scored once, with as much
-    past as T holds
+    past as T holds.
+
+    Raises `LabError` where the stride is not 1 to T
 
     Args:
         n: length of the text, in tokens
@@ -52,13 +54,13 @@ def strided_spans(
     """
     if not 1 <= stride <= T:
         raise LabError(f'stride={stride}: give a whole number from 1 to the context, {T}')
-    # which tokens each window scores: those of blocks as long as one stride
+    # which tokens each window scores: windows side by side, as long as one stride
     scored = spans(n, stride, starts)
     starts = torch.as_tensor([0] if starts is None else starts)
-    # The start of the document that each window lies in, (W,). starts=[1, 6] and blocks that begin
-    # at 1, 3 and 6: searchsorted counts 1, 1 and 2 starts up to there, so 1, 1 and 6.
-    blocks = scored[:, 0].contiguous()
-    document = starts[torch.searchsorted(starts, blocks, right=True) - 1]
+    # The start of the document that each window lies in, (W,). starts=[1, 6] and windows that
+    # begin at 1, 3 and 6: searchsorted counts 1, 1 and 2 starts up to there, so 1, 1 and 6.
+    scored_from = scored[:, 0].contiguous()
+    document = starts[torch.searchsorted(starts, scored_from, right=True) - 1]
     # Read T tokens up to the last one that is scored, but nothing of the document before. The last
     # position is only predicted, never read: hence `− 1`.
     begin = torch.maximum(document, scored[:, 2] - 1 - T)
@@ -400,7 +402,7 @@ def evaluate(
     corpus: Corpus | str | Path,  # a corpus, or what `load_corpus` takes: a name or a path
     split: str = 'val',  # train, val or test
     max_tokens: int | None = None,  # tokens from the beginning of the split; all if none
-    stride: int | None = None,  # new tokens in each window; the context if none: blocks
+    stride: int | None = None,  # new tokens in each window; the context if none
     batch_size: int | None = None,  # windows read together; as many as fit if none
     live=None,  # called with how far it is
     # of a text's ids (n,): which of them are scored, bool (n,); its name goes into the score. All
@@ -416,7 +418,7 @@ def evaluate(
         corpus: a corpus, or what `load_corpus` takes: a name or a path
         split: train, val or test
         max_tokens: tokens from the beginning of the split; all if none
-        stride: new tokens in each window; the context if none: blocks
+        stride: new tokens in each window; the context if none
         batch_size: windows read together; as many as fit if none
         live: called with how far it is
         only: of a text's ids (n,): which of them are scored, bool (n,); its name goes into
@@ -1091,7 +1093,7 @@ def evaluate_file(
     model,
     tokenizer,
     path,  # a UTF-8 text; lines `<|endoftext|>` make it a collection of documents, as do records
-    stride: int | None = None,  # new tokens in each window; the context if none: blocks
+    stride: int | None = None,  # new tokens in each window; the context if none
     batch_size: int | None = None,  # windows read together; as many as fit if none
     live=None,
     field='text',  # of records: the one that holds the text
@@ -1103,7 +1105,7 @@ def evaluate_file(
     Args:
         path: a UTF-8 text; lines `<|endoftext|>` make it a collection of documents, as do
             records
-        stride: new tokens in each window; the context if none: blocks
+        stride: new tokens in each window; the context if none
         batch_size: windows read together; as many as fit if none
         field: of records: the one that holds the text
     """
