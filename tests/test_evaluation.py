@@ -11,12 +11,15 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from answers import evaluation as answers
 from fastcore.test import test_close as close
 from fastcore.test import test_eq as equal
+from helpers import cells_of
 
+import llm_lab.evaluation as chapter
 from llm_lab.bpe import BPETokenizer
 from llm_lab.chars import CharTokenizer
-from llm_lab.core import LabError
+from llm_lab.core import LabError, check
 from llm_lab.corpora import END_OF_TEXT, Corpus, load_corpus
 from llm_lab.evaluation import (
     UNITS,
@@ -94,7 +97,72 @@ def test_each_token_is_scored_once_and_none_sees_more_than_the_context(starts, s
     refuses(lambda: strided_spans(50, 7, 8, starts), words)
 
 
+def test_with_a_stride_of_one_each_token_sees_all_that_the_context_holds():
+    model = fresh(char_tok(), 8)
+    ids = torch.tensor(char_tok().encode(the_tales().text('val')[:60]))
+    got = token_losses(model, ids, strided_spans(60, 8, 1))
+    assert got[0].isnan()  # nothing stands before the first
+    for t in range(1, 60):
+        with torch.no_grad():
+            logits = model(ids[None, max(0, t - 8) : t])[0, -1]
+        close(got[t], -logits.log_softmax(-1)[ids[t]], eps=1e-5)
+
+
+# ---- standard errors
+
+
+def test_easy_and_hard_documents_are_covered_over_documents_only():
+    g = np.random.default_rng(0)
+    level = g.choice([0.5, 1.5], (300, 40))  # nats per token, a level for each document
+    made = level[..., None] + g.normal(0, 0.5, (300, 40, 200))  # and 200 tokens in each
+    off = np.array([abs(m.sum() - m.size) for m in made])
+    errors = np.array([[ratio_error(m.sum(1), [200] * 40), m.std() * m.size**0.5] for m in made])
+    over_documents, over_tokens = (off[:, None] < 1.96 * errors).mean(0)
+    assert over_documents > 0.9 > 3 * over_tokens
+
+
 # ---- units
+
+
+def test_units_by_hand():
+    s = Score(nats=200 * BIT, tokens=50, chars=100, bytes=125, error=10 * BIT, floor=1.6)
+    close([s.loss, s.perplexity, s.bits, s.bits_per_byte, s.above], [4 * BIT, 16, 2, 1.6, 0.25])
+    intervals = [2 - 0.196, 2 + 0.196, 1.6 - 0.1568, 1.6 + 0.1568]
+    close([*s.interval, *s.interval_per_byte], intervals)
+    # five end marks of 4 bits each: they count per character, and not per byte
+    ended = replace(s, n_ends=5, end_nats=20 * BIT, bare_error=5 * BIT)
+    close([ended.bits_per_byte, ended.end_bits, ended.bits], [180 / 125, 4, 2])
+
+
+@pytest.mark.parametrize('made', ['characters', 'pairs'])
+def test_a_model_that_knows_nothing_costs_the_same_for_each_token(made):
+    some = tiny_tales(300)
+    tokenizer = char_tok() if made == 'characters' else pair_tok()
+    nothing = fresh(tokenizer)
+    with torch.no_grad():
+        for p in nothing.parameters():
+            p.zero_()  # all tokens alike
+    s = evaluate(nothing, tokenizer, some)
+    uniform = math.log2(tokenizer.vocab_size)
+    per_end = 2 if made == 'characters' else 1  # two line ends, or one mark
+    close(s.bits, s.tokens * uniform / s.chars, eps=1e-5)
+    close(s.end_bits, per_end * uniform, eps=1e-4)
+    close(s.bits_per_byte, (s.tokens - per_end * s.n_ends) * uniform / s.bytes, eps=1e-4)
+    # whatever the tokenizer is, the text is the same
+    equal(s.chars, len(some.text('val') + some.separator))
+    equal(s.bytes, sum(len(d.encode()) for d in some.documents('val')))
+    if made == 'characters':
+        equal(s.tokens, s.chars)
+        equal(s.bytes, s.chars - 2 * s.n_ends)
+
+
+def test_a_whole_split_is_scored_and_shows_how_far_it_is():
+    seen = []
+    model = fresh(char_tok())
+    for split in ('val', 'test'):
+        score = evaluate(model, char_tok(), the_tales(), split, live=seen.append)
+        equal(score.chars, len(the_tales().text(split) + the_tales().separator))
+    assert seen[0].startswith('validating: 0 of ') and len(seen) > 10
 
 
 def test_a_text_of_other_characters_wants_byte_pairs():
@@ -692,3 +760,75 @@ def test_runs_are_compared_one_after_the_other_or_in_a_list(made):
     a, b = made('a', 1.0), made('b', 2.0)
     names = [line['name'] for line in compare(a, b).lines]
     assert names == [line['name'] for line in compare([a, b]).lines] == ['a', 'b']
+
+
+def test_three_runs_in_folders_one_of_them_torn(tmp_path):
+    some = tiny_tales(300)
+
+    def run(tokenizer, seed, lr=8e-3):
+        model = MiniGPT(fresh(tokenizer).cfg, seed)
+        ids = torch.tensor(tokenizer.encode(some.text('train')))
+        note = lambda state: evaluate(state.model, tokenizer, some)
+        made = fit(model, random_crops(ids, 4, 64, seed), 30, lr=lr, callbacks={10: note})
+        return made, evaluate(made.model, tokenizer, some)
+
+    def folder(name, made, score):
+        facts = chapter._read_run(made)[1] | dict(scores=dict(val=score.as_dict()))
+        return write_run(tmp_path / name, _line('x', made)['rows'], result=facts)
+
+    one, two = run(char_tok(), 0), run(char_tok(), 1)
+    slow = run(char_tok(), 0, lr=1e-4)[0]
+    torn = write_run(tmp_path / 'low rate', _line('x', slow)['rows'][:20], torn='{"step": 21, "t')
+    three = compare([torn, folder('seed 0', *one), folder('seed 1', *two)])
+    equal((three.lines[2]['name'], three.lines[2]['state']), ('low rate', 'step 20'))
+    assert 'paired, over ' in three.remarks[0]
+    fig = three.picture()
+    plt.close(fig)
+    equal(len(fig.axes[0].lines), 3 + 2)  # three curves, two final scores
+    both = compare({'chars': one[0], 'bpe': run(pair_tok(), 0)[0]})
+    assert both.remarks[1].startswith('the tokenizers differ')
+
+
+# ---- the exercises
+
+
+@pytest.fixture(scope='module')
+def lesson():
+    "The names that the exercises use, and the cell of each of them"
+    names = dict(vars(chapter), check=check, np=np, spans=spans)
+    for name in answers.ANSWERS:
+        (source,) = [s for s in cells_of('25_evaluation') if s.startswith(f'def {name}(')]
+        exec(source, names)
+    return names
+
+
+def verdict(name, answer, lesson):
+    "What the last line of the exercise's cell says of an answer"
+    spec, cases = dict(
+        windows=('windows_spec', lesson['window_cases']),
+        paired=('paired_spec', lesson['paired_cases']),
+        my_guess=('measured', [()]),
+        turns_red=('turns_red_spec', [()]),
+    )[name]
+    return check(answer, lesson[spec], *cases), len(cases)
+
+
+RIGHT = [(name, f) for name, (right, _) in answers.ANSWERS.items() for f in right]
+WRONG = [(name, f) for name, (_, wrong) in answers.ANSWERS.items() for f in wrong]
+
+
+@pytest.mark.parametrize('name, answer', RIGHT)
+def test_a_right_answer_is_told_so(name, answer, lesson):
+    said, n = verdict(name, answer, lesson)
+    assert said == f'{answer.__name__}: right on {n} cases'
+
+
+@pytest.mark.parametrize('name, answer', WRONG)
+def test_a_wrong_answer_meets_a_counter_example(name, answer, lesson):
+    said, _ = verdict(name, answer, lesson)
+    assert 'expected' in said
+
+
+@pytest.mark.parametrize('name', answers.ANSWERS)
+def test_an_exercise_that_nobody_has_done_says_so(name, lesson):
+    assert verdict(name, lesson[name], lesson)[0] == f'{name}: not yet'
