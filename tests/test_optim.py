@@ -1,5 +1,5 @@
-"""What `train` and `efficient` promise and no notebook shows: compilers, fresh processes, other
-optimizers, low precision in whole runs."""
+"""What `optim` and `efficient` promise and no notebook shows: definitions in float64, watchers,
+names in a config, compilers, fresh processes, low precision in whole runs; the exercises."""
 
 import copy
 import math
@@ -7,26 +7,41 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from answers import optim as answers
 from cases import ALL, HANG
+from fastcore.test import test_close as close
+from fastcore.test import test_eq as equal
+from helpers import code_cell
+from torch import nn
 from torch.nn import functional as F
 
 from llm_lab import onednn
+from llm_lab import optim as chapter
 from llm_lab.gpt import GPTConfig, MiniGPT
 from llm_lab.onednn import _QuickLinear, onednn_linears
-from llm_lab.core import LabError, rng
+from llm_lab.core import LabError, check, rng
 from llm_lab.onednn import onednn_is_exact
 from llm_lab.optim import (
     OPTIMIZERS,
     SCHEDULES,
     CombinedOptimizer,
+    DivergenceMonitor,
     EarlyStop,
     Muon,
     adamw,
+    diverged,
+    find_spikes,
+    make_optimizer,
+    make_schedule,
     muon,
+    newton_schulz,
+    step_decay,
     steps_for,
+    warmup_stable_decay,
 )
 from llm_lab.efficient import (
     StepRunner,
@@ -35,7 +50,7 @@ from llm_lab.efficient import (
     largest_batch,
     step_memory,
 )
-from llm_lab.train import fit, next_token_loss, random_crops, train_step, update
+from llm_lab.train import fit, next_token_loss, random_crops, train_step, update, warmup_cosine
 
 SMALL = GPTConfig(vocab_size=20, max_len=16, d_model=32, n_layers=2, n_heads=2)
 IDS = torch.randint(20, (4000,), generator=rng(0, 'ids'))
@@ -97,21 +112,36 @@ def test_checkpointing_is_bitwise_also_with_dropout():
     assert not torch.equal(trained(cfg=cfg, seed=1)[0], trained(cfg=cfg)[0])
 
 
+class Nothing(nn.Module):
+    def forward(self, x, **context):
+        return torch.zeros_like(x)
+
+
+def without_norms_and_mlp(model):
+    """They are PyTorch's own, and more than half of what there is to compile: 7 kernels are left of
+    16"""
+    for block in model.blocks:
+        block.norm1, block.norm2, block.mlp = nn.Identity(), nn.Identity(), Nothing()
+    model.norm = nn.Identity()
+    return model
+
+
 def test_a_compiled_step_is_the_same_step(capsys, monkeypatch):
     "Also with the quick linear layers, which are operations of our own, and with checkpoints"
     monkeypatch.setattr(onednn, 'onednn_is_faster', onednn_is_exact)
     # a second block takes as long again to compile
     cfg = SMALL if ALL else replace(SMALL, n_layers=1)
+    parts = (lambda model: model) if ALL else without_norms_and_mlp
 
     def one(step, prepare=lambda m: m):
-        model = prepare(MiniGPT(cfg))
+        model = prepare(parts(MiniGPT(cfg)))
         opt = adamw(model, lr=1e-3)
         with onednn_linears(model):
             losses = [step(model, opt, BATCH(n))[0].item() for n in range(3)]
         return flat(model), losses
 
     plain = one(train_step)
-    way = (plain[0] - flat(MiniGPT(cfg))).norm()
+    way = (plain[0] - flat(parts(MiniGPT(cfg)))).norm()
     for prepare in (
         (apply_activation_checkpointing, lambda m: m) if ALL else (apply_activation_checkpointing,)
     ):
@@ -343,9 +373,9 @@ def test_the_finder_backs_off_where_the_device_says_no(monkeypatch):
         return n <= 7
 
     monkeypatch.setattr(efficient, '_runs', runs)
-    assert (
-        largest_batch(SMALL, memory=step_memory(SMALL, 40), device='cuda') <= 7 and asked[0] == 40
-    )
+    cfg = replace(SMALL, n_layers=1)
+    assert largest_batch(cfg, memory=step_memory(cfg, 10), device='cuda') == 7
+    assert asked == [10, 9, 8, 7]
 
 
 @pytest.mark.skipif(
@@ -395,3 +425,238 @@ def test_early_stopping_reads_a_score_and_notes_its_numbers():
     stop = EarlyStop(lambda run: TwoNumbers(), patience=1)
     run = fit(MiniGPT(SMALL), BATCH, 9, callbacks={2: stop})
     assert run.notes == [dict(step=n, val=2.0, val_bits_per_byte=3.0) for n in (2, 4)]
+
+
+# ---- Newton–Schulz and Muon, by their definition
+
+
+def orthogonalized_spec(g):
+    "By a full decomposition in float64"
+    u, s, v = torch.linalg.svd(g.double(), full_matrices=False)
+    s = s / s.norm()
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    return u @ torch.diag(s) @ v
+
+
+@pytest.mark.parametrize('shape', [(5, 5), (64, 256), (256, 64)])
+def test_newton_schulz_is_its_polynomial_on_singular_values(shape):
+    g = torch.randn(shape, generator=rng(0, f'{shape}'))
+    close(newton_schulz(g), orthogonalized_spec(g).float(), eps=1e-5)
+    close(newton_schulz(g.double()), orthogonalized_spec(g), eps=1e-9)
+    # stacks, and any length
+    close(newton_schulz(torch.stack([g, 9 * g]))[1], newton_schulz(g), eps=1e-5)
+    u = torch.linalg.qr(torch.randn(shape[0], shape[0], generator=rng(0, 'turn')))[0]
+    close(newton_schulz(u @ g), u @ newton_schulz(g), eps=1e-5)  # rotations pass through
+    assert newton_schulz(g, dtype=torch.bfloat16).dtype == g.dtype
+
+
+def test_zeros_stay_zeros():
+    equal(newton_schulz(torch.zeros(3, 4)), torch.zeros(3, 4))
+
+
+def steps(make, n=4, shapes=((64, 64), (64, 256), (256, 64), (64, 64)), dtype=torch.float32):
+    "Weights after `n` steps along the same random gradients"
+    draw = rng(0, 'muon')
+    weights = [torch.randn(s, generator=draw).to(dtype).requires_grad_() for s in shapes]
+    opt = make(weights)
+    for _ in range(n):
+        for w in weights:
+            w.grad = torch.randn(w.shape, generator=draw).to(dtype)
+        opt.step()
+    return [w.detach() for w in weights]
+
+
+def test_muon_in_bf16_is_pytorchs_muon():
+    theirs = partial(torch.optim.Muon, lr=0.02, adjust_lr_fn='match_rms_adamw')
+    for a, b in zip(steps(partial(Muon, lr=0.02, dtype=torch.bfloat16)), steps(theirs)):
+        close(a, b, eps=1e-5)
+
+
+class MuonSpec(torch.optim.SGD):
+    "Its definition, one matrix at a time, with a full decomposition; lr 0.02, weight decay 0.1"
+
+    def step(self):
+        for p in self.param_groups[0]['params']:
+            v = 0.95 * self.state[p].get('v', 0) + 0.05 * p.grad
+            self.state[p]['v'] = v
+            move = orthogonalized_spec(0.05 * p.grad + 0.95 * v)
+            p.data = p.data * (1 - 0.02 * 0.1) - 0.02 * 0.2 * max(p.shape) ** 0.5 * move
+
+
+def test_muon_is_its_definition_in_float64():
+    wide = steps(partial(MuonSpec, lr=0.02), dtype=torch.float64)
+    for a, b in zip(steps(partial(Muon, lr=0.02, dtype=None)), wide):
+        close(a, b.float(), eps=1e-5)
+
+
+def weights_after(make, factors, saved_at=None):
+    """The weights after steps whose losses are multiplied by these factors; saved and loaded once
+    on the way"""
+    model = MiniGPT(replace(SMALL, n_layers=1))
+    opt = make(model)
+    for n, x in enumerate(factors):
+        if n == saved_at:
+            kept, opt = opt.state_dict(), make(model)
+            opt.load_state_dict(kept)
+        train_step(model, opt, BATCH(n % 2), loss_fn=lambda *args: next_token_loss(*args) * x)
+    return flat(model)
+
+
+@pytest.mark.parametrize('make', OPTIMIZERS.values())
+def test_every_optimizer_keeps_the_promises_of_update(make):
+    "Each weight in one group, nothing moves along NaN or ∞, a saved state goes on"
+    model = MiniGPT(replace(SMALL, tie=True))
+    equal(sum(p.numel() for g in make(model).param_groups for p in g['params']), model.n_params)
+    good = weights_after(make, [1, 1, 1])
+    equal(weights_after(make, [1, 1, math.nan, math.inf, 1]), good)
+    equal(weights_after(make, [1, 1, 1], saved_at=2), good)
+
+
+def test_an_embedding_does_not_decay_and_matrices_do():
+    model = MiniGPT(SMALL)
+    decays, rest = adamw(model).param_groups
+    names = {id(p): n for n, p in model.named_parameters()}
+    equal({names[id(p)].split('.')[-2] for p in decays['params']}, {'qkv', 'out', 'up', 'lm_head'})
+    tables = {names[id(p)] for p in rest['params'] if p.dim() == 2}
+    equal(tables, {'tok.weight', 'pos.table.weight'})
+
+
+# ---- schedules, and their names in a config
+
+
+@pytest.mark.parametrize('f', SCHEDULES.values())
+def test_a_schedule_climbs_once_and_never_again(f):
+    curve = [f(s, 1000) for s in range(1000)]
+    close(curve[:100], [(s + 1) / 100 for s in range(100)])
+    assert all(a >= b for a, b in zip(curve[100:], curve[101:]))
+    assert 0 <= curve[-1] <= max(curve) == 1
+
+
+def test_schedules_at_some_steps():
+    equal([warmup_stable_decay(s, 1000) for s in (800, 900, 999)], [1.0, 0.5, 0.005])
+    close([step_decay(s, 1000) for s in (499, 500, 750)], [1.0, 0.1, 0.01])
+
+
+@pytest.mark.parametrize('f', [warmup_cosine, warmup_stable_decay, step_decay])
+def test_a_schedule_comes_down_to_its_end_and_not_below(f):
+    curve = [f(s, 1000, end=0.1) for s in range(1000)]
+    close([max(curve), curve[0]], [1.0, 0.01])
+    close(curve[-1], 0.1, eps=0.005)
+    assert min(curve[100:]) >= 0.1
+
+
+def test_a_schedule_that_a_config_names():
+    short_run = make_schedule({'part': 'wsd', 'decay': 0.5}, warmup=2, end=0.1)
+    equal(
+        [round(short_run(s, 10), 3) for s in (0, 1, 5, 10)],
+        [warmup_stable_decay(s, 10, 2, 0.1, 0.5) for s in (0, 1, 5, 10)],
+    )
+
+
+@pytest.mark.parametrize(
+    'wrong, says',
+    [('adamwx', "did you mean 'adamw'?"), (dict(part='sgd', momentun=1), "'momentum'?")],
+)
+def test_a_slip_in_the_name_of_an_optimizer_is_told(wrong, says):
+    with pytest.raises(LabError) as e:
+        make_optimizer(wrong, MiniGPT(SMALL), lr=0.02)
+    assert says in str(e.value)
+
+
+# ---- early stopping and divergence
+
+
+def test_early_stopping_brings_the_best_weights_back():
+    seen = []  # weights at each look
+    planned = iter([3.0, 2.0, 1.99, 2.5, 2.4, 9.0])  # the losses that the looks are told
+
+    def look(run):
+        seen.append(run.model.tok.weight.detach().clone())
+        return next(planned)
+
+    stop = EarlyStop(look, patience=3, min_delta=0.1)
+    run = fit(MiniGPT(SMALL), BATCH, 60, callbacks={2: stop})
+    equal((run.step, [n['val'] for n in run.notes]), (10, [3.0, 2.0, 1.99, 2.5, 2.4]))
+    equal(run.stopped, 'after 3 looks without progress')
+    equal(run.model.tok.weight.detach(), seen[1])  # those of the look that saw 2.0
+
+
+def test_spikes_stand_above_their_neighbours():
+    noisy = 2 + 0.1 * torch.randn(400, generator=rng(0, 'noise'))
+    noisy[[123, 300]] += 3
+    equal(find_spikes(noisy), [123, 300])
+    equal(find_spikes(torch.linspace(4, 1, 400)), [])  # a falling curve is no spike
+    equal(find_spikes([1.0] * 50), [])
+
+
+def test_a_run_has_diverged_when_half_is_lost():
+    means = ([4.0], [4.0, 2.0, 2.9], [4.0, 2.0, 3.1], [2.0, 2.01])
+    equal([diverged(m) for m in means], [False, False, True, False])
+
+
+def test_a_run_whose_rate_explodes_is_ended():
+    run = fit(
+        MiniGPT(SMALL),
+        random_crops(torch.arange(4000) % 7, 6, 16),
+        200,
+        lr=0.05,
+        clip=1e9,
+        callbacks={50: DivergenceMonitor()},
+        schedule=lambda step, steps: 0.1 if step < 100 else 20.0,
+    )
+    assert run.stopped.startswith('because it diverged') and run.step < 200
+
+
+# ---- the exercises
+
+cell = partial(code_cell, '28_optim')
+
+
+@pytest.fixture(scope='module')
+def lesson():
+    "The names of the chapter that its exercises use, and the cell of each exercise"
+    names = dict(vars(chapter), check=check, rng=rng, test_close=close, test_eq=equal)
+    for text in ('def sgd_step(', 'def momentum_step(', 'def rmsprop_step('):
+        exec(cell(text).partition('\n\n\noptim =')[0].partition('\n\n\nsame_as')[0], names)
+    source = cell('def naive_newton_schulz(')
+    exec(source.partition('\n\n\nfor s in')[0], names)
+    for name in answers.ANSWERS:
+        exec(cell(f'def {name}('), names)
+    return names
+
+
+def verdict(name, answer, lesson):
+    "What the last line of the exercise's cell says of an answer"
+    spec, cases = {
+        'my_newton_schulz': ('newton_schulz_spec', lesson['schulz_cases']),
+        'guess': ('measured', [()]),
+    }[name]
+    return check(answer, lesson[spec], *cases), len(cases)
+
+
+@pytest.mark.parametrize('name', answers.ANSWERS)
+def test_the_exercises_tell_right_from_wrong(name, lesson):
+    right, wrong = answers.ANSWERS[name]
+    for answer in right:
+        said, n = verdict(name, answer, lesson)
+        equal(said, f'{answer.__name__}: right on {n} cases')
+    for answer in wrong:
+        said, _ = verdict(name, answer, lesson)
+        assert 'expected' in said, said
+    equal(verdict(name, lesson[name], lesson)[0], f'{name}: not yet')
+
+
+def test_what_the_third_exercise_breaks_turns_red(lesson):
+    right = cell('def newton_schulz(')
+    broken = right.replace(
+        'x.flatten(-2).norm(dim=-1)[..., None, None]', 'x.abs().amax((-2, -1), keepdim=True)'
+    )
+    assert broken != right
+    red = cell('for shape in ((5, 5), (64, 256)').partition('after =')[0]
+    exec(red, lesson | vars(chapter))
+    names = dict(lesson)
+    exec(broken, names)
+    with pytest.raises(AssertionError):
+        exec(red, names)
+    assert names['newton_schulz'](torch.randn(64, 256, generator=rng(0, 'g'))).isnan().any()
