@@ -2,9 +2,10 @@
 
     python experiments/first_tour/run.py [--minutes 3] [--save]
 
-The tour's package is kept in runs/. The result has, beside what the tour says, the last text that
-it printed, and one attention map of its model: of the head that looks most from a word that is
-told again to the letter after its earlier twin (an induction score). One line of JSON at the end."""
+The tour's package is kept in runs/. The result has, beside what the tour says, the last text
+that it printed, and an attention map of its model: of the head that looks most from a word that
+is told again to the letter after its earlier twin (an induction score). One line of JSON at the
+end."""
 
 import os
 import re

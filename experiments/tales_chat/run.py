@@ -9,7 +9,8 @@ its weights, or adapters of several ranks (LoRA), which train the rows of the ma
 `--exam` questions each: on stories that nobody trained on, with the names of the tuning and with
 names that no training knew. An answer is right if it is the whole answer, exactly, and ended; it
 is written greedily. Beside it the baselines of 16, which see too little. What is forgotten: bits
-per character on held-out stories, before and after; the base has never met a name of theirs.
+per character, before and after, on held-out documents like the base's own (made-up names, with
+their state in the end), and on stories with the names of the tuning, which the base never met.
 
 Then, for each seed, from the tuned model: GRPO with the exam's own grading as its reward, and
 further tuning for as long. All on one thread each; times are the processor's.
@@ -43,6 +44,7 @@ from llm_lab.questions import (
     exact_match,
     exam,
     tale_questions,
+    tale_states,
     tale_stories,
 )
 from llm_lab.reward import grpo, sample_answers
@@ -150,14 +152,19 @@ def practise(model, tok, steps, seed=0, rate=1.0):
     return fit(model, rows, steps, optimizer=optimizer, loss_fn=loss, seed=seed)
 
 
+def forgotten(model, tok):
+    "{documents: bits per character}: the base's own, and stories with the names of the tuning"
+    corpora = dict(own=tale_states(4000), stories=tale_stories(2000))
+    return {name: evaluate(model, tok, corpus).bits for name, corpus in corpora.items()}
+
+
 def tune(base, rank, steps, seed, n):
     "Tune all weights (rank 0), or adapters; exams before and after; what is forgotten, in bits"
     torch.set_num_threads(1)
     keep_freed_memory()
     model, tok = started(base, rank)
-    corpus = tale_stories(2000)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    before = evaluate(model, tok, corpus).bits
+    before = forgotten(model, tok)
     minutes = 0.0
     if steps:
         _, minutes = clock(lambda: practise(model, tok, steps, seed))
@@ -165,12 +172,13 @@ def tune(base, rank, steps, seed, n):
         model = merge_lora(model)
     model.eval()
     save(RUNS / f'tuned-{base}-{rank}-{steps}-{seed}', model, tok)
+    after = forgotten(model, tok)
     return dict(
         minutes=round(minutes, 1),
         trained=trained,
         params=model.n_params,
         exams=marked(model, tok, n),
-        stories=[before, evaluate(model, tok, corpus).bits],
+        bits={name: [bits, after[name]] for name, bits in before.items()},
     )
 
 
@@ -243,8 +251,8 @@ def main(seeds, base, steps, extra, ranks, n):
     for rank in (0, *ranks):
         cell = found['tuned'][rank] = kept(tune, base, rank, steps, 0, n)
         show(f'rank {rank}' if rank else 'all weights', cell)
-        before, after = cell['stories']
-        print(f'{"":24}stories {before:.4f} → {after:.4f} bits; {cell["trained"]:,} trained')
+        for name, (before, after) in cell['bits'].items():
+            print(f'{"":24}{name} {before:.4f} → {after:.4f} bits; {cell["trained"]:,} trained')
     found['further'] = {way: [] for way in extra}
     for seed in range(seeds):
         for way, more in extra.items():
