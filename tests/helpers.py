@@ -29,6 +29,12 @@ def cells_of(chapter, kind='code'):
     return [''.join(c['source']) for c in notebook['cells'] if c['cell_type'] == kind]
 
 
+def manual():
+    "What a user reads: the README, and the guide behind it"
+    readme = (NOTEBOOKS.parent / 'README.md').read_text(encoding='utf-8')
+    return '\n\n'.join([readme, *cells_of('guide', 'markdown')])
+
+
 def code_cell(chapter, text):
     "The one code cell of a chapter that holds a text"
     (found,) = [source for source in cells_of(chapter) if text in source]

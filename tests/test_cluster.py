@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from cases import HANG
-from helpers import one_line, printed
+from helpers import manual, one_line, printed
 
 import llm_lab as lab
 from llm_lab.runs import resolve_resume
@@ -322,12 +322,12 @@ def test_who_is_not_the_first_process_tells_an_error_of_its_own(home, monkeypatc
     assert waited == [cli._WAIT]  # the second one alone, and then it spoke
 
 
-# ---- the README's section
+# ---- the guide's section
 
 
 def cluster_lines():
-    "The commands of the README's section, as words behind `.venv/bin/`"
-    section = (ROOT / 'README.md').read_text(encoding='utf-8').partition('## On a cluster')[2]
+    "The commands of the guide's section, as words behind `.venv/bin/`"
+    section = manual().partition('## On a cluster')[2]
     code = section.partition('\n## ')[0].partition('```sh\n')[2].partition('```')[0]
     return [shlex.split(line.removeprefix('.venv/bin/')) for line in code.splitlines()]
 
@@ -392,10 +392,9 @@ def test_the_exit_codes_are_those_of_the_help_and_the_readme():
 
     assert STOPPED == {'by hand': 130, 'by SIGTERM': 143, 'by SIGHUP': 129}
     assert '130, 143 and 129 where Ctrl-C, SIGTERM or SIGHUP' in help_of('train')
-    readme = (ROOT / 'README.md').read_text(encoding='utf-8')
     assert (
         'SIGTERM, SIGHUP and Ctrl-C end the step, write a checkpoint and end with 143, 129'
-        in readme
+        in manual()
     )
 
 

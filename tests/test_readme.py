@@ -1,4 +1,4 @@
-"What the README says of a book of one's own: the commands, the config and the page of keys."
+"The README and the guide on a book of one's own: the commands, the config, the page of keys."
 
 import json
 import re
@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import printed, shake
+from helpers import manual, printed, shake
 from test_root import readme_blocks, smaller, write_book
 
 import llm_lab as lab
@@ -30,14 +30,13 @@ LITTLE = {
 
 
 def own_book():
-    "The README's section of that name: [(language, code)]"
+    "The guide's section of that name: [(language, code)]"
     return blocks_of('## Your own book')
 
 
 def blocks_of(heading):
-    "The blocks of one of the README's sections: [(language, code)]"
-    text = (ROOT / 'README.md').read_text(encoding='utf-8')
-    section = text.partition(heading)[2].partition('\n## ')[0]
+    "The blocks of one of the guide's sections: [(language, code)]"
+    section = manual().partition(heading)[2].partition('\n## ')[0]
     return re.findall(r'^```(\w+)\n(.*?)^```', section, re.M | re.S)
 
 
@@ -127,8 +126,7 @@ def test_the_readmes_config_says_what_its_script_says(home):
     ):
         assert said in script, said
     assert t.lr == 4e-3 and m.preset == 'llama' and t.optimizer == 'adamw'
-    text = (ROOT / 'README.md').read_text(encoding='utf-8')
-    assert text.count('optimizer=lab.muon(model, lr=0.01)') == 2
+    assert manual().count('optimizer=lab.muon(model, lr=0.01)') == 2
 
 
 @pytest.mark.parametrize('optimizer', ['adamw', 'muon'])

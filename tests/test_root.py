@@ -1,4 +1,6 @@
-"""The root of the package: `import llm_lab as lab`, and every name that stands there."""
+"""The root of the package: `from helpers import manual
+
+import llm_lab as lab`, and every name that stands there."""
 
 import ast
 import inspect
@@ -13,6 +15,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from helpers import manual
 
 import llm_lab as lab
 
@@ -113,9 +117,8 @@ def test_python_m_llm_lab_is_the_command():
 
 
 def readme_blocks():
-    "The Python blocks of the README, in order; the first is the common path"
-    text = (ROOT / 'README.md').read_text(encoding='utf-8')
-    blocks = re.findall(r'^```python\n(.*?)^```', text, re.M | re.S)
+    "The Python blocks of the README and the guide, in order; the first is the common path"
+    blocks = re.findall(r'^```python\n(.*?)^```', manual(), re.M | re.S)
     assert 'lab.to_hf(' in blocks[0] and len(blocks) >= 3
     return blocks
 

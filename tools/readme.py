@@ -2,9 +2,11 @@
 
 python tools/readme.py [--check]
 
-Prose stays prose, code becomes a fenced block, printed text another; pictures an output draws
-are left out. `--check` changes nothing and exits 1 when README.md is stale."""
+Prose stays prose, code becomes a fenced block, printed text another; a picture that an output
+draws is written to nbs/images. `--check` changes nothing and exits 1 when README.md or a picture
+is stale."""
 
+import base64
 import json
 import posixpath
 import re
@@ -32,11 +34,23 @@ def prose(text):
     return ''.join(parts)
 
 
-def shown(o):
-    "What an output says in text"
+def pictures(nb):
+    "{path: bytes} of what the outputs draw; the cell's id is the name"
+    return {
+        f'nbs/images/{c["id"]}.png': base64.b64decode(''.join(o['data']['image/png']))
+        for c in nb['cells']
+        for o in c.get('outputs', [])
+        if 'image/png' in o.get('data', {})
+    }
+
+
+def shown(o, name):
+    "What an output of the cell `name` says in text"
     if o['output_type'] == 'stream':
         return f'```text\n{"".join(o["text"]).rstrip()}\n```' if o['name'] == 'stdout' else ''
     data = o.get('data', {})
+    if 'image/png' in data:
+        return f'![{o["metadata"]["image/png"]["alt"]}](nbs/images/{name}.png)'
     if 'text/markdown' in data:
         return prose(''.join(data['text/markdown']).strip())
     return (
@@ -62,19 +76,26 @@ def readme(nb):
         if code and 'echo:false' not in words:
             out.append(f'```python\n{code}\n```')
         if 'output:false' not in words:
-            out += [shown(o) for o in c.get('outputs', [])]
+            out += [shown(o, c.get('id')) for o in c.get('outputs', [])]
     return '\n\n'.join(o for o in out if o) + '\n'
 
 
 def main(check):
-    new = readme(json.loads((ROOT / FROM).read_text(encoding='utf-8')))
-    old = (ROOT / TO).read_text(encoding='utf-8') if (ROOT / TO).exists() else None
-    if new == old:
-        return 0
+    nb = json.loads((ROOT / FROM).read_text(encoding='utf-8'))
+    new = {TO: readme(nb).encode(), **pictures(nb)}
+    there = {path.relative_to(ROOT).as_posix() for path in ROOT.glob('nbs/images/*.png')}
+    stale = [p for p in new if not (ROOT / p).exists() or (ROOT / p).read_bytes() != new[p]]
+    stale += sorted(there - new.keys())
+    if check and stale:
+        print(f'readme: {stale[0]} is not what {FROM} says: run `python tools/readme.py`')
     if check:
-        print(f'readme: {TO} is not what {FROM} says: run `python tools/readme.py`')
-        return 1
-    (ROOT / TO).write_text(new, encoding='utf-8', newline='\n')
+        return bool(stale)
+    for path in stale:
+        if path in new:
+            (ROOT / path).parent.mkdir(exist_ok=True)
+            (ROOT / path).write_bytes(new[path])
+        else:
+            (ROOT / path).unlink()
     return 0
 
 
