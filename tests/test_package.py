@@ -1,18 +1,21 @@
 """What a package promises and its notebook does not show: the card is true, also that of the first
 edition; what no file may ask for; which changed models are refused; which damage is found."""
 
+import hashlib
 import json
 import re
 import subprocess
 import sys
 
 import pytest
+from answers import package as answers
 from cases import HANG
+from helpers import code_cell
 from safetensors.torch import save as tensor_bytes
 from torch import nn
 
 from llm_lab.chars import CharTokenizer
-from llm_lab.core import LabError
+from llm_lab.core import LabError, check
 from llm_lab.gpt import MLP, Block, GPTConfig, MiniGPT
 from llm_lab.package import (
     check_parts,
@@ -267,3 +270,33 @@ def test_a_folder_with_notes_is_not_replaced(tmp_path):
     save(folder, model(16), TOK)  # a package may be replaced
     (folder / 'notes.txt').write_text('seed 3 was the best')
     refuses(lambda: save(folder, model(), TOK), 'holds notes.txt')
+
+
+# ---- the exercises
+
+
+@pytest.fixture
+def exercises(tmp_path):
+    "The chapter's cells, on a toy package of this test"
+    tok = CharTokenizer('ab')
+    save(tmp_path / 'toy', MiniGPT(GPTConfig(vocab_size=2, d_model=32, n_layers=1)), tok)
+    space = dict(hashlib=hashlib, desk=tmp_path, load=load, LabError=LabError)
+    for text in ('def suspects(', 'def my_guess('):
+        exec(code_cell('24_package', text).rpartition('check(')[0], space)
+    return space
+
+
+def verdict(answer, exercises):
+    if answer in answers.RIGHT + answers.WRONG:
+        return check(answer, exercises['suspects_spec'], *exercises['cases'])
+    return check(answer, exercises['measured'], ())
+
+
+@pytest.mark.parametrize('answer', answers.RIGHT + answers.RIGHT_GUESSES)
+def test_a_right_answer_is_told_so(answer, exercises):
+    assert f'{answer.__name__}: right on ' in verdict(answer, exercises)
+
+
+@pytest.mark.parametrize('answer', answers.WRONG + answers.WRONG_GUESSES)
+def test_a_wrong_answer_meets_a_counter_example(answer, exercises):
+    assert 'expected' in verdict(answer, exercises)

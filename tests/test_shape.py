@@ -12,8 +12,6 @@ LESSONS = [
     for path in sorted(NOTEBOOKS.glob('[12][0-9]_*.ipynb'))
     if 'eference' not in json.loads(path.read_text(encoding='utf-8'))['cells'][0]['source'][0]
 ]
-# these are still to be told as a lesson; until then they keep the rest of the shape
-LATE_PICTURE = {'24_package'}
 
 
 def is_folded(cell):
@@ -40,7 +38,7 @@ def test_a_picture_stands_in_the_first_quarter(lesson):
             {'image/png', 'text/html'} & o.get('data', {}).keys() for o in cell.get('outputs', [])
         )
     ]
-    assert name in LATE_PICTURE or pictures[0] <= len(cells) / 4
+    assert pictures[0] <= len(cells) / 4
 
 
 def test_few_cells_of_code_are_visible(lesson):
