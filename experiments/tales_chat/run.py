@@ -49,13 +49,14 @@ from llm_lab.questions import (
 )
 from llm_lab.reward import grpo, sample_answers
 from llm_lab.templates import CHAT, ChatTemplate, chat_ids
-from llm_lab.train import batches, fit
+from llm_lab.train import adamw, batches, fit
 
 HERE = Path(__file__).parent
 RUNS = HERE / 'runs'
 TALKS = 20_000
 BATCH = 14
 RATES = 0.008, 0.1, 0.004  # of Muon: matrices of the blocks, weight decay, and all else
+LORA_RATE = 0.02  # of AdamW: Muon at full tuning's rates left adapters at a guess
 REST = 0.15  # weight of what is no answer
 CFG = QuestionsConfig()
 # more of what counts in the same time
@@ -141,14 +142,17 @@ def started(base, rank=0):
     return model, tok
 
 
-def practise(model, tok, steps, seed=0, rate=1.0):
+def practise(model, tok, steps, seed=0, rate=1.0, adapters=False):
     "Train on conversations, with the loss on the answers and a little on the rest"
     rows = batches(
         tale_questions(TALKS, PRACTICE), tok, BATCH, model.cfg.max_len, seed=seed, whole=True
     )
     loss = partial(answer_loss, tokenizer=tok, rest=REST)
     lr, decay, rest_lr = RATES
-    optimizer = muon(model, rate * lr, decay, rate * rest_lr)
+    if adapters:
+        optimizer = adamw(model, LORA_RATE, weight_decay=0.0)
+    else:
+        optimizer = muon(model, rate * lr, decay, rate * rest_lr)
     return fit(model, rows, steps, optimizer=optimizer, loss_fn=loss, seed=seed)
 
 
@@ -167,7 +171,7 @@ def tune(base, rank, steps, seed, n):
     before = forgotten(model, tok)
     minutes = 0.0
     if steps:
-        _, minutes = clock(lambda: practise(model, tok, steps, seed))
+        _, minutes = clock(lambda: practise(model, tok, steps, seed, adapters=bool(rank)))
     if rank:
         model = merge_lora(model)
     model.eval()
