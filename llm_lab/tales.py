@@ -289,9 +289,9 @@ def _opening(t):
         pet=False,  # has an animal come?
         last='',  # the scene before this one
     )
-    return _meeting
+    return _meeting  # the next scene, below
 
-
+# %% ../nbs/13_tales.ipynb #13b0000d
 def _meeting(t):
     t.tell(
         ' At the {*place} {hero.he} met {friend=name}, who was {*feel}.',
@@ -582,8 +582,7 @@ def draw(self: _Expecter, var, pool):
     # taken is not known here, and by symmetry each word is as likely as any other
     self.sums += math.log2(len(words) - len(taken)), length, 0
     if var:
-        # the variable stands for its word. Two variables of one word, as 'other' and 'friend', hold
-        # the same, so `known` counts it once
+        # the variable stands for its word; 'other' and 'friend' then hold the same
         self.cast[var] = var, pool
 
 
