@@ -338,7 +338,7 @@ def _middle(t):
     t.cast['other'] = t.cast[t.state['other']]
     # the scenes come first, so an index beyond them is one of the ends
     n = t.tell(*scenes, *ends, weights=weights)
-    # nobody speaks of these again; without them, more ways agree when we follow all of them
+    # nobody speaks of these again; without them, more paths agree when we follow all of them
     for variable in ('other', 'need', 'r', 's', 'sky'):
         t.cast.pop(variable, None)
     if n >= len(kinds):
