@@ -195,14 +195,16 @@ def lesson():
     (entropy,) = [source for source in sources if 'def entropy(' in source]
     exec(entropy[: entropy.index('\ntest_close')], names)
     for name in answers.ANSWERS:
-        (source,) = [source for source in sources if source.startswith(f'def {name}(')]
-        exec(source, names)
+        (spec,) = [source for source in sources if f'def {name}_spec(' in source]
+        exec(spec, names)
+        (stub,) = [source for source in sources if source.startswith(f'def {name}(')]
+        exec(stub, names)
     return names
 
 
 def verdict(name, answer, lesson):
     "What the last line of the exercise's cell says of an answer"
-    cases = lesson['share_cases'] if name == 'share_bits' else [()]
+    cases = lesson['left_cases'] if name == 'bits_left' else [()]
     return check(answer, lesson[f'{name}_spec'], *cases), len(cases)
 
 

@@ -3,41 +3,54 @@
 import math
 
 
-def share_bits(options, weights, word):
-    "Right: what is left before and after each character"
+def _entropy(weights):
+    total = sum(weights)
+    return sum(w / total * math.log2(total / w) for w in weights)
+
+
+def bits_left(options, weights, word):
+    "Right: the entropy of what still fits, with weights scaled to sum 1"
     left = list(zip(options, weights))
-    bits = []
+    bits = [_entropy(weights)]
     for n in range(1, len(word) + 1):
-        fits = [(option, weight) for option, weight in left if option[:n] == word[:n]]
-        bits.append(math.log2(sum(w for _, w in left) / sum(w for _, w in fits)))
-        left = fits
+        left = [(option, weight) for option, weight in left if option[:n] == word[:n]]
+        bits.append(_entropy([weight for _, weight in left]))
     return bits
 
 
-def evenly(options, weights, word):
-    "Wrong: the sum is right, but each character gets the same"
-    bits = math.log2(sum(weights) / weights[options.index(word)])
-    return [bits / len(word)] * len(word)
+def yet_to_pay(options, weights, word):
+    "Wrong: the surprisal of the rest of this word, and not its mean over all that still fit"
+    mine = weights[options.index(word)]
+    bits = []
+    for n in range(len(word) + 1):
+        fits = [weight for option, weight in zip(options, weights) if option[:n] == word[:n]]
+        bits.append(math.log2(sum(fits) / mine))
+    return bits
 
 
-def all_at_once(options, weights, word):
-    "Wrong: the sum is right, but the first character gets all of it"
-    bits = math.log2(sum(weights) / weights[options.index(word)])
-    return [bits] + [0.0] * (len(word) - 1)
+def shares(options, weights, word):
+    "Wrong: what each character costs, as in `_shares`"
+    bits = yet_to_pay(options, weights, word)
+    return [before - after for before, after in zip(bits, bits[1:])]
 
 
 def without_weights(options, weights, word):
     "Wrong: as if all options were equally likely"
-    return share_bits(options, [1] * len(options), word)
+    return bits_left(options, [1] * len(options), word)
 
 
-def from_the_whole(options, weights, word):
-    "Wrong: each character is held against all options, not against those that are left"
+def not_scaled(options, weights, word):
+    "Wrong: the probabilities of what is left no longer sum to 1"
+    bits = []
+    for n in range(len(word) + 1):
+        fits = [weight for option, weight in zip(options, weights) if option[:n] == word[:n]]
+        bits.append(sum(w / sum(weights) * math.log2(sum(weights) / w) for w in fits))
+    return bits
 
-    def fits(n):
-        return sum(weight for option, weight in zip(options, weights) if option[:n] == word[:n])
 
-    return [math.log2(sum(weights) / fits(n)) for n in range(1, len(word) + 1)]
+def without_the_beginning(options, weights, word):
+    "Wrong: before the first character, too, something is left"
+    return bits_left(options, weights, word)[1:]
 
 
 def predicted():
@@ -76,7 +89,10 @@ def shares_hold():
 
 
 ANSWERS = dict(  # the name of the exercise: (right ones, wrong ones)
-    share_bits=([share_bits], [evenly, all_at_once, without_weights, from_the_whole]),
+    bits_left=(
+        [bits_left],
+        [yet_to_pay, shares, without_weights, not_scaled, without_the_beginning],
+    ),
     predicted=([predicted], [longer_is_harder, recalls_cost, likely_is_all_the_same]),
     still_true=([still_true], [all_breaks, shares_hold]),
 )
