@@ -579,19 +579,42 @@ def seeded_rng(seed: int, purpose: str, device='cpu'):
         yield
 
 # %% ../nbs/01_core.ipynb #186cbcc4
+def _as_array(x):
+    "A tensor or anything like an array as an array of NumPy"
+    import numpy as np
+
+    return np.asarray(x.detach().cpu().double() if hasattr(x, 'detach') else x)
+
+
 def _same(a, b):
     if hasattr(a, 'shape') or hasattr(b, 'shape'):
         import numpy as np
 
-        a, b = (
-            np.asarray(x.detach().cpu().double() if hasattr(x, 'detach') else x) for x in (a, b)
-        )
+        a, b = _as_array(a), _as_array(b)
         return a.shape == b.shape and np.allclose(a, b, rtol=1e-4, atol=1e-6)
     if isinstance(a, float) and isinstance(b, (int, float)):
         return abs(a - b) <= 1e-6 + 1e-4 * abs(b)
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         return len(a) == len(b) and all(map(_same, a, b))
     return a == b
+
+
+def _contrast(got, want, say) -> str:
+    """'expected …, got …'; of two tensors the shapes, or the entry that is furthest off, because
+    their first rows often look the same"""
+    import numpy as np
+
+    if not (hasattr(got, 'shape') and hasattr(want, 'shape')):
+        return f'expected {say(want)}, got {say(got)}'
+    a, b = _as_array(got), _as_array(want)
+    if a.shape != b.shape:
+        return f'expected the shape {b.shape}, got {a.shape}'
+    if not a.shape:  # one number
+        return f'expected {b.item():.5g}, got {a.item():.5g}'
+    off = np.abs(a.astype(float) - b.astype(float))
+    worst = np.unravel_index(off.argmax(), off.shape)  # a NaN counts as the largest
+    at = ', '.join(map(str, worst))
+    return f'expected {float(b[worst]):.5g} at [{at}], got {float(a[worst]):.5g}, the largest gap'
 
 
 def check(
@@ -619,13 +642,13 @@ def check(
             # nobody sees what the other did to its case
             want = spec(*deepcopy(case))
             got = f(*deepcopy(case))
-            right = _same(got, want)
+            wrong = '' if _same(got, want) else _contrast(got, want, say)
         except NotImplementedError:
             return f'{name}: not yet'
         except Exception as e:
             return f'{name}: {type(e).__name__} on {say(case)}: {shorten(str(e), 80)}'
-        if not right:
-            return f'{name}: on {say(case)} expected {say(want)}, got {say(got)}'
+        if wrong:
+            return f'{name}: on {say(case)} {wrong}'
     return f'{name}: right on {len(cases)} cases'
 
 # %% ../nbs/01_core.ipynb #34a3efde

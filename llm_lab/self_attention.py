@@ -144,10 +144,10 @@ def dense_mask(
     j = j[..., None, :]  # keys across the columns, (…, 1, S)
     h = torch.arange(n_heads, device=i.device).view(-1, 1, 1)  # (H, 1, 1)
     known = dict(h=h, layer=layer, **ctx)
-    asked = {name: known[name] for name in needs_of(mask)}
-    asked |= {name: known[name] for name in may_read(mask) if name in known}
+    given = {name: known[name] for name in needs_of(mask)}
+    given |= {name: known[name] for name in may_read(mask) if name in known}
     # a mask knows positions only; that −1 is padding is known here, once for all masks
-    return mask(i, j, **asked) & (j >= 0)
+    return mask(i, j, **given) & (j >= 0)
 
 # %% ../nbs/21_self_attention.ipynb #3aca470d
 class Attention(nn.Module):
@@ -195,8 +195,8 @@ class Attention(nn.Module):
         for name in self.must_have:
             if name not in ctx:
                 raise LabError(f'{self.mask} needs the keyword {name!r}: call model(ids, {name}=…)')
-        asked = {name: ctx[name] for name in self.needs if name in ctx}
-        return dense_mask(self.mask, i, j, self.n_heads, self.layer, **asked)
+        given = {name: ctx[name] for name in self.needs if name in ctx}
+        return dense_mask(self.mask, i, j, self.n_heads, self.layer, **given)
 
     def project(self, x):  # (B, T, C) → q, k and v, each (B, H, T, D)
         """(B, T, C) → q, k and v, each (B, H, T, D)"""
@@ -223,8 +223,8 @@ class Attention(nn.Module):
             q, k, v, i, j = transform(q, k, v, i, j, contiguous=contiguous, **ctx)
         # a cache hands back more keys than it got: then the two sides differ
         contiguous = contiguous and j is i
-        heads = self.attend_heads(q, k, v, i, j, contiguous, **ctx)  # (B, H, T, D)
-        return self.out(heads.transpose(1, 2).flatten(2))
+        found = self.attend_heads(q, k, v, i, j, contiguous, **ctx)  # (B, H, T, D)
+        return self.out(found.transpose(1, 2).flatten(2))
 
     @staticmethod
     def check(cfg, **kw):

@@ -58,7 +58,40 @@ def test_an_answer_that_sorts_its_case_deceives_nobody():
 
 
 def test_a_wrong_shape_is_a_wrong_answer():
-    assert 'expected' in check(lambda x: x[:1], double, (torch.ones(2),))
+    told = check(lambda x: x[:1], double, (torch.ones(2),))
+    assert told.endswith('expected the shape (2,), got (1,)')
+
+
+def late_slip(x):
+    "Right but for one entry far from the first row"
+    out = x + x
+    out[7, 3] += 0.5
+    return out
+
+
+def test_of_two_tensors_the_entry_that_is_furthest_off_is_told():
+    told = check(late_slip, double, (torch.ones(9, 9),))
+    assert told.endswith('expected 2 at [7, 3], got 2.5, the largest gap')
+
+
+@pytest.mark.parametrize(
+    ('wrong', 'said'),
+    [
+        (lambda x: x + float('nan'), 'expected 2 at [0], got nan'),
+        (lambda x: x.isnan(), 'expected 2 at [0], got 0'),  # truth values
+        (lambda x: (x + x).sum(), 'expected the shape (2,), got ()'),
+        (lambda x: [2.0, 3.0], 'got [2.0, 3.0]'),
+        (lambda x: None, 'got None'),
+        (lambda x: 'ab', "got 'ab'"),
+    ],
+)
+def test_no_odd_answer_makes_check_raise(wrong, said):
+    assert said in check(wrong, double, (torch.ones(2),))
+
+
+def test_two_numbers_in_tensors_are_told():
+    told = check(lambda x: x.sum(), lambda x: (x + x).sum(), (torch.ones(2),))
+    assert told.endswith('expected 4, got 2')
 
 
 def test_a_figure_becomes_a_png_with_its_title_as_words():

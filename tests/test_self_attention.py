@@ -2,12 +2,15 @@
 functions that are not for its readers."""
 
 import math
+import re
 from functools import cache, partial
 
 import pytest
 import torch
 from answers import self_attention as answers
-from helpers import code_cell
+from fastcore.test import test_close as close
+from fastcore.test import test_eq as equal
+from helpers import cells_of, code_cell
 from torch import nn
 from torch.nn import functional as F
 
@@ -27,15 +30,16 @@ def space():
     exec(cell('class Recall('), names)
     exec(cell('def train_recall('), names)
     exec(cell('def read_spec('), names)
-    exec(cell('class HeadReader(').partition('head_model,')[0], names)
+    exec(cell('class HeadReader(').partition('head_models,')[0], names)
     exec(cell('def causal_head_spec('), names)
     exec(cell('def causal_head('), names)
     exec(cell('def heads_spec('), names)
     exec(cell('def split_heads('), names)
-    exec(cell('class HeadsReader(').partition('one_shares')[0], names)
-    exec(cell('def influence(').partition('heads = ')[0], names)
+    exec(cell('class HeadsReader(').partition('one_models,')[0], names)
+    exec(cell('def influence(').partition('versions = ')[0], names)
     exec(cell('def many_heads('), names)
     exec(cell('def sink('), names)
+    exec(cell('def position_of('), names)
     return names
 
 
@@ -96,7 +100,7 @@ def test_behind_a_deeper_layer_one_head_finds_much_of_both():
             def __init__(self, reader, C=32, n_asked=1):
                 super().__init__(reader, C, n_asked)
                 if deep:
-                    self.scores = nn.Sequential(nn.Linear(C, C), nn.GELU(), self.scores)
+                    self.to_logits = nn.Sequential(nn.Linear(C, C), nn.GELU(), self.to_logits)
 
         names = dict(space(), Recall=Deep)
         exec(cell('def train_recall('), names)
@@ -107,12 +111,41 @@ def test_behind_a_deeper_layer_one_head_finds_much_of_both():
     assert right(deep=True) > 0.7
 
 
+def test_one_head_may_also_prefer_the_first_letter():
+    "So it is the initial parameters that choose, as the chapter says"
+    names = space()
+    model = names['train_recall'](lambda: names['HeadsReader'](H=1), seed=7, n_asked=2)
+    *shown, digits = names['test_hands']
+    with torch.no_grad():
+        right = (model(*shown).argmax(-1) == digits).float().mean(0)
+    assert right[0] > 0.75
+    assert right[1] < 0.35
+
+
+def make_linear_reader(D):
+    class LinearReader(space()['HeadReader']):
+        "The scores themselves are the weights"
+
+        def forward(self, x):
+            q, k, v = self.query(x[:, -1:]), self.key(x), self.value(x)
+            return (q @ k.mT @ v)[:, 0] / x.shape[1]
+
+    return LinearReader(D=D)
+
+
+def right_shares(make_reader, seeds):
+    names = space()
+    models = [names['train_recall'](make_reader, seed) for seed in seeds]
+    return [names['accuracy'](model, names['test_hands']) for model in models]
+
+
 def test_scores_as_weights_do_in_a_wide_head():
-    "So only a narrow head shows what the softmax is good for, as the chapter says"
-    names = dict(space())
-    exec(cell('class LinearReader(').partition('narrow_shares')[0], names)
-    model = names['train_recall'](lambda: names['LinearReader'](D=32), seed=0)
-    assert names['accuracy'](model, names['test_hands']) > 0.9
+    assert min(right_shares(lambda: make_linear_reader(D=32), seeds=[0])) > 0.9
+
+
+def test_a_narrow_head_needs_the_softmax():
+    assert min(right_shares(lambda: space()['HeadReader'](D=4), seeds=range(3))) > 0.95
+    assert max(right_shares(lambda: make_linear_reader(D=4), seeds=range(3))) < 0.9
 
 
 # ---- the exercises
@@ -146,12 +179,54 @@ def test_a_wrong_sink_gets_a_counter_example(answer):
     assert 'expected' in verdict_sink(answer)
 
 
-def test_heads_that_are_split_without_a_transpose_have_the_shape_and_leak():
+def verdict_position(answer):
+    return check(answer, space()['position_of_spec'], *space()['split_cases'])
+
+
+@pytest.mark.parametrize('answer', answers.RIGHT_POSITIONS)
+def test_a_right_position_is_told_so(answer):
+    assert verdict_position(answer) == f'{answer.__name__}: right on 58 cases'
+
+
+@pytest.mark.parametrize('answer', answers.WRONG_POSITIONS)
+def test_a_wrong_position_gets_a_counter_example(answer):
+    assert 'expected' in verdict_position(answer)
+
+
+def test_a_guess_on_longer_hands_is_marked():
+    names = dict(space())
+    names['head_model'] = names['train_recall'](names['HeadReader'], seed=0)
+    exec(cell('def my_guess('), names)
+    verdicts = {g: check(lambda g=g: g, names['measured'], ()) for g in 'abc'}
+    assert verdicts['c'] == '<lambda>: right on 1 cases'
+    assert all('expected' in verdicts[g] for g in 'ab')
+
+
+def test_the_split_to_be_pasted_turns_the_comparison_red_and_nothing_else():
+    (prose,) = [c for c in cells_of('21_self_attention', 'markdown') if 'Break it' in c]
+    (pasted,) = re.findall(r'```python\n(def split_heads.*?)```', prose, re.S)
+    source = cell('def split_heads(')
+    given = 'def split_heads(t, H):  # (B, T, C) → (B, H, T, D)\n'
+    given += '    return t.unflatten(-1, (H, -1)).transpose(1, 2)\n'
+    assert given in source
+    names = dict(space(), test_eq=equal, test_close=close)
+    exec(source, dict(names))
+    with pytest.raises(AssertionError) as told:
+        exec(source.replace(given, pasted), names)
+    assert names['each'].shape == (2, 4, 6, 8)  # the first assertion was passed
+    assert 'joined' in names  # and all before the second
+    assert 'close' in str(told.value)
+
+
+def test_heads_that_are_split_without_a_transpose_have_the_shape_and_leak_at_the_join():
     "What the answer to the exercise *break it* says"
 
-    def attend(split, x):  # (T, C) → (T, C)
+    def join(t):  # (B, H, T, D) → (B, T, C)
+        return t.transpose(1, 2).flatten(2)
+
+    def attend(split, x, join=join):  # (T, C) → (T, C)
         q = split(x[None], 4)
-        return scaled_dot_product(q, q, q).transpose(1, 2).flatten(2)[0]
+        return join(scaled_dot_product(q, q, q))[0]
 
     x = torch.randn(6, 32, generator=rng(0, 'x'))
     right = space()['split_heads']
@@ -160,9 +235,14 @@ def test_heads_that_are_split_without_a_transpose_have_the_shape_and_leak():
     torch.testing.assert_close(attend(right, x), want)
     assert (attend(answers.viewed, x) - want).abs().max() > 0.1
 
-    def leaks(split):
-        m = space()['influence'](lambda q, k, v: attend(split, q), T=6, D=32)
+    def leaks(split, join=join):
+        m = space()['influence'](lambda q, k, v: attend(split, q, join), T=6, D=32)
         return (m.triu(1) > 0).sum().item()
 
     assert leaks(right) == 0
     assert leaks(answers.viewed) > 0
+    # rows that go back to the positions they came from leak nothing: inside a head all is well
+    assert leaks(answers.viewed, lambda t: t.reshape(1, 6, 32)) == 0
+    row_position = [[answers.floor(r, h, 6, 4) for r in range(6)] for h in range(4)]
+    assert all(row == sorted(row) for row in row_position)  # never falls
+    assert row_position[1][0] == 1  # is written to position 0

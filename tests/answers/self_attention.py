@@ -121,4 +121,34 @@ WRONG_SINKS = [future_of_the_early, near_and_early, one_too_many]
 def viewed(t, H):
     "(B, T, C) → (B, H, T, D), in the wrong order"
     B, T, C = t.shape
-    return t.view(B, H, T, C // H)
+    return t.reshape(B, H, T, C // H)
+
+
+def floor(r, h, T, H):
+    "Right: memory is read row by row, and a position fills H slices"
+    return (h * T + r) // H
+
+
+def by_loops(r, h, T, H):
+    "Right: the slices counted one by one"
+    slices = [position for position in range(T) for _ in range(H)]
+    return slices[h * T : (h + 1) * T][r]
+
+
+def its_own(r, h, T, H):
+    "Wrong: as if heads had been moved before positions"
+    return r
+
+
+def slices_of_heads(r, h, T, H):
+    "Wrong: the slice, and not the position that it belongs to"
+    return h * T + r
+
+
+def head_by_head(r, h, T, H):
+    "Wrong: the rows of a head lie T apart only in a split with a transpose"
+    return (r * H + h) // T
+
+
+RIGHT_POSITIONS = [floor, by_loops]
+WRONG_POSITIONS = [its_own, slices_of_heads, head_by_head]
