@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['repeated_ids', 'hidden_states', 'intervene', 'attention_maps', 'attention_of', 'visible_token', 'describe_row',
            'plot_attention', 'mean_distance', 'plot_heads', 'uniform_attention', 'head_scores', 'plot_scores',
-           'logit_lens', 'attention_html', 'lens_html', 'ablate_head', 'head_outputs', 'patched_head', 'patched',
+           'attention_html', 'lens_html', 'logit_lens', 'ablate_head', 'head_outputs', 'patched_head', 'patched',
            'heads_html', 'static', 'HTMLPage', 'attention_map']
 
 # %% ../nbs/27_looking.ipynb #d6fba88b
@@ -347,6 +347,7 @@ def head_scores(maps: Tensor, ids) -> dict:
     same = (ids[..., :, None] == ids[..., None, :]).tril(-1).view(-1, T, T)
     if not same.any():
         raise LabError('no token of this text comes twice: take ids as `repeated_ids` makes them')
+    # nothing wraps around: the last key is nobody's earlier copy, so `roll` brings an empty column
     wanted = dict(
         previous=torch.ones_like(same).tril(-1).triu(-1),  # the diagonal below the main one
         induction=same.roll(1, -1),  # key s + 1, what followed the copy
@@ -354,8 +355,9 @@ def head_scores(maps: Tensor, ids) -> dict:
     )
     maps = maps.view(-1, *maps.shape[-4:])  # (B, L, H, T, T)
 
-    def mean_weight(mask):  # over the queries that have such a key
-        return torch.einsum('blhts,bts->lh', maps, mask.float()) / mask.any(-1).sum()
+    def mean_weight(mask):  # (B, T, T) → (L, H): over the queries that have such a key
+        on_wanted = (maps * mask[:, None, None]).sum((0, 3, 4))  # over sequences, queries, keys
+        return on_wanted / mask.any(-1).sum()
 
     return {name: mean_weight(mask) for name, mask in wanted.items()}
 
@@ -374,45 +376,22 @@ def _plot_score(ax, score, title):  # score: (L, H)
 
 
 def plot_scores(scores: dict, chance: dict):
-    # of `head_scores`: a model's, a blind head's → a matplotlib figure
-    """Layer × head, a panel for each score; the title tells the highest and what a blind head has
+    # of `head_scores`: a model's, a uniform head's → a matplotlib figure
+    """Layer × head, a panel for each score; the title tells the highest and what a uniform head has
 
     Returns:
-        of `head_scores`: a model's, a blind head's → a matplotlib figure
+        of `head_scores`: a model's, a uniform head's → a matplotlib figure
     """
     L, H = next(iter(scores.values())).shape
     size = (len(scores) * (0.36 * H + 0.35), 0.36 * L + 0.9)
     fig, axs = pyplot().subplots(1, len(scores), figsize=size, squeeze=False)
     for ax, (name, score) in zip(axs.flat, scores.items()):
         layer, head = divmod(int(score.argmax()), H)
-        blind = chance[name].item()
-        title = f'{name}: {score.max():.2f}, head {layer}.{head}\n(uniform: {blind:.2f})'
+        uniform = chance[name].item()
+        title = f'{name}: {score.max():.2f}, head {layer}.{head}\n(uniform: {uniform:.2f})'
         _plot_score(ax, score, title)
     axs[0, 0].set_ylabel('layer')
     return fig
-
-# %% ../nbs/27_looking.ipynb #27100019
-@torch.no_grad()
-def logit_lens(
-    model: nn.Module,
-    ids: Tensor | Sequence[int],  # as of `attention_maps`
-    i=None,  # its positions
-    **ctx,  # keyword arguments that parts of the model need
-) -> Tensor:  # arguments as of `attention_maps`; (L+1, T, V), or (B, L+1, T, V)
-    """The logits that the model would give if it stopped after the embedding, and after each block
-    (nostalgebraist 2020)
-
-    Args:
-        ids: as of `attention_maps`
-        i: its positions
-        ctx: keyword arguments that parts of the model need
-
-    Returns:
-        arguments as of `attention_maps`; (L+1, T, V), or (B, L+1, T, V)
-    """
-    p = next(model.parameters())
-    states = hidden_states(model, ids, i, **ctx).to(p.device, p.dtype)
-    return model.lm_head(model.norm(states)).float().cpu()
 
 # %% ../nbs/27_looking.ipynb #c9c60112
 _INK = '26,95,180'  # the shade, red, green and blue
@@ -519,6 +498,29 @@ def lens_html(lens: Tensor, tokens, tokenizer) -> str:
         'table', ''.join(reversed(rows)), style='font-family:monospace;border-collapse:collapse'
     )
     return _element('div', table, style='overflow-x:auto')
+
+# %% ../nbs/27_looking.ipynb #27100019
+@torch.no_grad()
+def logit_lens(
+    model: nn.Module,
+    ids: Tensor | Sequence[int],  # as of `attention_maps`
+    i=None,  # its positions
+    **ctx,  # keyword arguments that parts of the model need
+) -> Tensor:  # arguments as of `attention_maps`; (L+1, T, V), or (B, L+1, T, V)
+    """The logits that the model would give if it stopped after the embedding, and after each block
+    (nostalgebraist 2020)
+
+    Args:
+        ids: as of `attention_maps`
+        i: its positions
+        ctx: keyword arguments that parts of the model need
+
+    Returns:
+        arguments as of `attention_maps`; (L+1, T, V), or (B, L+1, T, V)
+    """
+    p = next(model.parameters())
+    states = hidden_states(model, ids, i, **ctx).to(p.device, p.dtype)
+    return model.lm_head(model.norm(states)).float().cpu()
 
 # %% ../nbs/27_looking.ipynb #7d535cca
 def ablate_head(model, layer: int, head: int):

@@ -47,24 +47,29 @@ def rests_nowhere(ids):
     return after / after.sum(-1, keepdim=True)
 
 
-def the_answer_waits():
-    "Right: the answer stays where it is until the induction head fetches it"
-    return 6, 6, 17
+def the_query_stays():
+    "Right: what is looked for stands in the last column from the start"
+    return 17, 17, 17, 3
 
 
-def the_old_path():
+def as_a_note():
     "Wrong: the path of the letter that is compared"
-    return 5, 6, 17
+    return 17, 18, 18, 3
 
 
-def one_further():
-    "Wrong: takes a step to the right, as the note does"
-    return 6, 7, 17
+def from_the_block():
+    "Wrong: the last letter, not the third, was replaced"
+    return 2, 3, 17, 3
 
 
-def at_the_end_at_once():
-    "Wrong: layer 0 cannot know yet that this letter will be wanted"
-    return 6, 17, 17
+def answers_the_letter_itself():
+    "Wrong: what followed the letter is copied, not the letter"
+    return 17, 17, 17, 2
+
+
+def answers_as_before():
+    "Wrong: the model answers what it is asked, not what the clean run was"
+    return 17, 17, 17, 6
 
 
 # {the function of the exercise: (right answers, wrong ones)}
@@ -73,5 +78,8 @@ ANSWERS = {
         [by_comparison, by_one_hot],
         [looks_at_the_copy, sees_the_future, sums_to_more, rests_nowhere],
     ),
-    'my_path': ([the_answer_waits], [the_old_path, one_further, at_the_end_at_once]),
+    'my_path': (
+        [the_query_stays],
+        [as_a_note, from_the_block, answers_the_letter_itself, answers_as_before],
+    ),
 }
