@@ -171,21 +171,7 @@ def prompt(self: Chat) -> list[int]:
     first = begins(self.tokenizer)  # a template may write it itself
     return ids if ids[: len(first)] == first else first + ids
 
-# %% ../nbs/64_conversations.ipynb #9b0e6a16
-@patch
-def _known(self: Chat, ids) -> int:
-    "How many of these ids, from the first, need not be read again: 0 if all must be"
-    old = self.reader
-    if old is None or not old.cache:
-        return 0
-    read = old.ids[0].tolist()
-    n = min(common_length(read, ids), len(ids) - 1)  # one is read anew: its logits are needed
-    # `type`, not `isinstance`: a subclass may have thrown away what stood before
-    if len(read) > n and any(type(cache) is not KVCache for cache in old.cache.values()):
-        return 0
-    return n
-
-
+# %% ../nbs/64_conversations.ipynb #64c00047
 @patch
 def _grown(self: Chat, length):
     "A reader with room for `length` tokens that has read what this one has: its cache is copied"
@@ -202,6 +188,20 @@ def _grown(self: Chat, length):
         else:
             return DecodingState(self.model, length)  # of an unknown kind: read all again
     return new
+
+# %% ../nbs/64_conversations.ipynb #9b0e6a16
+@patch
+def _known(self: Chat, ids) -> int:
+    "How many of these ids, from the first, need not be read again: 0 if all must be"
+    old = self.reader
+    if old is None or not old.cache:
+        return 0
+    read = old.ids[0].tolist()
+    n = min(common_length(read, ids), len(ids) - 1)  # one is read anew: its logits are needed
+    # `type`, not `isinstance`: a subclass may have thrown away what stood before
+    if len(read) > n and any(type(cache) is not KVCache for cache in old.cache.values()):
+        return 0
+    return n
 
 
 @patch

@@ -495,6 +495,22 @@ def test_half_at_once_reads_less_than_one_turn_at_a_time():
     assert read(half) < 0.5 * read(one_at_a_time)
 
 
+def test_a_chat_reads_less_by_the_right_answer_to_exercise_1():
+    "With a model that always ends its answer at once, which makes turns of one length"
+    space = small_world() | dict(test_eq=lambda a, b: None)
+    model = with_kv_cache(tiny(space['tokenizer'], max_len=64))
+    space |= dict(model=model, cached_model=model, tale='Ben has a red ball. ')
+    end = space['tokenizer'].special_tokens['<|end|>']
+    model.lm_head.forward = lambda x: torch.nn.functional.one_hot(
+        torch.full(x.shape[:-1], end), space['tokenizer'].vocab_size
+    ).float()
+    run('def long_chat', space)
+    run('def one_at_a_time', space)
+    (half,) = answers.RIGHT['my_rule']
+    read = space['tokens_read']
+    assert read(half) < 0.6 * read(space['one_at_a_time'])
+
+
 def test_what_the_third_exercise_breaks_is_a_question_asked_again():
     "Without its `min`, `read_new` has nothing to read where all of a conversation is in the cache"
     source = next(cell for cell in lesson() if cell.startswith('def read_new'))
