@@ -17,7 +17,15 @@ from torch import Tensor, nn
 from typing import Unpack
 from .core import LabError, check_keywords, rng, short
 from .chars import Tokenizer, begins
-from .templates import CHAT, CHAT_MARKS, ChatTemplate, chat_ids, common_length, template_of
+from llm_lab.templates import (
+    CHAT,
+    CHAT_MARKS,
+    ChatTemplate,
+    chat_ids,
+    check_messages,
+    common_length,
+    template_of,
+)
 from llm_lab.sampling import (
     DecodeStream,
     DecodingState,
@@ -31,19 +39,27 @@ from .kv_cache import KVCache
 
 # %% ../nbs/64_conversations.ipynb #c4a70050
 def end_of_turn(template: ChatTemplate, tokenizer: Tokenizer) -> list[int]:
-    "The ids at which an answer ends: what the template writes after one, and the tokenizer's end"
+    """The ids at which an answer ends: the tokenizer's end of text, if it has one, and the mark
+    that the template writes after an answer, if it is a special token"""
     found = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     special = getattr(tokenizer, 'special_tokens', {})
+    # `endswith`, because a saved template may set the texts of its marks before ours begins
     if template.source.endswith(CHAT):  # no mark of ours belongs into an answer
         return [*dict.fromkeys(found + [special[m] for m in CHAT_MARKS if m in special])]
     probe = 'Yes'
-    turns = [dict(role='user', content='?'), dict(role='assistant', content=probe)]
+    messages = [dict(role='user', content='?'), dict(role='assistant', content=probe)]
     try:
-        after = template.render(turns).rpartition(probe)[2].lstrip()
+        text = template.render(messages)
     except LabError:
-        return found  # it wants more than two turns
+        return found  # it refuses so short a conversation
+    # from the right: a template may have a 'Yes' of its own before. Some write a space or a new
+    # line before the mark
+    after = text.rpartition(probe)[2].lstrip()
     marks = [mark for mark in special if after.startswith(mark)]
-    return [*dict.fromkeys(found + [special[max(marks, key=len)]])] if marks else found
+    if not marks:
+        return found
+    longest = max(marks, key=len)  # of `<end>` and `<end>>`, as a tokenizer would read it
+    return [*dict.fromkeys(found + [special[longest]])]
 
 # %% ../nbs/64_conversations.ipynb #9b0e6a10
 class Chat:
@@ -78,13 +94,15 @@ class Chat:
         "Begin anew: only what `system` says is left"
         system = [dict(role='system', content=self.system)] if self.system else []
         self.messages = system
-        self.left_out = 0  # so many turns after the system's do not fit into the context any more
+        self.left_out = 0  # messages, the oldest after the system's, that do not fit any more
+        self.warned = False  # that messages are left out
+        self.finish_reason = None  # of the last answer, see `send`
         self.reader = None  # what the model has read, with its cache
         self.draws = rng(self.seed, 'chat')
 
     def __repr__(self):
-        turns = sum(message['role'] == 'user' for message in self.messages)
-        return f'Chat({turns} questions, {len(self.messages)} messages)'
+        questions = sum(message['role'] == 'user' for message in self.messages)
+        return f'Chat({questions} questions, {len(self.messages)} messages)'
 
     if TYPE_CHECKING:
         def visible_messages(self) -> 'list[dict]':
@@ -97,7 +115,7 @@ class Chat:
 
         def read(self, ids: 'list[int]', spare: 'int' = 0) -> 'Tensor':
             """Logits of what may follow some ids. Of those that were read before, the common beginning
-            stays in the cache, with places for `spare` tokens more
+            stays in the cache, with room for `spare` tokens more
 
             Returns:
                 (1, V), on the CPU"""
@@ -107,7 +125,9 @@ class Chat:
             self, text: 'str', max_new_tokens: 'int' = 500, **sampling: 'Unpack[SamplingSettings]'
         ) -> 'Iterator[str]':
             """Say something; iterate over the answer in pieces of text. `messages` has both afterwards.
-            Nothing is said or read before the first piece is asked for.
+            Nothing is said or read before the first piece is asked for. `finish_reason` is 'stop' then
+            where the model ended the answer, 'length' where it was cut, because it had `max_new_tokens` or
+            the context was full, and None where somebody stopped it.
 
             Raises `LabError` on a message that is longer than the model reads; warns once where the oldest
             turns are left out
@@ -124,6 +144,14 @@ class Chat:
 
         def save(self, path: 'str | Path'):
             """Add the conversation to a file of JSON lines, as one record: {'messages': […]}"""
+            ...
+
+        def restore(self, messages: 'list[dict]'):
+            """Go on with these messages, such as those of a saved record, in place of the conversation so
+            far. Their message of the system, if there is one, is this chat's from now on. What is drawn
+            begins anew at the seed.
+
+            Raises `LabError` where they are no messages"""
             ...
 
 # %% ../nbs/64_conversations.ipynb #62c0de13
@@ -143,98 +171,133 @@ def prompt(self: Chat) -> list[int]:
     first = begins(self.tokenizer)  # a template may write it itself
     return ids if ids[: len(first)] == first else first + ids
 
+# %% ../nbs/64_conversations.ipynb #64c00047
+@patch
+def _grown(self: Chat, length):
+    "A reader with room for `length` tokens that has read what this one has: its cache is copied"
+    old = self.reader
+    new = DecodingState(self.model, length)
+    new.ids = old.ids
+    new.cache = self.model.cache(1, length)
+    for layer, cache in old.cache.items():
+        if type(cache) is KVCache:
+            n = cache.n
+            new.cache[layer].add(cache.k[:, :, :n], cache.v[:, :, :n], cache.j[..., :n])
+        elif getattr(cache, 'endless', False):
+            new.cache[layer] = cache  # it holds what it needs, however long the text
+        else:
+            return DecodingState(self.model, length)  # of an unknown kind: read all again
+    return new
+
 # %% ../nbs/64_conversations.ipynb #9b0e6a16
 @patch
-def _known(self: Chat, ids, spare) -> int:
+def _known(self: Chat, ids) -> int:
     "How many of these ids, from the first, need not be read again: 0 if all must be"
     old = self.reader
-    if old is None or not old.cache or len(ids) + spare > old.length:
+    if old is None or not old.cache:
         return 0
     read = old.ids[0].tolist()
     n = min(common_length(read, ids), len(ids) - 1)  # one is read anew: its logits are needed
+    # `type`, not `isinstance`: a subclass may have thrown away what stood before
     if len(read) > n and any(type(cache) is not KVCache for cache in old.cache.values()):
-        return 0  # a cache of what is near has thrown away what stood before
+        return 0
     return n
 
 
 @patch
 def read(self: Chat, ids: list[int], spare: int = 0) -> Tensor:  # (1, V), on the CPU
     """Logits of what may follow some ids. Of those that were read before, the common beginning
-    stays in the cache, with places for `spare` tokens more
+    stays in the cache, with room for `spare` tokens more
 
     Returns:
         (1, V), on the CPU
     """
-    n = self._known(ids, spare)
-    if n:
-        surplus = self.reader.ids.shape[1] - n
-        for cache in self.reader.cache.values():
-            cache.forget(surplus)
-        self.reader.ids = self.reader.ids[:, :n]
+    needed = len(ids) + spare
+    # twice as much as is needed, as a list grows, but no more than the model can use
+    length = min(2 * needed, max_context(self.model))
+    n = self._known(ids)
+    if not n:
+        self.reader = DecodingState(self.model, length)
     else:
-        # twice as much as is needed, as a list grows: the next turns have their place, too
-        self.reader = DecodingState(self.model, 2 * (len(ids) + spare))
+        reader = self.reader
+        self.reader = None  # until all layers have forgotten: Ctrl-C may come in between
+        if surplus := reader.ids.shape[1] - n:
+            for cache in reader.cache.values():
+                cache.forget(surplus)
+            reader.ids = reader.ids[:, :n]
+        self.reader = reader
+        if needed > reader.length:
+            self.reader = self._grown(length)
+            n = 0 if self.reader.ids is None else n
     device = next(self.model.parameters()).device
     return self.reader(torch.tensor([ids[n:]], device=device))
 
 # %% ../nbs/64_conversations.ipynb #9b0e6a12
 @patch
-def _fitted(self: Chat, spare) -> list[int]:
+def _fitted(self: Chat, answer_room) -> list[int]:
     "The ids of the conversation, without its oldest turns where they leave no room for an answer"
     most = max_context(self.model)
-    ids = self.prompt()
+    first = int(bool(self.messages) and self.messages[0]['role'] == 'system')
     left_out = self.left_out
-    while len(ids) + spare > most:
-        turns = [n for n, m in enumerate(self.visible_messages()) if m['role'] == 'user']
-        if len(turns) < 2:
+    ids = self.prompt()
+    while len(ids) + answer_room > most:
+        visible = self.visible_messages()
+        questions = [n for n, message in enumerate(visible) if message['role'] == 'user']
+        if len(questions) < 2:
             break
-        self.left_out += turns[1] - turns[0]
+        # all before the second question leaves: a greeting before the first one, too
+        self.left_out += questions[1] - first
         ids = self.prompt()
     if len(ids) >= most:
-        self.left_out = left_out  # a message that is refused crowds out no other
         raise LabError(
             f'this message makes {len(ids):,} tokens, the model reads {most:,}: send a shorter one'
         )
-    if self.left_out > left_out == 0:
+    if self.left_out > left_out and not self.warned:
+        self.warned = True
         warnings.warn(
             f'the conversation is longer than the {most:,} tokens that the model reads: its oldest '
             'turns are left out',
-            stacklevel=4,
+            stacklevel=4,  # whoever iterates over the answer: above are _answer, _write, _fitted
         )
     return ids
 
 # %% ../nbs/64_conversations.ipynb #62c0de08
 @patch
-def _room(self: Chat, max_new_tokens) -> float:
+def _answer_room(self: Chat, max_new_tokens) -> int:
     "So many tokens old turns leave free for an answer: twice the longest so far, within limits"
     answers = [m.get('content') for m in self.messages if m['role'] == 'assistant']
     texts = [text for text in answers if isinstance(text, str)]  # a call of a tool has none
     longest = max((len(self.tokenizer.encode(text)) for text in texts), default=0)
+    expected = max(16, 2 * longest)  # 16: before the first answer nothing is known
     quarter = max_context(self.model) / 4  # ∞ if all caches keep only what is near
-    return min(max_new_tokens, quarter, max(16, 2 * longest))
+    return int(min(max_new_tokens, quarter, expected))
 
 # %% ../nbs/64_conversations.ipynb #9b0e6a19
 @patch
 def _write(self: Chat, max_new_tokens, sampling) -> Iterator[str]:
     "Yield the pieces of an answer, up to its end mark"
-    ids = self._fitted(self._room(max_new_tokens))
+    ids = self._fitted(self._answer_room(max_new_tokens))
     max_new_tokens = min(max_new_tokens, max_context(self.model) - len(ids))
     decode = DecodeStream(self.tokenizer, ids)
     logits = self.read(ids, max_new_tokens)
     for n in range(max_new_tokens):
         new = sample_next(logits, self.reader.ids, self.draws, **sampling)
         if new.item() in self.stops:
+            self.finish_reason = 'stop'
             return
         if piece := decode(new.item()):
             yield piece
         if n + 1 < max_new_tokens:
             logits = self.reader(new.to(self.reader.ids.device))
+    self.finish_reason = 'length'
 
 
 @patch
 def _answer(self: Chat, text, max_new_tokens, sampling) -> Iterator[str]:
     "Yield the pieces of an answer; question and answer are messages then"
     n = len(self.messages)
+    left_out = self.left_out
+    self.finish_reason = None
     self.messages.append(dict(role='user', content=text))
     written = []
     done = False
@@ -248,6 +311,7 @@ def _answer(self: Chat, text, max_new_tokens, sampling) -> Iterator[str]:
             self.messages.append(dict(role='assistant', content=''.join(written)))
         else:
             del self.messages[n:]
+            self.left_out = left_out  # a message without an answer crowds out no other
 
 # %% ../nbs/64_conversations.ipynb #9b0e6a20
 @patch
@@ -258,7 +322,9 @@ def send(
     **sampling: Unpack[SamplingSettings],  # temperature, top_k, top_p, repetition_penalty
 ) -> Iterator[str]:
     """Say something; iterate over the answer in pieces of text. `messages` has both afterwards.
-    Nothing is said or read before the first piece is asked for.
+    Nothing is said or read before the first piece is asked for. `finish_reason` is 'stop' then
+    where the model ended the answer, 'length' where it was cut, because it had `max_new_tokens` or
+    the context was full, and None where somebody stopped it.
 
     Raises `LabError` on a message that is longer than the model reads; warns once where the oldest
     turns are left out
@@ -285,7 +351,7 @@ def undo(self: Chat):
         return None
     question = self.messages[users[-1]]['content']
     del self.messages[users[-1] :]
-    self.left_out = 0  # turns that did not fit may fit again
+    self.left_out = 0  # turns that did not fit may fit again: the next message finds out
     return question
 
 
@@ -294,3 +360,16 @@ def save(self: Chat, path: str | Path):
     "Add the conversation to a file of JSON lines, as one record: {'messages': […]}"
     with open(path, 'a', encoding='utf-8') as file:
         file.write(json.dumps(dict(messages=self.messages), ensure_ascii=False) + '\n')
+
+
+@patch
+def restore(self: Chat, messages: list[dict]):
+    """Go on with these messages, such as those of a saved record, in place of the conversation so
+    far. Their message of the system, if there is one, is this chat's from now on. What is drawn
+    begins anew at the seed.
+
+    Raises `LabError` where they are no messages"""
+    messages = check_messages(messages)
+    self.system = messages[0]['content'] if messages[0]['role'] == 'system' else None
+    self.reset()
+    self.messages = messages

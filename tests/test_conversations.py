@@ -4,6 +4,7 @@ import functools
 import json
 import random
 import re
+import warnings
 from functools import partial
 
 import pytest
@@ -14,12 +15,13 @@ from test_chat import CHATML, GEMMA, QWEN, byte_tokenizer, tiny
 
 from llm_lab import conversations as module
 from llm_lab.bpe import BPETokenizer
-from llm_lab.conversations import Chat
+from llm_lab.conversations import Chat, end_of_turn
 from llm_lab.core import LabError, check
 from llm_lab.gpt import MiniGPT
 from llm_lab.kv_cache import KVCache, sliding_window, with_kv_cache
 from llm_lab.parts import part
 from llm_lab.self_attention import Attention
+from llm_lab.sparse import alternate
 from llm_lab.templates import CHAT, ChatTemplate, with_marks
 
 # ---- a conversation
@@ -110,6 +112,7 @@ def test_the_oldest_turns_leave_and_the_system_stays():
         for n in range(6):
             ''.join(chat.send(f'question {n}', 12, temperature=0))
     assert len(warned) == 1 and len(chat.messages) == 13
+    assert warned[0].filename == __file__  # it points at whoever iterates
     read = chat.visible_messages()
     assert read[0]['role'] == 'system' and read[1]['role'] == 'user' and len(read) < 13
     with pytest.raises(LabError, match='send a shorter one'):
@@ -145,9 +148,9 @@ def test_old_turns_leave_as_much_as_the_longest_answer_so_far_lets_expect(longes
     assert chat.left_out and len(chat.prompt()) + room <= 256
     chat.left_out -= 2
     assert len(chat.prompt()) + room > 256
-    assert chat._room(5) == 5  # no more than may be written
+    assert chat._answer_room(5) == 5  # no more than may be written
     chat.messages.append(dict(role='assistant', content=None))  # as where a tool is called
-    assert chat._room(500) == room
+    assert chat._answer_room(500) == room
 
 
 def test_a_broken_off_answer_leaves_a_conversation_that_goes_on(monkeypatch):
@@ -189,6 +192,228 @@ def test_an_answer_ends_at_the_end_mark():
     chat.reader = type('Reader', (), dict(ids=torch.zeros(1, 1, dtype=torch.int64)))
     assert ''.join(chat.send('one', temperature=0)) == ''
     assert chat.messages[-1] == dict(role='assistant', content='')
+
+
+def count_tokens(model, action):
+    "How many tokens go through the model while `action` runs"
+    passed = []
+    with model.tok.register_forward_hook(lambda tok, args, x: passed.append(args[0].numel())):
+        action()
+    return sum(passed)
+
+
+def test_that_turns_are_left_out_is_said_once_in_a_conversation():
+    tokenizer = byte_tokenizer()
+    chat = Chat(with_kv_cache(tiny(tokenizer, max_len=96)), tokenizer)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        for n in range(6):
+            ''.join(chat.send(f'question {n}', 12, temperature=0))
+        for _ in range(3):
+            chat.undo()
+            ''.join(chat.send('and this?', 12, temperature=0))
+        assert chat.left_out and len(caught) == 1
+        chat.reset()  # another conversation
+        for n in range(6):
+            ''.join(chat.send(f'question {n}', 12, temperature=0))
+    assert len(caught) == 2
+
+
+def windowed(size=8):
+    return part(Attention, mask=part(sliding_window, size=size))
+
+
+@pytest.mark.parametrize('kind', ['all keys', 'window', 'both'])
+def test_a_cache_that_grows_reads_nothing_again(kind):
+    tokenizer = byte_tokenizer()
+    attn = {'all keys': {}, 'window': dict(attn=windowed())}.get(kind)
+    if attn is None:
+        attn = dict(attn=part(alternate, of=(part(Attention), windowed())))
+    model = tiny(tokenizer, max_len=2000, **attn)
+    cached = with_kv_cache(model)
+    chat = Chat(cached, tokenizer)
+    lengths = set()
+
+    def talk():
+        for n in range(12):
+            # no special token: only then is what was written encoded to the same ids
+            chat.messages += [
+                dict(role='user', content=f'question {n}'),
+                dict(role='assistant', content='an answer'),
+            ]
+            chat.read(chat.prompt()[:-1], spare=5)
+            lengths.add(chat.reader.length)
+
+    computed = count_tokens(cached, talk)
+    ids = chat.prompt()
+    assert len(lengths) > 2  # it has grown, and the last of each prompt is the next one's
+    assert computed == chat.reader.ids.shape[1] == len(ids) - 1
+    near(chat.read(ids), model(torch.tensor([ids]))[:, -1], 1e-5)
+
+
+class Stubborn(KVCache):
+    "A cache of the reader's own: nobody knows what it may forget"
+
+
+def test_a_cache_of_an_unknown_kind_reads_all_anew(monkeypatch):
+    from llm_lab import kv_cache
+
+    monkeypatch.setattr(kv_cache, 'KVCache', Stubborn)
+    tokenizer = byte_tokenizer()
+    model = tiny(tokenizer, max_len=600)
+    cached = with_kv_cache(model)
+    chat = Chat(cached, tokenizer)
+    ''.join(chat.send('one', 5, temperature=0))
+    chat.undo()
+    chat.messages.append(dict(role='user', content='two'))
+    ids = chat.prompt()
+    assert count_tokens(cached, lambda: chat.read(ids, 5)) == len(ids)  # nothing is taken back
+    longer = ids + [5] * 90
+    assert count_tokens(cached, lambda: chat.read(longer, 5)) == len(longer)  # nor copied
+    near(chat.read(longer), model(torch.tensor([longer]))[:, -1], 1e-5)
+
+
+@pytest.mark.parametrize('max_len,room', [(64, 16), (65, 16), (7, 1), (400, 16)])
+def test_the_room_for_an_answer_is_a_whole_number(max_len, room):
+    tokenizer = byte_tokenizer()
+    found = Chat(tiny(tokenizer, max_len=max_len), tokenizer)._answer_room(500)
+    assert type(found) is int and found == room
+
+
+def test_the_room_for_an_answer_of_a_model_without_an_end():
+    tokenizer = byte_tokenizer()
+    model = with_kv_cache(tiny(tokenizer, attn=windowed()))
+    chat = Chat(model, tokenizer)
+    chat.messages = [dict(role='assistant', content='b' * 300)]
+    assert chat._answer_room(500) == 500 and chat._answer_room(700) == 600
+
+
+def stops_at(chat, id):
+    "From now on, the model draws this id"
+    head = chat.model.lm_head
+    head.forward = lambda x: (
+        type(head).forward(head, x).scatter(-1, torch.full((*x.shape[:-1], 1), id), 1e4)
+    )
+
+
+def test_whoever_asks_can_tell_an_end_from_a_cut():
+    tokenizer = byte_tokenizer()
+    chat = Chat(with_kv_cache(tiny(tokenizer, max_len=64)), tokenizer)
+    assert chat.finish_reason is None
+    stops_at(chat, tokenizer.encode('b')[0])
+    assert ''.join(chat.send('one', 5)) == 'bbbbb' and chat.finish_reason == 'length'
+    room = 64 - len(chat.prompt()) - 5  # `<|user|>two<|end|>`, of five tokens
+    assert len(''.join(chat.send('two'))) == room and chat.finish_reason == 'length'
+    chat.reset()
+    assert chat.finish_reason is None
+    pieces = chat.send('one')
+    next(pieces)
+    pieces.close()
+    assert chat.finish_reason is None
+    stops_at(chat, tokenizer.special_tokens['<|end|>'])
+    assert ''.join(chat.send('one')) == '' and chat.finish_reason == 'stop'
+
+
+def test_ctrl_c_before_the_first_piece_crowds_out_no_turn(monkeypatch):
+    tokenizer = byte_tokenizer()
+    chat = Chat(with_kv_cache(tiny(tokenizer, max_len=96)), tokenizer)
+    for n in range(2):
+        ''.join(chat.send(f'question {n}', 4, temperature=0))
+    before = [*chat.messages]
+
+    def interrupted(self, *a, **k):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(chat.model), 'features', interrupted)
+    with pytest.raises(KeyboardInterrupt), pytest.warns(UserWarning, match='left out'):
+        next(chat.send('x' * 50))
+    monkeypatch.undo()
+    assert chat.messages == before and chat.left_out == 0
+
+
+@pytest.mark.parametrize('system', [None, 'S'])
+def test_a_greeting_leaves_with_the_first_turn(system):
+    tokenizer = byte_tokenizer()
+    chat = Chat(with_kv_cache(tiny(tokenizer, max_len=96)), tokenizer, system=system)
+    first = len(chat.messages)
+    chat.messages.append(dict(role='assistant', content='hello'))
+    with pytest.warns(UserWarning, match='oldest turns are left out'):
+        for n in range(7):
+            ''.join(chat.send(f'question {n}', 4, temperature=0))
+            roles = [message['role'] for message in chat.visible_messages()[first:]]
+            if chat.left_out:  # whole turns
+                assert chat.left_out % 2 == 1 and roles == ['user', 'assistant'] * (len(roles) // 2)
+
+
+def test_a_restored_conversation_goes_on_as_the_first_one_would(tmp_path):
+    tokenizer = byte_tokenizer()
+    model = with_kv_cache(tiny(tokenizer, max_len=96))
+    chat = Chat(model, tokenizer, system='S')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        for n in range(6):
+            ''.join(chat.send(f'question {n}', 12, temperature=0))
+        chat.save(tmp_path / 'h.jsonl')
+        again = Chat(model, tokenizer, system='another')
+        again.restore(json.loads((tmp_path / 'h.jsonl').read_text())['messages'])
+        assert again.messages == chat.messages and again.messages is not chat.messages
+        for question in ('one', 'two'):
+            want = ''.join(chat.send(question, 12, temperature=0))
+            assert ''.join(again.send(question, 12, temperature=0)) == want
+    assert again.left_out == chat.left_out > 0
+    again.reset()
+    assert again.messages == [dict(role='system', content='S')]
+    again.restore([dict(role='user', content='one'), dict(role='assistant', content='two')])
+    assert again.system is None
+    with pytest.raises(LabError, match='no list of messages'):
+        again.restore([])
+
+
+def test_an_answer_of_other_tokens_than_its_text_has_is_read_again():
+    "What was drawn need not be what the tokenizer makes of the text: the logits are right anyway"
+    tokenizer = byte_tokenizer()
+    model = tiny(tokenizer)
+    cached = with_kv_cache(model)
+    chat = Chat(cached, tokenizer)
+    chat.messages = [dict(role='user', content='one')]
+    ids = chat.prompt()
+    drawn = [tokenizer.encode('a')[0], tokenizer.encode('n')[0]]
+    chat.read(ids + drawn)
+    chat.messages += [dict(role='assistant', content='an'), dict(role='user', content='two')]
+    longer = chat.prompt()
+    assert len(tokenizer.encode('an')) == 1
+    computed = count_tokens(cached, lambda: near(chat.read(longer), anew(model, longer), 1e-5))
+    assert computed == len(longer) - len(ids)
+
+
+def anew(model, ids):
+    return model(torch.tensor([ids]))[:, -1]
+
+
+def test_from_the_second_layer_on_a_key_depends_on_what_stood_before():
+    "So a token after a change is read again, even where its position is the old one"
+    model = with_kv_cache(tiny(byte_tokenizer()))
+    keys = []
+    for ids in ([5, 6, 7], [9, 6, 7]):
+        caches = model.cache(1, 3)
+        model(torch.tensor([ids]), cache=caches)
+        keys.append([cache.k[:, :, 1:3] for cache in caches.values()])
+    (first, second), (first_of_other, second_of_other) = keys
+    near(first, first_of_other, 1e-6)
+    assert (second - second_of_other).abs().max() > 1e-3
+
+
+def test_an_answer_ends_at_the_longest_mark_after_the_last_probe():
+    tokenizer = byte_tokenizer(marks=('<end>', '<end>>'))
+    after = "{% for m in messages %}{{ 'Yes' + m['content'] + ' \\n' + MARK }}{% endfor %}"
+    for mark, want in (('<end>', '<end>'), ('<end>>', '<end>>'), ('<other>', None)):
+        template = ChatTemplate(after.replace('MARK', repr(mark)), tokenizer)
+        ends = {tokenizer.eos_id}
+        if want:
+            ends.add(tokenizer.special_tokens[want])
+        assert {*end_of_turn(template, tokenizer)} == ends
+    refuses = ChatTemplate("{{ raise_exception('three, please') }}", tokenizer)
+    assert end_of_turn(refuses, tokenizer) == [tokenizer.eos_id]
 
 
 def test_a_model_of_blanks_is_refused():
@@ -268,6 +493,22 @@ def test_half_at_once_reads_less_than_one_turn_at_a_time():
 
     (half,) = answers.RIGHT['my_rule']
     assert read(half) < 0.5 * read(one_at_a_time)
+
+
+def test_a_chat_reads_less_by_the_right_answer_to_exercise_1():
+    "With a model that always ends its answer at once, which makes turns of one length"
+    space = small_world() | dict(test_eq=lambda a, b: None)
+    model = with_kv_cache(tiny(space['tokenizer'], max_len=64))
+    space |= dict(model=model, cached_model=model, tale='Ben has a red ball. ')
+    end = space['tokenizer'].special_tokens['<|end|>']
+    model.lm_head.forward = lambda x: torch.nn.functional.one_hot(
+        torch.full(x.shape[:-1], end), space['tokenizer'].vocab_size
+    ).float()
+    run('def long_chat', space)
+    run('def one_at_a_time', space)
+    (half,) = answers.RIGHT['my_rule']
+    read = space['tokens_read']
+    assert read(half) < 0.6 * read(space['one_at_a_time'])
 
 
 def test_what_the_third_exercise_breaks_is_a_question_asked_again():
