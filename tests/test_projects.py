@@ -120,9 +120,9 @@ def test_marks_never_throws_and_gives_nothing_for_nothing(project, hand_in, page
 
 def test_a_verdict_of_the_hand_in_earns_nothing(page):
     "Nor does an empty one, or one that is right further on"
-    row = page['Row']('price', 3, 'cheap', lambda hand_in, corpus: hand_in)
+    row = page['Row']('compression', 3, 'cheap', lambda hand_in, corpus: hand_in)
     for said, points in (
-        ('price: right, 0.7 is at most 0.8', 3),
+        ('share: right, 0.7 is at most 0.8', 3),
         ('f: on (1,) expected 2, got f: right on 3 cases', 0),
         ('f: rightly so', 0),
         ('', 0),

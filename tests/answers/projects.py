@@ -110,7 +110,7 @@ class Bytes(OwnText):
 
 
 class Larger(BookText):
-    "Buys its price with a larger vocabulary"
+    "Buys its compression with a larger vocabulary"
 
     def train(corpus, vocab_size):
         return BPETokenizer.train(corpus.documents('train'), vocab_size + 100)
@@ -294,10 +294,10 @@ class NotPlain(OwnText):
 
 RIGHT_TEXT = [BookText, OwnText]
 WRONG_TEXT = {
-    Bytes: {'price'},
+    Bytes: {'compression'},
     Larger: {'ids'},
-    ReadsHeldBack: {'blind'},
-    ReadsTest: {'blind'},
+    ReadsHeldBack: {'no leak'},
+    ReadsTest: {'no leak'},
     Ascii: {'round trip'},
     LowerCase: {'round trip'},
     PerCharacter: {'cost'},
@@ -430,8 +430,8 @@ def wrong_models(right, corpus, folder):
         'not trained': (package('fresh', 0), {'floor'}),
         'sees the future': (package('future', 300, attn=sees_future), {'floor', 'causal'}),
         'no package': (but(package=folder / 'none'), {'floor', 'causal'}),
-        'reads held-back documents': (trains_by(reads_held_back), {'blind'}),
-        'chooses by held-back documents': (trains_by(chooses_seed_on_val), {'blind'}),
+        'reads held-back documents': (trains_by(reads_held_back), {'no leak'}),
+        'chooses by held-back documents': (trains_by(chooses_seed_on_val), {'no leak'}),
         'forgets the seed': (trains_by(forgets_seed), {'seed'}),
         'global chance': (trains_by(global_chance), {'seed'}),
         'too dear': (but(steps=10**7), {'budget'}),
