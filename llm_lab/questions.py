@@ -102,29 +102,36 @@ NAME_SETS = dict(seen=[*POOLS['name'], *_SEEN.split('|')], unseen=_UNSEEN.split(
 NAME_SETS['all'] = NAME_SETS['seen'] + NAME_SETS['unseen']
 
 
-def _made_up_names(n):
-    "n names that nobody has: of syllables (Fim, Stoda), or of two real names' halves (Noris)"
+def _of_syllables(random):
+    "A name of one or two syllables: Fim, Stoda"
     onsets = 'b br ch d dr f fl g gr h j k kl l m n p r s sh st t tr v w z'.split()
-    endings = ['', '', *'dklmnrst']
+    syllables = random.choice((1, 2, 2))
+    parts = [random.choice(onsets) + random.choice('aeiou') for _ in range(syllables)]
+    return ''.join([*parts, random.choice(['', '', *'dklmnrst'])]).capitalize()
+
+
+def _of_halves(random):
+    "The first half of one real name and the last of another: Noris, Hilmo"
+    first, last = random.choices(NAME_SETS['seen'], k=2)
+    return first[: (len(first) + 1) // 2] + last[len(last) // 2 :]
+
+
+def _made_up_names(n, *ways):
+    "n names that nobody has, made in these ways, in turn"
     random = Random(0)
     words = {word.capitalize() for pool in POOLS.values() for word in pool}
     known = {*NAME_SETS['all'], *words}
     found = {}  # a set that keeps its order
     while len(found) < n:
-        if len(found) % 2:
-            first, last = random.choices(NAME_SETS['seen'], k=2)
-            name = first[: (len(first) + 1) // 2] + last[len(last) // 2 :]
-        else:
-            syllables = random.choice((1, 2, 2))
-            parts = [random.choice(onsets) + random.choice('aeiou') for _ in range(syllables)]
-            name = ''.join([*parts, random.choice(endings)]).capitalize()
+        name = ways[len(found) % len(ways)](random)
         if 2 < len(name) < 9 and name not in known:
             found[name] = None
     return [*found]
 
 
 # names of a world of its own: whoever learned to read with these knows none of the others
-NAME_SETS['made-up'] = _made_up_names(8000)
+NAME_SETS['syllables'] = _made_up_names(4000, _of_syllables)
+NAME_SETS['made-up'] = _made_up_names(8000, _of_syllables, _of_halves)
 
 
 @dataclass(frozen=True)

@@ -497,12 +497,25 @@ def test_a_drill_tells_each_fact_four_times(names):
         assert len({fact[:3] for fact in times}) == size  # nothing is said to be two things
 
 
-def test_names_that_are_made_up_belong_to_nobody():
-    made_up = NAME_SETS['made-up']
+@pytest.mark.parametrize('names, n', [('syllables', 4000), ('made-up', 8000)])
+def test_names_that_are_made_up_belong_to_nobody(names, n):
+    made_up = NAME_SETS[names]
     words = {word for pool in POOLS.values() for word in pool}
-    assert len({*made_up}) == len(made_up) == 8000
+    assert len({*made_up}) == len(made_up) == n
     assert not {*made_up} & {*NAME_SETS['all']} and not {*map(str.lower, made_up)} & words
     assert all(re.fullmatch('[A-Z][a-z]{2,7}', name) for name in made_up)
+
+
+def test_half_of_the_made_up_names_are_of_two_real_names_halves():
+    seen = NAME_SETS['seen']
+    firsts = {name[: (len(name) + 1) // 2] for name in seen}
+    lasts = {name[len(name) // 2 :] for name in seen}
+    halves = NAME_SETS['made-up'][1::2]
+    for name in halves:
+        assert any(name[:k] in firsts and name[k:] in lasts for k in range(1, len(name))), name
+
+
+def test_documents_to_learn_from_hold_no_name_of_an_exam():
     for corpus in (tale_states(100), tale_drills(100)):
         assert not {*re.findall(r'\w+', corpus.text('train'))} & {*NAME_SETS['all']}
         assert corpus.independent and corpus.floor is None

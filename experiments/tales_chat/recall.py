@@ -1,6 +1,9 @@
 """A base model for questions: how soon does a small model learn who is where, and who has what?
 
-    python experiments/tales_chat/recall.py --name base
+    cd experiments/tales_chat
+    python recall.py --name drills --sort drills --names syllables --steps 1200 --steady
+    python recall.py --name regular --start drills --names syllables
+    python recall.py --name base --start regular --steps 2400
 
 It reads documents of chapter 16 in which much is looked up, on one thread of a CPU: first drills
 (`tale_drills`), then stories that tell their state (`tale_states`). All names are made up, so it
@@ -8,6 +11,9 @@ knows none that an exam uses, and no document asks a question or has the marks o
 steps, and at the end: of each kind of fact, the share that the model would have written, of which
 every token is the most likely one, in 100 stories that nobody trained on; and the same of the last
 telling of drills. The package and this curve are kept in runs/NAME and runs/NAME.json.
+
+Regular names, of syllables, are copied soon. Names that are put together of real ones fall into
+more pieces; a model that copies the regular ones learns them soon, another one late.
 
 --start goes on from a package in runs/, with what it took so far added up; --steady keeps the rate,
 as is right where more is to come. The other options show what matters: without --qk_norm words of
@@ -45,7 +51,6 @@ from llm_lab.train import batches, fit
 
 EXAM = 100  # stories
 RUNS = Path(__file__).parent / 'runs'
-CFG = QuestionsConfig(names='made-up')
 END = '<|endoftext|>'
 
 
@@ -62,13 +67,13 @@ def marked(tok, text, facts, asked=None):
     return torch.tensor([ids]), places[-asked:] if asked else places
 
 
-def exam_of(tok):
+def exam_of(tok, cfg):
     "Facts at the ends of stories, and the last telling of drills"
     found = []
     for k in range(EXAM):
-        story = write_story(f'val/{k}', CFG)
+        story = write_story(f'val/{k}', cfg)
         found.append(marked(tok, f'{story.text} In the end:', final_facts(story, k)))
-        facts = [fact._replace(kind='drill') for fact in drill(f'exam/{k}', CFG.names)]
+        facts = [fact._replace(kind='drill') for fact in drill(f'exam/{k}', cfg.names)]
         found.append(marked(tok, '', facts, len(facts) // 4))
     return found
 
@@ -86,9 +91,9 @@ def shares_right(model, exam):
     return {kind: round(sum(found) / len(found), 3) for kind, found in sorted(right.items())}
 
 
-def new_model(a):
+def new_model(a, cfg):
     "(Llama's block, with or without QK-norm; a tokenizer of the words, in which names are pieces)"
-    some = tale_states(100_000).documents('train')[:3000]
+    some = tale_states(100_000, cfg).documents('train')[:3000]
     tok = BPETokenizer.train(some, a.vocab_size, special_tokens=[END])
     size = dict(d_model=a.d_model, n_layers=a.n_layers, n_heads=4, max_len=a.length, tie=True)
     cfg = llama(tok.vocab_size, **size)
@@ -101,14 +106,15 @@ def new_model(a):
 def main(a):
     torch.set_num_threads(1)
     keep_freed_memory()
+    cfg = QuestionsConfig(names=a.names)
     before = []  # the stages until now
     if a.start:
         model, tok, _ = load(RUNS / a.start)
         model.train()
         before = json.loads((RUNS / f'{a.start}.json').read_text())['stages']
     else:
-        model, tok = new_model(a)
-    exam = exam_of(tok)
+        model, tok = new_model(a, cfg)
+    exam = exam_of(tok, cfg)
     start = time.process_time()
     curve = []
     stage = dict(options=vars(a), curve=curve)
@@ -126,7 +132,7 @@ def main(a):
         print(json.dumps(curve[-1]), flush=True)
         save(RUNS / a.name, model, tok, about=dict(step=run.step))
 
-    corpus = dict(drills=tale_drills, states=tale_states)[a.sort](100_000)
+    corpus = dict(drills=tale_drills, states=tale_states)[a.sort](100_000, cfg)
     rows = batches(corpus, tok, a.batch_size, a.length, whole=True, seed=a.seed)
     optimizer = muon(model, a.lr, 0.1, a.lr / 2)
     fit(model, rows, a.steps, optimizer=optimizer, callbacks={200: look}, schedule=falling)
@@ -141,6 +147,7 @@ if __name__ == '__main__':
     ap = bench.parser(__doc__)
     ap.add_argument('--name', required=True, help='of the package in runs/')
     ap.add_argument('--sort', default='states', choices=['drills', 'states'])
+    ap.add_argument('--names', default='made-up', choices=['syllables', 'made-up'])
     ap.add_argument('--start', help='the package in runs/ from which to go on')
     ap.add_argument('--steps', type=int, default=8000)
     ap.add_argument('--steady', action='store_true', help='a rate that does not fall')
