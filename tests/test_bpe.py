@@ -1361,10 +1361,10 @@ def equal(a, b):
 
 @pytest.fixture(scope='module')
 def exercises():
-    space = dict(vars(bpe), test_eq=equal)
+    space = dict(vars(bpe), test_eq=equal, chunks_of=regex.compile(GPT2).findall)
     for text in ('def train_naive(', 'def encode_spec('):
         exec(code_cell('12_bpe', text), space)
-    for text in ('def my_train(', 'def my_guess('):
+    for text in ('def my_encode(', 'def my_train(', 'def my_guess('):
         exec(code_cell('12_bpe', text).rpartition('check(')[0], space)
     return space
 
@@ -1372,20 +1372,22 @@ def exercises():
 def said_of(answer, exercises):
     if answer in answers.RIGHT + answers.WRONG:
         return check(answer, exercises['my_train_spec'], *exercises['cases'])
+    if answer in answers.RIGHT_ENCODERS + answers.WRONG_ENCODERS:
+        return check(answer, exercises['my_encode_spec'], *exercises['encode_cases'])
     return check(answer, exercises['measured'], ())
 
 
-@pytest.mark.parametrize('answer', answers.RIGHT + answers.RIGHT_GUESSES)
+@pytest.mark.parametrize('answer', answers.RIGHT + answers.RIGHT_ENCODERS + answers.RIGHT_GUESSES)
 def test_a_right_answer_is_told_so(answer, exercises):
     assert f'{answer.__name__}: right on ' in said_of(answer, exercises)
 
 
-@pytest.mark.parametrize('answer', answers.WRONG + answers.WRONG_GUESSES)
+@pytest.mark.parametrize('answer', answers.WRONG + answers.WRONG_ENCODERS + answers.WRONG_GUESSES)
 def test_a_wrong_answer_meets_a_counter_example(answer, exercises):
     assert 'expected' in said_of(answer, exercises)
 
 
-def test_what_the_third_exercise_breaks_turns_red():
+def test_what_the_fourth_exercise_breaks_turns_red():
     cell = partial(code_cell, '12_bpe')
     right = cell('def _changed_neighbours(')
     at = right.index('        elif k > 1')
