@@ -447,6 +447,7 @@ def space():
     exec(cell('class PlainBlock('), names)
     exec(cell('class PlainGPT('), names)
     exec(cell('def influences(').partition('influence = ')[0], names)
+    exec(cell('def my_block_spec('), names)
     exec(cell('def my_block('), names)
     exec(cell('def my_guess('), names)
     return names
