@@ -9,24 +9,26 @@ __all__ = ['MLP', 'LearnedPositions', 'Block', 'gpt2_init', 'GPTConfig', 'MiniGP
 # %% ../nbs/22_gpt.ipynb #35b382b6
 TYPE_CHECKING = False  # a type checker takes it for True
 import torch
-from contextlib import contextmanager
 from dataclasses import dataclass
 from fastcore.basics import patch
 from torch import Tensor, nn
-from .core import HOLDS, LabError, preserve_rng, rng, short
+from .core import LabError, rng
+from .parts import _build_part, part
+from .self_attention import Attention
+
+# %% ../nbs/22_gpt.ipynb #22a00029
+from contextlib import contextmanager
+from .core import HOLDS, preserve_rng, short
 from .files import warn_once
 from llm_lab.parts import (
     Aux,
     _build_objective,
-    _build_part,
     _check_needs,
     _check_recipe,
     _warn_aux_unused,
     hook,
     needs_in,
-    part,
 )
-from .self_attention import Attention
 
 # %% ../nbs/22_gpt.ipynb #e43345e0
 class MLP(nn.Module):
@@ -272,11 +274,13 @@ class MiniGPT(nn.Module):
     ):
         super().__init__()
         self.cfg = cfg
+        # for later chapters: another objective, and weights that depend on `seed` alone
         self.objective = _build_objective(cfg)
         extra_ids = self.objective.extra_ids if self.objective else 0
         with torch.random.fork_rng(devices=[]):  # PyTorch's generator is restored afterwards
             # for parts that draw weights of their own, such as nn.Linear
             torch.default_generator.manual_seed(seed or 0)
+            # ---- the model
             self.tok = nn.Embedding(cfg.vocab_size + extra_ids, cfg.d_model)
             self.pos = _build_part(cfg, 'pos', cfg) if cfg.pos else None
             layers = range(cfg.n_layers)
@@ -284,6 +288,7 @@ class MiniGPT(nn.Module):
             self.drop = nn.Dropout(cfg.dropout)
             self.norm = _build_part(cfg, 'norm', cfg.d_model)
             self.lm_head = _build_part(cfg, 'lm_head', cfg.d_model, cfg.vocab_size)
+            # ---- the end of the model
         if cfg.tie:
             _tie_weights(self, extra_ids)
         if seed is not None:
@@ -302,13 +307,15 @@ class MiniGPT(nn.Module):
             # a promise: positions are 0, 1, 2, …, so attention can use PyTorch's causal kernel and
             # needs no dense mask
             ctx['contiguous'] = True
+        lacks_aux = _lacks_aux(self, ctx)  # does a part add to a loss that nobody collects?
+        # ---- the model
         x = self.tok(ids)  # (B, T, C)
         if self.pos:
             x = self.pos(x, i)
         x = self.drop(x)
-        lacks_aux = _lacks_aux(self, ctx)
         for block in self.blocks:
             x = self.run_block(block, x, i, **ctx)
+        # ---- the end of the model, but for its last norm
         if lacks_aux and x.requires_grad and not torch.compiler.is_compiling():
             # A loss without what parts add to `aux` is fine, but learning from it is a slip: so
             # the warning comes with the gradient, not with the call.

@@ -447,6 +447,7 @@ def space():
     exec(cell('class PlainBlock('), names)
     exec(cell('class PlainGPT('), names)
     exec(cell('def influences(').partition('influence = ')[0], names)
+    exec(cell('def my_block_spec('), names)
     exec(cell('def my_block('), names)
     exec(cell('def my_guess('), names)
     return names
@@ -518,3 +519,15 @@ def test_a_norm_over_time_leaks_and_only_the_gradients_tell():
     # seen by the logits of every earlier position; the model as it is has none
     assert (influences(MiniGPT(GPTConfig())).triu(1) > 0).sum() == 0
     assert (logits(broken, IDS) - logits(MiniGPT(GPTConfig()), IDS)).abs().max() > 1e-3
+
+
+def slip(i, j):
+    return j <= i + 1
+
+
+@pytest.mark.parametrize('L', [1, 2, 3])
+def test_a_slip_of_the_mask_looks_one_position_further_ahead_with_every_block(L):
+    model = MiniGPT(GPTConfig(n_layers=L, attn=part(Attention, mask=part(slip))))
+    influence = space()['influences'](model)
+    assert (influence.diagonal(L) > 0).all()
+    assert (influence.triu(L + 1) == 0).all()
