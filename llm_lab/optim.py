@@ -25,16 +25,19 @@ def newton_schulz(
     g: Tensor,  # a matrix or a stack of them, (…, rows, columns)
     steps=5,
     dtype=None,  # to calculate in; that of `g` if none
-) -> Tensor:  # the same shape and directions, singular values between about 0.7 and 1.2
+) -> Tensor:  # the same shape and directions; singular values near 1 (see below)
     """The singular directions of `g`, all about equally long, by Newton–Schulz rounds
-    (Jordan et al. 2024)
+    (Jordan et al. 2024).
+
+    After five rounds those that were above 0.002 of the norm of `g` are between about 0.65 and
+    1.2; smaller ones are still on their way. Zeros stay zeros
 
     Args:
         g: a matrix or a stack of them, (…, rows, columns)
         dtype: to calculate in; that of `g` if none
 
     Returns:
-        the same shape and directions, singular values between about 0.7 and 1.2
+        the same shape and directions; singular values near 1 (see below)
     """
     tall = g.shape[-2] > g.shape[-1]
     x = g.mT if tall else g  # rows ≤ columns, so that A below is the smaller of x xᵀ and xᵀ x

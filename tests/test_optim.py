@@ -534,6 +534,7 @@ def test_a_schedule_climbs_once_and_never_again(f):
 
 
 def test_schedules_at_some_steps():
+    equal([warmup_stable_decay(s, 1000) for s in (0, 99, 799)], [0.01, 1.0, 1.0])
     equal([warmup_stable_decay(s, 1000) for s in (800, 900, 999)], [1.0, 0.5, 0.005])
     close([step_decay(s, 1000) for s in (499, 500, 750)], [1.0, 0.1, 0.01])
 
