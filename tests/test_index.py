@@ -24,7 +24,7 @@ def test_the_tables_are_those_of_the_chapters(page):
     saved = [
         o['data']['text/markdown'] for o in page['outputs'] if 'text/markdown' in o.get('data', {})
     ]
-    now = '\n'.join(page['table'](n, name) for n, name in enumerate(page['PARTS']))
+    now = '\n'.join(page['table'](n, page['PARTS'][n]) for n in page['ORDER'])
     assert [''.join(text) for text in saved] == [now], 'run python tools/book.py nbs/index.ipynb'
     assert {row[:2] for row in re.findall(r'\[(\d\d_\w+)\]\(\1\.ipynb\)', now)} == {
         path.stem[:2] for path in NOTEBOOKS.glob('[0-9][0-9]_*.ipynb')
@@ -68,6 +68,16 @@ def test_the_reading_paths_lead_to_chapters_that_are_there():
     prose = '\n'.join(cells_of('index', 'markdown'))
     links = set(re.findall(r'\]\(([\w-]+)\.ipynb\)', prose))
     assert len(links) > 30 and all((NOTEBOOKS / f'{name}.ipynb').is_file() for name in links)
-    weeks = prose.partition('**A term**')[2].partition('\n')[0]
-    numbers = re.findall(r'\[(\d\d)\]\(', weeks)
-    assert numbers == sorted(set(numbers)) and len(re.findall(r'(?:·|:) \d+ ', weeks)) == 14
+
+
+@pytest.mark.parametrize('path, left_out', [('A term', '16 33 64'), ('A weekend.', None)])
+def test_a_reading_path_has_nothing_before_what_it_needs(page, path, left_out):
+    prose = '\n'.join(cells_of('index', 'markdown'))
+    line = prose.partition(f'**{path}**')[2].partition('\n')[0].partition('Nothing comes')[0]
+    read = re.findall(r'\]\((\d\d)_\w+\.ipynb\)', line)
+    for k, n in enumerate(read):
+        needs = {m for m in page['lessons'][n]['before'] if m in page['lessons']}
+        assert needs <= {*read[:k]}, f'{n} needs {needs}'
+    if left_out:
+        assert len(re.findall(r'(?:·|:) \d+ \[', line)) == 14
+        assert {*page['lessons']} - {*read} == {*left_out.split()}
