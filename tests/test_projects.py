@@ -31,14 +31,14 @@ def lost(marked):
 @pytest.mark.parametrize('hand_in', answers.RIGHT_TEXT)
 def test_a_right_text_project_gets_every_point(hand_in, page):
     marked = page['marks'](page['TEXT'], hand_in)
-    assert lost(marked) == set(), [mark.verdict for mark in marked]
+    assert lost(marked) == set(), [mark.message for mark in marked]
     assert page['earned'](marked) == 15
 
 
 @pytest.mark.parametrize('hand_in', answers.WRONG_TEXT)
 def test_a_wrong_text_project_loses_its_row(hand_in, page):
     marked = page['marks'](page['TEXT'], hand_in)
-    assert lost(marked) == answers.WRONG_TEXT[hand_in], [mark.verdict for mark in marked]
+    assert lost(marked) == answers.WRONG_TEXT[hand_in], [mark.message for mark in marked]
 
 
 def test_each_row_of_text_is_lost_by_somebody(page):
@@ -62,14 +62,14 @@ def wrong_models(page, right_model, tmp_path_factory):
 
 def test_a_right_model_project_gets_every_point(right_model, page):
     marked = page['marks'](page['MODEL'], right_model, page['chain'])
-    assert lost(marked) == set(), [mark.verdict for mark in marked]
+    assert lost(marked) == set(), [mark.message for mark in marked]
     assert page['earned'](marked) == 16
 
 
 def test_wrong_model_projects_lose_their_rows(wrong_models, page):
     for name, (hand_in, rows) in wrong_models.items():
         marked = page['marks'](page['MODEL'], hand_in, page['chain'])
-        assert lost(marked) == rows, (name, [mark.verdict for mark in marked])
+        assert lost(marked) == rows, (name, [mark.message for mark in marked])
 
 
 def test_each_row_of_model_is_lost_by_somebody(wrong_models, page):
@@ -79,8 +79,8 @@ def test_each_row_of_model_is_lost_by_somebody(wrong_models, page):
 
 def test_a_model_below_the_floor_is_told_why(wrong_models, page):
     hand_in, _ = wrong_models['sees the future']
-    verdicts = {m.row.name: m.verdict for m in page['marks'](page['MODEL'], hand_in, page['chain'])}
-    assert 'look for a leak' in verdicts['floor']
+    messages = {m.row.name: m.message for m in page['marks'](page['MODEL'], hand_in, page['chain'])}
+    assert 'look for a leak' in messages['floor']
 
 
 # ---- the grader
@@ -115,10 +115,10 @@ def test_marks_never_throws_and_gives_nothing_for_nothing(project, hand_in, page
     marked = page['marks'](page[project], hand_in, page['tales' if project == 'TEXT' else 'chain'])
     assert [mark.row for mark in marked] == page[project].rows
     assert page['earned'](marked) == 0
-    assert all(mark.verdict for mark in marked)
+    assert all(mark.message for mark in marked)
 
 
-def test_a_verdict_of_the_hand_in_earns_nothing(page):
+def test_a_message_of_the_hand_in_earns_nothing(page):
     "Nor does an empty one, or one that is right further on"
     row = page['Row']('compression', 3, 'cheap', lambda hand_in, corpus: hand_in)
     for said, points in (
