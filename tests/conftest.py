@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'tools'))
+pytest.register_assert_rewrite('helpers')  # its assertions tell what they saw, too
 pytest_plugins = ['plan']  # tools/plan.py: the order of the tests, and how far they are
 
 

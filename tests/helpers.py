@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 from cases import HANG
 
-from llm_lab.core import LabError
+from llm_lab.core import LabError, check
 
 # ---- the cells of a chapter, for the tests of its exercises
 
@@ -50,6 +51,42 @@ def run_cell(chapter, start, space, **answers):
             space[name] = answers[name]
         else:
             exec(compile(ast.Module([node], []), chapter, 'exec'), space)
+
+
+def exercise_tests(answers, specs, fixture='lesson', counter_example='expected'):
+    """Three tests of a chapter's exercises: right answers, wrong ones, and the stubs themselves
+
+    Args:
+        answers: {exercise: (right answers, wrong ones)}
+        specs: {exercise: (name of what is right, name of its cases; None where it takes nothing)}
+        fixture: the module's, with what the chapter's cells define
+        counter_example: a pattern of what `check` says of a wrong answer
+    """
+
+    def said(name, answer, lesson):
+        spec, cases = specs[name]
+        cases = lesson[cases] if cases else [()]
+        return check(answer, lesson[spec], *cases), len(cases)
+
+    right = [(name, f) for name, (some, _) in answers.items() for f in some]
+    wrong = [(name, f) for name, (_, some) in answers.items() for f in some]
+
+    @pytest.mark.parametrize('name, answer', right)
+    def is_told_so(name, answer, request):
+        told, n = said(name, answer, request.getfixturevalue(fixture))
+        assert told == f'{answer.__name__}: right on {n} cases'
+
+    @pytest.mark.parametrize('name, answer', wrong)
+    def meets_a_counter_example(name, answer, request):
+        told, _ = said(name, answer, request.getfixturevalue(fixture))
+        assert re.search(counter_example, told)
+
+    @pytest.mark.parametrize('name', answers)
+    def says_so(name, request):
+        lesson = request.getfixturevalue(fixture)
+        assert said(name, lesson[name], lesson)[0] == f'{name}: not yet'
+
+    return is_told_so, meets_a_counter_example, says_so
 
 
 # ---- models and numbers

@@ -9,7 +9,7 @@ import pytest
 import torch
 from answers import batching as answers
 from fastcore.test import test_eq as equal
-from helpers import cells_of, code_cell
+from helpers import cells_of, code_cell, exercise_tests
 
 from llm_lab import batching
 from llm_lab.batching import BatchStream, permuted_index
@@ -100,20 +100,18 @@ def exercises():
     return space
 
 
-def said_of(answer, exercises):
-    if answer in answers.RIGHT + answers.WRONG:
-        return check(answer, exercises['back_spec'], *exercises['cases'])
-    return check(answer, exercises['measured'], ())
-
-
-@pytest.mark.parametrize('answer', answers.RIGHT + answers.RIGHT_GUESSES)
-def test_a_right_answer_is_told_so(answer, exercises):
-    assert f'{answer.__name__}: right on ' in said_of(answer, exercises)
-
-
-@pytest.mark.parametrize('answer', answers.WRONG + answers.WRONG_GUESSES)
-def test_a_wrong_answer_meets_a_counter_example(answer, exercises):
-    assert 'expected' in said_of(answer, exercises)
+(
+    test_a_right_answer_is_told_so,
+    test_a_wrong_answer_meets_a_counter_example,
+    test_an_exercise_that_nobody_has_done_says_so,
+) = exercise_tests(
+    answers.ANSWERS,
+    dict(
+        back=('back_spec', 'cases'),
+        my_guess=('measured', None),
+    ),
+    fixture='exercises',
+)
 
 
 def test_what_the_third_exercise_breaks():

@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import texts
 from answers import bpe as answers
 from cases import ALL, EXAMPLES, cases
-from helpers import code_cell
+from helpers import code_cell, exercise_tests
 
 from llm_lab import bpe
 from llm_lab.bpe import (
@@ -1369,22 +1369,19 @@ def exercises():
     return space
 
 
-def said_of(answer, exercises):
-    if answer in answers.RIGHT + answers.WRONG:
-        return check(answer, exercises['my_train_spec'], *exercises['cases'])
-    if answer in answers.RIGHT_ENCODERS + answers.WRONG_ENCODERS:
-        return check(answer, exercises['my_encode_spec'], *exercises['encode_cases'])
-    return check(answer, exercises['measured'], ())
-
-
-@pytest.mark.parametrize('answer', answers.RIGHT + answers.RIGHT_ENCODERS + answers.RIGHT_GUESSES)
-def test_a_right_answer_is_told_so(answer, exercises):
-    assert f'{answer.__name__}: right on ' in said_of(answer, exercises)
-
-
-@pytest.mark.parametrize('answer', answers.WRONG + answers.WRONG_ENCODERS + answers.WRONG_GUESSES)
-def test_a_wrong_answer_meets_a_counter_example(answer, exercises):
-    assert 'expected' in said_of(answer, exercises)
+(
+    test_a_right_answer_is_told_so,
+    test_a_wrong_answer_meets_a_counter_example,
+    test_an_exercise_that_nobody_has_done_says_so,
+) = exercise_tests(
+    answers.ANSWERS,
+    dict(
+        my_train=('my_train_spec', 'cases'),
+        my_encode=('my_encode_spec', 'encode_cases'),
+        my_guess=('measured', None),
+    ),
+    fixture='exercises',
+)
 
 
 def test_what_the_fourth_exercise_breaks_turns_red():

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 from answers import chars as answers
-from helpers import code_cell, one_line
+from helpers import code_cell, exercise_tests, one_line
 from tokenizers import Tokenizer as TheirTokenizer
 
 from llm_lab import chars
@@ -153,20 +153,18 @@ def exercises():
     return space
 
 
-def said_of(answer, exercises):
-    if answer in answers.RIGHT + answers.WRONG:
-        return check(answer, exercises['with_unknown_spec'], *exercises['cases'])
-    return check(answer, exercises['measured'], ())
-
-
-@pytest.mark.parametrize('answer', answers.RIGHT + answers.RIGHT_GUESSES)
-def test_a_right_answer_is_told_so(answer, exercises):
-    assert f'{answer.__name__}: right on ' in said_of(answer, exercises)
-
-
-@pytest.mark.parametrize('answer', answers.WRONG + answers.WRONG_GUESSES)
-def test_a_wrong_answer_meets_a_counter_example(answer, exercises):
-    assert 'expected' in said_of(answer, exercises)
+(
+    test_a_right_answer_is_told_so,
+    test_a_wrong_answer_meets_a_counter_example,
+    test_an_exercise_that_nobody_has_done_says_so,
+) = exercise_tests(
+    answers.ANSWERS,
+    dict(
+        with_unknown=('with_unknown_spec', 'cases'),
+        my_guess=('measured', None),
+    ),
+    fixture='exercises',
+)
 
 
 def test_what_the_third_exercise_breaks_turns_red(corpus, tok, monkeypatch):

@@ -14,7 +14,7 @@ import torch
 from answers import evaluation as answers
 from fastcore.test import test_close as close
 from fastcore.test import test_eq as equal
-from helpers import cells_of
+from helpers import cells_of, exercise_tests
 
 import llm_lab.evaluation as chapter
 from llm_lab.bpe import BPETokenizer
@@ -802,33 +802,16 @@ def lesson():
     return names
 
 
-def verdict(name, answer, lesson):
-    "What the last line of the exercise's cell says of an answer"
-    spec, cases = dict(
-        windows=('windows_spec', lesson['window_cases']),
-        paired=('paired_spec', lesson['paired_cases']),
-        my_guess=('measured', [()]),
-        turns_red=('turns_red_spec', [()]),
-    )[name]
-    return check(answer, lesson[spec], *cases), len(cases)
-
-
-RIGHT = [(name, f) for name, (right, _) in answers.ANSWERS.items() for f in right]
-WRONG = [(name, f) for name, (_, wrong) in answers.ANSWERS.items() for f in wrong]
-
-
-@pytest.mark.parametrize('name, answer', RIGHT)
-def test_a_right_answer_is_told_so(name, answer, lesson):
-    said, n = verdict(name, answer, lesson)
-    assert said == f'{answer.__name__}: right on {n} cases'
-
-
-@pytest.mark.parametrize('name, answer', WRONG)
-def test_a_wrong_answer_meets_a_counter_example(name, answer, lesson):
-    said, _ = verdict(name, answer, lesson)
-    assert 'expected' in said
-
-
-@pytest.mark.parametrize('name', answers.ANSWERS)
-def test_an_exercise_that_nobody_has_done_says_so(name, lesson):
-    assert verdict(name, lesson[name], lesson)[0] == f'{name}: not yet'
+(
+    test_a_right_answer_is_told_so,
+    test_a_wrong_answer_meets_a_counter_example,
+    test_an_exercise_that_nobody_has_done_says_so,
+) = exercise_tests(
+    answers.ANSWERS,
+    dict(
+        windows=('windows_spec', 'window_cases'),
+        paired=('paired_spec', 'paired_cases'),
+        my_guess=('measured', None),
+        turns_red=('turns_red_spec', None),
+    ),
+)

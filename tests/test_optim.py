@@ -15,7 +15,7 @@ from answers import optim as answers
 from cases import ALL, HANG
 from fastcore.test import test_close as close
 from fastcore.test import test_eq as equal
-from helpers import code_cell
+from helpers import code_cell, exercise_tests
 from torch import nn
 from torch.nn import functional as F
 
@@ -627,25 +627,17 @@ def lesson():
     return names
 
 
-def verdict(name, answer, lesson):
-    "What the last line of the exercise's cell says of an answer"
-    spec, cases = {
-        'my_newton_schulz': ('newton_schulz_spec', lesson['schulz_cases']),
-        'guess': ('measured', [()]),
-    }[name]
-    return check(answer, lesson[spec], *cases), len(cases)
-
-
-@pytest.mark.parametrize('name', answers.ANSWERS)
-def test_the_exercises_tell_right_from_wrong(name, lesson):
-    right, wrong = answers.ANSWERS[name]
-    for answer in right:
-        said, n = verdict(name, answer, lesson)
-        equal(said, f'{answer.__name__}: right on {n} cases')
-    for answer in wrong:
-        said, _ = verdict(name, answer, lesson)
-        assert 'expected' in said, said
-    equal(verdict(name, lesson[name], lesson)[0], f'{name}: not yet')
+(
+    test_a_right_answer_is_told_so,
+    test_a_wrong_answer_meets_a_counter_example,
+    test_an_exercise_that_nobody_has_done_says_so,
+) = exercise_tests(
+    answers.ANSWERS,
+    dict(
+        my_newton_schulz=('newton_schulz_spec', 'schulz_cases'),
+        guess=('measured', None),
+    ),
+)
 
 
 def test_what_the_third_exercise_breaks_turns_red(lesson):

@@ -10,7 +10,7 @@ import sys
 import pytest
 from answers import package as answers
 from cases import HANG
-from helpers import code_cell
+from helpers import code_cell, exercise_tests
 from safetensors.torch import save as tensor_bytes
 from torch import nn
 
@@ -286,17 +286,15 @@ def exercises(tmp_path):
     return space
 
 
-def verdict(answer, exercises):
-    if answer in answers.RIGHT + answers.WRONG:
-        return check(answer, exercises['suspects_spec'], *exercises['cases'])
-    return check(answer, exercises['measured'], ())
-
-
-@pytest.mark.parametrize('answer', answers.RIGHT + answers.RIGHT_GUESSES)
-def test_a_right_answer_is_told_so(answer, exercises):
-    assert f'{answer.__name__}: right on ' in verdict(answer, exercises)
-
-
-@pytest.mark.parametrize('answer', answers.WRONG + answers.WRONG_GUESSES)
-def test_a_wrong_answer_meets_a_counter_example(answer, exercises):
-    assert 'expected' in verdict(answer, exercises)
+(
+    test_a_right_answer_is_told_so,
+    test_a_wrong_answer_meets_a_counter_example,
+    test_an_exercise_that_nobody_has_done_says_so,
+) = exercise_tests(
+    answers.ANSWERS,
+    dict(
+        suspects=('suspects_spec', 'cases'),
+        my_guess=('measured', None),
+    ),
+    fixture='exercises',
+)

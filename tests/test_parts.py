@@ -10,7 +10,7 @@ import pytest
 import torch
 from answers import parts as answers
 from cases import covering
-from helpers import code_cell, one_line
+from helpers import code_cell, exercise_tests, one_line
 from torch import nn
 
 from llm_lab import parts
@@ -453,21 +453,19 @@ def exercises():
     return space
 
 
-def said_of(answer, spaces):
-    if answer in answers.RIGHT + answers.WRONG:
-        return check(answer, spaces['replaced_spec'], *spaces['cases'])
-    return check(answer, spaces['measured'], ())
-
-
-@pytest.mark.parametrize('answer', answers.RIGHT + answers.RIGHT_GUESSES)
-def test_a_right_answer_is_told_so(answer, exercises):
-    assert f'{answer.__name__}: right on ' in said_of(answer, exercises)
-
-
-@pytest.mark.parametrize('answer', answers.WRONG + answers.WRONG_GUESSES)
-def test_a_wrong_answer_meets_a_counter_example(answer, exercises):
-    said = said_of(answer, exercises)
-    assert 'expected' in said or 'LabError' in said or 'TypeError' in said
+(
+    test_a_right_answer_is_told_so,
+    test_a_wrong_answer_meets_a_counter_example,
+    test_an_exercise_that_nobody_has_done_says_so,
+) = exercise_tests(
+    answers.ANSWERS,
+    dict(
+        replaced=('replaced_spec', 'cases'),
+        my_guess=('measured', None),
+    ),
+    fixture='exercises',
+    counter_example='expected|LabError|TypeError',
+)
 
 
 def test_what_the_third_exercise_breaks_turns_red():

@@ -7,7 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 from answers import tales as answers
-from helpers import cells_of
+from helpers import cells_of, exercise_tests
 
 from llm_lab import tales as chapter
 from llm_lab.core import LabError, check
@@ -202,28 +202,14 @@ def lesson():
     return names
 
 
-def verdict(name, answer, lesson):
-    "What the last line of the exercise's cell says of an answer"
-    cases = lesson['left_cases'] if name == 'bits_left' else [()]
-    return check(answer, lesson[f'{name}_spec'], *cases), len(cases)
-
-
-RIGHT = [(name, f) for name, (right, _) in answers.ANSWERS.items() for f in right]
-WRONG = [(name, f) for name, (_, wrong) in answers.ANSWERS.items() for f in wrong]
-
-
-@pytest.mark.parametrize('name, answer', RIGHT)
-def test_a_right_answer_is_told_so(name, answer, lesson):
-    said, n = verdict(name, answer, lesson)
-    assert said == f'{answer.__name__}: right on {n} cases'
-
-
-@pytest.mark.parametrize('name, answer', WRONG)
-def test_a_wrong_answer_meets_a_counter_example(name, answer, lesson):
-    said, _ = verdict(name, answer, lesson)
-    assert 'expected' in said
-
-
-@pytest.mark.parametrize('name', answers.ANSWERS)
-def test_an_exercise_that_nobody_has_done_says_so(name, lesson):
-    assert verdict(name, lesson[name], lesson)[0] == f'{name}: not yet'
+(
+    test_a_right_answer_is_told_so,
+    test_a_wrong_answer_meets_a_counter_example,
+    test_an_exercise_that_nobody_has_done_says_so,
+) = exercise_tests(
+    answers.ANSWERS,
+    {
+        name: (f'{name}_spec', 'left_cases' if name == 'bits_left' else None)
+        for name in answers.ANSWERS
+    },
+)

@@ -16,7 +16,7 @@ import torch
 from answers import train as answers
 from fastcore.test import test_close as close
 from fastcore.test import test_eq as equal
-from helpers import cells_of
+from helpers import cells_of, exercise_tests
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import llm_lab.files
@@ -709,32 +709,15 @@ def lesson():
     return names
 
 
-def verdict(name, answer, lesson):
-    "What the last line of the exercise's cell says of an answer"
-    spec, cases = {
-        'adamw_step': ('adamw_step_spec', lesson['step_cases']),
-        'wsd': ('wsd_spec', lesson['cases']),
-        'guess': ('factors_spec', [()]),
-    }[name]
-    return check(answer, lesson[spec], *cases), len(cases)
-
-
-RIGHT = [(name, f) for name, (right, _) in answers.ANSWERS.items() for f in right]
-WRONG = [(name, f) for name, (_, wrong) in answers.ANSWERS.items() for f in wrong]
-
-
-@pytest.mark.parametrize('name, answer', RIGHT)
-def test_a_right_answer_is_told_so(name, answer, lesson):
-    said, n = verdict(name, answer, lesson)
-    assert said == f'{answer.__name__}: right on {n} cases'
-
-
-@pytest.mark.parametrize('name, answer', WRONG)
-def test_a_wrong_answer_meets_a_counter_example(name, answer, lesson):
-    said, _ = verdict(name, answer, lesson)
-    assert 'expected' in said
-
-
-@pytest.mark.parametrize('name', answers.ANSWERS)
-def test_an_exercise_that_nobody_has_done_says_so(name, lesson):
-    assert verdict(name, lesson[name], lesson)[0] == f'{name}: not yet'
+(
+    test_a_right_answer_is_told_so,
+    test_a_wrong_answer_meets_a_counter_example,
+    test_an_exercise_that_nobody_has_done_says_so,
+) = exercise_tests(
+    answers.ANSWERS,
+    dict(
+        adamw_step=('adamw_step_spec', 'step_cases'),
+        wsd=('wsd_spec', 'cases'),
+        guess=('factors_spec', None),
+    ),
+)

@@ -51,3 +51,8 @@ def documents_share():
 
 RIGHT_GUESSES = [three_left_over]
 WRONG_GUESSES = [the_last_one_padded, documents_share]
+
+ANSWERS = dict(
+    back=(RIGHT, WRONG),
+    my_guess=(RIGHT_GUESSES, WRONG_GUESSES),
+)

@@ -194,3 +194,9 @@ def by_character(text, merges):
 
 RIGHT_ENCODERS = [by_rank, merge_by_merge]
 WRONG_ENCODERS = [from_left_to_right, the_longest, the_last_learned, without_chunks, by_character]
+
+ANSWERS = dict(
+    my_train=(RIGHT, WRONG),
+    my_guess=(RIGHT_GUESSES, WRONG_GUESSES),
+    my_encode=(RIGHT_ENCODERS, WRONG_ENCODERS),
+)

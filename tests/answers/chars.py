@@ -62,3 +62,8 @@ def nothing_moves():
 
 RIGHT_GUESSES = [with_the_space]
 WRONG_GUESSES = [without_the_space, nothing_moves]
+
+ANSWERS = dict(
+    with_unknown=(RIGHT, WRONG),
+    my_guess=(RIGHT_GUESSES, WRONG_GUESSES),
+)

@@ -61,3 +61,8 @@ def nothing_may_change():
 
 RIGHT_GUESSES = [all_but_the_card]
 WRONG_GUESSES = [the_manifest_may_change, nothing_may_change]
+
+ANSWERS = dict(
+    suspects=(RIGHT, WRONG),
+    my_guess=(RIGHT_GUESSES, WRONG_GUESSES),
+)

@@ -73,3 +73,8 @@ def a_collision_costs_an_element():
 
 RIGHT_GUESSES = [hashes_collide]
 WRONG_GUESSES = [hashes_tell_values_apart, a_collision_costs_an_element]
+
+ANSWERS = dict(
+    replaced=(RIGHT, WRONG),
+    my_guess=(RIGHT_GUESSES, WRONG_GUESSES),
+)

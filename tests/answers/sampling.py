@@ -58,3 +58,8 @@ def cold_changes_nothing():
 
 RIGHT_GUESSES = [what_stands_before]
 WRONG_GUESSES = [with_the_token_itself, cold_changes_nothing]
+
+ANSWERS = dict(
+    min_p=(RIGHT, WRONG),
+    my_guess=(RIGHT_GUESSES, WRONG_GUESSES),
+)
